@@ -1,0 +1,9 @@
+"""The two kinds of failure that a user is meant to read."""
+
+
+class UserError(Exception):
+    """Something the user gave is wrong. The message is one sentence that says what to do; the CLI prints it, exits 2."""
+
+
+class DataError(UserError):
+    """Stored data is missing or does not match its digest. The message names the file and the frame."""
