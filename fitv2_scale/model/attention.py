@@ -1,0 +1,35 @@
+"""Attention inside each image of a packed batch: one function, two kernels that are tested against each other."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fitv2_scale.model.packing import Packing
+
+_VARLEN_DTYPES = (torch.bfloat16, torch.float16)  # what the flash kernel takes
+
+
+def attention(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, packing: Packing) -> Tensor:
+    """Softmax attention of each token to its own image's tokens, scaled by head_dim ** -0.5: (T, H, D)."""
+    if q_THD.is_cuda and q_THD.dtype in _VARLEN_DTYPES:
+        return _varlen(q_THD, k_THD, v_THD, packing)
+    return padded_sdpa(q_THD, k_THD, v_THD, packing)
+
+
+def _varlen(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, packing: Packing) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    cu, longest = packing.cu_seqlens_I1, packing.max_seqlen
+    return varlen_attn(q_THD, k_THD, v_THD, cu, cu, longest, longest)
+
+
+def padded_sdpa(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, packing: Packing) -> Tensor:
+    """The same through SDPA over images padded to the longest: far less work than one (T, T) mask on a CPU."""
+    token_P, place_T, key_mask = packing.padded
+    images, (heads, dim) = packing.cu_seqlens_I1.numel() - 1, q_THD.shape[1:]
+
+    def pad(x_THD: Tensor) -> Tensor:
+        return x_THD.flatten(1).index_select(0, token_P).view(images, -1, heads, dim).transpose(1, 2)
+
+    out_IHLD = F.scaled_dot_product_attention(pad(q_THD), pad(k_THD), pad(v_THD), attn_mask=key_mask)
+    return out_IHLD.transpose(1, 2).flatten(0, 1).flatten(1).index_select(0, place_T).view(-1, heads, dim)

@@ -1,0 +1,45 @@
+"""What defines a FiTv2 network."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+TOKEN_CHANNELS = 16  # 4 latent channels in patches of 2 x 2
+TIMESTEP_CHANNELS = 256
+
+
+class ModelConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    depth: int = Field(ge=1, description="number of transformer blocks")
+    hidden: int = Field(ge=8, description="width of the residual stream")
+    heads: int = Field(ge=1, description="attention heads; hidden / heads must be divisible by 4 for 2-D RoPE")
+    classes: int = Field(1000, ge=1, description="number of classes; one more embedding row stands for 'no class'")
+    qk_norm: Literal["layernorm", "l2_scale", "none"] = Field(
+        "layernorm",
+        description="layernorm: parameter-free LayerNorm over head_dim, as released; l2_scale: L2 with a learnable "
+        "scale per head; none",
+    )
+    adaln: Literal["lora", "full"] = Field(
+        "lora", description="lora: a rank hidden/4 head per block plus one global head, as released; full: FiT's own"
+    )
+    rope_theta: float = Field(10000.0, gt=0, description="base of the rotary frequencies")
+
+    @model_validator(mode="after")
+    def _divisible(self):
+        if self.hidden % self.heads or (self.hidden // self.heads) % 4:
+            raise ValueError(f"hidden {self.hidden} must be heads {self.heads} times a multiple of 4")
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def mlp_hidden(self) -> int:
+        """Width of the SwiGLU: two thirds of 4 x hidden, rounded down, as released (not to a multiple)."""
+        return 8 * self.hidden // 3
+
+    @property
+    def adaln_rank(self) -> int:
+        return self.hidden // 4

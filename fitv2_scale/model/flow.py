@@ -1,0 +1,90 @@
+"""Rectified flow: t = 0 is noise, t = 1 is data, x_t = t x1 + (1 - t) x0, and the network learns v = x1 - x0.
+
+Each random number is keyed by (seed, purpose, epoch, sample id): the pack and the rank an image is dealt to change
+nothing. The loss follows the released one: the mean over an image's valid tokens and channels, then over the images of
+the global batch, so that every image weighs the same however many tokens it has.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from data_sharding.keyed import Purpose
+from fitv2_scale.keyed import normal, uniform, words
+from fitv2_scale.model.config import TOKEN_CHANNELS
+from fitv2_scale.model.packing import PackedBatch
+
+_BLOCKS = TOKEN_CHANNELS // 4  # blocks of four words a token's noise takes
+
+
+class FlowConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    t_sampler: Literal["logit_normal", "uniform"] = Field(
+        "logit_normal", description="density of training times; logit_normal is sigmoid(N(0, 1)), as released"
+    )
+    label_dropout: float = Field(0.1, ge=0, le=1, description="share of images trained without their class, for CFG")
+
+
+@dataclass(frozen=True)
+class FlowBatch:
+    """What the network sees for one pack, and what it should answer."""
+
+    x_TC: Tensor  # float32 (T, 16), noised tokens
+    target_TC: Tensor  # float32 (T, 16), x1 - x0
+    t_I: Tensor  # float32 (I,)
+    label_I: Tensor  # int64 (I,), dropped labels replaced by ``classes``
+
+
+def sample_t(sampler: str, seed: int, epoch_I: Tensor, id_I: Tensor) -> Tensor:
+    """The training time of each image in (0, 1): float32 (I,)."""
+    words_I4 = words(seed, Purpose.TIMESTEP, epoch_I, id_I, torch.zeros_like(id_I))
+    if sampler == "uniform":
+        return uniform(words_I4[:, 0]).float()
+    return torch.sigmoid(normal(words_I4)[:, 0]).float()
+
+
+def noise_words(purpose: Purpose, seed: int, epoch_T: Tensor | int, id_T: Tensor, place_T: Tensor) -> Tensor:
+    """The integers behind x0: int64 (T, 16). Value ``16 * place + channel`` of the image's stream is one channel."""
+    block_TB = place_T[:, None] * _BLOCKS + torch.arange(_BLOCKS, device=place_T.device)
+    epoch_T1 = epoch_T[:, None] if isinstance(epoch_T, Tensor) else epoch_T
+    return words(seed, purpose, epoch_T1, id_T[:, None], block_TB).flatten(1)
+
+
+def make_flow_batch(batch: PackedBatch, config: FlowConfig, classes: int, seed: int) -> FlowBatch:
+    image_T, place_T = batch.packing.image_T, batch.packing.place_T
+    t_I = sample_t(config.t_sampler, seed, batch.epoch_I, batch.sample_id_I)
+    drop_I = (
+        uniform(words(seed, Purpose.LABEL_DROP, batch.epoch_I, batch.sample_id_I, torch.zeros_like(batch.epoch_I)))[:, 0]
+        < config.label_dropout
+    )
+    x0_TC = normal(
+        noise_words(Purpose.NOISE, seed, batch.epoch_I[image_T], batch.sample_id_I[image_T], place_T)
+    ).float()
+    t_T1 = t_I[image_T][:, None]
+    return FlowBatch(
+        x_TC=t_T1 * batch.latents_TC + (1 - t_T1) * x0_TC,
+        target_TC=batch.latents_TC - x0_TC,
+        t_I=t_I,
+        label_I=batch.label_I.masked_fill(drop_I, classes),
+    )
+
+
+def image_losses(velocity_TC: Tensor, target_TC: Tensor, batch: PackedBatch) -> Tensor:
+    """Mean squared error over each image's tokens and channels, float32 (I,); empty slots give 0."""
+    error_T = (velocity_TC.float() - target_TC).square().mean(-1)
+    lengths_I = batch.packing.cu_seqlens_I1.diff().clamp(min=1)
+    return torch.zeros_like(batch.weight_I).index_add(0, batch.packing.image_T, error_T) / lengths_I
+
+
+def flow_loss(
+    network: Callable[..., Tensor], batch: PackedBatch, config: FlowConfig, classes: int, seed: int
+) -> Tensor:
+    """This pack's share of the global loss: sum over its images of weight x image loss. Add over packs and ranks."""
+    flow = make_flow_batch(batch, config, classes, seed)
+    velocity_TC = network(flow.x_TC, flow.t_I, flow.label_I, batch.packing)
+    return (image_losses(velocity_TC, flow.target_TC, batch) * batch.weight_I).sum()

@@ -1,0 +1,59 @@
+"""A packed batch: the tokens of many images end to end, at a static shape.
+
+T tokens, I image slots. Real images come first; the tokens left over are dealt to the next slots as padding images of
+weight zero, none longer than ``max_seqlen``, and slots beyond hold no tokens. So every token belongs to an image, no
+attention row is empty, and the shape of a batch says nothing about its content.
+"""
+
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the images lie among the tokens."""
+
+    cu_seqlens_I1: Tensor  # int32 (I + 1,), cumulative lengths, last = T
+    image_T: Tensor  # int64 (T,), the slot of each token
+    place_T: Tensor  # int64 (T,), the token's index inside its image, row-major
+    positions_T2: Tensor  # int64 (T, 2), (row, column) of the token in its image
+    max_seqlen: int  # no image is longer; the same for all packs of an attempt
+
+    @cached_property
+    def padded(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Indices for attention over images padded to (I, L = max_seqlen), where there is no varlen kernel.
+
+        Returns (token of each padded place (I*L,), padded place of each token (T,), key mask (I, 1, 1, L)).
+        """
+        start_I1 = self.cu_seqlens_I1.long()
+        place_L = torch.arange(self.max_seqlen, device=start_I1.device)
+        token_IL = (start_I1[:-1, None] + place_L).clamp(max=self.image_T.numel() - 1)
+        mask_IL = place_L < start_I1.diff()[:, None]
+        # An empty slot would be a row of -inf, whose softmax is NaN and poisons the gradient of the clamped token.
+        mask_IL[:, 0] = True
+        return token_IL.flatten(), self.image_T * self.max_seqlen + self.place_T, mask_IL[:, None, None, :]
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One pack of a training step."""
+
+    latents_TC: Tensor  # float32 (T, 16), zero at padding
+    packing: Packing
+    label_I: Tensor  # int64 (I,), 0 at padding
+    weight_I: Tensor  # float32 (I,), 1 / (images of the global batch), 0 at padding
+    sample_id_I: Tensor  # int64 (I,), 0 at padding
+    epoch_I: Tensor  # int64 (I,), the epoch of each image
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        def move(value):
+            if isinstance(value, Tensor):
+                return value.to(device, non_blocking=True)
+            if isinstance(value, Packing):
+                return Packing(**{f.name: move(getattr(value, f.name)) for f in fields(value)})
+            return value
+
+        return PackedBatch(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
