@@ -1,0 +1,43 @@
+"""Where images lie in a pack of static shape: images end to end, then padding, then empty slots."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_sharding.deal import Shape
+
+
+@dataclass(frozen=True)
+class PackLayout:
+    """T tokens, I image slots. Padding lies in the slots behind the images, in runs of at most ``max_seqlen``."""
+
+    cu_seqlens: np.ndarray  # int32 (I + 1,), last = T
+    image: np.ndarray  # int64 (T,), slot of each token
+    place: np.ndarray  # int64 (T,), index of the token in its image, row-major
+    positions: np.ndarray  # int64 (T, 2), (row, column); zero at padding
+    max_seqlen: int
+    tokens: int  # valid ones, the first of T
+
+
+def lay_out(sizes: Sequence[tuple[int, int]], shape: Shape) -> PackLayout:
+    """The layout of images of ``sizes`` (rows, columns in tokens), in this order."""
+    lengths, positions = np.zeros(shape.images, np.int64), np.zeros((shape.tokens, 2), np.int64)
+    at = 0
+    for slot, (rows, columns) in enumerate(sizes):
+        lengths[slot] = rows * columns
+        positions[at : at + rows * columns] = np.indices((rows, columns)).reshape(2, -1).T
+        at += rows * columns
+    assert at <= shape.tokens and len(sizes) + shape.padding_slots(shape.tokens - at) <= shape.images
+    for slot, start in enumerate(range(at, shape.tokens, shape.max_seqlen), len(sizes)):
+        lengths[slot] = min(shape.max_seqlen, shape.tokens - start)
+    cu_seqlens = np.concatenate(([0], np.cumsum(lengths)))
+    image = np.repeat(np.arange(shape.images), lengths)
+    return PackLayout(
+        cu_seqlens=cu_seqlens.astype(np.int32),
+        image=image,
+        place=np.arange(shape.tokens) - cu_seqlens[image],
+        positions=positions,
+        max_seqlen=shape.max_seqlen,
+        tokens=at,
+    )
