@@ -90,17 +90,17 @@ def choose_shape(steps: list[np.ndarray], cost: Cost, ranks: int, max_tokens: in
             f"{ranks} data-parallel ranks are more than the {len(steps[0])} images of a step: raise batch.images or "
             f"start at most {len(steps[0])} processes"
         )
-    if max_seqlen > max_tokens:
+    largest = max_tokens // _ROUND * _ROUND
+    if max_seqlen > largest:
         raise UserError(f"layout.max_tokens is {max_tokens}, less than one image of {max_seqlen} tokens: raise it")
     dealt = [(tokens, deal_to_ranks(cost.of(tokens), ranks)) for tokens in steps]
     load = max(int(tokens[members].sum()) for tokens, ranks_ in dealt for members in ranks_)
-    fewest = max(1, -(-load // max_tokens))
+    fewest = max(1, -(-load // largest))
 
     def packed(capacity: int) -> list[tuple[np.ndarray, list[np.ndarray]]]:
         unlimited = Shape(capacity, len(steps[0]) + -(-capacity // max_seqlen) + 1, max_seqlen)
         return [(tokens, _best_fit(tokens, members, unlimited)) for tokens, ranks_ in dealt for members in ranks_]
 
-    largest = _round_up(max_tokens)
     capacity = max(_round_up(-(-load // fewest)), _round_up(max_seqlen))
     while max(len(packs) for _, packs in packed(capacity)) > fewest:
         if capacity >= largest:

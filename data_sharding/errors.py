@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """Something the user gave is wrong. The message is one sentence that says what to do; the CLI prints it, exits 2."""
+    """Something the user gave is wrong. The message is one sentence that says what to do; the CLI exits with 2."""
 
 
 class DataError(UserError):

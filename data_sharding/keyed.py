@@ -85,7 +85,7 @@ def uniform(seed: int, purpose: Purpose, epoch, ids, index=0) -> np.ndarray:
 
 
 def keyed_order(seed: int, purpose: Purpose, epoch: int, ids) -> np.ndarray:
-    """The keyed permutation: int64 positions that sort ``ids`` by their 64-bit draws (ties, of odds 2**-64, by place)."""
+    """The keyed permutation: int64 positions that sort ``ids`` by their 64-bit draws (ties by place)."""
     return np.argsort(words64(seed, purpose, epoch, ids), kind="stable")
 
 

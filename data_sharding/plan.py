@@ -176,4 +176,3 @@ def deal_strata(tokens: np.ndarray, steps: int) -> np.ndarray:
         step_of[stratum] = poorest_first
         total[poorest_first] += tokens[stratum]
     return step_of
-

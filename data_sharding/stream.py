@@ -83,9 +83,7 @@ class FrameCache:
 class Loader:
     """Iterates over one rank's StepBatch of each of ``steps``. A context manager: leaving it ends the thread."""
 
-    def __init__(
-        self, plan: Plan, cost: Cost, shape: Shape, rank: int, ranks: int, steps: range, cache_bytes: int
-    ):
+    def __init__(self, plan: Plan, cost: Cost, shape: Shape, rank: int, ranks: int, steps: range, cache_bytes: int):
         self.plan, self.cost, self.shape, self.rank, self.ranks = plan, cost, shape, rank, ranks
         self.steps = steps
         self._cache = FrameCache(plan.manifest, cache_bytes)

@@ -1,0 +1,219 @@
+"""The shard: a standard tar of samples inside zstd, in frames that can be fetched and read one by one.
+
+A sample is two or three members, named as WebDataset does, with its id in 16 hex digits as the key:
+
+    00c3a1f26b90d4e7.resize.npy    float16 (2, h, w, 16): [flip, row, column, (c p1 p2)]; flip 0 as it is, 1 mirrored
+    00c3a1f26b90d4e7.crop.npy      the same for the crop view; absent where the image has none
+    00c3a1f26b90d4e7.json          {"id": 55065209174414567, "label": 3, "class": "cat", "source": "cat/0007.jpg",
+                                    "pixels": [375, 500]}            (of the source image: height, width)
+
+The bytes are deterministic: ustar headers with no time, owner or host. Samples are gathered until they fill
+``FRAME_RAW_BYTES`` and compressed as an independent zstd frame; the tar's end-of-archive blocks are a last frame. The
+concatenation is one valid zstd stream of one valid tar, so `zstd -d < shard | tar x` reads it, and any one frame is a
+run of whole samples. Frames are read by offset with known sizes and digests, because a zstd stream reader may take the
+end of a frame, or of a file cut short, for the end of the data.
+"""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+import zstandard
+
+VIEWS = ("resize", "crop")
+DTYPE = "float16"
+CHANNELS = 16
+FRAME_RAW_BYTES = 1 << 20  # 128 KiB would compress as well; 1 MiB keeps the requests to an object store few
+LEVEL = 3  # fp16 latents are incompressible but for their exponents: higher levels gain nothing
+END_OF_ARCHIVE = bytes(2 * tarfile.BLOCKSIZE)
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One image: ``views`` maps "resize", and "crop" where there is one, to float16 (2, h, w, 16)."""
+
+    id: int
+    label: int
+    views: dict[str, np.ndarray]
+
+    @property
+    def size(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(h, w) in tokens of the resize and the crop view; (0, 0) for a view that is absent."""
+        resize, crop = (self.views[v].shape[1:3] if v in self.views else (0, 0) for v in VIEWS)
+        return resize, crop
+
+
+class FrameRow(NamedTuple):
+    """Where a frame lies: ``offset`` from the start of its shard, sizes in bytes, digest of the compressed bytes."""
+
+    offset: int
+    bytes: int
+    raw_bytes: int
+    xxh3_128: str
+    samples: int
+
+
+class SampleRow(NamedTuple):
+    """``size`` as in ``Sample``."""
+
+    id: int
+    label: int
+    size: tuple[tuple[int, int], tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """What the manifest needs to know of one shard."""
+
+    name: str
+    bytes: int
+    xxh3_128: str
+    frames: list[FrameRow]
+    samples: list[SampleRow]
+
+    def to_record(self) -> dict:
+        """A JSON object; rows become lists in field order."""
+        return asdict(self)
+
+    @classmethod
+    def from_record(cls, record: dict) -> "ShardIndex":
+        frames = [FrameRow(*row) for row in record["frames"]]
+        return cls(**{**record, "frames": frames, "samples": [SampleRow(*row) for row in record["samples"]]})
+
+
+class ShardBuilder:
+    """Gathers samples into the bytes of one shard."""
+
+    def __init__(self, name: str):
+        self._name = name
+        self._data = bytearray()
+        self._pending: list[bytes] = []  # the members of each sample of the frame being gathered
+        self._frames: list[FrameRow] = []
+        self._samples: list[SampleRow] = []
+
+    def add(self, sample: Sample, *, class_name: str, source: str, pixels: tuple[int, int]) -> None:
+        """``source`` is the image's key in its source, ``pixels`` its (height, width)."""
+        self._pending.append(pack_sample(sample, class_name=class_name, source=source, pixels=pixels))
+        self._samples.append(SampleRow(sample.id, sample.label, sample.size))
+        if sum(map(len, self._pending)) >= FRAME_RAW_BYTES:
+            self._cut()
+
+    def finish(self) -> tuple[bytes, ShardIndex]:
+        """The file's bytes and its index. A shard without a sample is an empty archive without frames."""
+        if self._pending:
+            self._cut()
+        data = bytes(self._data) + _compress(END_OF_ARCHIVE)
+        return data, ShardIndex(self._name, len(data), xxhash.xxh3_128_hexdigest(data), self._frames, self._samples)
+
+    def _cut(self) -> None:
+        raw = b"".join(self._pending)
+        frame = _compress(raw)
+        digest = xxhash.xxh3_128_hexdigest(frame)
+        self._frames.append(FrameRow(len(self._data), len(frame), len(raw), digest, len(self._pending)))
+        self._data += frame
+        self._pending = []
+
+
+def pack_sample(sample: Sample, *, class_name: str, source: str, pixels: tuple[int, int]) -> bytes:
+    """The tar members of one sample, padded to whole blocks."""
+    record = {"id": sample.id, "label": sample.label, "class": class_name, "source": source, "pixels": list(pixels)}
+    key = f"{sample.id:016x}"
+    members = []
+    for view in VIEWS:
+        if view in sample.views:
+            array = sample.views[view]
+            assert array.dtype == DTYPE and array.ndim == 4 and array.shape[0] == 2 and array.shape[3] == CHANNELS
+            buffer = io.BytesIO()
+            np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+            members.append(_member(f"{key}.{view}.npy", buffer.getvalue()))
+    members.append(_member(f"{key}.json", json.dumps(record, ensure_ascii=False).encode()))
+    return b"".join(members)
+
+
+def parse_frame(frame: bytes, raw_bytes: int) -> list[Sample]:
+    """The samples of one compressed frame.
+
+    Raises:
+        ValueError: the bytes are not exactly one frame of ``raw_bytes`` of whole, well-formed samples.
+    """
+    raw = decompress(frame, raw_bytes)
+    samples: list[Sample] = []
+    views: dict[str, np.ndarray] = {}
+    for name, data in _members(raw):
+        key, _, kind = name.partition(".")
+        if kind == "json":
+            record = json.loads(bytes(data))
+            if not isinstance(record, dict) or record.get("id") != int(key, 16) or "resize" not in views:
+                raise ValueError(f"{name} does not complete a sample")
+            samples.append(Sample(record["id"], record["label"], views))
+            views = {}
+        elif kind in ("resize.npy", "crop.npy"):
+            views[kind.removesuffix(".npy")] = _array(name, data)
+        else:
+            raise ValueError(f"{name} is no member of a sample")
+    if views:
+        raise ValueError("the last sample has no .json")
+    return samples
+
+
+def decompress(frame: bytes, raw_bytes: int) -> bytes:
+    """Decompresses exactly one whole frame of known size. Raises ValueError for anything else."""
+    reader = zstandard.ZstdDecompressor().decompressobj()
+    try:
+        raw = reader.decompress(frame)
+    except zstandard.ZstdError as error:
+        raise ValueError(f"zstd: {error}") from error
+    if not reader.eof or reader.unused_data or len(raw) != raw_bytes:
+        raise ValueError(f"{len(frame)} bytes are not one whole frame of {raw_bytes} raw bytes")
+    return raw
+
+
+def _compress(raw: bytes) -> bytes:
+    # The checksum is for people who read with `zstd -d`; our own readers check the manifest's digest first.
+    return zstandard.ZstdCompressor(level=LEVEL, write_checksum=True, write_content_size=True).compress(raw)
+
+
+def _member(name: str, data: bytes) -> bytes:
+    info = tarfile.TarInfo(name)  # mode 0644, mtime 0, no owner
+    info.size = len(data)
+    return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
+
+
+def _members(raw: bytes) -> Iterator[tuple[str, memoryview]]:
+    """Name and data of each member of a run of ustar files. Not `tarfile`, which takes most of a frame's time."""
+    at, view = 0, memoryview(raw)
+    while at < len(raw):
+        head = raw[at : at + tarfile.BLOCKSIZE]
+        if head[257:262] != b"ustar" or head[156:157] != tarfile.REGTYPE:
+            raise ValueError(f"there is no ustar header of a file at raw byte {at}")
+        name, size = head[:100].rstrip(b"\0").decode("ascii"), int(head[124:135], 8)
+        at += tarfile.BLOCKSIZE
+        if at + size > len(raw):
+            raise ValueError(f"{name} is cut short")
+        yield name, view[at : at + size]
+        at += size + -size % tarfile.BLOCKSIZE
+
+
+def _array(name: str, data: memoryview) -> np.ndarray:
+    start = 10 + int.from_bytes(data[8:10], "little")  # .npy 1.0: magic, version, length of the header that follows
+    shape, dtype = _npy_header(bytes(data[:start]))
+    if dtype != DTYPE or len(shape) != 4 or shape[0] != 2 or shape[3] != CHANNELS:
+        raise ValueError(f"{name} is {dtype}{list(shape)}, not {DTYPE}[2, h, w, {CHANNELS}]")
+    return np.frombuffer(data[start:], dtype).reshape(shape).copy()  # a view would keep the whole frame in memory
+
+
+@lru_cache(maxsize=4096)  # one entry for each shape of a view
+def _npy_header(header: bytes) -> tuple[tuple[int, ...], np.dtype]:
+    file = io.BytesIO(header)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("an array is not of .npy version 1.0")
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+    if fortran_order or dtype.hasobject:
+        raise ValueError("an array is in Fortran order or holds objects")
+    return shape, dtype

@@ -1,0 +1,101 @@
+"""FiT's two views of an image, as pixels and as tokens: resized whole to at most ``max_tokens``; ADM's centre crop.
+
+A token is 16x16 pixels; S = 16 * sqrt(max_tokens) is the side of a square image of max_tokens.
+"""
+
+import io
+from math import isqrt
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from data_sharding.codec import Codec
+from data_sharding.errors import UserError
+from data_sharding.tokens import patchify
+
+TOKEN_PIXELS = 16
+
+
+class UnreadableImage(Exception):
+    """These bytes are no image, or not a whole one. The message holds no path and no address: it is stored."""
+
+
+def square_side(max_tokens: int) -> int:
+    """S in pixels. Raises UserError if max_tokens is not a square number: the crop view is a square of max_tokens."""
+    root = isqrt(max(max_tokens, 0))
+    if root < 1 or root * root != max_tokens:
+        raise UserError(f"max_tokens must be a square number such as 100, 256 or 1024, not {max_tokens}")
+    return root * TOKEN_PIXELS
+
+
+def load_rgb(data: bytes) -> Image.Image:
+    """Decodes an image file, upright (EXIF) and in RGB; transparency is laid on white. Raises UnreadableImage."""
+    try:
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+        if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 255 instead of scaling them
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except MemoryError:
+        raise
+    except Image.UnidentifiedImageError as error:  # its message holds an object's address
+        raise UnreadableImage("not an image of a known format") from error
+    except Exception as error:  # Pillow's decoders raise nearly any type on damaged bytes
+        raise UnreadableImage(f"{type(error).__name__}: {error}") from error
+
+
+def resize_view(image: Image.Image, max_tokens: int) -> Image.Image:
+    """The whole image with sides floored to multiples of 16 and at most ``max_tokens`` tokens; never larger than it
+    was, except sides under 16 pixels (FiT, in1k_dataset.py:34-53; facts of the public latents follow from it)."""
+    h, w = resize_tokens(image.height, image.width, max_tokens)
+    return _resize(image, w * TOKEN_PIXELS, h * TOKEN_PIXELS)
+
+
+def resize_tokens(height: int, width: int, max_tokens: int) -> tuple[int, int]:
+    """(h, w) in tokens of the resize view of an image of these sides in pixels.
+
+    The rule in floats is w' = sqrt(w/h)*S, h' = w'*h/w if w*h >= S*S, then floor to multiples of 16. In integers
+    floor(w'/16) = isqrt(w*max_tokens // h), exact for every size.
+    """
+    if width * height >= max_tokens * TOKEN_PIXELS**2:
+        h, w = isqrt(height * max_tokens // width), isqrt(width * max_tokens // height)
+    else:
+        h, w = height // TOKEN_PIXELS, width // TOKEN_PIXELS
+    h, w = max(h, 1), max(w, 1)
+    # Raising a side to one token can pass the limit in images more than max_tokens times as long as wide.
+    return min(h, max_tokens // w) or 1, min(w, max_tokens)
+
+
+def crop_view(image: Image.Image, max_tokens: int) -> Image.Image | None:
+    """The centre SxS pixels after shrinking the short side to S; None unless both sides exceed S.
+
+    ADM's ``center_crop_arr`` (guided-diffusion, image_datasets.py): halve by box while the short side is 2S or more,
+    then bicubic.
+    """
+    side = square_side(max_tokens)
+    if min(image.size) <= side:
+        return None
+    while min(image.size) >= 2 * side:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = side / min(image.size)
+    image = _resize(image, round(image.width * scale), round(image.height * scale))
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+def encode_views(image: Image.Image, codec: Codec, max_tokens: int) -> dict[str, np.ndarray]:
+    """The views of an RGB image, each float16 (2, h, w, 16): as it is and mirrored, encoded separately."""
+    images = {"resize": resize_view(image, max_tokens), "crop": crop_view(image, max_tokens)}
+    views = {}
+    for view, picture in images.items():
+        if picture is not None:
+            pixels = np.asarray(picture)
+            latents = np.stack([codec.encode(pixels), codec.encode(pixels[:, ::-1])])
+            views[view] = patchify(latents).astype(np.float16)
+    return views
+
+
+def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)

@@ -1,0 +1,122 @@
+"""The demo's images: crops of the colour photographs that scikit-image and scikit-learn carry in their packages.
+
+    python -m launchers.photographs DST [--crops 2000]
+
+    DST/astronaut/astronaut-0000.jpg …   one folder, so one class, for each photograph
+    DST/CREDITS.txt                      who made each photograph and under which licence; written last
+
+Each crop covers 40 to 100 % of its photograph, has an aspect ratio of its own and is shrunk to a size of its own, as
+photographs collected from many places would be. Everything is drawn by key: the same crops on every machine.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from data_sharding.errors import UserError
+from data_sharding.keyed import Purpose, uniform
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """``file`` is relative to the installed ``package``; ``credit`` is what that package documents."""
+
+    name: str
+    package: str
+    file: str
+    credit: str
+
+
+# Left aside: everything that is no natural colour photograph, and the Middlebury motorcycle, for which scikit-image
+# documents authors but no licence.
+PHOTOGRAPHS = (
+    Photograph(
+        "astronaut", "skimage", "data/astronaut.png",
+        "Eileen Collins, American astronaut. NASA Great Images database, https://flic.kr/p/r9qvLn. "
+        "No known copyright restrictions, released into the public domain.",
+    ),
+    Photograph(
+        "cat", "skimage", "data/chelsea.png",
+        "Chelsea the cat, by Stefan van der Walt. No copyright restrictions, CC0 by the photographer.",
+    ),
+    Photograph(
+        "coffee", "skimage", "data/coffee.png",
+        "Coffee cup, by Rachel Michetti, courtesy of Pikolo Espresso Bar. No copyright restrictions, CC0 by the "
+        "photographer.",
+    ),
+    Photograph(
+        "flower", "sklearn", "datasets/images/flower.jpg",
+        "Dahlia. Creative Commons BY 2.0, https://creativecommons.org/licenses/by/2.0/. Some rights reserved by "
+        "vultilion, https://www.flickr.com/photos/vultilion/6056698931/ (scikit-learn's README gives this address "
+        "beside the name danielbuechele). Retrieved 21 August 2011 by Robert Layton.",
+    ),
+    Photograph(
+        "pagoda", "sklearn", "datasets/images/china.jpg",
+        "Temple in China. Creative Commons BY 2.0, https://creativecommons.org/licenses/by/2.0/. Some rights reserved "
+        "by danielbuechele, https://www.flickr.com/photos/danielbuechele/6061409035/. Retrieved 21 August 2011 by "
+        "Robert Layton.",
+    ),
+    Photograph(
+        "rocket", "skimage", "data/rocket.jpg",
+        "Falcon 9 carrying DSCOVR, Cape Canaveral, by SpaceX, "
+        "https://www.flickr.com/photos/spacexphotos/16511594820/. Released in the public domain by SpaceX.",
+    ),
+)  # fmt: skip
+
+
+def crop(photograph: Image.Image, draws: np.ndarray) -> Image.Image:
+    """One crop, decided by five draws in [0, 1): area, aspect, place across, place down, size."""
+    area, aspect, across, down, size = draws
+    pixels = photograph.width * photograph.height * (0.4 + 0.6 * area)
+    ratio = photograph.width / photograph.height * 2 ** (1.6 * aspect - 0.8)  # up to 1.7 times flatter or steeper
+    width = min(photograph.width, round((pixels * ratio) ** 0.5))
+    height = min(photograph.height, round((pixels / ratio) ** 0.5))
+    left, top = round(across * (photograph.width - width)), round(down * (photograph.height - height))
+    mean_side = 104 * 2 ** (1.5 * size)  # 104 .. 294 pixels
+    scale = min(1, mean_side / (width * height) ** 0.5)
+    box = (left, top, left + width, top + height)
+    return photograph.resize((round(width * scale), round(height * scale)), Image.Resampling.LANCZOS, box=box)
+
+
+def write_photographs(dst: Path, crops: int) -> None:
+    """Writes ``crops`` crops in all, dealt evenly to the photographs, and their credits."""
+    for i, photograph in enumerate(PHOTOGRAPHS):
+        image = _open(photograph)
+        folder = dst / photograph.name
+        folder.mkdir(parents=True, exist_ok=True)
+        for j in range(i, crops, len(PHOTOGRAPHS)):
+            draws = uniform(0, Purpose.VIEW, 0, j, np.arange(5))
+            crop(image, draws).save(folder / f"{photograph.name}-{j // len(PHOTOGRAPHS):04d}.jpg", quality=95)
+    lines = [f"{p.name}: {p.credit} Ships with {p.package} as {p.file}.\n" for p in PHOTOGRAPHS]
+    (dst / "CREDITS.txt").write_text("The photographs, cropped and resized:\n\n" + "\n".join(lines), encoding="utf-8")
+
+
+def _open(photograph: Photograph) -> Image.Image:
+    try:
+        with files(photograph.package).joinpath(photograph.file).open("rb") as file:
+            return Image.open(file).convert("RGB")
+    except (ModuleNotFoundError, FileNotFoundError) as error:
+        raise UserError("the photographs are missing: pip install 'fitv2-scale[demo]'") from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("dst", type=Path, metavar="DST")
+    parser.add_argument("--crops", type=int, default=2000)
+    args = parser.parse_args(argv)
+    try:
+        write_photographs(args.dst, args.crops)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.crops} crops of {len(PHOTOGRAPHS)} photographs are in {args.dst}, their credits in CREDITS.txt")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
