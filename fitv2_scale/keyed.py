@@ -17,7 +17,7 @@ _MASK = 0xFFFFFFFF
 def words(seed: int, purpose: Purpose, epoch: Tensor | int, ids: Tensor | int, block: Tensor) -> Tensor:
     """Draws ``4 * block .. 4 * block + 3``: int64 words in 0 .. 2**32 - 1, shape (*broadcast shape, 4).
 
-    ``epoch``, ``ids`` and ``block`` are int64 and broadcast; the layout of key and counter is that of the NumPy backend.
+    ``epoch``, ``ids`` and ``block`` are int64 and broadcast; key and counter are laid out as in the NumPy backend.
     """
     check_seed(seed)
     epoch, ids = (torch.as_tensor(a, dtype=torch.int64, device=block.device) for a in (epoch, ids))

@@ -6,11 +6,11 @@ import shutil
 import numpy as np
 import pytest
 import xxhash
+from test_shard_format import put_at, rewrite, write_samples
 
 from data_sharding.inspect import inspect, save_picture, to_text
 from data_sharding.manifest import Manifest
 from data_sharding.verify import verify
-from test_shard_format import put_at, rewrite, write_samples
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from data_sharding.errors import UserError
+
 TOKEN_CHANNELS = 16  # 4 latent channels in patches of 2 x 2
 TIMESTEP_CHANNELS = 256
+PIXELS_PER_TOKEN = 16  # a side: patches of 2 latents of 8 pixels
 
 
 class ModelConfig(BaseModel):
@@ -43,3 +46,14 @@ class ModelConfig(BaseModel):
     @property
     def adaln_rank(self) -> int:
         return self.hidden // 4
+
+
+def parse_size(size: str) -> tuple[int, int]:
+    """'160x320' (height x width in pixels) as (rows, columns) in tokens. Raises UserError."""
+    sides = size.split("x")
+    if len(sides) != 2 or not all(s.isdigit() for s in sides) or any(int(s) % PIXELS_PER_TOKEN for s in sides):
+        raise UserError(f"size '{size}': give HEIGHTxWIDTH in pixels, multiples of {PIXELS_PER_TOKEN}, as in 160x320")
+    rows, columns = (int(s) // PIXELS_PER_TOKEN for s in sides)
+    if not rows or not columns:
+        raise UserError(f"size '{size}': each side needs at least {PIXELS_PER_TOKEN} pixels")
+    return rows, columns

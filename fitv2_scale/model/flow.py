@@ -42,10 +42,13 @@ class FlowBatch:
 
 def sample_t(sampler: str, seed: int, epoch_I: Tensor, id_I: Tensor) -> Tensor:
     """The training time of each image in (0, 1): float32 (I,)."""
-    words_I4 = words(seed, Purpose.TIMESTEP, epoch_I, id_I, torch.zeros_like(id_I))
     if sampler == "uniform":
-        return uniform(words_I4[:, 0]).float()
-    return torch.sigmoid(normal(words_I4)[:, 0]).float()
+        return _first_uniform(seed, Purpose.TIMESTEP, epoch_I, id_I).float()
+    return torch.sigmoid(normal(words(seed, Purpose.TIMESTEP, epoch_I, id_I, torch.zeros_like(id_I)))[:, 0]).float()
+
+
+def _first_uniform(seed: int, purpose: Purpose, epoch_I: Tensor, id_I: Tensor) -> Tensor:
+    return uniform(words(seed, purpose, epoch_I, id_I, torch.zeros_like(id_I))[:, 0])
 
 
 def noise_words(purpose: Purpose, seed: int, epoch_T: Tensor | int, id_T: Tensor, place_T: Tensor) -> Tensor:
@@ -58,10 +61,7 @@ def noise_words(purpose: Purpose, seed: int, epoch_T: Tensor | int, id_T: Tensor
 def make_flow_batch(batch: PackedBatch, config: FlowConfig, classes: int, seed: int) -> FlowBatch:
     image_T, place_T = batch.packing.image_T, batch.packing.place_T
     t_I = sample_t(config.t_sampler, seed, batch.epoch_I, batch.sample_id_I)
-    drop_I = (
-        uniform(words(seed, Purpose.LABEL_DROP, batch.epoch_I, batch.sample_id_I, torch.zeros_like(batch.epoch_I)))[:, 0]
-        < config.label_dropout
-    )
+    drop_I = _first_uniform(seed, Purpose.LABEL_DROP, batch.epoch_I, batch.sample_id_I) < config.label_dropout
     x0_TC = normal(
         noise_words(Purpose.NOISE, seed, batch.epoch_I[image_T], batch.sample_id_I[image_T], place_T)
     ).float()

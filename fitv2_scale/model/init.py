@@ -56,7 +56,7 @@ def _starts_at_zero(name: str, config: ModelConfig) -> bool:
 def _draw(
     out: Tensor, name: str, shape: Sequence[int], offset: Sequence[int], seed: int, values: Callable[[Tensor], Tensor]
 ) -> None:
-    """Element e of the logical matrix, row-major, is value e of the keyed stream; columns outside the box are dropped."""
+    """Element e of the matrix, row-major, is value e of the keyed stream; columns outside the box are dropped."""
     assert out.dim() == 2
     columns, (row0, column0) = shape[1], offset
     step = max(1, _CHUNK // columns)

@@ -1,4 +1,4 @@
-"""2-D rotary position embedding as released: the first half of head_dim turns with the row, the second with the column."""
+"""2-D rotary position embedding as released: half of head_dim turns with the row, then half with the column."""
 
 import torch
 from torch import Tensor

@@ -1,0 +1,29 @@
+"""NumPy packs as the network's tensors."""
+
+import torch
+
+from data_sharding.packing import PackLayout
+from data_sharding.stream import Pack
+from fitv2_scale.model.packing import PackedBatch, Packing
+
+
+def packing_to_torch(layout: PackLayout) -> Packing:
+    return Packing(
+        cu_seqlens_I1=torch.from_numpy(layout.cu_seqlens),
+        image_T=torch.from_numpy(layout.image),
+        place_T=torch.from_numpy(layout.place),
+        positions_T2=torch.from_numpy(layout.positions),
+        max_seqlen=layout.max_seqlen,
+    )
+
+
+def pack_to_torch(pack: Pack, device: torch.device) -> PackedBatch:
+    batch = PackedBatch(
+        latents_TC=torch.from_numpy(pack.latents),
+        packing=packing_to_torch(pack.layout),
+        label_I=torch.from_numpy(pack.label),
+        weight_I=torch.from_numpy(pack.weight),
+        sample_id_I=torch.from_numpy(pack.sample_id),
+        epoch_I=torch.from_numpy(pack.epoch),
+    )
+    return batch.to(device)

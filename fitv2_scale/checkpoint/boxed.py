@@ -1,0 +1,51 @@
+"""Boxes as torch.distributed.checkpoint understands tensors.
+
+DCP asks a tensor-like object for three things: which pieces it would write, which pieces it wants filled, and the
+memory behind one piece. A tensor subclass that answers them is all it takes for any engine's sharding, several boxes a
+rank included, to be planned, deduplicated and resharded by DCP itself.
+"""
+
+import torch
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from fitv2_scale.parallel.boxes import Box, LogicalTensor
+
+
+class BoxedTensor(torch.Tensor):
+    """A logical tensor of which this process holds some boxes. It has a shape but no data of its own."""
+
+    @staticmethod
+    def __new__(cls, logical: LogicalTensor) -> "BoxedTensor":
+        return torch.Tensor._make_wrapper_subclass(cls, torch.Size(logical.shape), dtype=torch.float32)
+
+    def __init__(self, logical: LogicalTensor):
+        self._boxes = logical.boxes
+        assert all(box.tensor.dtype == torch.float32 for box in logical.boxes), "state is kept in float32"
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:  # DCP detaches what it plans
+            return args[0]
+        raise TypeError(f"a BoxedTensor is only an address; it does not compute {func}")
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [_chunk(box) for box in self._boxes]
+
+    def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
+        properties = TensorProperties(dtype=torch.float32)
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, torch.Size(box.offset)),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk=_chunk(box), properties=properties, size=self.size()),
+            )
+            for box in self._boxes
+        ]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
+        return next(box.tensor for box in self._boxes if torch.Size(box.offset) == index.offset)
+
+
+def _chunk(box: Box) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(offsets=torch.Size(box.offset), sizes=box.tensor.shape)

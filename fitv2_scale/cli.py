@@ -1,0 +1,260 @@
+"""The command line: parse, call, print. Every report takes --json; a user's error is one sentence and exit code 2."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from data_sharding.errors import UserError
+
+# Heavy imports (torch) stand inside the commands that need them: `fitv2 --help` answers at once.
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        return args.command(args)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":  # raised alike on all ranks, said once
+            print(f"fitv2: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader, a pager perhaps, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fitv2", description="Train FiTv2 on images of any resolution, at any scale.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    shard = commands.add_parser("shard", help="write, inspect and verify datasets").add_subparsers(required=True)
+    write = _command(shard, "write", _shard_write, "encode a tree of class folders to latent shards")
+    write.add_argument("src", metavar="SRC", help="folder with one folder of images per class")
+    write.add_argument("dst", metavar="DST", help="folder of the dataset to write")
+    write.add_argument("--codec", default="dct", help="dct: weight-free block DCT (default)")
+    write.add_argument("--max-tokens", type=int, default=256, help="most tokens an image may have (default 256)")
+    write.add_argument("--holdout", type=float, default=0.0, help="share of images set aside at DST/holdout")
+    write.add_argument("--workers", type=int, help="processes (default: all cores)")
+    inspect = _command(shard, "inspect", _shard_inspect, "say what a dataset holds")
+    inspect.add_argument("url", metavar="URL")
+    inspect.add_argument("--picture", metavar="FILE", help="also draw the histogram of lengths to FILE.png")
+    verify = _command(shard, "verify", _shard_verify, "check every frame of a dataset against its digest")
+    verify.add_argument("url", metavar="URL")
+
+    plan = _command(commands, "plan", _plan, "say what a run will need before it is started")
+    _config_arguments(plan)
+    plan.add_argument("--nodes", type=int, default=1)
+    plan.add_argument("--gpus-per-node", type=int, default=1)
+
+    train = commands.add_parser("train", help="train in the processes this is started in (plain or torchrun)")
+    train.set_defaults(command=_train)
+    _config_arguments(train)
+    train.add_argument("--fork-from", metavar="RUN@STEP", help="begin a new run at another one's commit")
+
+    status = _command(commands, "status", _status, "attempts and commits of a run")
+    status.add_argument("run", metavar="RUN")
+
+    checkpoint = commands.add_parser("checkpoint", help="list, verify, import and export").add_subparsers(required=True)
+    listing = _command(checkpoint, "list", _checkpoint_list, "the commits of a run")
+    listing.add_argument("run", metavar="RUN")
+    check = _command(checkpoint, "verify", _checkpoint_verify, "check every file of every commit against its digest")
+    check.add_argument("run", metavar="RUN")
+    importing = _command(checkpoint, "import", _checkpoint_import, "make a run from public weights")
+    importing.add_argument("file", metavar="FILE", help=".safetensors or .bin, float32")
+    importing.add_argument("run", metavar="RUN", help="folder of the run to make")
+    importing.add_argument("--config", required=True, help="config with the weights' model")
+    export = _command(checkpoint, "export", _checkpoint_export, "write a commit's weights under their public names")
+    export.add_argument("run", metavar="RUN")
+    export.add_argument("file", metavar="FILE.safetensors")
+    export.add_argument("--ema", action="store_true", help="the averaged weights instead of the raw ones")
+    export.add_argument("--step", type=int, help="of this commit instead of the newest")
+
+    track = commands.add_parser("track", help="MLflow").add_subparsers(required=True)
+    sync = _command(track, "sync", _track_sync, "publish a run's journal to MLflow, from anywhere")
+    sync.add_argument("run", metavar="RUN")
+    sync.add_argument("--uri", help="tracking URI (default: the one in the run's config)")
+
+    sample = _command(commands, "sample", _sample, "make pictures from a run's EMA weights")
+    sample.add_argument("run", metavar="RUN")
+    sample.add_argument("--size", action="append", metavar="HxW", help="pixels, multiples of 16; may be repeated")
+    sample.add_argument("--columns", type=int, default=8, help="classes shown, spread evenly (default 8)")
+    sample.add_argument("--cfg", type=float, default=1.5, help="guidance scale (default 1.5)")
+    sample.add_argument("--steps", type=int, default=50, help="Euler steps (default 50)")
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--out", default="samples.png", metavar="FILE")
+
+    show = commands.add_parser("config", help="the resolved config").add_subparsers(required=True)
+    shown = _command(show, "show", _config_show, "every key with its value and what it means")
+    _config_arguments(shown)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Callable, text: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.set_defaults(command=run)
+    return parser
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, as in configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as in train.steps=1000")
+
+
+def _print(args: argparse.Namespace, report: Any, text: str) -> None:
+    print(json.dumps(report, indent=2) if args.json else text)
+
+
+def _shard_write(args: argparse.Namespace) -> int:
+    from data_sharding.write import write_dataset
+
+    report = write_dataset(args.src, args.dst, args.codec, args.max_tokens, args.holdout, args.workers)
+    held_out = f", {report.held_out} of them held out" if report.held_out else ""
+    _print(
+        args,
+        asdict(report),
+        f"{report.url}: {report.images + report.held_out} images in {report.shards} shards{held_out}, "
+        f"{report.bytes / 1e6:.1f} MB",
+    )
+    if report.skipped:
+        raise UserError(
+            f"{report.skipped} of the images could not be read and were left out, the rest is written: "
+            f"{report.url}/skipped.json names them"
+        )
+    return 0
+
+
+def _shard_inspect(args: argparse.Namespace) -> int:
+    from data_sharding import inspect
+
+    figures = inspect.inspect(args.url)
+    if args.picture:
+        inspect.save_picture(figures, args.picture)
+    _print(args, figures, inspect.to_text(figures))
+    return 0
+
+
+def _shard_verify(args: argparse.Namespace) -> int:
+    from data_sharding.verify import verify
+
+    report = verify(args.url)
+    rate = f"{report.bytes / 1e6:.1f} MB at {report.bytes / 1e6 / report.seconds:.0f} MB/s"
+    good = f"{args.url}: all is well, {rate}"
+    _print(args, asdict(report), "\n".join(report.problems) or good)
+    if report.problems:
+        raise UserError(
+            f"{args.url}: {len(report.problems)} problems found; restore the files named or write them anew"
+        )
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from fitv2_scale.config import load_config
+    from fitv2_scale.forecast import forecast, to_text
+
+    report = forecast(load_config(args.config, args.overrides), args.nodes * args.gpus_per_node)
+    _print(args, report, to_text(report))
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    from fitv2_scale.config import load_config
+    from fitv2_scale.train import train
+
+    return train(load_config(args.config, args.overrides), args.fork_from)
+
+
+def _status(args: argparse.Namespace) -> int:
+    from fitv2_scale.run import Run, status
+
+    report = status(Run.open(args.run))
+    last = report["last_commit"]
+    lines = [f"{report['id']}: " + (f"last commit at step {last['step']}, {last['time']}" if last else "no commit yet")]
+    lines += [
+        f"  attempt {a['attempt']}: started {a['started']}, {a['why']}"
+        + (f" (exit code {a['code']})" if a["code"] is not None else "")
+        for a in report["attempts"]
+    ]
+    _print(args, report, "\n".join(lines))
+    return 0
+
+
+def _checkpoint_list(args: argparse.Namespace) -> int:
+    from fitv2_scale.run import Run
+
+    commits = Run.open(args.run).log.commits()
+    report = [
+        {"step": e.fields["step"], "time": e.time, "attempt": e.attempt, "path": e.fields["path"]} for e in commits
+    ]
+    _print(args, report, "\n".join(f"step {c['step']:>8}  {c['time']}  {c['path']}" for c in report) or "no commit yet")
+    return 0
+
+
+def _checkpoint_verify(args: argparse.Namespace) -> int:
+    from fitv2_scale.checkpoint.checkpointer import verify_commit
+    from fitv2_scale.run import Run
+
+    run = Run.open(args.run)
+    report = [{"step": entry.fields["step"], "problems": verify_commit(run, entry)} for entry in run.log.commits()]
+    _print(args, report, "\n".join(f"step {c['step']:>8}  {'; '.join(c['problems']) or 'whole'}" for c in report))
+    if bad := [str(c["step"]) for c in report if c["problems"]]:
+        raise UserError(f"{args.run}: the commits at step {', '.join(bad)} are not whole; training passes over them")
+    return 0
+
+
+def _checkpoint_import(args: argparse.Namespace) -> int:
+    from fitv2_scale.checkpoint.weights import import_weights
+    from fitv2_scale.config import load_config
+
+    run = import_weights(args.file, args.run, load_config(args.config))
+    _print(args, {"run": run.url, "step": 0}, f"{run.url}: holds {args.file} as its commit at step 0")
+    return 0
+
+
+def _checkpoint_export(args: argparse.Namespace) -> int:
+    from fitv2_scale.checkpoint.weights import export_weights
+
+    step = export_weights(args.run, args.file, args.ema, args.step)
+    kind = "EMA weights" if args.ema else "weights"
+    _print(args, {"file": args.file, "step": step, "ema": args.ema}, f"{args.file}: the {kind} of step {step}")
+    return 0
+
+
+def _track_sync(args: argparse.Namespace) -> int:
+    from fitv2_scale.run import Run
+    from fitv2_scale.tracking.uploader import sync
+
+    tracking = Run.open(args.run).config["tracking"]
+    report = sync(args.run, args.uri or tracking["uri"], tracking["experiment"])
+    _print(
+        args,
+        report,
+        f"{args.run}: {report['metrics']} metrics and {report['pictures']} pictures sent to {report['uri']}",
+    )
+    return 0
+
+
+def _sample(args: argparse.Namespace) -> int:
+    from fitv2_scale.evaluate.from_run import sample_run
+
+    sizes = args.size or ["256x256"]
+    step = sample_run(args.run, args.out, sizes, args.columns, args.cfg, args.steps, args.seed)
+    _print(args, {"file": args.out, "step": step}, f"{args.out}: pictures from the EMA weights of step {step}")
+    return 0
+
+
+def _config_show(args: argparse.Namespace) -> int:
+    from fitv2_scale.config import explain, load_config
+
+    keys = list(explain(load_config(args.config, args.overrides)))
+    width = max(len(f"{key} = {value}") for key, value, _ in keys if len(str(value)) < 30)
+    report = {key: {"value": value, "meaning": meaning} for key, value, meaning in keys}
+    _print(args, report, "\n".join(f"{f'{key} = {value}':<{width}}  # {meaning}" for key, value, meaning in keys))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

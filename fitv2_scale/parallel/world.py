@@ -1,0 +1,75 @@
+"""The processes of an attempt: who they are and how they talk. Started plainly, by torchrun, or by any launcher that
+sets torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT)."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    device: torch.device
+    cpu_group: dist.ProcessGroup  # gloo, apart from the group of gradients: agreement and accounting
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of a small CPU tensor over the ranks (int64 wraps modulo 2**64)."""
+        dist.all_reduce(values, group=self.cpu_group)
+        return values
+
+    def on_first(self, act: Callable[[], Any]) -> Any:
+        """What ``act`` returns on rank 0, on all ranks; what it raises there is raised on all, so that none waits."""
+        outcome: Any = None
+        if self.is_first:
+            try:
+                outcome = (act(), None)
+            except Exception as error:
+                outcome = (None, error)
+        result, error = self.share(outcome)
+        if error is not None:
+            raise error
+        return result
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value, on all ranks."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.cpu_group)
+        return box[0]
+
+    def gather(self, value: Any) -> list:
+        """Every rank's value, on all ranks, by rank."""
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self.cpu_group)
+        return values
+
+
+@contextmanager
+def join() -> Iterator[World]:
+    """Joins the process group, a group of one if started plainly, and leaves it at the end."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if "RANK" not in os.environ else {}
+    dist.init_process_group(backend, timeout=_TIMEOUT, **alone)
+    try:
+        yield World(rank, size, device, dist.new_group(backend="gloo", timeout=_TIMEOUT))
+    finally:
+        dist.destroy_process_group()

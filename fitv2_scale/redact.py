@@ -1,0 +1,50 @@
+"""Secrets leave before anything is written: configs, provenance, reasons and log lines pass through ``redact``."""
+
+import re
+from typing import Any
+
+HIDDEN = "[redacted]"
+
+# Whole words, so that the settings of a model (`tokens`, `max_tokens`, `qk_norm`, `keyed`) stay readable.
+_SECRET_WORDS = {"token", "secret", "secrets", "password", "passwd", "passphrase", "key", "apikey", "accesskey"} | {
+    "credential",
+    "credentials",
+    "authorization",
+    "signature",
+}
+_NUMBER_MAY_BE_SECRET = {"password", "passwd", "passphrase", "secret"}  # `key: 3` is a setting, `password: 1234` is not
+_CAMEL_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+_USER_INFO = re.compile(r"(?<=://)[^/\s?#]+@")
+_ASSIGNMENT = re.compile(r"([A-Za-z_][\w.\-]*)=([^\s&]+)")
+
+
+def redact(value: Any) -> Any:
+    """A copy of a JSON-like ``value`` (dicts, lists, tuples, scalars) with everything that looks like a secret hidden.
+
+    Hidden are: the value under a key one of whose words is token, secret, password, key and the like; the user part of
+    a URL (``https://me:pw@host`` becomes ``https://[redacted]@host``); ``name=value`` inside a string, and the item
+    after ``--name`` in a list (a command line), when the name is such a word.
+
+    >>> redact({"api_key": "s3cr3t", "max_tokens": 256, "uri": "https://me:pw@host/x"})
+    {'api_key': '[redacted]', 'max_tokens': 256, 'uri': 'https://[redacted]@host/x'}
+    """
+    if isinstance(value, dict):
+        return {k: HIDDEN if _is_secret(str(k), v) else redact(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [
+            HIDDEN if before.startswith("--") and isinstance(item, str) and _is_secret(before, item) else redact(item)
+            for before, item in zip(["", *map(str, value)], value, strict=False)
+        ]
+    if isinstance(value, str):
+        value = _USER_INFO.sub(HIDDEN + "@", value)
+        return _ASSIGNMENT.sub(lambda m: f"{m[1]}={HIDDEN}" if _is_secret(m[1], m[2]) else m[0], value)
+    return value
+
+
+def _is_secret(name: str, value: Any) -> bool:
+    words = set(re.split(r"[^a-z0-9]+", _CAMEL_HUMP.sub("_", name).lower()))
+    if value is None or isinstance(value, bool | dict):
+        return False  # nothing to hide; a dict is looked into key by key
+    if isinstance(value, int | float):
+        return bool(words & _NUMBER_MAY_BE_SECRET)
+    return bool(words & _SECRET_WORDS)

@@ -1,0 +1,281 @@
+"""What a RUN is: a folder that says what is trained, a log that says what counts, and one folder per attempt.
+
+    run.json              what the run is; written once (see ``Run``)
+    log/00000001 …        who trains and what is committed (see ``run_log``)
+    attempts/<n>/         start.json, end.json (see ``Attempt``), journal/ (see ``tracking.journal``)
+    tracking/             what the uploader keeps (see ``tracking.uploader``)
+
+The config has two halves. *Science* decides what is learned; it is hashed, and a run keeps it for life. *Operations*
+(layout, logging, storage) may differ from attempt to attempt.
+"""
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from data_sharding.errors import DataError, UserError
+from fitv2_scale.redact import redact
+from fitv2_scale.run_log import Entry, RunLog, newest_attempt, now
+from fitv2_scale.store import Store
+
+_IDENTITY = "run.json"
+_PACKAGES = ("torch", "numpy", "safetensors", "fitv2-scale")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run. The identity, a sample of run.json:
+
+    {"id": "demo-5f1c09ab", "created": "2025-06-01T12:00:00.000000+00:00", "config": {…}, "science": {…},
+     "science_hash": "0c9d…", "plan_hash": "77e1…", "parent": {"run": "/runs/first", "step": 1000} or null}
+
+    ``config`` (as resolved when the run was made) and ``science`` are free of secrets; ``science_hash`` is the sha256
+    of the latter as canonical JSON; ``plan_hash`` says which data, in which order (null for imported weights, whose
+    commits then say); ``parent`` is where a fork left.
+    """
+
+    id: str
+    created: str  # ISO 8601, UTC
+    config: dict[str, Any]
+    science: dict[str, Any]
+    science_hash: str
+    plan_hash: str | None
+    parent: dict[str, Any] | None
+    store: Store = field(compare=False, repr=False)
+    log: RunLog = field(compare=False, repr=False)
+
+    @staticmethod
+    def open_or_create(
+        url: str,
+        config: dict[str, Any],
+        science: dict[str, Any],
+        plan_hash: str | None,
+        parent: dict[str, Any] | None = None,
+    ) -> "Run":
+        """Makes the run at ``url``, or continues the one that is there.
+
+        Raises UserError, with every difference shown, if that one has other science, other data or another parent. A
+        continuation may leave ``parent`` out.
+        """
+        store = Store(url)
+        science = redact(science)  # before it is hashed: a changed password is no change of science
+        new = {
+            "id": f"{re.sub(r'[^A-Za-z0-9_.-]', '_', Path(store.url).name)}-{secrets.token_hex(4)}",
+            "created": now(),
+            "config": redact(config),
+            "science": science,
+            "science_hash": science_hash(science),
+            "plan_hash": plan_hash,
+            "parent": redact(parent),
+        }
+        if not store.exists(_IDENTITY):
+            with suppress(FileExistsError):  # if another process was first, what it made is checked below
+                store.create(_IDENTITY, _json(new))
+        run = Run.open(url)
+        changes = differences(run.science, json.loads(_json(science)))
+        if run.science_hash != new["science_hash"] and not changes:
+            raise DataError(f"{store.path(_IDENTITY)} was edited: its science does not match its hash; restore it.")
+        if None not in (run.plan_hash, plan_hash) and run.plan_hash != plan_hash:
+            changes.append(f"plan_hash: {run.plan_hash} -> {plan_hash}")
+        if parent is not None and run.parent != new["parent"]:
+            changes.append(f"parent: {json.dumps(run.parent)} -> {json.dumps(new['parent'])}")
+        if changes:
+            raise UserError(
+                f"{store.url} is a run of something else ({'; '.join(changes)}); "
+                "give a new run folder, or branch off with --fork-from RUN@STEP."
+            )
+        return run
+
+    @staticmethod
+    def open(url: str) -> "Run":
+        """The run at ``url``, for commands that report on it. Raises UserError if there is none."""
+        store = Store(url)
+        try:
+            record = json.loads(store.read(_IDENTITY))
+        except FileNotFoundError:
+            raise UserError(f"{store.url} is not a run (it has no {_IDENTITY}); check the path.") from None
+        except ValueError as error:
+            raise DataError(f"{store.path(_IDENTITY)} is damaged ({error}); restore it from a backup.") from error
+        try:
+            return Run(**record, store=store, log=RunLog(store))
+        except TypeError as error:
+            raise DataError(f"{store.path(_IDENTITY)} is not what this version writes ({error}).") from error
+
+    @property
+    def url(self) -> str:
+        return self.store.url
+
+    def claim(self, provenance: dict[str, Any]) -> "Attempt":
+        """Begins an attempt, which makes every older one stale, and writes its start.json."""
+        entry = self.log.claim()
+        attempt = Attempt(entry.attempt, self)
+        start = {"attempt": entry.attempt, "time": entry.time, **redact(provenance)}
+        self.store.put(f"{attempt.path}/start.json", _json(start))
+        return attempt
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One stretch of training by one set of processes. Samples of what it writes to attempts/<number>/:
+
+    start.json  {"attempt": 2, "time": "2025-06-01T12:00:00.000000+00:00", "hostname": "n17", "packages": {…}, …}
+    end.json    {"attempt": 2, "time": "2025-06-01T13:00:00.000000+00:00", "code": 75, "reason": "SIGUSR1"}
+    """
+
+    number: int
+    run: Run = field(repr=False)
+
+    @property
+    def path(self) -> str:
+        """Its folder, relative to the run."""
+        return f"attempts/{self.number}"
+
+    @property
+    def folder(self) -> Path:
+        """Its folder on local disk, for journals and logs."""
+        return Path(self.run.store.path(self.path))
+
+    def commit(self, step: int, path: str, manifest_digest: str) -> Entry:
+        """Makes the checkpoint count. Call after its files, its manifest and ``Journal.seal``.
+
+        Raises StaleAttempt, with nothing written, if a newer attempt has claimed the run.
+        """
+        return self.run.log.commit(self.number, step, path, manifest_digest)
+
+    def retire(self, entry: int) -> Entry:
+        """Withdraws the COMMIT with log number ``entry``, so that its data may go. Raises as ``commit`` does."""
+        return self.run.log.retire(self.number, entry)
+
+    def end(self, code: int, reason: str) -> None:
+        """Records why the attempt ended. ``code`` is the exit code of `train`: 0, 2, 75, 93, or another for a bug."""
+        end = {"attempt": self.number, "time": now(), "code": code, "reason": redact(reason)}
+        self.run.store.put(f"{self.path}/end.json", _json(end))
+
+    def ended(self) -> dict[str, Any] | None:
+        """end.json, or None if the attempt was killed or still runs."""
+        return _read_json(self.run.store, f"{self.path}/end.json")
+
+
+def status(run: Run) -> dict[str, Any]:
+    """What `fitv2 status` shows, ready for JSON. A sample:
+
+    {"id": …, "url": …, "created": …, "science_hash": …, "plan_hash": …, "parent": null, "stop_requested": false,
+     "last_commit": {"step": 200, "time": …, "attempt": 1, "path": "steps/200"} or null,
+     "attempts": [{"attempt": 1, "started": …, "ended": … or null, "code": 75 or null, "why": "SIGUSR1",
+                   "last_step": 200 or null}]}
+
+    ``last_step`` is the highest step an attempt committed, retired or not.
+    """
+    entries, commits = run.log.entries(), run.log.commits()
+    attempts = []
+    for claim in (e for e in entries if e.kind == "CLAIM"):
+        end = Attempt(claim.attempt, run).ended() or {}
+        steps = [e.fields["step"] for e in entries if e.kind == "COMMIT" and e.attempt == claim.attempt]
+        attempts.append(
+            {
+                "attempt": claim.attempt,
+                "started": claim.time,
+                "ended": end.get("time"),
+                "code": end.get("code"),
+                "why": end.get("reason", _why_no_end(claim, entries)),
+                "last_step": max(steps, default=None),
+            }
+        )
+    last_commit = None
+    if commits:
+        last = commits[-1]
+        last_commit = {
+            "step": last.fields["step"],
+            "time": last.time,
+            "attempt": last.attempt,
+            "path": last.fields["path"],
+        }
+    return {
+        **{key: getattr(run, key) for key in ("id", "url", "created", "science_hash", "plan_hash", "parent")},
+        "stop_requested": run.log.stop_requested(),
+        "last_commit": last_commit,
+        "attempts": attempts,
+    }
+
+
+def _why_no_end(claim: Entry, entries: list[Entry]) -> str:
+    return "killed or still running" if claim.attempt == newest_attempt(entries) else "killed"
+
+
+def science_hash(science: dict[str, Any]) -> str:
+    """sha256, in hex, of ``science`` as canonical JSON: sorted keys, no spaces, no NaN."""
+    text = json.dumps(science, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one with dotted keys; lists and empty dicts are leaves. {"a": {"b": 1}} -> {"a.b": 1}"""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Each dotted key at which two configs differ, as "key: old -> new", sorted."""
+    a, b = ({k: json.dumps(v, sort_keys=True) for k, v in flatten(tree).items()} for tree in (old, new))
+    return [f"{k}: {a.get(k, '(absent)')} -> {b.get(k, '(absent)')}" for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
+
+
+def provenance() -> dict[str, Any]:
+    """What this process is made of: interpreter, packages, host, command line, code version, GPUs. Secrets hidden."""
+    import torch  # only here: a report command needs no torch
+
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return redact(
+        {
+            "python": sys.version.split()[0],
+            "packages": {name: _version(name) for name in _PACKAGES},
+            "cuda": torch.version.cuda,
+            "hostname": socket.gethostname(),
+            "pid": os.getpid(),
+            "argv": sys.argv,
+            "git": _git_state(),
+            "gpus": [{"name": gpu.name, "uuid": str(gpu.uuid)} for gpu in gpus],
+        }
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_state() -> str | None:
+    """The commit of this source tree, with "-dirty" behind it if tracked files were changed; None if it has none."""
+    here = Path(__file__)
+    tracked = ["git", "-C", str(here.parent), "ls-files", "--error-unmatch", here.name]  # not the tree around a venv
+    describe = ["git", "-C", str(here.parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        subprocess.run(tracked, check=True, capture_output=True, timeout=10)
+        return subprocess.run(describe, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _json(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, indent=1).encode()
+
+
+def _read_json(store: Store, path: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(store.read(path))
+    except FileNotFoundError:
+        return None

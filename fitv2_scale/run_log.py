@@ -1,0 +1,168 @@
+"""The log of a RUN: one sequence of numbered entries that decides who trains and what is committed.
+
+An entry is one object ``log/<8-digit number>``, written once by conditional create and never changed:
+
+    {"n":1,"kind":"CLAIM","attempt":1,"nonce":"9f0c…","time":"2025-06-01T12:00:00.000000+00:00"}
+    {"n":2,"kind":"COMMIT","attempt":1,"nonce":"41d7…","time":"…","step":100,"path":"steps/100","manifest":"sha256:…"}
+    {"n":3,"kind":"CLAIM","attempt":2,"nonce":"c011…","time":"…"}
+    {"n":4,"kind":"RETIRE","attempt":2,"nonce":"77ab…","time":"…","entry":2}
+    {"n":5,"kind":"STOP","attempt":2,"nonce":"e2d9…","time":"…"}
+
+* CLAIM begins an attempt; its number is one more than any claimed before, so numbers are unique.
+* COMMIT makes a checkpoint count. Its data and manifest are durable before the entry is written.
+* RETIRE withdraws the COMMIT numbered ``entry``. Only then may the data be deleted.
+* STOP, written from outside, ends the attempt that runs and the chain of jobs behind it. It is in force while no CLAIM
+  follows it: a launcher asks ``stop_requested`` before it starts a successor, and a person who starts `train` by hand
+  thereby takes the STOP back.
+
+Why an old attempt cannot commit: an append goes to the first free number, after every entry before it was read. Whoever
+finds a newer CLAIM among those stops; and if one lands in between, the number is taken and the append looks again.
+"""
+
+import json
+import secrets
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from data_sharding.errors import DataError
+from fitv2_scale.store import Store
+
+_REQUIRED = {"CLAIM": (), "COMMIT": ("step", "path", "manifest"), "RETIRE": ("entry",), "STOP": ()}
+
+
+class StaleAttempt(Exception):
+    """A newer attempt has claimed the run: this one must stop and write nothing more."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One log entry. ``attempt`` is who wrote it; for a STOP, the newest attempt at that time (0: none yet)."""
+
+    n: int
+    kind: str
+    attempt: int
+    nonce: str
+    time: str  # ISO 8601, UTC
+    fields: dict[str, Any]  # the kind's own
+
+
+def now() -> str:
+    """This moment as ISO 8601 in UTC, always with microseconds, so that times sort as text."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+class RunLog:
+    """Reads and extends the log in ``store``. Safe to share between threads.
+
+    The store is never asked for a listing, which may lag: the end is found by reading forward to the first missing
+    number. Entries never change, so each is read once.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._seen: list[Entry] = []
+        self._lock = threading.Lock()
+
+    def entries(self) -> list[Entry]:
+        """All entries as of now, oldest first. Raises DataError if one is not what this module writes."""
+        with self._lock:
+            while (entry := self._read(len(self._seen) + 1)) is not None:
+                self._seen.append(entry)
+            return list(self._seen)
+
+    def claim(self) -> Entry:
+        """Begins an attempt. A claim that meets another on its number becomes the newer attempt."""
+        return self._append("CLAIM", lambda before: newest_attempt(before) + 1, {})
+
+    def commit(self, attempt: int, step: int, path: str, manifest: str) -> Entry:
+        """Makes the checkpoint at ``path`` (relative to the run; its manifest has digest ``manifest``) count.
+
+        Raises StaleAttempt, with nothing written, if a newer attempt has claimed the run.
+        """
+        fields = {"step": step, "path": path, "manifest": manifest}
+        return self._append("COMMIT", lambda before: _still_newest(attempt, before), fields)
+
+    def retire(self, attempt: int, entry: int) -> Entry:
+        """Withdraws the COMMIT numbered ``entry``; raises StaleAttempt as ``commit`` does, ValueError if it is none."""
+        if not any(e.n == entry and e.kind == "COMMIT" for e in self.entries()):
+            raise ValueError(f"log entry {entry} is not a COMMIT")
+        return self._append("RETIRE", lambda before: _still_newest(attempt, before), {"entry": entry})
+
+    def stop(self) -> Entry:
+        """Asks the running attempt to save and end, and the chain to end with it. Anyone may call this."""
+        return self._append("STOP", newest_attempt, {})
+
+    def commits(self) -> list[Entry]:
+        """The COMMITs that were not RETIREd, oldest first."""
+        entries = self.entries()
+        retired = {e.fields["entry"] for e in entries if e.kind == "RETIRE"}
+        return [e for e in entries if e.kind == "COMMIT" and e.n not in retired]
+
+    def stop_requested(self) -> bool:
+        """True if a STOP is in force: there is one after the last CLAIM."""
+        last = next((e for e in reversed(self.entries()) if e.kind in ("CLAIM", "STOP")), None)
+        return last is not None and last.kind == "STOP"
+
+    def _append(self, kind: str, writer: Callable[[Sequence[Entry]], int], fields: dict[str, Any]) -> Entry:
+        """Creates the next entry. ``writer`` names its attempt, given every entry before it, or raises StaleAttempt."""
+        nonce = secrets.token_hex(8)
+        while True:
+            before = self.entries()
+            entry = Entry(len(before) + 1, kind, writer(before), nonce, now(), fields)
+            try:
+                self._store.create(_path(entry.n), _encode(entry))
+                return entry
+            except OSError as error:
+                # "Exists" may be our own create, sent again below us because its reply was lost; any other error may
+                # hide a success. Only what stands there now decides.
+                found = self._read(entry.n)
+                if found is not None and found.nonce == nonce:
+                    return found
+                if found is None:
+                    raise error
+
+    def _read(self, n: int) -> Entry | None:
+        try:
+            data = self._store.read(_path(n))
+        except FileNotFoundError:
+            return None
+        try:
+            return _decode(n, data)
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{self._store.path(_path(n))} is not a log entry ({error}); restore it from a backup, "
+                "or begin a new run folder with --fork-from."
+            ) from error
+
+
+def newest_attempt(entries: Sequence[Entry]) -> int:
+    """The number of the newest claimed attempt, 0 if there is none."""
+    return max((e.attempt for e in entries if e.kind == "CLAIM"), default=0)
+
+
+def _still_newest(attempt: int, entries: Sequence[Entry]) -> int:
+    if (newest := newest_attempt(entries)) != attempt:
+        raise StaleAttempt(f"attempt {attempt} was superseded by attempt {newest}; it must stop")
+    return attempt
+
+
+def _path(n: int) -> str:
+    return f"log/{n:08d}"
+
+
+def _encode(entry: Entry) -> bytes:
+    record = asdict(entry)
+    return json.dumps(record | record.pop("fields")).encode()
+
+
+def _decode(n: int, data: bytes) -> Entry:
+    record = json.loads(data)
+    entry = Entry(*(record.pop(key) for key in ("n", "kind", "attempt", "nonce", "time")), fields=record)
+    if entry.n != n or entry.kind not in _REQUIRED or not isinstance(entry.attempt, int):
+        raise ValueError(f"it says n={entry.n!r} kind={entry.kind!r} attempt={entry.attempt!r}")
+    if missing := [key for key in _REQUIRED[entry.kind] if key not in record]:
+        raise ValueError(f"this {entry.kind} has no {missing[0]}")
+    return entry

@@ -1,0 +1,158 @@
+"""What a run measured, as lines on local disk: written by the training thread, read by uploader and reports.
+
+An attempt writes segments attempts/<n>/journal/00000.jsonl, 00001.jsonl, …, one JSON object a line. Times are
+milliseconds since 1970 UTC; steps count optimizer steps since the beginning of the run; pictures are paths relative to
+the run folder. NaN and Infinity are written as such. The first line of an attempt, then samples of the others:
+
+    {"attempt":3,"start_step":100}
+    {"step":120,"time_ms":1732390000123,"metrics":{"loss":0.91,"grad_norm":NaN}}
+    {"step":200,"time_ms":1732390050456,"picture":"samples/00000200.png"}
+
+The canonical curve is what the COMMITs vouch for. Walking the attempts in the order of their claims, each contributes
+the records above the last step committed before it, up to the last step it committed itself, whether or not the COMMIT
+was RETIREd later. So a restart, even from an older checkpoint, leaves one monotone curve without duplicates.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from fitv2_scale.run import Run
+from fitv2_scale.run_log import Entry
+from fitv2_scale.store import fsync_folder
+
+_FLUSH_EVERY_S = 1.0
+_encode = json.JSONEncoder(separators=(",", ":")).encode  # made once: it is half the cost of a record otherwise
+
+
+class Journal:
+    """Appends one attempt's records. For one thread.
+
+    ``folder`` is the attempt's folder on local disk (``Attempt.folder``). What a killed process loses is at most the
+    last second, all of it after the last commit: ``seal`` is called before the COMMIT entry is appended, when every
+    record at or below the committed step has been written.
+    """
+
+    def __init__(self, folder: Path, attempt: int, start_step: int) -> None:
+        self._folder = folder / "journal"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        fsync_folder(folder)
+        self._segment = 0
+        self._file: BinaryIO | None = None
+        self._flushed = time.monotonic()
+        self._write({"attempt": attempt, "start_step": start_step})
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """Records measurements of ``step``, e.g. {"loss": 0.91}. Names are of what MLflow allows: [A-Za-z0-9_./ -]."""
+        numbers = {name: float(value) for name, value in values.items()}
+        self._write({"step": step, "time_ms": time.time_ns() // 1_000_000, "metrics": numbers})
+
+    def picture(self, step: int, path: str) -> None:
+        """Records a picture file, complete on disk, by its ``path`` relative to the run folder."""
+        assert not os.path.isabs(path), f"{path} must be relative to the run folder"
+        self._write({"step": step, "time_ms": time.time_ns() // 1_000_000, "picture": path})
+
+    def seal(self) -> None:
+        """Makes everything so far durable and begins the next segment. Call before each COMMIT and at the end."""
+        if self._file is None:
+            return
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._file = None
+        fsync_folder(self._folder)
+        self._segment += 1
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self._file is None:
+            self._file = open(self._folder / f"{self._segment:05d}.jsonl", "xb")  # noqa: SIM115 - seal closes it
+        self._file.write(_encode(record).encode() + b"\n")
+        if (moment := time.monotonic()) - self._flushed >= _FLUSH_EVERY_S:
+            self._file.flush()
+            self._flushed = moment
+
+
+@dataclass(frozen=True, order=True)
+class Position:
+    """A place in a run's journals: ``offset`` bytes into one segment. Everything before it has been read."""
+
+    attempt: int = 0
+    segment: int = 0
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of the canonical curve; ``metrics`` or ``picture`` is None. ``end`` is the place just after it."""
+
+    step: int
+    time_ms: int
+    metrics: dict[str, float] | None
+    picture: str | None
+    end: Position
+
+
+@dataclass(frozen=True)
+class Span:
+    """The steps ``low < step <= high`` that ``attempt`` contributes. ``growing``: a later COMMIT may extend it."""
+
+    attempt: int
+    low: int
+    high: int
+    growing: bool
+
+
+def spans(entries: Sequence[Entry]) -> list[Span]:
+    """Which attempt vouches for which steps, from the log's entries; in the order of the claims, without overlap."""
+    claims = [e.attempt for e in entries if e.kind == "CLAIM"]
+    found, low = [], -1  # -1: what is recorded at step 0 counts
+    for attempt in claims:
+        steps = [e.fields["step"] for e in entries if e.kind == "COMMIT" and e.attempt == attempt]
+        high = max(steps, default=-1)
+        if high > low:
+            found.append(Span(attempt, low, high, growing=attempt == claims[-1]))
+            low = high
+    return found
+
+
+def read(run: Run, after: Position = Position()) -> Iterator[Record]:  # noqa: B008 - immutable
+    """The canonical curve of ``run`` as of now, from ``after`` on.
+
+    What is read later, after more COMMITs, only continues what was read before: ``Record.end`` of the last one read is
+    the place to go on from. A torn line, left by a killed process, and what follows it in its segment are not read.
+    """
+    for span in spans(run.log.entries()):
+        if span.attempt < after.attempt:
+            continue
+        start = after if span.attempt == after.attempt else Position(span.attempt)
+        for record in _lines(run, start):
+            if record.step > span.high and span.growing:
+                return  # a later COMMIT may cover this line: the next reading must begin at or before it
+            if span.low < record.step <= span.high:
+                yield record
+
+
+def _lines(run: Run, start: Position) -> Iterator[Record]:
+    """Every whole record of one attempt from ``start`` on, committed or not."""
+    for segment in count(start.segment):
+        try:
+            data = run.store.read(f"attempts/{start.attempt}/journal/{segment:05d}.jsonl")
+        except FileNotFoundError:
+            return
+        end = start.offset if segment == start.segment else 0
+        for line in data[end:].splitlines(keepends=True):
+            end += len(line)
+            try:
+                record = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                record = None
+            if record is None:
+                break
+            if "step" in record:
+                position = Position(start.attempt, segment, end)
+                yield Record(record["step"], record["time_ms"], record.get("metrics"), record.get("picture"), position)

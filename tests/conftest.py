@@ -1,0 +1,58 @@
+"""A small real dataset, and the smallest config that trains on it."""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_sharding.write import write_dataset
+from fitv2_scale.config import Config, parse_config
+
+IMAGES, CLASSES = 240, 5
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> str:
+    """240 pictures of 5 classes and many sizes, up to 16 tokens each, in several shards and frames."""
+    root = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for i in range(IMAGES):
+        height, width = rng.integers(32, 120, 2)
+        ramp = np.add.outer(np.arange(height), np.arange(width))[..., None] * rng.uniform(0.2, 2, 3)
+        folder = root / f"class{i % CLASSES}"
+        folder.mkdir(exist_ok=True)
+        Image.fromarray((ramp + rng.integers(0, 40, ramp.shape)).astype(np.uint8)).save(folder / f"{i:03d}.png")
+    url = str(tmp_path_factory.mktemp("data") / "set")
+    write_dataset(str(root), url, max_tokens=16, workers=1, images_per_shard=50, progress=False)
+    return url
+
+
+def make_tiny(dataset: str, folder: Path, name: str = "run", **changes) -> Config:
+    """A config that trains into folder/name, with changes as in ``train__steps=10``."""
+    tree = {
+        "run": str(folder / name),
+        "model": {"depth": 2, "hidden": 32, "heads": 2, "classes": CLASSES},
+        "data": {"url": dataset},
+        "batch": {"images": 12},
+        "optimizer": {"lr": 1e-3, "warmup_steps": 10},
+        "ema": {"decay": 0.9},
+        "train": {"steps": 6, "log_every": 1, "audit": True},
+        "layout": {"precision": "fp32"},
+        "checkpoint": {"every_steps": 5},
+        "tracking": {"uri": "none"},
+    }
+    for dotted, value in changes.items():
+        *parents, leaf = dotted.split("__")
+        section = tree
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[leaf] = value
+    return parse_config(tree, "test")
+
+
+@pytest.fixture
+def tiny(dataset, tmp_path):
+    """``tiny("name", train__steps=10)``: see make_tiny."""
+    return partial(make_tiny, dataset, tmp_path)

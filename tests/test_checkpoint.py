@@ -1,0 +1,244 @@
+"""Checkpoints: any layout reads any other's, damage is found and passed over, and nothing is unpickled."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lineage import commit_bytes
+from ranks import run_ranks
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from data_sharding.errors import UserError
+from fitv2_scale.checkpoint.checkpointer import Checkpointer, verify_commit
+from fitv2_scale.checkpoint.storage import BoxReader
+from fitv2_scale.checkpoint.weights import export_weights, import_weights
+from fitv2_scale.engines import make_engine
+from fitv2_scale.model.counts import logical_shapes
+from fitv2_scale.parallel.mesh import Layout
+from fitv2_scale.parallel.world import join
+from fitv2_scale.run import Run
+from fitv2_scale.train import train
+
+
+def newest(run: str) -> Path:
+    return Path(run, Run.open(run).log.commits()[-1].fields["path"])
+
+
+def logical(run: str) -> dict[str, torch.Tensor]:
+    """All tensors of the newest commit, whole, through the manifest."""
+    opened, folder = Run.open(run), newest(run)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    reader = BoxReader(opened.store, str(folder.relative_to(run)), manifest)
+    return {name: reader.read_tensor(name) for name in manifest["tensors"]}
+
+
+def resave(config, target: str, replicate: int) -> None:
+    """Loads the newest commit of ``config.run`` on these ranks and commits it, untouched, to another run."""
+    with join() as world:
+        source = Run.open(config.run)
+        engine = make_engine(config, Layout.of(world.size, replicate), world)
+        # What a load leaves out would show as these values.
+        for boxed in engine.boxes().values():
+            for box in boxed.boxes:
+                box.tensor.fill_(float("nan"))
+        restored = Checkpointer(source, None, 0, world, 1).restore(engine, source)
+        run = world.on_first(lambda: Run.open_or_create(target, {}, {}, "") and None) or Run.open(target)
+        attempt = run.claim({}) if world.is_first else None
+        Checkpointer(run, attempt, 1, world, 1).save(engine, restored.step, restored.cursor)
+
+
+@pytest.fixture(scope="module")
+def trained(dataset, tmp_path_factory):
+    """A short run on three ranks: odd shapes everywhere (85-wide MLP, 6 label rows)."""
+    from conftest import make_tiny
+
+    config = make_tiny(dataset, tmp_path_factory.mktemp("trained"), "run", train__steps=4)
+    assert run_ranks(3, train, config) == [0, 0, 0]
+    return config
+
+
+def test_the_commit_holds_every_logical_tensor_once(trained):
+    shapes = logical_shapes(trained.model)
+    tensors = logical(trained.run)
+    kinds = ("param", "ema", "exp_avg", "exp_avg_sq")
+    assert {name: tuple(t.shape) for name, t in tensors.items()} == {
+        f"{k}/{n}": s for k in kinds for n, s in shapes.items()
+    }
+    manifest = json.loads((newest(trained.run) / "manifest.json").read_text())
+    for name, tensor in manifest["tensors"].items():
+        covered = np.zeros(tensor["shape"], int)
+        for box in tensor["boxes"]:
+            covered[tuple(slice(o, o + n) for o, n in zip(box["offset"], box["shape"], strict=True))] += 1
+        assert (covered == 1).all(), name
+    assert manifest["scalars"] == {"optimizer_step": 4.0} and manifest["moments"] == sorted(shapes)
+    assert len(json.dumps(manifest["cursor"])) < 1024
+
+
+@pytest.mark.parametrize("size,replicate", [(1, 1), (2, 1), (3, 1), (4, 1), (4, 2), (6, 3)])
+def test_any_layout_reads_it_bit_for_bit(trained, tmp_path, size, replicate):
+    target = str(tmp_path / "target")
+    run_ranks(size, resave, trained, target, replicate)
+    expected, found = logical(trained.run), logical(target)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        assert torch.equal(expected[name], found[name]), name
+
+
+def test_anyone_can_read_the_files(trained):
+    for file in newest(trained.run).glob("*.safetensors"):
+        with safe_open(file, framework="numpy") as opened:
+            keys = list(opened.keys())
+            assert keys and all(np.isfinite(opened.get_tensor(key)).all() for key in keys)
+    suffixes = {p.suffix for p in Path(trained.run, "steps").rglob("*") if p.is_file()}
+    assert suffixes == {".safetensors", ".json"}
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest", "remove manifest", "pickle"])
+def test_a_damaged_commit_is_passed_over(tiny, damage):
+    config = tiny(train__steps=10)
+    assert run_ranks(2, train, config) == [0, 0]
+    undisturbed = commit_bytes(config.run)
+    file = newest(config.run) / ("manifest.json" if "manifest" in damage else "rank-00001.safetensors")
+    data = bytearray(file.read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    elif damage == "truncate":
+        file.write_bytes(data[:-1])
+    elif damage == "manifest":
+        file.write_bytes(data.replace(b'"begin": ', b'"begin":  ', 1))
+    elif damage == "pickle":
+        planted = Path(config.run, "planted")
+        file.write_bytes(pickle.dumps(_Touch(str(planted))))
+    else:
+        file.unlink()
+    assert verify_commit(Run.open(config.run), Run.open(config.run).log.commits()[-1])
+
+    longer = tiny(train__steps=12)
+    assert run_ranks(2, train, longer) == [0, 0]  # from step 5 again
+    record = json.loads(next(Path(config.run, "quarantine").iterdir()).read_text())
+    assert record["path"] == "steps/00000010.0001" and file.name in record["problem"]
+    assert Path(config.run, "steps/00000010.0001").exists()  # nothing was deleted
+    assert not Path(config.run, "planted").exists()
+    whole = tiny("whole", train__steps=12)
+    assert run_ranks(2, train, whole) == [0, 0]
+    assert commit_bytes(config.run) == commit_bytes(whole.run) != undisturbed
+
+
+class _Touch:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mknod, (self.path,)
+
+
+def test_when_no_commit_is_whole_training_stops_with_a_sentence(tiny):
+    config = tiny(train__steps=5)
+    assert run_ranks(2, train, config) == [0, 0]
+    (newest(config.run) / "rank-00000.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no commit is whole: .*step 5.*rank-00000.safetensors is missing"):
+        run_ranks(2, train, tiny(train__steps=8))
+    assert newest(config.run).exists()
+
+
+def test_retention_keeps_the_last(tiny):
+    config = tiny(train__steps=12, checkpoint__every_steps=2, checkpoint__keep_last=2)
+    assert run_ranks(1, train, config) == [0]
+    assert [e.fields["step"] for e in Run.open(config.run).log.commits()] == [10, 12]
+    assert sorted(p.name for p in Path(config.run, "steps").iterdir()) == ["00000010.0001", "00000012.0001"]
+
+
+def test_frozen_tensors_have_no_moments(tiny):
+    config = tiny(trainable=["blocks.*.adaLN_modulation.*"], train__steps=3)
+    assert run_ranks(2, train, config) == [0, 0]
+    tensors = logical(config.run)
+    moments = {n.split("/", 1)[1] for n in tensors if n.startswith("exp_avg/")}
+    assert moments == {n for n in logical_shapes(config.model) if ".adaLN_modulation." in n and n.startswith("blocks")}
+    for name in logical_shapes(config.model):
+        if name not in moments:
+            assert torch.equal(tensors[f"param/{name}"], tensors[f"ema/{name}"])
+    assert run_ranks(1, train, tiny(trainable=["blocks.*.adaLN_modulation.*"], train__steps=5)) == [0]
+
+
+# Public weights
+
+
+def public(config) -> dict[str, torch.Tensor]:
+    torch.manual_seed(7)
+    return {name: torch.randn(shape) for name, shape in logical_shapes(config.model).items()}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_public_weights_go_in_and_out_unchanged(tiny, tmp_path, suffix):
+    config, weights = tiny(), public(tiny())
+    file = str(tmp_path / f"weights{suffix}")
+    save_file(weights, file) if suffix == ".safetensors" else torch.save(weights, file)
+    import_weights(file, config.run, config)
+    for ema in (False, True):
+        out = str(tmp_path / "out.safetensors")
+        assert export_weights(config.run, out, ema=ema) == 0
+        found = load_file(out)
+        assert found.keys() == weights.keys()
+        assert all(found[n].numpy().tobytes() == weights[n].numpy().tobytes() for n in weights)
+
+
+def test_training_goes_on_from_imported_weights(tiny, tmp_path):
+    config, file = tiny(train__steps=3), str(tmp_path / "weights.safetensors")
+    weights = public(config)
+    save_file(weights, file)
+    import_weights(file, config.run, config)
+    assert run_ranks(2, train, config) == [0, 0]
+    found = logical(config.run)
+    for name, value in weights.items():
+        moved = (found[f"param/{name}"] - value).abs().max()
+        assert moved < 3e-3, name  # three warm-up steps at lr <= 3e-4
+    assert Run.open(config.run).log.commits()[-1].fields["step"] == 3
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (
+            lambda w: w.pop("final_layer.linear.bias"),
+            "1 tensors are missing .final_layer.linear.bias. and 0 are left over",
+        ),
+        (lambda w: w.update(extra=torch.zeros(1)), "0 tensors are missing .none. and 1 are left over .extra."),
+        (
+            lambda w: w.update({"x_embedder.proj.bias": torch.zeros(7)}),
+            r"x_embedder.proj.bias is \(7,\), the config wants",
+        ),
+        (lambda w: w.update({"x_embedder.proj.bias": torch.zeros(32).half()}), "only float32"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(tiny, tmp_path, change, message):
+    config, file = tiny(), str(tmp_path / "weights.safetensors")
+    weights = public(config)
+    change(weights)
+    save_file(weights, file)
+    with pytest.raises(UserError, match=message):
+        import_weights(file, config.run, config)
+    assert not Path(config.run).exists()
+
+
+def test_a_malicious_or_damaged_weights_file_is_refused(tiny, tmp_path):
+    config, planted = tiny(), tmp_path / "planted"
+    bad = tmp_path / "bad.bin"
+    torch.save({"x": _Touch(str(planted))}, bad)
+    with pytest.raises(UserError, match="does not load as plain tensors"):
+        import_weights(str(bad), config.run, config)
+    assert not planted.exists()
+    cut = tmp_path / "cut.safetensors"
+    save_file(public(config), cut)
+    cut.write_bytes(cut.read_bytes()[:1000])
+    with pytest.raises(UserError, match="not a whole .safetensors file"):
+        import_weights(str(cut), config.run, config)
+    with pytest.raises(UserError, match="there is no weights file"):
+        import_weights(str(tmp_path / "none.bin"), config.run, config)

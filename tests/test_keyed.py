@@ -1,0 +1,98 @@
+"""Keyed randomness: the right integers on both backends, and nothing that looks unlike chance."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from data_sharding import keyed
+from data_sharding.keyed import Purpose
+from fitv2_scale import keyed as keyed_torch
+
+# Random123's published known answers for philox4x32-10: (counter, key, result).
+KNOWN = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+# The layout of key and counter, frozen: draws 0..3 of (seed, NOISE, epoch 7, id 2**40 + 5), block 9.
+GOLDEN_SEED = 0x0123456789ABCDEF
+GOLDEN = [0xD33FB90A, 0x9ED5F21E, 0x9607C863, 0xC16A65CB]
+
+
+@pytest.mark.parametrize("counter,key,expected", KNOWN)
+def test_philox_gives_the_published_answers(counter, key, expected):
+    assert tuple(int(w) for w in keyed.philox(key, counter)) == expected
+
+
+def test_golden_vector_on_both_backends():
+    numpy = keyed.words(GOLDEN_SEED, Purpose.NOISE, 7, 2**40 + 5, 36 + np.arange(4))
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    assert numpy.tolist() == GOLDEN
+    for device in devices:
+        block = torch.tensor([9], device=device)
+        assert keyed_torch.words(GOLDEN_SEED, Purpose.NOISE, 7, 2**40 + 5, block).cpu()[0].tolist() == GOLDEN
+
+
+@given(
+    st.integers(0, 2**64 - 1),
+    st.sampled_from(Purpose),
+    st.integers(0, keyed.MAX_EPOCH - 1),
+    st.integers(0, keyed.MAX_ID - 1),
+    st.integers(0, 2**20),
+)
+def test_backends_agree(seed, purpose, epoch, sample_id, block):
+    numpy = keyed.words(seed, purpose, epoch, sample_id, 4 * block + np.arange(4))
+    assert keyed_torch.words(seed, purpose, epoch, sample_id, torch.tensor(block)).tolist() == numpy.tolist()
+
+
+def test_each_part_of_the_key_matters():
+    """Seed 1 epoch 2 is not seed 2 epoch 1, nor does any other swap or neighbour give the same stream."""
+    index = np.arange(64)
+    keys = [(1, Purpose.NOISE, 2, 3), (2, Purpose.NOISE, 1, 3), (1, Purpose.NOISE, 3, 2), (1, Purpose.TIMESTEP, 2, 3)]
+    keys += [(1 + 2**32, Purpose.NOISE, 2, 3), (1, Purpose.NOISE, 2, 3 + 2**32)]
+    streams = {tuple(keyed.words(*key, index).tolist()) for key in keys}
+    assert len(streams) == len(keys)
+
+
+@pytest.mark.parametrize("over", ["id", "epoch", "index"])
+def test_uniform_along_every_axis(over):
+    """Chi-square of 2**18 draws in 256 bins, and the correlation of neighbours, for a fixed key: p far from 0."""
+    n = 1 << 18
+    arguments = {"epoch": 3, "ids": 12345, "index": 0} | {"ids" if over == "id" else over: np.arange(n)}
+    u = keyed.uniform(0, Purpose.TIMESTEP, **arguments)
+    counts = np.bincount((u * 256).astype(int), minlength=256)
+    assert stats.chisquare(counts).pvalue > 1e-4
+    assert stats.kstest(u, "uniform").pvalue > 1e-4
+    assert abs(np.corrcoef(u[:-1], u[1:])[0, 1]) < 5 / np.sqrt(n)
+
+
+def test_normals_are_normal_and_pairs_independent():
+    words = keyed_torch.words(0, Purpose.NOISE, 0, 7, torch.arange(1 << 16))
+    z = keyed_torch.normal(words).flatten().numpy()
+    assert stats.kstest(z, "norm").pvalue > 1e-4
+    assert abs(np.corrcoef(z[0::2], z[1::2])[0, 1]) < 5 / np.sqrt(len(z) / 2)
+    assert abs(np.corrcoef(z[0::2] ** 2, z[1::2] ** 2)[0, 1]) < 5 / np.sqrt(len(z) / 2)
+    assert np.isfinite(z).all()
+
+
+def test_extreme_words_give_finite_normals():
+    extreme = torch.tensor([0, 0, 2**32 - 1, 2**32 - 1])
+    assert torch.isfinite(keyed_torch.normal(extreme)).all()
+
+
+def test_a_seed_out_of_range_is_refused():
+    with pytest.raises(ValueError, match="seed must lie in"):
+        keyed.words(2**64, Purpose.NOISE, 0, 0)
+
+
+@given(st.integers(0, 2**32), st.integers(0, 100), st.integers(0, 300))
+def test_keyed_order_is_a_permutation(seed, epoch, n):
+    order = keyed.keyed_order(seed, Purpose.FRAME_ORDER, epoch, np.arange(n))
+    assert sorted(order.tolist()) == list(range(n))

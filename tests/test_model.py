@@ -1,0 +1,255 @@
+"""The network: exact sizes and names, zero at first, and each image blind to its neighbours in the pack."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from data_sharding.deal import Shape
+from data_sharding.packing import lay_out
+from fitv2_scale.batches import packing_to_torch
+from fitv2_scale.config import load_config
+from fitv2_scale.model.attention import padded_sdpa
+from fitv2_scale.model.config import ModelConfig
+from fitv2_scale.model.counts import forward_flops, logical_shapes, parameter_count
+from fitv2_scale.model.fitv2 import FiTv2, Role
+from fitv2_scale.model.init import fill_initial
+from fitv2_scale.model.packing import Packing
+from fitv2_scale.model.rope import rope_table, rotate
+
+TINY = ModelConfig(depth=2, hidden=32, heads=2, classes=5)
+SWITCHES = [{}, {"qk_norm": "l2_scale"}, {"qk_norm": "none"}, {"adaln": "full"}]
+
+
+def build(config: ModelConfig, seed: int = 0, zero: bool = False) -> FiTv2:
+    """The initialised network; unless ``zero``, what starts at zero is drawn too, so that everything matters."""
+    network = FiTv2(config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, p in network.named_parameters():
+            fill_initial(p, name, p.shape, (0,) * p.dim(), seed, config)
+            if not zero and not p.any():
+                p.normal_(std=0.05)
+    return network
+
+
+def pack(sizes: list[tuple[int, int]], tokens: int, images: int, max_seqlen: int) -> Packing:
+    return packing_to_torch(lay_out(sizes, Shape(tokens, images, max_seqlen)))
+
+
+@pytest.mark.parametrize(
+    "name,parameters,tensors",
+    [
+        ("fitv2_b2", 128_149_072, 223),
+        ("fitv2_xl2", 671_045_776, 517),
+        ("fitv2_3b2", 2_971_928_080, 573),
+        ("fitv2_s2", 32_334_640, 223),
+        ("fitv2_l2", 414_888_256, 405),
+    ],
+)
+def test_parameter_counts(name, parameters, tensors):
+    model = load_config(f"configs/{name}.yaml").model
+    assert parameter_count(model) == parameters
+    assert len(logical_shapes(model)) == tensors
+
+
+def test_public_names_and_shapes_of_xl():
+    shapes = logical_shapes(load_config("configs/fitv2_xl2.yaml").model)
+    d, f, r = 1152, 3072, 288
+    expected = {
+        "x_embedder.proj": (d, 16),
+        "t_embedder.mlp.0": (d, 256),
+        "t_embedder.mlp.2": (d, d),
+        "global_adaLN_modulation.1": (6 * d, d),
+        "final_layer.linear": (16, d),
+        "final_layer.adaLN_modulation.1": (2 * d, d),
+    }
+    for i in range(36):
+        expected |= {
+            f"blocks.{i}.attn.qkv": (3 * d, d),
+            f"blocks.{i}.attn.proj": (d, d),
+            f"blocks.{i}.mlp.fc1_g": (f, d),
+            f"blocks.{i}.mlp.fc1_x": (f, d),
+            f"blocks.{i}.mlp.fc2": (d, f),
+            f"blocks.{i}.adaLN_modulation.1": (r, d),
+            f"blocks.{i}.adaLN_modulation.2": (6 * d, r),
+        }
+    tensors = {"y_embedder.embedding_table.weight": (1001, d)}
+    for name, shape in expected.items():
+        tensors |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    assert shapes == tensors
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_first_output_is_exactly_zero(switch):
+    network = build(TINY.model_copy(update=switch), zero=True)
+    packing = pack([(3, 4), (2, 5)], 32, 4, 12)
+    out = network(torch.randn(32, 16), torch.rand(4), torch.tensor([0, 3, 0, 0]), packing)
+    assert torch.equal(out, torch.zeros_like(out))
+
+
+def test_initial_distributions():
+    config = ModelConfig(depth=1, hidden=256, heads=4)
+    values = {n: p.detach() for n, p in build(config, zero=True).named_parameters()}
+    for name in ("attn.qkv", "mlp.fc1_g", "adaLN_modulation.1"):
+        weight = values[f"blocks.0.{name}.weight"]
+        bound = (6 / sum(weight.shape)) ** 0.5
+        assert 0.999 * bound < weight.abs().max() < bound
+        assert weight.std() == pytest.approx(bound / 3**0.5, rel=0.02)
+    for name in ("y_embedder.embedding_table.weight", "t_embedder.mlp.0.weight", "t_embedder.mlp.2.weight"):
+        assert values[name].std() == pytest.approx(0.02, rel=0.02)
+        assert values[name].mean() == pytest.approx(0, abs=1e-3)
+    for name, value in values.items():
+        zero = name.endswith(".bias") or name.split("blocks.0.")[-1] in (
+            "adaLN_modulation.2.weight",
+            "global_adaLN_modulation.1.weight",
+            "final_layer.adaLN_modulation.1.weight",
+            "final_layer.linear.weight",
+        )
+        assert bool(value.any()) != zero, name
+
+
+def test_any_box_of_a_tensor_can_be_drawn_alone():
+    shape, name = (37, 30), "blocks.0.attn.qkv.weight"
+    whole = torch.empty(shape)
+    fill_initial(whole, name, shape, (0, 0), 5, TINY)
+    for rows, columns in ((slice(0, 1), slice(0, 30)), (slice(11, 37), slice(0, 30)), (slice(3, 20), slice(7, 22))):
+        box = torch.empty(whole[rows, columns].shape)
+        fill_initial(box, name, shape, (rows.start, columns.start), 5, TINY)
+        assert torch.equal(box, whole[rows, columns])
+    other = torch.empty(shape)
+    fill_initial(other, "blocks.1.attn.qkv.weight", shape, (0, 0), 5, TINY)
+    assert not torch.equal(other, whole)
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_packed_equals_alone_forward_and_gradient(switch):
+    """An image's output, and the gradient it sends, are those of the image by itself, whatever lies around it."""
+    config = TINY.model_copy(update=switch)
+    sizes = [(3, 4), (1, 7), (4, 4), (2, 3)]
+    torch.manual_seed(0)
+    latents = [torch.randn(h * w, 16) for h, w in sizes]
+    upstream = [torch.randn(h * w, 16) for h, w in sizes]
+    t, label = torch.rand(len(sizes)), torch.tensor([1, 5, 0, 3])
+
+    alone, network = [], build(config)
+    for i, (h, w) in enumerate(sizes):
+        out = network(latents[i], t[i : i + 1], label[i : i + 1], pack([(h, w)], h * w, 1, h * w))
+        out.backward(upstream[i])
+        alone.append(out.detach())
+    expected = {n: p.grad for n, p in network.named_parameters()}
+
+    for order, tokens, slots in (([0, 1, 2, 3], 41, 5), ([2, 0, 3, 1], 64, 9), ([3, 2, 1, 0], 100, 12)):
+        network = build(config)
+        packing = pack([sizes[i] for i in order], tokens, slots, 16)
+        padding = tokens - sum(len(latents[i]) for i in order)
+        x = torch.cat([latents[i] for i in order] + [1e3 * torch.randn(padding, 16)])
+        gradient = torch.cat([upstream[i] for i in order] + [torch.zeros(padding, 16)])
+        empty = slots - len(order)
+        times, labels = torch.cat([t[order], torch.rand(empty)]), F.pad(label[order], (0, empty))
+        out = network(x, times, labels, packing)
+        out.backward(gradient)
+        torch.testing.assert_close(out[: tokens - padding], torch.cat([alone[i] for i in order]), rtol=1e-5, atol=1e-5)
+        for name, p in network.named_parameters():
+            torch.testing.assert_close(p.grad, expected[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_attention_against_a_loop_over_images():
+    """The fallback kernel against plain SDPA image by image, in float64."""
+    torch.manual_seed(0)
+    sizes, tokens = [(3, 4), (5, 2), (1, 1)], 40
+    packing = pack(sizes, tokens, 8, 12)
+    q, k, v = (torch.randn(tokens, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    out = padded_sdpa(q, k, v, packing)
+    cu = packing.cu_seqlens_I1.tolist()
+    loop = torch.cat(
+        [
+            F.scaled_dot_product_attention(*(x[a:b].transpose(0, 1) for x in (q, k, v))).transpose(0, 1)
+            for a, b in zip(cu[:-1], cu[1:], strict=True)
+        ]
+    )
+    torch.testing.assert_close(out, loop)
+    gradient = torch.randn_like(out)
+    for found, expected in zip(
+        torch.autograd.grad(out, (q, k, v), gradient), torch.autograd.grad(loop, (q, k, v), gradient), strict=True
+    ):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("head_dim", [64, 72, 96])
+def test_varlen_kernel_against_the_fallback(head_dim):
+    from fitv2_scale.model.attention import attention
+
+    torch.manual_seed(0)
+    packing = pack([(16, 16), (13, 18), (9, 28)], 1024, 8, 256)
+    packing = Packing(
+        **{
+            n: v.cuda() if isinstance(v, torch.Tensor) else v
+            for n, v in vars(packing).items()
+            if n in Packing.__dataclass_fields__
+        }
+    )
+    inputs = [torch.randn(1024, 4, head_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    gradient = torch.randn(1024, 4, head_dim, device="cuda", dtype=torch.bfloat16)
+    outs = [kernel(*inputs, packing) for kernel in (attention, padded_sdpa)]
+    torch.testing.assert_close(*outs, rtol=2e-2, atol=2e-2)
+    grads = [torch.autograd.grad(out, inputs, gradient) for out in outs]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+def test_rope_rotates_the_first_half_by_the_row():
+    """Against complex exponentials written out; with row 0 the first half of q stays as it is."""
+    positions = torch.tensor([[0, 0], [0, 3], [5, 0], [4, 9]])
+    q = torch.randn(4, 1, 16)
+    cos, sin = rope_table(positions, 16, 10000.0)
+    turned = rotate(q, cos, sin).numpy()
+    frequency = 10000.0 ** (-2 * np.arange(4) / 8)
+    for n, (row, column) in enumerate(positions.tolist()):
+        angle = np.concatenate((row * frequency, column * frequency))
+        pairs = q[n, 0].double().numpy().reshape(8, 2)
+        expected = (pairs[:, 0] + 1j * pairs[:, 1]) * np.exp(1j * angle)
+        np.testing.assert_allclose(turned[n, 0].reshape(8, 2), np.stack((expected.real, expected.imag), -1), atol=1e-6)
+    assert torch.equal(rotate(q, cos, sin)[1, :, :8], q[1, :, :8])
+
+
+def test_rope_golden_angles():
+    """head_dim 96 of 3B/2, token at row 2, column 3: h half first, 24 frequencies an axis."""
+    cos, sin = rope_table(torch.tensor([[2, 3]]), 96, 10000.0)
+    assert cos.shape == (1, 48)
+    angle = torch.atan2(sin, cos)[0]
+    assert angle[0].item() == pytest.approx(2.0) and angle[24].item() == pytest.approx(3.0)
+    assert angle[1].item() == pytest.approx(2 * 10000 ** (-2 / 48)) and angle[47].item() == pytest.approx(
+        3 * 10000 ** (-46 / 48), rel=1e-5
+    )
+
+
+def test_linear_factory_sees_every_role():
+    seen: dict[tuple[int, int], set[Role]] = {}
+
+    def linear(in_features, out_features, role):
+        seen.setdefault((in_features, out_features), set()).add(role)
+        return torch.nn.Linear(in_features, out_features)
+
+    FiTv2(TINY, linear)
+    assert seen[(32, 96)] == {"column"} and seen[(85, 32)] == {"row"} and seen[(32, 85)] == {"column"}
+
+
+@pytest.mark.parametrize("adaln", ["lora", "full"])
+def test_flops_against_torchs_counter(adaln):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = TINY.model_copy(update={"adaln": adaln})
+    network, tokens = build(config), 24
+    # The counter does not know the CPU's flash kernel; the plain one is two matrix products.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        network(torch.randn(tokens, 16), torch.rand(1), torch.tensor([0]), pack([(4, 6)], tokens, 1, tokens))
+    assert counter.get_total_flops() == pytest.approx(forward_flops(config, tokens), rel=0.01)
+
+
+def test_heads_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="multiple of 4"):
+        ModelConfig(depth=1, hidden=30, heads=4)

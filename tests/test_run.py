@@ -1,0 +1,177 @@
+"""What a RUN is: made once, continued with the same science only, one record for each attempt, no secret in it."""
+
+import json
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from data_sharding.errors import DataError, UserError
+from fitv2_scale.redact import redact
+from fitv2_scale.run import Run, differences, flatten, provenance, science_hash, status
+from fitv2_scale.run_log import StaleAttempt
+
+SCIENCE = {"model": {"depth": 4, "dim": 64}, "optim": {"lr": 1e-4}, "data": {"urls": ["a", "b"]}}
+CONFIG = {**SCIENCE, "log": {"every": 10}}
+
+
+def make(folder, science=SCIENCE, config=CONFIG, plan="plan-1", parent=None) -> Run:
+    return Run.open_or_create(str(folder), config, science, plan, parent)
+
+
+def test_a_run_is_made_once_and_continued(tmp_path):
+    first = make(tmp_path / "demo")
+    again = make(tmp_path / "demo", config={**CONFIG, "log": {"every": 99}})
+    assert again == first == Run.open(str(tmp_path / "demo"))
+    assert first.id.startswith("demo-") and first.id != make(tmp_path / "other").id
+    record = json.loads((tmp_path / "demo" / "run.json").read_bytes())
+    assert record["config"] == CONFIG and record["science"] == SCIENCE and record["plan_hash"] == "plan-1"
+    assert record["science_hash"] == science_hash(SCIENCE) and record["parent"] is None
+
+
+def test_other_science_is_refused_with_every_difference(tmp_path):
+    make(tmp_path)
+    science = {"model": {"depth": 4, "dim": 128}, "optim": {}, "data": {"urls": ["a"]}, "seed": 1}
+    with pytest.raises(UserError) as caught:
+        make(tmp_path, science=science, plan="plan-2")
+    said = str(caught.value)
+    for difference in (
+        'data.urls: ["a", "b"] -> ["a"]',
+        "model.dim: 64 -> 128",
+        "optim: (absent) -> {}",
+        "optim.lr: 0.0001 -> (absent)",
+        "seed: (absent) -> 1",
+        "plan_hash: plan-1 -> plan-2",
+        "--fork-from RUN@STEP",
+    ):
+        assert difference in said
+    assert "depth" not in said
+
+
+def test_tuples_and_key_order_are_not_science(tmp_path):
+    make(tmp_path)
+    make(tmp_path, science={"data": {"urls": ("a", "b")}, "optim": {"lr": 1e-4}, "model": {"dim": 64, "depth": 4}})
+
+
+def test_a_changed_password_is_not_science_and_is_stored_nowhere(tmp_path):
+    for password in ("hunter2", "hunter3"):
+        science = {"data": f"https://me:{password}@host/shards"}
+        run = make(tmp_path, science=science, config={**science, "mlflow": {"token": password}})
+    run.claim({"argv": ["fitv2", "--password", "hunter2", "uri=http://me:hunter3@h"]}).end(
+        1, "http://me:hunter2@h failed"
+    )
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert b"hunter" not in written and b"[redacted]" in written
+
+
+def test_a_fork_remembers_its_parent(tmp_path):
+    parent = {"run": "/runs/first", "step": 100}
+    run = make(tmp_path, parent=parent)
+    assert make(tmp_path, parent=parent) == make(tmp_path) == run
+    assert run.parent == parent
+    with pytest.raises(UserError, match=r'parent: .*"step": 100.* -> .*"step": 200'):
+        make(tmp_path, parent={"run": "/runs/first", "step": 200})
+
+
+def test_open_says_what_is_wrong(tmp_path):
+    with pytest.raises(UserError, match="is not a run"):
+        Run.open(str(tmp_path / "nothing"))
+    assert not (tmp_path / "nothing").exists()
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(DataError, match="run.json is damaged"):
+        Run.open(str(tmp_path))
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(DataError, match="not what this version writes"):
+        Run.open(str(tmp_path))
+
+
+def test_racing_makers_agree(tmp_path):
+    begin, runs = threading.Barrier(8), []
+
+    def work() -> None:
+        begin.wait()
+        runs.append(make(tmp_path / "demo"))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(runs) == 8 and len({run.id for run in runs}) == 1
+
+
+def test_attempts_leave_records_and_status_reads_them(tmp_path):
+    run = make(tmp_path, parent={"run": "/runs/first", "step": 0})
+    first = run.claim({"hostname": "n1"})
+    first.commit(10, "steps/10", "sha256:1")
+    bad = first.commit(20, "steps/20", "sha256:2")
+    first.end(75, "SIGUSR1")
+    second = run.claim({})
+    second.retire(bad.n)
+    third = run.claim({})
+    run.log.stop()
+    with pytest.raises(StaleAttempt):
+        second.commit(30, "steps/30", "sha256:3")
+
+    start = json.loads((first.folder / "start.json").read_bytes())
+    assert start == {"attempt": 1, "time": run.log.entries()[0].time, "hostname": "n1"}
+    end = json.loads((tmp_path / "attempts" / "1" / "end.json").read_bytes())
+    assert end == first.ended() and (end["code"], end["reason"]) == (75, "SIGUSR1")
+
+    report = status(Run.open(str(tmp_path)))
+    assert json.loads(json.dumps(report)) == report
+    assert [(a["attempt"], a["code"], a["why"], a["last_step"]) for a in report["attempts"]] == [
+        (1, 75, "SIGUSR1", 20),
+        (2, None, "killed", None),
+        (third.number, None, "killed or still running", None),
+    ]
+    assert report["last_commit"]["step"] == 10 and report["last_commit"]["path"] == "steps/10"
+    assert report["stop_requested"] and report["parent"] == {"run": "/runs/first", "step": 0}
+
+
+def test_status_of_a_run_never_started(tmp_path):
+    report = status(make(tmp_path))
+    assert report["attempts"] == [] and report["last_commit"] is None
+
+
+def test_provenance_says_what_ran():
+    made_of = provenance()
+    assert json.loads(json.dumps(made_of)) == made_of
+    assert made_of["packages"]["numpy"] and made_of["python"].startswith("3.") and made_of["hostname"]
+
+
+def test_reports_need_no_torch():
+    check = "import sys, fitv2_scale.run; assert not {'torch', 'mlflow'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", check], check=True)
+
+
+def test_flatten_and_differences():
+    assert flatten({"a": {"b": 1, "c": {}}, "d": [{"e": 1}]}) == {"a.b": 1, "a.c": {}, "d": [{"e": 1}]}
+    assert differences({"a": {"b": 1}}, {"a": {"b": 1.0}}) == ["a.b: 1 -> 1.0"]
+    assert differences(CONFIG, CONFIG) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "hidden"),
+    [
+        ({"api_key": "x", "AWS_SECRET_ACCESS_KEY": "x", "apiKey": "x"}, dict.fromkeys(
+            ("api_key", "AWS_SECRET_ACCESS_KEY", "apiKey"), "[redacted]")),
+        ({"db": {"password": 1234}}, {"db": {"password": "[redacted]"}}),
+        ({"token": ["x", "y"]}, {"token": "[redacted]"}),
+        ("http://me:p%40ss@host:5000/a", "http://[redacted]@host:5000/a"),
+        ("https://ghp_abc@host/x and s3://bucket/run@100", "https://[redacted]@host/x and s3://bucket/run@100"),
+        (["--token", "x", "run=/r"], ["--token", "[redacted]", "run=/r"]),
+        ("tracking.password=x https://h/?X-Amz-Signature=y&part=1",
+         "tracking.password=[redacted] https://h/?X-Amz-Signature=[redacted]&part=1"),
+    ],
+)  # fmt: skip
+def test_redact_hides_secrets(value, hidden):
+    assert redact(value) == hidden
+
+
+def test_redact_leaves_settings_alone():
+    config = {"max_tokens": "auto", "tokens": 4096, "qk_norm": "layernorm", "keyed": True, "key": 3, "token": None}
+    command = ["fitv2", "train", "model.qk_norm=none", "data.tokens=4096", "--keep", "3"]
+    assert redact(config) == config
+    assert redact(command) == command
