@@ -75,7 +75,8 @@ def sample(
         velocity_TC = network(x_TC, t_I, batch.label_I, packing).float()
         if guided:
             conditional, free = velocity_TC[:half], velocity_TC[half : 2 * half]
-            velocity_TC[:half] = velocity_TC[half : 2 * half] = free + cfg * (conditional - free)
+            both = free + cfg * (conditional - free)
+            velocity_TC = torch.cat((both, both, velocity_TC[2 * half :]))
         x_TC = x_TC + velocity_TC / steps
 
     made, at, x = {}, 0, x_TC.cpu().numpy()
