@@ -33,7 +33,8 @@ Views = Literal["mixed", "resize", "crop"]
 class StepSet:
     """The B images of one step, ordered by (epoch, sample id); every array is (B,)."""
 
-    epoch: np.ndarray  # int64
+    dataset: np.ndarray  # int64, index into Plan.manifests
+    epoch: np.ndarray  # int64, of that dataset
     row: np.ndarray  # int64, row of the manifest
     sample_id: np.ndarray  # int64
     label: np.ndarray  # int64
@@ -71,6 +72,10 @@ class Plan:
         self.window_steps = min(MAX_WINDOW_STEPS, self.samples // images)
         self._frame_order = lru_cache(maxsize=2)(self._compute_frame_order)
         self._window = lru_cache(maxsize=2)(self._compute_window)
+
+    @property
+    def manifests(self) -> tuple[Manifest, ...]:
+        return (self.manifest,)
 
     @property
     def max_seqlen(self) -> int:
@@ -116,9 +121,8 @@ class Plan:
             members = np.flatnonzero(step_of == k)
             members = members[np.lexsort((ids[members], epoch[members]))]
             label = self.manifest.label[row[members]].astype(np.int64)
-            columns = (epoch, row, ids)
-            e, r, i = (c[members] for c in columns)
-            steps.append(StepSet(e, r, i, label, view[members], flip[members], tokens[members]))
+            e, r, i = (c[members] for c in (epoch, row, ids))
+            steps.append(StepSet(np.zeros_like(e), e, r, i, label, view[members], flip[members], tokens[members]))
         return steps
 
     def _step_range(self) -> np.ndarray:

@@ -7,7 +7,7 @@ connections can hang.
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -56,19 +56,22 @@ class StepBatch:
         return int(self.step_lengths.sum())
 
 
+Frame = tuple[int, int]  # (dataset, frame of its manifest)
+
+
 class FrameCache:
     """Decoded frames, least recently used out first, bounded in bytes (at least one frame is kept)."""
 
-    def __init__(self, manifest: Manifest, max_bytes: int):
-        self.manifest, self.max_bytes = manifest, max_bytes
-        self._frames: OrderedDict[int, tuple[int, list[Sample]]] = OrderedDict()
+    def __init__(self, manifests: Sequence[Manifest], max_bytes: int):
+        self.manifests, self.max_bytes = manifests, max_bytes
+        self._frames: OrderedDict[Frame, tuple[int, list[Sample]]] = OrderedDict()
         self._bytes = 0
 
-    def load(self, frames: np.ndarray, pool: ThreadPoolExecutor) -> dict[int, list[Sample]]:
+    def load(self, frames: Iterable[Frame], pool: ThreadPoolExecutor) -> dict[Frame, list[Sample]]:
         """All of ``frames``, the missing ones read in parallel. Raises DataError for a frame that cannot be had."""
-        wanted = frames.tolist()
+        wanted = list(frames)
         missing = [f for f in wanted if f not in self._frames]
-        read = dict(zip(missing, pool.map(lambda f: read_frame(self.manifest, f), missing), strict=True))
+        read = dict(zip(missing, pool.map(lambda f: read_frame(self.manifests[f[0]], f[1]), missing), strict=True))
         held = {f: read[f] if f in read else self._frames[f][1] for f in wanted}
         for f, samples in held.items():
             if f in read:
@@ -86,7 +89,7 @@ class Loader:
     def __init__(self, plan: Plan, cost: Cost, shape: Shape, rank: int, ranks: int, steps: range, cache_bytes: int):
         self.plan, self.cost, self.shape, self.rank, self.ranks = plan, cost, shape, rank, ranks
         self.steps = steps
-        self._cache = FrameCache(plan.manifest, cache_bytes)
+        self._cache = FrameCache(plan.manifests, cache_bytes)
         self._ready: queue.Queue = queue.Queue(maxsize=_AHEAD)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
@@ -127,9 +130,8 @@ class Loader:
         cost = self.cost.of(images.tokens)
         loads = [sum(int(cost[pack].sum()) for pack in packs) for packs in dealt]
         mine = np.concatenate(dealt[self.rank])
-        frame = np.searchsorted(self.plan.manifest.frame_first, images.row, side="right") - 1
-        held = self._cache.load(np.unique(frame[mine]), pool)
-        packs = [self._pack(images, members, frame, held) for members in dealt[self.rank]]
+        samples = self._samples(images, mine, pool)
+        packs = [self._pack(images, members, samples) for members in dealt[self.rank]]
         return StepBatch(
             step=step,
             packs=packs,
@@ -140,11 +142,21 @@ class Loader:
             step_cost_mean=sum(loads) / self.ranks,
         )
 
-    def _pack(self, images: StepSet, members: np.ndarray, frame: np.ndarray, held: dict[int, list[Sample]]) -> Pack:
-        arrays = []  # each (h, w, 16)
+    def _samples(self, images: StepSet, members: np.ndarray, pool: ThreadPoolExecutor) -> dict[int, Sample]:
+        """The stored sample of each member (an index into the step)."""
+        place = {}  # member -> (frame, index in it)
         for i in members.tolist():
-            sample = held[int(frame[i])][int(images.row[i] - self.plan.manifest.frame_first[frame[i]])]
-            arrays.append(sample.views["resize" if images.view[i] == RESIZE else "crop"][images.flip[i]])
+            dataset, row = int(images.dataset[i]), int(images.row[i])
+            first = self.plan.manifests[dataset].frame_first
+            frame = int(np.searchsorted(first, row, side="right")) - 1
+            place[i] = (dataset, frame), row - int(first[frame])
+        held = self._cache.load(sorted({frame for frame, _ in place.values()}), pool)
+        return {i: held[frame][index] for i, (frame, index) in place.items()}
+
+    def _pack(self, images: StepSet, members: np.ndarray, samples: dict[int, Sample]) -> Pack:
+        arrays = [  # each (h, w, 16)
+            samples[i].views["resize" if images.view[i] == RESIZE else "crop"][images.flip[i]] for i in members.tolist()
+        ]
         layout = lay_out([a.shape[:2] for a in arrays], self.shape)
         latents = np.zeros((self.shape.tokens, 16), np.float32)
         if arrays:

@@ -14,17 +14,22 @@ import torch
 from data_sharding.stream import StepBatch
 from fitv2_scale.parallel.world import World
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopSignal:
-    """Notes SIGTERM and SIGUSR1 (which Slurm sends before a time limit) instead of dying of them."""
+    """Notes SIGTERM, SIGUSR1 (which Slurm sends before a time limit) and Ctrl-C instead of dying of them.
+
+    A second Ctrl-C interrupts at once, without saving.
+    """
 
     def __init__(self) -> None:
         self.name: str | None = None
 
     def _note(self, number: int, frame: object) -> None:
         self.name = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     @contextmanager
     def caught(self) -> Iterator["StopSignal"]:

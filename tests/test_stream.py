@@ -71,13 +71,13 @@ def test_resuming_gives_the_same_batches(plan):
 def test_cache_is_bounded_and_spares_reads(plan, monkeypatch):
     reads = []
     monkeypatch.setattr("data_sharding.stream.read_frame", lambda m, f: reads.append(f) or read_frame(m, f))
-    cache = FrameCache(plan.manifest, max_bytes=1 << 30)
+    cache = FrameCache(plan.manifests, max_bytes=1 << 30)
     with ThreadPoolExecutor(2) as pool:
-        cache.load(np.array([0, 1]), pool)
-        cache.load(np.array([1, 0]), pool)
+        cache.load([(0, 0), (0, 1)], pool)
+        cache.load([(0, 1), (0, 0)], pool)
         assert sorted(reads) == [0, 1]
-        small = FrameCache(plan.manifest, max_bytes=1)
-        held = small.load(np.array([0, 1, 2]), pool)
+        small = FrameCache(plan.manifests, max_bytes=1)
+        held = small.load([(0, 0), (0, 1), (0, 2)], pool)
         assert len(held) == 3 and len(small._frames) == 1
 
 
