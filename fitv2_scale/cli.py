@@ -229,11 +229,8 @@ def _track_sync(args: argparse.Namespace) -> int:
 
     tracking = Run.open(args.run).config["tracking"]
     report = sync(args.run, args.uri or tracking["uri"], tracking["experiment"])
-    _print(
-        args,
-        report,
-        f"{args.run}: {report['metrics']} metrics and {report['pictures']} pictures sent to {report['uri']}",
-    )
+    sent = f"{report['metrics']} metrics and {report['pictures']} pictures sent"
+    _print(args, report, f"{args.run}: {sent}, MLflow at {report['uri']} has all that is committed")
     return 0
 
 
