@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -51,9 +52,12 @@ class Checkpointer:
 
     def _commit(self, step: int, folder: str, digest: str) -> None:
         self._attempt.commit(step, folder, digest)
-        for entry in self._run.log.commits()[: -self._keep_last]:
+        for entry in to_retire(self._run.log.commits(), self._quarantined(), self._keep_last):
             self._attempt.retire(entry.n)
             self._run.store.delete_tree(entry.fields["path"])
+
+    def _quarantined(self) -> set[int]:
+        return {int(Path(path).stem) for path in self._run.store.list("quarantine/")}
 
     def restore(self, engine: Engine, run: Run, step: int | None = None) -> Restored | None:
         """Fills ``engine`` from the newest whole commit of ``run`` (or the one at ``step``); None if there is none."""
@@ -84,6 +88,14 @@ class Checkpointer:
     def _quarantine(self, entry: Entry, problem: str) -> None:
         record = {"entry": entry.n, "path": entry.fields["path"], "problem": problem}
         self._run.store.put(f"quarantine/{entry.n:08d}.json", json.dumps(record).encode())
+
+
+def to_retire(commits: list[Entry], quarantined: set[int], keep_last: int) -> list[Entry]:
+    """The commits that are no longer needed: all but the newest ``keep_last`` that are not known to be damaged.
+
+    A damaged one neither counts as kept nor is ever deleted.
+    """
+    return [entry for entry in commits if entry.n not in quarantined][:-keep_last]
 
 
 def commit_folder(step: int, attempt: int) -> str:
