@@ -1,15 +1,25 @@
-"""Codecs: pixels to latents of a quarter of a token's side, and back. The model sees latents only.
+"""Codecs: pixels to latents of an eighth of their side, and back. The model sees latents only.
 
-``dct`` is the embedded default: no weights, no download, quick on a CPU, and its pictures can be looked at.
+``dct`` is the embedded default: no weights, no download, quick on a CPU, and its pictures can be looked at. ``sd-vae``
+is the one that FiT is trained on; it lives in ``vae.py``, which needs torch and is imported only when it is asked for.
 """
 
 from functools import cache
 from hashlib import sha256
-from typing import Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from data_sharding.errors import UserError
+
+Latent = Literal["mean", "sample"]
+
+
+class Draw(NamedTuple):
+    """Names the random numbers of one encoding: an image's ``id``, and which of its pictures (2 * view + flip)."""
+
+    id: int
+    picture: int
 
 
 class Codec(Protocol):
@@ -24,9 +34,18 @@ class Codec(Protocol):
     scale: float
     downsample: int
     channels: int
+    batch_pixels: int  # about how many pixels to encode in one call
 
-    def encode(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 (H, W, 3), sides multiples of 16, to float32 (channels, H/downsample, W/downsample), variance ~1."""
+    @property
+    def record(self) -> dict[str, str | float]:
+        """What the manifest says of it: name, digest, scale, and what else ``codec_of`` wants to know."""
+        ...
+
+    def encode(self, pixels: np.ndarray, draws: list[Draw]) -> np.ndarray:
+        """uint8 (B, H, W, 3), sides multiples of 16, to float32 (B, channels, H/downsample, W/downsample), variance ~1.
+
+        The random numbers of picture b, of a codec that has any, are those of ``draws[b]``.
+        """
         ...
 
     def decode(self, latent: np.ndarray) -> np.ndarray:
@@ -34,11 +53,52 @@ class Codec(Protocol):
         ...
 
 
-def get_codec(name: str) -> Codec:
-    """Raises UserError for a name that is not known."""
-    if name != DctCodec.name:
-        raise UserError(f"there is no codec '{name}': use 'dct'")
-    return DctCodec()
+def get_codec(name: str, vae: str = "", latent: Latent = "mean") -> Codec:
+    """The codec to write with; ``vae`` is the folder of sd-vae's weights, ``latent`` what to keep of its posterior.
+
+    Raises:
+        UserError: there is no such codec, its weights or packages are missing, or it takes no weights.
+    """
+    if name == DctCodec.name:
+        if vae or latent != "mean":
+            raise UserError("the codec dct has neither weights nor a posterior: leave --vae and --latent out")
+        return DctCodec()
+    if name != SD_VAE:
+        raise UserError(f"there is no codec '{name}': use 'dct' or 'sd-vae'")
+    if not vae:
+        raise UserError("the codec sd-vae needs its weights: give --vae FOLDER, a diffusers AutoencoderKL")
+    return _sd_vae(vae, latent)
+
+
+def codec_of(record: dict[str, str | float], vae: str = "") -> Codec:
+    """The codec that decodes a dataset whose header holds ``record``; ``vae`` as for ``get_codec``.
+
+    Raises:
+        UserError: as ``get_codec``, or ``vae`` holds other weights than the dataset was written with.
+    """
+    if record["name"] != SD_VAE:
+        return get_codec(str(record["name"]))
+    if not vae:
+        raise UserError(
+            "pictures of these latents need the VAE that they were made with: set sampling.vae to the folder of its "
+            "diffusers AutoencoderKL"
+        )
+    codec = _sd_vae(vae, "mean")
+    if record.get("vae", codec.weights) != codec.weights:  # the published latents come without a digest
+        raise UserError(
+            f"the dataset was written with the VAE {record['vae']:.16}, and {vae} holds {codec.weights:.16}: give the "
+            "folder of the former"
+        )
+    return codec
+
+
+SD_VAE = "sd-vae"
+
+
+def _sd_vae(folder: str, latent: Latent):
+    from data_sharding.vae import load_vae
+
+    return load_vae(folder, latent)
 
 
 _CELL = 8
@@ -77,27 +137,34 @@ class DctCodec:
     scale = 1.0
     downsample = _CELL
     channels = 4
+    batch_pixels = 1  # one picture at a time stays in the cache
+
+    @property
+    def record(self) -> dict[str, str | float]:
+        return {"name": self.name, "digest": self.digest, "scale": self.scale}
 
     @property
     def digest(self) -> str:
         units = np.array(list(_UNIT.values()))
         return sha256(b"dct 1" + b"".join(a.astype("<f8").tobytes() for a in (_COLOR, _SLOPE, units))).hexdigest()
 
-    def encode(self, pixels: np.ndarray) -> np.ndarray:
-        height, width, _ = pixels.shape
+    def encode(self, pixels: np.ndarray, draws: list[Draw] | None = None) -> np.ndarray:
+        """As in ``Codec``; nothing here is drawn."""
+        count, height, width, _ = pixels.shape
         assert pixels.dtype == np.uint8 and height % 16 == 0 and width % 16 == 0, (pixels.dtype, pixels.shape)
-        color_HWC = pixels.astype(np.float64) @ _COLOR.T
-        y, cb, cr = color_HWC.reshape(height // _CELL, _CELL, width // _CELL, _CELL, 3).transpose(4, 0, 2, 1, 3)
+        color = pixels.astype(np.float64) @ _COLOR.T
+        cells_of = (count, height // _CELL, _CELL, width // _CELL, _CELL, 3)
+        y, cb, cr = color.reshape(cells_of).transpose(5, 0, 1, 3, 2, 4)  # each (B, h, w, 8, 8)
         ones = np.ones(_CELL)
         cells = _CELL * _CELL * _COLOR_ONE
-        latent = np.empty((4, *y.shape[:2]))
-        latent[0] = ((ones @ y @ ones) / cells - 127.5) / _UNIT["y"]
+        latent = np.empty((count, 4, *y.shape[1:3]))
+        latent[:, 0] = ((ones @ y @ ones) / cells - 127.5) / _UNIT["y"]
         # The slope's square sums to half a cell: what is left is its amplitude in levels.
-        latent[1] = (ones @ y @ _SLOPE) / (cells / 2 * _SLOPE_ONE * _UNIT["y_across"])
-        latent[2] = (_SLOPE @ y @ ones) / (cells / 2 * _SLOPE_ONE * _UNIT["y_down"])
+        latent[:, 1] = (ones @ y @ _SLOPE) / (cells / 2 * _SLOPE_ONE * _UNIT["y_across"])
+        latent[:, 2] = (_SLOPE @ y @ ones) / (cells / 2 * _SLOPE_ONE * _UNIT["y_down"])
         for side, name, chroma in ((0, "cb", cb), (1, "cr", cr)):
             total = ones @ chroma @ ones
-            latent[3, :, side::2] = (total[:, 0::2] + total[:, 1::2]) / (2 * cells * _UNIT[name])
+            latent[:, 3, :, side::2] = (total[..., 0::2] + total[..., 1::2]) / (2 * cells * _UNIT[name])
         return latent.astype(np.float32)
 
     def decode(self, latent: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The two kinds of failure that a user is meant to read."""
+"""The kinds of failure that a user is meant to read."""
 
 
 class UserError(Exception):
@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class DataError(UserError):
     """Stored data is missing or does not match its digest. The message names the file and the frame."""
+
+
+class StorageDown(UserError):
+    """The storage cannot be reached: no fault of the data or the user. The message names it and its last answer."""

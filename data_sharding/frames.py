@@ -1,48 +1,119 @@
-"""Reading one frame: fetch (one ranged read), then open (digest, decompress, parse, compare with the manifest).
+"""Reading one frame: fetch (one ranged read, its digest checked), then open (decompress, parse, compare with the
+manifest).
 
-The two halves are apart so that a cache or a prefetcher can stand between them: nothing is used before ``open_frame``
-has checked it, whoever delivered the bytes. Both keep no state, so any number of threads may call them.
+The two halves are apart so that a cache can stand between them: nothing is used before ``open_frame`` has checked it,
+whoever delivered the bytes. Both keep no state, so any number of threads may call them.
 """
 
-import fsspec
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
 import numpy as np
 import xxhash
 
-from data_sharding.errors import DataError
-from data_sharding.manifest import Manifest, digest_words
+from data_sharding.cache import DiskCache
+from data_sharding.errors import DataError, StorageDown, UserError
+from data_sharding.manifest import FILE, Manifest, digest_words
+from data_sharding.patience import Exhausted, Faulty, Patience, patiently
 from data_sharding.shard import Sample, parse_frame
+from data_sharding.storage import read
+
+_PROBE = 10.0  # seconds; whether the storage answers at all
+
+
+class FrameLost(DataError):
+    """A frame that cannot be had: missing, damaged where it is stored, or out of reach until the deadline."""
+
+
+@dataclass(frozen=True)
+class FrameReader:
+    """How this process reads frames: how patiently, and through which cache of its node."""
+
+    patience: Patience = field(default_factory=Patience)
+    cache: DiskCache | None = None
+
+    def read(self, manifest: Manifest, f: int) -> list[Sample]:
+        """Raises as ``fetch_frame`` and ``open_frame``."""
+        if self.cache is None:
+            data = fetch_frame(manifest, f, self.patience)
+        else:
+            data = self.cache.get(
+                frame_digest(manifest, f),
+                check=lambda data: check_frame(manifest, f, data),
+                fetch=lambda: fetch_frame(manifest, f, self.patience),
+                patience=self.patience,
+            )
+        return open_frame(manifest, f, data)
 
 
 def read_frame(manifest: Manifest, f: int) -> list[Sample]:
     """The samples of frame ``f``, in the order of rows ``frame_first[f] .. frame_first[f+1]-1``.
 
-    Raises:
-        DataError: the shard is missing or short, or the frame does not match its digest or the manifest.
+    Raises as ``fetch_frame`` and ``open_frame``.
     """
-    return open_frame(manifest, f, fetch_frame(manifest, f))
+    return FrameReader().read(manifest, f)
 
 
-def fetch_frame(manifest: Manifest, f: int) -> bytes:
-    """The compressed bytes of frame ``f``, unchecked but for the shard's existence."""
+def fetch_frame(manifest: Manifest, f: int, patience: Patience | None = None) -> bytes:
+    """The compressed bytes of frame ``f``, equal to their digest.
+
+    Raises:
+        FrameLost: it cannot be had.
+        StorageDown: nothing can be had, so the frame is not to blame.
+        Abandoned: see Patience.
+    """
     start = int(manifest.frame_offset[f])
-    fs, path = fsspec.core.url_to_fs(manifest.frame_url(f))
+
+    def checked(data: bytes) -> bytes:
+        check_frame(manifest, f, data)
+        return data
+
     try:
-        return fs.cat_file(path, start=start, end=start + int(manifest.frame_bytes[f]))
+        return patiently(
+            patience or Patience(),
+            manifest.frame_url(f),
+            "cat_file",
+            start=start,
+            end=start + int(manifest.frame_bytes[f]),
+            check=checked,
+        )
     except FileNotFoundError as error:
-        raise _damaged(manifest, f, "the shard is missing") from error
+        raise _lost(manifest, f, "the shard is missing") from error
+    except Faulty as error:
+        raise _lost(manifest, f, str(error)) from error
+    except Exhausted as error:
+        try:
+            read(f"{manifest.url}/{FILE}", deadline=_PROBE)
+        except (OSError, UserError):
+            raise StorageDown(
+                f"{manifest.url} cannot be reached ({error}): check the storage, the network and the credentials, then "
+                "start the run again, it goes on from its last commit"
+            ) from error
+        raise _lost(manifest, f, str(error)) from error
 
 
-def open_frame(manifest: Manifest, f: int, data: bytes) -> list[Sample]:
-    """The samples in ``data``, which someone fetched as frame ``f``. Raises DataError, as ``read_frame``."""
-    expected = int(manifest.frame_bytes[f])
+def check_frame(manifest: Manifest, f: int, data: bytes) -> None:
+    """Raises Faulty if ``data`` is not frame ``f`` as it was written."""
+    found, expected = xxhash.xxh3_128_hexdigest(data), int(manifest.frame_bytes[f])
     if len(data) != expected:
-        raise _damaged(manifest, f, f"{len(data)} of its {expected} bytes were read")
-    if digest_words(xxhash.xxh3_128_hexdigest(data)) != tuple(manifest.frame_digest[f].tolist()):
-        raise _damaged(manifest, f, "its bytes do not match their digest")
+        raise Faulty(f"{len(data)} of its {expected} bytes were read", found)
+    if digest_words(found) != tuple(manifest.frame_digest[f].tolist()):
+        raise Faulty("its bytes do not match their digest", found)
+
+
+def frame_digest(manifest: Manifest, f: int) -> str:
+    """xxh3_128 of the compressed frame, 32 hex digits."""
+    low, high = manifest.frame_digest[f].tolist()
+    return f"{high:016x}{low:016x}"
+
+
+def open_frame(manifest: Manifest, f: int, data: bytes, parse: Callable = parse_frame) -> list:
+    """The samples in ``data``, which someone fetched as frame ``f``, as ``parse`` gives them. Raises FrameLost."""
     try:
-        samples = parse_frame(data, int(manifest.frame_raw_bytes[f]))
-    except ValueError as error:
-        raise _damaged(manifest, f, str(error)) from error
+        check_frame(manifest, f, data)
+        samples = parse(data, int(manifest.frame_raw_bytes[f]))
+    except (Faulty, ValueError) as error:
+        raise _lost(manifest, f, str(error)) from error
     rows = slice(int(manifest.frame_first[f]), int(manifest.frame_first[f + 1]))
     for found, column in (
         ([s.id for s in samples], "sample_id"),
@@ -50,12 +121,12 @@ def open_frame(manifest: Manifest, f: int, data: bytes) -> list[Sample]:
         ([s.size for s in samples], "size"),
     ):
         if not np.array_equal(found, getattr(manifest, column)[rows]):
-            raise _damaged(manifest, f, f"its samples disagree with the manifest's {column}")
+            raise _lost(manifest, f, f"its samples disagree with the manifest's {column}")
     return samples
 
 
-def _damaged(manifest: Manifest, f: int, cause: str) -> DataError:
-    return DataError(
+def _lost(manifest: Manifest, f: int, cause: str) -> FrameLost:
+    return FrameLost(
         f"{manifest.frame_url(f)}, frame {f} (at byte {manifest.frame_offset[f]}): {cause}; restore the shard from a "
         "copy or write the dataset anew, `fitv2 shard verify` lists all that is damaged"
     )

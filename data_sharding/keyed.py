@@ -39,6 +39,9 @@ class Purpose(IntEnum):
     SAMPLER_NOISE = 10  # x0 of a generated image; the id is the image's index
     HOLDOUT = 11
     DATA_ID = 12  # hashed ids summed by the online accounting
+    POSTERIOR = 13  # sampled VAE latents; the epoch is 2 * view + flip, one draw a value, in (c, h, w) order
+    SUBSTITUTE = 14  # candidates for an image that cannot be read; the epoch is 2 * draw + view
+    PRESET = 15  # sizes of the presets' images
 
 
 def philox(key: tuple, counter: tuple) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

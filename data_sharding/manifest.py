@@ -19,11 +19,10 @@ import io
 import json
 from dataclasses import asdict, dataclass, fields
 
-import fsspec
 import numpy as np
 import xxhash
-from fsspec.implementations.local import LocalFileSystem
 
+from data_sharding.connect import file_system, is_local
 from data_sharding.errors import DataError
 from data_sharding.shard import ShardIndex
 from data_sharding.storage import put, read
@@ -208,7 +207,7 @@ def _read_header(url: str) -> bytes:
     try:
         return read(f"{url}/{FILE}")
     except (FileNotFoundError, NotADirectoryError) as error:
-        fs, path = fsspec.core.url_to_fs(url)
+        fs, path = file_system(url)
         if fs.exists(f"{path}/parts"):
             remedy = "it is unfinished, run the same `fitv2 shard write` again and it goes on where it was"
         else:
@@ -218,18 +217,18 @@ def _read_header(url: str) -> bytes:
 
 def _read_column(url: str, name: str, header: Header) -> np.ndarray:
     where, expected = f"{url}/manifest/{name}.npy", header.columns[f"{name}.npy"]
-    fs, path = fsspec.core.url_to_fs(where)
+    fs, path = file_system(where)
     remedy = "restore it or write the dataset anew"
     digest = xxhash.xxh3_128()
     try:
-        if isinstance(fs, LocalFileSystem):
+        if is_local(fs):
             # Hashed through the file, not the mapping: a mapping would count the whole column as resident memory.
             with open(path, "rb") as file:
                 while block := file.read(1 << 20):
                     digest.update(block)
             column = np.load(path, mmap_mode="r", allow_pickle=False)
         else:
-            data = fs.cat_file(path)
+            data = read(where)
             digest.update(data)
             column = np.load(io.BytesIO(data), allow_pickle=False)
     except FileNotFoundError as error:

@@ -1,7 +1,8 @@
-"""Which images each optimizer step trains on: a pure function of (dataset, seed, batch), blind to ranks and capacity.
+"""Which images each step trains on: a pure function of (datasets, seed, schedule), blind to ranks and capacity.
 
-An epoch is a keyed permutation of the dataset's frames; epochs are concatenated, so nothing is dropped and no epoch
-ends unevenly. The stream is cut into windows of ``window_steps`` steps. A window's images are dealt to its steps by
+An epoch of a dataset is a keyed permutation of its frames; epochs are concatenated, so nothing is dropped and no epoch
+ends unevenly. A schedule of segments says how many images a step has and which share of them comes from which dataset,
+from which step on. A segment is cut into windows of ``window_steps`` steps. A window's images are dealt to its steps by
 length strata: sorted by tokens, every run of ``window_steps`` neighbours gives each step one image, the longest to the
 step with the fewest tokens so far. All steps then hold nearly equal token totals and the same spread of lengths, and a
 keyed shuffle of the steps leaves no trend over time.
@@ -12,6 +13,7 @@ NumPy. A change of this file that changes the plan must raise PLANNER_VERSION (a
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -31,16 +33,16 @@ Views = Literal["mixed", "resize", "crop"]
 
 @dataclass(frozen=True)
 class StepSet:
-    """The B images of one step, ordered by (epoch, sample id); every array is (B,)."""
+    """The B images of one step, ordered by (dataset, epoch, sample id); every array is int64 (B,)."""
 
-    dataset: np.ndarray  # int64, index into Plan.manifests
-    epoch: np.ndarray  # int64, of that dataset
-    row: np.ndarray  # int64, row of the manifest
-    sample_id: np.ndarray  # int64
-    label: np.ndarray  # int64
-    view: np.ndarray  # int64, RESIZE or CROP
-    flip: np.ndarray  # int64, 1 = mirrored
-    tokens: np.ndarray  # int64, length of the chosen view
+    dataset: np.ndarray  # index into Plan.manifests
+    epoch: np.ndarray  # of that dataset
+    row: np.ndarray  # row of its manifest
+    sample_id: np.ndarray  # unique over all datasets of the plan
+    label: np.ndarray
+    view: np.ndarray  # RESIZE or CROP
+    flip: np.ndarray  # 1 = mirrored
+    tokens: np.ndarray  # length of the chosen view
 
     def id_sum(self, part: np.ndarray | slice) -> int:
         """Sum of the hashed (epoch, id) of some images, modulo 2**64, signed: parts add up to the whole."""
@@ -49,119 +51,213 @@ class StepSet:
 
 
 @dataclass(frozen=True)
+class Segment:
+    """From step ``start`` on, every step has ``images`` images, shared among the datasets as ``weights``."""
+
+    start: int
+    images: int
+    weights: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Cursor:
-    """Where a run stands in its data: all the loader state that a checkpoint holds."""
+    """Where a run stands in its data: all the loader state that a checkpoint holds. Sample, as JSON:
+
+    {"plan_hash": "77e1…", "ledger": 0, "schedule": [[0, 256, [1]]], "epoch": [3], "window": 61, "images": [4000000]}
+    """
 
     plan_hash: str
     ledger: int  # version of the ledger of substituted samples
-    epoch: int
-    window: int
-    images: int  # consumed since the run began
+    schedule: list[list]  # the segments so far
+    epoch: list[int]  # of each dataset
+    window: int  # of the current segment
+    images: list[int]  # consumed from each dataset since the run began
 
 
 class Plan:
-    def __init__(self, manifest: Manifest, seed: int, images: int, views: Views):
-        if not 1 <= images <= len(manifest.sample_id):
-            raise UserError(
-                f"batch.images is {images}, but {manifest.url} holds {len(manifest.sample_id)} images: "
-                "choose a batch between 1 and that number"
-            )
-        self.manifest, self.seed, self.images, self.views = manifest, seed, images, views
-        self.samples = len(manifest.sample_id)
-        # A window within one epoch's size: else a small dataset would mix images of several epochs.
-        self.window_steps = min(MAX_WINDOW_STEPS, self.samples // images)
-        self._frame_order = lru_cache(maxsize=2)(self._compute_frame_order)
+    """The plan of ``manifests`` under ``schedule``, whose first segment starts at 0.
+
+    Raises:
+        UserError: a batch larger than the data, or weights that do not fit the datasets.
+    """
+
+    def __init__(self, manifests: Sequence[Manifest], seed: int, views: Views, schedule: Sequence[Segment]):
+        assert schedule[0].start == 0 and all(a.start < b.start for a, b in zip(schedule, schedule[1:], strict=False))
+        self.manifests, self.seed, self.views, self.schedule = tuple(manifests), seed, views, tuple(schedule)
+        self.samples = [len(m.sample_id) for m in self.manifests]
+        for segment in self.schedule:
+            self._check(segment)
+        self._frame_order = lru_cache(maxsize=4)(self._compute_frame_order)
         self._window = lru_cache(maxsize=2)(self._compute_window)
 
-    @property
-    def manifests(self) -> tuple[Manifest, ...]:
-        return (self.manifest,)
+    def _check(self, segment: Segment) -> None:
+        if not 1 <= segment.images <= sum(self.samples):
+            raise UserError(
+                f"batch.images is {segment.images}, but {self.manifests[0].url} holds {sum(self.samples)} images: "
+                "choose a batch between 1 and that number"
+            )
+        if len(segment.weights) != len(self.manifests) or min(segment.weights) < 0 or sum(segment.weights) == 0:
+            raise UserError(
+                f"data.weights are {list(segment.weights)}: give one for each of the {len(self.manifests)} datasets, "
+                "none below 0 and not all 0"
+            )
 
     @property
     def max_seqlen(self) -> int:
         """Tokens of the longest view that the plan may choose."""
-        return int(self.manifest.header.max_tokens)
+        return max(int(m.header.max_tokens) for m in self.manifests)
 
     @property
     def hash(self) -> str:
+        """Stands for the order of every dataset; batch and weights, which a schedule may change, are in the cursor."""
         fields = {
             "planner": PLANNER_VERSION,
             "seed": self.seed,
-            "datasets": [self.manifest.digest],
-            "weights": [1],
-            "images": self.images,
+            "datasets": [m.digest for m in self.manifests],
             "views": self.views,
-            "window_steps": self.window_steps,
         }
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
+    def segment_at(self, step: int) -> int:
+        """Index of the segment that step ``step`` belongs to."""
+        return max(i for i, segment in enumerate(self.schedule) if segment.start <= step)
+
+    def window_steps(self, segment: int) -> int:
+        """Steps of a full window: within one epoch's size, else a small dataset would mix images of several epochs."""
+        return max(1, min(MAX_WINDOW_STEPS, sum(self.samples) // self.schedule[segment].images))
+
+    def window_of(self, step: int) -> tuple[int, int, int]:
+        """(segment, window in it, place in the window) of a step."""
+        segment = self.segment_at(step)
+        return segment, *divmod(step - self.schedule[segment].start, self.window_steps(segment))
+
+    def window_length(self, step: int) -> int:
+        """Steps of the window that ``step`` lies in: fewer than a full one's before a change of schedule."""
+        segment, _, place = self.window_of(step)
+        length = self.window_steps(segment)
+        if segment + 1 < len(self.schedule):
+            length = min(length, self.schedule[segment + 1].start - (step - place))
+        return length
+
+    def next_boundary(self, step: int) -> int:
+        """The first window boundary at or after ``step``: where a change of schedule may begin."""
+        segment, _, place = self.window_of(step)
+        return step if place == 0 else step - place + self.window_steps(segment)
+
     def step(self, step: int) -> StepSet:
         """The images of step ``step``, counted from 0."""
-        window, place = divmod(step, self.window_steps)
-        return self._window(window)[place]
+        segment, window, place = self.window_of(step)
+        return self._window(segment, window)[place]
 
-    def cursor(self, step: int) -> Cursor:
+    def total_images(self, step: int) -> int:
+        """Images that the first ``step`` steps train on, all datasets together."""
+        segment, window, place = self.window_of(step)
+        steps = window * self.window_steps(segment) + place
+        return int(self._taken(segment, steps).sum())
+
+    def consumed(self, step: int) -> list[int]:
+        """Images that the first ``step`` steps take from each dataset."""
+        segment, window, place = self.window_of(step)
+        before = self._taken(segment, window * self.window_steps(segment))
+        inside = np.zeros(len(self.manifests), np.int64)
+        for k in range(place):
+            inside += np.bincount(self._window(segment, window)[k].dataset, minlength=len(inside))
+        return (before + inside).tolist()
+
+    def continued(self, cursor: Cursor, step: int, wanted: Segment) -> "Plan":
+        """The plan of a run that stands at ``cursor`` after ``step`` steps and is to go on as ``wanted``.
+
+        A change of batch or weights begins at the next window boundary, so that nothing is lost or repeated.
+        """
+        past = tuple(Segment(start, images, tuple(weights)) for start, images, weights in cursor.schedule)
+        plan = Plan(self.manifests, self.seed, self.views, past)
+        if (past[-1].images, past[-1].weights) == (wanted.images, wanted.weights):
+            return plan
+        boundary = plan.next_boundary(step)
+        kept = tuple(segment for segment in past if segment.start < boundary)
+        return Plan(self.manifests, self.seed, self.views, (*kept, Segment(boundary, wanted.images, wanted.weights)))
+
+    def cursor(self, step: int, ledger: int = 0) -> Cursor:
         """The state after ``step`` steps."""
-        images = step * self.images
-        return Cursor(self.hash, 0, images // self.samples, step // self.window_steps, images)
+        segment, window, _ = self.window_of(step)
+        images = self.consumed(step)
+        schedule = [[s.start, s.images, list(s.weights)] for s in self.schedule[: segment + 1]]
+        epoch = [taken // samples for taken, samples in zip(images, self.samples, strict=True)]
+        return Cursor(self.hash, ledger, schedule, epoch, window, images)
 
-    def _compute_window(self, window: int) -> list[StepSet]:
-        size = self.window_steps * self.images
-        epoch, row = self._stream(window * size, size)
-        ids = self.manifest.sample_id[row]
+    def _taken(self, segment: int, steps: int) -> np.ndarray:
+        """Images taken from each dataset before the first ``steps`` steps of a segment have ended: int64 (datasets,).
+
+        Of the images that no dataset before it gave, each dataset gives its share, rounded down: everything is dealt
+        out, no count ever falls as steps grow, and any number of steps can be computed alone.
+        """
+        taken = np.zeros(len(self.manifests), np.int64)
+        for i in range(segment + 1):
+            current = self.schedule[i]
+            length = steps if i == segment else self.schedule[i + 1].start - current.start
+            left, weight_left = length * current.images, sum(current.weights)
+            for d, weight in enumerate(current.weights):
+                given = left * weight // weight_left if weight_left else 0
+                taken[d] += given
+                left, weight_left = left - given, weight_left - weight
+        return taken
+
+    def _compute_window(self, segment: int, window: int) -> list[StepSet]:
+        current, first = self.schedule[segment], window * self.window_steps(segment)
+        steps = self.window_length(current.start + first)
+        start, stop = self._taken(segment, first), self._taken(segment, first + steps)
+        streams = [self._stream(d, int(start[d]), int(stop[d] - start[d])) for d in range(len(self.manifests))]
+        columns = [np.concatenate(column) for column in zip(*streams, strict=True)]
+        epoch, ids = columns[1], columns[3]
         order = np.argsort(words64(self.seed, Purpose.SAMPLE_ORDER, epoch, ids), kind="stable")
-        epoch, row, ids = epoch[order], row[order], ids[order]
-        view, tokens = self._choose_views(epoch, row, ids)
-        flip = (words(self.seed, Purpose.FLIP, epoch, ids) & 1).astype(np.int64)
+        images = StepSet(*(column[order] for column in columns))
 
-        step_of = deal_strata(tokens, self.window_steps)
-        shuffled = keyed_order(self.seed, Purpose.STEP_ORDER, 0, window * self.window_steps + self._step_range())
-        steps = []
-        for k in shuffled:
-            members = np.flatnonzero(step_of == k)
-            members = members[np.lexsort((ids[members], epoch[members]))]
-            label = self.manifest.label[row[members]].astype(np.int64)
-            e, r, i = (c[members] for c in (epoch, row, ids))
-            steps.append(StepSet(np.zeros_like(e), e, r, i, label, view[members], flip[members], tokens[members]))
-        return steps
+        step_of = deal_strata(images.tokens, steps)
+        by_step = np.lexsort((images.sample_id, images.epoch, images.dataset, step_of)).reshape(steps, -1)
+        places = current.start + first + np.arange(steps)
+        shuffled = keyed_order(self.seed, Purpose.STEP_ORDER, 0, places)
+        columns = list(vars(images).values())
+        return [StepSet(*(column[members] for column in columns)) for members in by_step[shuffled]]
 
-    def _step_range(self) -> np.ndarray:
-        return np.arange(self.window_steps)
-
-    def _stream(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """(epoch, row) of the positions start .. start + count of the concatenated epochs."""
-        epochs, rows = [], []
+    def _stream(self, d: int, start: int, count: int) -> tuple[np.ndarray, ...]:
+        """The columns of StepSet for positions start .. start + count of the concatenated epochs of dataset ``d``."""
+        epochs, rows = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         while count > 0:
-            epoch, offset = divmod(start, self.samples)
-            taken = min(count, self.samples - offset)
-            rows.append(self._rows(epoch, offset, taken))
+            epoch, offset = divmod(start, self.samples[d])
+            taken = min(count, self.samples[d] - offset)
+            rows.append(self._rows(d, epoch, offset, taken))
             epochs.append(np.full(taken, epoch, np.int64))
             start, count = start + taken, count - taken
-        return np.concatenate(epochs), np.concatenate(rows)
+        epoch, row = np.concatenate(epochs), np.concatenate(rows)
+        manifest = self.manifests[d]
+        ids = sample_ids(d, manifest.sample_id[row])
+        view, tokens = self._choose_views(manifest, epoch, row, ids)
+        flip = (words(self.seed, Purpose.FLIP, epoch, ids) & 1).astype(np.int64)
+        return np.full_like(row, d), epoch, row, ids, manifest.label[row].astype(np.int64), view, flip, tokens
 
-    def _rows(self, epoch: int, offset: int, count: int) -> np.ndarray:
+    def _rows(self, d: int, epoch: int, offset: int, count: int) -> np.ndarray:
         """Manifest rows at offset .. offset + count of one epoch, frame after frame in the epoch's frame order."""
-        order, ends = self._frame_order(epoch)
+        order, ends = self._frame_order(d, epoch)
         first, last = np.searchsorted(ends, [offset, offset + count - 1], side="right")
         frames = order[first : last + 1]
-        starts, lengths = self.manifest.frame_first[frames], self._frame_lengths()[frames]
+        starts = self.manifests[d].frame_first[frames]
+        lengths = self.manifests[d].frame_first[frames + 1] - starts
         base = np.cumsum(lengths) - lengths
         rows = np.repeat(starts - base, lengths) + np.arange(lengths.sum())
         skip = offset - int(ends[first] - lengths[0])
         return rows[skip : skip + count]
 
-    def _compute_frame_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _compute_frame_order(self, d: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's frames in order, and the cumulative count of samples at the end of each."""
-        lengths = self._frame_lengths()
-        order = keyed_order(self.seed, Purpose.FRAME_ORDER, epoch, np.arange(len(lengths)))
+        lengths = np.diff(self.manifests[d].frame_first)
+        order = keyed_order(self.seed, Purpose.FRAME_ORDER, epoch, (d << 40) + np.arange(len(lengths)))
         return order, np.cumsum(lengths[order])
 
-    def _frame_lengths(self) -> np.ndarray:
-        return np.diff(self.manifest.frame_first)
-
-    def _choose_views(self, epoch: np.ndarray, row: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _choose_views(
+        self, manifest: Manifest, epoch: np.ndarray, row: np.ndarray, ids: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """View and length of each image: where a crop exists, ``mixed`` takes it half the time."""
-        lengths = self.manifest.size[row].astype(np.int64).prod(-1)  # (n, view)
+        lengths = manifest.size[row].astype(np.int64).prod(-1)  # (n, view)
         crop = lengths[:, CROP] > 0
         if self.views == "mixed":
             crop &= (words(self.seed, Purpose.VIEW, epoch, ids) & 1) == 1
@@ -169,6 +265,12 @@ class Plan:
             crop &= False
         view = np.where(crop, CROP, RESIZE)
         return view, np.take_along_axis(lengths, view[:, None], 1)[:, 0]
+
+
+def sample_ids(dataset: int, ids: np.ndarray) -> np.ndarray:
+    """Ids that are unique over datasets: the same picture may lie in several, under the same id."""
+    offset = (dataset * 0x9E3779B97F4A7C15) & 0x7FFFFFFFFFFFFFFF
+    return np.asarray(ids, np.int64) ^ np.int64(offset)
 
 
 def deal_strata(tokens: np.ndarray, steps: int) -> np.ndarray:

@@ -1,36 +1,53 @@
-"""Where images come from: today a folder with one folder for each class.
+"""Where images come from. In each case an image's key says class and name, and its id follows from the key alone.
+
+A folder with one folder for each class:
 
     SRC/cat/0007.jpg    key "cat/0007.jpg", class "cat"
     SRC/cat/kittens/a.png    key "cat/kittens/a.png", class "cat"
-    SRC/dog/0001.jpg    key "dog/0001.jpg", class "dog"
 
-A class's label is the place of its folder's name in sorted order, folders without images included (sorted WNIDs are
-ImageNet's labels). Files that are not named like an image are left aside, as are files directly in SRC.
+A tar of class tars, as ImageNet is shipped (ILSVRC2012_img_train.tar), or a folder with the class tars. Nothing is
+unpacked. Keys and labels are those of the same images as class folders:
+
+    SRC: n01440764.tar: n01440764_18.JPEG    key "n01440764/n01440764_18.JPEG", class "n01440764"
+
+WebDataset tars, as a folder or a pattern such as data/train-{0000..0146}.tar; their samples are grouped by the
+webdataset library's own rule:
+
+    train-0000.tar: 0007.jpg, 0007.cls    key "train-0000/0007.jpg", label as .cls, or "label" in .json, says
+
+A class's label is its place in sorted order, classes without images included (sorted WNIDs are ImageNet's labels); or,
+where all WebDataset labels are numbers, that number. Files that are not named like an image are left aside.
 """
 
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import islice
+from types import SimpleNamespace
 
-import fsspec
-
+from data_sharding.connect import file_system
 from data_sharding.errors import UserError
+from data_sharding.extents import Extent, Member, ask, list_tar
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
+_LISTERS = 16  # tars listed side by side: it is all waiting for the storage
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One image file. ``id`` depends on ``key`` alone, so it survives another sharding or place of the source."""
 
     id: int
     key: str
     label: int
-    url: str
+    data: Extent
 
 
 @dataclass(frozen=True)
 class Source:
-    """``entries`` in order of key. ``digest`` covers every key and file size."""
+    """``entries`` in order of key. ``digest`` covers every class, key, label and file size."""
 
     classes: tuple[str, ...]
     entries: tuple[Entry, ...]
@@ -42,43 +59,163 @@ def sample_id(key: str) -> int:
     return int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
 
 
-def open_folder(src: str) -> Source:
-    """Lists a class-folder tree.
+def open_source(src: str) -> Source:
+    """Lists whichever kind of source ``src`` is (see the module).
 
     Raises:
-        UserError: the folder is missing, empty, without class folders or without images, or two keys share an id.
+        UserError: there is nothing there, or none of these kinds; or two images share an id.
     """
-    fs, root = fsspec.core.url_to_fs(src)
-    root = root.rstrip("/")
+    fs, root = file_system(src)
+    if "{" in src:
+        return open_tars(_webdataset_library().expand_urls(src))
+    if src.endswith(".tar") and fs.isfile(root):
+        return open_tars([src])
     if not fs.isdir(root):
-        raise UserError(f"{src} is not a folder: give the folder that holds one folder of images for each class")
-    top = fs.ls(root, detail=True)
+        raise UserError(
+            f"{src} is not a folder: give the folder that holds one folder of images for each class, or tars"
+        )
+    listing = ask(src, "ls", detail=True)
+    tars = sorted(item["name"] for item in listing if item["type"] == "file" and item["name"].endswith(".tar"))
+    if tars and not _folders(listing):
+        return open_tars([fs.unstrip_protocol(tar) for tar in tars])
+    return open_folder(src)
+
+
+def open_folder(src: str) -> Source:
+    """Lists a class-folder tree. Raises UserError if it is empty, without class folders or without images."""
+    fs, root = file_system(src)
+    root = root.rstrip("/")
+    top = ask(src, "ls", detail=True)
     if not top:
         raise UserError(f"{src} is empty: put the images in it, one folder for each class")
-    names = (item["name"].rstrip("/").rpartition("/")[2] for item in top if item["type"] == "directory")
-    classes = tuple(sorted(name for name in names if not name.startswith(".")))
+    classes = _folders(top)
     if not classes:
         raise UserError(f"{src} holds no class folders: move its images into one folder for each class")
-    sizes = {
-        path[len(root) + 1 :]: info["size"]
-        for path, info in fs.find(root, detail=True).items()
-        if path.lower().endswith(IMAGE_SUFFIXES)
-    }
-    keys = sorted(key for key in sizes if key.partition("/")[0] in classes and "/" in key)
-    if not keys:
+    prefix = fs.unstrip_protocol(root)
+    images = {}
+    for path, info in ask(src, "find", detail=True).items():
+        key = path[len(root) + 1 :]
+        if _is_image(key) and "/" in key and key.partition("/")[0] in classes:
+            images[key] = Extent(f"{prefix}/{key}", None, info["size"])
+    if not images:
         raise UserError(
             f"the class folders in {src} hold no images: files named {', '.join(IMAGE_SUFFIXES)} are looked for"
         )
+    return _source(classes, {key: (key.partition("/")[0], data) for key, data in images.items()})
+
+
+def open_tars(urls: list[str]) -> Source:
+    """Lists class tars, a tar of them, or WebDataset tars: what it is shows in the first files of the first tar."""
+    first = [member.name.lower() for member in islice(list_tar(urls[0]), 100)]
+    if any(name.endswith(".tar") for name in first):
+        if len(urls) > 1:
+            raise UserError(f"{urls[0]} is a tar of tars, and there are others beside it: give it alone")
+        inner = [(_stem(m.name), m.data.url, m.data.start) for m in list_tar(urls[0]) if m.name.endswith(".tar")]
+        return _class_tars(inner, urls[0])
+    if any(name.endswith((".cls", ".json")) for name in first):
+        return _webdataset(urls)
+    if len(urls) == 1 and first and all("/" in name for name in first):
+        raise UserError(f"{urls[0]} holds folders of images: unpack it and give the folder")
+    return _class_tars([(_stem(url), url, 0) for url in urls], urls[0])
+
+
+def _class_tars(tars: list[tuple[str, str, int]], src: str) -> Source:
+    """``tars``: class, url and start of each."""
+    images = {}
+    for (name, _, _), members in zip(tars, _side_by_side(lambda tar: list(list_tar(*tar[1:])), tars), strict=True):
+        images |= {f"{name}/{m.name}": (name, m.data) for m in members if _is_image(m.name)}
+    if not images:
+        raise UserError(f"{src} holds no images: files named {', '.join(IMAGE_SUFFIXES)} are looked for")
+    return _source(sorted({name for name, _, _ in tars}), images)
+
+
+def _webdataset(urls: list[str]) -> Source:
+    samples: dict[str, tuple[str, Extent]] = {}
+    for url, found in zip(urls, _side_by_side(_webdataset_samples, urls), strict=True):
+        for key, label, data in found:
+            if key in samples:
+                raise UserError(f"{url}: the sample {key} occurs twice: keys must be unique in a tar, and tars by name")
+            samples[key] = label, data
+    if not samples:
+        raise UserError(f"{urls[0]} holds no images: files named {', '.join(IMAGE_SUFFIXES)} are looked for")
+    labels = {label for label, _ in samples.values()}
+    if all(label.isascii() and label.isdecimal() for label in labels):
+        samples = {key: (str(int(label)), data) for key, (label, data) in samples.items()}
+        return _source([str(i) for i in range(max(map(int, labels)) + 1)], samples)
+    return _source(sorted(labels), samples)
+
+
+def _webdataset_samples(url: str) -> list[tuple[str, str, Extent]]:
+    """Key, label and bytes of each image of a tar."""
+    files = ({"fname": member.name, "data": member, "__url__": url} for member in list_tar(url))
+    found = []
+    try:
+        for sample in _webdataset_library().group_by_keys(files):
+            members = [value for value in sample.values() if isinstance(value, Member)]
+            images = [m for m in members if _is_image(m.name)]
+            if images:
+                label = _label(sample, f"{url}: {images[0].name}")
+                found.append((f"{_stem(url)}/{images[0].name}", label, images[0].data))
+    except ValueError as error:
+        raise UserError(f"{url} is no WebDataset: {error.args[0]}") from error
+    return found
+
+
+def _label(sample: dict, where: str) -> str:
+    if "cls" in sample:
+        return sample["cls"].data.read().decode("utf-8", "replace").strip()
+    try:
+        label = json.loads(sample["json"].data.read())["label"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f'{where} has no label: put it in a .cls beside it, or as "label" in its .json') from error
+    return str(label)
+
+
+def _webdataset_library():
+    try:
+        from webdataset import shardlists, tariterators
+    except ImportError as error:
+        raise UserError("WebDataset tars need the package webdataset: pip install 'fitv2-scale[webdataset]'") from error
+    return SimpleNamespace(expand_urls=shardlists.expand_urls, group_by_keys=tariterators.group_by_keys)
+
+
+def _source(classes: list[str], images: dict[str, tuple[str, Extent]]) -> Source:
+    """``images``: key to class and bytes."""
     labels = {name: label for label, name in enumerate(classes)}
-    prefix = fs.unstrip_protocol(root)
-    entries = tuple(Entry(sample_id(k), k, labels[k.partition("/")[0]], f"{prefix}/{k}") for k in keys)
-    _refuse_collisions(entries)
-    lines = "".join(f"{key}\t{sizes[key]}\n" for key in keys)
-    return Source(classes, entries, blake2b("\n".join([*classes, "", lines]).encode(), digest_size=16).hexdigest())
+    keys = sorted(images)
+    entries = tuple(Entry(sample_id(key), key, labels[images[key][0]], images[key][1]) for key in keys)
+    refuse_collisions(entries)
+    lines = "".join(
+        f"{entry.key}\t{entry.data.size}\n"
+        if images[entry.key][0] == entry.key.partition("/")[0]
+        else f"{entry.key}\t{entry.data.size}\t{entry.label}\n"
+        for entry in entries
+    )
+    digest = blake2b("\n".join([*classes, "", lines]).encode(), digest_size=16)
+    return Source(tuple(classes), entries, digest.hexdigest())
 
 
-def _refuse_collisions(entries: tuple[Entry, ...]) -> None:
+def refuse_collisions(entries) -> None:
+    """Raises UserError if two entries have one id."""
     seen: dict[int, str] = {}
     for entry in entries:
         if (other := seen.setdefault(entry.id, entry.key)) != entry.key:
             raise UserError(f"{other} and {entry.key} have the same id by chance: rename one of them")
+
+
+def _folders(listing: list[dict]) -> list[str]:
+    names = (item["name"].rstrip("/").rpartition("/")[2] for item in listing if item["type"] == "directory")
+    return sorted(name for name in names if not name.startswith("."))
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def _stem(name: str) -> str:
+    return name.rpartition("/")[2].removesuffix(".tar")
+
+
+def _side_by_side(work: Callable, items: list) -> Iterator:
+    with ThreadPoolExecutor(_LISTERS) as pool:
+        yield from pool.map(work, items)

@@ -2,16 +2,23 @@
 
 import os
 import uuid
+from dataclasses import replace
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
+from data_sharding.connect import file_system, is_local
+from data_sharding.errors import StorageDown, UserError
+from data_sharding.patience import Exhausted, Patience, patiently
+
+_START = Patience(deadline=120, attempt=120, refused=False)  # whole files take longer than frames
 
 
 def put(url: str, data: bytes) -> None:
-    """Writes a whole file that no reader ever sees in part: a rename locally, one put on an object store."""
-    fs, path = fsspec.core.url_to_fs(url)
-    if not isinstance(fs, LocalFileSystem):
-        fs.pipe_file(path, data)
+    """Writes a whole file that no reader ever sees in part: a rename locally, one put on an object store.
+
+    Raises StorageDown if the store cannot be reached, UserError if it refuses.
+    """
+    fs, path = file_system(url)
+    if not is_local(fs):
+        _patiently(_START, url, "pipe_file", data)
         return
     fs.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"  # two writers of one file must not share it
@@ -22,7 +29,15 @@ def put(url: str, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-def read(url: str) -> bytes:
-    """A whole file. Raises FileNotFoundError."""
-    fs, path = fsspec.core.url_to_fs(url)
-    return fs.cat_file(path)
+def read(url: str, deadline: float = _START.deadline) -> bytes:
+    """A whole file, tried again until ``deadline`` (seconds). Raises FileNotFoundError, and as ``put``."""
+    return _patiently(replace(_START, deadline=deadline), url, "cat_file")
+
+
+def _patiently(patience: Patience, url: str, method: str, *args):
+    try:
+        return patiently(patience, url, method, *args, check=lambda result: result)
+    except Exhausted as error:
+        raise StorageDown(f"{url} cannot be reached: {error}; check AWS_ENDPOINT_URL and the storage") from error
+    except PermissionError as error:
+        raise UserError(f"access to {url} is refused ({error}): check the credentials and their rights") from error

@@ -2,17 +2,23 @@
 
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
-import fsspec
 import numpy as np
 import xxhash
 
+from data_sharding.connect import file_system
 from data_sharding.errors import DataError
+from data_sharding.extents import ask, read_range
 from data_sharding.frames import open_frame
 from data_sharding.manifest import Manifest
-from data_sharding.shard import END_OF_ARCHIVE, decompress
+from data_sharding.pool import run_tasks
+from data_sharding.shard import END_OF_ARCHIVE, decompress, scan_frame
+
+_SPAN = 1 << 25  # bytes read at once
+_WORTH_PROCESSES = 1 << 28  # bytes of a dataset; below, starting them takes longer than the work
 
 
 @dataclass(frozen=True)
@@ -33,23 +39,43 @@ class VerifyReport:
         return self.bytes / 1e6 / self.seconds
 
 
+@dataclass(frozen=True)
+class _ShardTask:
+    """``digest`` is that of the manifest: each process loads it itself, once."""
+
+    url: str
+    digest: str
+    shard: int
+
+
 def verify(url: str) -> VerifyReport:
     """Reads all of the dataset at ``url``: columns, shards, frames and samples against the manifest, and ids unique.
 
-    Shards are streamed, a frame at a time, in a thread for each core.
+    On a process for each core, a shard at a time.
     """
     started = time.monotonic()
     try:
         manifest = Manifest.load(url)
     except DataError as error:  # without a manifest there is nothing to compare the shards with
         return VerifyReport(url, 0, 0, 0, 0, time.monotonic() - started, (str(error),))
-    problems = _duplicates(manifest) + _strays(manifest)
+    found: dict[int, list[str]] = {}
     read = 0
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for size, found in pool.map(lambda shard: _verify_shard(manifest, shard), range(len(manifest.shards))):
-            read += size
-            problems += found
+
+    def collect(shard: int, size: int, problems: list[str]) -> None:
+        nonlocal read
+        found[shard] = problems
+        read += size
+
     totals = manifest.header.totals
+    cores = min(len(os.sched_getaffinity(0)), len(manifest.shards))
+    if cores == 1 or totals["bytes"] < _WORTH_PROCESSES:
+        for shard in range(len(manifest.shards)):
+            collect(shard, *_verify_shard(manifest, shard))
+    else:
+        tasks = [_ShardTask(manifest.url, manifest.digest, shard) for shard in range(len(manifest.shards))]
+        run_tasks(tasks, _verify_task, cores, collect)
+    problems = _duplicates(manifest) + _strays(manifest)
+    problems += [problem for shard in sorted(found) for problem in found[shard]]
     return VerifyReport(
         url=manifest.url,
         shards=len(manifest.shards),
@@ -61,35 +87,59 @@ def verify(url: str) -> VerifyReport:
     )
 
 
+def _verify_task(task: _ShardTask, report: Callable) -> None:
+    report(task.shard, *_verify_shard(_manifest(task.url, task.digest), task.shard))
+
+
+@lru_cache(maxsize=1)
+def _manifest(url: str, digest: str) -> Manifest:
+    manifest = Manifest.load(url)
+    if manifest.digest != digest:
+        raise DataError(f"{url} has been written anew: verify it again")
+    return manifest
+
+
 def _verify_shard(manifest: Manifest, shard: int) -> tuple[int, list[str]]:
     """Bytes read, and problems."""
     entry = manifest.shards[shard]
     url = f"{manifest.url}/{entry.name}"
-    fs, path = fsspec.core.url_to_fs(url)
-    frames = np.searchsorted(manifest.frame_shard, [shard, shard + 1])
-    digest, problems, size = xxhash.xxh3_128(), [], 0
     try:
-        with fs.open(path, "rb") as file:
-            for f in range(*frames):
-                data = file.read(int(manifest.frame_bytes[f]))
-                digest.update(data)
-                size += len(data)
-                try:
-                    open_frame(manifest, f, data)
-                except DataError as error:
-                    problems.append(str(error))
-            rest = file.read()
+        size = ask(url, "size")
     except FileNotFoundError:
         return 0, [f"{url} is missing: restore it from a copy or write the dataset anew"]
-    digest.update(rest)
-    size += len(rest)
+    digest, problems, end = xxhash.xxh3_128(), [], 0
+    for frames, start, stop in _spans(manifest, shard):
+        data = read_range(url, start, min(stop, size)) if start < size else b""
+        digest.update(data)
+        for f in frames:
+            at = int(manifest.frame_offset[f]) - start
+            try:
+                # A slice of a memoryview copies nothing.
+                open_frame(manifest, f, memoryview(data)[at : at + int(manifest.frame_bytes[f])], scan_frame)
+            except DataError as error:
+                problems.append(str(error))
+        end = stop
     if size != entry.bytes:
         problems.append(f"{url} is {size} bytes long, not {entry.bytes}: restore it from a copy")
-    elif not _is_end(rest):
+        return min(end, size), problems
+    rest = read_range(url, end, size)
+    digest.update(rest)
+    if not _is_end(rest):
         problems.append(f"{url}: {len(rest)} bytes after the last frame are not the end of an archive")
     elif digest.hexdigest() != entry.xxh3_128 and not problems:
         problems.append(f"{url}: its bytes do not match the digest in the manifest")
     return size, problems
+
+
+def _spans(manifest: Manifest, shard: int) -> Iterator[tuple[range, int, int]]:
+    """Runs of whole frames of about ``_SPAN`` bytes: which, and from which byte to which."""
+    first, last = np.searchsorted(manifest.frame_shard, [shard, shard + 1]).tolist()
+    starts, ends = manifest.frame_offset, manifest.frame_offset + manifest.frame_bytes
+    while first < last:
+        start = int(starts[first])
+        after = max(int(np.searchsorted(ends[first:last], start + _SPAN, "right")) + first, first + 1)
+        yield range(first, after), start, int(ends[after - 1])
+        first = after
 
 
 def _is_end(rest: bytes) -> bool:
@@ -108,7 +158,7 @@ def _duplicates(manifest: Manifest) -> list[str]:
 
 
 def _strays(manifest: Manifest) -> list[str]:
-    fs, root = fsspec.core.url_to_fs(manifest.url)
+    fs, root = file_system(manifest.url)
     present = {item["name"].rpartition("/")[2] for item in fs.ls(root, detail=True)}
     unknown = sorted(name for name in present - {s.name for s in manifest.shards} if name.endswith(".tar.zst"))
     return [f"{manifest.url}/{name} is not in the manifest: it belongs to another dataset" for name in unknown]

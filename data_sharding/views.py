@@ -9,8 +9,9 @@ from math import isqrt
 import numpy as np
 from PIL import Image, ImageOps
 
-from data_sharding.codec import Codec
+from data_sharding.codec import Codec, Draw
 from data_sharding.errors import UserError
+from data_sharding.shard import VIEWS
 from data_sharding.tokens import patchify
 
 TOKEN_PIXELS = 16
@@ -85,16 +86,34 @@ def crop_view(image: Image.Image, max_tokens: int) -> Image.Image | None:
     return image.crop((left, top, left + side, top + side))
 
 
-def encode_views(image: Image.Image, codec: Codec, max_tokens: int) -> dict[str, np.ndarray]:
-    """The views of an RGB image, each float16 (2, h, w, 16): as it is and mirrored, encoded separately."""
-    images = {"resize": resize_view(image, max_tokens), "crop": crop_view(image, max_tokens)}
-    views = {}
-    for view, picture in images.items():
-        if picture is not None:
-            pixels = np.asarray(picture)
-            latents = np.stack([codec.encode(pixels), codec.encode(pixels[:, ::-1])])
-            views[view] = patchify(latents).astype(np.float16)
-    return views
+def views_of(image: Image.Image, max_tokens: int) -> dict[str, np.ndarray]:
+    """The views of an RGB image, each uint8 (H, W, 3): "resize", and "crop" where there is one."""
+    pictures = {"resize": resize_view(image, max_tokens), "crop": crop_view(image, max_tokens)}
+    return {view: np.asarray(picture) for view, picture in pictures.items() if picture is not None}
+
+
+def encode_views(images: dict[int, dict[str, np.ndarray]], codec: Codec) -> dict[int, dict[str, np.ndarray]]:
+    """The views of some images, by id, as ``views_of`` gives them; each becomes float16 (2, h, w, 16): as it is and
+    mirrored, encoded separately.
+
+    Pictures of one size are encoded together, in the order in which they come, so the calls that a codec sees follow
+    from ``images`` alone.
+    """
+    by_size: dict[tuple, list[tuple[int, str]]] = {}
+    for image, views in images.items():
+        for view, pixels in views.items():
+            by_size.setdefault(pixels.shape, []).append((image, view))
+    tokens: dict[int, dict[str, np.ndarray]] = {image: {} for image in images}
+    for (height, width, _), named in by_size.items():
+        count = max(codec.batch_pixels // (2 * height * width), 1)
+        for at in range(0, len(named), count):
+            batch = named[at : at + count]
+            pixels = np.stack([p for image, view in batch for p in (images[image][view], images[image][view][:, ::-1])])
+            draws = [Draw(image, 2 * VIEWS.index(view) + flip) for image, view in batch for flip in (0, 1)]
+            latents = patchify(codec.encode(pixels, draws)).astype(np.float16)
+            for i, (image, view) in enumerate(batch):
+                tokens[image][view] = latents[2 * i : 2 * i + 2]
+    return tokens
 
 
 def _resize(image: Image.Image, width: int, height: int) -> Image.Image:

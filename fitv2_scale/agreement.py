@@ -1,4 +1,5 @@
-"""What ranks must agree on before a step: that all have their data, that it is the planned data, whether to stop.
+"""What ranks must agree on before a step: that all have their data, what replaces data that cannot be had, that it is
+the planned data, whether to stop.
 
 One small all-reduce a step on the CPU group. A rank that cannot go on says so instead of leaving; else the others would
 wait for it in a collective for ever.
@@ -6,14 +7,19 @@ wait for it in a collective for ever.
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
-from data_sharding.stream import StepBatch
+from data_sharding.errors import StorageDown
+from data_sharding.ledger import Loss
+from data_sharding.stream import FramesLost, Loader, StepBatch
+from fitv2_scale.ledger import RunLedger
 from fitv2_scale.parallel.world import World
 
+_POLL = 0.2  # seconds until a rank that waits for data looks for a signal
+_STOP_PATIENCE = 5.0  # seconds that data may take once a stop is asked for; what was done so far can still be saved
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -45,30 +51,54 @@ class StopSignal:
 
 
 class Agreement:
-    def __init__(self, world: World, stop: StopSignal):
-        self._world, self._stop = world, stop
+    def __init__(self, world: World, stop: StopSignal, ledger: RunLedger):
+        self._world, self._stop, self._ledger = world, stop, ledger
         self.stop_reason: str | None = None  # agreed: the same on all ranks after each ``next``
 
-    def next(self, batches: Iterator[StepBatch]) -> StepBatch:
-        """This rank's part of the next step, once every rank has its own.
+    def next(self, step: int, loader: Loader) -> StepBatch | None:
+        """This rank's part of ``step``, once every rank has its own; None if the step cannot be taken now, for which
+        ``stop_reason`` says why: the storage is down, or a stop was asked for while some rank waited for data.
 
-        Raises on all ranks what any of them met while loading, and RuntimeError if the ids that the ranks hold do not
-        add up to those that the plan says.
+        A frame that any rank cannot have is lost to all: it goes to the ledger, and all ranks take this step again,
+        with substitutes. Raises on all ranks what any of them met while loading, and RuntimeError if the ids that the
+        ranks hold do not add up to those that the plan says.
         """
-        batch: StepBatch | None = None
-        error: Exception | None = None
-        try:
-            batch = next(batches)
-        except Exception as caught:
-            error = caught
-        mine = [int(error is not None), int(self._stop.name is not None), batch.id_sum if batch else 0]
-        errors, stops, id_sum = self._world.sum(torch.tensor(mine, dtype=torch.int64)).tolist()
-        if errors:
-            raise next(filter(None, self._world.gather(error)))
-        if stops and self.stop_reason is None:
-            self.stop_reason = next(filter(None, self._world.gather(self._stop.name)))
+        while True:
+            batch, lost, error = self._load(loader)
+            mine = [error is not None, len(lost), batch is not None, self._stop.name is not None]
+            mine.append(batch.id_sum if batch else 0)
+            errors, losses, ready, stops, id_sum = self._world.sum(torch.tensor(mine, dtype=torch.int64)).tolist()
+            if errors:
+                error = next(filter(None, self._world.gather(error)))
+                if not isinstance(error, StorageDown):
+                    raise error
+                self.stop_reason = str(error)
+                return None
+            if stops and self.stop_reason is None:
+                self.stop_reason = next(filter(None, self._world.gather(self._stop.name)))
+            if not losses:
+                break
+            everyones = [loss for rank in self._world.gather(lost) for loss in rank]
+            pages = self._world.on_first(lambda lost=everyones: self._ledger.write(lost, step))
+            loader.restart(step, self._ledger.turn(pages))
+        if ready < self._world.size:
+            return None
         if id_sum != batch.step_id_sum:
             raise RuntimeError(
                 f"step {batch.step}: the ranks' images are not the planned ones (sum of hashed ids differs)"
             )
         return batch
+
+    def _load(self, loader: Loader) -> tuple[StepBatch | None, Sequence[Loss], Exception | None]:
+        """(batch, lost frames, error), of which one is there; none of them if a stop is asked for and no data comes."""
+        patience = _STOP_PATIENCE
+        while not loader.is_ready(_POLL):
+            patience -= _POLL if self._stop.name else 0
+            if patience <= 0:
+                return None, (), None
+        try:
+            return next(loader), (), None
+        except FramesLost as error:
+            return None, error.losses, None
+        except Exception as error:
+            return None, (), error

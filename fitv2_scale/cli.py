@@ -30,14 +30,22 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fitv2", description="Train FiTv2 on images of any resolution, at any scale.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    shard = commands.add_parser("shard", help="write, inspect and verify datasets").add_subparsers(required=True)
-    write = _command(shard, "write", _shard_write, "encode a tree of class folders to latent shards")
-    write.add_argument("src", metavar="SRC", help="folder with one folder of images per class")
-    write.add_argument("dst", metavar="DST", help="folder of the dataset to write")
-    write.add_argument("--codec", default="dct", help="dct: weight-free block DCT (default)")
+    shard = commands.add_parser("shard", help="write, import, inspect and verify datasets")
+    shard = shard.add_subparsers(required=True)
+    write = _command(shard, "write", _shard_write, "encode images to latent shards")
+    write.add_argument("src", metavar="SRC", help="class folders, a tar of class tars (ImageNet), or WebDataset tars")
+    write.add_argument("--codec", default="dct", help="dct: weight-free block DCT (default); sd-vae: needs --vae")
+    write.add_argument("--vae", default="", metavar="FOLDER", help="sd-vae: folder of a diffusers AutoencoderKL")
+    write.add_argument(
+        "--latent", choices=("mean", "sample"), default="mean", help="sd-vae: of its posterior (default mean)"
+    )
     write.add_argument("--max-tokens", type=int, default=256, help="most tokens an image may have (default 256)")
-    write.add_argument("--holdout", type=float, default=0.0, help="share of images set aside at DST/holdout")
-    write.add_argument("--workers", type=int, help="processes (default: all cores)")
+    _shard_arguments(write)
+    importing = _command(shard, "import", _shard_import, "convert the published FiTv2 latents to shards")
+    importing.add_argument("src", metavar="SRC", help="folder of from_16_to_L, greater_than_L_resize and _crop")
+    importing.add_argument("--max-tokens", type=int, metavar="L", help="which set, where SRC holds several")
+    importing.add_argument("--classes", type=int, default=1000, help="number of classes (default 1000)")
+    _shard_arguments(importing)
     inspect = _command(shard, "inspect", _shard_inspect, "say what a dataset holds")
     inspect.add_argument("url", metavar="URL")
     inspect.add_argument("--picture", metavar="FILE", help="also draw the histogram of lengths to FILE.png")
@@ -77,6 +85,10 @@ def _parser() -> argparse.ArgumentParser:
     sync.add_argument("run", metavar="RUN")
     sync.add_argument("--uri", help="tracking URI (default: the one in the run's config)")
 
+    bench = commands.add_parser("bench", help="measure this machine and this program").add_subparsers(required=True)
+    data = _command(bench, "data", _bench_data, "balance, packing and planning on ImageNet-like lengths")
+    data.add_argument("--steps", type=int, help="steps a figure is averaged over (default: an epoch)")
+
     sample = _command(commands, "sample", _sample, "make pictures from a run's EMA weights")
     sample.add_argument("run", metavar="RUN")
     sample.add_argument("--size", action="append", metavar="HxW", help="pixels, multiples of 16; may be repeated")
@@ -99,6 +111,12 @@ def _command(commands: Any, name: str, run: Callable, text: str) -> argparse.Arg
     return parser
 
 
+def _shard_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dst", metavar="DST", help="folder of the dataset to write")
+    parser.add_argument("--holdout", type=float, default=0.0, help="share of images set aside at DST/holdout")
+    parser.add_argument("--workers", type=int, help="processes (default: all cores)")
+
+
 def _config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file, as in configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as in train.steps=1000")
@@ -111,7 +129,20 @@ def _print(args: argparse.Namespace, report: Any, text: str) -> None:
 def _shard_write(args: argparse.Namespace) -> int:
     from data_sharding.write import write_dataset
 
-    report = write_dataset(args.src, args.dst, args.codec, args.max_tokens, args.holdout, args.workers)
+    options = {"holdout": args.holdout, "workers": args.workers, "vae": args.vae, "latent": args.latent}
+    return _written(args, write_dataset(args.src, args.dst, args.codec, args.max_tokens, **options))
+
+
+def _shard_import(args: argparse.Namespace) -> int:
+    from data_sharding.import_latents import import_dataset
+
+    return _written(
+        args,
+        import_dataset(args.src, args.dst, args.max_tokens, args.holdout, args.workers, classes=args.classes),
+    )
+
+
+def _written(args: argparse.Namespace, report: Any) -> int:
     held_out = f", {report.held_out} of them held out" if report.held_out else ""
     _print(
         args,
@@ -178,6 +209,8 @@ def _status(args: argparse.Namespace) -> int:
         + (f" (exit code {a['code']})" if a["code"] is not None else "")
         for a in report["attempts"]
     ]
+    if (lost := report["substituted"])["images"]:
+        lines.append(f"  {lost['images']} images of {lost['frames']} frames are replaced: {lost['causes'][-1]}")
     _print(args, report, "\n".join(lines))
     return 0
 
@@ -231,6 +264,14 @@ def _track_sync(args: argparse.Namespace) -> int:
     report = sync(args.run, args.uri or tracking["uri"], tracking["experiment"])
     sent = f"{report['metrics']} metrics and {report['pictures']} pictures sent"
     _print(args, report, f"{args.run}: {sent}, MLflow at {report['uri']} has all that is committed")
+    return 0
+
+
+def _bench_data(args: argparse.Namespace) -> int:
+    from fitv2_scale.bench import plan_figures
+
+    report = plan_figures.measure(args.steps)
+    _print(args, report, plan_figures.to_text(report))
     return 0
 
 

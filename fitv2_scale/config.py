@@ -1,6 +1,6 @@
 """The run's configuration: typed, frozen, read from YAML and ``key=value`` overrides.
 
-It has two halves. *Science* (model, flow, data, batch, optimizer, ema, trainable, seed) defines what the run computes
+It has two halves. *Science* (model, flow, data, optimizer, ema, trainable, seed) defines what the run computes
 and is compared when a run is continued; everything else is *operations* and may differ in every attempt.
 """
 
@@ -18,8 +18,11 @@ from fitv2_scale.model.config import ModelConfig, parse_size
 from fitv2_scale.model.flow import FlowConfig
 from fitv2_scale.parallel.engine import OptimizerConfig, Precision
 
-SCIENCE = ("model", "flow", "data", "batch", "optimizer", "ema", "trainable", "seed")
-_NOT_SCIENCE = {"data": ("url", "cache_gib")}  # where the data lies; which data it is, the plan hash says
+SCIENCE = ("model", "flow", "data", "optimizer", "ema", "trainable", "seed")
+_READING = ("cache_gib", "prefetch_gib", "cache_dir", "cache_disk_gib", "deadline_seconds", "max_substituted")
+# Where the data lies is free: which data it is, the plan hash says. Batch and weights may change during a run; the
+# cursor in each commit keeps their history.
+_NOT_SCIENCE = {"data": ("url", "weights", *_READING)}
 
 
 class _Section(BaseModel):
@@ -27,15 +30,37 @@ class _Section(BaseModel):
 
 
 class DataConfig(_Section):
-    url: str = Field(description="folder or URL of a dataset made by `fitv2 shard write`")
+    url: str | list[str] = Field(description="folder or URL of a dataset made by `fitv2 shard write`, or several")
+    weights: list[float] | None = Field(
+        None, description="share of the images of each dataset, if there are several; null: as they are large"
+    )
     views: Views = Field(
         "mixed", description="mixed: images with a crop view use it half the time, as published; resize; crop"
     )
     cache_gib: float = Field(1.0, gt=0, description="memory per rank for decoded frames")
+    prefetch_gib: float = Field(0.25, gt=0, description="memory per rank for frames and batches of steps to come")
+    cache_dir: str = Field(
+        "", description="folder on each node's own disk for frames as they are stored, shared by its ranks; empty: none"
+    )
+    cache_disk_gib: float = Field(32.0, gt=0, description="most that cache_dir may hold")
+    deadline_seconds: float = Field(
+        300.0, gt=0, le=400, description="how long a frame is asked for again before it counts as lost"
+    )
+    max_substituted: float = Field(
+        1e-4, ge=0, lt=1, description="share of the images that may be replaced because they cannot be read; 0: none"
+    )
+
+    @property
+    def urls(self) -> list[str]:
+        return [self.url] if isinstance(self.url, str) else self.url
 
 
 class BatchConfig(_Section):
-    images: int = Field(256, ge=1, description="images in every optimizer step, whatever the number of ranks")
+    images: int = Field(
+        256,
+        ge=1,
+        description="images in every step, on any number of ranks; a change begins at a window boundary",
+    )
 
 
 class EMAConfig(_Section):
@@ -74,6 +99,7 @@ class SamplingConfig(_Section):
     columns: int = Field(8, ge=1, description="classes shown, spread evenly over all")
     cfg: float = Field(1.5, ge=1, description="classifier-free guidance scale; 1: none")
     steps: int = Field(50, ge=1, description="Euler steps")
+    vae: str = Field("", description="folder of the AutoencoderKL (diffusers) that makes pictures of sd-vae latents")
 
     @field_validator("sizes")
     @classmethod

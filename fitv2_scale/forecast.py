@@ -7,10 +7,10 @@ import numpy as np
 from data_sharding.deal import deal
 from data_sharding.errors import DataError
 from fitv2_scale.config import Config
+from fitv2_scale.data import Data
 from fitv2_scale.model.config import ModelConfig
 from fitv2_scale.model.counts import forward_flops, logical_shapes, parameter_count
 from fitv2_scale.parallel.mesh import Layout
-from fitv2_scale.session import Data
 
 _STATE_BYTES = {"parameters": 4, "gradients": 4, "moments": 8, "ema": 4}  # a parameter, all float32
 
@@ -46,43 +46,43 @@ def _layout(config: Config, layout: Layout) -> dict[str, Any]:
 
 
 def _data(config: Config, data: Data, ranks: int) -> dict[str, Any]:
-    plan, shape = data.plan, data.shape
-    packs, tokens, imbalance = 0, 0, []
-    for step in range(plan.window_steps):
-        lengths = plan.step(step).tokens
-        dealt = deal(lengths, data.cost, ranks, shape)
-        cost = data.cost.of(lengths)
-        loads = [sum(int(cost[pack].sum()) for pack in rank) for rank in dealt]
-        packs, tokens = packs + len(dealt[0]), tokens + int(lengths.sum())
-        imbalance.append(max(loads) * ranks / sum(loads))
-    images = plan.samples
+    plan, steps = data.plan, data.plan.window_length(0)
+    packing = measure_packing(data, ranks, range(steps))
+    lengths = np.concatenate([plan.step(step).tokens for step in range(steps)])
+    values, counts = np.unique(lengths, return_counts=True)
+    flops = sum(3 * forward_flops(config.model, int(n)) * int(c) for n, c in zip(values, counts, strict=True))
+    images, batch = sum(plan.samples), config.batch.images
     return {
         "images": images,
-        "classes": len(plan.manifest.classes),
-        "mean_tokens": tokens / (plan.window_steps * plan.images),
-        "steps_per_epoch": images / plan.images,
-        "epochs": config.train.steps * plan.images / images,
-        "capacity": shape.tokens,
-        "image_slots": shape.images,
-        "packs_per_rank": packs / plan.window_steps,
-        "fill": tokens / (packs * ranks * shape.tokens),
-        "imbalance": float(np.mean(imbalance)),
-        "training_flops": config.train.steps * _flops_per_step(config, data),
+        "classes": data.classes,
+        "mean_tokens": float(lengths.mean()),
+        "steps_per_epoch": images / batch,
+        "epochs": config.train.steps * batch / images,
+        "capacities": [shape.tokens for shape in data.shapes],
+        **packing,
+        "training_flops": config.train.steps * flops // steps,
     }
 
 
-def _flops_per_step(config: Config, data: Data) -> int:
-    """Mean over the first window's steps."""
-    per_length = {}
-    for step in range(data.plan.window_steps):
-        for length, count in zip(*np.unique(data.plan.step(step).tokens, return_counts=True), strict=True):
-            per_length[int(length)] = per_length.get(int(length), 0) + int(count)
-    return sum(3 * forward_flops(config.model, n) * c for n, c in per_length.items()) // data.plan.window_steps
+def measure_packing(data: Data, ranks: int, steps: range) -> dict[str, float]:
+    """Deals out ``steps``: packs a rank gets in a step, fill (valid tokens over room, all ranks), and imbalance (cost
+    of the slowest rank over the mean, averaged over the steps)."""
+    packs, tokens, room, imbalance = 0, 0, 0, 0.0
+    for step in steps:
+        lengths = data.plan.step(step).tokens
+        dealt = deal(lengths, data.cost, ranks, data.shapes)
+        cost = data.cost.of(lengths)
+        loads = [sum(int(cost[pack].sum()) for pack in rank) for rank in dealt.packs]
+        packs, tokens = packs + len(dealt.packs[0]), tokens + int(lengths.sum())
+        room += ranks * len(dealt.packs[0]) * dealt.shape.tokens
+        imbalance += max(loads) * ranks / sum(loads)
+    return {"packs_per_rank": packs / len(steps), "fill": tokens / room, "imbalance": imbalance / len(steps)}
 
 
 def to_text(report: dict[str, Any]) -> str:
     model, layout, data = report["model"], report["layout"], report["data"]
     gib = layout["state_bytes_per_rank"]["total"] / 2**30
+    capacities = "" if data is None else " or ".join(map(str, data["capacities"]))
     lines = [
         f"model    {model['parameters']:,} parameters in {model['tensors']} tensors, "
         f"{model['training_flops_per_image']['256'] / 1e12:.3f} TFLOP to train on an image of 256 tokens",
@@ -96,7 +96,7 @@ def to_text(report: dict[str, Any]) -> str:
             *lines,
             f"data     {data['images']:,} images, {data['classes']} classes, {data['mean_tokens']:.1f} tokens each, "
             f"{data['epochs']:.1f} epochs of {data['steps_per_epoch']:.1f} steps",
-            f"packs    {data['packs_per_rank']:.2f} a rank and step of {data['capacity']} tokens: "
+            f"packs    {data['packs_per_rank']:.2f} a rank and step of {capacities} tokens: "
             f"fill {data['fill']:.4f}, slowest rank {data['imbalance']:.4f} of the mean",
             f"compute  {data['training_flops']:.3g} FLOP in all",
         ]

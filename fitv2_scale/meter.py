@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from data_sharding.deal import Shape
 from data_sharding.stream import StepBatch
 from fitv2_scale.model.config import ModelConfig
 from fitv2_scale.model.counts import forward_flops
@@ -27,8 +26,9 @@ class _Window:
     norms: list[float] = field(default_factory=list)
     skipped: int = 0
     images: int = 0
+    substituted: int = 0
     tokens: int = 0
-    slots: int = 0  # tokens that the packs had room for, on all ranks
+    room: int = 0  # tokens that the packs had room for, on all ranks
     flops: int = 0
     imbalance: float = 0.0
     data_wait: float = 0.0
@@ -37,11 +37,16 @@ class _Window:
 class Meter:
     """Fed by every rank each step; ``report`` is a collective."""
 
-    def __init__(self, world: World, model: ModelConfig, shape: Shape, peak_tflops: float | None):
-        self._world, self._shape = world, shape
-        self._flops = [0] + [3 * forward_flops(model, n) for n in range(1, shape.max_seqlen + 1)]
+    def __init__(self, world: World, model: ModelConfig, max_seqlen: int, peak_tflops: float | None):
+        self._world = world
+        self._flops = [0] + [3 * forward_flops(model, n) for n in range(1, max_seqlen + 1)]
         self._peak = peak_tflops or _known_peak(world.device)
         self._window = _Window(time.perf_counter())
+
+    @property
+    def steps(self) -> int:
+        """Since the last report."""
+        return len(self._window.losses)
 
     def update(self, batch: StepBatch, loss: Tensor, result: StepResult, data_wait: float) -> None:
         w = self._window
@@ -49,8 +54,9 @@ class Meter:
         w.norms.append(result.norm)
         w.skipped += result.skipped
         w.images += batch.step_images
+        w.substituted += batch.step_substituted
         w.tokens += batch.step_tokens
-        w.slots += self._world.size * len(batch.packs) * self._shape.tokens
+        w.room += batch.step_room
         w.flops += sum(self._flops[n] for n in batch.step_lengths.tolist())
         w.imbalance += batch.step_cost_max / batch.step_cost_mean
         w.data_wait += data_wait
@@ -67,10 +73,11 @@ class Meter:
             "grad_norm": sum(w.norms) / steps,
             "images_per_second": w.images / seconds,
             "tokens_per_second": w.tokens / seconds,
-            "packing_fill": w.tokens / w.slots,
+            "packing_fill": w.tokens / w.room,
             "rank_imbalance": w.imbalance / steps,
             "data_wait_share": w.data_wait / seconds,
             "skipped_steps": float(w.skipped),
+            "substituted_images": float(w.substituted),
         }
         if self._peak:
             metrics["mfu"] = w.flops / seconds / (self._peak * 1e12 * self._world.size)

@@ -3,6 +3,7 @@
     run.json              what the run is; written once (see ``Run``)
     log/00000001 …        who trains and what is committed (see ``run_log``)
     attempts/<n>/         start.json, end.json (see ``Attempt``), journal/ (see ``tracking.journal``)
+    ledger/               images that cannot be read, and what replaces them (see ``ledger``)
     tracking/             what the uploader keeps (see ``tracking.uploader``)
 
 The config has two halves. *Science* decides what is learned; it is hashed, and a run keeps it for life. *Operations*
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from data_sharding.errors import DataError, UserError
+from fitv2_scale.ledger import summary
 from fitv2_scale.redact import redact
 from fitv2_scale.run_log import Entry, RunLog, newest_attempt, now
 from fitv2_scale.store import Store
@@ -171,6 +173,7 @@ def status(run: Run) -> dict[str, Any]:
 
     {"id": …, "url": …, "created": …, "science_hash": …, "plan_hash": …, "parent": null, "stop_requested": false,
      "last_commit": {"step": 200, "time": …, "attempt": 1, "path": "steps/200"} or null,
+     "substituted": {"version": 1, "frames": 1, "images": 64, "causes": ["…"]},
      "attempts": [{"attempt": 1, "started": …, "ended": … or null, "code": 75 or null, "why": "SIGUSR1",
                    "last_step": 200 or null}]}
 
@@ -204,6 +207,7 @@ def status(run: Run) -> dict[str, Any]:
         **{key: getattr(run, key) for key in ("id", "url", "created", "science_hash", "plan_hash", "parent")},
         "stop_requested": run.log.stop_requested(),
         "last_commit": last_commit,
+        "substituted": summary(run.store),
         "attempts": attempts,
     }
 

@@ -3,53 +3,30 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data_sharding.codec import Codec, get_codec
-from data_sharding.deal import Cost, Shape, choose_shape
-from data_sharding.errors import UserError
-from data_sharding.manifest import Manifest
+from data_sharding.cache import DiskCache
+from data_sharding.errors import DataError, UserError
+from data_sharding.frames import FrameReader
+from data_sharding.ledger import Ledger
+from data_sharding.patience import Patience
 from data_sharding.plan import Plan
 from data_sharding.stream import Loader
 from fitv2_scale.audit import Audit
 from fitv2_scale.checkpoint.checkpointer import Checkpointer, Restored
 from fitv2_scale.config import Config
+from fitv2_scale.data import Data
 from fitv2_scale.engines import make_engine
 from fitv2_scale.evaluate.pictures import decode, grid_png, grid_requests
 from fitv2_scale.evaluate.sampler import sample
+from fitv2_scale.ledger import RunLedger, read_pages
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.world import World
 from fitv2_scale.run import Attempt, Run, provenance
 from fitv2_scale.tracking.journal import Journal
 from fitv2_scale.tracking.uploader import start_uploader
-
-
-@dataclass(frozen=True)
-class Data:
-    """What is trained on, and how it is dealt out in this attempt."""
-
-    plan: Plan
-    cost: Cost
-    shape: Shape
-    codec: Codec
-
-    @classmethod
-    def open(cls, config: Config, ranks: int) -> "Data":
-        """Raises UserError if there is no such dataset, or it does not fit the model, the batch or the ranks."""
-        manifest = Manifest.load(config.data.url)
-        if len(manifest.classes) > config.model.classes:
-            raise UserError(
-                f"{config.data.url} has {len(manifest.classes)} classes, the model only {config.model.classes}: "
-                f"set model.classes={len(manifest.classes)} or more"
-            )
-        plan = Plan(manifest, config.seed, config.batch.images, config.data.views)
-        # A block's multiply-adds on an image of l tokens, 12 d^2 l + 2 d l^2, divided by 2 d.
-        cost = Cost(linear=6 * config.model.hidden, quadratic=1)
-        window = [plan.step(step).tokens for step in range(plan.window_steps)]
-        shape = choose_shape(window, cost, ranks, config.layout.max_tokens, plan.max_seqlen)
-        return cls(plan, cost, shape, get_codec(manifest.header.codec["name"]))
 
 
 @dataclass(frozen=True)
@@ -67,6 +44,8 @@ class Session:
     restored: Restored | None
     journal: Journal | None
     audit: Audit | None
+    ledger: RunLedger
+    notes: list[str]  # sentences for the user: what was passed over, what changes
 
     @property
     def start(self) -> int:
@@ -77,15 +56,25 @@ class Session:
         """What this attempt is about to do, and what it could not use."""
         begins = f"goes on at step {self.start}" if self.restored else "begins"
         ranks = f"{self.world.size} rank{'s' if self.world.size > 1 else ''} on {self.world.device.type}"
-        shape = f"packs of {self.data.shape.tokens} tokens"
-        notes = self.restored.quarantined if self.restored else []
-        return "\n".join([*notes, f"{self.run.url}: attempt {self.number} {begins} with {ranks}, {shape}"])
+        shapes = " or ".join(str(shape.tokens) for shape in self.data.shapes)
+        headline = f"{self.run.url}: attempt {self.number} {begins} with {ranks}, packs of {shapes} tokens"
+        return "\n".join([*self.notes, headline])
 
     def open_loader(self) -> Loader:
-        data, world = self.data, self.world
-        cache_bytes = int(self.config.data.cache_gib * 2**30)
-        steps = range(self.start, self.config.train.steps)
-        return Loader(data.plan, data.cost, data.shape, world.rank, world.size, steps, cache_bytes)
+        data, world, config = self.data, self.world, self.config.data
+        disk = DiskCache(config.cache_dir, int(config.cache_disk_gib * 2**30)) if config.cache_dir else None
+        return Loader(
+            data.plan,
+            data.cost,
+            data.shapes,
+            world.rank,
+            world.size,
+            range(self.start, self.config.train.steps),
+            int(config.cache_gib * 2**30),
+            prefetch_bytes=int(config.prefetch_gib * 2**30),
+            reader=FrameReader(Patience(deadline=config.deadline_seconds), disk),
+            ledger=self.ledger.ledger,
+        )
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
         if self.journal:
@@ -94,7 +83,7 @@ class Session:
     def record_picture(self, step: int) -> None:
         """Samples the configured grid from the EMA weights, all ranks together, into samples/<step>.png."""
         config = self.config
-        requests = grid_requests(config.sampling.sizes, config.sampling.columns, len(self.data.plan.manifest.classes))
+        requests = grid_requests(config.sampling.sizes, config.sampling.columns, self.data.classes)
         with self.engine.ema_weights():
             made = sample(
                 self.engine.network,
@@ -106,15 +95,16 @@ class Session:
                 world=self.world,
             )
         if self.journal:
-            path = f"samples/{step:08d}.png"
-            pictures = [decode(made[r.index], self.data.codec) for r in requests]
+            path, codec = f"samples/{step:08d}.png", self.data.codec(config)
+            pictures = [decode(made[r.index], codec) for r in requests]
             self.run.store.put(path, grid_png(pictures, rows=len(config.sampling.sizes)))
             self.journal.picture(step, path)
 
     def commit(self, step: int) -> None:
         if self.journal:
             self.journal.seal()
-        self.checkpoints.save(self.engine, step, self.data.plan.cursor(step))
+        cursor = replace(self.data.plan.cursor(step), ledger=self.ledger.ledger.version)
+        self.checkpoints.save(self.engine, step, cursor)
 
 
 @dataclass(frozen=True)
@@ -161,27 +151,53 @@ def claim(config: Config, plan: Plan, fork: Fork | None, world: World) -> tuple[
 
 def open_session(config: Config, world: World, data: Data, run: Run, number: int, fork: Fork | None) -> Session:
     """Builds the engine, restores the newest whole commit, starts journal and uploader."""
+    if config.sampling.every_steps:
+        data.codec(config)  # rather now than at the first pictures
     engine = make_engine(config, Layout.of(world.size, config.layout.replicate), world)
     attempt = Attempt(number, run) if world.is_first else None
     checkpoints = Checkpointer(run, attempt, number, world, config.checkpoint.keep_last)
-    restored = _restore(checkpoints, engine, run, data.plan, fork)
+    restored, data, notes = _restore(checkpoints, engine, run, data, fork, config, world.size)
+    ledger = _open_ledger(run, number, data, restored, fork, config, world)
     folder = Path(run.store.path(f"attempts/{number}"))
     journal = Journal(folder, number, restored.step if restored else 0) if world.is_first else None
     if world.is_first and config.tracking.uri != "none":
         start_uploader(run.url, config.tracking.uri, config.tracking.experiment)
     audit = Audit(folder / "audit", world.rank, config.flow, config.seed) if config.train.audit else None
-    return Session(config, world, data, run, number, attempt, engine, checkpoints, restored, journal, audit)
+    return Session(
+        config, world, data, run, number, attempt, engine, checkpoints, restored, journal, audit, ledger, notes
+    )
 
 
-def _restore(checkpoints: Checkpointer, engine: Engine, run: Run, plan: Plan, fork: Fork | None) -> Restored | None:
-    restored = checkpoints.restore(engine, run)
-    if restored and restored.cursor and restored.cursor.plan_hash != plan.hash:
-        raise UserError(
-            f"{run.url} was trained on other data or in another order: restore data.url, or branch off with --fork-from"
+def _open_ledger(
+    run: Run, number: int, data: Data, restored: Restored | None, fork: Fork | None, config: Config, world: World
+) -> RunLedger:
+    """The ledger as the attempts before have left it. A fork begins one of its own."""
+    ledger = Ledger(data.plan.manifests)
+    for page in world.on_first(lambda: read_pages(run.store)):
+        ledger = ledger.turned(page)
+    if restored and restored.cursor and restored.cursor.ledger > ledger.version and fork is None:
+        raise DataError(
+            f"{run.url}/ledger has {ledger.version} pages, but the commit at step {restored.step} was made with "
+            f"{restored.cursor.ledger}: restore the folder"
         )
-    if restored is None and fork is not None:
+    return RunLedger(run.store, run.log, number, config.seed, config.data.max_substituted, ledger)
+
+
+def _restore(
+    checkpoints: Checkpointer, engine: Engine, run: Run, data: Data, fork: Fork | None, config: Config, ranks: int
+) -> tuple[Restored | None, Data, list[str]]:
+    """The newest whole commit, the data as it goes on from there, and what there is to say."""
+    restored = checkpoints.restore(engine, run)
+    forked = restored is None and fork is not None
+    if forked:
         restored = checkpoints.restore(engine, fork.run, fork.step)
-    return restored
+    if restored is None:
+        return None, data, []
+    # A fork may have other data; it then begins its own plan at the step where it branches off.
+    if restored.cursor is None or (forked and restored.cursor.plan_hash != data.plan.hash):
+        return restored, data, restored.quarantined
+    data, notes = data.continued(restored.cursor, restored.step, config, ranks)
+    return restored, data, [*restored.quarantined, *notes]
 
 
 @contextmanager

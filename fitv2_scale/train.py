@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data_sharding.errors import UserError
+from data_sharding.errors import StorageDown, UserError
 from data_sharding.stream import StepBatch
 from fitv2_scale.agreement import Agreement, StopSignal
 from fitv2_scale.batches import pack_to_torch
 from fitv2_scale.config import Config
+from fitv2_scale.data import Data
 from fitv2_scale.meter import Meter
 from fitv2_scale.model.flow import flow_loss
 from fitv2_scale.parallel.engine import StepResult
@@ -23,7 +24,7 @@ from fitv2_scale.parallel.world import World, join
 from fitv2_scale.progress import Progress
 from fitv2_scale.run import Attempt, Run
 from fitv2_scale.run_log import StaleAttempt
-from fitv2_scale.session import Data, Fork, Session, claim, is_complete, log_to, open_session
+from fitv2_scale.session import Fork, Session, claim, is_complete, log_to, open_session
 
 # What `fitv2 train` exits with; see the README for what a launcher does with each.
 DONE, RETRY, GIVE_UP, BAD_INPUT, BUG = 0, 75, 93, 2, 1
@@ -40,26 +41,36 @@ def train(config: Config, fork_from: str | None = None) -> int:
         if world.on_first(lambda: is_complete(config)):
             _say(world.is_first, f"{config.run} has done its {config.train.steps} steps; raise train.steps to go on")
             return DONE
-        data = Data.open(config, Layout.of(world.size, config.layout.replicate).data_parallel)
+        try:
+            data = Data.open(config, Layout.of(world.size, config.layout.replicate).data_parallel)
+        except StorageDown as error:
+            _say(world.is_first, str(error))
+            return RETRY
         run, number = claim(config, data.plan, fork, world)
         with log_to(Path(run.store.path(f"attempts/{number}/logs")), world.rank), _recorded(run, number, world) as end:
             session = open_session(config, world, data, run, number, fork)
-            end(*_loop(session, Agreement(world, stop)))
+            end(*_loop(session, Agreement(world, stop, session.ledger)))
         return end.code
 
 
 def _loop(s: Session, agreement: Agreement) -> tuple[int, str]:
     """All steps of an attempt. Returns exit code and reason."""
     config, train = s.config, s.config.train
-    meter = Meter(s.world, config.model, s.data.shape, config.tracking.peak_tflops)
-    skipped_in_row = 0
+    meter = Meter(s.world, config.model, s.data.plan.max_seqlen, config.tracking.peak_tflops)
+    skipped_in_row, saved = 0, True
     with s.open_loader() as loader, Progress(s.start, train.steps, shown=s.world.is_first) as progress:
         progress.say(s.headline())
-        batches = iter(loader)
         for step in range(s.start, train.steps):
             asked = time.perf_counter()
-            batch = agreement.next(batches)
+            batch = agreement.next(step, loader)
             waited = time.perf_counter() - asked
+            if batch is None:  # of this step nothing is done; what was done before is kept
+                if meter.steps:
+                    _report(s, meter, progress, step)
+                if not saved:
+                    s.commit(step)
+                progress.say(agreement.stop_reason)
+                return RETRY, f"{agreement.stop_reason}: saved at step {step}"
             loss, result = train_step(s, batch)
             meter.update(batch, loss, result, waited)
             done = step + 1
@@ -74,18 +85,24 @@ def _loop(s: Session, agreement: Agreement) -> tuple[int, str]:
             last = done == train.steps or agreement.stop_reason is not None
             commit = last or done % config.checkpoint.every_steps == 0
             if commit or done % train.log_every == 0:
-                metrics = meter.report() | {"lr": config.optimizer.lr_at(step), "images": done * config.batch.images}
-                s.record(done, metrics)
-                progress.show(done, metrics)
+                _report(s, meter, progress, done)
             progress.advance()
             with meter.paused():
                 if config.sampling.every_steps and (done % config.sampling.every_steps == 0 or done == train.steps):
                     s.record_picture(done)
                 if commit:
                     s.commit(done)
+                saved = commit
             if agreement.stop_reason and done < train.steps:
                 return RETRY, f"{agreement.stop_reason}: saved at step {done}"
     return DONE, f"all {train.steps} steps are done"
+
+
+def _report(s: Session, meter: Meter, progress: Progress, done: int) -> None:
+    metrics = meter.report() | {"lr": s.config.optimizer.lr_at(done - 1)}
+    metrics["images"] = s.data.plan.total_images(done)
+    s.record(done, metrics)
+    progress.show(done, metrics)
 
 
 def train_step(s: Session, batch: StepBatch) -> tuple[Tensor, StepResult]:

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_sharding.deal import Cost, Shape, choose_shape, deal
+from data_sharding.deal import Cost, Shape, choose_shapes, deal, spread
 from data_sharding.errors import UserError
-from data_sharding.plan import CROP, Plan
+from data_sharding.plan import CROP, Plan, Segment
+from data_sharding.presets import open_preset
 
 COST = Cost(linear=960, quadratic=1)
 
@@ -33,14 +34,18 @@ def manifest(samples: int, frames: int = 7, seed: int = 0, max_tokens: int = 64)
     )
 
 
+def plan_of(m, seed: int, images: int, views: str = "mixed") -> Plan:
+    return Plan([m], seed, views, [Segment(0, images, (1,))])
+
+
 @settings(max_examples=60, deadline=None)
 @given(samples=st.integers(1, 400), frames=st.integers(1, 30), data=st.data(), seed=st.integers(0, 2**64 - 1))
 def test_every_image_exactly_once_an_epoch(samples, frames, data, seed):
     images = data.draw(st.integers(1, samples))
     m = manifest(samples, frames)
-    plan = Plan(m, seed, images, "mixed")
+    plan = plan_of(m, seed, images, "mixed")
     seen: dict[int, list[int]] = {}
-    for step in range(-(-3 * samples // images) + plan.window_steps):
+    for step in range(-(-3 * samples // images) + plan.window_steps(0)):
         s = plan.step(step)
         assert len(s.sample_id) == images
         assert np.array_equal(m.sample_id[s.row], s.sample_id) and np.array_equal(m.label[s.row], s.label)
@@ -52,9 +57,9 @@ def test_every_image_exactly_once_an_epoch(samples, frames, data, seed):
 
 
 def test_steps_hold_nearly_equal_token_totals():
-    plan = Plan(manifest(6000, 60), 0, 32, "mixed")
-    totals = np.array([plan.step(k).tokens.sum() for k in range(plan.window_steps)])
-    by_chance = np.sqrt(32) * plan._window(0)[0].tokens.std()
+    plan = plan_of(manifest(6000, 60), 0, 32, "mixed")
+    totals = np.array([plan.step(k).tokens.sum() for k in range(plan.window_steps(0))])
+    by_chance = np.sqrt(32) * plan.step(0).tokens.std()
     assert totals.std() < 0.05 * by_chance
 
 
@@ -63,8 +68,8 @@ def test_evening_leaves_no_trend_and_no_clumps():
 
     A plan sorted by length fails both, as the last lines show.
     """
-    plan = Plan(manifest(12000, 200), 3, 24, "resize")
-    steps = [plan.step(k) for k in range(plan.window_steps * 2)]
+    plan = plan_of(manifest(12000, 200), 3, 24, "resize")
+    steps = [plan.step(k) for k in range(plan.window_steps(0) * 2)]
 
     def statistics(steps):
         counts = np.array([np.bincount(s.label, minlength=10) for s in steps])
@@ -91,7 +96,7 @@ def test_order_depends_on_seed_and_epoch():
     m = manifest(120, 12)
 
     def epoch(seed, e):
-        plan = Plan(m, seed, 12, "mixed")
+        plan = plan_of(m, seed, 12, "mixed")
         return [plan.step(k).sample_id.tolist() for k in range(10 * e, 10 * e + 10)]
 
     orders = [epoch(seed, e) for seed, e in ((1, 1), (1, 2), (2, 1), (2, 2))]
@@ -102,7 +107,7 @@ def test_views_and_flips():
     m = manifest(5000, 50)
     has_crop = m.size[:, CROP, 0] > 0
     for views, share in (("mixed", 0.5), ("crop", 1.0), ("resize", 0.0)):
-        plan = Plan(m, 0, 50, views)
+        plan = plan_of(m, 0, 50, views)
         steps = [plan.step(k) for k in range(100)]
         rows, view, flip = (np.concatenate([getattr(s, c) for s in steps]) for c in ("row", "view", "flip"))
         assert (view[has_crop[rows]] == CROP).mean() == pytest.approx(share, abs=0.05)
@@ -113,26 +118,26 @@ def test_views_and_flips():
 
 def test_golden_digest_freezes_the_arithmetic():
     """If this fails, runs in progress would train on other images: raise PLANNER_VERSION, then renew the digest."""
-    plan = Plan(manifest(1000, 30, seed=9), seed=(1 << 63) + 5, images=24, views="mixed")
+    plan = plan_of(manifest(1000, 30, seed=9), (1 << 63) + 5, 24, "mixed")
     digest = hashlib.sha256()
     for k in range(100):
         s = plan.step(k)
         for column in (s.epoch, s.sample_id, s.view, s.flip, s.tokens):
             digest.update(column.astype("<i8").tobytes())
     assert digest.hexdigest()[:16] == "5c6755eafe4c7bfb"
-    assert plan.hash[:16] == "df4b839ec4261ebe"
+    assert plan.hash[:16] == "a9366212428fbc55"
 
 
 def test_cursor_is_small_and_says_where():
-    plan = Plan(manifest(100, 10), 0, 30, "mixed")
+    plan = plan_of(manifest(100, 10), 0, 30, "mixed")
     cursor = plan.cursor(7)
-    assert (cursor.epoch, cursor.window, cursor.images) == (2, 2, 210)
-    assert cursor.plan_hash == plan.hash != Plan(manifest(100, 10), 1, 30, "mixed").hash
+    assert (cursor.epoch, cursor.window, cursor.images) == ([2], 2, [210])
+    assert cursor.plan_hash == plan.hash != plan_of(manifest(100, 10), 1, 30, "mixed").hash
 
 
 def test_a_batch_larger_than_the_dataset_is_refused():
     with pytest.raises(UserError, match="batch.images is 11, but memory holds 10 images"):
-        Plan(manifest(10), 0, 11, "mixed")
+        plan_of(manifest(10), 0, 11, "mixed")
 
 
 lengths = st.lists(st.integers(1, 64), min_size=1, max_size=120).map(lambda x: np.array(x, np.int64))
@@ -144,42 +149,146 @@ lengths = st.lists(st.integers(1, 64), min_size=1, max_size=120).map(lambda x: n
 )
 def test_dealing_is_a_partition_within_capacity(tokens, ranks, capacity):
     shape = Shape(capacity, -(-capacity // 64) + 3, 64)
-    dealt = deal(tokens, COST, ranks, shape)
+    dealt = deal(tokens, COST, ranks, [shape]).packs
     assert len(dealt) == ranks and len({len(packs) for packs in dealt}) == 1
     packs = [pack for rank in dealt for pack in rank]
     assert sorted(np.concatenate(packs).tolist()) == list(range(len(tokens)))
     for pack in packs:
         room = capacity - tokens[pack].sum()
         assert room >= 0 and len(pack) + shape.padding_slots(room) <= shape.images
-    assert deal(tokens, COST, ranks, shape)[0][0].tolist() == dealt[0][0].tolist()
+    assert deal(tokens, COST, ranks, [shape]).packs[0][0].tolist() == dealt[0][0].tolist()
 
 
 @settings(max_examples=100, deadline=None)
 @given(tokens=lengths, ranks=st.integers(1, 16))
 def test_the_slowest_rank_is_within_greedys_bound(tokens, ranks):
     """Longest-first is at most 4/3 - 1/(3 ranks) of the best, which is at least the mean and the dearest image."""
-    shape = Shape(10000, 400, 64)
     cost = COST.of(tokens)
-    loads = [sum(cost[pack].sum() for pack in packs) for packs in deal(tokens, COST, ranks, shape)]
+    loads = [sum(cost[pack].sum() for pack in packs) for packs in [[group] for group in spread(cost, ranks)]]
     merged = np.sort(cost)[::-1][ranks - 1 : ranks + 1]  # when more images than ranks, two of these share a rank
     least = max(cost.sum() / ranks, cost.max(), merged.sum() if len(merged) == 2 else 0)
     assert max(loads) <= (4 / 3) * least + 1e-9
 
 
 def test_the_chosen_shape_holds_its_window_in_the_fewest_packs():
-    plan = Plan(manifest(6000, 60), 0, 64, "mixed")
-    steps = [plan.step(k).tokens for k in range(plan.window_steps)]
+    plan = plan_of(manifest(6000, 60), 0, 64, "mixed")
+    steps = [plan.step(k).tokens for k in range(plan.window_steps(0))]
     for ranks, most in ((1, 16384), (4, 16384), (4, 512), (5, 1000)):
-        shape = choose_shape(steps, COST, ranks, most, 64)
-        packs = [deal(t, COST, ranks, shape) for t in steps]
-        count = max(len(p[0]) for p in packs)
-        fill = sum(t.sum() for t in steps) / (len(steps) * count * ranks * shape.tokens)
-        assert shape.tokens <= most and fill > (0.9 if most > 1000 else 0.8), (ranks, most, shape, fill)
+        shapes = choose_shapes(steps, COST, ranks, most, 64)
+        dealt = [deal(t, COST, ranks, shapes) for t in steps]
+        room = sum(len(d.packs[0]) * ranks * d.shape.tokens for d in dealt)
+        fill = sum(t.sum() for t in steps) / room
+        assert len(shapes) <= 3 and {d.shape for d in dealt} <= set(shapes)
+        assert len({len(d.packs[0]) for d in dealt}) == 1
+        assert shapes[-1].tokens <= most and fill > 0.95, (ranks, most, shapes, fill)
 
 
 def test_impossible_shapes_are_refused():
     steps = [np.full(4, 10)]
     with pytest.raises(UserError, match="5 data-parallel ranks are more than the 4 images"):
-        choose_shape(steps, COST, 5, 4096, 64)
+        choose_shapes(steps, COST, 5, 4096, 64)
     with pytest.raises(UserError, match="layout.max_tokens is 32, less than one image of 64"):
-        choose_shape(steps, COST, 1, 32, 64)
+        choose_shapes(steps, COST, 1, 32, 64)
+
+
+# Several datasets, and changes on the way
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    samples=st.lists(st.integers(5, 80), min_size=1, max_size=3),
+    changes=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 9)), max_size=3),
+    data=st.data(),
+)
+def test_nothing_is_lost_or_repeated_through_changes_of_batch_and_weights(samples, changes, data):
+    """Each dataset's images come exactly once an epoch, its epochs one after the other, however the mix changes."""
+    manifests = [manifest(n, 5, seed=i) for i, n in enumerate(samples)]
+    weights = st.tuples(*[st.integers(0, 5)] * len(samples)).filter(any)
+    plan = Plan(manifests, 7, "mixed", [Segment(0, 4, data.draw(weights))])
+    step = 0
+    for advance, images in changes:
+        step += advance
+        plan = plan.continued(plan.cursor(step), step, Segment(0, images, data.draw(weights)))
+    taken = [[] for _ in samples]
+    last = plan.schedule[-1].start + 20
+    last = plan.next_boundary(last)
+    for k in range(last):
+        s = plan.step(k)
+        assert len(s.tokens) == plan.schedule[plan.segment_at(k)].images
+        for d, epoch, row in zip(s.dataset.tolist(), s.epoch.tolist(), s.row.tolist(), strict=True):
+            taken[d].append((epoch, row))
+    for d, n in enumerate(samples):
+        whole, part = divmod(len(taken[d]), n)
+        assert len(set(taken[d])) == len(taken[d])
+        assert {pair for pair in taken[d] if pair[0] < whole} == {(e, r) for e in range(whole) for r in range(n)}
+        assert sum(epoch == whole for epoch, _ in taken[d]) == part
+    assert plan.consumed(last) == [len(t) for t in taken] and plan.total_images(last) == sum(map(len, taken))
+
+
+def test_a_change_leaves_the_past_as_it_was_and_begins_at_the_next_window():
+    plan = plan_of(manifest(100, 10), 0, 10)
+    changed = plan.continued(plan.cursor(13), 13, Segment(0, 25, (1,)))
+    assert [(s.start, s.images) for s in changed.schedule] == [(0, 10), (20, 25)]
+    for k in range(20):
+        assert np.array_equal(plan.step(k).sample_id, changed.step(k).sample_id)
+    again = plan.continued(changed.cursor(30), 30, Segment(0, 25, (1,)))
+    assert [again.step(k).sample_id.tolist() for k in range(18, 40)] == [
+        changed.step(k).sample_id.tolist() for k in range(18, 40)
+    ]
+    at_boundary = plan.continued(plan.cursor(20), 20, Segment(0, 5, (1,)))
+    assert [(s.start, s.images) for s in at_boundary.schedule] == [(0, 10), (20, 5)]
+
+
+def test_weights_are_kept_and_ids_are_distinct():
+    """The same pictures in two sets, 1 to 3: shares hold over every stretch, and no id or randomness coincides."""
+    twice = [manifest(300, 10), manifest(300, 10)]
+    plan = Plan(twice, 0, "mixed", [Segment(0, 16, (1, 3))])
+    dataset = np.concatenate([plan.step(k).dataset for k in range(plan.window_steps(0) * 4)])
+    assert dataset.mean() == pytest.approx(0.75, abs=0.01)
+    ids = [np.unique(np.concatenate([s.sample_id[s.dataset == d] for s in map(plan.step, range(150))])) for d in (0, 1)]
+    assert len(ids[0]) == len(ids[1]) == 300 and not np.intersect1d(*ids).size
+    with pytest.raises(UserError, match="give one for each of the 2 datasets"):
+        Plan(twice, 0, "mixed", [Segment(0, 16, (1,))])
+
+
+def test_spread_reaches_the_best_by_trial():
+    """Against every way of dealing up to eight images to three groups."""
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        cost = rng.integers(1, 50, rng.integers(1, 9))
+        ways = np.array(np.meshgrid(*[range(3)] * len(cost))).reshape(len(cost), -1)
+        loads = np.array([(cost[:, None] * (ways == g)).sum(0) for g in range(3)])
+        found = max(int(cost[group].sum()) for group in spread(cost, 3))
+        assert found <= loads.max(0).min() * 1.05
+
+
+@pytest.mark.parametrize(
+    "preset,mean,goals",
+    [
+        ("imagenet256", 246, {8: (1.002, 0.995), 32: (1.004, 0.993), 64: (1.008, 0.975), 128: (1.028, 0.965)}),
+        ("imagenet1024", 704, {8: (1.003, 0.994), 32: (1.020, 0.975), 64: (1.030, 0.970), 128: (1.080, 0.920)}),
+    ],
+)
+def test_balance_and_fill_on_imagenet_like_lengths(preset, mean, goals):
+    """On the first steps of the preset at 256 images a step; `fitv2 bench data` has the whole epoch.
+
+    256 tokens on 128 ranks: nearly half of the images have 256 tokens, and too few are short enough to stand beside one
+    each, so pairs of 256 and 247 set the slowest rank.
+    """
+    m = open_preset(f"preset:{preset}", images=70_000)
+    plan, cost = Plan([m], 0, "mixed", [Segment(0, 256, (1,))]), Cost(6 * 2304, 1)
+    steps = [plan.step(k).tokens for k in range(64)]
+    assert np.concatenate(steps).mean() == pytest.approx(mean, abs=4)
+    for ranks, (most_imbalance, least_fill) in goals.items():
+        shapes = choose_shapes(steps[:48], cost, ranks, 16384, plan.max_seqlen)
+        imbalance, tokens, room = [], 0, 0
+        for lengths in steps[48:]:
+            dealt, c = deal(lengths, cost, ranks, shapes), cost.of(lengths)
+            loads = [sum(int(c[pack].sum()) for pack in rank) for rank in dealt.packs]
+            imbalance.append(max(loads) * ranks / sum(loads))
+            tokens, room = tokens + lengths.sum(), room + ranks * len(dealt.packs[0]) * dealt.shape.tokens
+        assert np.mean(imbalance) <= most_imbalance and tokens / room >= least_fill, (
+            ranks,
+            np.mean(imbalance),
+            tokens / room,
+        )

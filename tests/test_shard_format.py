@@ -17,7 +17,7 @@ import zstandard
 from data_sharding.errors import DataError
 from data_sharding.frames import fetch_frame, open_frame, read_frame
 from data_sharding.manifest import COLUMNS, Manifest, write_manifest
-from data_sharding.shard import END_OF_ARCHIVE, Sample, ShardBuilder, decompress, pack_sample, parse_frame
+from data_sharding.shard import END_OF_ARCHIVE, Sample, ShardBuilder, decompress, pack_sample, parse_frame, scan_frame
 from data_sharding.storage import put
 
 CLASSES = ("cat", "dog", "eel")
@@ -138,6 +138,29 @@ def test_every_frame_alone_gives_its_samples(stored):
     assert len(manifest.frame_shard) >= 5  # several frames in a shard and several shards, or this shows little
     for f in reversed(range(len(manifest.frame_shard))):
         assert_same(read_frame(manifest, f), samples[manifest.frame_first[f] : manifest.frame_first[f + 1]])
+
+
+def test_a_scan_says_what_the_manifest_says(stored):
+    path, samples = stored
+    manifest = Manifest.load(str(path))
+    rows = [row for f in range(len(manifest.frame_shard)) for row in scan_frame(*frame_of(manifest, f))]
+    assert rows == [(s.id, s.label, s.size) for s in samples]
+
+
+def test_an_array_longer_or_shorter_than_it_says_is_refused():
+    raw = pack_sample(make_sample(0), class_name="cat", source="cat/0.jpg", pixels=(1, 1))
+    shape = b"'shape': (2, 12, 16, 16)"
+    assert raw.count(shape) == 1
+    for wrong in (b"'shape': (2, 12, 15, 16)", b"'shape': (2, 13, 16, 16)"):
+        damaged = raw.replace(shape, wrong)
+        frame = zstandard.ZstdCompressor(write_content_size=True).compress(damaged)
+        for read in (parse_frame, scan_frame):
+            with pytest.raises(ValueError, match="resize.npy holds 12288 bytes of values, not those of"):
+                read(frame, len(damaged))
+
+
+def frame_of(manifest: Manifest, f: int) -> tuple[bytes, int]:
+    return fetch_frame(manifest, f), int(manifest.frame_raw_bytes[f])
 
 
 def test_end_of_archive_is_a_frame_of_its_own(stored):

@@ -1,6 +1,7 @@
 """verify finds each kind of damage, and all of it; inspect counts what is there."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import xxhash
 from test_shard_format import put_at, rewrite, write_samples
 
+from data_sharding import verify as module
 from data_sharding.inspect import inspect, save_picture, to_text
 from data_sharding.manifest import Manifest
 from data_sharding.verify import verify
@@ -134,6 +136,33 @@ def test_all_problems_are_collected(dataset):
     shard.write_bytes(data)
     problems = verify(str(dataset)).problems
     assert len(problems) == 3
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_several_processes_find_the_same(dataset, monkeypatch):
+    """As on a large dataset: whole, then with a shard missing, one cut short and one with a flipped byte."""
+    alone = [verify(str(dataset))]
+    monkeypatch.setattr(module, "_WORTH_PROCESSES", 0)
+    monkeypatch.setattr(module, "_verify_shard", lambda *_: pytest.fail("that is for the other processes"))
+    together = [verify(str(dataset))]
+    monkeypatch.undo()
+    (dataset / "shard-000001.tar.zst").unlink()
+    for name, change in (("0", lambda data: data[:-100_000]), ("2", lambda data: data[:500] + b"x" + data[501:])):
+        shard = dataset / f"shard-00000{name}.tar.zst"
+        shard.write_bytes(change(shard.read_bytes()))
+    alone.append(verify(str(dataset)))
+    monkeypatch.setattr(module, "_WORTH_PROCESSES", 0)
+    together.append(verify(str(dataset)))
+    assert [r.problems for r in together] == [r.problems for r in alone]
+    assert [r.bytes for r in together] == [r.bytes for r in alone]
+    assert alone[0].problems == () and len(alone[1].problems) >= 4
+
+
+@pytest.mark.parametrize("span", [1, 3 << 20])
+def test_however_much_is_read_at_once(dataset, monkeypatch, span):
+    monkeypatch.setattr(module, "_SPAN", span)
+    assert verify(str(dataset)).problems == ()
+    test_all_problems_are_collected(dataset)
 
 
 def test_no_dataset_is_a_problem_not_a_crash(tmp_path):

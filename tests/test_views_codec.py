@@ -18,6 +18,7 @@ from data_sharding.views import (
     resize_tokens,
     resize_view,
     square_side,
+    views_of,
 )
 from launchers import photographs
 
@@ -30,6 +31,14 @@ def file_of(image: Image.Image, kind: str, **options) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def encode(pixels: np.ndarray) -> np.ndarray:
+    return DctCodec().encode(pixels[None])[0]
+
+
+def views(image: Image.Image, max_tokens: int) -> dict[str, np.ndarray]:
+    return encode_views({0: views_of(image, max_tokens)}, DctCodec())[0]
 
 
 # views
@@ -75,17 +84,17 @@ def test_views_have_the_sizes_of_the_rule_and_keep_what_fits():
     assert resize_view(image, 256).size == (64, 48)
     assert resize_view(noise(48, 64), 256).size == (64, 48)
     np.testing.assert_array_equal(resize_view(noise(48, 64), 256), noise(48, 64))  # no resampling where none is needed
-    assert encode_views(noise(200, 300), DctCodec(), 100)["crop"].shape == (2, 10, 10, 16)
-    assert set(encode_views(noise(160, 300), DctCodec(), 100)) == {"resize"}
+    assert views(noise(200, 300), 100)["crop"].shape == (2, 10, 10, 16)
+    assert set(views(noise(160, 300), 100)) == {"resize"}
 
 
 def test_views_hold_the_image_and_its_mirror_image():
     image = noise(200, 300)
     for view, picture in (("resize", resize_view(image, 100)), ("crop", crop_view(image, 100))):
-        array = encode_views(image, DctCodec(), 100)[view]
+        array = views(image, 100)[view]
         assert array.dtype == np.float16
         for flip, pixels in enumerate((np.asarray(picture), np.asarray(ImageOps.mirror(picture)))):
-            np.testing.assert_array_equal(array[flip], patchify(DctCodec().encode(pixels)).astype(np.float16))
+            np.testing.assert_array_equal(array[flip], patchify(encode(pixels)).astype(np.float16))
 
 
 def adm_center_crop(image: Image.Image, side: int) -> np.ndarray:
@@ -190,7 +199,7 @@ def test_coefficients_are_those_of_the_dct():
     """Against JPEG's YCbCr and scipy's orthonormal DCT of each cell."""
     fft = pytest.importorskip("scipy.fft")
     pixels = np.asarray(noise(32, 48))
-    latent = DctCodec().encode(pixels)
+    latent = encode(pixels)
     ycc = pixels @ np.array([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]]).T
     for i, j in np.ndindex(4, 6):
         cell = ycc[8 * i : 8 * i + 8, 8 * j : 8 * j + 8]
@@ -206,10 +215,10 @@ def test_coefficients_are_those_of_the_dct():
 def test_latents_do_not_depend_on_the_order_of_summation():
     """The sums equal those in 64-bit integers, so no order of adding rounds; a token alone gives the same bits."""
     pixels = np.asarray(noise(64, 96))
-    latent = DctCodec().encode(pixels)
+    latent = encode(pixels)
     assert latent.dtype == np.float32 and latent.shape == (4, 8, 12)
     for i, j in np.ndindex(4, 6):
-        token = DctCodec().encode(pixels[16 * i : 16 * i + 16, 16 * j : 16 * j + 16])
+        token = encode(pixels[16 * i : 16 * i + 16, 16 * j : 16 * j + 16])
         np.testing.assert_array_equal(token, latent[:, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2])
     luma = pixels.astype(np.int64) @ np.array([19595, 38470, 7471])  # 2**16 * (0.299, 0.587, 0.114)
     slope = np.array([4017, 3406, 2276, 799, -799, -2276, -3406, -4017])  # 2**12 * cos((2k+1) pi/16)
@@ -220,7 +229,7 @@ def test_latents_do_not_depend_on_the_order_of_summation():
 def test_decoding_a_mirrored_image_mirrors_it(pictures):
     pixels = np.asarray(pictures["pagoda"])
     codec = DctCodec()
-    straight, mirrored = codec.decode(codec.encode(pixels)), codec.decode(codec.encode(pixels[:, ::-1]))
+    straight, mirrored = codec.decode(encode(pixels)), codec.decode(encode(pixels[:, ::-1]))
     assert np.abs(straight.astype(int) - mirrored[:, ::-1]).max() <= 1
 
 
@@ -230,7 +239,7 @@ def test_photographs_come_back(pictures):
     codec = DctCodec()
     for name, picture in pictures.items():
         pixels = np.asarray(picture)
-        decoded = codec.decode(codec.encode(pixels))
+        decoded = codec.decode(encode(pixels))
         assert decoded.shape == pixels.shape and decoded.dtype == np.uint8
         assert psnr(decoded, pixels) == pytest.approx(expected[name], abs=0.3), name
         steps = np.abs(np.diff(decoded.astype(float).mean(-1), axis=1)).mean(0)
@@ -242,18 +251,18 @@ def test_flat_colours_come_back_exactly():
     codec = DctCodec()
     for color in ((0, 0, 0), (255, 255, 255), (200, 30, 60), (20, 160, 90)):
         pixels = np.broadcast_to(np.array(color, np.uint8), (32, 48, 3))
-        assert np.abs(codec.decode(codec.encode(pixels)).astype(int) - pixels).max() <= 1, color
+        assert np.abs(codec.decode(encode(pixels)).astype(int) - pixels).max() <= 1, color
 
 
 def test_latents_of_the_demo_have_about_unit_variance(pictures):
-    tokens = np.concatenate([patchify(DctCodec().encode(np.asarray(p))).reshape(-1, 16) for p in pictures.values()])
+    tokens = np.concatenate([patchify(encode(np.asarray(p))).reshape(-1, 16) for p in pictures.values()])
     variance = tokens.reshape(-1, 4, 2, 2).var(axis=0)
     assert variance.min() > 0.6 and variance.max() < 1.7, variance
 
 
 def test_codecs_by_name():
     assert get_codec("dct").digest == DctCodec().digest and len(DctCodec().digest) == 64
-    with pytest.raises(UserError, match="there is no codec 'jpeg': use 'dct'"):
+    with pytest.raises(UserError, match="there is no codec 'jpeg': use 'dct' or 'sd-vae'"):
         get_codec("jpeg")
 
 

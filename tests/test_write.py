@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_sharding import sources, write
+from data_sharding import build, sources
+from data_sharding.codec import get_codec
 from data_sharding.errors import UserError
+from data_sharding.extents import Extent
 from data_sharding.frames import read_frame
 from data_sharding.manifest import Manifest
-from data_sharding.sources import open_folder, sample_id
+from data_sharding.sources import Entry, open_folder, sample_id
 from data_sharding.verify import verify
 from data_sharding.write import write_dataset
 
@@ -72,14 +74,14 @@ def test_every_image_is_there_once_with_its_label(images, written):
 
 
 def test_views_and_flips_are_those_of_the_pixels(images, written):
-    from data_sharding.views import encode_views, load_rgb
+    from data_sharding.views import encode_views, load_rgb, views_of
 
     entries = {entry.id: entry for entry in open_folder(images).entries}
     manifest = Manifest.load(str(written[0]))
     crops = 0
     for sample in read_frame(manifest, 0):
-        image = load_rgb(Path(entries[sample.id].url.removeprefix("file://")).read_bytes())
-        expected = encode_views(image, write.get_codec("dct"), 16)
+        image = load_rgb(entries[sample.id].data.read())
+        expected = encode_views({0: views_of(image, 16)}, get_codec("dct"))[0]
         assert sample.views.keys() == expected.keys()
         crops += "crop" in expected
         for view, array in expected.items():
@@ -151,7 +153,7 @@ def test_other_options_are_refused_finished_or_not(images, written, tmp_path, mo
     name = next(iter(change))
     with pytest.raises(UserError, match=f"was begun with another {name} .*or another folder"):
         write_dataset(images, str(written[0]), **{**OPTIONS, **change})
-    monkeypatch.setattr(write, "run_tasks", lambda *_: sys.exit("killed"))
+    monkeypatch.setattr(build, "run_tasks", lambda *_: sys.exit("killed"))
     with pytest.raises(SystemExit):
         write_dataset(images, str(tmp_path), workers=1, **OPTIONS)
     with pytest.raises(UserError, match=f"was begun with another {name} "):
@@ -222,7 +224,7 @@ def test_bad_sources_are_one_sentence_each(tmp_path):
         ({"holdout": 0.001}, "sets aside 0 of 60 images"),
         ({"images_per_shard": 0}, "at least 1"),
         ({"workers": 0}, "workers must be at least 1"),
-        ({"codec": "jpeg"}, "there is no codec 'jpeg': use 'dct'"),
+        ({"codec": "jpeg"}, "there is no codec 'jpeg': use 'dct' or 'sd-vae'"),
     ],
 )
 def test_bad_options_are_one_sentence_each(images, tmp_path, options, message):
@@ -269,7 +271,7 @@ def test_a_worker_that_is_killed_is_reported_and_nothing_hangs(tmp_path):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.002)
     os.kill(children(process.pid)[-1], signal.SIGKILL)
-    assert "a writing process was killed" in process.communicate(timeout=60)[0]
+    assert "a process was killed" in process.communicate(timeout=60)[0]
 
 
 def test_an_error_in_a_worker_keeps_its_traceback(images, tmp_path):
@@ -281,3 +283,102 @@ def test_an_error_in_a_worker_keeps_its_traceback(images, tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         write_dataset(str(tmp_path / "images"), str(tmp_path / "set"), workers=2, images_per_shard=1, progress=False)
     assert "write_shard" in "".join(error.value.__notes__)
+
+
+# several Slurm tasks
+
+
+def start_task(call: str, place: int, count: int) -> subprocess.Popen:
+    env = os.environ | {"SLURM_PROCID": str(place), "SLURM_NTASKS": str(count)}
+    return subprocess.Popen([sys.executable, "-c", call], cwd=Path(__file__).parents[1], env=env)
+
+
+def slurm_call(src, dst, **options) -> str:
+    arguments = f"{str(src)!r}, {str(dst)!r}, **{options}"
+    return f"from data_sharding.write import write_dataset; write_dataset({arguments})"
+
+
+def test_each_task_begins_with_its_own_and_ends_with_the_others_from_behind(monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "3")
+    turns = []
+    for place in range(3):
+        monkeypatch.setenv("SLURM_PROCID", str(place))
+        turns.append(build.in_turn(list(range(8))))
+    assert turns == [[0, 3, 6, 7, 4, 1, 5, 2], [1, 4, 7, 5, 2, 6, 3, 0], [2, 5, 6, 3, 0, 7, 4, 1]]
+    monkeypatch.delenv("SLURM_PROCID")
+    monkeypatch.delenv("SLURM_NTASKS")
+    assert build.in_turn(list(range(8))) == list(range(8))
+
+
+def test_a_task_that_dies_leaves_its_shards_to_the_others(tmp_path):
+    """Three tasks, one killed in the middle: the others finish, and the bytes are those of one process."""
+    make_images(tmp_path / "images", 45, side=200)
+    options = {**OPTIONS, "images_per_shard": 3, "workers": 1}
+    write_dataset(str(tmp_path / "images"), str(tmp_path / "whole"), **options)
+    dst = tmp_path / "set"
+    tasks = [start_task(slurm_call(tmp_path / "images", dst, **options), place, 3) for place in range(3)]
+    deadline = time.monotonic() + 60
+    while not list(dst.rglob("shard-*.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    assert tasks[1].poll() is None
+    tasks[1].kill()
+    assert [task.wait(timeout=180) for task in tasks] == [0, -signal.SIGKILL, 0]
+    assert_same_dataset(dst, tmp_path / "whole")
+
+
+def assert_same_dataset(dst: Path, whole: Path) -> None:
+    """A task that was beaten to the end by a hair may leave a record behind; the next call removes it."""
+    found = {name: data for name, data in bytes_of(dst).items() if not name.startswith(("parts/", "holdout/parts/"))}
+    assert found == bytes_of(whole)
+
+
+def test_a_number_of_tasks_that_is_not_true_costs_nothing(images, written, tmp_path):
+    """SLURM_NTASKS is set in a batch script too, where one process runs alone."""
+    task = start_task(slurm_call(images, tmp_path / "set", workers=1, **OPTIONS), 3, 4)
+    assert task.wait(timeout=60) == 0
+    assert bytes_of(tmp_path / "set") == bytes_of(written[0])
+
+
+def test_work_on_a_shard_ends_when_another_task_has_it(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "_CHUNK", 2)
+    entries = open_folder(images).entries[:6]
+    seen, reported = [], []
+
+    def make(items):
+        seen.extend(items)
+        if len(seen) == 4:
+            build.put(task.part, b"{}")
+        return [build.Skipped(item.key, "for the test") for item in items]
+
+    task = build.ShardTask(str(tmp_path), str(tmp_path), "shard-000000.tar.zst", entries, ("ant",), make)
+    build.write_shard(task, lambda count, fresh: reported.append((count, fresh)))
+    assert len(seen) == 4 and reported == [(2, True), (2, True), (2, False)]
+    assert Path(task.part).read_bytes() == b"{}"
+
+
+def test_a_task_that_comes_last_to_commit_finds_it_done(images, written, tmp_path, monkeypatch):
+    """Another one has committed and cleaned up between its last shard and its own commit."""
+    honest = build._commit
+
+    def beaten(src, datasets, *rest):
+        honest(src, datasets, *rest)
+        for url in datasets:
+            build._clean(url)
+        honest(src, datasets, *rest)
+
+    monkeypatch.setattr(build, "_commit", beaten)
+    report = write_dataset(images, str(tmp_path / "set"), workers=1, **OPTIONS)
+    assert (report.images, report.held_out) == (54, 6)
+    assert bytes_of(tmp_path / "set") == bytes_of(written[0])
+
+
+def test_a_shard_finished_after_the_commit_leaves_no_record(tmp_path):
+    def make(items):
+        build.put(f"{tmp_path}/manifest.json", b"{}")  # another task commits meanwhile
+        return [build.Skipped(item.key, "for the test") for item in items]
+
+    item = Entry(1, "ant/1.jpg", 0, Extent("", None, 0))
+    task = build.ShardTask(str(tmp_path), str(tmp_path), "shard-000000.tar.zst", (item,), (), make)
+    build.write_shard(task, lambda *_: None)
+    assert list(tmp_path.iterdir()) == [tmp_path / "manifest.json"]

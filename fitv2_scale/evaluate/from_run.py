@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from data_sharding.codec import get_codec
+from data_sharding.codec import codec_of
 from data_sharding.errors import UserError
 from data_sharding.manifest import Manifest
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
@@ -19,7 +19,7 @@ def sample_run(run_url: str, out: str, sizes: list[str], columns: int, cfg: floa
     """Writes a grid of pictures, a row a size and a column a class, to ``out``; returns the step of the weights."""
     run = Run.open(run_url)
     config = parse_config(run.config, f"{run.url}/run.json")
-    manifest = Manifest.load(config.data.url)
+    manifest = Manifest.load(config.data.urls[0])
     requests = grid_requests(sizes, columns, len(manifest.classes))
     with join() as world:
         engine = make_engine(config, Layout.of(world.size, 1), world)
@@ -31,7 +31,7 @@ def sample_run(run_url: str, out: str, sizes: list[str], columns: int, cfg: floa
                 engine.network, requests, classes=config.model.classes, cfg=cfg, steps=steps, seed=seed, world=world
             )
         if world.is_first:
-            codec = get_codec(manifest.header.codec["name"])
+            codec = codec_of(manifest.header.codec, config.sampling.vae)
             pictures = [decode(made[r.index], codec) for r in requests]
             Path(out).write_bytes(grid_png(pictures, rows=len(sizes)))
     return restored.step

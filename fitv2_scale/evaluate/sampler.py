@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_sharding.deal import Shape, deal_to_ranks
+from data_sharding.deal import Shape, spread
 from data_sharding.keyed import Purpose
 from data_sharding.packing import lay_out
 from fitv2_scale.batches import packing_to_torch
@@ -50,7 +50,7 @@ def sample(
     """
     guided = cfg != 1.0
     cost = np.array([r.tokens for r in requests])
-    shares = deal_to_ranks(cost, world.size)
+    shares = spread(cost, world.size)
     copies = 2 if guided else 1
     longest = int(cost.max())
     capacity = copies * max(int(cost[s].sum()) for s in shares)

@@ -1,0 +1,320 @@
+"""Building a dataset: items to samples to shards, in parallel, resumable, the same bytes every time.
+
+Which item goes into which shard follows from the source and the options alone. Each shard is made in one go by one
+process and leaves, last, a record in ``parts/``. A writer that starts again skips the shards that have a record, so one
+that was killed goes on where it was. When all records are there, the manifests are written from them and ``parts/`` is
+removed.
+
+    DST/parts/options.json                      what this unfinished dataset is made of
+    DST/parts/shard-000000.tar.zst.json         {"index": {"name": …, "frames": [[…], …], …}, "skipped": […]}
+    DST/skipped.json                            [{"source": "cat/3.jpg", "reason": "OSError: image file is trunc…"}]
+    DST/holdout/                                with holdout > 0: a dataset of its own
+
+Several tasks (of ``srun``, say) may build one dataset. There is nothing to claim, hence no lease to expire and no clock
+to trust: task p of n makes shards p, p+n, p+2n, … and then any of the others' that has no record yet, from their far
+end. So what a killed task leaves undone is done by the rest, and a number of tasks that is not true (SLURM_NTASKS in a
+batch script that starts one) costs nothing. Two that make the same shard write the same bytes, each whole; the later
+one stops as soon as it sees the record. Whoever finds all records there commits, at worst two at once the same files.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from data_sharding.connect import file_system
+from data_sharding.errors import UserError
+from data_sharding.extents import ask
+from data_sharding.keyed import Purpose, words64
+from data_sharding.manifest import FILE, Header, Manifest, write_manifest
+from data_sharding.pool import Progress, run_tasks
+from data_sharding.shard import DTYPE, Sample, ShardBuilder, ShardIndex
+from data_sharding.storage import put, read
+from data_sharding.views import square_side
+
+_CHUNK = 64  # items handed over at once: enough pictures of one size for a batch, few enough to hold in memory
+
+
+class Item(Protocol):
+    """What one sample is made from. Items are picklable and small."""
+
+    id: int
+    key: str
+
+
+class Made(NamedTuple):
+    """``source`` is the item's key, ``pixels`` the (height, width) of its image, None where that is not known."""
+
+    sample: Sample
+    source: str
+    pixels: tuple[int, int] | None
+
+
+class Skipped(NamedTuple):
+    """``reason`` holds no path and no address, so that it is the same every time."""
+
+    source: str
+    reason: str
+
+
+Maker = Callable[[tuple[Item, ...]], Iterable[Made | Skipped]]  # picklable; one result an item, in order
+
+
+@dataclass(frozen=True)
+class Options:
+    """All that decides the bytes of a dataset. ``source`` and ``codec`` are digests, ``holdout`` a share of images."""
+
+    source: str
+    codec: str
+    max_tokens: int
+    images_per_shard: int
+    holdout: float
+
+    def __post_init__(self):
+        square_side(self.max_tokens)
+        if not 0 <= self.holdout < 1:
+            raise UserError(f"holdout is the share of images to set aside, at least 0 and below 1, not {self.holdout}")
+        if self.images_per_shard < 1:
+            raise UserError(f"images_per_shard must be at least 1, not {self.images_per_shard}")
+
+    @classmethod
+    def of(cls, header: Header) -> "Options":
+        made = header.source
+        return cls(made["digest"], header.codec["digest"], header.max_tokens, made["images_per_shard"], made["holdout"])
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard of the dataset at ``dataset``, which is ``root`` or its holdout, for one process to write."""
+
+    root: str
+    dataset: str
+    name: str
+    items: tuple[Item, ...]
+    classes: tuple[str, ...]
+    make: Maker
+
+    @property
+    def part(self) -> str:
+        return f"{self.dataset}/parts/{self.name}.json"
+
+
+@dataclass(frozen=True)
+class WriteReport:
+    """``images`` and ``held_out`` are in the two datasets, ``skipped`` in neither; ``encoded`` ones by this call."""
+
+    url: str
+    images: int
+    held_out: int
+    skipped: int
+    shards: int
+    bytes: int
+    encoded: int
+    seconds: float
+
+
+def is_finished(dst: str, options: Options) -> bool:
+    """Whether the dataset is complete. Raises UserError if it is, or was begun, with other options."""
+    record = f"{dst}/parts/options.json"
+    if finished := exists(f"{dst}/{FILE}"):
+        begun = Options.of(Manifest.load(dst).header)
+    elif exists(record):
+        begun = Options(**json.loads(read(record)))
+    else:
+        return False
+    for name, value in asdict(begun).items():
+        if (now := getattr(options, name)) != value:
+            raise UserError(
+                f"{dst} was begun with another {name} ({value}, now {now}): "
+                "give the same options and source as then, or another folder"
+            )
+    return finished
+
+
+def build(
+    src: str,
+    dst: str,
+    options: Options,
+    items: Iterable[Item],
+    classes: tuple[str, ...],
+    codec: dict[str, str | float],
+    make: Maker,
+    workers: int | None,
+    progress: bool,
+) -> int:
+    """Writes what is not yet there of the dataset, until all of it is; returns how many items this call has made.
+
+    ``codec`` is the manifest's record of it. Raises UserError if no item at all of a dataset could be read.
+    """
+    datasets = _divide(items, dst, options.holdout)
+    if not exists(f"{dst}/parts/options.json"):
+        put(f"{dst}/parts/options.json", json.dumps(asdict(options)).encode())
+    tasks = [
+        ShardTask(dst, url, f"shard-{i:06d}.tar.zst", members[at : at + options.images_per_shard], classes, make)
+        for url, members in datasets.items()
+        for i, at in enumerate(range(0, len(members), options.images_per_shard))
+    ]
+    todo = [task for task in tasks if not exists(task.part)]
+    total, left = (sum(len(task.items) for task in some) for some in (tasks, todo))
+    made = 0
+    with progress_bar(total, total - left, progress, " images") as bar:
+
+        def advance(count: int, fresh: bool) -> None:
+            nonlocal made
+            made += count * fresh
+            bar.update(count)
+
+        run_tasks(in_turn(todo), write_shard, cores() if workers is None else workers, advance)
+    try:
+        _commit(src, datasets, tasks, options, codec, classes)
+    except FileNotFoundError:
+        if not exists(f"{dst}/{FILE}"):  # else another task was first, and has cleaned up
+            raise
+    return made
+
+
+def report(dst: str, made: int, started: float) -> WriteReport:
+    """Removes what was only of use for building, and says what is there."""
+    urls = [dst, *([f"{dst}/holdout"] if Manifest.load(dst).header.source["holdout"] else [])]
+    for url in urls:
+        _clean(url)
+    headers = [Manifest.load(url).header for url in urls]
+    totals = {key: sum(h.totals[key] for h in headers) for key in ("samples", "skipped", "bytes")}
+    return WriteReport(
+        url=dst,
+        images=headers[0].totals["samples"],
+        held_out=totals["samples"] - headers[0].totals["samples"],
+        skipped=totals["skipped"],
+        shards=sum(len(h.shards) for h in headers),
+        bytes=totals["bytes"],
+        encoded=made,
+        seconds=time.monotonic() - started,
+    )
+
+
+def write_shard(task: ShardTask, progress: Progress) -> None:
+    """Writes one shard and then its record, unless or until another task has."""
+    builder, skipped = ShardBuilder(task.name), []
+    for at in range(0, len(task.items), _CHUNK):
+        if exists(task.part) or exists(f"{task.root}/{FILE}"):
+            progress(len(task.items) - at, False)
+            return
+        chunk = task.items[at : at + _CHUNK]
+        for made in task.make(chunk):
+            if isinstance(made, Skipped):
+                skipped.append(made._asdict())
+            else:
+                class_name = task.classes[made.sample.label]
+                builder.add(made.sample, class_name=class_name, source=made.source, pixels=made.pixels)
+        progress(len(chunk), True)
+    data, index = builder.finish()
+    record = json.dumps({"index": index.to_record(), "skipped": skipped}).encode()
+    try:
+        if index.samples:
+            put(f"{task.dataset}/{task.name}", data)
+        if not exists(f"{task.root}/{FILE}"):
+            put(task.part, record)
+    except FileNotFoundError:  # `_clean` of another task has swept the temporary file
+        if not exists(f"{task.root}/{FILE}"):
+            raise
+
+
+def slurm_task() -> tuple[int, int]:
+    """Which of how many Slurm tasks this is; (0, 1) outside of Slurm."""
+    count = int(os.environ.get("SLURM_NTASKS", 1))
+    return int(os.environ.get("SLURM_PROCID", 0)) % count, count
+
+
+def in_turn(tasks: list) -> list:
+    """All tasks, in the order in which this Slurm task is to do them."""
+    place, count = slurm_task()
+    others = ((place + i) % count for i in range(1, count))
+    return tasks[place::count] + [task for other in others for task in tasks[other::count][::-1]]
+
+
+def progress_bar(total: int, done: int, show: bool, unit: str, **options) -> tqdm:
+    """How much, how fast and time left: a bar in a terminal, else, as logs want it, a line about every 10 s."""
+    if not sys.stderr.isatty():
+        line = "{n_fmt}/{total_fmt}" + f"{unit}, " + "{rate_noinv_fmt}, {remaining} left\n"
+        options |= {"mininterval": 10, "bar_format": line}
+    return tqdm(total=total, initial=done, unit=unit, disable=not show, **options)
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0))  # a Slurm job may not have all of the machine's
+
+
+def exists(url: str) -> bool:
+    file_system(url)[0].invalidate_cache()
+    return ask(url, "exists")
+
+
+def _divide(items: Iterable[Item], dst: str, holdout: float) -> dict[str, tuple[Item, ...]]:
+    """URL of each dataset, ``dst`` first, and its items in order of id, which is a fixed shuffle of the keys."""
+    items = sorted(items, key=lambda item: item.id)
+    held = round(holdout * len(items))
+    if holdout and not 0 < held < len(items):
+        raise UserError(f"holdout {holdout} sets aside {held} of {len(items)} images: choose another share")
+    order = np.argsort(words64(0, Purpose.HOLDOUT, 0, [item.id for item in items]), kind="stable")
+    chosen = set(order[:held].tolist())
+    datasets = {dst: tuple(item for i, item in enumerate(items) if i not in chosen)}
+    if held:
+        datasets[f"{dst}/holdout"] = tuple(item for i, item in enumerate(items) if i in chosen)
+    return datasets
+
+
+def _commit(
+    src: str,
+    datasets: dict[str, tuple[Item, ...]],
+    tasks: list[ShardTask],
+    options: Options,
+    codec: dict[str, str | float],
+    classes: tuple[str, ...],
+) -> None:
+    """From the records: the list of skipped items, then the manifests, that of ``dst`` last."""
+    parts = [(task.dataset, json.loads(read(task.part))) for task in tasks]
+    skipped = sorted((s for _, part in parts for s in part["skipped"]), key=lambda s: s["source"])
+    if skipped:
+        put(f"{next(iter(datasets))}/skipped.json", json.dumps(skipped, ensure_ascii=False, indent=1).encode())
+    for url in reversed(datasets):
+        mine = [part for dataset, part in parts if dataset == url]
+        indexes = [ShardIndex.from_record(part["index"]) for part in mine if part["index"]["samples"]]
+        if not indexes:
+            first = skipped[0]
+            raise UserError(
+                f"none of the {len(datasets[url])} images of {src} that go to {url} could be read, such as "
+                f"{first['source']} ({first['reason']}): check the source, then write to another folder"
+            )
+        write_manifest(
+            url,
+            indexes,
+            codec=codec,
+            dtype=DTYPE,
+            max_tokens=options.max_tokens,
+            classes=classes,
+            skipped=sum(len(part["skipped"]) for part in mine),
+            source={
+                "digest": options.source,
+                "images_per_shard": options.images_per_shard,
+                "holdout": options.holdout,
+            },
+        )
+
+
+def _clean(url: str) -> None:
+    """Removes the records, and what killed writers left of files they had not finished."""
+    fs, root = file_system(url)
+    fs.invalidate_cache()
+    with suppress(FileNotFoundError):  # another task cleans as well
+        if fs.exists(f"{root}/parts"):
+            fs.rm(f"{root}/parts", recursive=True)
+        for path in fs.find(root):
+            if path.endswith(".tmp"):
+                fs.rm_file(path)

@@ -1,0 +1,107 @@
+"""File systems by URL, and one attempt at a read or write of them, bounded in time.
+
+``s3://`` is s3fs, with the usual chain of credentials, AWS_ENDPOINT_URL and AWS_REGION. Its own retries are off: s3fs
+and botocore both retry, which multiplies (30 requests and 90 s, measured, until a 503 comes through), and neither knows
+our deadline or our digests. ``patience.py`` is the one place that tries again.
+
+s3fs runs an event loop in a thread of its own: a process that has used it must not fork.
+"""
+
+import asyncio
+import inspect
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from typing import Any
+
+import fsspec
+from fsspec.asyn import AsyncFileSystem
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractFileSystem
+
+from data_sharding.errors import UserError
+
+_CONNECTIONS = 64  # of one process; more readers than that would wait for one another
+_POLL = 0.1  # seconds until a waiting attempt notices that it is no longer wanted
+
+
+class Abandoned(Exception):
+    """Whoever asked has left: not a failure of the storage."""
+
+
+def file_system(url: str, *, instead_of: AbstractFileSystem | None = None) -> tuple[AbstractFileSystem, str]:
+    """The file system of ``url``, and the path in it. One S3 connection serves all threads of the process.
+
+    ``instead_of`` is a file system that was refused: its successor logs in anew, so that credentials that were renewed
+    on disk are seen.
+
+    Raises:
+        UserError: the URL's kind is unknown, or needs a package that is not installed.
+    """
+    protocol = url.partition("://")[0]
+    try:
+        if protocol not in ("s3", "s3a"):
+            return fsspec.core.url_to_fs(url)
+        key = (protocol, os.getpid())
+        with _lock:
+            if key not in _connected or _connected[key] is instead_of:
+                # skip_instance_cache: fsspec would make one instance, with its own login, for every thread.
+                fs = fsspec.filesystem(protocol, config_kwargs=_BOTO_CONFIG, skip_instance_cache=True)
+                fs.retries = 1  # how often s3fs tries one request
+                _connected[key] = fs
+            return _connected[key], _connected[key]._strip_protocol(url)
+    except ImportError as error:
+        raise UserError(
+            f"{url} needs a package that is not installed ({error}): pip install 'fitv2-scale[s3]'"
+        ) from error
+    except ValueError as error:  # fsspec's "Protocol not known: x"
+        raise UserError(f"{url} cannot be opened ({error}): give a local path or an s3:// URL") from error
+
+
+def disconnect() -> None:
+    """Forgets all connections: the next ones see another endpoint or other credentials in the environment."""
+    with _lock:
+        _connected.clear()
+
+
+_lock = threading.Lock()
+_connected: dict[tuple[str, int], AbstractFileSystem] = {}
+_BOTO_CONFIG = {
+    "retries": {"total_max_attempts": 1, "mode": "standard"},
+    "connect_timeout": 10,
+    "read_timeout": 60,  # an attempt's own limit is shorter; this one frees a connection that nobody waits for
+    "max_pool_connections": _CONNECTIONS,
+    # Ceph and others neither check nor return the checksums that boto3 sends by default since 1.36.
+    "request_checksum_calculation": "when_required",
+    "response_checksum_validation": "when_required",
+}
+
+
+def is_local(fs: AbstractFileSystem) -> bool:
+    return isinstance(fs, LocalFileSystem)
+
+
+def attempt(
+    fs: AbstractFileSystem, method: str, *args: Any, seconds: float, abandoned: threading.Event | None = None, **kw: Any
+) -> Any:
+    """Calls ``fs.method`` once. Remote calls are given up after ``seconds``, however slowly bytes still drip in.
+
+    Raises what the method raises; TimeoutError; Abandoned as soon as ``abandoned`` is set.
+    """
+    if not _is_async(fs, method):
+        return getattr(fs, method)(*args, **kw)
+    coroutine: Callable = getattr(fs, f"_{method}")
+    future: Future = asyncio.run_coroutine_threadsafe(coroutine(*args, **kw), fs.loop)
+    give_up = time.monotonic() + seconds
+    while not wait([future], timeout=_POLL if abandoned else seconds).done:
+        gone = abandoned is not None and abandoned.is_set()
+        if gone or time.monotonic() >= give_up:
+            future.cancel()
+            raise Abandoned if gone else TimeoutError(f"no answer within {seconds:.0f} s")
+    return future.result()
+
+
+def _is_async(fs: AbstractFileSystem, method: str) -> bool:
+    return isinstance(fs, AsyncFileSystem) and inspect.iscoroutinefunction(getattr(fs, f"_{method}", None))

@@ -1,0 +1,135 @@
+"""``fitv2 shard import``: the published latents of FiT (``published.py``) to shards.
+
+A file is one view of an image (facts of the format: whlzy/FiT, in1k_latent_dataset.py):
+
+    feature    float32 (2, h, w, 16), [flip, row, column, (c p1 p2)], already times 0.18215
+    grid       (2, h*w), the column and then the row of each token
+    size       (h, w) in tokens
+    label      0 .. 999
+
+They are stored as they are, but in float16. Archives are unpacked into DST/parts first, for the views of an image lie
+in two of them, in no known order; that takes as much space as their content until the dataset is complete.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load
+
+from data_sharding.build import Made, Options, Skipped, WriteReport, build, cores, is_finished, report
+from data_sharding.codec import SD_VAE
+from data_sharding.errors import UserError
+from data_sharding.extents import read_all
+from data_sharding.published import LatentEntry, Published, list_entries, open_published
+from data_sharding.shard import CHANNELS, DTYPE, Sample
+from data_sharding.unpack import Archive, unpack
+from data_sharding.write import refuse_inside
+
+# Its weights came without a digest, and each flip is one draw of the posterior.
+CODEC = {"name": SD_VAE, "digest": "published sd-vae-ft-ema latents", "scale": 0.18215, "latent": "sample"}
+
+
+class _Unreadable(Exception):
+    """The message holds no path."""
+
+
+@dataclass(frozen=True)
+class ReadLatents:
+    """The ``Maker`` of this command."""
+
+    max_tokens: int
+    classes: int
+
+    def __call__(self, entries: tuple[LatentEntry, ...]) -> Iterator[Made | Skipped]:
+        data = iter(read_all(extent for entry in entries for _, extent in entry.views))
+        for entry in entries:
+            files = {view: next(data) for view, _ in entry.views}
+            try:
+                views = {view: self._parse(file) for view, file in files.items()}
+                if "resize" not in views:
+                    raise _Unreadable("there is a crop view, but no resize view")
+                if len({label for label, _ in views.values()}) > 1:
+                    raise _Unreadable("its two views have different labels")
+            except _Unreadable as error:
+                yield Skipped(entry.key, str(error))
+            else:
+                sample = Sample(entry.id, views["resize"][0], {view: feature for view, (_, feature) in views.items()})
+                yield Made(sample, entry.key, None)
+
+    def _parse(self, file: bytes) -> tuple[int, np.ndarray]:
+        """Label and float16 feature of one file. Raises _Unreadable where it is not as described above."""
+        try:
+            tensors = load(file)
+            feature, grid, size, label = (tensors[name] for name in ("feature", "grid", "size", "label"))
+        except KeyError as error:
+            raise _Unreadable(f"it holds no {error}") from error
+        except (SafetensorError, ValueError, TypeError) as error:
+            raise _Unreadable(f"no whole .safetensors: {error}") from error
+        shape = feature.shape
+        if feature.dtype.kind != "f" or len(shape) != 4 or shape[0] != 2 or shape[3] != CHANNELS or 0 in shape:
+            raise _Unreadable(f"feature is {feature.dtype}{list(shape)}, not float32[2, h, w, {CHANNELS}]")
+        h, w = shape[1:3]
+        if size.ravel().tolist() != [h, w]:
+            raise _Unreadable(f"size {size.ravel().tolist()} is not that of the feature, [{h}, {w}]")
+        if h * w > self.max_tokens:
+            raise _Unreadable(f"{h}x{w} are more than {self.max_tokens} tokens")
+        row, column = np.mgrid[:h, :w].reshape(2, -1)
+        if grid.shape != (2, h * w) or not np.array_equal(grid, [column, row]):
+            raise _Unreadable(f"grid does not count the columns and rows of {h}x{w} tokens")
+        if label.size != 1 or label.dtype.kind not in "iu" or not 0 <= label.item() < self.classes:
+            raise _Unreadable(f"label {label.ravel().tolist()} is not one of 0 .. {self.classes - 1}")
+        if not np.abs(feature).max() <= np.finfo(DTYPE).max:
+            raise _Unreadable("feature is not finite in float16")
+        return label.item(), feature.astype(DTYPE)
+
+
+def import_dataset(
+    src: str,
+    dst: str,
+    max_tokens: int | None = None,
+    holdout: float = 0.0,
+    workers: int | None = None,
+    images_per_shard: int = 1000,
+    classes: int = 1000,
+    progress: bool = True,
+) -> WriteReport:
+    """Writes the published latents in ``src`` as a dataset at ``dst``; goes on with one that is unfinished, and leaves
+    a finished one alone.
+
+    ``max_tokens`` chooses where ``src`` holds several sets. An image's id follows from its file's name. Classes have no
+    names there: theirs are "0" .. Files that are not as they should be are listed in ``dst/skipped.json``.
+
+    Raises:
+        UserError: ``src`` is not so laid out, lacks a part or is damaged; ``dst`` was begun with other options; or not
+            one file could be read.
+    """
+    started = time.monotonic()
+    src, dst = src.rstrip("/"), dst.rstrip("/")
+    refuse_inside(src, dst)
+    published = open_published(src, max_tokens)
+    options = Options(published.digest, str(CODEC["digest"]), published.max_tokens, images_per_shard, holdout)
+    made = 0
+    if not is_finished(dst, options):
+        workers = cores() if workers is None else workers
+        entries = _entries(published, dst, workers, progress)
+        make, names = ReadLatents(published.max_tokens, classes), tuple(map(str, range(classes)))
+        made = build(src, dst, options, entries, names, CODEC, make, workers, progress)
+    return report(dst, made, started)
+
+
+def _entries(published: Published, dst: str, workers: int, progress: bool) -> list[LatentEntry]:
+    """Unpacks what is packed, and lists all of it."""
+    if workers < 1:
+        raise UserError(f"workers must be at least 1, not {workers}")
+    groups, archives = [], []
+    for group in published.groups:
+        tar = group.files[0][0] if group.is_tar else None
+        if not group.folder and not group.is_tar:
+            tar = f"{dst}/parts/{published.digest}/{group.name}.tar"
+            archives.append(Archive(group.name, group.files, tar))
+        groups.append((group, tar))
+    unpack(archives, workers, progress)
+    return list_entries(groups)

@@ -1,0 +1,154 @@
+"""The ledger: frames that could not be had, and which image stands in for each of theirs.
+
+A substitute has the planned image's token length, in the same view (else the nearest shorter), so packs, costs and
+every other image are as planned. It keeps the planned image's id, epoch and flip, hence its noise and time, and brings
+its own latents and label. Exactly-once counts planned ids.
+
+The ledger only grows: version v is its first v pages. A page is a JSON object, one of RUN/ledger/00000001.json …:
+
+    {"version": 1, "step": 812, "nonce": "9f0c…", "time": "…", "frames": [
+        {"dataset": "5f0c…", "shard": "shard-000003.tar.zst", "frame": 211, "cause": "s3://…: the shard is missing; …",
+         "images": [[55065209174414567, 90211, 1207], [7124091, 412, null]]}]}
+
+``dataset`` is its manifest's digest. ``images`` are the frame's, in order: id, and the manifest rows that stand in for
+its resize and its crop view.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from data_sharding.errors import DataError
+from data_sharding.keyed import Purpose, words64
+from data_sharding.manifest import Manifest
+from data_sharding.plan import CROP, RESIZE
+
+_DRAWS = 4096  # of candidates, before the whole dataset is searched
+_BLOCK = 1 << 20  # rows looked at together in that search
+
+
+@dataclass(frozen=True, order=True)
+class Loss:
+    """A frame that a rank could not have."""
+
+    dataset: int  # index into Plan.manifests
+    frame: int
+    cause: str = field(compare=False)
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """All pages so far, applied to the datasets of a plan."""
+
+    manifests: Sequence[Manifest]
+    version: int = 0
+    frames: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)  # int64 (images, view), rows; -1: none
+
+    @property
+    def images(self) -> int:
+        return sum(len(rows) for rows in self.frames.values())
+
+    def share(self) -> float:
+        """Of all images of the datasets."""
+        return self.images / sum(len(m.sample_id) for m in self.manifests)
+
+    def turned(self, page: dict) -> "Ledger":
+        """With one more page. Pages of datasets that are not read here change nothing but the version."""
+        index = {m.digest: i for i, m in enumerate(self.manifests)}
+        if page["version"] != self.version + 1:
+            raise DataError(f"page {page['version']} of the ledger follows version {self.version}: restore its pages")
+        added = {
+            (index[f["dataset"]], f["frame"]): np.array(
+                [[-1 if row is None else row for row in image[1:]] for image in f["images"]], np.int64
+            )
+            for f in page["frames"]
+            if f["dataset"] in index
+        }
+        return Ledger(self.manifests, page["version"], self.frames | added)
+
+    def page(self, losses: Iterable[Loss], seed: int) -> dict:
+        """The next page's ``version`` and ``frames``, for losses that the ledger does not hold yet.
+
+        A pure function of (ledger, seed, losses in any order). Raises DataError if there is no image to stand in.
+        """
+        new = {(loss.dataset, loss.frame): loss.cause for loss in sorted(losses)}
+        new = {frame: cause for frame, cause in new.items() if frame not in self.frames}
+        lost = self.frames.keys() | new.keys()
+        return {
+            "version": self.version + 1,
+            "frames": [
+                {
+                    "dataset": (m := self.manifests[dataset]).digest,
+                    "shard": m.shards[m.frame_shard[frame]].name,
+                    "frame": frame,
+                    "cause": cause,
+                    "images": list(_stand_ins(m, frame, {f for d, f in lost if d == dataset}, seed)),
+                }
+                for (dataset, frame), cause in new.items()
+            ],
+        }
+
+    def is_lost(self, dataset: np.ndarray, row: np.ndarray) -> np.ndarray:
+        """Whether each image needs a substitute: bool, of the arguments' shape."""
+        lost = np.zeros(row.shape, bool)
+        for d, f in self.frames:
+            first, end = self.manifests[d].frame_first[f : f + 2]
+            lost |= (dataset == d) & (first <= row) & (row < end)
+        return lost
+
+    def row(self, dataset: int, row: int, view: int) -> int:
+        """The row to read for a planned one: itself, or its substitute, or that one's, and so on."""
+        m = self.manifests[dataset]
+        while (dataset, f := frame_of(m, row)) in self.frames:
+            row = int(self.frames[dataset, f][row - int(m.frame_first[f]), view])
+        return row
+
+
+def frame_of(manifest: Manifest, row: int) -> int:
+    return int(np.searchsorted(manifest.frame_first, row, side="right")) - 1
+
+
+def _stand_ins(m: Manifest, frame: int, lost: set[int], seed: int) -> Iterator[list[int | None]]:
+    for row in range(*m.frame_first[frame : frame + 2].tolist()):
+        views = (_substitute(m, row, view, lost, seed) for view in (RESIZE, CROP))
+        yield [int(m.sample_id[row]), *views]
+
+
+def _substitute(m: Manifest, row: int, view: int, lost: set[int], seed: int) -> int | None:
+    """A row of equal length, drawn by the planned id's key from all that are not lost; None for a view it lacks."""
+    length = int(_lengths(m, np.array([row]), view)[0])
+    if length == 0:
+        return None
+    key = np.arange(_DRAWS, dtype=np.uint64) << np.uint64(1) | np.uint64(view)
+    draws = words64(seed, Purpose.SUBSTITUTE, key, int(m.sample_id[row]))
+    rows = (draws % np.uint64(len(m.sample_id))).astype(np.int64)
+    equal = rows[_lengths(m, rows, view) == length]
+    for found in equal.tolist():
+        if frame_of(m, found) not in lost:
+            return found
+    return _search(m, length, view, lost, int(draws[0]), f"{m.sample_id[row]:016x}")
+
+
+def _search(m: Manifest, length: int, view: int, lost: set[int], draw: int, name: str) -> int:
+    """As ``_substitute``, over the whole dataset: for lengths so rare that no draw met one."""
+    best, rows = 0, []
+    for start in range(0, len(m.sample_id), _BLOCK):
+        block = np.arange(start, min(start + _BLOCK, len(m.sample_id)))
+        lengths = _lengths(m, block, view)
+        lengths[lengths > length] = 0
+        for f in lost:
+            first, end = m.frame_first[f : f + 2]
+            lengths[(first <= block) & (block < end)] = 0
+        longest = int(lengths.max(initial=0))
+        if longest > best:
+            best, rows = longest, []
+        if longest == best > 0:
+            rows += block[lengths == best].tolist()
+    if not rows:
+        raise DataError(f"{m.url}: image {name} cannot be read, and no readable one is as short: restore its shard")
+    return rows[draw % len(rows)]
+
+
+def _lengths(m: Manifest, rows: np.ndarray, view: int) -> np.ndarray:
+    return m.size[rows, view].astype(np.int64).prod(-1)

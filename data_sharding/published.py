@@ -1,0 +1,156 @@
+"""The layout in which FiT's latents were published (whlzy/FiT, in1k_latent_dataset.py), found and listed.
+
+    SRC/from_16_to_256/          one .safetensors an image: the resize view of images no larger than 256 tokens
+    SRC/greater_than_256_resize/ that of the larger ones,
+    SRC/greater_than_256_crop/   and under the same file names their crop view, where they have one
+
+Each may also be ``.tar`` or ``.tar.gz``, or its parts, which are one file cut in pieces (``.tar.gz.part_aa``, …).
+``less_than_16`` belongs to no training set, and is left aside as the released code does.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from data_sharding.connect import file_system
+from data_sharding.errors import UserError
+from data_sharding.extents import Extent, ask, list_tar
+from data_sharding.sources import refuse_collisions, sample_id
+
+_NAME = re.compile(
+    r"(from_16_to|greater_than)_(\d+)(_resize|_crop)?"
+    r"(\.tar\.gz|\.tgz|\.tar)?(?:[._-](?:part[._-]?)?([a-z]{2,3}|\d+))?"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LatentEntry:
+    """One image: where its views lie, "resize" first. ``key`` is the file's name inside its folder."""
+
+    id: int
+    key: str
+    views: tuple[tuple[str, Extent], ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """One of the three. ``files`` holds (url, bytes): of a folder's files, of a tar, or of the parts in order."""
+
+    name: str
+    view: str
+    folder: str
+    files: tuple[tuple[str, int], ...]
+
+    @property
+    def is_tar(self) -> bool:
+        """Whether it can be read where it lies."""
+        return len(self.files) == 1 and self.files[0][0].endswith(".tar")
+
+
+@dataclass(frozen=True)
+class Published:
+    """``groups`` in the order above. ``digest`` covers the names and sizes of all files."""
+
+    max_tokens: int
+    groups: tuple[Group, ...]
+    digest: str
+
+
+def open_published(src: str, max_tokens: int | None) -> Published:
+    """Finds the three groups. Raises UserError if one, or a part of one, is missing, or it is not clear which."""
+    fs, root = file_system(src)
+    root = root.rstrip("/")
+    if not fs.isdir(root):
+        raise UserError(f"{src} is not a folder: give the one with from_16_to_256, greater_than_256_resize and _crop")
+    found: dict[int, dict[str, list[tuple[str, dict]]]] = {}
+    for item in ask(src, "ls", detail=True):
+        name = item["name"].rstrip("/").rpartition("/")[2]
+        match = _NAME.fullmatch(name)
+        if match and (match[1] == "greater_than") == bool(match[3]):
+            group = f"{match[1]}_{match[2]}{match[3] or ''}"
+            found.setdefault(int(match[2]), {}).setdefault(group, []).append((match[5] or "", item))
+    limit = _limit(src, set(found), max_tokens)
+    views = {f"from_16_to_{limit}": "resize", f"greater_than_{limit}_resize": "resize"}
+    views[f"greater_than_{limit}_crop"] = "crop"
+    groups = []
+    for name, view in views.items():
+        if name not in found[limit]:
+            raise UserError(f"{src} lacks {name} (a folder, .tar, .tar.gz or its parts): the three belong together")
+        items = sorted(found[limit][name], key=lambda pair: pair[0])
+        if any(item["type"] == "directory" for _, item in items):
+            if len(items) > 1:
+                raise UserError(f"{src} holds {name} both as a folder and packed: move one of them away")
+            folder = items[0][1]["name"].rstrip("/")
+            inside = sorted(ask(fs.unstrip_protocol(folder), "find", detail=True).items())
+            files = [(path, info["size"]) for path, info in inside if path.endswith(".safetensors")]
+        else:
+            _refuse_gaps(src, name, [part for part, _ in items])
+            folder, files = "", [(item["name"], item["size"]) for _, item in items]
+        urls = tuple((fs.unstrip_protocol(path), size) for path, size in files)
+        groups.append(Group(name, view, fs.unstrip_protocol(folder) if folder else "", urls))
+    prefix = len(fs.unstrip_protocol(root)) + 1
+    lines = "".join(f"{url[prefix:]}\t{size}\n" for group in groups for url, size in group.files)
+    return Published(limit, tuple(groups), blake2b(lines.encode(), digest_size=16).hexdigest())
+
+
+def list_entries(groups: list[tuple[Group, str | None]]) -> list[LatentEntry]:
+    """The images of all groups, views joined by file name; beside each packed group stands the tar to read.
+
+    Raises:
+        UserError: a tar is damaged, an image occurs twice, or there is none.
+    """
+    views: dict[str, list[tuple[str, Extent]]] = {}
+    for group, tar in groups:
+        for key, data in _files(group, tar):
+            known = views.setdefault(key, [])
+            if group.view in (view for view, _ in known):
+                raise UserError(f"the {group.view} view of {key} occurs twice, again in {group.name}: remove one")
+            known.append((group.view, data))
+    if not views:
+        raise UserError("there is not one .safetensors in these folders")
+    entries = [LatentEntry(sample_id(key), key, tuple(found)) for key, found in sorted(views.items())]
+    refuse_collisions(entries)
+    return entries
+
+
+def _files(group: Group, tar: str | None) -> Iterator[tuple[str, Extent]]:
+    if tar is None:
+        for url, size in group.files:
+            yield url[len(group.folder) + 1 :], Extent(url, None, size)
+        return
+    for name, data in list_tar(tar):
+        if name.endswith(".safetensors"):
+            before, inside, after = f"/{name}".rpartition(f"/{group.name}/")
+            yield after if inside else name, data
+
+
+def _limit(src: str, limits: set[int], wanted: int | None) -> int:
+    if wanted is None and len(limits) == 1:
+        return limits.pop()
+    if wanted in limits:
+        return wanted
+    if not limits:
+        raise UserError(f"{src} holds no latents as published: from_16_to_256, greater_than_256_resize and _crop")
+    there = ", ".join(map(str, sorted(limits)))
+    raise UserError(f"{src} holds latents of at most {there} tokens: choose with --max-tokens")
+
+
+def _refuse_gaps(src: str, name: str, parts: list[str]) -> None:
+    """Parts count aa, ab, … az, ba or 00, 01, …; a missing last one shows when the archive ends too early."""
+    if parts == [""]:
+        return
+    numbers = [_number(part) for part in parts]
+    first = 1 if parts[0].isdecimal() and numbers[0] == 1 else 0
+    for expected, number, part in zip(range(first, first + len(parts)), numbers, parts, strict=True):
+        if number != expected:
+            raise UserError(f"{src}: of {name} the part before {part or 'the whole'} is missing, or it is there twice")
+
+
+def _number(part: str) -> int:
+    if part.isdecimal():
+        return int(part)
+    number = 0
+    for letter in part:
+        number = number * 26 + ord(letter) - ord("a")
+    return number

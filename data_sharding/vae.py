@@ -1,0 +1,148 @@
+"""SD-VAE, the codec that FiT is trained on: diffusers' AutoencoderKL from a local folder. Imports torch.
+
+Latents follow from weights, pixels and (with ``sample``) the image's id alone: convolutions run in float32, by
+deterministic algorithms, and on a CPU on one thread, since writers parallelise over processes. Another kind of device,
+or another version of torch or cuDNN, may give other last bits.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property, lru_cache
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data_sharding.codec import SD_VAE, Draw, Latent
+from data_sharding.errors import UserError
+from data_sharding.keyed import Purpose, uniform
+from data_sharding.pool import WORKER
+
+_ARITHMETIC = ("act_fn", "norm_num_groups", "scaling_factor")  # what the names and shapes of the weights do not show
+
+
+@lru_cache(maxsize=1)  # a writing process asks for it once a shard
+def load_vae(folder: str, latent: Latent) -> "SdVae":
+    """Raises UserError if there is no such VAE in ``folder``, or diffusers is missing."""
+    try:
+        from diffusers import AutoencoderKL
+        from diffusers.utils import logging
+    except ImportError as error:
+        raise UserError(
+            "the codec sd-vae needs the package diffusers: pip install 'fitv2-scale[vae]', or use --codec dct"
+        ) from error
+    try:
+        config = json.loads((Path(folder) / "config.json").read_bytes())
+        kind = config.get("_class_name")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{folder} holds no VAE (config.json: {error}): give the folder of a diffusers AutoencoderKL"
+        ) from error
+    if kind != "AutoencoderKL":
+        raise UserError(f"{folder} holds a {kind}: give the folder of a diffusers AutoencoderKL")
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        # Without low_cpu_mem_usage it needs no further package. .bin files load with weights_only.
+        vae, info = AutoencoderKL.from_pretrained(
+            folder, local_files_only=True, torch_dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True
+        )
+    except Exception as error:  # OSError, SafetensorError, RuntimeError, ValueError, UnpicklingError …
+        raise UserError(f"the VAE in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    if missing := info["missing_keys"]:  # diffusers would draw them at random
+        raise UserError(f"the weights in {folder} lack {len(missing)} tensors, such as {min(missing)}: get them again")
+    latents = (vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1))
+    shifted = vae.config.shift_factor or vae.config.latents_mean or vae.config.latents_std
+    if latents != (SdVae.channels, SdVae.downsample) or shifted:
+        kind = "shifted channels" if shifted else "channels"
+        raise UserError(
+            f"the VAE in {folder} has {latents[0]} {kind} at 1/{latents[1]} of the side; "
+            f"the model takes {SdVae.channels} at 1/{SdVae.downsample}, as those of Stable Diffusion 1, 2 and XL"
+        )
+    return SdVae(vae, latent)
+
+
+def writers(cores: int) -> int:
+    """How many writing processes suit this machine: eight keep a GPU busy with reading and resizing."""
+    gpus = torch.cuda.device_count()
+    return min(cores, 8 * gpus) if gpus else cores
+
+
+class SdVae:
+    """Encodes to the posterior's mean, or a sample of it with keyed noise, times ``scale``."""
+
+    name = SD_VAE
+    downsample = 8
+    channels = 4
+    batch_pixels = 1 << 21  # 32 pictures of 256 pixels squared, 8 of 512: activations of a few GB
+
+    def __init__(self, vae, latent: Latent):
+        gpus = torch.cuda.device_count()
+        self._device = torch.device("cuda", int(os.environ.get(WORKER, 0)) % gpus) if gpus else torch.device("cpu")
+        self._vae = vae.requires_grad_(False).eval().to(self._device)
+        self._latent = latent
+        self.scale = float(vae.config.scaling_factor)
+
+    @cached_property
+    def weights(self) -> str:
+        """Hex sha256 of the weights, whatever file they came from, and of the arithmetic between them."""
+        digest = sha256(json.dumps([(key, self._vae.config[key]) for key in _ARITHMETIC]).encode())
+        for name, tensor in sorted(self._vae.state_dict().items()):
+            digest.update(f"{name} {list(tensor.shape)}\n".encode())
+            digest.update(tensor.cpu().numpy().astype("<f4").tobytes())
+        return digest.hexdigest()
+
+    @property
+    def digest(self) -> str:
+        return sha256(f"sd-vae 1 {self._latent} {self.weights}".encode()).hexdigest()
+
+    @property
+    def record(self) -> dict[str, str | float]:
+        more = {"latent": self._latent, "vae": self.weights}
+        return {"name": self.name, "digest": self.digest, "scale": self.scale, **more}
+
+    def encode(self, pixels: np.ndarray, draws: list[Draw]) -> np.ndarray:
+        count, height, width, _ = pixels.shape
+        assert pixels.dtype == np.uint8 and height % 16 == 0 and width % 16 == 0, (pixels.dtype, pixels.shape)
+        pixels_BCHW = torch.from_numpy(np.array(pixels)).to(self._device).permute(0, 3, 1, 2)
+        with _reproducibly():
+            posterior = self._vae.encode(pixels_BCHW.float() / 127.5 - 1).latent_dist
+            latent = posterior.mean
+            if self._latent == "sample":
+                latent = latent + posterior.std * torch.from_numpy(_noise(draws, latent.shape[1:])).to(self._device)
+        return (latent * self.scale).cpu().numpy()
+
+    def decode(self, latent: np.ndarray) -> np.ndarray:
+        latent_BCHW = torch.from_numpy(np.ascontiguousarray(latent, np.float32)).to(self._device)[None]
+        with _reproducibly():
+            picture = self._vae.decode(latent_BCHW / self.scale).sample[0]
+        return (127.5 * picture + 128).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+
+
+def _noise(draws: list[Draw], shape: tuple[int, ...]) -> np.ndarray:
+    """Standard normals float32 (B, *shape), by Box and Muller on neighbouring draws, as ``fitv2_scale.keyed``."""
+    count = int(np.prod(shape))
+    ids, pictures = (np.array(column)[:, None] for column in zip(*draws, strict=True))
+    u = uniform(0, Purpose.POSTERIOR, pictures, ids, np.arange(count)) + 2.0**-33  # of the open interval (0, 1)
+    radius, angle = np.sqrt(-2 * np.log(u[:, 0::2])), 2 * np.pi * u[:, 1::2]
+    normals = np.stack((radius * np.cos(angle), radius * np.sin(angle)), -1)
+    return normals.reshape(-1, *shape).astype(np.float32)
+
+
+@contextmanager
+def _reproducibly() -> Iterator[None]:
+    """Without gradients, and with the same bits each time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        exact = {"benchmark": False, "deterministic": True, "allow_tf32": False}
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, **exact):
+            yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,86 @@
+"""The data of a run as an attempt sees it: the plan, and how its steps are dealt out to ranks and packs."""
+
+from dataclasses import dataclass, replace
+
+from data_sharding.codec import Codec, codec_of
+from data_sharding.deal import Cost, Shape, choose_shapes
+from data_sharding.errors import UserError
+from data_sharding.manifest import Manifest
+from data_sharding.plan import Cursor, Plan, Segment
+from data_sharding.presets import is_preset, open_preset
+from fitv2_scale.config import Config
+
+_WEIGHT_UNIT = 1_000_000  # weights are shares in millionths: the plan is integer arithmetic
+
+
+@dataclass(frozen=True)
+class Data:
+    plan: Plan
+    cost: Cost
+    shapes: tuple[Shape, ...]
+
+    @classmethod
+    def open(cls, config: Config, ranks: int) -> "Data":
+        """Raises UserError if there is no such dataset, or it does not fit the model, the batch or the ranks."""
+        manifests = [open_preset(url) if is_preset(url) else Manifest.load(url) for url in config.data.urls]
+        for manifest in manifests:
+            _check(manifest, manifests[0], config)
+        plan = Plan(manifests, config.seed, config.data.views, [_segment(config, manifests)])
+        # A block's multiply-adds on an image of l tokens, 12 d^2 l + 2 d l^2, divided by 2 d.
+        cost = Cost(linear=6 * config.model.hidden, quadratic=1)
+        return cls(plan, cost, _shapes(plan, 0, cost, ranks, config))
+
+    def continued(self, cursor: Cursor, step: int, config: Config, ranks: int) -> tuple["Data", list[str]]:
+        """The data from ``step`` on of a run that stands at ``cursor``, and what there is to say about it.
+
+        Raises:
+            UserError: the run was trained on other data, or in another order.
+        """
+        if cursor.plan_hash != self.plan.hash:
+            raise UserError(
+                f"{config.run} was trained on other data or in another order: restore data.url, "
+                "or branch off with --fork-from"
+            )
+        wanted = self.plan.schedule[0]
+        plan = self.plan.continued(cursor, step, wanted)
+        notes, last = [], plan.schedule[-1]
+        if last.start >= step and len(plan.schedule) > 1:
+            notes = [f"from step {last.start}, the next window boundary: {last.images} images a step"]
+            if len(last.weights) > 1:
+                notes[0] += f", shares of the datasets {[round(w / sum(last.weights), 4) for w in last.weights]}"
+        return replace(self, plan=plan, shapes=_shapes(plan, step, self.cost, ranks, config)), notes
+
+    def codec(self, config: Config) -> Codec:
+        """What turns latents into pictures. Raises UserError if it is missing, or another VAE than the latents' own."""
+        return codec_of(self.plan.manifests[0].header.codec, config.sampling.vae)
+
+    @property
+    def classes(self) -> int:
+        return max(len(m.classes) for m in self.plan.manifests)
+
+
+def _check(manifest: Manifest, first: Manifest, config: Config) -> None:
+    if len(manifest.classes) > config.model.classes:
+        raise UserError(
+            f"{manifest.url} has {len(manifest.classes)} classes, the model only {config.model.classes}: "
+            f"set model.classes={len(manifest.classes)} or more"
+        )
+    if manifest.header.codec["digest"] != first.header.codec["digest"] and not is_preset(manifest.url):
+        raise UserError(f"{manifest.url} and {first.url} were written with different codecs: write one of them anew")
+
+
+def _segment(config: Config, manifests: list[Manifest]) -> Segment:
+    shares = config.data.weights or [len(m.sample_id) for m in manifests]
+    total = sum(shares) or 1
+    return Segment(0, config.batch.images, tuple(round(share / total * _WEIGHT_UNIT) for share in shares))
+
+
+def _shapes(plan: Plan, step: int, cost: Cost, ranks: int, config: Config) -> tuple[Shape, ...]:
+    """The static shapes of this attempt's packs, chosen on the window of ``step`` and, after a change, on the last
+    segment's first."""
+    shapes: set[Shape] = set()
+    for start in {step, max(step, plan.schedule[-1].start)}:
+        segment, _, place = plan.window_of(start)
+        window = [plan.step(start - place + k).tokens for k in range(plan.window_length(start))]
+        shapes |= set(choose_shapes(window, cost, ranks, config.layout.max_tokens, plan.max_seqlen))
+    return tuple(sorted(shapes, key=lambda shape: shape.tokens))

@@ -1,0 +1,144 @@
+"""Fetching frames: what may heal is tried again until one deadline, what cannot is said at once, and no byte is used
+that does not match its digest."""
+
+import threading
+import time
+
+import pytest
+from fake_store import FakeStore, serve
+
+from data_sharding import patience as patience_module
+from data_sharding.connect import Abandoned, file_system
+from data_sharding.errors import StorageDown, UserError
+from data_sharding.frames import FrameLost, FrameReader, fetch_frame, read_frame
+from data_sharding.manifest import Manifest
+from data_sharding.patience import Patience
+from data_sharding.storage import put, read
+
+SHORT = Patience(deadline=0.6, attempt=0.2)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(patience_module, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(patience_module, "_LONGEST_PAUSE", 0.05)
+
+
+@pytest.fixture
+def manifest(dataset):
+    manifest = Manifest.load(serve(dataset))
+    FakeStore.reads = []
+    return manifest
+
+
+def test_one_ranged_read_fetches_a_frame(manifest):
+    samples = read_frame(manifest, 1)
+    assert [s.id for s in samples] == manifest.sample_id[slice(*manifest.frame_first[1:3])].tolist()
+    ((path, start, end),) = FakeStore.reads
+    assert path.endswith(".tar.zst") and end - start == manifest.frame_bytes[1]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        OSError(16, "SlowDown"),
+        ConnectionResetError(),
+        PermissionError("ExpiredToken"),
+        TimeoutError(),
+        lambda body: body[:100],
+        lambda body: body[:-1],
+        lambda body: body + b"x",
+        lambda body: body[:50] + bytes([body[50] ^ 1]) + body[51:],
+        lambda body: b"",
+        5.0,  # a stall
+    ],
+    ids=["busy", "reset", "refused", "timeout", "short", "a byte short", "long", "flipped", "empty", "stall"],
+)
+def test_what_may_heal_is_tried_again(manifest, fault):
+    FakeStore.faults = [fault, fault]
+    began = time.monotonic()
+    patience = Patience(deadline=5, attempt=0.2)
+    assert (
+        fetch_frame(manifest, 0, patience)
+        == FakeStore.objects["set/shard-000000.tar.zst"][slice(0, int(manifest.frame_bytes[0]))]
+    )
+    assert len(FakeStore.reads) == 3 and time.monotonic() - began < 2
+
+
+def test_what_cannot_heal_is_not(manifest):
+    del FakeStore.objects["set/shard-000002.tar.zst"]
+    with pytest.raises(FrameLost, match="shard-000002.tar.zst, frame 2 .*the shard is missing"):
+        fetch_frame(manifest, 2)
+    assert len(FakeStore.reads) == 1
+
+
+def test_the_same_wrong_bytes_three_times_are_stored_so(manifest):
+    FakeStore.forever = lambda body: bytes([body[0] ^ 1]) + body[1:]
+    with pytest.raises(FrameLost, match="frame 0 .*its bytes do not match their digest"):
+        fetch_frame(manifest, 0)
+    assert len(FakeStore.reads) == 3
+    FakeStore.reads, FakeStore.forever = [], lambda body: body[:10]
+    with pytest.raises(FrameLost, match="frame 1 .*: 10 of its .* bytes were read"):
+        fetch_frame(manifest, 1)
+    assert len(FakeStore.reads) == 3
+
+
+def test_a_frame_out_of_reach_is_lost_at_the_deadline(manifest):
+    FakeStore.forever = OSError(16, "SlowDown")
+    began = time.monotonic()
+    with pytest.raises(FrameLost, match="frame 0 .*SlowDown, tried again for 1 s"):
+        fetch_frame(manifest, 0, SHORT)
+    assert 0.3 < time.monotonic() - began < 1.5
+    FakeStore.forever = 60.0  # and if it hangs every time
+    with pytest.raises(FrameLost, match="no answer within"):
+        fetch_frame(manifest, 0, SHORT)
+    assert time.monotonic() - began < 3
+
+
+def test_if_nothing_answers_no_frame_is_to_blame(manifest, monkeypatch):
+    monkeypatch.setattr("data_sharding.frames._PROBE", 0.2)
+    FakeStore.forever, FakeStore.only = ConnectionRefusedError("refused"), ""
+    with pytest.raises(StorageDown, match="fake://set cannot be reached .refused, tried again for 1 s.: check"):
+        fetch_frame(manifest, 0, SHORT)
+
+
+def test_bugs_are_not_retried(manifest):
+    FakeStore.faults = [TypeError("ours")]
+    with pytest.raises(TypeError, match="ours"):
+        fetch_frame(manifest, 0)
+    assert len(FakeStore.reads) == 1
+
+
+def test_who_no_longer_wants_it_need_not_wait(manifest):
+    FakeStore.forever = 60.0
+    patience = Patience(deadline=100, attempt=100)
+    threading.Timer(0.2, patience.abandoned.set).start()
+    began = time.monotonic()
+    with pytest.raises(Abandoned):
+        FrameReader(patience).read(manifest, 0)
+    assert time.monotonic() - began < 2
+
+
+def test_a_refused_login_is_an_error_at_the_start(manifest):
+    FakeStore.forever, FakeStore.only = PermissionError("InvalidAccessKeyId"), "manifest.json"
+    with pytest.raises(UserError, match="access to fake://set/manifest.json is refused .InvalidAccessKeyId"):
+        Manifest.load("fake://set")
+    assert len(FakeStore.reads) == 1
+
+
+def test_whole_files_are_tried_again_too(manifest, tmp_path):
+    FakeStore.faults, FakeStore.only = [OSError(16, "SlowDown")] * 3, ""
+    assert read("fake://set/manifest.json") == FakeStore.objects["set/manifest.json"]
+    put(f"{tmp_path}/a/b", b"data")
+    assert read(f"{tmp_path}/a/b") == b"data"
+    with pytest.raises(FileNotFoundError):
+        read(f"{tmp_path}/none")
+
+
+def test_unknown_urls_and_missing_packages_are_said_in_a_sentence(monkeypatch):
+    with pytest.raises(UserError, match="nope://x cannot be opened .*give a local path or an s3:// URL"):
+        file_system("nope://x")
+    monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
+    monkeypatch.setattr("data_sharding.connect._connected", {})
+    with pytest.raises(UserError, match=r"s3://b/x needs a package .*pip install 'fitv2-scale\[s3\]'"):
+        file_system("s3://b/x")
