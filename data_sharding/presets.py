@@ -40,7 +40,7 @@ _MODES = np.array(
     ]
 )
 # The rest: Flickr's long side of 500 at any aspect up to 2.2, larger pictures, medium ones, thumbnails.
-_FLICKR, _LARGE, _MEDIUM = 0.263, 0.148, 0.074
+_FLICKR, _LARGE, _MEDIUM = 0.263, 0.155, 0.072
 
 
 def is_preset(url: str) -> bool:
