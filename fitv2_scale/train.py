@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from data_sharding.errors import StorageDown, UserError
+from data_sharding.presets import is_preset
 from data_sharding.stream import StepBatch
 from fitv2_scale.agreement import Agreement, StopSignal
 from fitv2_scale.batches import pack_to_torch
@@ -36,6 +37,8 @@ def train(config: Config, fork_from: str | None = None) -> int:
     """Trains in the processes it is started in; returns the exit code, the same on all ranks. Raises UserError."""
     if not config.run:
         raise UserError("give the run's folder as run=FOLDER")
+    if presets := [url for url in config.data.urls if is_preset(url)]:
+        raise UserError(f"{presets[0]} has sizes only, for `fitv2 plan`: give a dataset as data.url to train")
     fork = Fork.parse(fork_from) if fork_from else None
     with StopSignal().caught() as stop, join() as world:
         if world.on_first(lambda: is_complete(config)):

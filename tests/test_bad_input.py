@@ -61,6 +61,8 @@ def config_file(tiny, tmp_path):
         ("run=''", "give the run's folder as run=FOLDER"),
         ("layout.replicate=2", "layout.replicate is 2, which does not divide the 1 processes"),
         ("layout.max_tokens=64 batch.images=500", "batch.images is 500, but .* holds 240 images"),
+        ("data.url=preset:imagenet256", "preset:imagenet256 has sizes only"),
+        ("data.url=[a,b] data.weights=[1]", "there is no dataset at a"),
         ("trainable=[nothing*]", "no tensor's name matches"),
     ],
 )
