@@ -196,7 +196,7 @@ def test_impossible_shapes_are_refused():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    samples=st.lists(st.integers(5, 80), min_size=1, max_size=3),
+    samples=st.lists(st.integers(10, 80), min_size=1, max_size=3),
     changes=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 9)), max_size=3),
     data=st.data(),
 )
