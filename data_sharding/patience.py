@@ -63,7 +63,7 @@ def patiently(
         Abandoned: nobody wants it any more.
     """
     give_up, pause, faults = time.monotonic() + patience.deadline, _FIRST_PAUSE, []
-    refused_by = None
+    refused_by, cause = None, ""
     while True:
         fs, path = file_system(url, instead_of=refused_by)
         seconds = max(_FIRST_PAUSE, min(patience.attempt, give_up - time.monotonic()))
@@ -78,7 +78,9 @@ def patiently(
         except Exception as error:
             if not _may_heal(error, is_local(fs)):
                 raise
-            cause = _sentence(error)
+            # An attempt that the deadline cut short says less than the one before it.
+            if not (cause and isinstance(error, TimeoutError) and seconds < patience.attempt):
+                cause = _sentence(error)
             faults.clear()
             if _is_refusal(error):
                 if not patience.refused:
