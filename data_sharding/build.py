@@ -18,53 +18,23 @@ one stops as soon as it sees the record. Whoever finds all records there commits
 """
 
 import json
-import os
-import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import NamedTuple, Protocol
 
 import numpy as np
-from tqdm import tqdm
 
 from data_sharding.connect import file_system
 from data_sharding.errors import UserError
-from data_sharding.extents import ask
+from data_sharding.extents import ask, exists
 from data_sharding.keyed import Purpose, words64
 from data_sharding.manifest import FILE, Header, Manifest, write_manifest
-from data_sharding.pool import Progress, run_tasks
-from data_sharding.shard import DTYPE, Sample, ShardBuilder, ShardIndex
+from data_sharding.pool import cores, in_turn, progress_bar, run_tasks
+from data_sharding.shard import DTYPE, ShardIndex
+from data_sharding.shard_task import Item, Maker, ShardTask, write_shard
 from data_sharding.storage import put, read
 from data_sharding.views import square_side
-
-_CHUNK = 64  # items handed over at once: enough pictures of one size for a batch, few enough to hold in memory
-
-
-class Item(Protocol):
-    """What one sample is made from. Items are picklable and small."""
-
-    id: int
-    key: str
-
-
-class Made(NamedTuple):
-    """``source`` is the item's key, ``pixels`` the (height, width) of its image, None where that is not known."""
-
-    sample: Sample
-    source: str
-    pixels: tuple[int, int] | None
-
-
-class Skipped(NamedTuple):
-    """``reason`` holds no path and no address, so that it is the same every time."""
-
-    source: str
-    reason: str
-
-
-Maker = Callable[[tuple[Item, ...]], Iterable[Made | Skipped]]  # picklable; one result an item, in order
 
 
 @dataclass(frozen=True)
@@ -88,22 +58,6 @@ class Options:
     def of(cls, header: Header) -> "Options":
         made = header.source
         return cls(made["digest"], header.codec["digest"], header.max_tokens, made["images_per_shard"], made["holdout"])
-
-
-@dataclass(frozen=True)
-class ShardTask:
-    """One shard of the dataset at ``dataset``, which is ``root`` or its holdout, for one process to write."""
-
-    root: str
-    dataset: str
-    name: str
-    items: tuple[Item, ...]
-    classes: tuple[str, ...]
-    make: Maker
-
-    @property
-    def part(self) -> str:
-        return f"{self.dataset}/parts/{self.name}.json"
 
 
 @dataclass(frozen=True)
@@ -199,63 +153,6 @@ def report(dst: str, made: int, started: float) -> WriteReport:
     )
 
 
-def write_shard(task: ShardTask, progress: Progress) -> None:
-    """Writes one shard and then its record, unless or until another task has."""
-    builder, skipped = ShardBuilder(task.name), []
-    for at in range(0, len(task.items), _CHUNK):
-        if exists(task.part) or exists(f"{task.root}/{FILE}"):
-            progress(len(task.items) - at, False)
-            return
-        chunk = task.items[at : at + _CHUNK]
-        for made in task.make(chunk):
-            if isinstance(made, Skipped):
-                skipped.append(made._asdict())
-            else:
-                class_name = task.classes[made.sample.label]
-                builder.add(made.sample, class_name=class_name, source=made.source, pixels=made.pixels)
-        progress(len(chunk), True)
-    data, index = builder.finish()
-    record = json.dumps({"index": index.to_record(), "skipped": skipped}).encode()
-    try:
-        if index.samples:
-            put(f"{task.dataset}/{task.name}", data)
-        if not exists(f"{task.root}/{FILE}"):
-            put(task.part, record)
-    except FileNotFoundError:  # `_clean` of another task has swept the temporary file
-        if not exists(f"{task.root}/{FILE}"):
-            raise
-
-
-def slurm_task() -> tuple[int, int]:
-    """Which of how many Slurm tasks this is; (0, 1) outside of Slurm."""
-    count = int(os.environ.get("SLURM_NTASKS", 1))
-    return int(os.environ.get("SLURM_PROCID", 0)) % count, count
-
-
-def in_turn(tasks: list) -> list:
-    """All tasks, in the order in which this Slurm task is to do them."""
-    place, count = slurm_task()
-    others = ((place + i) % count for i in range(1, count))
-    return tasks[place::count] + [task for other in others for task in tasks[other::count][::-1]]
-
-
-def progress_bar(total: int, done: int, show: bool, unit: str, **options) -> tqdm:
-    """How much, how fast and time left: a bar in a terminal, else, as logs want it, a line about every 10 s."""
-    if not sys.stderr.isatty():
-        line = "{n_fmt}/{total_fmt}" + f"{unit}, " + "{rate_noinv_fmt}, {remaining} left\n"
-        options |= {"mininterval": 10, "bar_format": line}
-    return tqdm(total=total, initial=done, unit=unit, disable=not show, **options)
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0))  # a Slurm job may not have all of the machine's
-
-
-def exists(url: str) -> bool:
-    file_system(url)[0].invalidate_cache()
-    return ask(url, "exists")
-
-
 def _divide(items: Iterable[Item], dst: str, holdout: float) -> dict[str, tuple[Item, ...]]:
     """URL of each dataset, ``dst`` first, and its items in order of id, which is a fixed shuffle of the keys."""
     items = sorted(items, key=lambda item: item.id)
@@ -310,11 +207,15 @@ def _commit(
 
 def _clean(url: str) -> None:
     """Removes the records, and what killed writers left of files they had not finished."""
-    fs, root = file_system(url)
+    fs, _ = file_system(url)
     fs.invalidate_cache()
-    with suppress(FileNotFoundError):  # another task cleans as well
-        if fs.exists(f"{root}/parts"):
-            fs.rm(f"{root}/parts", recursive=True)
-        for path in fs.find(root):
-            if path.endswith(".tmp"):
-                fs.rm_file(path)
+    if exists(f"{url}/parts"):
+        _remove(f"{url}/parts", "rm", recursive=True)
+    for path in ask(url, "find"):
+        if path.endswith(".tmp"):
+            _remove(fs.unstrip_protocol(path), "rm_file")
+
+
+def _remove(url: str, method: str, **options) -> None:
+    with suppress(FileNotFoundError):  # another task cleans as well; or an attempt has, whose reply was lost
+        ask(url, method, **options)

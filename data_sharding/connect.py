@@ -12,8 +12,9 @@ import inspect
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, wait
+from functools import partial
 from typing import Any
 
 import fsspec
@@ -83,16 +84,24 @@ def is_local(fs: AbstractFileSystem) -> bool:
     return isinstance(fs, LocalFileSystem)
 
 
+Method = str | Callable[..., Awaitable[Any]]  # of a file system, or a coroutine function that is given one
+
+
 def attempt(
-    fs: AbstractFileSystem, method: str, *args: Any, seconds: float, abandoned: threading.Event | None = None, **kw: Any
+    fs: AbstractFileSystem,
+    method: Method,
+    *args: Any,
+    seconds: float,
+    abandoned: threading.Event | None = None,
+    **kw: Any,
 ) -> Any:
     """Calls ``fs.method`` once. Remote calls are given up after ``seconds``, however slowly bytes still drip in.
 
     Raises what the method raises; TimeoutError; Abandoned as soon as ``abandoned`` is set.
     """
-    if not _is_async(fs, method):
+    if isinstance(method, str) and not _is_async(fs, method):
         return getattr(fs, method)(*args, **kw)
-    coroutine: Callable = getattr(fs, f"_{method}")
+    coroutine = getattr(fs, f"_{method}") if isinstance(method, str) else partial(method, fs)
     future: Future = asyncio.run_coroutine_threadsafe(coroutine(*args, **kw), fs.loop)
     give_up = time.monotonic() + seconds
     while not wait([future], timeout=_POLL if abandoned else seconds).done:

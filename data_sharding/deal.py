@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from heapq import heapreplace
+from itertools import pairwise
 
 import numpy as np
 
-from data_sharding.errors import UserError
-
-_ROUND = 8  # capacities are multiples of this
 _REPAIR_WORK = 1 << 21  # repairs times images: bounds the time that dealing a step takes
 _TOLERANCE = 10  # a group within 2**-10 of the mean needs no repair
 _PARTNERS = 64  # groups, the lightest, with which the dearest one's images are divided anew
 _SPLIT_LIMIT = 10  # images in two groups up to which all their divisions are tried: 2**10 sums
+
+
+Nodes = tuple[int, ...]  # ranks of each node, in their order; (R,) where no rank shares what it reads with another
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,10 @@ class Dealt:
     packs: list[list[np.ndarray]]
 
 
-def deal(tokens: np.ndarray, cost: Cost, ranks: int, shapes: Sequence[Shape]) -> Dealt:
+def deal(tokens: np.ndarray, cost: Cost, nodes: Nodes, shapes: Sequence[Shape]) -> Dealt:
     """Images to ranks evenly in cost, each rank's to packs evenly in tokens: as few packs as the largest shape allows,
     in the smallest shape that holds them. ``shapes`` ascend."""
-    members = spread(cost.of(tokens), ranks)
+    members = spread_over_nodes(cost.of(tokens), nodes)
     largest = shapes[-1].tokens
     count = max(1, -(-max(int(tokens[m].sum()) for m in members) // largest))
     while True:
@@ -70,16 +71,43 @@ def deal(tokens: np.ndarray, cost: Cost, ranks: int, shapes: Sequence[Shape]) ->
         count += 1
 
 
+def spread_over_nodes(cost: np.ndarray, nodes: Nodes) -> list[np.ndarray]:
+    """Indices dealt to the ranks of all nodes. Each node gets a contiguous stretch, its share of the cost to within one
+    image: as neighbours lie in the same frames, in every step, a node reads few frames that others read too."""
+    before = np.concatenate(([0], np.cumsum(cost)))
+    shares = np.cumsum((0, *nodes)) * int(before[-1])
+    ends = [_nearest(before * sum(nodes), share) for share in shares.tolist()]
+    stretches = zip(pairwise(ends), nodes, strict=True)
+    return [first + group for (first, end), ranks in stretches for group in spread(cost[first:end], ranks)]
+
+
+def _nearest(ascending: np.ndarray, value: int) -> int:
+    """Index of the element nearest to ``value``, the first of several."""
+    return int(np.abs(ascending - value).argmin())
+
+
 def spread(cost: np.ndarray, groups: int) -> list[np.ndarray]:
     """Indices dealt to ``groups`` groups so that the dearest group is cheap; a group may be empty.
 
-    Longest processing time first, then repair: while it makes the dearest group cheaper, it exchanges one image for
-    one, or for none, with another group; where no exchange helps and groups are small, the dearest group and another
-    divide all their images anew in the best of all ways.
+    Two beginnings, of which the better one stays: longest processing time first; and, where the count does not divide,
+    the cheapest images to just those groups that must hold one more. Either is repaired.
     """
-    group, load = _longest_first(cost, groups)
-    enough = int(load.sum()) // groups
+    enough = int(cost.sum()) // groups
     enough += enough >> _TOLERANCE
+    group, load = _repaired(cost, *_longest_first(cost, groups), enough)
+    each, more = divmod(len(cost), groups)
+    if load.max() > enough and each and more:
+        other = _repaired(cost, *_by_count(cost, groups, each, more), enough)
+        if other[1].max() < load.max():
+            group = other[0]
+    by_group = np.argsort(group, kind="stable")
+    return np.split(by_group, np.cumsum(np.bincount(group, minlength=groups))[:-1])
+
+
+def _repaired(cost: np.ndarray, group: np.ndarray, load: np.ndarray, enough: int) -> tuple[np.ndarray, np.ndarray]:
+    """``group`` and ``load`` after repairs: while it makes the dearest group cheaper, it exchanges one image for one,
+    or for none, with another group; where no exchange helps and groups are small, the dearest group and another divide
+    all their images anew in the best of all ways."""
     for _ in range(_REPAIR_WORK // max(1, len(cost))):
         dearest = int(load.argmax())
         if load[dearest] <= enough:
@@ -93,8 +121,19 @@ def spread(cost: np.ndarray, groups: int) -> list[np.ndarray]:
         np.subtract.at(load, group[images], cost[images])
         np.add.at(load, targets, cost[images])
         group[images] = targets
-    by_group = np.argsort(group, kind="stable")
-    return np.split(by_group, np.cumsum(np.bincount(group, minlength=groups))[:-1])
+    return group, load
+
+
+def _by_count(cost: np.ndarray, groups: int, each: int, more: int) -> tuple[np.ndarray, np.ndarray]:
+    """(group of each image, load of each group): the cheapest (each + 1) * more images to ``more`` groups, the others
+    to the rest, either part longest first."""
+    order = np.argsort(cost, kind="stable")
+    cheap, dear = np.split(order, [(each + 1) * more])
+    group, load = np.empty(len(cost), np.int64), np.empty(groups, np.int64)
+    group[cheap], load[:more] = _longest_first(cost[cheap], more)
+    group[dear], load[more:] = _longest_first(cost[dear], groups - more)
+    group[dear] += more
+    return group, load
 
 
 def _longest_first(cost: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:
@@ -164,60 +203,3 @@ def _best_division(cost: np.ndarray, group: np.ndarray, load: np.ndarray, deares
 def _subsets(n: int) -> np.ndarray:
     """All subsets of n things as columns of 0 and 1: float64 (n, 2**n)."""
     return (np.arange(1 << n)[None, :] >> np.arange(n)[:, None] & 1).astype(np.float64)
-
-
-def choose_shapes(
-    steps: list[np.ndarray], cost: Cost, ranks: int, max_tokens: int, max_seqlen: int
-) -> tuple[Shape, ...]:
-    """Up to three static shapes, ascending, for steps like these (token lengths of each step, one window of the plan).
-
-    Packs are as few as ``max_tokens`` allows. Each step uses the smallest shape that holds it; the capacities are those
-    that waste least over these steps, and one with headroom for steps not looked at. A step that fits none takes one
-    pack more.
-    """
-    if ranks > len(steps[0]):
-        raise UserError(
-            f"{ranks} data-parallel ranks are more than the {len(steps[0])} images of a step: raise batch.images or "
-            f"start at most {len(steps[0])} processes"
-        )
-    largest = max_tokens // _ROUND * _ROUND
-    if max_seqlen > largest:
-        raise UserError(f"layout.max_tokens is {max_tokens}, less than one image of {max_seqlen} tokens: raise it")
-    dealt = [(tokens, spread(cost.of(tokens), ranks)) for tokens in steps]
-    load = max(int(tokens[m].sum()) for tokens, members in dealt for m in members)
-    count = max(1, -(-load // largest))
-    while True:
-        packs = [[(t[m][group]) for m in members for group in spread(t[m], count)] for t, members in dealt]
-        needs = np.array([max(int(pack.sum()) for pack in step) for step in packs])
-        if needs.max() <= largest:
-            break
-        count += 1
-    capacities = _capacities(needs, max_seqlen)
-    roomy = min(largest, _round_up(capacities[-1] + capacities[-1] // 16))
-    return tuple(
-        Shape(capacity, _slots(packs, capacity, max_seqlen), max_seqlen) for capacity in sorted({*capacities, roomy})
-    )
-
-
-def _slots(packs: list[list[np.ndarray]], capacity: int, max_seqlen: int) -> int:
-    """Image slots that packs of ``capacity`` tokens need, padding included; at least those of a nearly empty one."""
-    shape = Shape(capacity, 0, max_seqlen)
-    rooms = [(len(pack), capacity - int(pack.sum())) for step in packs for pack in step]
-    most = max(images + shape.padding_slots(room) for images, room in rooms if room >= 0)
-    return max(most + most // 8, shape.padding_slots(capacity)) + 1  # an eighth more, for steps not looked at
-
-
-def _capacities(needs: np.ndarray, least: int) -> list[int]:
-    """At most two capacities, ascending, the last holding every need, with the least sum over needs of the smaller one
-    that holds it."""
-    rounded = [_round_up(max(int(need), least)) for need in needs]
-    candidates, counts = np.unique(rounded, return_counts=True)
-    held, last = np.cumsum(counts), len(candidates) - 1
-    total = candidates[:last] * held[:last] + candidates[last] * (len(needs) - held[:last])
-    if last == 0:
-        return [int(candidates[0])]
-    return [int(candidates[total.argmin()]), int(candidates[last])]
-
-
-def _round_up(tokens: int) -> int:
-    return -(-tokens // _ROUND) * _ROUND

@@ -1,16 +1,18 @@
 """Where the bytes of one file lie: a file of its own, or a stretch of a tar, which is read without unpacking it."""
 
+import io
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, NamedTuple
 
-from data_sharding.connect import file_system
+from data_sharding.connect import file_system, is_local
 from data_sharding.errors import DataError, StorageDown, UserError
 from data_sharding.patience import Exhausted, Faulty, Patience, patiently
 from data_sharding.storage import read
 
-_PATIENCE = Patience(deadline=120, attempt=120)
+_PATIENCE = Patience(deadline=120, attempt=40)  # an attempt brings up to 32 MB
+_BUFFER = 1 << 23
 _READERS = 8  # requests in flight: a network file system or an object store answers them side by side
 
 
@@ -25,25 +27,37 @@ class Extent(NamedTuple):
         """Raises FileNotFoundError, or DataError if the tar has become shorter."""
         if self.start is None:
             return read(self.url)
-        data = read_range(self.url, self.start, self.start + self.size)
-        if len(data) != self.size:
-            raise DataError(f"{self.url} ends before byte {self.start + self.size}: it has changed, start again")
-        return data
+        return read_range(self.url, self.start, self.start + self.size)
 
 
 def read_range(url: str, start: int, end: int) -> bytes:
-    """Fewer bytes where the file ends before."""
-    return ask(url, "cat_file", start=start, end=end) if start < end else b""
+    """Raises FileNotFoundError, StorageDown, or DataError if the file ends before."""
 
+    def whole(data: bytes) -> bytes:
+        if len(data) != end - start:
+            raise Faulty(f"{len(data)} of {end - start} bytes were read", str(len(data)))
+        return data
 
-def ask(url: str, method: str, **options) -> Any:
-    """``method`` of the file system of ``url`` on its path, tried again where that may help. Raises StorageDown."""
     try:
-        return patiently(_PATIENCE, url, method, check=lambda result: result, **options)
-    except Faulty:  # a range behind the end of the file
-        return b""
+        return ask(url, "cat_file", whole, start=start, end=end) if start < end else b""
+    except Faulty as error:
+        raise DataError(f"{url} ends before byte {end}: it has changed, start again") from error
+
+
+def ask(url: str, method: str, check: Callable[[Any], Any] = lambda result: result, **options) -> Any:
+    """``method`` of the file system of ``url`` on its path, tried again where that may help.
+
+    Raises StorageDown, what the method raises where no trying helps, and Faulty if ``check`` goes on raising it.
+    """
+    try:
+        return patiently(_PATIENCE, url, method, check=check, **options)
     except Exhausted as error:
         raise StorageDown(f"{url} cannot be reached: {error}; check the storage, then start again") from error
+
+
+def exists(url: str) -> bool:
+    file_system(url)[0].invalidate_cache()
+    return ask(url, "exists")
 
 
 def read_all(extents: Iterable[Extent]) -> list[bytes]:
@@ -63,9 +77,37 @@ def list_tar(url: str, start: int = 0) -> Iterator[Member]:
     Raises:
         UserError: it is no tar, a compressed one, or one cut short (the end of the archive is missing).
     """
-    fs, path = file_system(url)
-    with fs.open(path, "rb") as file:
+    with open_binary(url) as file:
         yield from _list(file, url, start)
+
+
+def open_binary(url: str) -> BinaryIO:
+    """The file, to be read from any place. Raises as ``read_range``, also later on."""
+    fs, path = file_system(url)
+    return open(path, "rb") if is_local(fs) else io.BufferedReader(_Remote(url), _BUFFER)
+
+
+class _Remote(io.RawIOBase):
+    """A file on an object store, read by ranges, each patiently."""
+
+    def __init__(self, url: str):
+        self._url, self._size, self._at = url, int(ask(url, "size")), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def readinto(self, buffer) -> int:
+        data = read_range(self._url, self._at, min(self._at + len(buffer), self._size))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
 
 
 def _list(file: BinaryIO, url: str, start: int) -> Iterator[Member]:

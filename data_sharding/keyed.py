@@ -17,6 +17,7 @@ import numpy as np
 
 MAX_EPOCH = 1 << 24
 MAX_ID = 1 << 63  # ids also live in torch.int64
+_CHUNK = 1 << 16
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -89,7 +90,11 @@ def uniform(seed: int, purpose: Purpose, epoch, ids, index=0) -> np.ndarray:
 
 def keyed_order(seed: int, purpose: Purpose, epoch: int, ids) -> np.ndarray:
     """The keyed permutation: int64 positions that sort ``ids`` by their 64-bit draws (ties by place)."""
-    return np.argsort(words64(seed, purpose, epoch, ids), kind="stable")
+    draws = np.empty(len(ids), np.uint64)
+    for start in range(0, len(ids), _CHUNK):  # the generator needs a dozen times the memory of its draws
+        part = slice(start, start + _CHUNK)
+        draws[part] = words64(seed, purpose, epoch, ids[part])
+    return np.argsort(draws, kind="stable")
 
 
 def _block(seed: int, purpose: Purpose, epoch, ids, block):

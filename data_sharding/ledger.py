@@ -106,7 +106,12 @@ class Ledger:
 
 
 def frame_of(manifest: Manifest, row: int) -> int:
-    return int(np.searchsorted(manifest.frame_first, row, side="right")) - 1
+    return int(frames_of(manifest, np.array(row)))
+
+
+def frames_of(manifest: Manifest, rows: np.ndarray) -> np.ndarray:
+    """The frame that each row lies in."""
+    return np.searchsorted(manifest.frame_first, rows, side="right") - 1
 
 
 def _stand_ins(m: Manifest, frame: int, lost: set[int], seed: int) -> Iterator[list[int | None]]:

@@ -1,7 +1,7 @@
 """The manifest: what a dataset holds, as one small JSON header and columns that every rank can map into memory.
 
     DST/manifest.json              written last: while it is absent there is no dataset
-    DST/manifest/<column>.npy      plain .npy, little-endian, no pickle (``COLUMNS`` below)
+    DST/manifest/<column>.npy      see ``columns.py``
     DST/shard-000000.tar.zst ...   see ``shard.py``
 
 A header (F frames, N samples; ``source`` says what was written and with which options):
@@ -22,27 +22,15 @@ from dataclasses import asdict, dataclass, fields
 import numpy as np
 import xxhash
 
-from data_sharding.connect import file_system, is_local
+from data_sharding.columns import COLUMNS, blocks, read_column
 from data_sharding.errors import DataError
+from data_sharding.extents import ask
 from data_sharding.shard import ShardIndex
 from data_sharding.storage import put, read
 
 FORMAT = "fitv2-shards"
 VERSION = 1  # tick when a reader of the old version would misread the new one
 FILE = "manifest.json"
-
-# column: (dtype, rows counted in, shape of a row). F frames, F+1 their boundaries, N samples.
-COLUMNS: dict[str, tuple[str, str, tuple[int, ...]]] = {
-    "frame_shard": ("<i4", "F", ()),  # index into the header's shards
-    "frame_offset": ("<i8", "F", ()),  # bytes from the start of the shard's file
-    "frame_bytes": ("<i8", "F", ()),  # compressed
-    "frame_raw_bytes": ("<i8", "F", ()),  # decompressed
-    "frame_digest": ("<u8", "F", (2,)),  # xxh3_128 of the compressed frame: low word, high word
-    "frame_first": ("<i8", "F+1", ()),  # the frame's samples are rows frame_first[f] .. frame_first[f+1]-1
-    "sample_id": ("<i8", "N", ()),
-    "label": ("<i4", "N", ()),
-    "size": ("<u2", "N", (2, 2)),  # [resize|crop][h, w] in tokens; zeros where the image has no crop view
-}
 
 
 @dataclass(frozen=True)
@@ -98,7 +86,7 @@ class Header:
 
 @dataclass(frozen=True, eq=False)
 class Manifest:
-    """A dataset's header and columns (dtypes and shapes in ``COLUMNS``); local columns are mapped, not read.
+    """A dataset's header and columns (dtypes and shapes in ``COLUMNS``).
 
     ``digest`` is the sha256 of ``manifest.json``. As the header holds every other digest, it stands for all bytes of
     the dataset.
@@ -118,8 +106,11 @@ class Manifest:
     size: np.ndarray
 
     @classmethod
-    def load(cls, url: str) -> "Manifest":
+    def load(cls, url: str, cache_dir: str = "") -> "Manifest":
         """Opens the dataset at ``url`` and checks that columns and header agree.
+
+        Columns are mapped into memory. Those on an object store are copied to ``cache_dir`` first; without one, they
+        are read into the memory of this process, 20 bytes an image.
 
         Raises:
             DataError: no dataset there, or a file is missing, damaged or contradicts another; names file and remedy.
@@ -127,7 +118,9 @@ class Manifest:
         url = url.rstrip("/")
         data = _read_header(url)
         header = Header.from_json(data, f"{url}/{FILE}")
-        columns = {name: _read_column(url, name, header) for name in COLUMNS}
+        columns = {
+            name: read_column(url, name, header.columns[f"{name}.npy"], header.totals, cache_dir) for name in COLUMNS
+        }
         manifest = cls(url=url, digest=hashlib.sha256(data).hexdigest(), header=header, **columns)
         manifest.check()
         return manifest
@@ -207,42 +200,11 @@ def _read_header(url: str) -> bytes:
     try:
         return read(f"{url}/{FILE}")
     except (FileNotFoundError, NotADirectoryError) as error:
-        fs, path = file_system(url)
-        if fs.exists(f"{path}/parts"):
-            remedy = "it is unfinished, run the same `fitv2 shard write` again and it goes on where it was"
+        if ask(f"{url}/parts", "exists"):
+            remedy = "it is unfinished, run the same `fitv2 shard write` or `import` again and it goes on where it was"
         else:
-            remedy = "write one with `fitv2 shard write SRC DST` or correct the URL"
+            remedy = "write one with `fitv2 shard write` or `fitv2 shard import`, or correct the URL"
         raise DataError(f"there is no dataset at {url} ({FILE} is missing): {remedy}") from error
-
-
-def _read_column(url: str, name: str, header: Header) -> np.ndarray:
-    where, expected = f"{url}/manifest/{name}.npy", header.columns[f"{name}.npy"]
-    fs, path = file_system(where)
-    remedy = "restore it or write the dataset anew"
-    digest = xxhash.xxh3_128()
-    try:
-        if is_local(fs):
-            # Hashed through the file, not the mapping: a mapping would count the whole column as resident memory.
-            with open(path, "rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-            column = np.load(path, mmap_mode="r", allow_pickle=False)
-        else:
-            data = read(where)
-            digest.update(data)
-            column = np.load(io.BytesIO(data), allow_pickle=False)
-    except FileNotFoundError as error:
-        raise DataError(f"{where} is missing: {remedy}") from error
-    except (ValueError, EOFError) as error:
-        raise DataError(f"{where} is not a whole .npy file: {remedy}") from error
-    if digest.hexdigest() != expected["xxh3_128"]:
-        raise DataError(f"{where} does not match its digest in {FILE}: {remedy}")
-    dtype, rows, row_shape = COLUMNS[name]
-    totals = header.totals
-    shape = ({"F": totals["frames"], "F+1": totals["frames"] + 1, "N": totals["samples"]}[rows], *row_shape)
-    if column.shape != shape or column.dtype != np.dtype(dtype):
-        raise DataError(f"{where} is {column.dtype}{list(column.shape)}, not {np.dtype(dtype)}{list(shape)}: {remedy}")
-    return column
 
 
 def _contradictions(m: Manifest):
@@ -259,10 +221,17 @@ def _contradictions(m: Manifest):
         yield "frames do not follow one another in their shard", "frame_offset"
     if (ends > np.repeat([s.bytes for s in m.shards], frames_of)).any():
         yield "a frame ends behind the end of its shard", "frame_bytes"
-    if len(m.label) and not 0 <= m.label.min() <= m.label.max() < len(m.classes):
-        yield f"labels {m.label.min()} .. {m.label.max()} do not fit {len(m.classes)} classes", "label"
-    tokens = m.size[:, :, 0].astype(np.int64) * m.size[:, :, 1]
-    if len(tokens) and (tokens[:, 0].min() < 1 or tokens.max() > m.header.max_tokens):
-        yield f"views hold {tokens[:, 0].min()} .. {tokens.max()} tokens, not 1 .. {m.header.max_tokens}", "size"
-    if len(m.sample_id) and m.sample_id.min() < 0:
+    if not len(m.sample_id):
+        return
+    found = []
+    for ids, labels, size in zip(blocks(m.sample_id), blocks(m.label), blocks(m.size), strict=True):
+        tokens = np.multiply(size[:, :, 0], size[:, :, 1], dtype=np.uint32)  # (n, view)
+        found.append((ids.min(), labels.min(), labels.max(), tokens[:, 0].min(), tokens.max()))
+    first_id, first_label, _, shortest, _ = np.min(found, 0).tolist()
+    _, _, last_label, _, longest = np.max(found, 0).tolist()
+    if not 0 <= first_label <= last_label < len(m.classes):
+        yield f"labels {first_label} .. {last_label} do not fit {len(m.classes)} classes", "label"
+    if shortest < 1 or longest > m.header.max_tokens:
+        yield f"views hold {shortest} .. {longest} tokens, not 1 .. {m.header.max_tokens}", "size"
+    if first_id < 0:
         yield "ids are negative", "sample_id"

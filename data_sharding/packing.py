@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -23,12 +24,11 @@ class PackLayout:
 def lay_out(sizes: Sequence[tuple[int, int]], shape: Shape) -> PackLayout:
     """The layout of images of ``sizes`` (rows, columns in tokens), in this order."""
     lengths, positions = np.zeros(shape.images, np.int64), np.zeros((shape.tokens, 2), np.int64)
-    at = 0
-    for slot, (rows, columns) in enumerate(sizes):
-        lengths[slot] = rows * columns
-        positions[at : at + rows * columns] = np.indices((rows, columns)).reshape(2, -1).T
-        at += rows * columns
+    lengths[: len(sizes)] = [rows * columns for rows, columns in sizes]
+    at = int(lengths.sum())
     assert at <= shape.tokens and len(sizes) + shape.padding_slots(shape.tokens - at) <= shape.images
+    if sizes:
+        np.concatenate([_positions(rows, columns) for rows, columns in sizes], out=positions[:at])
     for slot, start in enumerate(range(at, shape.tokens, shape.max_seqlen), len(sizes)):
         lengths[slot] = min(shape.max_seqlen, shape.tokens - start)
     cu_seqlens = np.concatenate(([0], np.cumsum(lengths)))
@@ -36,8 +36,14 @@ def lay_out(sizes: Sequence[tuple[int, int]], shape: Shape) -> PackLayout:
     return PackLayout(
         cu_seqlens=cu_seqlens.astype(np.int32),
         image=image,
-        place=np.arange(shape.tokens) - cu_seqlens[image],
+        place=np.arange(shape.tokens) - np.repeat(cu_seqlens[:-1], lengths),
         positions=positions,
         max_seqlen=shape.max_seqlen,
         tokens=at,
     )
+
+
+@lru_cache(maxsize=4096)  # one entry for each shape of a view
+def _positions(rows: int, columns: int) -> np.ndarray:
+    """int64 (rows * columns, 2), row-major."""
+    return np.ascontiguousarray(np.indices((rows, columns)).reshape(2, -1).T)

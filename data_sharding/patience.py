@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from data_sharding.connect import Abandoned, attempt, file_system, is_local
+from data_sharding.connect import Abandoned, Method, attempt, file_system, is_local
 
 Result = TypeVar("Result")
 
@@ -54,7 +54,7 @@ class Patience:
 
 
 def patiently(
-    patience: Patience, url: str, method: str, *args: Any, check: Callable[[Any], Result], **kw: Any
+    patience: Patience, url: str, method: Method, *args: Any, check: Callable[[Any], Result], **kw: Any
 ) -> Result:
     """``check(result)`` of the file system's ``method(path, *args)``, tried until ``check`` accepts it.
 
@@ -101,6 +101,8 @@ def _attempt(*args: Any, **kw: Any) -> Any:
     except OSError as error:
         if _status(error) == 416:
             raise Faulty("what is stored ends before it", "416") from error
+        if _status(error) == 412:  # a conditional create; the file systems differ in what they make of it
+            raise FileExistsError(str(error)) from error
         raise
 
 

@@ -2,10 +2,10 @@
 
 An epoch of a dataset is a keyed permutation of its frames; epochs are concatenated, so nothing is dropped and no epoch
 ends unevenly. A schedule of segments says how many images a step has and which share of them comes from which dataset,
-from which step on. A segment is cut into windows of ``window_steps`` steps. A window's images are dealt to its steps by
-length strata: sorted by tokens, every run of ``window_steps`` neighbours gives each step one image, the longest to the
-step with the fewest tokens so far. All steps then hold nearly equal token totals and the same spread of lengths, and a
-keyed shuffle of the steps leaves no trend over time.
+from which step on. A segment is cut into windows of ``window_steps`` steps, and ``strata`` deals a window's images to
+its steps: all steps hold nearly equal token totals, the same spread of lengths, and as many images of each part of the
+window, so that a node can take the same frames' images in every step. A keyed shuffle of the steps leaves no trend over
+time.
 
 Everything is integer arithmetic on keyed draws, with stable sorts: the plan is the same on any machine and with any
 NumPy. A change of this file that changes the plan must raise PLANNER_VERSION (a golden digest in the tests watches).
@@ -23,8 +23,9 @@ import numpy as np
 from data_sharding.errors import UserError
 from data_sharding.keyed import Purpose, keyed_order, words, words64
 from data_sharding.manifest import Manifest
+from data_sharding.strata import deal_to_steps, order_frames
 
-PLANNER_VERSION = 1
+PLANNER_VERSION = 2
 RESIZE, CROP = 0, 1  # the view axis of Manifest.size
 MAX_WINDOW_STEPS = 256
 
@@ -33,7 +34,7 @@ Views = Literal["mixed", "resize", "crop"]
 
 @dataclass(frozen=True)
 class StepSet:
-    """The B images of one step, ordered by (dataset, epoch, sample id); every array is int64 (B,)."""
+    """The B images of one step in the order of their frames' place in the window; every array is int64 (B,)."""
 
     dataset: np.ndarray  # index into Plan.manifests
     epoch: np.ndarray  # of that dataset
@@ -43,6 +44,9 @@ class StepSet:
     view: np.ndarray  # RESIZE or CROP
     flip: np.ndarray  # 1 = mirrored
     tokens: np.ndarray  # length of the chosen view
+
+    def taken(self, which: np.ndarray) -> "StepSet":
+        return StepSet(*(column[which] for column in vars(self).values()))
 
     def id_sum(self, part: np.ndarray | slice) -> int:
         """Sum of the hashed (epoch, id) of some images, modulo 2**64, signed: parts add up to the whole."""
@@ -207,17 +211,23 @@ class Plan:
         steps = self.window_length(current.start + first)
         start, stop = self._taken(segment, first), self._taken(segment, first + steps)
         streams = [self._stream(d, int(start[d]), int(stop[d] - start[d])) for d in range(len(self.manifests))]
-        columns = [np.concatenate(column) for column in zip(*streams, strict=True)]
-        epoch, ids = columns[1], columns[3]
-        order = np.argsort(words64(self.seed, Purpose.SAMPLE_ORDER, epoch, ids), kind="stable")
-        images = StepSet(*(column[order] for column in columns))
+        images = StepSet(*(np.concatenate(column) for column in zip(*streams, strict=True)))
+        images = images.taken(order_frames(self._frame_starts(images), images.tokens))
 
-        step_of = deal_strata(images.tokens, steps)
-        by_step = np.lexsort((images.sample_id, images.epoch, images.dataset, step_of)).reshape(steps, -1)
+        keyed = words64(self.seed, Purpose.SAMPLE_ORDER, images.epoch, images.sample_id)
+        by_step = deal_to_steps(images.tokens, keyed, steps)
         places = current.start + first + np.arange(steps)
         shuffled = keyed_order(self.seed, Purpose.STEP_ORDER, 0, places)
-        columns = list(vars(images).values())
-        return [StepSet(*(column[members] for column in columns)) for members in by_step[shuffled]]
+        return [images.taken(members) for members in by_step[shuffled]]
+
+    def _frame_starts(self, images: StepSet) -> np.ndarray:
+        """Where in ``images``, frame after frame, another frame or epoch begins; from 0."""
+        frame = np.empty_like(images.row)
+        for d, manifest in enumerate(self.manifests):
+            mine = images.dataset == d
+            frame[mine] = np.searchsorted(manifest.frame_first, images.row[mine], side="right")
+        changes = [np.diff(column, prepend=-1) != 0 for column in (images.dataset, images.epoch, frame)]
+        return np.flatnonzero(np.any(changes, axis=0))
 
     def _stream(self, d: int, start: int, count: int) -> tuple[np.ndarray, ...]:
         """The columns of StepSet for positions start .. start + count of the concatenated epochs of dataset ``d``."""
@@ -271,14 +281,3 @@ def sample_ids(dataset: int, ids: np.ndarray) -> np.ndarray:
     """Ids that are unique over datasets: the same picture may lie in several, under the same id."""
     offset = (dataset * 0x9E3779B97F4A7C15) & 0x7FFFFFFFFFFFFFFF
     return np.asarray(ids, np.int64) ^ np.int64(offset)
-
-
-def deal_strata(tokens: np.ndarray, steps: int) -> np.ndarray:
-    """The step (0 .. steps) of each image, equal counts and nearly equal token totals; len(tokens) % steps == 0."""
-    strata = np.argsort(-tokens, kind="stable").reshape(-1, steps)
-    total, step_of = np.zeros(steps, np.int64), np.empty(len(tokens), np.int64)
-    for stratum in strata:
-        poorest_first = np.argsort(total, kind="stable")
-        step_of[stratum] = poorest_first
-        total[poorest_first] += tokens[stratum]
-    return step_of

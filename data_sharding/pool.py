@@ -1,12 +1,16 @@
-"""Tasks on several processes that report how far they are, and that never outlive their parent."""
+"""Tasks on several processes that report how far they are, and that never outlive their parent; and who of several
+Slurm tasks does which."""
 
 import multiprocessing
 import os
 import signal
+import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import TypeVar
+
+from tqdm import tqdm
 
 from data_sharding.errors import UserError
 
@@ -60,6 +64,31 @@ def run_tasks(tasks: list[Task], work: Callable[[Task, Progress], None], workers
         for process in processes:
             process.terminate()  # after success they are idle; else what they wrote is whole, for `put` is atomic
             process.join()
+
+
+def slurm_task() -> tuple[int, int]:
+    """Which of how many Slurm tasks this is; (0, 1) outside of Slurm."""
+    count = int(os.environ.get("SLURM_NTASKS", 1))
+    return int(os.environ.get("SLURM_PROCID", 0)) % count, count
+
+
+def in_turn(tasks: list) -> list:
+    """All tasks, in the order in which this Slurm task is to do them."""
+    place, count = slurm_task()
+    others = ((place + i) % count for i in range(1, count))
+    return tasks[place::count] + [task for other in others for task in tasks[other::count][::-1]]
+
+
+def progress_bar(total: int, done: int, show: bool, unit: str, **options) -> tqdm:
+    """How much, how fast and time left: a bar in a terminal, else, as logs want it, a line about every 10 s."""
+    if not sys.stderr.isatty():
+        line = "{n_fmt}/{total_fmt}" + f"{unit}, " + "{rate_noinv_fmt}, {remaining} left\n"
+        options |= {"mininterval": 10, "bar_format": line}
+    return tqdm(total=total, initial=done, unit=unit, disable=not show, **options)
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0))  # a Slurm job may not have all of the machine's
 
 
 def _serve(pipe: Connection, work: Callable, number: int) -> None:

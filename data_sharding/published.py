@@ -61,7 +61,7 @@ def open_published(src: str, max_tokens: int | None) -> Published:
     """Finds the three groups. Raises UserError if one, or a part of one, is missing, or it is not clear which."""
     fs, root = file_system(src)
     root = root.rstrip("/")
-    if not fs.isdir(root):
+    if not ask(src, "isdir"):
         raise UserError(f"{src} is not a folder: give the one with from_16_to_256, greater_than_256_resize and _crop")
     found: dict[int, dict[str, list[tuple[str, dict]]]] = {}
     for item in ask(src, "ls", detail=True):

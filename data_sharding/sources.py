@@ -65,12 +65,12 @@ def open_source(src: str) -> Source:
     Raises:
         UserError: there is nothing there, or none of these kinds; or two images share an id.
     """
-    fs, root = file_system(src)
+    fs, _ = file_system(src)
     if "{" in src:
         return open_tars(_webdataset_library().expand_urls(src))
-    if src.endswith(".tar") and fs.isfile(root):
+    if src.endswith(".tar") and _is_file(src):
         return open_tars([src])
-    if not fs.isdir(root):
+    if not ask(src, "isdir"):
         raise UserError(
             f"{src} is not a folder: give the folder that holds one folder of images for each class, or tars"
         )
@@ -201,6 +201,13 @@ def refuse_collisions(entries) -> None:
     for entry in entries:
         if (other := seen.setdefault(entry.id, entry.key)) != entry.key:
             raise UserError(f"{other} and {entry.key} have the same id by chance: rename one of them")
+
+
+def _is_file(url: str) -> bool:
+    try:
+        return ask(url, "info")["type"] == "file"  # s3fs's isfile takes any failure for a no
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def _folders(listing: list[dict]) -> list[str]:

@@ -8,7 +8,7 @@ from data_sharding.connect import file_system, is_local
 from data_sharding.errors import StorageDown, UserError
 from data_sharding.patience import Exhausted, Patience, patiently
 
-_START = Patience(deadline=120, attempt=120, refused=False)  # whole files take longer than frames
+_START = Patience(deadline=120, attempt=40, refused=False)  # whole files take longer than frames
 
 
 def put(url: str, data: bytes) -> None:

@@ -9,11 +9,10 @@ from dataclasses import dataclass, replace
 
 from fsspec.implementations.local import LocalFileSystem
 
-from data_sharding.build import exists, progress_bar, slurm_task
 from data_sharding.connect import file_system
 from data_sharding.errors import UserError
-from data_sharding.extents import list_tar
-from data_sharding.pool import Progress, run_tasks
+from data_sharding.extents import exists, list_tar, open_binary
+from data_sharding.pool import Progress, progress_bar, run_tasks, slurm_task
 from data_sharding.storage import put, read
 
 _BLOCK = 1 << 22
@@ -122,8 +121,7 @@ class _RawJoined(io.RawIOBase):
             if self._file is None:
                 if not self._urls:
                     return 0
-                fs, path = file_system(self._urls.pop())
-                self._file = fs.open(path, "rb")
+                self._file = open_binary(self._urls.pop())
             if data := self._file.read(len(buffer)):
                 buffer[: len(data)] = data
                 self._at += len(data)

@@ -9,10 +9,9 @@ from functools import lru_cache
 import numpy as np
 import xxhash
 
-from data_sharding.connect import file_system
 from data_sharding.errors import DataError
 from data_sharding.extents import ask, read_range
-from data_sharding.frames import open_frame
+from data_sharding.frames import fetch_frame, open_frame
 from data_sharding.manifest import Manifest
 from data_sharding.pool import run_tasks
 from data_sharding.shard import END_OF_ARCHIVE, decompress, scan_frame
@@ -109,15 +108,16 @@ def _verify_shard(manifest: Manifest, shard: int) -> tuple[int, list[str]]:
         return 0, [f"{url} is missing: restore it from a copy or write the dataset anew"]
     digest, problems, end = xxhash.xxh3_128(), [], 0
     for frames, start, stop in _spans(manifest, shard):
-        data = read_range(url, start, min(stop, size)) if start < size else b""
-        digest.update(data)
+        data = memoryview(read_range(url, start, min(stop, size)) if start < size else b"")
         for f in frames:
             at = int(manifest.frame_offset[f]) - start
+            stored = data[at : at + int(manifest.frame_bytes[f])]  # of a memoryview: copies nothing
             try:
-                # A slice of a memoryview copies nothing.
-                open_frame(manifest, f, memoryview(data)[at : at + int(manifest.frame_bytes[f])], scan_frame)
-            except DataError as error:
-                problems.append(str(error))
+                open_frame(manifest, f, stored, scan_frame)
+            except DataError:
+                stored, found = _again(manifest, f, stored)
+                problems += found
+            digest.update(stored)
         end = stop
     if size != entry.bytes:
         problems.append(f"{url} is {size} bytes long, not {entry.bytes}: restore it from a copy")
@@ -129,6 +129,16 @@ def _verify_shard(manifest: Manifest, shard: int) -> tuple[int, list[str]]:
     elif digest.hexdigest() != entry.xxh3_128 and not problems:
         problems.append(f"{url}: its bytes do not match the digest in the manifest")
     return size, problems
+
+
+def _again(manifest: Manifest, f: int, seen: memoryview) -> tuple[bytes | memoryview, list[str]]:
+    """The bytes and the problems of a frame that was wrong at first: on its way perhaps, and not where it is stored."""
+    try:
+        data = fetch_frame(manifest, f)
+        open_frame(manifest, f, data, scan_frame)
+    except DataError as error:
+        return seen, [str(error)]
+    return data, []
 
 
 def _spans(manifest: Manifest, shard: int) -> Iterator[tuple[range, int, int]]:
@@ -158,7 +168,6 @@ def _duplicates(manifest: Manifest) -> list[str]:
 
 
 def _strays(manifest: Manifest) -> list[str]:
-    fs, root = file_system(manifest.url)
-    present = {item["name"].rpartition("/")[2] for item in fs.ls(root, detail=True)}
+    present = {item["name"].rpartition("/")[2] for item in ask(manifest.url, "ls", detail=True)}
     unknown = sorted(name for name in present - {s.name for s in manifest.shards} if name.endswith(".tar.zst"))
     return [f"{manifest.url}/{name} is not in the manifest: it belongs to another dataset" for name in unknown]

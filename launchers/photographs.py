@@ -73,7 +73,7 @@ def crop(photograph: Image.Image, draws: np.ndarray) -> Image.Image:
     """One crop, decided by five draws in [0, 1): area, aspect, place across, place down, size."""
     area, aspect, across, down, size = draws
     pixels = photograph.width * photograph.height * (0.55 + 0.45 * area)
-    ratio = photograph.width / photograph.height * 2 ** (1.2 * aspect - 0.6)  # up to 1.5 times flatter or steeper
+    ratio = photograph.width / photograph.height * 2 ** (1.5 * aspect - 0.75)  # up to 1.7 times flatter or steeper
     width = min(photograph.width, round((pixels * ratio) ** 0.5))
     height = min(photograph.height, round((pixels / ratio) ** 0.5))
     left, top = round(across * (photograph.width - width)), round(down * (photograph.height - height))

@@ -16,8 +16,9 @@ import pytest
 from safetensors.numpy import save
 from test_write import bytes_of, children, running
 
-from data_sharding import build, unpack
+from data_sharding import unpack
 from data_sharding.errors import UserError
+from data_sharding.extents import exists
 from data_sharding.frames import read_frame
 from data_sharding.import_latents import import_dataset
 from data_sharding.manifest import Manifest
@@ -369,4 +370,4 @@ def test_the_command(tmp_path, capsys):
     assert main(["shard", "import", str(src), str(tmp_path / "set"), "--workers", "1", "--json"]) == 2
     out, err = capsys.readouterr()
     assert json.loads(out)["images"] == 42 and "1 of the images could not be read" in err
-    assert build.exists(str(tmp_path / "set/skipped.json"))
+    assert exists(str(tmp_path / "set/skipped.json"))

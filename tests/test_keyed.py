@@ -96,3 +96,9 @@ def test_a_seed_out_of_range_is_refused():
 def test_keyed_order_is_a_permutation(seed, epoch, n):
     order = keyed.keyed_order(seed, Purpose.FRAME_ORDER, epoch, np.arange(n))
     assert sorted(order.tolist()) == list(range(n))
+
+
+def test_a_long_order_is_that_of_all_draws_at_once():
+    ids = np.arange(200_001) + (1 << 40)
+    draws = keyed.words64(3, Purpose.FRAME_ORDER, 2, ids)
+    assert np.array_equal(keyed.keyed_order(3, Purpose.FRAME_ORDER, 2, ids), np.argsort(draws, kind="stable"))

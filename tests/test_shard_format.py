@@ -14,9 +14,10 @@ import pytest
 import xxhash
 import zstandard
 
+from data_sharding.columns import COLUMNS
 from data_sharding.errors import DataError
 from data_sharding.frames import fetch_frame, open_frame, read_frame
-from data_sharding.manifest import COLUMNS, Manifest, write_manifest
+from data_sharding.manifest import Manifest, write_manifest
 from data_sharding.shard import END_OF_ARCHIVE, Sample, ShardBuilder, decompress, pack_sample, parse_frame, scan_frame
 from data_sharding.storage import put
 
@@ -253,10 +254,12 @@ def test_any_fsspec_url_will_do():
 
 
 def test_no_dataset_is_one_sentence(tmp_path):
-    with pytest.raises(DataError, match=r"there is no dataset at .*: write one with `fitv2 shard write SRC DST`"):
+    with pytest.raises(
+        DataError, match="there is no dataset at .*: write one with `fitv2 shard write` or `fitv2 shard imp"
+    ):
         Manifest.load(str(tmp_path / "nothing"))
     (tmp_path / "parts").mkdir()
-    with pytest.raises(DataError, match="unfinished, run the same `fitv2 shard write` again"):
+    with pytest.raises(DataError, match="unfinished, run the same `fitv2 shard write` or `import` again"):
         Manifest.load(str(tmp_path))
 
 

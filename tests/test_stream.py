@@ -8,11 +8,12 @@ import pytest
 
 from data_sharding.deal import Cost, Shape
 from data_sharding.errors import DataError
+from data_sharding.frame_cache import FrameCache
 from data_sharding.frames import FrameLost, FrameReader, read_frame
 from data_sharding.ledger import Ledger, frame_of
 from data_sharding.manifest import Manifest
 from data_sharding.plan import Plan, Segment
-from data_sharding.stream import FrameCache, FramesLost, Loader
+from data_sharding.stream import FramesLost, Loader
 
 COST, SHAPE = Cost(192, 1), Shape(128, 12, 16)
 
@@ -23,7 +24,7 @@ def plan(dataset):
 
 
 def loader(plan, rank=0, ranks=1, steps=range(4), cache_bytes=1 << 30, **options):
-    return Loader(plan, COST, [SHAPE], rank, ranks, steps, cache_bytes, **options)
+    return Loader(plan, COST, [SHAPE], rank, (ranks,), steps, cache_bytes, **options)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 5])
@@ -105,9 +106,8 @@ def test_decoded_frames_are_kept_within_their_bound(plan, reads):
 
 def test_the_cache_drops_the_least_recently_used(plan):
     manifest = plan.manifests[0]
-    samples = [read_frame(manifest, f) for f in range(3)]
-    size = sum(v.nbytes for s in samples[0] for v in s.views.values())
-    cache = FrameCache(int(2.5 * size))
+    samples = [FrameReader().read(manifest, f) for f in range(3)]
+    cache = FrameCache(sum(s.nbytes for s in samples) - 1)
     for f in (0, 1):
         cache.put((0, f), samples[f])
     cache.get((0, 0))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_sharding import build, sources
+from data_sharding import build, pool, shard_task, sources
 from data_sharding.codec import get_codec
 from data_sharding.errors import UserError
 from data_sharding.extents import Extent
@@ -303,11 +303,11 @@ def test_each_task_begins_with_its_own_and_ends_with_the_others_from_behind(monk
     turns = []
     for place in range(3):
         monkeypatch.setenv("SLURM_PROCID", str(place))
-        turns.append(build.in_turn(list(range(8))))
+        turns.append(pool.in_turn(list(range(8))))
     assert turns == [[0, 3, 6, 7, 4, 1, 5, 2], [1, 4, 7, 5, 2, 6, 3, 0], [2, 5, 6, 3, 0, 7, 4, 1]]
     monkeypatch.delenv("SLURM_PROCID")
     monkeypatch.delenv("SLURM_NTASKS")
-    assert build.in_turn(list(range(8))) == list(range(8))
+    assert pool.in_turn(list(range(8))) == list(range(8))
 
 
 def test_a_task_that_dies_leaves_its_shards_to_the_others(tmp_path):
@@ -341,18 +341,18 @@ def test_a_number_of_tasks_that_is_not_true_costs_nothing(images, written, tmp_p
 
 
 def test_work_on_a_shard_ends_when_another_task_has_it(images, tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "_CHUNK", 2)
+    monkeypatch.setattr(shard_task, "_CHUNK", 2)
     entries = open_folder(images).entries[:6]
     seen, reported = [], []
 
     def make(items):
         seen.extend(items)
         if len(seen) == 4:
-            build.put(task.part, b"{}")
-        return [build.Skipped(item.key, "for the test") for item in items]
+            shard_task.put(task.part, b"{}")
+        return [shard_task.Skipped(item.key, "for the test") for item in items]
 
-    task = build.ShardTask(str(tmp_path), str(tmp_path), "shard-000000.tar.zst", entries, ("ant",), make)
-    build.write_shard(task, lambda count, fresh: reported.append((count, fresh)))
+    task = shard_task.ShardTask(str(tmp_path), str(tmp_path), "shard-000000.tar.zst", entries, ("ant",), make)
+    shard_task.write_shard(task, lambda count, fresh: reported.append((count, fresh)))
     assert len(seen) == 4 and reported == [(2, True), (2, True), (2, False)]
     assert Path(task.part).read_bytes() == b"{}"
 
@@ -375,10 +375,10 @@ def test_a_task_that_comes_last_to_commit_finds_it_done(images, written, tmp_pat
 
 def test_a_shard_finished_after_the_commit_leaves_no_record(tmp_path):
     def make(items):
-        build.put(f"{tmp_path}/manifest.json", b"{}")  # another task commits meanwhile
-        return [build.Skipped(item.key, "for the test") for item in items]
+        shard_task.put(f"{tmp_path}/manifest.json", b"{}")  # another task commits meanwhile
+        return [shard_task.Skipped(item.key, "for the test") for item in items]
 
     item = Entry(1, "ant/1.jpg", 0, Extent("", None, 0))
-    task = build.ShardTask(str(tmp_path), str(tmp_path), "shard-000000.tar.zst", (item,), (), make)
-    build.write_shard(task, lambda *_: None)
+    task = shard_task.ShardTask(str(tmp_path), str(tmp_path), "shard-000000.tar.zst", (item,), (), make)
+    shard_task.write_shard(task, lambda *_: None)
     assert list(tmp_path.iterdir()) == [tmp_path / "manifest.json"]

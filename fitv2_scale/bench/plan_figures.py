@@ -2,59 +2,91 @@
 
 import time
 import tracemalloc
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 
-from data_sharding.deal import Cost, choose_shapes, deal, spread
+from data_sharding.deal import Cost, Nodes, deal, spread, spread_over_nodes
 from data_sharding.manifest import Manifest
-from data_sharding.plan import Plan, Segment
+from data_sharding.plan import MAX_WINDOW_STEPS, Plan, Segment
 from data_sharding.presets import open_preset
+from data_sharding.shapes import shapes_of
+from fitv2_scale.bench.bias_figures import bias
 
+PARTS = ("balance", "any_ranks", "nodes", "bias", "planning")
 PRESETS = ("preset:imagenet256", "preset:imagenet1024")
+NODES = ((2,) * 4, (8,) * 4, (32,) * 4, (8, 8, 8, 6), (8, 8, 5, 2))
 BATCH = 256
+BIAS_STEPS = 1024
 _COST = Cost(linear=6 * 2304, quadratic=1)  # of FiTv2-3B/2
 _MAX_TOKENS = 16384
 
 
-def measure(steps: int | None = None) -> dict[str, Any]:
-    """All figures, over an epoch or ``steps`` steps each; a minute or two for an epoch."""
-    return {
-        "planning": [planning(url) for url in PRESETS],
-        "balance": [balance(url, images, steps) for url in PRESETS for images in (32, 8, 4, 2)],
-        "any_ranks": [any_ranks(url, ranks) for url in PRESETS for ranks in (96, 384, 640, 768, 1000)],
+def measure(parts: Iterable[str] = PARTS, steps: int | None = None) -> dict[str, Any]:
+    """The figures of ``parts``, over an epoch or ``steps`` steps each; a minute or two for all over an epoch."""
+    figures = {
+        "balance": lambda: [balance(url, images, steps) for url in PRESETS for images in (32, 8, 4, 2)],
+        "any_ranks": lambda: [any_ranks(url, ranks) for url in PRESETS for ranks in (96, 384, 640, 768, 1000)],
+        "nodes": lambda: [over_nodes(url, nodes, steps) for url in PRESETS for nodes in NODES],
+        "bias": lambda: [bias(_plan(open_preset(url), BATCH), url, steps or BIAS_STEPS) for url in PRESETS],
+        "planning": lambda: [planning(url) for url in PRESETS],
     }
+    return {part: figures[part]() for part in parts}
 
 
 def to_text(report: dict[str, Any]) -> str:
-    lines = ["data                  images a rank  imbalance  fill    capacities"]
-    lines += [
-        f"{r['data']:<22}{r['images_per_rank']:>13}  {r['imbalance']:<9.4f}  {r['fill']:.4f}  {r['capacities']}"
-        for r in report["balance"]
+    """The parts that there are, as tables."""
+    tables: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+        "balance": (
+            "images a rank  imbalance  fill    capacities",
+            lambda r: f"{r['images_per_rank']:>13}  {r['imbalance']:<9.4f}  {r['fill']:.4f}  {r['capacities']}",
+        ),
+        "any_ranks": (
+            "ranks on a step of 4,096  slowest over lower bound",
+            lambda r: f"{r['ranks']:>24}  {r['slowest_over_bound']:.4f}",
+        ),
+        "nodes": (
+            "ranks of the nodes  bytes read over stored  imbalance",
+            lambda r: f"{' + '.join(map(str, r['nodes'])):>18}  {r['read_over_stored']:<22.4f}  {r['imbalance']:.4f}",
+        ),
+        "bias": (
+            "test, one-sided at 0.001  statistic  bound  of sorted steps",
+            lambda r: f"{r['test']:<25} {r['statistic']:>9.3f} {r['bound']:>6.3f}  {r['sorted']:.3f}",
+        ),
+        "planning": (
+            "planning an epoch  extra memory",
+            lambda r: f"{r['seconds']:>15.2f} s  {r['extra_bytes'] / 1e6:.0f} MB",
+        ),
+    }
+    rows = dict(report)
+    if "bias" in rows:
+        rows["bias"] = [{"data": r["data"], "test": name, **t} for r in rows["bias"] for name, t in r["tests"].items()]
+    texts = [
+        "\n".join([f"{'data':<22}{title}", *(f"{r['data']:<22}{row(r)}" for r in rows[part])])
+        for part, (title, row) in tables.items()
+        if part in rows
     ]
-    lines += ["", "data                  ranks on a step of 4,096  slowest over lower bound"]
-    lines += [f"{r['data']:<22}{r['ranks']:>24}  {r['slowest_over_bound']:.4f}" for r in report["any_ranks"]]
-    lines += ["", "data                  planning an epoch  extra memory"]
-    lines += [f"{r['data']:<22}{r['seconds']:>15.2f} s  {r['extra_bytes'] / 1e6:.0f} MB" for r in report["planning"]]
-    return "\n".join(lines)
+    return "\n\n".join(texts)
 
 
 def balance(url: str, images_per_rank: int, steps: int | None = None) -> dict[str, Any]:
     """Imbalance and fill over an epoch (or its first ``steps``) of 256-image steps at ``images_per_rank``.
 
     Imbalance: cost of the slowest rank over the mean, averaged over steps. Fill: valid tokens over ranks x packs x
-    capacity. The shapes are chosen on the first window, as a run does.
+    capacity. The shapes are chosen as a run does.
     """
     plan = _plan(open_preset(url), BATCH)
     ranks = BATCH // images_per_rank
-    window = [plan.step(k).tokens for k in range(plan.window_steps(0))]
-    shapes = choose_shapes(window, _COST, ranks, _MAX_TOKENS, plan.max_seqlen)
+    shapes = shapes_of(plan, 0, _COST, (ranks,), _MAX_TOKENS)
     count = steps or plan.samples[0] // BATCH
     imbalance, tokens, room, seconds = 0.0, 0, 0, 0.0
     for k in range(count):
         lengths = plan.step(k).tokens
         began = time.perf_counter()
-        dealt = deal(lengths, _COST, ranks, shapes)
+        dealt = deal(lengths, _COST, (ranks,), shapes)
         seconds += time.perf_counter() - began
         cost = _COST.of(lengths)
         loads = [sum(int(cost[pack].sum()) for pack in rank) for rank in dealt.packs]
@@ -71,6 +103,34 @@ def balance(url: str, images_per_rank: int, steps: int | None = None) -> dict[st
     }
 
 
+def over_nodes(url: str, nodes: Nodes, steps: int | None = None) -> dict[str, Any]:
+    """What nodes read, whole frames each, over what is stored of the images that they train on; and the imbalance.
+
+    Over four windows (or ``steps`` steps), with a cache on each node that holds the frames of one window, the least
+    recently used leaving first. Images count as equally large.
+    """
+    plan = _plan(open_preset(url, images=8 * BATCH * MAX_WINDOW_STEPS), BATCH)
+    first, window = plan.manifests[0].frame_first, plan.window_steps(0)
+    room = -(-window * BATCH * len(first) // int(first[-1]))
+    caches: list[OrderedDict[int, None]] = [OrderedDict() for _ in nodes]
+    count, read, imbalance = steps or 4 * window, 0, 0.0
+    for k in range(count):
+        images = plan.step(k)
+        cost = _COST.of(images.tokens)
+        members = spread_over_nodes(cost, nodes)
+        imbalance += max(int(cost[group].sum()) for group in members) * sum(nodes) / int(cost.sum())
+        for cache, (begin, end) in zip(caches, pairwise((0, *accumulate(nodes))), strict=True):
+            rows = images.row[np.concatenate(members[begin:end])]
+            for frame in np.unique(np.searchsorted(first, rows, side="right") - 1).tolist():
+                if frame not in cache:
+                    read += int(first[frame + 1] - first[frame])
+                cache[frame] = None
+                cache.move_to_end(frame)
+                if len(cache) > room:
+                    cache.popitem(last=False)
+    return {"data": url, "nodes": nodes, "read_over_stored": read / (count * BATCH), "imbalance": imbalance / count}
+
+
 def any_ranks(url: str, ranks: int, batch: int = 4096, steps: int = 4) -> dict[str, Any]:
     """Slowest rank over the lower bound: the mean, the dearest image and, with N = qR + r images, r > 0, the cheapest
     (q + 1) r images over r, since r ranks at least hold q + 1 or more."""
@@ -85,15 +145,15 @@ def any_ranks(url: str, ranks: int, batch: int = 4096, steps: int = 4) -> dict[s
 
 
 def planning(url: str) -> dict[str, Any]:
-    """Time of planning one epoch, one step set after the other, on this core; and, in a second pass over two windows,
+    """CPU seconds of planning one epoch, one step set after the other; and, in a second pass over two windows,
     the most memory that planning holds at once."""
     manifest = open_preset(url)
     plan = _plan(manifest, BATCH)
     steps = plan.samples[0] // BATCH
-    began = time.perf_counter()
+    began = time.process_time()
     for k in range(steps):
         plan.step(k)
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     tracemalloc.start()
     again = _plan(manifest, BATCH)
     for k in range(min(steps, 2 * again.window_steps(0))):

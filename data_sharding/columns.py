@@ -1,0 +1,135 @@
+"""The manifest's columns as files: plain .npy, little-endian, no pickle, each with a digest in the header.
+
+A column is mapped, never read as a whole, so a process holds no more of it in memory than it uses, and all processes of
+a node share that. Columns on an object store are first copied to the node's disk, under the name of their digest:
+
+    CACHE/columns/3f09…c2.npy    appears by rename; any number of ranks and runs may use it
+"""
+
+import io
+import logging
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import suppress
+
+import numpy as np
+import xxhash
+
+from data_sharding.connect import file_system, is_local
+from data_sharding.errors import DataError
+from data_sharding.extents import read_range
+
+# column: (dtype, rows counted in, shape of a row). F frames, F+1 their boundaries, N samples.
+COLUMNS: dict[str, tuple[str, str, tuple[int, ...]]] = {
+    "frame_shard": ("<i4", "F", ()),  # index into the header's shards
+    "frame_offset": ("<i8", "F", ()),  # bytes from the start of the shard's file
+    "frame_bytes": ("<i8", "F", ()),  # compressed
+    "frame_raw_bytes": ("<i8", "F", ()),  # decompressed
+    "frame_digest": ("<u8", "F", (2,)),  # xxh3_128 of the compressed frame: low word, high word
+    "frame_first": ("<i8", "F+1", ()),  # the frame's samples are rows frame_first[f] .. frame_first[f+1]-1
+    "sample_id": ("<i8", "N", ()),
+    "label": ("<i4", "N", ()),
+    "size": ("<u2", "N", (2, 2)),  # [resize|crop][h, w] in tokens; zeros where the image has no crop view
+}
+_ROWS = 1 << 18  # looked at together
+_SPAN = 1 << 24  # bytes copied at once
+_REMEDY = "restore it or write the dataset anew"
+
+log = logging.getLogger(__name__)
+
+
+def read_column(url: str, name: str, file: dict[str, int | str], totals: dict[str, int], cache_dir: str) -> np.ndarray:
+    """The column ``name`` of the dataset at ``url``, whose header says ``file`` and ``totals``.
+
+    It is mapped, but from an object store without ``cache_dir``, whence it is read into memory.
+
+    Raises:
+        DataError: it is missing, damaged, or not of the header's shape.
+    """
+    where = f"{url}/manifest/{name}.npy"
+    try:
+        column = _open(where, file, cache_dir)
+    except FileNotFoundError as error:
+        raise DataError(f"{where} is missing: {_REMEDY}") from error
+    except (ValueError, EOFError) as error:
+        raise DataError(f"{where} is not a whole .npy file: {_REMEDY}") from error
+    dtype, rows, row_shape = COLUMNS[name]
+    shape = ({"F": totals["frames"], "F+1": totals["frames"] + 1, "N": totals["samples"]}[rows], *row_shape)
+    if column.shape != shape or column.dtype != np.dtype(dtype):
+        raise DataError(f"{where} is {column.dtype}{list(column.shape)}, not {np.dtype(dtype)}{list(shape)}: {_REMEDY}")
+    return column
+
+
+def blocks(column: np.ndarray) -> Iterator[np.ndarray]:
+    """A whole column, some rows at a time. Through the file where it is mapped: what is read through the mapping counts
+    as this process's memory."""
+    if not isinstance(column, np.memmap):
+        yield from (column[at : at + _ROWS] for at in range(0, len(column), _ROWS))
+        return
+    row = column.itemsize * int(np.prod(column.shape[1:]))
+    with open(column.filename, "rb") as file:
+        file.seek(column.offset)
+        while block := file.read(row * _ROWS):
+            yield np.frombuffer(block, column.dtype).reshape(-1, *column.shape[1:])
+
+
+def _open(where: str, file: dict[str, int | str], cache_dir: str) -> np.ndarray:
+    fs, path = file_system(where)
+    if is_local(fs):
+        column = np.load(path, mmap_mode="r", allow_pickle=False)
+        if _digest(path) != file["xxh3_128"]:
+            raise _damaged(where)
+        return column
+    if cache_dir:
+        try:
+            return np.load(_copied(where, file, cache_dir), mmap_mode="r", allow_pickle=False)
+        except OSError as error:
+            log.warning("%s cannot be used for the manifest (%s): %s is read into memory", cache_dir, error, where)
+    return np.load(io.BytesIO(b"".join(_fetched(where, file))), allow_pickle=False)
+
+
+def _copied(where: str, file: dict[str, int | str], cache_dir: str) -> str:
+    """The path of the column's copy on this node. Raises OSError if the disk cannot hold it, and as ``_fetched``."""
+    folder = os.path.join(os.path.expanduser(cache_dir), "columns")
+    path = os.path.join(folder, f"{file['xxh3_128']}.npy")
+    if os.path.exists(path) and _digest(path) == file["xxh3_128"]:
+        return path
+    os.makedirs(folder, exist_ok=True)
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    try:
+        with open(temporary, "wb") as copy:
+            for data in _fetched(where, file):
+                copy.write(data)
+        os.replace(temporary, path)
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+    return path
+
+
+def _fetched(where: str, file: dict[str, int | str]) -> Iterator[bytes]:
+    """The file in pieces. Raises DataError if it is missing, or, at its end, if it is not what the header says."""
+    digest, size = xxhash.xxh3_128(), int(file["bytes"])
+    for start in range(0, size, _SPAN):
+        try:
+            data = read_range(where, start, min(start + _SPAN, size))
+        except FileNotFoundError as error:
+            raise DataError(f"{where} is missing: {_REMEDY}") from error
+        digest.update(data)
+        yield data
+    if digest.hexdigest() != file["xxh3_128"]:
+        raise _damaged(where)
+
+
+def _digest(path: str) -> str:
+    # Through the file, not the mapping: see ``blocks``.
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _damaged(where: str) -> DataError:
+    return DataError(f"{where} does not match its digest in manifest.json: {_REMEDY}")

@@ -1,0 +1,97 @@
+"""The static shapes of a run's packs: chosen from its plan, so that compiled kernels see three of them at most."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from data_sharding.deal import Cost, Nodes, Shape, spread, spread_over_nodes
+from data_sharding.errors import UserError
+from data_sharding.plan import Plan
+
+_ROUND = 8  # capacities are multiples of this
+_HEADROOM = 64  # the roomiest capacity has a part of so many more than the steps looked at need, at least
+_WINDOWS = 4  # looked at: steps of one window are alike, windows differ in their mean length
+_STEPS = 16  # of each
+
+
+def shapes_of(plan: Plan, step: int, cost: Cost, nodes: Nodes, max_tokens: int) -> tuple[Shape, ...]:
+    """The shapes for an attempt that begins at ``step``, and for what comes after the next change of schedule."""
+    shapes: set[Shape] = set()
+    for begin in {step, max(step, plan.schedule[-1].start)}:
+        shapes |= set(choose_shapes(_steps_like(plan, begin), cost, nodes, max_tokens, plan.max_seqlen))
+    return tuple(sorted(shapes, key=lambda shape: shape.tokens))
+
+
+def _steps_like(plan: Plan, step: int) -> list[np.ndarray]:
+    """Token lengths of some steps from the window of ``step`` on, of the same segment."""
+    segment, _, place = plan.window_of(step)
+    length = plan.window_steps(segment)
+    found = []
+    for first in reversed(range(step - place, step - place + _WINDOWS * length, length)):  # the next to be used last
+        if plan.segment_at(first) == segment:
+            window = plan.window_length(first)
+            chosen = range(first, first + window, max(1, window // _STEPS))
+            found += [plan.step(k).tokens for k in chosen]
+    return found
+
+
+def choose_shapes(
+    steps: Sequence[np.ndarray], cost: Cost, nodes: Nodes, max_tokens: int, max_seqlen: int
+) -> tuple[Shape, ...]:
+    """Up to three static shapes, ascending, for steps like these (token lengths of each).
+
+    Packs are as few as ``max_tokens`` allows. Each step uses the smallest shape that holds it; the capacities are those
+    that waste least over these steps, and one with headroom for steps not looked at. A step that fits none takes one
+    pack more.
+
+    Raises:
+        UserError: more ranks than images in a step, or images longer than ``max_tokens``.
+    """
+    ranks = sum(nodes)
+    if ranks > len(steps[0]):
+        raise UserError(
+            f"{ranks} data-parallel ranks are more than the {len(steps[0])} images of a step: raise batch.images or "
+            f"start at most {len(steps[0])} processes"
+        )
+    largest = max_tokens // _ROUND * _ROUND
+    if max_seqlen > largest:
+        raise UserError(f"layout.max_tokens is {max_tokens}, less than one image of {max_seqlen} tokens: raise it")
+    dealt = [(tokens, spread_over_nodes(cost.of(tokens), nodes)) for tokens in steps]
+    load = max(int(tokens[m].sum()) for tokens, members in dealt for m in members)
+    count = max(1, -(-load // largest))
+    while True:
+        packs = [[(t[m][group]) for m in members for group in spread(t[m], count)] for t, members in dealt]
+        needs = np.array([max(int(pack.sum()) for pack in step) for step in packs])
+        if needs.max() <= largest:
+            break
+        count += 1
+    capacities = _capacities(needs, max_seqlen)
+    headroom = max(capacities[-1] // _HEADROOM, 2 * int(needs.max() - np.median(needs)))
+    roomy = min(largest, _round_up(capacities[-1] + headroom))
+    return tuple(
+        Shape(capacity, _slots(packs, capacity, max_seqlen), max_seqlen) for capacity in sorted({*capacities, roomy})
+    )
+
+
+def _slots(packs: list[list[np.ndarray]], capacity: int, max_seqlen: int) -> int:
+    """Image slots that packs of ``capacity`` tokens need, padding included; at least those of a nearly empty one."""
+    shape = Shape(capacity, 0, max_seqlen)
+    rooms = [(len(pack), capacity - int(pack.sum())) for step in packs for pack in step]
+    most = max(images + shape.padding_slots(room) for images, room in rooms if room >= 0)
+    return max(most + most // 8, shape.padding_slots(capacity)) + 1  # an eighth more, for steps not looked at
+
+
+def _capacities(needs: np.ndarray, least: int) -> list[int]:
+    """At most two capacities, ascending, the last holding every need, with the least sum over needs of the smaller one
+    that holds it."""
+    rounded = [_round_up(max(int(need), least)) for need in needs]
+    candidates, counts = np.unique(rounded, return_counts=True)
+    held, last = np.cumsum(counts), len(candidates) - 1
+    total = candidates[:last] * held[:last] + candidates[last] * (len(needs) - held[:last])
+    if last == 0:
+        return [int(candidates[0])]
+    return [int(candidates[total.argmin()]), int(candidates[last])]
+
+
+def _round_up(tokens: int) -> int:
+    return -(-tokens // _ROUND) * _ROUND

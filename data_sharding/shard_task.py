@@ -1,0 +1,82 @@
+"""Making one shard: items to samples to one file, and its record in ``parts/``. ``build.py`` says what comes of it."""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from data_sharding.extents import exists
+from data_sharding.manifest import FILE
+from data_sharding.pool import Progress
+from data_sharding.shard import Sample, ShardBuilder
+from data_sharding.storage import put
+
+_CHUNK = 64  # items handed over at once: enough pictures of one size for a batch, few enough to hold in memory
+
+
+class Item(Protocol):
+    """What one sample is made from. Items are picklable and small."""
+
+    id: int
+    key: str
+
+
+class Made(NamedTuple):
+    """``source`` is the item's key, ``pixels`` the (height, width) of its image, None where that is not known."""
+
+    sample: Sample
+    source: str
+    pixels: tuple[int, int] | None
+
+
+class Skipped(NamedTuple):
+    """``reason`` holds no path and no address, so that it is the same every time."""
+
+    source: str
+    reason: str
+
+
+Maker = Callable[[tuple[Item, ...]], Iterable[Made | Skipped]]  # picklable; one result an item, in order
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard of the dataset at ``dataset``, which is ``root`` or its holdout, for one process to write."""
+
+    root: str
+    dataset: str
+    name: str
+    items: tuple[Item, ...]
+    classes: tuple[str, ...]
+    make: Maker
+
+    @property
+    def part(self) -> str:
+        return f"{self.dataset}/parts/{self.name}.json"
+
+
+def write_shard(task: ShardTask, progress: Progress) -> None:
+    """Writes one shard and then its record, unless or until another task has."""
+    builder, skipped = ShardBuilder(task.name), []
+    for at in range(0, len(task.items), _CHUNK):
+        if exists(task.part) or exists(f"{task.root}/{FILE}"):
+            progress(len(task.items) - at, False)
+            return
+        chunk = task.items[at : at + _CHUNK]
+        for made in task.make(chunk):
+            if isinstance(made, Skipped):
+                skipped.append(made._asdict())
+            else:
+                class_name = task.classes[made.sample.label]
+                builder.add(made.sample, class_name=class_name, source=made.source, pixels=made.pixels)
+        progress(len(chunk), True)
+    data, index = builder.finish()
+    record = json.dumps({"index": index.to_record(), "skipped": skipped}).encode()
+    try:
+        if index.samples:
+            put(f"{task.dataset}/{task.name}", data)
+        if not exists(f"{task.root}/{FILE}"):
+            put(task.part, record)
+    except FileNotFoundError:  # `_clean` of another task has swept the temporary file
+        if not exists(f"{task.root}/{FILE}"):
+            raise

@@ -1,0 +1,38 @@
+"""Fixtures of the real S3 server, one for all tests of a session; conftest takes them in."""
+
+import os
+
+import botocore.session
+import pytest
+from services.rgw import KEY, SECRET, Rgw, missing
+
+from data_sharding.connect import disconnect
+
+
+@pytest.fixture(scope="session")
+def rgw(tmp_path_factory):
+    if absent := missing():
+        pytest.skip(f"no S3 server: {', '.join(absent)} missing (as root, tests/run.sh installs radosgw and ceph)")
+    with Rgw(tmp_path_factory.mktemp("rgw")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def client(rgw):
+    session = botocore.session.get_session()
+    return session.create_client(
+        "s3",
+        endpoint_url=f"http://127.0.0.1:{rgw.port}",
+        aws_access_key_id=KEY,
+        aws_secret_access_key=SECRET,
+        region_name="us-east-1",
+    )
+
+
+def use(monkeypatch, env: dict[str, str]) -> None:
+    """From now on this process's S3 is the one of ``env``."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    disconnect()
