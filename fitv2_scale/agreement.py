@@ -1,5 +1,5 @@
 """What ranks must agree on before a step: that all have their data, what replaces data that cannot be had, that it is
-the planned data, whether to stop.
+the planned data, whether to stop, whether all have done with the save in flight.
 
 One small all-reduce a step on the CPU group. A rank that cannot go on says so instead of leaving; else the others would
 wait for it in a collective for ever.
@@ -12,11 +12,15 @@ from contextlib import contextmanager
 
 import torch
 
+from data_sharding.batch import StepBatch
 from data_sharding.errors import StorageDown
 from data_sharding.ledger import Loss
-from data_sharding.stream import FramesLost, Loader, StepBatch
+from data_sharding.stream import FramesLost, Loader
+from fitv2_scale.checkpoint.checkpointer import Checkpointer
 from fitv2_scale.ledger import RunLedger
+from fitv2_scale.orders import Orders
 from fitv2_scale.parallel.world import World
+from fitv2_scale.relay import Relay
 
 _POLL = 0.2  # seconds until a rank that waits for data looks for a signal
 _STOP_PATIENCE = 5.0  # seconds that data may take once a stop is asked for; what was done so far can still be saved
@@ -43,6 +47,7 @@ class StopSignal:
             yield self  # only the main thread may set handlers; nobody can send us a signal to note
             return
         before = {s: signal.signal(s, self._note) for s in _SIGNALS}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # a launcher holds them back until they can be noted
         try:
             yield self
         finally:
@@ -51,23 +56,44 @@ class StopSignal:
 
 
 class Agreement:
-    def __init__(self, world: World, stop: StopSignal, ledger: RunLedger):
-        self._world, self._stop, self._ledger = world, stop, ledger
-        self.stop_reason: str | None = None  # agreed: the same on all ranks after each ``next``
+    def __init__(
+        self,
+        world: World,
+        relay: Relay,
+        stop: StopSignal,
+        ledger: RunLedger,
+        checkpoints: Checkpointer,
+        orders: Orders | None,
+    ):
+        """``orders``: rank 0's alone."""
+        self._world, self._relay, self._stop, self._ledger, self._orders = world, relay, stop, ledger, orders
+        self._checkpoints = checkpoints
+        self._saves_obeyed = 0
+        # Agreed: the same on all ranks after each ``next``.
+        self.stop_reason: str | None = None
+        self.save_asked = False  # for a commit after this step
+        self.save_ended = False  # that in flight: all ranks may settle it without waiting
 
-    def next(self, step: int, loader: Loader) -> StepBatch | None:
+    def next(self, step: int, loader: Loader | None) -> StepBatch | None:
         """This rank's part of ``step``, once every rank has its own; None if the step cannot be taken now, for which
         ``stop_reason`` says why: the storage is down, or a stop was asked for while some rank waited for data.
+
+        A rank that does not read has no loader: it gets its part from the one of its tensor group that does.
 
         A frame that any rank cannot have is lost to all: it goes to the ledger, and all ranks take this step again,
         with substitutes. Raises on all ranks what any of them met while loading, and RuntimeError if the ids that the
         ranks hold do not add up to those that the plan says.
         """
+        self.save_asked = False
         while True:
-            batch, lost, error = self._load(loader)
-            mine = [error is not None, len(lost), batch is not None, self._stop.name is not None]
-            mine.append(batch.id_sum if batch else 0)
-            errors, losses, ready, stops, id_sum = self._world.sum(torch.tensor(mine, dtype=torch.int64)).tolist()
+            batch, lost, error = self._load(loader) if loader else (None, (), None)
+            stop, saves = self._wishes()
+            mine = [error is not None, len(lost), batch is not None or loader is None, stop is not None]
+            mine += [saves > self._saves_obeyed, self._checkpoints.ended, batch.id_sum if batch else 0]
+            sums = self._world.sum(torch.tensor(mine, dtype=torch.int64)).tolist()
+            errors, losses, ready, stops, to_save, ended, id_sum = sums
+            self.save_ended = ended == self._world.size
+            self.save_asked, self._saves_obeyed = self.save_asked or to_save > 0, saves
             if errors:
                 error = next(filter(None, self._world.gather(error)))
                 if not isinstance(error, StorageDown):
@@ -75,14 +101,17 @@ class Agreement:
                 self.stop_reason = str(error)
                 return None
             if stops and self.stop_reason is None:
-                self.stop_reason = next(filter(None, self._world.gather(self._stop.name)))
+                self.stop_reason = next(filter(None, self._world.gather(stop)))
             if not losses:
                 break
             everyones = [loss for rank in self._world.gather(lost) for loss in rank]
             pages = self._world.on_first(lambda lost=everyones: self._ledger.write(lost, step))
-            loader.restart(step, self._ledger.turn(pages))
+            ledger = self._ledger.turn(pages)
+            if loader:
+                loader.restart(step, ledger)
         if ready < self._world.size:
             return None
+        batch = self._relay.share(batch)
         if id_sum != batch.step_id_sum:
             raise RuntimeError(
                 f"step {batch.step}: the ranks' images are not the planned ones (sum of hashed ids differs)"
@@ -93,7 +122,7 @@ class Agreement:
         """(batch, lost frames, error), of which one is there; none of them if a stop is asked for and no data comes."""
         patience = _STOP_PATIENCE
         while not loader.is_ready(_POLL):
-            patience -= _POLL if self._stop.name else 0
+            patience -= _POLL if self._wishes()[0] else 0
             if patience <= 0:
                 return None, (), None
         try:
@@ -102,3 +131,9 @@ class Agreement:
             return None, error.losses, None
         except Exception as error:
             return None, (), error
+
+    def _wishes(self) -> tuple[str | None, int]:
+        """What somebody told this rank: why to stop, if it should, and how many saves were asked for so far."""
+        if self._orders is None:
+            return self._stop.name, 0
+        return self._stop.name or ("STOP" if self._orders.stop else None), self._orders.saves

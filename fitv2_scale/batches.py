@@ -2,9 +2,9 @@
 
 import torch
 
+from data_sharding.batch import Pack
 from data_sharding.packing import PackLayout
-from data_sharding.stream import Pack
-from fitv2_scale.model.packing import PackedBatch, Packing
+from fitv2_scale.model.packing import PackedBatch, Packing, to_device
 
 
 def packing_to_torch(layout: PackLayout) -> Packing:
@@ -18,8 +18,9 @@ def packing_to_torch(layout: PackLayout) -> Packing:
 
 
 def pack_to_torch(pack: Pack, device: torch.device) -> PackedBatch:
+    """The pack on ``device``, on its way when this returns."""
     batch = PackedBatch(
-        latents_TC=torch.from_numpy(pack.latents),
+        latents_TC=to_device(torch.from_numpy(pack.latents), device).float(),  # half the bytes on their way
         packing=packing_to_torch(pack.layout),
         label_I=torch.from_numpy(pack.label),
         weight_I=torch.from_numpy(pack.weight),

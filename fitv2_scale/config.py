@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from data_sharding.errors import UserError
 from data_sharding.plan import Views
+from fitv2_scale.checkpoint.policy import CheckpointConfig
 from fitv2_scale.model.config import ModelConfig, parse_size
 from fitv2_scale.model.flow import FlowConfig
 from fitv2_scale.parallel.engine import OptimizerConfig, Precision
+from fitv2_scale.watchdog import WatchdogConfig
+from launchers.site import SlurmConfig
 
 SCIENCE = ("model", "flow", "data", "optimizer", "ema", "trainable", "seed")
 _READING = ("cache_gib", "prefetch_gib", "cache_dir", "cache_disk_gib", "deadline_seconds", "max_substituted")
@@ -71,26 +74,53 @@ class TrainConfig(_Section):
     steps: int = Field(ge=1, description="optimizer steps of the whole run; may be raised later to go on")
     log_every: int = Field(10, ge=1, description="steps a journal entry covers")
     audit: bool = Field(False, description="record ids, times and noise digests of all that is trained on")
-    max_skipped: int = Field(20, ge=1, description="steps in a row with a gradient that is not finite before giving up")
+    max_skipped: int = Field(
+        20, ge=1, description="steps in a row with a loss or gradient that is not finite before giving up"
+    )
+    spike_sigma: float = Field(
+        6.0, ge=0, description="a loss this many deviations above its running mean is reported, no more; 0: none is"
+    )
 
 
 class LayoutConfig(_Section):
-    engine: Literal["fsdp"] = Field("fsdp", description="fsdp: PyTorch FSDP2; HSDP when replicate > 1")
+    engine: Literal["fsdp", "zero3"] = Field(
+        "fsdp", description="fsdp: PyTorch FSDP2, HSDP when replicate > 1; zero3: DeepSpeed's ZeRO stage 3"
+    )
     replicate: int = Field(1, ge=1, description="copies of the sharded state; must divide the number of processes")
+    tensor: int = Field(
+        1, ge=1, description="processes that share the work on one pack (tensor parallelism); must divide model.heads"
+    )
+    checkpointing: Literal["none", "selective", "full"] = Field(
+        "none", description="what is computed again in the backward pass instead of kept: nothing, cheap parts, blocks"
+    )
     precision: Precision = Field("bf16", description="of compute; master weights and reductions stay float32")
     max_tokens: int = Field(16384, ge=64, description="most tokens in a pack; the planner picks the capacity below it")
     compile: bool | Literal["auto"] = Field("auto", description="torch.compile each block; auto: on CUDA only")
-
-
-class CheckpointConfig(_Section):
-    every_steps: int = Field(1000, ge=1, description="steps between commits")
-    keep_last: int = Field(2, ge=1, description="newest commits to keep; older ones are retired, then deleted")
 
 
 class TrackingConfig(_Section):
     uri: str = Field("auto", description="MLflow tracking URI; auto: a sqlite file beside the run; none: journal only")
     experiment: str = Field("fitv2", description="MLflow experiment")
     peak_tflops: float | None = Field(None, gt=0, description="peak of one device, for MFU; known GPUs need none")
+
+
+class ProfileConfig(_Section):
+    steps: str = Field(
+        "", description="a:b profiles the first rank, in the steps after a up to b, into attempts/<n>/profile"
+    )
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _steps_are_a_range(cls, steps: object) -> str:
+        first, colon, last = str(steps).partition(":")
+        if steps != "" and not (colon and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+            raise ValueError("give a:b with a < b, as in 100:103 for the three steps after step 100")
+        return str(steps)
+
+    @property
+    def range(self) -> range:
+        """The steps to profile, counted from 0."""
+        return range(*map(int, self.steps.split(":"))) if self.steps else range(0)
 
 
 class SamplingConfig(_Section):
@@ -127,6 +157,20 @@ class Config(_Section):
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="commits")
     tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow")
     sampling: SamplingConfig = Field(SamplingConfig(), description="pictures while training")
+    profile: ProfileConfig = Field(ProfileConfig(), description="where the time and the memory of steps go")
+    watchdog: WatchdogConfig = Field(WatchdogConfig(), description="when a rank that gets no further ends the attempt")
+    slurm: SlurmConfig = Field(SlurmConfig(), description="how `fitv2 submit` asks your cluster for jobs")
+
+    @model_validator(mode="after")
+    def _layout_suits_the_model(self):
+        layout, heads = self.layout, self.model.heads
+        if heads % layout.tensor:
+            raise ValueError(f"layout.tensor is {layout.tensor}, which does not divide the {heads} heads of the model")
+        if layout.engine == "zero3" and layout.replicate > 1:
+            raise ValueError(
+                f"layout.replicate is {layout.replicate}, but zero3 keeps one copy: use layout.engine=fsdp"
+            )
+        return self
 
     def science(self) -> dict[str, Any]:
         """The half that defines the run, as plain data."""
@@ -135,6 +179,20 @@ class Config(_Section):
             key: {k: v for k, v in value.items() if k not in _NOT_SCIENCE[key]} if key in _NOT_SCIENCE else value
             for key, value in plain.items()
         }
+
+
+class _SlurmAlone(_Section):
+    slurm: SlurmConfig = SlurmConfig()
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 5:20 is text; to YAML 1.1 it is a number of base 60."""
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int | str:
+        return node.value if ":" in node.value else super().construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def load_config(path: str, overrides: list[str] | None = None) -> Config:
@@ -152,12 +210,18 @@ def load_config(path: str, overrides: list[str] | None = None) -> Config:
     tree = _parse_yaml(text, path)
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold a mapping of keys to values")
-    for override in overrides or []:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise UserError(f"'{override}' is not of the form key=value, as in train.steps=1000")
-        _set(tree, key, _parse_yaml(value, override))
+    _override(tree, overrides or [])
     return parse_config(tree, path)
+
+
+def load_slurm(overrides: list[str]) -> SlurmConfig:
+    """The section ``slurm`` alone, from ``slurm.key=value`` overrides. Raises UserError."""
+    tree: dict = {}
+    _override(tree, overrides)
+    try:
+        return _SlurmAlone.model_validate(tree).slurm
+    except ValidationError as error:
+        raise UserError(_sentence(error.errors()[0])) from None
 
 
 def parse_config(tree: dict, where: str) -> Config:
@@ -182,9 +246,17 @@ def _explain(section: BaseModel, prefix: str) -> Iterator[tuple[str, Any, str]]:
             yield f"{prefix}{name}", value, field.description or ""
 
 
+def _override(tree: dict, overrides: list[str]) -> None:
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise UserError(f"'{override}' is not of the form key=value, as in train.steps=1000")
+        _set(tree, key, _parse_yaml(value, override))
+
+
 def _parse_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise UserError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
 
@@ -206,7 +278,8 @@ def _sentence(error: dict) -> str:
         return f"unknown key {key}" + (f", did you mean {nearest}?" if nearest else "")
     if error["type"] == "missing":
         return f"{key} is missing: give it in the file or as {key}=…"
-    return f"{key} = {error['input']!r}: {error['msg'].removeprefix('Value error, ')}" if key else error["msg"]
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{key} = {error['input']!r}: {message}" if key else message
 
 
 def _nearest(path: list[str]) -> str | None:

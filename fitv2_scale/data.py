@@ -3,11 +3,12 @@
 from dataclasses import dataclass, replace
 
 from data_sharding.codec import Codec, codec_of
-from data_sharding.deal import Cost, Shape, choose_shapes
+from data_sharding.deal import Cost, Nodes, Shape
 from data_sharding.errors import UserError
 from data_sharding.manifest import Manifest
 from data_sharding.plan import Cursor, Plan, Segment
 from data_sharding.presets import is_preset, open_preset
+from data_sharding.shapes import shapes_of
 from fitv2_scale.config import Config
 
 _WEIGHT_UNIT = 1_000_000  # weights are shares in millionths: the plan is integer arithmetic
@@ -17,20 +18,25 @@ _WEIGHT_UNIT = 1_000_000  # weights are shares in millionths: the plan is intege
 class Data:
     plan: Plan
     cost: Cost
+    nodes: Nodes  # as the dealing sees them
     shapes: tuple[Shape, ...]
 
     @classmethod
-    def open(cls, config: Config, ranks: int) -> "Data":
-        """Raises UserError if there is no such dataset, or it does not fit the model, the batch or the ranks."""
-        manifests = [open_preset(url) if is_preset(url) else Manifest.load(url) for url in config.data.urls]
+    def open(cls, config: Config, nodes: Nodes) -> "Data":
+        """``nodes``: data-parallel ranks of each node. Raises UserError if there is no such dataset, or it does not fit
+        the model, the batch or the ranks."""
+        cache = config.data.cache_dir
+        manifests = [open_preset(url) if is_preset(url) else Manifest.load(url, cache) for url in config.data.urls]
         for manifest in manifests:
             _check(manifest, manifests[0], config)
         plan = Plan(manifests, config.seed, config.data.views, [_segment(config, manifests)])
         # A block's multiply-adds on an image of l tokens, 12 d^2 l + 2 d l^2, divided by 2 d.
         cost = Cost(linear=6 * config.model.hidden, quadratic=1)
-        return cls(plan, cost, _shapes(plan, 0, cost, ranks, config))
+        if _fits_a_node(manifests, config):
+            nodes = (sum(nodes),)  # each node will hold all of it: balance alone counts
+        return cls(plan, cost, nodes, shapes_of(plan, 0, cost, nodes, config.layout.max_tokens))
 
-    def continued(self, cursor: Cursor, step: int, config: Config, ranks: int) -> tuple["Data", list[str]]:
+    def continued(self, cursor: Cursor, step: int, config: Config) -> tuple["Data", list[str]]:
         """The data from ``step`` on of a run that stands at ``cursor``, and what there is to say about it.
 
         Raises:
@@ -48,7 +54,9 @@ class Data:
             notes = [f"from step {last.start}, the next window boundary: {last.images} images a step"]
             if len(last.weights) > 1:
                 notes[0] += f", shares of the datasets {[round(w / sum(last.weights), 4) for w in last.weights]}"
-        return replace(self, plan=plan, shapes=_shapes(plan, step, self.cost, ranks, config)), notes
+        return replace(
+            self, plan=plan, shapes=shapes_of(plan, step, self.cost, self.nodes, config.layout.max_tokens)
+        ), notes
 
     def codec(self, config: Config) -> Codec:
         """What turns latents into pictures. Raises UserError if it is missing, or another VAE than the latents' own."""
@@ -69,18 +77,13 @@ def _check(manifest: Manifest, first: Manifest, config: Config) -> None:
         raise UserError(f"{manifest.url} and {first.url} were written with different codecs: write one of them anew")
 
 
+def _fits_a_node(manifests: list[Manifest], config: Config) -> bool:
+    """Whether a node's cache on disk has room for all shards."""
+    stored = sum(manifest.header.totals.get("bytes", 0) for manifest in manifests)
+    return bool(config.data.cache_dir) and stored <= config.data.cache_disk_gib * 2**30
+
+
 def _segment(config: Config, manifests: list[Manifest]) -> Segment:
     shares = config.data.weights or [len(m.sample_id) for m in manifests]
     total = sum(shares) or 1
     return Segment(0, config.batch.images, tuple(round(share / total * _WEIGHT_UNIT) for share in shares))
-
-
-def _shapes(plan: Plan, step: int, cost: Cost, ranks: int, config: Config) -> tuple[Shape, ...]:
-    """The static shapes of this attempt's packs, chosen on the window of ``step`` and, after a change, on the last
-    segment's first."""
-    shapes: set[Shape] = set()
-    for start in {step, max(step, plan.schedule[-1].start)}:
-        segment, _, place = plan.window_of(start)
-        window = [plan.step(start - place + k).tokens for k in range(plan.window_length(start))]
-        shapes |= set(choose_shapes(window, cost, ranks, config.layout.max_tokens, plan.max_seqlen))
-    return tuple(sorted(shapes, key=lambda shape: shape.tokens))

@@ -10,13 +10,22 @@ from fitv2_scale.parallel.world import World
 def make_engine(config: Config, layout: Layout, world: World) -> Engine:
     """A freshly initialised engine; every rank of ``world`` calls this together."""
     on_cuda = world.device.type == "cuda"
-    return FSDPEngine(
+    return _engine_class(config.layout.engine)(
         config.model,
         config.optimizer,
         ema_decay=config.ema.decay,
         trainable=config.trainable,
         seed=config.seed,
-        mesh=layout.device_mesh(world.device.type),
+        groups=layout.groups(world.device.type),
         precision=config.layout.precision,
         compile_blocks=on_cuda if config.layout.compile == "auto" else config.layout.compile,
+        checkpointing=config.layout.checkpointing,
     )
+
+
+def _engine_class(name: str) -> type[Engine]:
+    if name == "fsdp":
+        return FSDPEngine
+    from fitv2_scale.parallel.zero3 import Zero3Engine  # needs DeepSpeed, which is an extra
+
+    return Zero3Engine

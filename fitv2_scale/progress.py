@@ -30,6 +30,8 @@ class Progress:
             f"loss {metrics['loss']:.4f}  {metrics['images_per_second']:.1f} images/s  "
             f"{metrics['tokens_per_second']:.0f} tokens/s  fill {metrics['packing_fill']:.3f}"
         )
+        if metrics["skipped_steps"]:
+            text += f"  skipped {metrics['skipped_steps']:.0f}"
         self._bar.set_postfix_str(text)
         now = time.monotonic()
         if self._lines and (now - self._said > _LINE_SECONDS or step == self._steps):

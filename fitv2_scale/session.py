@@ -2,12 +2,11 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from data_sharding.cache import DiskCache
-from data_sharding.errors import DataError, UserError
+from data_sharding.errors import DataError, StorageDown, UserError
 from data_sharding.frames import FrameReader
 from data_sharding.ledger import Ledger
 from data_sharding.patience import Patience
@@ -15,6 +14,7 @@ from data_sharding.plan import Plan
 from data_sharding.stream import Loader
 from fitv2_scale.audit import Audit
 from fitv2_scale.checkpoint.checkpointer import Checkpointer, Restored
+from fitv2_scale.checkpoint.policy import Cadence
 from fitv2_scale.config import Config
 from fitv2_scale.data import Data
 from fitv2_scale.engines import make_engine
@@ -24,23 +24,30 @@ from fitv2_scale.ledger import RunLedger, read_pages
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.world import World
+from fitv2_scale.relay import Relay
 from fitv2_scale.run import Attempt, Run, provenance
+from fitv2_scale.store import open_store
 from fitv2_scale.tracking.journal import Journal
 from fitv2_scale.tracking.uploader import start_uploader
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Session:
-    """One attempt, on one rank. ``attempt`` and ``journal`` are rank 0's alone."""
+    """One attempt, on one rank. ``attempt`` and ``journal`` are rank 0's alone, ``audit`` is those ranks' that read."""
 
     config: Config
     world: World
+    layout: Layout
+    relay: Relay
     data: Data
     run: Run
     number: int
     attempt: Attempt | None
     engine: Engine
     checkpoints: Checkpointer
+    cadence: Cadence
     restored: Restored | None
     journal: Journal | None
     audit: Audit | None
@@ -60,15 +67,18 @@ class Session:
         headline = f"{self.run.url}: attempt {self.number} {begins} with {ranks}, packs of {shapes} tokens"
         return "\n".join([*self.notes, headline])
 
-    def open_loader(self) -> Loader:
-        data, world, config = self.data, self.world, self.config.data
+    def open_loader(self) -> AbstractContextManager[Loader | None]:
+        """None on ranks that do not read."""
+        if not self.relay.reads:
+            return nullcontext()
+        data, config = self.data, self.config.data
         disk = DiskCache(config.cache_dir, int(config.cache_disk_gib * 2**30)) if config.cache_dir else None
         return Loader(
             data.plan,
             data.cost,
             data.shapes,
-            world.rank,
-            world.size,
+            self.layout.data_rank(self.world.rank),
+            data.nodes,
             range(self.start, self.config.train.steps),
             int(config.cache_gib * 2**30),
             prefetch_bytes=int(config.prefetch_gib * 2**30),
@@ -83,6 +93,7 @@ class Session:
     def record_picture(self, step: int) -> None:
         """Samples the configured grid from the EMA weights, all ranks together, into samples/<step>.png."""
         config = self.config
+        self.staged()
         requests = grid_requests(config.sampling.sizes, config.sampling.columns, self.data.classes)
         with self.engine.ema_weights():
             made = sample(
@@ -93,18 +104,39 @@ class Session:
                 steps=config.sampling.steps,
                 seed=config.seed,
                 world=self.world,
+                tensor=self.layout.tensor,
             )
         if self.journal:
             path, codec = f"samples/{step:08d}.png", self.data.codec(config)
             pictures = [decode(made[r.index], codec) for r in requests]
-            self.run.store.put(path, grid_png(pictures, rows=len(config.sampling.sizes)))
-            self.journal.picture(step, path)
+            try:
+                self.run.store.put(path, grid_png(pictures, rows=len(config.sampling.sizes)))
+                self.journal.picture(step, path)
+            except (OSError, StorageDown) as error:
+                log.warning("the pictures of step %d are lost: %s", step, error)
 
-    def commit(self, step: int) -> None:
-        if self.journal:
-            self.journal.seal()
-        cursor = replace(self.data.plan.cursor(step), ledger=self.ledger.ledger.version)
-        self.checkpoints.save(self.engine, step, cursor)
+    def save(self, step: int, begin: bool, last: bool) -> str | None:
+        """Learns what came of the save in flight, then begins that of the state after ``step`` steps if ``begin``; if
+        ``last``, sees to it that this state is committed. Returns None, or why a save failed."""
+        failed = self._settle()
+        if (begin or last) and self.checkpoints.newest != step and not self.checkpoints.gave_up:
+            cursor = replace(self.data.plan.cursor(step), ledger=self.ledger.ledger.version)
+            seal = self.journal.seal if self.journal else lambda: None
+            self.checkpoints.begin(self.engine, step, cursor, seal)
+            self.cadence.saved(step)
+            failed = (self._settle() if last else None) or failed
+        return failed
+
+    def _settle(self) -> str | None:
+        step = self.checkpoints.newest
+        failed = self.checkpoints.settle()
+        if failed is not None:
+            self.record(step, {"failed_saves": self.checkpoints.failed})
+        return failed
+
+    def staged(self) -> None:
+        """From here on the optimizer may change the state (see Checkpointer)."""
+        self.checkpoints.staged()
 
 
 @dataclass(frozen=True)
@@ -115,13 +147,15 @@ class Fork:
     step: int
 
     @classmethod
-    def parse(cls, text: str) -> "Fork":
+    def parse(cls, text: str, child: str) -> "Fork":
+        """``child`` is the URL of the new run. Once that has commits, the parent's may be gone. Raises UserError."""
         url, at, step = text.rpartition("@")
         if not at or not step.isdigit():
             raise UserError(f"--fork-from '{text}': give RUN@STEP, as in runs/first@1000")
         run = Run.open(url)
         steps = [entry.fields["step"] for entry in run.log.commits()]
-        if int(step) not in steps:
+        begun = open_store(child).exists("run.json") and Run.open(child).log.commits()
+        if int(step) not in steps and not begun:
             raise UserError(f"--fork-from {text}: {url} has commits at {steps or 'no step'}, choose one of them")
         return cls(run, int(step))
 
@@ -131,7 +165,7 @@ class Fork:
 
 def is_complete(config: Config) -> bool:
     """True if the run is there and has committed all of its steps already."""
-    if not (Path(config.run) / "run.json").is_file():
+    if not open_store(config.run).exists("run.json"):
         return False
     commits = Run.open(config.run).log.commits()
     return bool(commits) and commits[-1].fields["step"] >= config.train.steps
@@ -149,22 +183,42 @@ def claim(config: Config, plan: Plan, fork: Fork | None, world: World) -> tuple[
     return Run.open(config.run), number
 
 
-def open_session(config: Config, world: World, data: Data, run: Run, number: int, fork: Fork | None) -> Session:
+def open_session(
+    config: Config, world: World, layout: Layout, data: Data, run: Run, number: int, fork: Fork | None
+) -> Session:
     """Builds the engine, restores the newest whole commit, starts journal and uploader."""
     if config.sampling.every_steps:
         data.codec(config)  # rather now than at the first pictures
-    engine = make_engine(config, Layout.of(world.size, config.layout.replicate), world)
+    engine, relay = make_engine(config, layout, world), Relay(layout, world.rank)
     attempt = Attempt(number, run) if world.is_first else None
-    checkpoints = Checkpointer(run, attempt, number, world, config.checkpoint.keep_last)
-    restored, data, notes = _restore(checkpoints, engine, run, data, fork, config, world.size)
+    checkpoints = Checkpointer(run, attempt, number, world, config.checkpoint)
+    restored, data, notes = _restore(checkpoints, engine, run, data, fork, config)
     ledger = _open_ledger(run, number, data, restored, fork, config, world)
-    folder = Path(run.store.path(f"attempts/{number}"))
-    journal = Journal(folder, number, restored.step if restored else 0) if world.is_first else None
+    checkpoints.prepare(engine)
+    folder = run.local(f"attempts/{number}")
+    journal = Journal(folder, number, restored.step if restored else 0, attempt.ship) if world.is_first else None
     if world.is_first and config.tracking.uri != "none":
         start_uploader(run.url, config.tracking.uri, config.tracking.experiment)
-    audit = Audit(folder / "audit", world.rank, config.flow, config.seed) if config.train.audit else None
+    audit = None
+    if config.train.audit and relay.reads:
+        audit = Audit(folder / "audit", layout.data_rank(world.rank), config.flow, config.seed)
     return Session(
-        config, world, data, run, number, attempt, engine, checkpoints, restored, journal, audit, ledger, notes
+        config=config,
+        world=world,
+        layout=layout,
+        relay=relay,
+        data=data,
+        run=run,
+        number=number,
+        attempt=attempt,
+        engine=engine,
+        checkpoints=checkpoints,
+        cadence=Cadence(config.checkpoint, restored.step if restored else 0, world.share),
+        restored=restored,
+        journal=journal,
+        audit=audit,
+        ledger=ledger,
+        notes=notes,
     )
 
 
@@ -184,7 +238,7 @@ def _open_ledger(
 
 
 def _restore(
-    checkpoints: Checkpointer, engine: Engine, run: Run, data: Data, fork: Fork | None, config: Config, ranks: int
+    checkpoints: Checkpointer, engine: Engine, run: Run, data: Data, fork: Fork | None, config: Config
 ) -> tuple[Restored | None, Data, list[str]]:
     """The newest whole commit, the data as it goes on from there, and what there is to say."""
     restored = checkpoints.restore(engine, run)
@@ -196,19 +250,26 @@ def _restore(
     # A fork may have other data; it then begins its own plan at the step where it branches off.
     if restored.cursor is None or (forked and restored.cursor.plan_hash != data.plan.hash):
         return restored, data, restored.quarantined
-    data, notes = data.continued(restored.cursor, restored.step, config, ranks)
+    data, notes = data.continued(restored.cursor, restored.step, config)
     return restored, data, [*restored.quarantined, *notes]
 
 
 @contextmanager
-def log_to(folder: Path, rank: int) -> Iterator[None]:
-    """Appends this rank's log records, tracebacks included, to a file of its own."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / f"rank-{rank:05d}.log", delay=True)
+def log_to(run: Run, number: int, rank: int) -> Iterator[None]:
+    """Appends this rank's log records, tracebacks included, to a file of its own. To a run that is elsewhere it goes at
+    the end, with all else that rank 0's node has of the attempt."""
+    folder = f"attempts/{number}"
+    file = f"{folder}/logs/rank-{rank:05d}.log"
+    run.local(file).parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(run.local(file), delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     try:
         yield
     finally:
         logging.getLogger().removeHandler(handler)
-        handler.close()
+        try:
+            handler.close()
+            run.ship(folder if rank == 0 else file)
+        except (OSError, UserError) as error:
+            log.warning("%s stays on its node: %s", run.local(folder), error)

@@ -5,30 +5,31 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from data_sharding.batch import StepBatch
 from data_sharding.errors import StorageDown, UserError
 from data_sharding.presets import is_preset
-from data_sharding.stream import StepBatch
 from fitv2_scale.agreement import Agreement, StopSignal
 from fitv2_scale.batches import pack_to_torch
 from fitv2_scale.config import Config
 from fitv2_scale.data import Data
 from fitv2_scale.meter import Meter
 from fitv2_scale.model.flow import flow_loss
+from fitv2_scale.orders import followed
 from fitv2_scale.parallel.engine import StepResult
 from fitv2_scale.parallel.mesh import Layout
+from fitv2_scale.parallel.update import telling
 from fitv2_scale.parallel.world import World, join
+from fitv2_scale.profiling import Profile
 from fitv2_scale.progress import Progress
-from fitv2_scale.run import Attempt, Run
+from fitv2_scale.run import BAD_INPUT, BUG, DONE, GIVE_UP, RETRY, Attempt, Run
 from fitv2_scale.run_log import StaleAttempt
 from fitv2_scale.session import Fork, Session, claim, is_complete, log_to, open_session
-
-# What `fitv2 train` exits with; see the README for what a launcher does with each.
-DONE, RETRY, GIVE_UP, BAD_INPUT, BUG = 0, 75, 93, 2, 1
+from fitv2_scale.watch import Watch
+from fitv2_scale.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -39,86 +40,121 @@ def train(config: Config, fork_from: str | None = None) -> int:
         raise UserError("give the run's folder as run=FOLDER")
     if presets := [url for url in config.data.urls if is_preset(url)]:
         raise UserError(f"{presets[0]} has sizes only, for `fitv2 plan`: give a dataset as data.url to train")
-    fork = Fork.parse(fork_from) if fork_from else None
+    fork = Fork.parse(fork_from, config.run) if fork_from else None
     with StopSignal().caught() as stop, join() as world:
-        if world.on_first(lambda: is_complete(config)):
-            _say(world.is_first, f"{config.run} has done its {config.train.steps} steps; raise train.steps to go on")
-            return DONE
         try:
-            data = Data.open(config, Layout.of(world.size, config.layout.replicate).data_parallel)
+            if world.on_first(lambda: is_complete(config)):
+                _say(
+                    world.is_first, f"{config.run} has done its {config.train.steps} steps; raise train.steps to go on"
+                )
+                return DONE
+            layout = Layout.of(world.size, config.layout.replicate, config.layout.tensor)
+            data = Data.open(config, layout.nodes(world.hosts()))
+            run, number = claim(config, data.plan, fork, world)
         except StorageDown as error:
             _say(world.is_first, str(error))
             return RETRY
-        run, number = claim(config, data.plan, fork, world)
-        with log_to(Path(run.store.path(f"attempts/{number}/logs")), world.rank), _recorded(run, number, world) as end:
-            session = open_session(config, world, data, run, number, fork)
-            end(*_loop(session, Agreement(world, stop, session.ledger)))
+        with (
+            log_to(run, number, world.rank),
+            _recorded(run, number, world) as end,
+            followed(run, number, world.is_first) as orders,
+            Watchdog(config.watchdog, world, run, number).watching() as watchdog,
+        ):
+            session = open_session(config, world, layout, data, run, number, fork)
+            agreement = Agreement(world, session.relay, stop, session.ledger, session.checkpoints, orders)
+            end(*_loop(session, agreement, watchdog))
         return end.code
 
 
-def _loop(s: Session, agreement: Agreement) -> tuple[int, str]:
+def _loop(s: Session, agreement: Agreement, watchdog: Watchdog) -> tuple[int, str]:
     """All steps of an attempt. Returns exit code and reason."""
-    config, train = s.config, s.config.train
-    meter = Meter(s.world, config.model, s.data.plan.max_seqlen, config.tracking.peak_tflops)
-    skipped_in_row, saved = 0, True
-    with s.open_loader() as loader, Progress(s.start, train.steps, shown=s.world.is_first) as progress:
+    config, steps = s.config, s.config.train.steps
+    with (
+        s.open_loader() as loader,
+        Progress(s.start, steps, shown=s.world.is_first) as progress,
+        _profile(s) as profile,
+        s.checkpoints.settled(),
+    ):
         progress.say(s.headline())
-        for step in range(s.start, train.steps):
+        meter = _meter(s)
+        watch = Watch(s, meter, progress)
+        for step in range(s.start, steps):
             asked = time.perf_counter()
-            batch = agreement.next(step, loader)
+            with watchdog.within("data", step):
+                batch = agreement.next(step, loader)
             waited = time.perf_counter() - asked
-            if batch is None:  # of this step nothing is done; what was done before is kept
-                if meter.steps:
-                    _report(s, meter, progress, step)
-                if not saved:
-                    s.commit(step)
-                progress.say(agreement.stop_reason)
-                return RETRY, f"{agreement.stop_reason}: saved at step {step}"
-            loss, result = train_step(s, batch)
-            meter.update(batch, loss, result, waited)
-            done = step + 1
-
-            skipped_in_row = skipped_in_row + 1 if result.skipped else 0
-            if skipped_in_row == train.max_skipped:
-                return (
-                    GIVE_UP,
-                    f"the gradient was not finite in {skipped_in_row} steps in a row, the last is step {done}",
-                )
-
-            last = done == train.steps or agreement.stop_reason is not None
-            commit = last or done % config.checkpoint.every_steps == 0
-            if commit or done % train.log_every == 0:
-                _report(s, meter, progress, done)
-            progress.advance()
+            if batch is not None:  # else nothing is done of this step; what was done before is kept
+                with watchdog.within("step"), profile.step(step):
+                    watch.add(batch, waited, *train_step(s, batch))
+                progress.advance()
+            done, stop = step + (batch is not None), agreement.stop_reason
+            end = done == steps or stop is not None
+            unsaved = s.checkpoints.newest != done
+            commit = unsaved and (end or agreement.save_asked or s.cadence.due(done))
+            picture = batch is not None and _wants_picture(config, done)
+            with watchdog.within("step"):
+                reason = watch.examine(newest=commit or picture, report=commit)
+            if reason is not None:
+                progress.say(reason)
+                return GIVE_UP, reason
             with meter.paused():
-                if config.sampling.every_steps and (done % config.sampling.every_steps == 0 or done == train.steps):
-                    s.record_picture(done)
-                if commit:
-                    s.commit(done)
-                saved = commit
-            if agreement.stop_reason and done < train.steps:
-                return RETRY, f"{agreement.stop_reason}: saved at step {done}"
-    return DONE, f"all {train.steps} steps are done"
-
-
-def _report(s: Session, meter: Meter, progress: Progress, done: int) -> None:
-    metrics = meter.report() | {"lr": s.config.optimizer.lr_at(done - 1)}
-    metrics["images"] = s.data.plan.total_images(done)
-    s.record(done, metrics)
-    progress.show(done, metrics)
+                if picture:
+                    with watchdog.within("evaluate"):
+                        s.record_picture(done)
+                if commit or end or agreement.save_ended:
+                    with watchdog.within("save"):
+                        failed = s.save(done, begin=commit, last=end)
+                    if failed is not None:  # nothing is lost yet: the next save may do better
+                        progress.say(failed)
+                        if s.checkpoints.gave_up or (end and s.checkpoints.newest != done):
+                            return RETRY, failed
+            if stop is not None and done < steps:
+                progress.say(reason := f"{stop}: saved at step {done}")
+                return RETRY, reason
+    return DONE, f"all {steps} steps are done"
 
 
 def train_step(s: Session, batch: StepBatch) -> tuple[Tensor, StepResult]:
-    """One optimizer step. Returns this rank's share of the loss, on the device: the ranks' shares add up to it."""
+    """One optimizer step, handed to the device; nothing is waited for.
+
+    Returns this rank's share of the loss, on the device: the data-parallel ranks' shares add up to it.
+    """
     config, total = s.config, torch.zeros((), device=s.world.device)
     for i, pack in enumerate(batch.packs):
         packed = pack_to_torch(pack, s.world.device)
         loss = flow_loss(s.engine.network, packed, config.flow, config.model.classes, config.seed)
-        s.engine.backward(loss, last=i == len(batch.packs) - 1)
+        s.engine.backward(telling(loss), last=i == len(batch.packs) - 1)
         total += loss.detach()
     if s.audit:
         s.audit.record(batch)
+    s.staged()
     return total, s.engine.step(config.optimizer.lr_at(batch.step), config.optimizer.max_norm)
+
+
+def _wants_picture(config: Config, done: int) -> bool:
+    every = config.sampling.every_steps
+    return bool(every) and (done % every == 0 or done == config.train.steps)
+
+
+def _meter(s: Session) -> Meter:
+    config = s.config
+    return Meter(
+        s.world,
+        config.model,
+        s.data.plan.max_seqlen,
+        peak_tflops=config.tracking.peak_tflops,
+        loss_counts=s.layout.tensor_rank(s.world.rank) == 0,
+        spike_sigma=config.train.spike_sigma,
+    )
+
+
+def _profile(s: Session) -> Profile:
+    asked, steps, last = s.config.profile.steps, s.config.profile.range, s.config.train.steps
+    if steps and not range(max(s.start, steps.start), min(last, steps.stop)):
+        taken = f"this attempt takes the steps after {s.start} up to {last}"
+        _say(s.world.is_first, f"profile.steps={asked}: nothing is profiled, {taken}")
+    folder = s.run.local(f"attempts/{s.number}/profile") if s.world.is_first else None
+    return Profile(steps, folder, s.world.device)
 
 
 class _End:
@@ -136,6 +172,9 @@ def _recorded(run: Run, number: int, world: World) -> Iterator[_End]:
     end = _End()
     try:
         yield end
+    except StorageDown as error:
+        end(RETRY, str(error))
+        _say(world.is_first, str(error))
     except UserError as error:
         end(BAD_INPUT, str(error))
         raise

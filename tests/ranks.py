@@ -18,7 +18,16 @@ import torch.distributed as dist
 _GRACE = 10.0  # seconds, between the first rank's failure and the kill of those that still run
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "fitv2_scale.train"])
+_context.set_forkserver_preload(
+    [
+        "torch",
+        "torch.distributed.fsdp",
+        "fitv2_scale.train",
+        "fitv2_scale.parallel.megatron",
+        "fitv2_scale.parallel.stage3",
+        "deepspeed.runtime.zero.muon.muon_optimizer",  # DeepSpeed imports it in time, and with it torch's compiler
+    ]
+)
 
 
 class Ranks:
@@ -58,6 +67,14 @@ class Ranks:
 
     def terminate(self, rank: int) -> None:
         self._processes[rank].terminate()
+
+    def signal(self, rank: int, number: int) -> None:
+        os.kill(self._processes[rank].pid, number)
+
+    def exit_code(self, rank: int, timeout: float) -> int | None:
+        """Once it has ended; None if it has not in time."""
+        self._processes[rank].join(timeout)
+        return self._processes[rank].exitcode
 
     def kill(self) -> None:
         for process in self._processes:

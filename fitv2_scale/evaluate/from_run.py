@@ -14,16 +14,18 @@ from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.world import join
 from fitv2_scale.run import Run
 
+_LAYOUT = {"engine": "fsdp", "replicate": 1, "tensor": 1}  # pictures need none of what the training was spread over
+
 
 def sample_run(run_url: str, out: str, sizes: list[str], columns: int, cfg: float, steps: int, seed: int) -> int:
     """Writes a grid of pictures, a row a size and a column a class, to ``out``; returns the step of the weights."""
     run = Run.open(run_url)
-    config = parse_config(run.config, f"{run.url}/run.json")
+    config = parse_config(run.config | {"layout": run.config["layout"] | _LAYOUT}, f"{run.url}/run.json")
     manifest = Manifest.load(config.data.urls[0])
     requests = grid_requests(sizes, columns, len(manifest.classes))
     with join() as world:
-        engine = make_engine(config, Layout.of(world.size, 1), world)
-        restored = Checkpointer(run, None, 0, world, keep_last=1).restore(engine, run)
+        engine = make_engine(config, Layout.of(world.size, replicate=1), world)
+        restored = Checkpointer(run, None, 0, world).restore(engine, run)
         if restored is None:
             raise UserError(f"{run.url} has no commit yet")
         with engine.ema_weights():

@@ -43,21 +43,23 @@ def sample(
     steps: int,
     seed: int,
     world: World,
+    tensor: int = 1,
 ) -> dict[int, np.ndarray]:
     """Latent tokens (rows, columns, 16) float32 of every request by its index, on all ranks.
 
     A collective: each rank makes its share in one pack, all packs of one shape, so that all call the network alike.
+    The ``tensor`` ranks of a tensor group make the same share together.
     """
     guided = cfg != 1.0
     cost = np.array([r.tokens for r in requests])
-    shares = spread(cost, world.size)
+    shares = spread(cost, world.size // tensor)
     copies = 2 if guided else 1
     longest = int(cost.max())
     capacity = copies * max(int(cost[s].sum()) for s in shares)
     slots = copies * max(len(s) for s in shares) + -(-capacity // longest)
     shape = Shape(capacity, slots, longest)
 
-    mine = [requests[i] for i in shares[world.rank].tolist()]
+    mine = [requests[i] for i in shares[world.rank // tensor].tolist()]
     layout = lay_out([(r.rows, r.columns) for r in mine] * copies, shape)
     packing = packing_to_torch(layout)
     label_I, index_I = torch.full((slots,), classes), torch.zeros(slots, dtype=torch.int64)

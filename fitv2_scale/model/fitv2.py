@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fitv2_scale.model.attention import attention
 from fitv2_scale.model.config import TIMESTEP_CHANNELS, TOKEN_CHANNELS, ModelConfig
+from fitv2_scale.model.gather import to_tokens
 from fitv2_scale.model.packing import Packing
 from fitv2_scale.model.rope import rope_table, rotate
 
@@ -81,7 +82,8 @@ class Attention(nn.Module):
         self.qkv = linear(config.hidden, 3 * config.hidden, "column")  # rows ordered (3, heads, head_dim)
         self.proj = linear(config.hidden, config.hidden, "row")
         if config.qk_norm == "l2_scale":
-            self.qk_scale = nn.Parameter(torch.empty(config.heads))
+            heads = self.qkv.weight.shape[0] // (3 * config.head_dim)  # those that the factory gives this rank
+            self.qk_scale = nn.Parameter(torch.empty(heads))
 
     def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], packing: Packing) -> Tensor:
         q_THD, k_THD, v_THD = self.qkv(x_TD).unflatten(-1, (3, -1, self.head_dim)).unbind(1)
@@ -119,7 +121,7 @@ class Block(nn.Module):
         modulation_I6D = self.adaLN_modulation(c_ID)
         if shared_I6D is not None:
             modulation_I6D = modulation_I6D + shared_I6D  # S_i = W_g c + W2_i W1_i c (eq. 11)
-        modulation_T6D = modulation_I6D.index_select(0, packing.image_T)
+        modulation_T6D = to_tokens(modulation_I6D, packing.image_T)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation_T6D.chunk(6, -1)
         x_TD = x_TD + gate_msa * self.attn(modulate(x_TD, shift_msa, scale_msa), rope, packing)
         return x_TD + gate_mlp * self.mlp(modulate(x_TD, shift_mlp, scale_mlp))
@@ -141,7 +143,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), linear(config.hidden, 2 * config.hidden, "replicated"))
 
     def forward(self, x_TD: Tensor, c_ID: Tensor, packing: Packing) -> Tensor:
-        shift_TD, scale_TD = self.adaLN_modulation(c_ID).index_select(0, packing.image_T).chunk(2, -1)
+        shift_TD, scale_TD = to_tokens(self.adaLN_modulation(c_ID), packing.image_T).chunk(2, -1)
         return self.linear(modulate(x_TD, shift_TD, scale_TD))
 
 

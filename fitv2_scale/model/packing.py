@@ -12,6 +12,13 @@ import torch
 from torch import Tensor
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``. The host does not wait for the copy: to CUDA it is made from pinned memory."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Packing:
     """Where the images lie among the tokens."""
@@ -51,7 +58,7 @@ class PackedBatch:
     def to(self, device: torch.device) -> "PackedBatch":
         def move(value):
             if isinstance(value, Tensor):
-                return value.to(device, non_blocking=True)
+                return to_device(value, device)
             if isinstance(value, Packing):
                 return Packing(**{f.name: move(getattr(value, f.name)) for f in fields(value)})
             return value

@@ -2,19 +2,30 @@
 
 A box is a rectangle of a logical tensor: its offset in global coordinates and a live view of the local memory. Any
 sharding is a list of boxes; a checkpoint is written and read in nothing else.
+
+There are two steps from a logical tensor to what a rank holds. Tensor parallelism gives a rank *pieces* of it, laid out
+in a local tensor; the engine then keeps a part of that local tensor: some of its rows, or a range of its elements.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rectangle of a logical tensor, and where it lies in a rank's tensor-parallel local tensor."""
+
+    local: tuple[int, ...]  # offset in the local tensor
+    offset: tuple[int, ...]  # offset in the logical tensor
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Box:
     offset: tuple[int, ...]
-    tensor: Tensor  # a view: reading a checkpoint writes into it
+    tensor: Tensor  # a view, perhaps a strided one: reading a checkpoint writes into it
 
 
 @dataclass(frozen=True)
@@ -25,10 +36,49 @@ class LogicalTensor:
     boxes: list[Box]
 
 
-def dtensor_boxes(placed_like: DTensor, local: Tensor) -> LogicalTensor:
-    """The boxes of ``local``, a local tensor sharded as ``placed_like`` is (FSDP's own shards are one box each)."""
-    _, offset = compute_local_shape_and_global_offset(
-        placed_like.shape, placed_like.device_mesh, placed_like.placements
-    )
-    boxes = [Box(tuple(offset), local)] if local.numel() else []
-    return LogicalTensor(tuple(placed_like.shape), boxes)
+def rows_boxes(pieces: Sequence[Piece], shape: Sequence[int], rows: Tensor, first_row: int) -> LogicalTensor:
+    """The boxes of ``rows``, a rank's rows of the local tensor from ``first_row`` on (a shard of FSDP2)."""
+    start = (first_row,) + (0,) * (rows.dim() - 1)
+    return LogicalTensor(tuple(shape), list(_boxes(pieces, start, rows)))
+
+
+def flat_boxes(
+    pieces: Sequence[Piece], shape: Sequence[int], local_shape: Sequence[int], flat: Tensor, start: int
+) -> LogicalTensor:
+    """The boxes of ``flat``, elements ``start`` and on of the flattened local tensor (a partition of ZeRO-3).
+
+    ``flat`` may be longer than what is left of the local tensor; the rest is padding and in no box.
+    """
+    boxes: list[Box] = []
+    for offset, view in _rectangles(local_shape, flat, start):
+        boxes += _boxes(pieces, offset, view)
+    return LogicalTensor(tuple(shape), boxes)
+
+
+def _boxes(pieces: Sequence[Piece], start: tuple[int, ...], view: Tensor) -> Iterator[Box]:
+    """What the rectangle ``view``, at ``start`` in the local tensor, holds of each piece."""
+    for piece in pieces:
+        low = [max(s, p) for s, p in zip(start, piece.local, strict=True)]
+        high = [min(s + n, p + m) for s, n, p, m in zip(start, view.shape, piece.local, piece.shape, strict=True)]
+        if all(a < b for a, b in zip(low, high, strict=True)):
+            part = view[tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start, strict=True))]
+            yield Box(tuple(o + a - p for o, a, p in zip(piece.offset, low, piece.local, strict=True)), part)
+
+
+def _rectangles(local_shape: Sequence[int], flat: Tensor, start: int) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """(offset, view) of the rectangles of a local vector or matrix that a range of its elements consists of: the end of
+    a row, whole rows, the beginning of a row."""
+    if len(local_shape) == 1:
+        yield (start,), flat[: max(0, local_shape[0] - start)]
+        return
+    rows, columns = local_shape
+    at, stop = start, min(start + flat.numel(), rows * columns)
+    while at < stop:
+        row, column = divmod(at, columns)
+        if column or stop - at < columns:
+            end = min(stop, (row + 1) * columns)
+            yield (row, column), flat[at - start : end - start].view(1, -1)
+        else:
+            end = at + (stop - at) // columns * columns
+            yield (row, 0), flat[at - start : end - start].view(-1, columns)
+        at = end

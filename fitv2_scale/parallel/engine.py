@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+from torch import Tensor, nn
 
+from data_sharding.errors import UserError
 from fitv2_scale.parallel.boxes import LogicalTensor
 
 
@@ -34,8 +36,10 @@ Precision = Literal["fp32", "bf16"]
 
 @dataclass(frozen=True)
 class StepResult:
-    norm: float  # of the whole gradient, before clipping
-    skipped: bool  # the gradient was not finite: weights, moments and EMA stay as they were
+    """What a step did: tensors on the device, the same on all ranks. Reading them waits for the step."""
+
+    norm: Tensor  # 0-dim float32, of the whole gradient, before clipping
+    skipped: Tensor  # 0-dim float32, 1: the gradient was not finite, weights, moments and EMA stay as they were; else 0
 
 
 class Engine(Protocol):
@@ -51,9 +55,23 @@ class Engine(Protocol):
         """Inside, the network computes with the EMA weights; afterwards the raw ones are back, bit for bit."""
 
     def boxes(self) -> dict[str, LogicalTensor]:
-        """All state by logical name: param/NAME, ema/NAME, and exp_avg/NAME, exp_avg_sq/NAME of trained tensors."""
+        """All state by logical name: param/NAME, ema/NAME, and exp_avg/NAME, exp_avg_sq/NAME of trained tensors.
+
+        From the first step on they stay where they are: the boxes of an earlier call are as good.
+        """
 
     def scalars(self) -> dict[str, float]:
         """State that is no tensor, the same on all ranks."""
 
     def load_scalars(self, scalars: dict[str, float]) -> None: ...
+
+    def loaded(self) -> None:
+        """To be called after the boxes were written into: what the engine derives from them is made anew."""
+
+
+def freeze(network: nn.Module, trainable: list[str]) -> None:
+    """Trains what a pattern of ``trainable`` matches, and nothing else. Raises UserError if that is nothing."""
+    for name, param in network.named_parameters():
+        param.requires_grad_(any(fnmatchcase(name, pattern) for pattern in trainable))
+    if not any(p.requires_grad for p in network.parameters()):
+        raise UserError(f"trainable: no tensor's name matches {trainable}; '*' trains all")

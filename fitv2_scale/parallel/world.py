@@ -2,6 +2,7 @@
 sets torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT)."""
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,6 +44,10 @@ class World:
         if error is not None:
             raise error
         return result
+
+    def hosts(self) -> list[str]:
+        """Name of each rank's node, by rank."""
+        return self.gather(socket.gethostname())
 
     def share(self, value: Any) -> Any:
         """Rank 0's value, on all ranks."""

@@ -1,0 +1,293 @@
+"""What a training step costs on this machine: throughput, MFU, where the time goes, memory, and a comparison.
+
+Throughput is measured over whole steps with nothing between them, as training runs them; the split into parts in steps
+of its own, since looking disturbs.
+"""
+
+import statistics
+import time
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_sharding.batch import StepBatch
+from data_sharding.errors import UserError
+from fitv2_scale.batches import pack_to_torch
+from fitv2_scale.bench.reference import Reference
+from fitv2_scale.bench.step_data import open_steps
+from fitv2_scale.config import Config
+from fitv2_scale.data import Data
+from fitv2_scale.engines import make_engine
+from fitv2_scale.forecast import plan_compute, plan_state
+from fitv2_scale.meter import known_peak
+from fitv2_scale.model.counts import forward_flops
+from fitv2_scale.model.flow import flow_loss
+from fitv2_scale.parallel.engine import Engine
+from fitv2_scale.parallel.memory import cuda_peak
+from fitv2_scale.parallel.mesh import Layout
+from fitv2_scale.parallel.update import update_ema
+from fitv2_scale.parallel.world import World, join
+from fitv2_scale.train import train_step
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What is measured: the first ``steps`` steps of a run."""
+
+    config: Config
+    world: World
+    layout: Layout
+    data: Data
+    steps: int
+
+    def open(self) -> AbstractContextManager[Iterator[StepBatch]]:
+        return open_steps(self.config, self.data, self.layout.data_rank(self.world.rank), self.steps)
+
+
+@dataclass(frozen=True)
+class _Round:
+    """One way, built anew and measured."""
+
+    seconds_a_step: float
+    peak_bytes: int | None  # on CUDA
+    seconds_by_part: dict[str, float] | None = None
+    syncs: int | None = None  # of the device by the host, inside one step, on CUDA
+
+
+def measure(config: Config, steps: int, repeats: int, against_reference: bool) -> dict[str, Any] | None:
+    """All figures, on rank 0; None elsewhere. ``repeats`` rounds of ``steps`` steps, ours and the reference in turn.
+
+    Raises:
+        UserError: the reference is asked for on more than one process, or for a network that was not released.
+    """
+    with join() as world:
+        if against_reference and world.size > 1:
+            raise UserError("--against reference compares in one process: start it without torchrun")
+        layout = Layout.of(world.size, config.layout.replicate, config.layout.tensor)
+        case = _Case(config, world, layout, Data.open(config, layout.nodes(world.hosts())), steps)
+        with case.open() as stream:
+            batches = list(stream)
+        ours, theirs = [], []
+        for done in range(1, repeats + 1):
+            ours.append(_ours(case, batches, split=done == repeats))
+            if against_reference:
+                theirs.append(_reference(case, batches))
+        return _report(case, batches, ours, theirs) if world.is_first else None
+
+
+def _ours(case: _Case, batches: Sequence[StepBatch], split: bool) -> _Round:
+    trainer = _Trainer(case.config, case.world, make_engine(case.config, case.layout, case.world))
+    with case.open() as stream:
+        found = _measure_steps(trainer.step, stream, batches, case.world)
+    if not split:
+        return found
+    return replace(found, seconds_by_part=_parts(trainer, batches), syncs=_count_syncs(trainer, batches[0]))
+
+
+def _reference(case: _Case, batches: Sequence[StepBatch]) -> _Round:
+    return _measure_steps(Reference(case.config, case.world.device).step, batches, batches, case.world)
+
+
+@dataclass(frozen=True)
+class _Trainer:
+    """What ``train_step`` reads of a session."""
+
+    config: Config
+    world: World
+    engine: Engine
+    audit: None = None
+
+    def step(self, batch: StepBatch) -> None:
+        train_step(self, batch)
+
+    def staged(self) -> None:
+        """Nothing is saved here."""
+
+
+def _measure_steps(step: Callable, stream: Iterable[StepBatch], batches: Sequence[StepBatch], world: World) -> _Round:
+    """Steps over ``stream``, after one of each shape that ``batches`` have, which compiles and settles."""
+    on_cuda = world.device.type == "cuda"
+    for batch in {(len(b.packs), len(b.packs[0].latents)): b for b in batches}.values():
+        step(batch)
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    _wait(world.device)
+    began = time.perf_counter()
+    for batch in stream:
+        step(batch)
+    _wait(world.device)
+    seconds = (time.perf_counter() - began) / len(batches)
+    return _Round(seconds, torch.cuda.max_memory_allocated() if on_cuda else None)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _parts(trainer: _Trainer, batches: Sequence[StepBatch]) -> dict[str, float]:
+    """Seconds that each part of a step takes, medians over ``batches``, each part alone on the device.
+
+    ``reduce`` is what the last backward pass takes longer than the same pass without a reduction; zero3 reduces in
+    every pass, so there it is part of ``backward``. ``ema`` is the update by itself, ``optimizer`` the rest of a step.
+    """
+    config, engine, device = trainer.config, trainer.engine, trainer.world.device
+    ema, weights = _values(engine, "ema"), _values(engine, "param")
+    never = torch.zeros((), device=device)
+    clocks = []
+    for batch in batches:
+        clock = _Clock(device)
+        for last, packs in ((False, batch.packs), (True, batch.packs[-1:])):
+            for pack in packs:
+                with clock("data"):
+                    packed = pack_to_torch(pack, device)
+                with clock("forward"):
+                    loss = flow_loss(engine.network, packed, config.flow, config.model.classes, config.seed)
+                with clock("backward with reduction" if last else "backward"):
+                    engine.backward(loss, last)
+        with clock("step"):
+            engine.step(config.optimizer.lr_at(batch.step), config.optimizer.max_norm)
+        with clock("ema"):
+            update_ema(ema, weights, config.ema.decay, skipped=never)
+        clocks.append(clock.times())
+    packs = [len(batch.packs) for batch in batches]
+    last_pack = [t["backward"][-1] for t in clocks]
+    return {
+        "data": statistics.median(sum(t["data"][:n]) for t, n in zip(clocks, packs, strict=True)),
+        "forward": statistics.median(sum(t["forward"][:n]) for t, n in zip(clocks, packs, strict=True)),
+        "backward": statistics.median(sum(t["backward"]) for t in clocks),
+        "reduce": statistics.median(
+            t["backward with reduction"][0] - b for t, b in zip(clocks, last_pack, strict=True)
+        ),
+        "optimizer": statistics.median(t["step"][0] - t["ema"][0] for t in clocks),
+        "ema": statistics.median(t["ema"][0] for t in clocks),
+    }
+
+
+def _values(engine: Engine, kind: str) -> list[Tensor]:
+    """This rank's part of each tensor's weights or EMA: live memory."""
+    return [box.tensor for name, t in engine.boxes().items() if name.startswith(f"{kind}/") for box in t.boxes]
+
+
+class _Clock:
+    """Times of named parts, which follow each other: by events on CUDA, where nothing is waited for in between."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._marks: list[tuple[str, Any, Any]] = []
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        began = self._now()
+        yield
+        self._marks.append((part, began, self._now()))
+
+    def _now(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def times(self) -> dict[str, list[float]]:
+        """Seconds, in order."""
+        _wait(self._device)
+        found = defaultdict(list)
+        for part, began, ended in self._marks:
+            on_cuda = self._device.type == "cuda"
+            found[part].append(began.elapsed_time(ended) / 1000 if on_cuda else ended - began)
+        return found
+
+
+def _count_syncs(trainer: _Trainer, batch: StepBatch) -> int | None:
+    """How often the host waits for the device inside a step; torch warns of each."""
+    if trainer.world.device.type != "cuda":
+        return None
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
+
+
+def _report(
+    case: _Case, batches: Sequence[StepBatch], ours: Sequence[_Round], theirs: Sequence[_Round]
+) -> dict[str, Any]:
+    config, device = case.config, case.world.device
+    seconds = statistics.median(r.seconds_a_step for r in ours)
+    images, tokens = (statistics.mean(getattr(b, name) for b in batches) for name in ("step_images", "step_tokens"))
+    lengths = [n for batch in batches for n in batch.step_lengths.tolist()]
+    flops = 3 * sum(forward_flops(config.model, n) * count for n, count in Counter(lengths).items()) / len(batches)
+    peak = config.tracking.peak_tflops or known_peak(device)
+    report = {
+        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "torch": torch.__version__,
+        "ranks": case.world.size,
+        "layout": config.layout.model_dump(),
+        "steps": len(batches),
+        "rounds": len(ours),
+        "seconds_a_step": _spread([r.seconds_a_step for r in ours]),
+        "images_per_second": images / seconds,
+        "tokens_per_second": tokens / seconds,
+        "fill": sum(b.step_tokens for b in batches) / sum(b.step_room for b in batches),
+        "flops_a_step": flops,
+        "tflops_per_device": flops / seconds / case.world.size / 1e12,
+        "peak_tflops": peak,
+        "mfu": flops / seconds / case.world.size / 1e12 / peak if peak else None,
+        "seconds_by_part": ours[-1].seconds_by_part,
+        "syncs_in_a_step": ours[-1].syncs,
+        "peak_bytes": max(r.peak_bytes for r in ours) if device.type == "cuda" else None,
+        "planned_peak_bytes": _planned_peak(case, batches) if device.type == "cuda" else None,
+    }
+    if theirs:
+        report["reference"] = {
+            "seconds_a_step": _spread([r.seconds_a_step for r in theirs]),
+            "images_per_second": images / statistics.median(r.seconds_a_step for r in theirs),
+            "peak_bytes": theirs[-1].peak_bytes,
+            "times_as_long": _spread([t.seconds_a_step / o.seconds_a_step for t, o in zip(theirs, ours, strict=True)]),
+        }
+    return report
+
+
+def _planned_peak(case: _Case, batches: Sequence[StepBatch]) -> int:
+    packs, tokens = max(len(b.packs) for b in batches), max(len(b.packs[0].latents) for b in batches)
+    compute = plan_compute(case.config, packs, tokens, on_cuda=True)
+    return cuda_peak(case.config.model, case.layout, plan_state(case.config, case.layout), compute)
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
+
+
+def to_text(report: dict[str, Any]) -> str:
+    r, seconds = report, report["seconds_a_step"]
+    on = f"{r['ranks']} x {r['machine']}, torch {r['torch']}"
+    lines = [
+        f"step     {seconds['median']:.4g} s ({seconds['lowest']:.4g} to {seconds['highest']:.4g} in {r['rounds']} "
+        f"rounds of {r['steps']} steps) on {on}",
+        f"speed    {r['images_per_second']:.4g} images/s, {r['tokens_per_second']:.5g} tokens/s, "
+        f"{r['tflops_per_device']:.4g} TFLOP/s a device"
+        + (f", MFU {r['mfu']:.4f} of {r['peak_tflops']:.0f}" if r["mfu"] else ""),
+        "parts    " + ", ".join(f"{part} {1000 * s:.4g} ms" for part, s in r["seconds_by_part"].items()),
+    ]
+    if r["peak_bytes"] is not None:
+        lines.append(
+            f"memory   {r['peak_bytes'] / 2**30:.2f} GiB at most, {r['planned_peak_bytes'] / 2**30:.2f} planned; "
+            f"{r['syncs_in_a_step']} synchronisations in a step"
+        )
+    if "reference" in r:
+        theirs, times = r["reference"]["seconds_a_step"], r["reference"]["times_as_long"]
+        lines.append(
+            f"against  the released way: {theirs['median']:.4g} s, {times['median']:.3f} times as long "
+            f"({times['lowest']:.3f} to {times['highest']:.3f})"
+        )
+    return "\n".join(lines)

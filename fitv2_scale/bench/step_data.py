@@ -1,0 +1,39 @@
+"""The steps that `fitv2 bench step` trains on: a dataset's, or a preset's sizes with random latents."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from data_sharding.batch import StepBatch, make_batch
+from data_sharding.deal import deal
+from data_sharding.presets import is_preset
+from data_sharding.shard import DTYPE
+from data_sharding.stream import Loader
+from fitv2_scale.config import Config
+from fitv2_scale.data import Data
+from fitv2_scale.model.config import TOKEN_CHANNELS
+
+
+@contextmanager
+def open_steps(config: Config, data: Data, rank: int, steps: int) -> Iterator[Iterator[StepBatch]]:
+    """The first ``steps`` of data rank ``rank``: read and prefetched as in training, a preset's drawn before."""
+    if any(is_preset(url) for url in config.data.urls):
+        yield iter([_draw(data, rank, step) for step in range(steps)])
+        return
+    cache, ahead = (int(gib * 2**30) for gib in (config.data.cache_gib, config.data.prefetch_gib))
+    with Loader(
+        data.plan, data.cost, data.shapes, rank, data.nodes, range(steps), cache, prefetch_bytes=ahead
+    ) as loader:
+        yield loader
+
+
+def _draw(data: Data, rank: int, step: int) -> StepBatch:
+    images = data.plan.step(step)
+    dealt = deal(images.tokens, data.cost, data.nodes, data.shapes)
+    arrays = {}
+    for i in np.concatenate(dealt.packs[rank]).tolist():
+        rows, columns = data.plan.manifests[images.dataset[i]].size[images.row[i], images.view[i]].tolist()
+        latents = np.random.default_rng((step, i)).standard_normal((rows, columns, TOKEN_CHANNELS), np.float32)
+        arrays[i] = np.broadcast_to(latents.astype(DTYPE), (2, *latents.shape))  # both flips
+    return make_batch(step, images, dealt, data.cost, rank, arrays, 0)

@@ -1,0 +1,175 @@
+"""What a run takes in memory on each rank, by layout: computed without processes and without weights.
+
+The state is exact, byte by byte. The peak on a GPU is an estimate: the state, what a pack's forward pass leaves for its
+backward pass, and what a block needs for a moment.
+"""
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from fitv2_scale.model.config import ModelConfig
+from fitv2_scale.model.fitv2 import FiTv2
+from fitv2_scale.parallel.blocks import Checkpointing
+from fitv2_scale.parallel.engine import Precision, freeze
+from fitv2_scale.parallel.mesh import Layout
+from fitv2_scale.parallel.tensor import TensorGroup, local_pieces
+
+ZERO3_BUCKET = 50_000_000  # elements that DeepSpeed reduces at once, and gathers ahead of their use
+_FLOAT32 = 4
+_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}  # of a number that the network computes
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes of one rank's state. What is held always, and what a step adds to it for a time."""
+
+    weights: int  # the engine's padding included
+    moments: int  # AdamW's two, and its counts of steps
+    ema: int
+    gradients: int  # from the last backward pass of a step to its end; zero3 holds on to them
+    accumulated: int  # whole gradients, between the packs of a step; a step of one pack holds none
+
+    @property
+    def held(self) -> int:
+        return self.weights + self.moments + self.ema
+
+
+def state_bytes(
+    engine: str, model: ModelConfig, layout: Layout, trainable: list[str], precision: Precision, rank: int
+) -> StateBytes:
+    """What ``rank`` holds with ``engine``. Raises UserError if ``trainable`` names no tensor."""
+    if engine == "fsdp":
+        return _fsdp(model, layout, trainable, rank)
+    return _zero3(model, layout, trainable, precision)
+
+
+def _fsdp(model: ModelConfig, layout: Layout, trainable: list[str], rank: int) -> StateBytes:
+    """FSDP2 shares out the rows of each tensor, and pads every rank's share to as many as the first ones have.
+
+    Gradients come in one padded buffer a block; what belongs to this project (moments, EMA) is not padded.
+    """
+    shard = layout.data_rank(rank) % layout.shard
+    whole, padded, own = {}, {}, {}
+    for name, shape in _local_shapes(model, layout).items():
+        rows, width = shape[0], math.prod(shape[1:])
+        most = -(-rows // layout.shard)
+        whole[name], padded[name] = rows * width, most * width
+        own[name] = min(most, max(0, rows - shard * most)) * width
+    trained = _trained(model, trainable)
+    total = partial(_total, trained)
+    return StateBytes(
+        weights=_FLOAT32 * sum(padded.values()),
+        moments=_FLOAT32 * (2 * total(own) + len(trained)),
+        ema=_FLOAT32 * sum(own.values()),
+        gradients=_FLOAT32 * total(padded),
+        accumulated=_FLOAT32 * total(whole),
+    )
+
+
+def _zero3(model: ModelConfig, layout: Layout, trainable: list[str], precision: Precision) -> StateBytes:
+    """DeepSpeed shares out the elements of each tensor, padded to as many on every rank. All ranks hold the same.
+
+    It computes with a copy in ``precision``, its buffer of gradients and its bucket of the reduction stay for good, and
+    so do tensors no larger than the largest vector, gathered. (AdamW counts steps once for each 100 M numbers of a
+    rank; four bytes stand here for all counts.)
+    """
+    ranks, trained = layout.data_parallel, set(_trained(model, trainable))
+    shapes = _local_shapes(model, layout)
+    part = {name: -(-math.prod(shape) // ranks) for name, shape in shapes.items()}
+    largest_vector = max(shape[0] for shape in shapes.values() if len(shape) == 1)
+    gathered = sum(ranks * part[n] for n, shape in shapes.items() if math.prod(shape) <= largest_vector)
+    all_parts, trained_parts = sum(part.values()), _total(trained, part)
+    # Frozen tensors have no master of their own where the network computes in float32.
+    masters = all_parts if precision == "bf16" else trained_parts
+    computed = _BYTES[precision] * (all_parts + (gathered if ranks > 1 else 0))
+    return StateBytes(
+        weights=computed + _FLOAT32 * masters,
+        moments=_FLOAT32 * (2 * trained_parts + 1),
+        ema=_FLOAT32 * all_parts,
+        gradients=_FLOAT32 * (trained_parts + ZERO3_BUCKET),
+        accumulated=0,
+    )
+
+
+def _total(names: Collection[str], numel: dict[str, int]) -> int:
+    return sum(numel[name] for name in names)
+
+
+def _network(model: ModelConfig) -> FiTv2:
+    with torch.device("meta"):
+        return FiTv2(model)
+
+
+def _trained(model: ModelConfig, trainable: list[str]) -> list[str]:
+    network = _network(model)
+    freeze(network, trainable)
+    return [name for name, p in network.named_parameters() if p.requires_grad]
+
+
+def _local_shapes(model: ModelConfig, layout: Layout) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor on every rank of a tensor group: that of the first one, which is never short."""
+    first = TensorGroup(0, layout.tensor)
+    shapes = {}
+    for name, p in _network(model).named_parameters():
+        pieces = local_pieces(name, tuple(p.shape), first)
+        shapes[name] = tuple(max(p.local[d] + p.shape[d] for p in pieces) for d in range(p.dim()))
+    return shapes
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How a rank computes: what the memory of a pack depends on."""
+
+    checkpointing: Checkpointing
+    compiled: bool
+    precision: Precision
+    packs: int  # a step
+    tokens: int  # of the largest pack
+
+
+def saved_bytes(model: ModelConfig, layout: Layout, compute: Compute) -> int:
+    """What the forward pass of a pack leaves for the backward pass in all blocks, attention by the varlen kernel.
+
+    In numbers a token, D wide, M the MLP's width, D' and M' a tensor rank's parts of them:
+    ``full`` keeps the block's input, D; ``selective`` also the products: qkv 3 D', attention D', its projection D, gate
+    and value 2 M', the MLP's result D. ``none`` keeps also what products read: two modulated inputs 2 D, turned q and k
+    2 D', the SwiGLU's M'. That is what the compiler's partitioner keeps; uncompiled, modulation 6 D, the parts of both
+    modulated norms 4 D, the second residual D and SiLU M' come on top.
+    """
+    d, d_local, m_local = model.hidden, model.hidden // layout.tensor, -(-model.mlp_hidden // layout.tensor)
+    numbers, statistics = d, 0
+    if compute.checkpointing != "full":
+        numbers += 2 * d + 4 * d_local + 2 * m_local
+        statistics = model.heads // layout.tensor  # the softmax's log-sum-exp, float32
+    if compute.checkpointing == "none":
+        numbers += 2 * d + 2 * d_local + m_local
+        if not compute.compiled:
+            numbers += 11 * d + m_local
+    return model.depth * compute.tokens * (numbers * _BYTES[compute.precision] + statistics * _FLOAT32)
+
+
+def cuda_peak(model: ModelConfig, layout: Layout, state: StateBytes, compute: Compute) -> int:
+    """Most bytes that the ``fsdp`` engine has allocated on a GPU at once, in a step: an estimate.
+
+    Saved results are highest when the last pack's backward pass begins, and go as gradients come. On top comes what one
+    block needs: what it computes again, the gradients inside of it (3 M + 2 D a token), and its weights three times
+    (in use, gathered ahead, and in the buffer of that), their gradients, and two buffers of the reduction. What is
+    outside of the blocks stays gathered, and keeps 6 D a token for the last layer.
+    """
+    bytes_, whole = _BYTES[compute.precision], _local_shapes(model, layout)
+    saved = saved_bytes(model, layout, compute)
+    everything = saved_bytes(model, layout, replace(compute, checkpointing="none"))
+    inside = compute.tokens * (3 * -(-model.mlp_hidden // layout.tensor) + 2 * model.hidden) * bytes_
+    again = (everything - saved) // model.depth
+    in_blocks = sum(math.prod(shape) for name, shape in whole.items() if name.startswith("blocks."))
+    outside = sum(math.prod(shape) for shape in whole.values()) - in_blocks
+    block = in_blocks // model.depth
+    gathered = (outside + 4 * block) * bytes_ + 2 * block * _FLOAT32
+    last_layer = 6 * model.hidden * compute.tokens * bytes_
+    accumulated = state.accumulated if compute.packs > 1 else 0
+    passing = max(accumulated + saved + last_layer, state.gradients)
+    return state.held + passing + inside + again + gathered

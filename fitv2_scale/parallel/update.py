@@ -1,0 +1,121 @@
+"""The optimizer step on a rank's own shards: norm, clipping, AdamW and EMA, decided on the device.
+
+Whether a step counts is a tensor that the kernels read, never a branch of the program: the host waits for nothing. All
+tensors here are plain local ones, float32 and of one device; empty shards are welcome.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
+
+from fitv2_scale.parallel.engine import OptimizerConfig, StepResult
+
+_NORM_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
+
+
+def global_norm(
+    split: Sequence[Tensor],
+    replicated: Sequence[Tensor],
+    shard: dist.ProcessGroup | None,
+    tensor: dist.ProcessGroup | None,
+) -> Tensor:
+    """Norm of the whole gradient: 0-dim float32, the same bits on all ranks. A collective of ``shard`` and ``tensor``.
+
+    ``split`` are this rank's shards of tensors that the tensor-parallel group shares out, ``replicated`` those of which
+    each of its ranks has a copy: they count once. A group of one is given as None. Infinite or NaN wherever any
+    element is.
+    """
+    partial = torch.stack([_square_sum(split), _square_sum(replicated)])
+    if shard is not None:
+        partial = _gather(partial, shard).sum(0)
+    if tensor is not None:
+        parts = _gather(partial, tensor)
+        partial = torch.stack([parts[:, 0].sum(), parts[0, 1]])
+    return partial.sum().sqrt().float()
+
+
+def judge(norm: Tensor) -> StepResult:
+    """Skips what is not finite."""
+    return StepResult(norm, norm.isfinite().logical_not().float())
+
+
+def telling(loss: Tensor) -> Tensor:
+    """``loss``; but if it is not finite, neither is any gradient that flows from it.
+
+    So the norm of the gradient, which every rank learns anyway, also tells whether any rank's loss was not finite.
+    """
+    return loss * (1.0 + 0.0 * loss.detach())  # the factor is exactly 1, or NaN
+
+
+class AdamW:
+    """AdamW with its state by tensor name; ``steps`` counts the steps that were not skipped."""
+
+    def __init__(self, weights: Mapping[str, Tensor], config: OptimizerConfig):
+        self._config = config
+        self.exp_avg = {name: torch.zeros_like(w) for name, w in weights.items()}
+        self.exp_avg_sq = {name: torch.zeros_like(w) for name, w in weights.items()}
+        self.steps = next(iter(weights.values())).new_zeros(len(weights))  # the kernel wants one for each tensor
+
+    @torch.no_grad()
+    def step(self, weights: Sequence[Tensor], grads: Sequence[Tensor], result: StepResult, lr: float, max_norm: float):
+        """Updates ``weights``, in the order of the names, from gradients clipped to ``max_norm``; spends ``grads``."""
+        config = self._config
+        adamw(
+            list(weights),
+            list(grads),
+            list(self.exp_avg.values()),
+            list(self.exp_avg_sq.values()),
+            [],
+            list(self.steps.unbind()),
+            fused=True,
+            grad_scale=((result.norm + _NORM_EPS) / max_norm).clamp(min=1.0),  # the kernel divides by it
+            found_inf=result.skipped,
+            amsgrad=False,
+            maximize=False,
+            lr=lr,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        )
+
+
+@torch.no_grad()
+def update_ema(ema: Sequence[Tensor], weights: Sequence[Tensor], decay: float, skipped: Tensor) -> None:
+    """ema += (1 - decay) * (weights - ema), in place, unless ``skipped``.
+
+    That is a step of SGD with the gradient ``weights``, weight decay -1 and learning rate -(1 - decay). The fused SGD
+    takes many tensors at once, makes no temporary, and a tensor on the device can stop it.
+    """
+    sgd(
+        list(ema),
+        list(weights),
+        [None] * len(ema),
+        fused=True,
+        found_inf=skipped,
+        weight_decay=-1.0,
+        momentum=0.0,
+        lr=-(1.0 - decay),
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+    )
+
+
+def _square_sum(tensors: Sequence[Tensor]) -> Tensor:
+    """float64, 0-dim, so that its parts may be added in any order without a trace in a float32 norm."""
+    parts = [t for t in tensors if t.numel()]
+    if not parts:
+        return torch.zeros((), dtype=torch.float64, device=tensors[0].device if tensors else None)
+    return torch.stack(torch._foreach_norm(parts)).double().square().sum()
+
+
+def _gather(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """(ranks of ``group``, *values.shape). Gathered and then added in rank order, a sum is the same bits everywhere."""
+    gathered = values.new_empty(group.size() * values.numel())
+    dist.all_gather_into_tensor(gathered, values.flatten(), group=group)
+    return gathered.view(-1, *values.shape)

@@ -1,0 +1,156 @@
+"""The ``zero3`` engine: DeepSpeed's ZeRO stage 3.
+
+DeepSpeed gathers weights, reduces each pack's gradient in float32, clips, and runs AdamW, all on flat memory: of each
+tensor a rank holds a range of elements. EMA and what DeepSpeed lacks of frozen tensors are kept here. In every step
+DeepSpeed waits for the device, to decide whether the gradient is finite.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fitv2_scale.model.config import ModelConfig
+from fitv2_scale.model.counts import logical_shapes
+from fitv2_scale.model.fitv2 import FiTv2, LinearFactory, Role
+from fitv2_scale.model.init import fill_initial
+from fitv2_scale.parallel.blocks import Checkpointing, prepare_blocks
+from fitv2_scale.parallel.boxes import LogicalTensor, flat_boxes
+from fitv2_scale.parallel.engine import OptimizerConfig, Precision, StepResult, freeze
+from fitv2_scale.parallel.mesh import Groups
+from fitv2_scale.parallel.stage3 import GatheredLinear, partition
+from fitv2_scale.parallel.tensor import is_replicated, local_pieces, same_on_group, tensor_linear
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """This rank's range of one tensor, by kind of state: float32 views of live memory, padding included."""
+
+    param: nn.Parameter  # DeepSpeed's: ds_tensor is the range in the precision of compute, ds_shape the local shape
+    state: dict[str, Tensor]  # param, ema and, where trained, exp_avg and exp_avg_sq
+
+    def refresh(self) -> None:
+        """Makes the range that the network computes with anew from the master, which it may be itself."""
+        self.param.ds_tensor.copy_(self.state["param"])
+
+
+class Zero3Engine:
+    def __init__(
+        self,
+        model: ModelConfig,
+        optimizer: OptimizerConfig,
+        *,
+        ema_decay: float,
+        trainable: list[str],
+        seed: int,
+        groups: Groups,
+        precision: Precision,
+        compile_blocks: bool,
+        checkpointing: Checkpointing,
+    ):
+        with torch.device("meta"):
+            network = FiTv2(model, _linear(groups))
+        freeze(network, trainable)
+        prepare_blocks(network, checkpointing, compile_blocks)
+        for name, param in network.named_parameters():
+            param.tensor_model_parallel = not is_replicated(name)  # DeepSpeed counts the others once in the norm
+        self.network, self._zero = partition(network, optimizer, groups, precision)
+        self._groups, self._ema_decay, self._shapes = groups, ema_decay, logical_shapes(model)
+        self._masters = [m.detach() for m in self._zero.fp32_partitioned_groups_flat]
+        self._ema = [torch.zeros_like(m) for m in self._masters]
+        self._shards = {name: self._shard(param) for name, param in network.named_parameters()}
+        self._fill(model, seed)
+
+    def _shard(self, param: nn.Parameter) -> _Shard:
+        if not param.requires_grad:  # DeepSpeed keeps these in the precision of compute alone
+            master = param.ds_tensor.float()
+            return _Shard(param, {"param": master, "ema": torch.zeros_like(master)})
+        zero = self._zero
+        i, first, length = zero.grad_position[zero.get_param_id(param)]
+        adamw = zero.optimizer.state[zero.fp32_partitioned_groups_flat[i]]
+        flats = {"param": self._masters[i], "ema": self._ema[i]} | {k: adamw[k] for k in ("exp_avg", "exp_avg_sq")}
+        return _Shard(param, {kind: flat.narrow(0, first, length) for kind, flat in flats.items()})
+
+    @torch.no_grad()
+    def _fill(self, model: ModelConfig, seed: int) -> None:
+        for name, shard in self._shards.items():
+            for box in self._boxes(name, shard.state["param"]).boxes:
+                fill_initial(box.tensor, name, self._shapes[name], box.offset, seed, model)
+            shard.state["ema"].copy_(shard.state["param"])
+        self.loaded()
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self.network.set_gradient_accumulation_boundary(last)
+        self.network.backward(loss * self._groups.data_size)  # DeepSpeed averages; the loss's shares are to be added
+
+    @torch.no_grad()
+    def step(self, lr: float, max_norm: float) -> StepResult:
+        zero = self._zero
+        replicated = [s.param for name, s in self._shards.items() if s.param.requires_grad and is_replicated(name)]
+        same_on_group([zero.get_local_fp32_grad_for_param(p) for p in replicated], self._groups.tensor)
+        zero.clip_grad = max_norm
+        zero.set_lr(lr)
+        self.network.step()
+        if not zero.overflow:
+            torch._foreach_lerp_(self._ema, self._masters, 1 - self._ema_decay)
+        device = self._masters[0].device
+        norm = torch.as_tensor(self.network.get_global_grad_norm(), dtype=torch.float32, device=device)
+        return StepResult(norm, torch.tensor(float(zero.overflow), device=device))
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        self._exchange_weights_and_ema()
+        try:
+            yield
+        finally:
+            self._exchange_weights_and_ema()
+
+    @torch.no_grad()
+    def _exchange_weights_and_ema(self) -> None:
+        for shard in self._shards.values():
+            held = shard.state["ema"].clone()
+            shard.state["ema"].copy_(shard.state["param"])
+            shard.state["param"].copy_(held)
+        self.loaded()
+
+    @torch.no_grad()
+    def loaded(self) -> None:
+        self._zero.parameter_offload.partition_all_parameters()  # drops what is gathered of the old values
+        for shard in self._shards.values():
+            shard.refresh()
+
+    def boxes(self) -> dict[str, LogicalTensor]:
+        return {
+            f"{kind}/{name}": self._boxes(name, flat)
+            for name, shard in self._shards.items()
+            for kind, flat in shard.state.items()
+        }
+
+    def _boxes(self, name: str, flat: Tensor) -> LogicalTensor:
+        shape, param = self._shapes[name], self._shards[name].param
+        pieces = local_pieces(name, shape, self._groups.tensor)
+        return flat_boxes(pieces, shape, tuple(param.ds_shape), flat, self._groups.data_rank * flat.numel())
+
+    def _steps(self) -> list[Tensor]:
+        """AdamW's count of steps, one for each flat tensor."""
+        return [state["step"] for state in self._zero.optimizer.state.values()]
+
+    def scalars(self) -> dict[str, float]:
+        return {"optimizer_step": self._steps()[0].item()}
+
+    def load_scalars(self, scalars: dict[str, float]) -> None:
+        for step in self._steps():
+            step.fill_(scalars["optimizer_step"])
+
+
+def _linear(groups: Groups) -> LinearFactory:
+    split = tensor_linear(groups.tensor)
+
+    def linear(in_features: int, out_features: int, role: Role) -> nn.Module:
+        if groups.tensor.size > 1 and role != "replicated":
+            return split(in_features, out_features, role)
+        return GatheredLinear(in_features, out_features)
+
+    return linear

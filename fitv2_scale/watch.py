@@ -1,0 +1,85 @@
+"""Examines every step, but late: the host reads a step's numbers while the device is busy with the next one.
+
+What is decided here rests on numbers that are the same on all ranks, and on no clock: all ranks decide the same, after
+the same step.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data_sharding.batch import StepBatch
+from fitv2_scale.meter import Meter, StepNumbers
+from fitv2_scale.parallel.engine import StepResult
+from fitv2_scale.progress import Progress
+from fitv2_scale.session import Session
+
+
+class Watch:
+    def __init__(self, s: Session, meter: Meter, progress: Progress):
+        self._s, self._meter, self._progress = s, meter, progress
+        self._pending: deque[_Pending] = deque()
+        self._skipped_in_row, self._examined = 0, s.start
+
+    def add(self, batch: StepBatch, waited: float, loss: Tensor, result: StepResult) -> None:
+        """Takes note of a step whose work has just been handed to the device."""
+        self._pending.append(_Pending(batch, waited, _Departing(torch.stack([loss, result.norm, result.skipped]))))
+
+    def examine(self, newest: bool, report: bool) -> str | None:
+        """Examines the steps whose turn it is: all but the newest, that one too if ``newest``.
+
+        Journals every ``train.log_every`` steps, and all that is examined if ``report``. Returns why the run has to be
+        given up, if it has. A collective.
+        """
+        while len(self._pending) > (0 if newest else 1):
+            if (reason := self._examine(self._pending.popleft())) is not None:
+                return reason
+        if report and self._meter.steps:
+            self._report(self._examined)
+        return None
+
+    def _examine(self, step: "_Pending") -> str | None:
+        train, done = self._s.config.train, step.batch.step + 1
+        loss, norm, skipped = step.numbers.arrived()
+        self._meter.update(step.batch, StepNumbers(loss, norm, bool(skipped)), step.waited)
+        self._examined = done
+        self._skipped_in_row = self._skipped_in_row + 1 if skipped else 0
+        if self._skipped_in_row == train.max_skipped:
+            return f"loss or gradient was not finite in {train.max_skipped} steps in a row, the last is step {done}"
+        if done % train.log_every == 0:
+            self._report(done)
+        return None
+
+    def _report(self, done: int) -> None:
+        s = self._s
+        metrics, spikes = self._meter.report()
+        metrics |= {"lr": s.config.optimizer.lr_at(done - 1), "images": s.data.plan.total_images(done)}
+        s.record(done, metrics)
+        self._progress.show(done, metrics)
+        if spikes:
+            self._progress.say(str(max(spikes, key=lambda spike: spike.sigmas)))
+
+
+@dataclass(frozen=True)
+class _Pending:
+    batch: StepBatch
+    waited: float  # seconds for its data
+    numbers: "_Departing"
+
+
+class _Departing:
+    """A small tensor on its way from the device to the host."""
+
+    def __init__(self, values: Tensor):
+        self._host, self._event = values.to("cpu", non_blocking=True), None  # from CUDA: into pinned memory
+        if values.is_cuda:
+            self._event = torch.cuda.Event(blocking=True)  # sleeps: the loader needs the core
+            self._event.record()
+
+    def arrived(self) -> list[float]:
+        """Waits for the copy, not for what the device was given after it."""
+        if self._event:
+            self._event.synchronize()
+        return self._host.tolist()
