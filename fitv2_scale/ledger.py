@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data_sharding.errors import DataError
+from data_sharding.errors import DataError, StorageDown
 from data_sharding.ledger import Ledger, Loss
 from fitv2_scale.run_log import RunLog, StaleAttempt, newest_attempt, now
 from fitv2_scale.store import Store
@@ -50,7 +50,7 @@ class RunLedger:
                 raise StaleAttempt(f"attempt {self.attempt} was superseded by attempt {newest}; it must stop")
             try:
                 self.store.create(_path(page["version"]), json.dumps(page).encode())
-            except OSError:  # "exists", perhaps our own whose reply was lost; only what stands there decides
+            except (OSError, StorageDown):  # "exists", perhaps our own, its reply lost; what stands there decides
                 if (found := _read(self.store, page["version"])) is None:
                     raise
                 if found["nonce"] != nonce:

@@ -37,7 +37,7 @@ def redact(value: Any) -> Any:
         ]
     if isinstance(value, str):
         value = _USER_INFO.sub(HIDDEN + "@", value)
-        return _ASSIGNMENT.sub(lambda m: f"{m[1]}={HIDDEN}" if _is_secret(m[1], m[2]) else m[0], value)
+        return _ASSIGNMENT.sub(lambda m: f"{m[1]}={HIDDEN if _is_secret(m[1], m[2]) else redact(m[2])}", value)
     return value
 
 

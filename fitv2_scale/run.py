@@ -12,6 +12,7 @@ The config has two halves. *Science* decides what is learned; it is hashed, and 
 
 import hashlib
 import json
+import logging
 import os
 import re
 import secrets
@@ -24,14 +25,20 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from data_sharding.errors import DataError, UserError
+from data_sharding.errors import DataError, StorageDown, UserError
+from fitv2_scale import scratch
 from fitv2_scale.ledger import summary
 from fitv2_scale.redact import redact
 from fitv2_scale.run_log import Entry, RunLog, newest_attempt, now
-from fitv2_scale.store import Store
+from fitv2_scale.store import Store, open_store
+
+# How an attempt ends: exit codes of `fitv2 train`, and codes in end.json. The README says what launchers make of them.
+DONE, RETRY, GIVE_UP, BAD_INPUT, BUG = 0, 75, 93, 2, 1
 
 _IDENTITY = "run.json"
 _PACKAGES = ("torch", "numpy", "safetensors", "fitv2-scale")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ class Run:
         Raises UserError, with every difference shown, if that one has other science, other data or another parent. A
         continuation may leave ``parent`` out.
         """
-        store = Store(url)
+        store = open_store(url)
         science = redact(science)  # before it is hashed: a changed password is no change of science
         new = {
             "id": f"{re.sub(r'[^A-Za-z0-9_.-]', '_', Path(store.url).name)}-{secrets.token_hex(4)}",
@@ -83,6 +90,7 @@ class Run:
         if not store.exists(_IDENTITY):
             with suppress(FileExistsError):  # if another process was first, what it made is checked below
                 store.create(_IDENTITY, _json(new))
+                _check_exclusive(store, _json(new))
         run = Run.open(url)
         changes = differences(run.science, json.loads(_json(science)))
         if run.science_hash != new["science_hash"] and not changes:
@@ -101,7 +109,7 @@ class Run:
     @staticmethod
     def open(url: str) -> "Run":
         """The run at ``url``, for commands that report on it. Raises UserError if there is none."""
-        store = Store(url)
+        store = open_store(url)
         try:
             record = json.loads(store.read(_IDENTITY))
         except FileNotFoundError:
@@ -116,6 +124,18 @@ class Run:
     @property
     def url(self) -> str:
         return self.store.url
+
+    def local(self, rel: str) -> Path:
+        """Where the file ``rel`` grows: in the run if that is local, else on this node (see ``scratch``)."""
+        return scratch.local(self.store, self.id, rel)
+
+    def ship(self, rel: str) -> None:
+        """Brings the file ``rel``, or all files below it, from this node to a run that is elsewhere."""
+        scratch.ship(self.store, self.id, rel)
+
+    def fetch(self, rel: str) -> Path:
+        """The object ``rel`` as a file on this node. Raises FileNotFoundError."""
+        return scratch.fetch(self.store, self.id, rel)
 
     def claim(self, provenance: dict[str, Any]) -> "Attempt":
         """Begins an attempt, which makes every older one stale, and writes its start.json."""
@@ -145,7 +165,11 @@ class Attempt:
     @property
     def folder(self) -> Path:
         """Its folder on local disk, for journals and logs."""
-        return Path(self.run.store.path(self.path))
+        return self.run.local(self.path)
+
+    def ship(self, file: Path) -> None:
+        """Brings a file of ``folder`` to a run that is elsewhere."""
+        self.run.ship(f"{self.path}/{file.relative_to(self.folder)}")
 
     def commit(self, step: int, path: str, manifest_digest: str) -> Entry:
         """Makes the checkpoint count. Call after its files, its manifest and ``Journal.seal``.
@@ -159,9 +183,17 @@ class Attempt:
         return self.run.log.retire(self.number, entry)
 
     def end(self, code: int, reason: str) -> None:
-        """Records why the attempt ended. ``code`` is the exit code of `train`: 0, 2, 75, 93, or another for a bug."""
+        """Records why the attempt ended. ``code`` is the exit code of `train`: 0, 2, 75, 93, or another for a bug.
+
+        Storage that cannot be written is no reason to end otherwise: no record means 75.
+        """
         end = {"attempt": self.number, "time": now(), "code": code, "reason": redact(reason)}
-        self.run.store.put(f"{self.path}/end.json", _json(end))
+        try:
+            self.run.store.put(f"{self.path}/end.json", _json(end))
+        except (OSError, StorageDown) as error:
+            log.warning(
+                "attempt %d ends with %d (%s), which could not be recorded: %s", self.number, code, reason, error
+            )
 
     def ended(self) -> dict[str, Any] | None:
         """end.json, or None if the attempt was killed or still runs."""
@@ -212,6 +244,16 @@ def status(run: Run) -> dict[str, Any]:
     }
 
 
+def _check_exclusive(store: Store, data: bytes) -> None:
+    """Creates the identity once more, with the same bytes: on storage that takes it, two attempts could both commit."""
+    with suppress(FileExistsError):
+        store.create(_IDENTITY, data)
+        raise UserError(
+            f"{store.url}: this storage overwrites what a conditional create must leave alone (versioned buckets of "
+            "some servers do); put the run into another bucket."
+        )
+
+
 def _why_no_end(claim: Entry, entries: list[Entry]) -> str:
     return "killed or still running" if claim.attempt == newest_attempt(entries) else "killed"
 
@@ -244,7 +286,7 @@ def provenance() -> dict[str, Any]:
     return redact(
         {
             "python": sys.version.split()[0],
-            "packages": {name: _version(name) for name in _PACKAGES},
+            "packages": installed(),
             "cuda": torch.version.cuda,
             "hostname": socket.gethostname(),
             "pid": os.getpid(),
@@ -253,6 +295,11 @@ def provenance() -> dict[str, Any]:
             "gpus": [{"name": gpu.name, "uuid": str(gpu.uuid)} for gpu in gpus],
         }
     )
+
+
+def installed() -> dict[str, str | None]:
+    """Versions of the packages that results may depend on."""
+    return {name: _version(name) for name in _PACKAGES}
 
 
 def _version(package: str) -> str | None:

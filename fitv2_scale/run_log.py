@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from data_sharding.errors import DataError
+from data_sharding.errors import DataError, StorageDown
 from fitv2_scale.store import Store
 
 _REQUIRED = {"CLAIM": (), "COMMIT": ("step", "path", "manifest"), "RETIRE": ("entry",), "STOP": ()}
@@ -91,9 +91,10 @@ class RunLog:
             raise ValueError(f"log entry {entry} is not a COMMIT")
         return self._append("RETIRE", lambda before: _still_newest(attempt, before), {"entry": entry})
 
-    def stop(self) -> Entry:
-        """Asks the running attempt to save and end, and the chain to end with it. Anyone may call this."""
-        return self._append("STOP", newest_attempt, {})
+    def stop(self, at_once: bool = False) -> Entry:
+        """Asks the running attempt to save and end, and the chain to end with it; ``at_once``: without saving. Anyone
+        may call this."""
+        return self._append("STOP", newest_attempt, {"at_once": at_once})
 
     def commits(self) -> list[Entry]:
         """The COMMITs that were not RETIREd, oldest first."""
@@ -115,7 +116,7 @@ class RunLog:
             try:
                 self._store.create(_path(entry.n), _encode(entry))
                 return entry
-            except OSError as error:
+            except (OSError, StorageDown) as error:
                 # "Exists" may be our own create, sent again below us because its reply was lost; any other error may
                 # hide a success. Only what stands there now decides.
                 found = self._read(entry.n)

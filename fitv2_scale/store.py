@@ -1,54 +1,144 @@
-"""The object-store contract on which a RUN stands: whole objects, conditional create, no rename, no append.
+"""The object-store contract on which a RUN stands: whole objects, conditional create, no append.
 
-Every operation here is one that S3 has too, so what is built on it carries over. Paths are relative to the store's URL,
-with forward slashes; there are no folders, only objects whose paths share a prefix.
+Every operation is one that S3 has too. Paths are relative to the store's URL, with forward slashes; there are no
+folders, only objects whose paths share a prefix. ``LocalStore`` keeps them in a folder, ``s3_store.S3Store`` in a
+bucket; ``open_store`` chooses.
 """
 
 import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path, PurePosixPath
+from typing import Protocol, TypeVar
 
 from data_sharding.errors import UserError
+
+Result = TypeVar("Result")
 
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}
 
 
-class Store:
-    """Objects below one URL, kept in a local folder.
+class Writable(Protocol):
+    def write(self, data: bytes | memoryview, /) -> object: ...
 
-    ``url`` is a local path or ``file://`` URL; the folder need not exist yet. What ``create`` and ``put`` have written
-    is durable (fsync of file and folder) when they return, and no reader ever sees half of it.
+
+class Store(ABC):
+    """Objects below one ``url``. Safe to share between threads.
+
+    What ``create``, ``put`` and ``writing`` have written is durable when they return, and no reader ever sees half of
+    it. A local disk's trouble is an OSError; storage that does not answer is StorageDown, one that refuses a UserError.
     """
 
-    def __init__(self, url: str) -> None:
-        if url.startswith("s3://"):
-            raise UserError(f"{url}: RUN folders on S3 arrive with a later release; give a local folder for now.")
-        if "://" in url and not url.startswith("file:///"):
-            raise UserError(f"{url}: a RUN folder is a local path or a file:/// URL; give one of these.")
-        self._root = Path(url.removeprefix("file://")).expanduser().absolute()
-        self.url = str(self._root)
+    url: str
 
     def path(self, rel: str) -> str:
-        """The local path (on S3: the URL) of the object or prefix ``rel``. Raises ValueError if it leaves the store."""
+        """Where the object or prefix ``rel`` is: a local path or a URL. Raises ValueError if it leaves the store."""
         if PurePosixPath(rel).is_absolute() or ".." in PurePosixPath(rel).parts:
             raise ValueError(f"{rel!r} leaves the store at {self.url}")
-        return str(self._root / rel)
+        return os.path.join(self.url, rel) if rel else self.url
 
     def read(self, path: str) -> bytes:
         """The whole object. Raises FileNotFoundError if there is none."""
-        return Path(self.path(path)).read_bytes()
+        return self.read_range(path, None, None, lambda data: data)
+
+    @abstractmethod
+    def read_range(self, path: str, begin: int | None, end: int | None, check: Callable[[bytes], Result]) -> Result:
+        """``check(bytes [begin, end) of the object)``, which are fewer where the object ends before.
+
+        ``check`` may raise ``patience.Faulty``: where what came can differ from what is stored, it is read again.
+        Raises FileNotFoundError, Faulty.
+        """
+
+    @abstractmethod
+    def size(self, path: str) -> int:
+        """Bytes of the object. Raises FileNotFoundError; a mere prefix of objects is none."""
 
     def exists(self, path: str) -> bool:
-        """True if there is an object at ``path``; a mere prefix of objects is not one."""
-        return os.path.isfile(self.path(path))
+        """True if there is an object at ``path``."""
+        try:
+            self.size(path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    @abstractmethod
+    def create(self, path: str, data: bytes) -> None:
+        """Writes the object if and only if there is none: one atomic act. Raises FileExistsError if there is one.
+
+        After a lost reply the one that is there may be this one: put a nonce in ``data`` and read it back.
+        """
+
+    @abstractmethod
+    def put(self, path: str, data: bytes) -> None:
+        """Writes the object, replacing an older one atomically."""
+
+    @abstractmethod
+    def writing(self, path: str, size: int) -> AbstractContextManager[Writable]:
+        """Writes an object of ``size`` bytes piece by piece. It is there once the context is left without an error."""
+
+    @abstractmethod
+    def list(self, prefix: str) -> list[str]:
+        """The paths of all objects that start with ``prefix``, sorted. On S3 a hint only: never build on it."""
+
+    def delete_tree(self, path: str) -> None:
+        """Deletes every object below ``path/``; deleting what is gone already is fine."""
+        if PurePosixPath(path) == PurePosixPath("."):
+            raise ValueError(f"refusing to delete all of {self.url}")
+        self._delete_tree(path)
+
+    @abstractmethod
+    def _delete_tree(self, path: str) -> None: ...
+
+    def uploads(self) -> Sequence[tuple[str, str]]:
+        """(path, id) of each upload that was begun and neither finished nor given up; only S3 has any."""
+        return []
+
+    def abort_upload(self, path: str, upload: str) -> None:
+        """Gives one of ``uploads`` up, which frees its space."""
+        raise NotImplementedError
+
+
+def open_store(url: str) -> Store:
+    """The store at a local path, file:// or s3:// URL, which need not hold anything yet. Raises UserError."""
+    if url.startswith("s3://"):
+        from fitv2_scale.s3_store import S3Store  # only here: s3fs is an extra
+
+        return S3Store(url)
+    if "://" in url and not url.startswith("file:///"):
+        raise UserError(f"{url}: give a local path, a file:/// URL or an s3:// URL.")
+    return LocalStore(url)
+
+
+class LocalStore(Store):
+    """Files in a folder, NFS included.
+
+    ``create`` writes a temporary file and links it (link(2)) to its name, which a file system does at most once per
+    name, and with the contents complete; O_EXCL would show an empty file first, for ever if the writer is then killed.
+    On NFS a link whose reply was lost may say "exists" for one's own: the nonce tells, as on S3.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._root = Path(url.removeprefix("file://")).expanduser().absolute()
+        self.url = str(self._root)
+
+    def read_range(self, path: str, begin: int | None, end: int | None, check: Callable[[bytes], Result]) -> Result:
+        with open(self.path(path), "rb") as file:
+            file.seek(begin or 0)
+            return check(file.read() if end is None else file.read(end - (begin or 0)))
+
+    def size(self, path: str) -> int:
+        if not os.path.isfile(self.path(path)):
+            raise FileNotFoundError(self.path(path))
+        return os.path.getsize(self.path(path))
 
     def create(self, path: str, data: bytes) -> None:
-        """Writes the object if and only if there is none: one atomic act. Raises FileExistsError if there is one."""
-        with self._staged(path, data) as (staged, final):
+        with self._staged(path) as (file, staged, final):
+            file.write(data)
+            _sync(file)
             try:
                 os.link(staged, final)
             except OSError as error:
@@ -61,39 +151,43 @@ class Store:
             fsync_folder(final.parent)
 
     def put(self, path: str, data: bytes) -> None:
-        """Writes the object, replacing an older one atomically."""
-        with self._staged(path, data) as (staged, final):
+        with self.writing(path, len(data)) as file:
+            file.write(data)
+
+    @contextmanager
+    def writing(self, path: str, size: int) -> Iterator[Writable]:
+        with self._staged(path) as (file, staged, final):
+            yield file
+            _sync(file)
             os.replace(staged, final)
             fsync_folder(final.parent)
 
     def list(self, prefix: str) -> list[str]:
-        """The paths of all objects that start with ``prefix``, sorted. On S3 a hint only: never build on it."""
         folder = Path(self.path(prefix if prefix.endswith("/") else os.path.dirname(prefix)))
         found = (os.path.join(where, name) for where, _, names in os.walk(folder) for name in names)
         paths = (os.path.relpath(path, self._root) for path in found if not path.endswith(".tmp"))
         return sorted(path for path in paths if path.startswith(prefix))
 
-    def delete_tree(self, path: str) -> None:
-        """Deletes every object below ``path/``; deleting what is gone already is fine."""
-        if PurePosixPath(path) == PurePosixPath("."):
-            raise ValueError(f"refusing to delete all of {self.url}")
+    def _delete_tree(self, path: str) -> None:
         with suppress(FileNotFoundError):
             shutil.rmtree(self.path(path))
 
     @contextmanager
-    def _staged(self, path: str, data: bytes) -> Iterator[tuple[Path, Path]]:
-        """Writes ``data`` to a durable temporary file beside its destination; yields both paths, then tidies up."""
+    def _staged(self, path: str):
+        """A temporary file beside its destination, and both paths; afterwards it is gone."""
         final = Path(self.path(path))
         _make_folder(final.parent)
         staged = final.parent / f".{final.name}.{secrets.token_hex(8)}.tmp"
         try:
             with open(staged, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            yield staged, final
+                yield file, staged, final
         finally:
             staged.unlink(missing_ok=True)
+
+
+def _sync(file) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _make_folder(folder: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from services.s3 import client, rgw  # noqa: F401 - fixtures
 
 from data_sharding.write import write_dataset
 from fitv2_scale.config import Config, parse_config

@@ -37,19 +37,19 @@ def logical(run: str) -> dict[str, torch.Tensor]:
     return {name: reader.read_tensor(name) for name in manifest["tensors"]}
 
 
-def resave(config, target: str, replicate: int) -> None:
+def resave(config, target: str, replicate: int, tensor: int = 1) -> None:
     """Loads the newest commit of ``config.run`` on these ranks and commits it, untouched, to another run."""
     with join() as world:
         source = Run.open(config.run)
-        engine = make_engine(config, Layout.of(world.size, replicate), world)
+        engine = make_engine(config, Layout.of(world.size, replicate, tensor), world)
         # What a load leaves out would show as these values.
         for boxed in engine.boxes().values():
             for box in boxed.boxes:
                 box.tensor.fill_(float("nan"))
-        restored = Checkpointer(source, None, 0, world, 1).restore(engine, source)
+        restored = Checkpointer(source, None, 0, world).restore(engine, source)
         run = world.on_first(lambda: Run.open_or_create(target, {}, {}, "") and None) or Run.open(target)
         attempt = run.claim({}) if world.is_first else None
-        Checkpointer(run, attempt, 1, world, 1).save(engine, restored.step, restored.cursor)
+        Checkpointer(run, attempt, 1, world).save(engine, restored.step, restored.cursor)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from fitv2_scale.cli import main
 from fitv2_scale.ledger import RunLedger, open_ledger
 from fitv2_scale.run import Run, status
 from fitv2_scale.run_log import RunLog, StaleAttempt
-from fitv2_scale.store import Store
+from fitv2_scale.store import LocalStore
 from fitv2_scale.train import BAD_INPUT, DONE, train
 
 
@@ -123,7 +123,7 @@ def test_all_other_images_are_untouched(dataset, manifest):
 
 
 def make_book(folder: Path, manifest, share: float = 0.5) -> RunLedger:
-    store = Store(str(folder))
+    store = LocalStore(str(folder))
     log = RunLog(store)
     return RunLedger(store, log, log.claim().attempt, 0, share, Ledger([manifest]))
 
@@ -148,7 +148,7 @@ def test_a_stale_attempt_writes_nothing(tmp_path, manifest):
     assert open_ledger(new.store, [manifest]).version == 0
 
 
-class LossyStore(Store):
+class LossyStore(LocalStore):
     """``create`` does its work and loses the reply, or finds that another attempt's page has just got there."""
 
     mode = "lost"

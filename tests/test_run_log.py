@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from data_sharding.errors import DataError, UserError
 from fitv2_scale.run_log import RunLog, StaleAttempt
-from fitv2_scale.store import Store
+from fitv2_scale.store import LocalStore, open_store
 
 DIGEST = "sha256:00"
 
 
-class FakeStore(Store):
+class FakeStore(LocalStore):
     """Objects in memory, with a listing that fails. ``script`` says what the next creates do:
 
     "ok", "lost" (done, but an error comes back), "resent" (done, but "exists" comes back), "failed" (not done), or
@@ -199,7 +199,7 @@ def test_threads_race_on_the_local_store(tmp_path):
     begin, commits, stale = threading.Barrier(8), [], []
 
     def write(who: int) -> None:
-        log = RunLog(Store(str(tmp_path)))
+        log = RunLog(LocalStore(str(tmp_path)))
         begin.wait()
         for turn in range(3):
             attempt = log.claim().attempt
@@ -214,7 +214,7 @@ def test_threads_race_on_the_local_store(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    log = RunLog(Store(str(tmp_path)))
+    log = RunLog(LocalStore(str(tmp_path)))
     entries = log.entries()
     assert sorted(os.listdir(tmp_path / "log")) == [f"{n:08d}" for n in range(1, len(entries) + 1)]
     assert_sound(log)
@@ -224,7 +224,7 @@ def test_threads_race_on_the_local_store(tmp_path):
 
 
 def test_store_create_is_conditional_and_put_is_not(tmp_path):
-    store = Store(f"file://{tmp_path}/run")
+    store = LocalStore(f"file://{tmp_path}/run")
     store.create("a/b", b"first")
     with pytest.raises(FileExistsError):
         store.create("a/b", b"second")
@@ -237,7 +237,7 @@ def test_store_create_is_conditional_and_put_is_not(tmp_path):
 
 
 def test_store_lists_by_prefix_and_deletes_trees(tmp_path):
-    store = Store(str(tmp_path))
+    store = LocalStore(str(tmp_path))
     for path in ("steps/1/a", "steps/1/b", "steps/10/a", "log/1"):
         store.put(path, b"")
     (tmp_path / "steps" / ".x.123.tmp").write_bytes(b"left by a killed process")
@@ -252,22 +252,22 @@ def test_store_lists_by_prefix_and_deletes_trees(tmp_path):
 @pytest.mark.parametrize("path", ["../x", "/etc/x", "a/../../x"])
 def test_store_keeps_to_its_folder(tmp_path, path):
     with pytest.raises(ValueError, match="leaves the store"):
-        Store(str(tmp_path)).delete_tree(path)
+        LocalStore(str(tmp_path)).delete_tree(path)
     with pytest.raises(ValueError, match="refusing"):
-        Store(str(tmp_path)).delete_tree("")
+        LocalStore(str(tmp_path)).delete_tree("")
 
 
 @pytest.mark.parametrize(
     ("url", "says"),
     [
-        ("s3://b/run", "S3 arrive with a later release"),
-        ("http://h/run", "local path"),
+        ("s3://bucket", "names no folder in the bucket"),
+        ("http://h/run", "a file:/// URL or an s3:// URL"),
         ("file://h/run", "file:/// URL"),
     ],
 )
 def test_store_refuses_what_it_cannot_do(url, says):
     with pytest.raises(UserError, match=says):
-        Store(url)
+        open_store(url)
 
 
 def test_store_without_hard_links_says_so(tmp_path, monkeypatch):
@@ -276,4 +276,4 @@ def test_store_without_hard_links_says_so(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "link", no_link)
     with pytest.raises(UserError, match="no hard links"):
-        Store(str(tmp_path)).create("log/1", b"")
+        LocalStore(str(tmp_path)).create("log/1", b"")

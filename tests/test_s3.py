@@ -8,13 +8,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import botocore.session
 import pytest
 from conftest import make_tiny
 from lineage import commit_bytes, losses
 from ranks import Ranks, run_ranks
 from services.faultproxy import FaultProxy, Rule
-from services.rgw import KEY, SECRET, Rgw, environment, missing
+from services.rgw import KEY, SECRET, environment
+from services.s3 import use
 from test_resume import reach
 from test_stream import loader, same
 
@@ -37,26 +37,6 @@ STEPS = range(14)
 
 
 @pytest.fixture(scope="session")
-def rgw(tmp_path_factory):
-    if absent := missing():
-        pytest.skip(f"no S3 server: {', '.join(absent)} missing (as root, tests/run.sh installs radosgw and ceph)")
-    with Rgw(tmp_path_factory.mktemp("rgw")) as server:
-        yield server
-
-
-@pytest.fixture(scope="session")
-def client(rgw):
-    session = botocore.session.get_session()
-    return session.create_client(
-        "s3",
-        endpoint_url=f"http://127.0.0.1:{rgw.port}",
-        aws_access_key_id=KEY,
-        aws_secret_access_key=SECRET,
-        region_name="us-east-1",
-    )
-
-
-@pytest.fixture(scope="session")
 def url(client, dataset) -> str:
     """The dataset of conftest, on S3."""
     client.create_bucket(Bucket=BUCKET)
@@ -76,14 +56,6 @@ def proxy(rgw, url, monkeypatch):
     with FaultProxy(rgw.port) as proxy:
         use(monkeypatch, environment(proxy.port))
         yield proxy
-    disconnect()
-
-
-def use(monkeypatch, env: dict[str, str]) -> None:
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    for name, value in env.items():
-        monkeypatch.setenv(name, value)
     disconnect()
 
 
@@ -255,7 +227,8 @@ def test_training_through_storms_ends_bit_equal(proxy, on_s3, tiny, tmp_path):
 
 
 @pytest.mark.timeout(180)
-def test_an_outage_saves_and_asks_for_another_attempt(proxy, on_s3, tiny):
+@pytest.mark.parametrize(("status_code", "cause"), [(503, "503 SlowDown"), (403, "403 AccessDenied")])
+def test_an_outage_saves_and_asks_for_another_attempt(proxy, on_s3, tiny, status_code, cause):
     """Nothing goes to the ledger, whatever it allows, and the run goes on where it was."""
     local = tiny("local", train__steps=24)
     assert run_ranks(2, train, local) == [DONE, DONE]
@@ -264,13 +237,13 @@ def test_an_outage_saves_and_asks_for_another_attempt(proxy, on_s3, tiny):
     config = on_s3("run", data__deadline_seconds=2, **changes)
     ranks = Ranks(2, train_on_s3, env, config)
     reach(config, 7, attempt=1)
-    proxy.rules = [Rule("status"), Rule("status", method="HEAD")]
+    proxy.rules = [Rule("status", status=status_code, method=method) for method in ("GET", "HEAD")]
     began = time.monotonic()
     assert ranks.results(timeout=60) == [RETRY, RETRY]
     assert time.monotonic() - began < 30
     report = status(Run.open(config.run))
     assert list(losses(config.run)) == list(range(1, report["last_commit"]["step"] + 1))
-    assert "cannot be reached (503 SlowDown, tried again for 2 s)" in report["attempts"][0]["why"]
+    assert f"cannot be reached ({cause}, tried again for 2 s)" in report["attempts"][0]["why"]
     assert report["substituted"]["images"] == 0 and report["last_commit"]["step"] >= 7
     proxy.rules = []
     assert run_ranks(2, train_on_s3, env, config) == [DONE, DONE]

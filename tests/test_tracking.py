@@ -287,15 +287,15 @@ def test_attempts_of_one_run_are_one_mlflow_run(folder):
 @pytest.mark.parametrize("died", ["before", "after"])
 def test_an_uploader_killed_at_its_acknowledgement_repeats_nothing(folder, monkeypatch, died):
     """Killed when MLflow has the second batch, before or after that is written down: it is sent again, or is not."""
-    from fitv2_scale.store import Store
+    from fitv2_scale.store import LocalStore
     from fitv2_scale.tracking import publisher
 
     monkeypatch.setattr(publisher, "MAX_METRICS_PER_BATCH", 10)
     run = make(folder)
     train(run, 0, 35, commits=(35,)).end(0, "done")
-    real, acks = Store.put, []
+    real, acks = LocalStore.put, []
 
-    def put(store: Store, path: str, data: bytes) -> None:
+    def put(store: LocalStore, path: str, data: bytes) -> None:
         acks.extend([path] if path.endswith("ack.json") else [])
         if len(acks) == 2 and died == "before":
             raise KeyboardInterrupt
@@ -303,11 +303,11 @@ def test_an_uploader_killed_at_its_acknowledgement_repeats_nothing(folder, monke
         if len(acks) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Store, "put", put)
+    monkeypatch.setattr(LocalStore, "put", put)
     with pytest.raises(KeyboardInterrupt):
         sync(str(folder), "auto", "test")
     assert steps(folder) == list(range(1, 21))
-    monkeypatch.setattr(Store, "put", real)
+    monkeypatch.setattr(LocalStore, "put", real)
     assert sync(str(folder), "auto", "test")["metrics"] == (25 if died == "before" else 15)
     assert steps(folder) == list(range(1, 36))
 

@@ -1,24 +1,33 @@
 """Saving, restoring and retiring commits of a run.
 
-A save writes data, then a manifest with the digest of each file, then COMMIT in the run's log: until that entry stands
-there is no checkpoint, and nothing is renamed. A restore walks the log backwards to the newest commit that is whole;
-what is not is named, quarantined with the reason, and never deleted.
+A save writes data, then a manifest with the digests of each file, then COMMIT in the run's log: until that entry stands
+there is no checkpoint. All that goes on in the background: training waits for no more than a copy of the state (see
+``staging``). A restore walks the log backwards to the newest commit that is whole; what is not is named, quarantined
+with the reason, and never deleted.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import PurePosixPath
 from typing import Any
 
-import fsspec
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from data_sharding.errors import UserError
 from data_sharding.plan import Cursor
 from fitv2_scale.checkpoint.boxed import BoxedTensor
-from fitv2_scale.checkpoint.safetensors_file import file_digest
+from fitv2_scale.checkpoint.chunks import CHUNK, ChunkReader, Damaged
+from fitv2_scale.checkpoint.policy import CheckpointConfig, to_retire
+from fitv2_scale.checkpoint.staging import Staging
 from fitv2_scale.checkpoint.storage import FORMAT, MANIFEST, BoxReader, BoxWriter
 from fitv2_scale.parallel.boxes import LogicalTensor
 from fitv2_scale.parallel.engine import Engine
@@ -27,6 +36,9 @@ from fitv2_scale.run import Attempt, Run
 from fitv2_scale.run_log import Entry
 
 MOMENTS = ("exp_avg/", "exp_avg_sq/")
+_TIMEOUT = timedelta(minutes=30)  # for which a rank that has written waits for the others
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,92 +49,240 @@ class Restored:
 
 
 class Checkpointer:
-    """Saves and restores on all ranks together. ``attempt`` is rank 0's own; the others only write their data."""
+    """Saves and restores on all ranks together. ``attempt`` is rank 0's own; the others only write their data.
 
-    def __init__(self, run: Run, attempt: Attempt | None, number: int, world: World, keep_last: int):
-        self._run, self._attempt, self._number, self._world = run, attempt, number, world
-        self._keep_last = keep_last
+    At most one save is in flight. ``begin`` starts it; the state must not change before ``staged`` has returned; what
+    came of it is learned by ``settle``, which waits for it. ``newest`` is the step that is committed or on its way.
 
-    def save(self, engine: Engine, step: int, cursor: Cursor) -> None:
-        """Commits the state after ``step`` steps. Raises StaleAttempt on all ranks if a newer attempt took over."""
-        folder = commit_folder(step, self._number)
+    A save that the storage does not take is no end: training goes on, and saves again when a save is next due.
+    ``failed`` counts how many have failed in a row.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        attempt: Attempt | None,
+        number: int,
+        world: World,
+        config: CheckpointConfig = CheckpointConfig(),  # noqa: B008 - immutable
+    ):
+        self._run, self._attempt, self._number, self._world, self._config = run, attempt, number, world, config
+        self.failed = self.newest = 0
+        self._failures = self._committed = 0
+        self._staging: Staging | None = None
+        self._writers: World | None = None  # the same ranks, in a group of the threads that write
+        self._saving: Future[None] | None = None
+        self._saved: tuple[Engine, dict[str, LogicalTensor]] | None = None
+
+    def prepare(self, engine: Engine) -> None:
+        """Allocates what saves of ``engine`` need, so that the first of them takes no longer than the others."""
+        if self._staging is None:
+            self._staging = Staging(engine.boxes())
+            self._writers = replace(self._world, cpu_group=dist.new_group(backend="gloo", timeout=_TIMEOUT))
+
+    def begin(
+        self, engine: Engine, step: int, cursor: Cursor, before_commit: Callable[[], None] = lambda: None
+    ) -> None:
+        """Starts to commit the state after ``step`` steps. The save before must have been settled.
+
+        ``before_commit`` is called on rank 0, in another thread, when all data is durable.
+        """
+        assert self._saving is None, "the save before is still in flight"
+        self.prepare(engine)
+        # A name of its own for each try: a COMMIT whose reply was lost may still come to stand for the last one.
+        folder = commit_folder(step, self._number, self._failures)
         header = {"step": step, "attempt": self._number, "cursor": asdict(cursor), "scalars": engine.scalars()}
-        writer = write_commit(self._run, folder, self._world.rank, header, engine.boxes(), self._world.cpu_group)
-        self._world.on_first(lambda: self._commit(step, folder, writer.manifest_digest))
+        self._staging.mark(self._live(engine))
+        self._saving = _in_background(lambda: self._save(step, folder, header, before_commit))
+        self.newest = step
 
-    def _commit(self, step: int, folder: str, digest: str) -> None:
+    def _live(self, engine: Engine) -> dict[str, LogicalTensor]:
+        """The boxes of its state, which stay where they are from the first step on; to list them takes time."""
+        if self._saved is None or self._saved[0] is not engine:
+            self._saved = (engine, engine.boxes())
+        return self._saved[1]
+
+    def staged(self) -> None:
+        """From here on the state may change: what is being saved of it has been copied, or the device will wait."""
+        if self._staging is not None:
+            self._staging.wait()
+
+    @property
+    def ended(self) -> bool:
+        """Whether this rank's part of the save in flight is over, well or not."""
+        return self._saving is not None and self._saving.done()
+
+    def settle(self) -> str | None:
+        """Waits for the save in flight, if there is one. Returns None, or why the storage did not take it.
+
+        Raises StaleAttempt on all ranks if a newer attempt took over.
+        """
+        if self._saving is None:
+            return None
+        saving, self._saving = self._saving, None
+        try:
+            saving.result()
+        except (OSError, UserError) as error:
+            failure = f"the save at step {self.newest} failed: {error}"
+            log.warning("%s", failure)
+            self.failed, self._failures, self.newest = self.failed + 1, self._failures + 1, self._committed
+            return failure
+        self.failed, self._committed = 0, self.newest
+        return None
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Waits at the end for a save in flight: what it commits is good, however the attempt ends. But not if
+        somebody is in a hurry (KeyboardInterrupt)."""
+        try:
+            yield
+        except Exception:
+            with suppress(Exception):
+                self.settle()
+            raise
+        self.settle()
+
+    def save(
+        self, engine: Engine, step: int, cursor: Cursor, before_commit: Callable[[], None] = lambda: None
+    ) -> str | None:
+        """``begin`` and ``settle``."""
+        self.begin(engine, step, cursor, before_commit)
+        return self.settle()
+
+    def _save(self, step: int, folder: str, header: dict, before_commit: Callable[[], None]) -> None:
+        self._staging.copy()
+        run, ranks = self._run, self._writers
+        try:
+            writer = write_commit(run, folder, ranks.rank, header, self._staging.tensors, ranks.cpu_group)
+        except CheckpointException as error:
+            ranks.on_first(lambda: self._discard(folder))
+            raise _cause(error) from error
+        ranks.on_first(lambda: self._commit(step, folder, writer.manifest_digest, before_commit))
+
+    @property
+    def gave_up(self) -> bool:
+        """True once so many saves in a row have failed that it is better to start anew elsewhere."""
+        return self.failed >= self._config.max_failed
+
+    def _discard(self, folder: str) -> None:
+        """Frees what a failed save has taken, if it can; `sweep` does else. Its COMMIT was not even tried."""
+        with suppress(OSError, UserError):
+            self._run.store.delete_tree(folder)
+
+    def _commit(self, step: int, folder: str, digest: str, before_commit: Callable[[], None]) -> None:
+        before_commit()
         self._attempt.commit(step, folder, digest)
-        for entry in to_retire(self._run.log.commits(), self._quarantined(), self._keep_last):
+        try:
+            self._retire()
+        except (OSError, UserError) as error:
+            log.warning("old commits were not deleted: %s", error)
+
+    def _retire(self) -> None:
+        """Deletes what is no longer needed, once the newest two that stay were looked at."""
+        commits, bad = self._run.log.commits(), quarantined(self._run)
+        if not to_retire(commits, bad, self._config):
+            return
+        while problems := {
+            entry.n: (entry, problem)
+            for entry in [entry for entry in commits if entry.n not in bad][-2:]
+            if (problem := _glance(self._run, entry))
+        }:
+            for entry, problem in problems.values():
+                _quarantine(self._run, entry, problem)
+            bad |= problems.keys()
+        for entry in to_retire(commits, bad, self._config):
             self._attempt.retire(entry.n)
             self._run.store.delete_tree(entry.fields["path"])
-
-    def _quarantined(self) -> set[int]:
-        return {int(Path(path).stem) for path in self._run.store.list("quarantine/")}
 
     def restore(self, engine: Engine, run: Run, step: int | None = None) -> Restored | None:
         """Fills ``engine`` from the newest whole commit of ``run`` (or the one at ``step``); None if there is none."""
         found = self._world.on_first(lambda: [asdict(e) for e in reversed(run.log.commits())])
         entries = [Entry(**e) for e in found if step is None or e["fields"]["step"] == step]
-        quarantined: list[str] = []
+        passed_over: list[str] = []
         for entry in entries:
-            problem, manifest = self._verify(run, entry)
+            manifest, problem = self._world.on_first(lambda e=entry: _open(run, e))
+            problem = problem or self._fill(engine, run, entry, manifest)
             if problem is None:
-                _fill(engine, run, entry.fields["path"], manifest, self._world.cpu_group)
                 cursor = Cursor(**manifest["cursor"]) if manifest["cursor"] else None
-                return Restored(manifest["step"], cursor, quarantined)
-            quarantined.append(f"commit at step {entry.fields['step']} is not whole ({problem}); it was passed over")
-            self._world.on_first(lambda e=entry, p=problem: self._quarantine(e, p))
+                self.newest = self._committed = manifest["step"]
+                return Restored(manifest["step"], cursor, passed_over)
+            passed_over.append(f"commit at step {entry.fields['step']} is not whole ({problem}); it was passed over")
+            self._world.on_first(lambda e=entry, p=problem: _quarantine(run, e, p))
         if entries:
-            raise UserError(f"{run.url}: no commit is whole: " + "; ".join(quarantined))
+            raise UserError(f"{run.url}: no commit is whole: " + "; ".join(passed_over))
         return None
 
-    def _verify(self, run: Run, entry: Entry) -> tuple[str | None, dict]:
-        """The first problem any rank finds; each rank reads its share of the files."""
+    def _fill(self, engine: Engine, run: Run, entry: Entry, manifest: dict) -> str | None:
+        """Reads the commit into ``engine``; returns what is wrong with it, alike on all ranks."""
+        wanted, stored = engine.boxes(), manifest["tensors"].keys()
+        if not manifest["moments"]:  # imported weights: the optimizer begins anew
+            wanted = {name: logical for name, logical in wanted.items() if not name.startswith(MOMENTS)}
+        missing = [name for name in wanted if name not in stored]
+        if missing:
+            raise UserError(
+                f"{run.url}: the commit at step {manifest['step']} holds no {missing[0]}: not this network's"
+            )
+        state = {name: BoxedTensor(logical) for name, logical in wanted.items()}
+        reader = BoxReader(run.store, entry.fields["path"], manifest)
         try:
-            manifest = read_manifest(run, entry)
-            problem = next(_problems(run, entry, manifest, self._world.rank, self._world.size), None)
-        except UserError as error:
-            manifest, problem = {}, str(error)
-        return next(filter(None, self._world.gather(problem)), None), manifest
-
-    def _quarantine(self, entry: Entry, problem: str) -> None:
-        record = {"entry": entry.n, "path": entry.fields["path"], "problem": problem}
-        self._run.store.put(f"quarantine/{entry.n:08d}.json", json.dumps(record).encode())
-
-
-def to_retire(commits: list[Entry], quarantined: set[int], keep_last: int) -> list[Entry]:
-    """The commits that are no longer needed: all but the newest ``keep_last`` that are not known to be damaged.
-
-    A damaged one neither counts as kept nor is ever deleted.
-    """
-    return [entry for entry in commits if entry.n not in quarantined][:-keep_last]
+            dcp.load(state, storage_reader=reader, process_group=self._world.cpu_group)
+        except CheckpointException as error:
+            cause = _cause(error)
+            if isinstance(cause, Damaged):
+                return str(cause)
+            raise cause from error
+        if manifest["moments"]:
+            engine.load_scalars(manifest["scalars"])
+        engine.loaded()
+        return None
 
 
-def commit_folder(step: int, attempt: int) -> str:
-    """Where an attempt saves a step: never where another did, so a late delete by an old attempt hits only its own."""
-    return f"steps/{step:08d}.{attempt:04d}"
+def _in_background(work: Callable[[], None]) -> Future[None]:
+    """What comes of ``work``, in a thread that does not keep a process alive that has met its end otherwise."""
+    future: Future[None] = Future()
+
+    def act() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=act, name="save", daemon=True).start()
+    return future
+
+
+def commit_folder(step: int, attempt: int, failures: int = 0) -> str:
+    """Where an attempt saves a step, after so many of its saves have failed: never where another save did, so that a
+    late delete by an old attempt hits only its own."""
+    return f"steps/{step:08d}.{attempt:04d}" + (f".{failures}" if failures else "")
+
+
+def attempt_of(folder: str) -> int | None:
+    """The attempt that saved into ``folder``; None if it is no name that ``commit_folder`` gives."""
+    parts = PurePosixPath(folder).name.split(".")
+    return int(parts[1]) if len(parts) in (2, 3) and all(part.isdecimal() for part in parts) else None
 
 
 def write_commit(
     run: Run, folder: str, rank: int, header: dict, tensors: dict[str, LogicalTensor], group: Any
 ) -> BoxWriter:
-    """Writes data and manifest of a commit, all ranks of ``group`` together (None: this process alone)."""
+    """Writes data and manifest of a commit, all ranks of ``group`` together."""
     moments = sorted({name.split("/", 1)[1] for name in tensors if name.startswith(MOMENTS)})
     writer = BoxWriter(run.store, folder, rank, header | {"moments": moments})
     state = {name: BoxedTensor(logical) for name, logical in tensors.items()}
-    dcp.save(state, storage_writer=writer, process_group=group, no_dist=group is None)
+    dcp.save(state, storage_writer=writer, process_group=group)
     return writer
 
 
 def read_manifest(run: Run, entry: Entry) -> dict:
-    """The manifest of a commit, checked against the log. Raises UserError."""
+    """The manifest of a commit, checked against the log. Raises Damaged; UserError if it is of another format."""
     path = f"{entry.fields['path']}/{MANIFEST}"
     try:
         text = run.store.read(path)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
+        raise Damaged(f"{path} is missing") from None
     if hashlib.sha256(text).hexdigest() != entry.fields["manifest"]:
-        raise UserError(f"{path} does not match its digest in the log")
+        raise Damaged(f"{path} does not match its digest in the log")
     manifest = json.loads(text)
     if manifest["format"] != FORMAT:
         raise UserError(f"{path} is of format {manifest['format']}, this program reads format {FORMAT}")
@@ -130,35 +290,62 @@ def read_manifest(run: Run, entry: Entry) -> dict:
 
 
 def verify_commit(run: Run, entry: Entry) -> list[str]:
-    """Everything wrong with a commit, a sentence each."""
+    """Everything wrong with a commit, a sentence each. Reads all of it."""
     try:
-        return list(_problems(run, entry, read_manifest(run, entry), 0, 1))
-    except UserError as error:
+        manifest = read_manifest(run, entry)
+    except Damaged as error:
         return [str(error)]
-
-
-def _problems(run: Run, entry: Entry, manifest: dict, rank: int, ranks: int) -> Iterator[str]:
-    for file, recorded in list(sorted(manifest["files"].items()))[rank::ranks]:
-        fs, path = fsspec.core.url_to_fs(run.store.path(f"{entry.fields['path']}/{file}"))
+    reader, problems = ChunkReader(run.store, entry.fields["path"], manifest["files"]), []
+    for file, recorded in sorted(manifest["files"].items()):
         try:
-            size, digest = file_digest(fs, path)
-        except FileNotFoundError:
-            yield f"{file} is missing"
-            continue
-        if size != recorded["bytes"]:
-            yield f"{file} has {size} bytes, not {recorded['bytes']}"
-        elif digest != recorded["xxh3_128"]:
-            yield f"{file} does not match its digest"
+            reader.check_size(file)
+            for index in range(-(-recorded["bytes"] // CHUNK)):
+                reader.chunk(file, index)
+        except Damaged as error:
+            problems.append(str(error))
+    return problems
 
 
-def _fill(engine: Engine, run: Run, folder: str, manifest: dict, group: Any) -> None:
-    wanted, stored = engine.boxes(), manifest["tensors"].keys()
-    if not manifest["moments"]:  # imported weights: the optimizer begins anew
-        wanted = {name: logical for name, logical in wanted.items() if not name.startswith(MOMENTS)}
-    missing = [name for name in wanted if name not in stored]
-    if missing:
-        raise UserError(f"{run.url}: the commit at step {manifest['step']} holds no {missing[0]}: not this network's")
-    state = {name: BoxedTensor(logical) for name, logical in wanted.items()}
-    dcp.load(state, storage_reader=BoxReader(run.store, folder, manifest), process_group=group)
-    if manifest["moments"]:
-        engine.load_scalars(manifest["scalars"])
+def quarantined(run: Run) -> set[int]:
+    """The numbers of the COMMITs that were found damaged."""
+    return {int(PurePosixPath(path).stem) for path in run.store.list("quarantine/")}
+
+
+def _open(run: Run, entry: Entry) -> tuple[dict, str | None]:
+    """The manifest, or what is wrong with it."""
+    try:
+        return read_manifest(run, entry), None
+    except Damaged as error:
+        return {}, str(error)
+
+
+def _glance(run: Run, entry: Entry) -> str | None:
+    """What is wrong with a commit, as far as that can be seen without reading its data."""
+    try:
+        manifest = read_manifest(run, entry)
+        reader = ChunkReader(run.store, entry.fields["path"], manifest["files"])
+        for file in manifest["files"]:
+            reader.check_size(file)
+    except Damaged as error:
+        return str(error)
+    return None
+
+
+def _quarantine(run: Run, entry: Entry, problem: str) -> None:
+    """Keeps the reason, unless the commit has been retired meanwhile: then it is rightly gone."""
+    log.warning("the commit at step %d is not whole: %s", entry.fields["step"], problem)
+    if any(e.n == entry.n for e in run.log.commits()):
+        record = {"entry": entry.n, "path": entry.fields["path"], "problem": problem}
+        try:
+            run.store.put(f"quarantine/{entry.n:08d}.json", json.dumps(record).encode())
+        except (OSError, UserError) as error:  # a run that may only be read
+            log.warning("this could not be noted: %s", error)
+
+
+def _cause(error: CheckpointException) -> BaseException:
+    """What one of the ranks met: a bug before trouble with the storage, and that before damage."""
+
+    def gravity(cause: BaseException) -> int:
+        return 2 if isinstance(cause, Damaged) else 1 if isinstance(cause, OSError | UserError) else 0
+
+    return min((cause for cause, _ in error.failures.values()), key=gravity)

@@ -3,17 +3,19 @@
 DCP's own file format keeps its metadata as a pickle, and unpickling runs whatever the file says. Here nothing is
 unpickled. A folder holds ``rank-00000.safetensors`` …, one key a box, and ``manifest.json``:
 
-    {"format": 1, "step": 300, …,
-     "files": {"rank-00000.safetensors": {"bytes": 7120, "xxh3_128": "9f…"}},
+    {"format": 2, "step": 300, …,
+     "files": {"rank-00000.safetensors": {"bytes": 7120, "xxh3_128": ["9f…"]}},
      "tensors": {"param/x_embedder.proj.weight": {"shape": [192, 16], "boxes": [
          {"offset": [0, 0], "shape": [96, 16], "file": "rank-00000.safetensors", "begin": 512}, …]}}}
+
+Each digest covers ``chunks.CHUNK`` bytes of its file.
 """
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 
-import fsspec
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import (
@@ -27,11 +29,21 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
+from fitv2_scale.checkpoint.chunks import ChunkReader, Span
 from fitv2_scale.checkpoint.safetensors_file import Entry, Written, write_safetensors
 from fitv2_scale.store import Store
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
+_ITEM = torch.float32.itemsize
+
+
+def write_manifest(store: Store, folder: str, header: dict, files: dict[str, Written], tensors: dict) -> str:
+    """Writes a commit's manifest (see above); returns its sha256, for the COMMIT entry."""
+    recorded = {name: {"bytes": w.bytes, "xxh3_128": w.xxh3_128} for name, w in files.items()}
+    text = json.dumps({"format": FORMAT, **header, "files": recorded, "tensors": tensors}).encode()
+    store.put(f"{folder}/{MANIFEST}", text)
+    return hashlib.sha256(text).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -48,54 +60,47 @@ class BoxWriter(StorageWriter):
     dcp.save: the sha256 of the manifest, for the COMMIT entry."""
 
     def __init__(self, store: Store, folder: str, rank: int, header: dict):
-        self._store, self._relative = store, folder
-        self._fs, self._folder = fsspec.core.url_to_fs(store.path(folder))
+        self._store, self._folder = store, folder
         self._rank, self._header = rank, header
         self.manifest_digest: str | None = None
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        file = f"rank-{self._rank:05d}.safetensors"
-        items = {_key(item.index): item for item in plan.items}
-        entries = [
+        file, entries = f"rank-{self._rank:05d}.safetensors", self._entries(plan, planner)
+        results = []
+        if entries:
+            written = write_safetensors(self._store, f"{self._folder}/{file}", entries)
+            results = [
+                WriteResult(item.index, entry.nbytes, _Place(file, written.begins[entry.key], written))
+                for item, entry in zip(plan.items, entries, strict=True)
+            ]
+        return _done(results)
+
+    @staticmethod
+    def _entries(plan: SavePlan, planner: SavePlanner) -> list[Entry]:
+        """What this rank writes, as live tensors: whoever writes later copies what ``read`` gives first."""
+        return [
             Entry(
-                key,
+                _key(item.index),
                 item.tensor_data.properties.dtype,
                 tuple(item.tensor_data.chunk.sizes),
                 lambda item=item: planner.resolve_data(item),
             )
-            for key, item in items.items()
+            for item in plan.items
         ]
-        results = []
-        if entries:
-            written = write_safetensors(self._fs, f"{self._folder}/{file}", entries)
-            results = [
-                WriteResult(item.index, entry.nbytes, _Place(file, written.begins[key], written))
-                for (key, item), entry in zip(items.items(), entries, strict=True)
-            ]
-        future: Future[list[WriteResult]] = Future()
-        future.set_result(results)
-        return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         places: dict[MetadataIndex, _Place] = {r.index: r.storage_data for rank in results for r in rank}
-        files = {p.file: {"bytes": p.written.bytes, "xxh3_128": p.written.xxh3_128} for p in places.values()}
-        tensors = {}
+        files, tensors = {p.file: p.written for p in places.values()}, {}
         for name, stored in metadata.state_dict_metadata.items():
             boxes = []
             for chunk in stored.chunks:
                 place = places[MetadataIndex(name, chunk.offsets)]
-                box = {"offset": list(chunk.offsets), "shape": list(chunk.sizes)}
-                boxes.append(box | {"file": place.file, "begin": place.begin})
+                boxes.append(box_record(chunk.offsets, chunk.sizes, place.file, place.begin))
             tensors[name] = {"shape": list(stored.size), "boxes": boxes}
-        manifest = {"format": FORMAT, **self._header, "files": files, "tensors": tensors}
-        text = json.dumps(manifest).encode()
-        self._store.put(f"{self._relative}/{MANIFEST}", text)
-        self.manifest_digest = hashlib.sha256(text).hexdigest()
+        self.manifest_digest = write_manifest(self._store, self._folder, self._header, files, tensors)
 
     def reset(self, checkpoint_id=None) -> None: ...
-    def set_up_storage_writer(self, is_coordinator: bool, *args, **kwargs) -> None:
-        self._fs.makedirs(self._folder, exist_ok=True)
-
+    def set_up_storage_writer(self, is_coordinator: bool, *args, **kwargs) -> None: ...
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan
 
@@ -107,9 +112,16 @@ class BoxWriter(StorageWriter):
         return True
 
 
+def box_record(offset: tuple[int, ...], shape: tuple[int, ...], file: str, begin: int) -> dict:
+    """A box as the manifest says it."""
+    return {"offset": list(offset), "shape": list(shape), "file": file, "begin": begin}
+
+
 class BoxReader(StorageReader):
+    """Reads what a rank wants of a commit, and no more than the chunks around it. Raises Damaged."""
+
     def __init__(self, store: Store, folder: str, manifest: dict):
-        self._fs, self._folder = fsspec.core.url_to_fs(store.path(folder))
+        self._chunks = ChunkReader(store, folder, manifest["files"])
         self._tensors = manifest["tensors"]
 
     def read_metadata(self, *args, **kwargs) -> Metadata:
@@ -128,29 +140,25 @@ class BoxReader(StorageReader):
         self._places = metadata.storage_data
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        for item in plan.items:
-            stored = self.read_box(self._places[item.storage_index])
-            for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-                stored = stored.narrow(dim, start, length)
+        boxes = [self._places[item.storage_index] for item in plan.items]
+        jobs = sorted(zip(plan.items, boxes, strict=True), key=lambda job: (job[1]["file"], job[1]["begin"]))
+        spans = [_rows(box, item.storage_offsets, item.lengths) for item, box in jobs]
+        for (item, box), data in zip(jobs, self._chunks.spans(spans), strict=True):
+            stored = _tensor(data, [*item.lengths[:1], *box["shape"][1:]])
+            for dim in range(1, stored.dim()):  # whole rows were read
+                stored = stored.narrow(dim, item.storage_offsets[dim], item.lengths[dim])
             planner.resolve_tensor(item).detach().copy_(stored)
-        future: Future[None] = Future()
-        future.set_result(None)
-        return future
-
-    def read_box(self, box: dict) -> Tensor:
-        shape = torch.Size(box["shape"])
-        end = box["begin"] + shape.numel() * torch.float32.itemsize
-        data = self._fs.cat_file(f"{self._folder}/{box['file']}", box["begin"], end)
-        return torch.frombuffer(bytearray(data), dtype=torch.float32).view(shape)
+        return _done(None)
 
     def read_tensor(self, name: str) -> Tensor:
         """One logical tensor, whole."""
-        full = torch.empty(self._tensors[name]["shape"])
-        for box in self._tensors[name]["boxes"]:
+        full, boxes = torch.empty(self._tensors[name]["shape"]), self._tensors[name]["boxes"]
+        spans = [_rows(box, [0] * len(box["shape"]), box["shape"]) for box in boxes]
+        for box, data in zip(boxes, self._chunks.spans(spans), strict=True):
             part = full
             for dim, (start, length) in enumerate(zip(box["offset"], box["shape"], strict=True)):
                 part = part.narrow(dim, start, length)
-            part.copy_(self.read_box(box))
+            part.copy_(_tensor(data, box["shape"]))
         return full
 
     def reset(self, checkpoint_id=None) -> None: ...
@@ -165,5 +173,23 @@ class BoxReader(StorageReader):
         return True
 
 
+def _rows(box: dict, offsets: list[int], lengths: list[int]) -> Span:
+    """The bytes of the rows of a stored box (its first dimension) in which a part of it lies."""
+    row = math.prod(box["shape"][1:]) * _ITEM
+    first, count = (offsets[0], lengths[0]) if box["shape"] else (0, 1)
+    begin = box["begin"] + first * row
+    return Span(box["file"], begin, begin + count * row)
+
+
+def _tensor(data: bytearray, shape: list[int]) -> Tensor:
+    return torch.frombuffer(data, dtype=torch.float32).view(shape)
+
+
 def _key(index: MetadataIndex) -> str:
     return f"{index.fqn}@{','.join(map(str, index.offset))}"
+
+
+def _done(value):
+    future: Future = Future()
+    future.set_result(value)
+    return future

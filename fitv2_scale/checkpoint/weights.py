@@ -1,20 +1,44 @@
-"""Public weights in and out: logical names are the public names, so both ways are the identity."""
+"""Public weights in and out: logical names are the public names, so both ways are the identity.
 
+Both ways are streams, a tensor at a time: memory does not grow with the file.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from fsspec.implementations.local import LocalFileSystem
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data_sharding.errors import UserError
-from fitv2_scale.checkpoint.checkpointer import commit_folder, read_manifest, verify_commit, write_commit
+from fitv2_scale.checkpoint.checkpointer import commit_folder, read_manifest
+from fitv2_scale.checkpoint.chunks import Damaged
 from fitv2_scale.checkpoint.safetensors_file import Entry, write_safetensors
-from fitv2_scale.checkpoint.storage import BoxReader
+from fitv2_scale.checkpoint.storage import BoxReader, box_record, write_manifest
 from fitv2_scale.config import Config
 from fitv2_scale.model.counts import logical_shapes
-from fitv2_scale.parallel.boxes import Box, LogicalTensor
 from fitv2_scale.run import Run, provenance
+from fitv2_scale.store import open_store
+
+
+class WrongWeights(UserError):
+    """The file's tensors are not the network's: ``missing`` and ``left_over`` are their names."""
+
+    def __init__(self, message: str, missing: list[str], left_over: list[str]):
+        super().__init__(message)
+        self.missing, self.left_over = missing, left_over
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor in a file, read when it is wanted."""
+
+    shape: tuple[int, ...]
+    dtype: str  # as in "torch.float32"
+    read: Callable[[], Tensor]
 
 
 def import_weights(file: str, run_url: str, config: Config) -> Run:
@@ -23,65 +47,67 @@ def import_weights(file: str, run_url: str, config: Config) -> Run:
     Raises:
         UserError: not a weights file, or names or shapes that are not exactly those of ``config.model``.
     """
-    tensors = _read(file)
+    tensors = _open(file)
     _check(file, tensors, logical_shapes(config.model))
     run = Run.open_or_create(run_url, config.model_dump(mode="json"), config.science(), plan_hash=None)
     if run.log.commits():
         raise UserError(f"{run_url} has commits already: import into a new run folder")
     attempt = run.claim(provenance())
-    folder = commit_folder(0, attempt.number)
-    logical = {
-        f"{kind}/{name}": LogicalTensor(tuple(t.shape), [Box((0,) * t.dim(), t)])
+    folder, data = commit_folder(0, attempt.number), "rank-00000.safetensors"
+    entries = [Entry(name, torch.float32, stored.shape, stored.read) for name, stored in tensors.items()]
+    written = write_safetensors(run.store, f"{folder}/{data}", entries)
+    logical = {  # weights and EMA are the same bytes
+        f"{kind}/{name}": {
+            "shape": list(stored.shape),
+            "boxes": [box_record([0] * len(stored.shape), stored.shape, data, written.begins[name])],
+        }
         for kind in ("param", "ema")
-        for name, t in tensors.items()
+        for name, stored in tensors.items()
     }
-    header = {"step": 0, "attempt": attempt.number, "cursor": None, "scalars": {}}
-    writer = write_commit(run, folder, 0, header, logical, group=None)
-    attempt.commit(0, folder, writer.manifest_digest)
+    header = {"step": 0, "attempt": attempt.number, "cursor": None, "scalars": {}, "moments": []}
+    attempt.commit(0, folder, write_manifest(run.store, folder, header, {data: written}, logical))
     attempt.end(0, f"imported {file}")
     return run
 
 
 def export_weights(run_url: str, file: str, ema: bool, step: int | None = None) -> int:
-    """Writes the weights of the newest commit (or the one at ``step``) as .safetensors; returns their step."""
+    """Writes the weights of the newest commit (or the one at ``step``) as .safetensors; returns their step.
+
+    ``file`` is a local path or an s3:// URL. It is there once all of it is.
+    """
     run = Run.open(run_url)
     entries = [e for e in run.log.commits() if step is None or e.fields["step"] == step]
     if not entries:
         raise UserError(f"{run_url} has no commit" + ("" if step is None else f" at step {step}"))
-    entry = entries[-1]
-    if problems := verify_commit(run, entry):
+    folder, _, name = file.rpartition("/")
+    if not file.startswith("s3://") and not Path(folder or ".").is_dir():
+        raise UserError(f"the folder {Path(folder).absolute()} does not exist: make it first")
+    entry, kind = entries[-1], "ema/" if ema else "param/"
+    try:
+        manifest = read_manifest(run, entry)
+        reader = BoxReader(run.store, entry.fields["path"], manifest)
+        written = [
+            Entry(key.removeprefix(kind), torch.float32, tuple(tensor["shape"]), partial(reader.read_tensor, key))
+            for key, tensor in manifest["tensors"].items()
+            if key.startswith(kind)
+        ]
+        write_safetensors(open_store(folder or "."), name, written, metadata={"format": "pt"})
+    except Damaged as error:
         raise UserError(
-            f"the commit at step {entry.fields['step']} is not whole ({problems[0]}): choose another --step"
-        )
-    manifest = read_manifest(run, entry)
-    reader, kind = BoxReader(run.store, entry.fields["path"], manifest), "ema/" if ema else "param/"
-    names = [name for name in manifest["tensors"] if name.startswith(kind)]
-    written = [
-        Entry(
-            name.removeprefix(kind),
-            torch.float32,
-            tuple(manifest["tensors"][name]["shape"]),
-            lambda name=name: reader.read_tensor(name),
-        )
-        for name in names
-    ]
-    path = Path(file).absolute()
-    if not path.parent.is_dir():
-        raise UserError(f"the folder {path.parent} does not exist: make it first")
-    write_safetensors(LocalFileSystem(), str(path), written, metadata={"format": "pt"})
+            f"the commit at step {entry.fields['step']} is not whole ({error}): choose another --step"
+        ) from error
     return manifest["step"]
 
 
-def _read(file: str) -> dict[str, Tensor]:
-    """Name -> tensor, mapped from the file. Nothing but tensors is unpickled."""
+def _open(file: str) -> dict[str, _Stored]:
+    """What tensors the file holds. Nothing but tensors is unpickled."""
     if not Path(file).is_file():
         raise UserError(f"there is no weights file {file}")
     try:
         if file.endswith(".safetensors"):
-            with safe_open(file, framework="pt") as opened:
-                return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
+            return _open_safetensors(file)
         if file.endswith((".bin", ".pt", ".pth")):
-            return dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+            return _open_pickled(file)
     except SafetensorError as error:
         raise UserError(f"{file} is not a whole .safetensors file ({error}): fetch it again") from error
     except Exception as error:  # torch.load has no exception of its own for a damaged or malicious file
@@ -90,19 +116,63 @@ def _read(file: str) -> dict[str, Tensor]:
     raise UserError(f"{file}: weights come as .safetensors or .bin")
 
 
-def _check(file: str, tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:
+def _open_safetensors(file: str) -> dict[str, _Stored]:
+    # The library checks the file, but reads by mapping it, which leaves all that was read in memory.
+    with safe_open(file, framework="pt") as opened:
+        dtypes = {name: _name_of(opened.get_slice(name).get_dtype()) for name in opened.keys()}  # noqa: SIM118
+    with open(file, "rb") as raw:
+        length = int.from_bytes(raw.read(8), "little")
+        header = json.loads(raw.read(length))
+    found = {}
+    for name, dtype in dtypes.items():
+        shape, begin = tuple(header[name]["shape"]), 8 + length + header[name]["data_offsets"][0]
+        found[name] = _Stored(shape, dtype, lambda b=begin, s=shape: _read(file, b, s, _strides(s)))
+    return found
+
+
+def _open_pickled(file: str) -> dict[str, _Stored]:
+    found = {}
+    for name, tensor in torch.load(file, map_location="meta", weights_only=True).items():  # meta: reads no data
+        begin = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.itemsize
+        shape, strides = tuple(tensor.shape), tensor.stride()
+        found[name] = _Stored(shape, str(tensor.dtype), lambda b=begin, s=shape, t=strides: _read(file, b, s, t))
+    return found
+
+
+def _read(file: str, begin: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+    """A float32 tensor whose first element lies ``begin`` bytes into ``file``."""
+    count = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if 0 not in shape else 0
+    data = bytearray(count * torch.float32.itemsize)
+    with open(file, "rb") as raw:
+        raw.seek(begin)
+        if raw.readinto(data) != len(data):
+            raise UserError(f"{file} ends too early: fetch it again")
+    flat = torch.frombuffer(data, dtype=torch.float32) if data else torch.empty(0)
+    return flat.as_strided(shape, strides)
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta").stride()
+
+
+def _name_of(dtype: str) -> str:
+    return {"F32": "torch.float32", "F16": "torch.float16", "BF16": "torch.bfloat16"}.get(dtype, dtype)
+
+
+def _check(file: str, tensors: dict[str, _Stored], expected: dict[str, tuple[int, ...]]) -> None:
     missing, left_over = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or left_over:
-        raise UserError(
+        raise WrongWeights(
             f"{file} is not this network: {len(missing)} tensors are missing ({_some(missing)}) and "
-            f"{len(left_over)} are left over ({_some(left_over)}): choose the config of these weights"
+            f"{len(left_over)} are left over ({_some(left_over)}); --json lists them all: choose the config of these "
+            "weights",
+            missing,
+            left_over,
         )
     for name, shape in expected.items():
-        if tuple(tensors[name].shape) != shape:
-            raise UserError(
-                f"{file}: {name} is {tuple(tensors[name].shape)}, the config wants {shape}: choose another config"
-            )
-        if tensors[name].dtype != torch.float32:
+        if tensors[name].shape != shape:
+            raise UserError(f"{file}: {name} is {tensors[name].shape}, the config wants {shape}: choose another config")
+        if tensors[name].dtype != "torch.float32":
             raise UserError(f"{file}: {name} is {tensors[name].dtype}, but only float32 weights are imported")
 
 

@@ -1,4 +1,4 @@
-"""What a run measured, as lines on local disk: written by the training thread, read by uploader and reports.
+"""What a run measured, as lines in files: written by the training thread, read by uploader and reports.
 
 An attempt writes segments attempts/<n>/journal/00000.jsonl, 00001.jsonl, …, one JSON object a line. Times are
 milliseconds since 1970 UTC; steps count optimizer steps since the beginning of the run; pictures are paths relative to
@@ -14,36 +14,49 @@ was RETIREd later. So a restart, even from an older checkpoint, leaves one monot
 """
 
 import json
+import logging
 import os
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from fitv2_scale.run import Run
 from fitv2_scale.run_log import Entry
 from fitv2_scale.store import fsync_folder
 
 _FLUSH_EVERY_S = 1.0
+log = logging.getLogger(__name__)
+
 _encode = json.JSONEncoder(separators=(",", ":")).encode  # made once: it is half the cost of a record otherwise
 
 
 class Journal:
-    """Appends one attempt's records. For one thread.
+    """Appends one attempt's records. One thread writes them, another may ``seal``: it holds up no writer.
 
-    ``folder`` is the attempt's folder on local disk (``Attempt.folder``). What a killed process loses is at most the
-    last second, all of it after the last commit: ``seal`` is called before the COMMIT entry is appended, when every
-    record at or below the committed step has been written.
+    ``folder`` is the attempt's folder on local disk (``Attempt.folder``); ``ship`` brings a sealed segment to a run
+    that is elsewhere (``Attempt.ship``). What a killed process loses is at most the last second, all of it after the
+    last commit: ``seal`` is called before the COMMIT entry is appended, when every record at or below the committed
+    step has been written. A disk that is full holds up nothing but ``seal``: until it takes them, records wait in
+    memory.
     """
 
-    def __init__(self, folder: Path, attempt: int, start_step: int) -> None:
-        self._folder = folder / "journal"
+    def __init__(
+        self, folder: Path, attempt: int, start_step: int, ship: Callable[[Path], None] = lambda segment: None
+    ) -> None:
+        self._folder, self._ship = folder / "journal", ship
         self._folder.mkdir(parents=True, exist_ok=True)
         fsync_folder(folder)
-        self._segment = 0
-        self._file: BinaryIO | None = None
+        self._segment, self._shipped = 0, 0  # the one being written; the first that is not shipped yet
+        self._file: FileIO | None = None
+        self._full: deque[FileIO] = deque()  # segments that are written, but not durable yet
+        self._waiting = bytearray()  # lines of this segment that are not in its file yet
+        self._writing, self._sealing = threading.Lock(), threading.Lock()
         self._flushed = time.monotonic()
         self._write({"attempt": attempt, "start_step": start_step})
 
@@ -58,23 +71,45 @@ class Journal:
         self._write({"step": step, "time_ms": time.time_ns() // 1_000_000, "picture": path})
 
     def seal(self) -> None:
-        """Makes everything so far durable and begins the next segment. Call before each COMMIT and at the end."""
-        if self._file is None:
-            return
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._file = None
-        fsync_folder(self._folder)
-        self._segment += 1
+        """Makes everything so far durable and begins the next segment. Call before each COMMIT and at the end.
+
+        Raises what disk and ``ship`` raise. Nothing is lost by that: the next call brings what this one did not.
+        """
+        with self._sealing:
+            with self._writing:
+                self._flush()
+                if self._file is not None:
+                    self._full.append(self._file)
+                    self._file = None
+                    self._segment += 1
+                segment = self._segment
+            while self._full:
+                os.fsync(self._full[0].fileno())
+                self._full.popleft().close()
+            fsync_folder(self._folder)
+            while self._shipped < segment:
+                self._ship(self._path(self._shipped))
+                self._shipped += 1
+
+    def _path(self, segment: int) -> Path:
+        return self._folder / f"{segment:05d}.jsonl"
 
     def _write(self, record: dict[str, Any]) -> None:
-        if self._file is None:
-            self._file = open(self._folder / f"{self._segment:05d}.jsonl", "xb")  # noqa: SIM115 - seal closes it
-        self._file.write(_encode(record).encode() + b"\n")
-        if (moment := time.monotonic()) - self._flushed >= _FLUSH_EVERY_S:
-            self._file.flush()
-            self._flushed = moment
+        line = _encode(record).encode() + b"\n"
+        with self._writing:
+            self._waiting += line
+            if (moment := time.monotonic()) - self._flushed >= _FLUSH_EVERY_S:
+                self._flushed = moment
+                try:
+                    self._flush()
+                except OSError as error:
+                    log.warning("the journal waits for its disk: %s", error)
+
+    def _flush(self) -> None:
+        if self._waiting and self._file is None:
+            self._file = open(self._path(self._segment), "xb", buffering=0)  # noqa: SIM115 - seal closes it
+        while self._waiting:
+            del self._waiting[: self._file.write(self._waiting)]
 
 
 @dataclass(frozen=True, order=True)

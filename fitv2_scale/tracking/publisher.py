@@ -74,7 +74,7 @@ class Publisher:
             for picture in (r.picture for r in batch if r.picture is not None):
                 whole = self._run.store.exists(picture)
                 if whole:
-                    self._sink.picture(Path(self._run.store.path(picture)))
+                    self._sink.picture(self._run.fetch(picture))
                 counts["pictures" if whole else "missing"] += 1
             self._ack = batch[-1].end
             self._put(_ACK, {"mlflow_run": self.mlflow_run} | asdict(self._ack))

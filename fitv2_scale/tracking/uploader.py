@@ -8,7 +8,8 @@ tracking/uploader.log of the run folder:
 
     2025-06-01T12:00:00.000000+00:00 waiting 4 s for MLflow: MlflowException: …
 
-tracking/lock is held (flock) by the one uploader that publishes.
+tracking/lock is held (flock) by the one uploader that publishes. Log and lock of a run on S3 are the node's (see
+``scratch``): two nodes may publish it at the same time, which sends some points twice, as after a kill.
 """
 
 import argparse
@@ -24,11 +25,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_sharding.errors import UserError
+from data_sharding.errors import StorageDown, UserError
 from fitv2_scale.redact import redact
 from fitv2_scale.run import Attempt, Run
 from fitv2_scale.run_log import newest_attempt, now
-from fitv2_scale.store import Store
+from fitv2_scale.store import LocalStore, open_store
 
 _URI_VARIABLE = "MLFLOW_TRACKING_URI"
 
@@ -44,8 +45,16 @@ class Patience:
 
 
 def resolve_uri(run_url: str, uri: str) -> str:
-    """The tracking URI that ``uri`` means: "auto" is one SQLite file for all the runs that lie side by side."""
-    return f"sqlite:///{Path(Store(run_url).url).parent / 'mlflow.db'}" if uri == "auto" else uri
+    """The tracking URI that ``uri`` means: "auto" is one SQLite file for all the runs that lie side by side.
+
+    Raises UserError if they do not lie on a disk.
+    """
+    if uri != "auto":
+        return uri
+    store = open_store(run_url)
+    if not isinstance(store, LocalStore):
+        raise UserError(f"{run_url}: beside a run on S3 there can be no MLflow file; give its URI.")
+    return f"sqlite:///{Path(store.url).parent / 'mlflow.db'}"
 
 
 def start_uploader(run_url: str, uri: str, experiment: str) -> subprocess.Popen[bytes]:
@@ -54,9 +63,10 @@ def start_uploader(run_url: str, uri: str, experiment: str) -> subprocess.Popen[
     It outlives this process until everything committed is published, and exits by itself. Where a job's end kills all
     its processes (Slurm), wait for it a bounded while after ``Attempt.end``; what is left, `fitv2 track sync` brings.
     """
-    log = Path(Store(run_url).path("tracking/uploader.log"))
+    run = Run.open(run_url)
+    log = run.local("tracking/uploader.log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "fitv2_scale.tracking.uploader", Store(run_url).url]
+    command = [sys.executable, "-m", "fitv2_scale.tracking.uploader", run.url]
     command += ["--experiment", experiment, "--follow", str(os.getpid())]
     environment = os.environ | {_URI_VARIABLE: resolve_uri(run_url, uri)}  # a command line shows passwords to everybody
     with open(log, "ab") as out:
@@ -71,7 +81,8 @@ def sync(run_url: str, uri: str, experiment: str, patience: Patience = Patience(
 
     Returns {"metrics": 1200, "pictures": 3, "missing": 0, "mlflow_run": "8d0f…", "uri": "sqlite:////runs/mlflow.db"}.
     Raises UserError if there is no such run, if MLflow does not take it, or while training's own uploader is at it.
-    A run without end.json becomes KILLED: training would have an uploader, which would hold the lock.
+    A run without end.json becomes KILLED: training would have an uploader, which would hold the lock. On S3, where that
+    may be on another node, its status stays.
     """
     # Not at the top: the trainer imports this module to start the uploader, and must never load mlflow.
     from fitv2_scale.tracking.publisher import Publisher, ServerError
@@ -86,7 +97,8 @@ def sync(run_url: str, uri: str, experiment: str, patience: Patience = Patience(
         try:
             publisher = Publisher(run, uri, experiment)
             counts = publisher.publish()
-            publisher.finish()
+            if isinstance(run.store, LocalStore) or _attempt_has_ended(run):
+                publisher.finish()
         except ServerError as error:
             raise UserError(
                 f"MLflow at {redact(uri)} does not take the journal of {run.url} ({error}); nothing is lost, "
@@ -104,10 +116,17 @@ def follow(run: Run, uri: str, experiment: str, pid: int, patience: Patience = P
 
     publisher, deadline, backoff = None, None, patience.backoff
     alive = _Process(pid)
+
+    def ended_on_record() -> bool:
+        try:
+            return _attempt_has_ended(run)
+        except StorageDown:
+            return False
+
     with _Lock(run) as lock:
         while True:
             # Asked before the pass, so that the pass after the end sees all that was committed.
-            ended = not alive() or _attempt_has_ended(run)
+            ended = not alive() or ended_on_record()
             if ended and deadline is None:
                 deadline = time.monotonic() + patience.last_pass
             pause = patience.poll
@@ -119,14 +138,16 @@ def follow(run: Run, uri: str, experiment: str, pid: int, patience: Patience = P
                         publisher.finish()
                         return
                     backoff = patience.backoff
-                except ServerError as error:
+                except (ServerError, StorageDown) as error:
                     pause, backoff = backoff, min(2 * backoff, patience.backoff_most)
-                    _log(run, f"waiting {pause:g} s for MLflow: {error}")
+                    _log(
+                        run, f"waiting {pause:g} s for {'MLflow' if isinstance(error, ServerError) else 'S3'}: {error}"
+                    )
             if deadline is not None and time.monotonic() + pause > deadline:
                 _log(run, f"training has ended; what is left waits for `fitv2 track sync {run.url}`")
                 return
             until = time.monotonic() + pause
-            while time.monotonic() < until and (ended or (alive() and not _attempt_has_ended(run))):
+            while time.monotonic() < until and (ended or (alive() and not ended_on_record())):
                 time.sleep(min(pause, patience.poll))
 
 
@@ -153,7 +174,7 @@ class _Lock:
     """The right to publish a run, for one process at a time; free again when that process is gone."""
 
     def __init__(self, run: Run) -> None:
-        self._path = Path(run.store.path("tracking/lock"))
+        self._path = run.local("tracking/lock")
 
     def __enter__(self) -> "_Lock":
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -178,7 +199,7 @@ def _attempt_has_ended(run: Run) -> bool:
 
 
 def _log(run: Run, line: str) -> None:
-    with open(run.store.path("tracking/uploader.log"), "a") as file:
+    with open(run.local("tracking/uploader.log"), "a") as file:
         file.write(f"{now()} {redact(line)}\n")
 
 

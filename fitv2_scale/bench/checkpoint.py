@@ -1,0 +1,293 @@
+"""What checkpoints cost on this machine: how long training waits for a save, how fast it is durable, and loads.
+
+Everything is measured beside what it is compared with, in the same run: a save in the background beside one that is
+waited for, that one beside plain sequential writes of the same bytes, a load onto another layout beside one onto the
+same. What this leaves on the storage it deletes, before it begins and when it ends.
+"""
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_sharding.batch import StepBatch
+from data_sharding.connect import file_system
+from data_sharding.errors import UserError
+from fitv2_scale.bench.latents import forget
+from fitv2_scale.bench.relaid import lay_out_anew
+from fitv2_scale.bench.step_data import open_steps
+from fitv2_scale.checkpoint.checkpointer import Checkpointer, read_manifest
+from fitv2_scale.config import Config
+from fitv2_scale.data import Data
+from fitv2_scale.engines import make_engine
+from fitv2_scale.parallel.engine import Engine
+from fitv2_scale.parallel.mesh import Layout
+from fitv2_scale.parallel.world import World, join
+from fitv2_scale.run import Run
+from fitv2_scale.run_log import Entry
+from fitv2_scale.store import LocalStore, Store, open_store
+from fitv2_scale.train import train_step
+
+_FOLDER = "fitv2-bench-checkpoint"  # below what the user gives: all that is written, and deleted, is in it
+_BATCHES = 4  # different ones that are trained on, in turn
+_PIECE = 16 << 20  # bytes a plain writer hands over at once
+
+
+def measure(config: Config, saves: int, where: str | None) -> dict[str, Any] | None:
+    """All figures, on rank 0; None elsewhere. ``where``: an s3:// URL or a folder; None: a temporary one.
+
+    Each of the ``saves`` rounds: plain writes, a save that is waited for, one while training goes on, and loads.
+    """
+    with ExitStack() as stack:
+        world = stack.enter_context(join())
+        store = stack.enter_context(_place(world, where))
+        layout = Layout.of(world.size, config.layout.replicate, config.layout.tensor)
+        data = Data.open(config, layout.nodes(world.hosts()))
+        with open_steps(config, data, layout.data_rank(world.rank), _BATCHES) as stream:
+            batches = cycle(list(stream))
+        bench = _Bench.open(config, world, make_engine(config, layout, world), data, store, batches)
+        for _ in range(2):
+            bench.step(next(batches))
+        first = bench.save_while_training()
+        rounds = [bench.round() for _ in range(saves)]
+        return _report(bench, layout, first, rounds) if world.is_first else None
+
+
+@contextmanager
+def _place(world: World, where: str | None) -> Iterator[Store]:
+    """Where to write: empty, and empty afterwards."""
+    with ExitStack() as stack:
+        if where is None and world.is_first:
+            where = stack.enter_context(tempfile.TemporaryDirectory())
+        store = open_store(f"{world.share(where).rstrip('/')}/{_FOLDER}")
+
+        def clear() -> None:
+            for part in ("run", "relaid", "plain"):
+                store.delete_tree(part)
+
+        world.on_first(clear)
+        try:
+            yield store
+        finally:
+            if world.is_first:
+                clear()
+
+
+@dataclass(frozen=True)
+class _Save:
+    """One save while training went on; the longest of all ranks."""
+
+    stall: float  # seconds for which the training thread was held up
+    durable: float  # seconds from its begin to its COMMIT
+    steps: list[float]  # seconds of each step until all ranks had done with it
+
+
+@dataclass(frozen=True)
+class _Round:
+    plain: float  # seconds, as all below
+    blocking: float
+    background: _Save
+    step: float  # without a save
+    load: float
+    load_relaid: float
+
+
+@dataclass
+class _Bench:
+    """What ``train_step`` reads of a session, and what is measured with it. All ranks do all of this together."""
+
+    config: Config
+    world: World
+    engine: Engine
+    data: Data
+    store: Store
+    batches: Iterator[StepBatch]
+    run: Run
+    checkpoints: Checkpointer
+    retire: Callable[[], None]
+    prepare_seconds: float
+    audit: None = None
+    saved: int = 0
+    waited: float = field(default=0.0)
+
+    @classmethod
+    def open(
+        cls, config: Config, world: World, engine: Engine, data: Data, store: Store, batches: Iterator[StepBatch]
+    ) -> "_Bench":
+        run = _make_run(world, f"{store.url}/run")
+        attempt = run.claim({}) if world.is_first else None
+        number = world.share(attempt.number if attempt else None)
+        checkpoints = Checkpointer(run, attempt, number, world, config.checkpoint)
+        began = time.perf_counter()
+        checkpoints.prepare(engine)
+        prepared = max(world.gather(time.perf_counter() - began))
+
+        def retire() -> None:
+            for entry in run.log.commits():
+                attempt.retire(entry.n)
+                run.store.delete_tree(entry.fields["path"])
+
+        return cls(config, world, engine, data, store, batches, run, checkpoints, retire, prepared)
+
+    def step(self, batch: StepBatch) -> float:
+        """Trains on it; returns the seconds that this took."""
+        began = time.perf_counter()
+        train_step(self, batch)
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    def staged(self) -> None:
+        began = time.perf_counter()
+        self.checkpoints.staged()
+        self.waited += time.perf_counter() - began
+
+    def round(self) -> _Round:
+        background = self.save_while_training()
+        step = statistics.median(self.step(next(self.batches)) for _ in range(3))
+        entry, relaid = self._newest(), _make_run(self.world, f"{self.store.url}/relaid")
+        self.world.on_first(lambda: lay_out_anew(self.run, entry, relaid, self.world.size + 1))
+        plain, blocking = self._plain_writes(), self._save_blocking()
+        loads = [(run, self._load(run)) for run in (self.run, relaid, relaid, self.run)]
+        load, load_relaid = (statistics.mean(s for r, s in loads if r is run) for run in (self.run, relaid))
+        self.world.on_first(lambda: self.store.delete_tree("relaid"))
+        return _Round(plain, blocking, background, step, load, load_relaid)
+
+    def save_while_training(self) -> _Save:
+        """Begins a save and trains until all ranks have done with it."""
+        self._make_room()
+        began, clock, self.waited, steps = time.perf_counter(), time.time(), 0.0, []
+        self.checkpoints.begin(self.engine, self.saved, self.data.plan.cursor(0))
+        stall = time.perf_counter() - began
+        ended = False
+        while not ended:
+            steps.append(self.step(next(self.batches)))
+            ended = self.world.sum(torch.tensor(int(self.checkpoints.ended))).item() == self.world.size
+        began = time.perf_counter()
+        self._settle()
+        stall += self.waited + time.perf_counter() - began
+        committed = datetime.fromisoformat(self._newest().time).timestamp()
+        return _Save(self._longest(stall), self._longest(committed - clock), steps)
+
+    def _save_blocking(self) -> float:
+        self._make_room()
+        began = time.perf_counter()
+        self.checkpoints.begin(self.engine, self.saved, self.data.plan.cursor(0))
+        self._settle()
+        return self._longest(time.perf_counter() - began)
+
+    def _settle(self) -> None:
+        if (failure := self.checkpoints.settle()) is not None:
+            raise UserError(f"nothing can be measured: {failure}")
+
+    def _make_room(self) -> None:
+        """Deletes what was saved before, and waits for all ranks."""
+        self.world.on_first(self.retire)
+        self.saved += 1
+
+    def _plain_writes(self) -> float:
+        """As many bytes as each rank saves, by as many processes, in a file each, one piece after another; durable."""
+        manifest = self.world.on_first(lambda: read_manifest(self.run, self._newest()))
+        size = manifest["files"].get(f"rank-{self.world.rank:05d}.safetensors", {"bytes": 0})["bytes"]
+        piece = memoryview(torch.randn(_PIECE // 4).numpy()).cast("B")
+        path = f"{self.store.url}/plain/{self.world.rank}"
+        self.world.on_first(self.retire)
+        if isinstance(self.store, LocalStore):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+        self.world.gather(None)
+        began = time.perf_counter()
+        with open(path, "wb", 0) if isinstance(self.store, LocalStore) else file_system(path).open(path, "wb") as file:
+            for at in range(0, size, _PIECE):
+                file.write(piece[: size - at])
+            if isinstance(self.store, LocalStore):
+                os.fsync(file.fileno())
+        seconds = self._longest(time.perf_counter() - began)
+        self.world.on_first(lambda: self.store.delete_tree("plain"))
+        return seconds
+
+    def _load(self, run: Run) -> float:
+        """From the storage, not from this machine's memory of it, where that is a disk."""
+        if isinstance(self.store, LocalStore):
+            self.world.on_first(lambda: forget(Path(run.url)))
+        began = time.perf_counter()
+        restored = Checkpointer(run, None, 0, self.world).restore(self.engine, run)
+        seconds = self._longest(time.perf_counter() - began)
+        assert restored is not None and not restored.quarantined
+        return seconds
+
+    def _newest(self) -> Entry:
+        return self.run.log.commits()[-1]
+
+    def _longest(self, seconds: float) -> float:
+        return max(self.world.gather(seconds))
+
+
+def _make_run(world: World, url: str) -> Run:
+    world.on_first(lambda: Run.open_or_create(url, {}, {}, None) and None)
+    return Run.open(url)
+
+
+def _report(bench: _Bench, layout: Layout, first: _Save, rounds: Sequence[_Round]) -> dict[str, Any]:
+    manifest = read_manifest(bench.run, bench._newest())
+    size = sum(file["bytes"] for file in manifest["files"].values())
+    blocking = statistics.median(r.blocking for r in rounds)
+    stalls = [r.background.stall for r in rounds]
+    device = bench.world.device
+    return {
+        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "torch": torch.__version__,
+        "ranks": bench.world.size,
+        "layout": bench.config.layout.model_dump(),
+        "data_parallel": layout.data_parallel,
+        "storage": "s3" if bench.store.url.startswith("s3://") else "local",
+        "bytes": size,
+        "rounds": len(rounds),
+        "prepare_seconds": bench.prepare_seconds,
+        "stall_seconds": {"first": first.stall, **_spread(stalls)},
+        "blocking_seconds": _spread([r.blocking for r in rounds]),
+        "stall_share": _spread([stall / blocking for stall in stalls]),
+        "durable_seconds": _spread([r.background.durable for r in rounds]),
+        "step_seconds": _spread([r.step for r in rounds]),
+        "step_seconds_while_saving": _spread([s for r in rounds for s in r.background.steps]),
+        "megabytes_per_second": _spread([size / r.blocking / 1e6 for r in rounds]),
+        "plain_megabytes_per_second": _spread([size / r.plain / 1e6 for r in rounds]),
+        "share_of_plain": _spread([r.plain / r.blocking for r in rounds]),
+        "share_of_plain_while_training": _spread([r.plain / r.background.durable for r in rounds]),
+        "load_megabytes_per_second": _spread([size / r.load / 1e6 for r in rounds]),
+        "load_other_layout_times_as_long": _spread([r.load_relaid / r.load for r in rounds]),
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
+
+
+def to_text(report: dict[str, Any]) -> str:
+    r = {
+        key: value["median"] if isinstance(value, dict) and "median" in value else value
+        for key, value in report.items()
+    }
+    return "\n".join(
+        [
+            f"state    {r['bytes'] / 1e6:.0f} MB on {r['ranks']} x {r['machine']}, storage {r['storage']}, "
+            f"medians of {r['rounds']} rounds",
+            f"stall    {1000 * r['stall_seconds']:.1f} ms a save, "
+            f"the first {1000 * report['stall_seconds']['first']:.1f} ms; "
+            f"{100 * r['stall_share']:.2f} % of the {r['blocking_seconds']:.2f} s that a blocking save takes",
+            f"steps    {r['step_seconds']:.3f} s, {r['step_seconds_while_saving']:.3f} s while a save is in flight",
+            f"save     durable after {r['durable_seconds']:.2f} s while training; waited for, "
+            f"{r['megabytes_per_second']:.0f} MB/s, {r['share_of_plain']:.2f} of plain writers "
+            f"({r['plain_megabytes_per_second']:.0f} MB/s)",
+            f"load     {r['load_megabytes_per_second']:.0f} MB/s; onto another layout "
+            f"{r['load_other_layout_times_as_long']:.2f} times as long",
+        ]
+    )

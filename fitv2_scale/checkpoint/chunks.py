@@ -1,0 +1,119 @@
+"""Digests of a file's chunks: what is read is checked as it is read, whichever part of it is wanted, by any rank."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import xxhash
+
+from data_sharding.patience import Faulty
+from fitv2_scale.store import Store
+
+CHUNK = 16 << 20  # bytes that one digest covers
+_AHEAD = 4  # chunks that are fetched while one is used
+
+
+class Damaged(Exception):
+    """What is stored is not what was committed; the message names the file."""
+
+
+class ChunkDigests:
+    """xxh3_128 of each ``CHUNK`` bytes of a stream, the last of which may be shorter."""
+
+    def __init__(self) -> None:
+        self._done: list[str] = []
+        self._digest, self._room = xxhash.xxh3_128(), CHUNK
+
+    def update(self, data: bytes | memoryview) -> None:
+        data = memoryview(data)
+        while len(data):
+            head = data[: self._room]
+            self._digest.update(head)
+            self._room -= len(head)
+            data = data[len(head) :]
+            if self._room == 0:
+                self._done.append(self._digest.hexdigest())
+                self._digest, self._room = xxhash.xxh3_128(), CHUNK
+
+    def hexdigests(self) -> list[str]:
+        return self._done + ([self._digest.hexdigest()] if self._room < CHUNK else [])
+
+
+@dataclass(frozen=True)
+class Span:
+    """Bytes [begin, end) of a file of a commit."""
+
+    file: str
+    begin: int
+    end: int
+
+    @property
+    def chunks(self) -> range:
+        return range(self.begin // CHUNK, -(-self.end // CHUNK))
+
+
+class ChunkReader:
+    """Reads files below ``folder``, of which ``files`` says {"name": {"bytes": 7120, "xxh3_128": ["9f…", …]}}."""
+
+    def __init__(self, store: Store, folder: str, files: dict[str, dict]) -> None:
+        self._store, self._folder, self._files = store, folder, files
+
+    def chunk(self, file: str, index: int) -> bytes:
+        """One chunk, checked. Raises Damaged."""
+        recorded = self._files[file]
+        begin = index * CHUNK
+        end = min(begin + CHUNK, recorded["bytes"])
+
+        def check(data: bytes) -> bytes:
+            digest = xxhash.xxh3_128_hexdigest(data)
+            if len(data) != end - begin:
+                raise Faulty(f"{file} ends before its {recorded['bytes']} bytes", digest)
+            if digest != recorded["xxh3_128"][index]:
+                raise Faulty(f"{file} does not match its digest at bytes {begin} to {end}", digest)
+            return data
+
+        try:
+            return self._store.read_range(f"{self._folder}/{file}", begin, end, check)
+        except FileNotFoundError:
+            raise Damaged(f"{file} is missing") from None
+        except Faulty as error:
+            cause = str(error) if file in str(error) else f"{file}: {error}"
+            raise Damaged(cause) from None
+
+    def check_size(self, file: str) -> None:
+        """Raises Damaged if the file is gone, or not as long as recorded. Reads nothing of it."""
+        try:
+            size = self._store.size(f"{self._folder}/{file}")
+        except FileNotFoundError:
+            raise Damaged(f"{file} is missing") from None
+        if size != self._files[file]["bytes"]:
+            raise Damaged(f"{file} has {size} bytes, not {self._files[file]['bytes']}")
+
+    def spans(self, wanted: Sequence[Span]) -> Iterator[bytearray]:
+        """The bytes of each span, in order; quickest if these are sorted. Raises Damaged.
+
+        Each chunk is fetched once, a few ahead of their use. In memory are the span that is yielded, the chunks ahead,
+        and those that a later span wants again.
+        """
+        uses = Counter((span.file, n) for span in wanted for n in span.chunks)
+        ahead, fetched = iter(list(uses)), dict[tuple[str, int], Future[bytes]]()
+        with ThreadPoolExecutor(_AHEAD, thread_name_prefix="chunks") as pool:
+            try:
+                for span in wanted:
+                    data = bytearray(span.end - span.begin)
+                    for n in span.chunks:
+                        key = (span.file, n)
+                        while key not in fetched or len(fetched) < _AHEAD:
+                            if (following := next(ahead, None)) is None:
+                                break
+                            fetched[following] = pool.submit(self.chunk, *following)
+                        chunk, begin = fetched[key].result(), n * CHUNK
+                        low, high = max(span.begin, begin), min(span.end, begin + len(chunk))
+                        data[low - span.begin : high - span.begin] = memoryview(chunk)[low - begin : high - begin]
+                        uses[key] -= 1
+                        if not uses[key]:
+                            del fetched[key]
+                    yield data
+            finally:
+                pool.shutdown(cancel_futures=True)

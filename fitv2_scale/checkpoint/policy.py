@@ -1,0 +1,77 @@
+"""When to commit, and which commits to keep. Decided here, in arithmetic; done elsewhere."""
+
+import time
+from collections.abc import Callable, Collection, Sequence
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fitv2_scale.run_log import Entry
+
+_SAFE = 2  # so many of the newest sound commits are never deleted, whatever the config says
+
+
+class CheckpointConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    every_steps: int = Field(1000, ge=1, description="steps between commits")
+    every_minutes: float | None = Field(
+        None, gt=0, description="minutes between commits, instead of every_steps; `fitv2 plan` recommends a value"
+    )
+    keep_last: int = Field(2, ge=_SAFE, description="newest commits to keep; older ones are retired, then deleted")
+    keep_every: int = Field(0, ge=0, description="commits at its multiples are made and kept for ever; 0: none")
+    milestones: list[int] = Field([], description="commits at these steps are made and kept for ever")
+    max_failed: int = Field(
+        3,
+        ge=1,
+        description="saves in a row that may fail until training ends with 75; the next is made when it is due",
+    )
+
+    def keeps(self, step: int) -> bool:
+        """Whether the commit at ``step`` is kept for ever."""
+        return step in self.milestones or (self.keep_every > 0 and step % self.keep_every == 0)
+
+
+def to_retire(commits: Sequence[Entry], quarantined: Collection[int], config: CheckpointConfig) -> list[Entry]:
+    """The commits (oldest first) that are no longer needed.
+
+    Never one that is known to be damaged, which also does not count as kept; nor one kept for ever; nor one of the
+    newest ``keep_last``.
+    """
+    sound = [entry for entry in commits if entry.n not in quarantined]
+    return [entry for entry in sound[: -config.keep_last] if not config.keeps(entry.fields["step"])]
+
+
+class Cadence:
+    """Says after which steps to commit, alike on all ranks.
+
+    By steps this is arithmetic. By minutes, rank 0's clock decides, and the others hear of it (``share``: rank 0's
+    value on all ranks) not at each step but at steps agreed on before: at each of them the next is set half way to
+    where the time would be up at the pace so far, so that there are few, and a slower pace is noticed.
+    """
+
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        start: int,
+        share: Callable[[float], float],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config, self._share, self._clock = config, share, clock
+        self.saved(start)
+
+    def saved(self, step: int) -> None:
+        """A commit was made after ``step``, or was tried: the interval begins anew."""
+        self._from, self._began, self._ask = step, self._clock(), step + 1
+
+    def due(self, step: int) -> bool:
+        """Whether to commit after ``step``. All ranks ask for every step, once."""
+        if self._config.keeps(step):
+            return True
+        if self._config.every_minutes is None:
+            return step % self._config.every_steps == 0
+        if step != self._ask:
+            return False
+        interval, elapsed = 60 * self._config.every_minutes, self._share(self._clock() - self._began)
+        pace = elapsed / (step - self._from)
+        self._ask = step + max(1, int((interval - elapsed) / pace / 2)) if pace > 0 else step + 1
+        return elapsed >= interval

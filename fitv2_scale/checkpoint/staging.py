@@ -1,0 +1,88 @@
+"""A rank's state as it was at one moment, in host memory: the copy is made while training goes on.
+
+Forward and backward passes only read the state, so they and the copy may overlap; the optimizer has to wait for it. On
+CUDA the copy runs on a stream of its own into pinned memory, and the optimizer's stream waits, not the host.
+"""
+
+import threading
+import weakref
+from collections.abc import Mapping
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from fitv2_scale.parallel.boxes import Box, LogicalTensor
+
+
+class Staging:
+    """One buffer as large as this rank's own boxes, allocated and touched when this is made, and used again and again.
+
+    ``tensors`` are the boxes of the copy. A copy is made in three steps: ``mark`` the moment, ``copy``, which may be
+    done by another thread, and ``wait`` before the state changes.
+    """
+
+    def __init__(self, live: Mapping[str, LogicalTensor]) -> None:
+        boxes = _tensors(live)
+        self._buffer = torch.zeros(sum(t.numel() for t in boxes))  # touched: a copy should not wait for pages
+        parts = iter(self._buffer.split([t.numel() for t in boxes]))
+        self.tensors = {
+            name: LogicalTensor(t.shape, [Box(b.offset, next(parts).view(b.tensor.shape)) for b in t.boxes])
+            for name, t in live.items()
+        }
+        self._host, self._live = _tensors(self.tensors), boxes
+        self._begun = threading.Event()
+        self._begun.set()
+        self._stream = self._copied = None
+        device = next((t.device for t in boxes), self._buffer.device)
+        if device.type == "cuda":
+            _pin(self._buffer)
+            weakref.finalize(self, _unpin, self._buffer)
+            self._stream = torch.cuda.Stream(device)
+            self._copied = torch.cuda.Event(blocking=True)  # sleeps: others need the core
+
+    @property
+    def bytes(self) -> int:
+        return self._buffer.nbytes
+
+    def mark(self, live: Mapping[str, LogicalTensor]) -> None:
+        """The copy will be of ``live``, laid out as it was at first, as it is now."""
+        self._live = _tensors(live)
+        assert [t.shape for t in self._live] == [t.shape for t in self._host], "the state has another layout now"
+        self._begun.clear()
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+
+    def copy(self) -> None:
+        """Copies what was marked. Returns when the values are in host memory."""
+        try:
+            with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext(), torch.no_grad():
+                if self._host:
+                    torch._foreach_copy_(self._host, self._live, non_blocking=True)  # one call: the GIL is free
+                if self._copied is not None:
+                    self._copied.record()
+        finally:
+            self._begun.set()  # whatever happened: `wait` must not wait for ever
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def wait(self) -> None:
+        """From here on the state may change. On CUDA, it is this thread's stream that waits for the copy."""
+        self._begun.wait()
+        if self._copied is not None:
+            torch.cuda.current_stream(self._stream.device).wait_event(self._copied)
+
+
+def _tensors(state: Mapping[str, LogicalTensor]) -> list[Tensor]:
+    return [box.tensor for logical in state.values() for box in logical.boxes]
+
+
+def _pin(buffer: Tensor) -> None:
+    """In place: torch's own pinned memory comes in powers of two, which may be almost twice as much."""
+    if buffer.nbytes:
+        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)))
+
+
+def _unpin(buffer: Tensor) -> None:
+    if buffer.nbytes:
+        torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())

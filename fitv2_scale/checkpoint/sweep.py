@@ -1,0 +1,51 @@
+"""What a run's folder holds that no commit needs: left by killed attempts, and never needed again."""
+
+from dataclasses import dataclass, field
+
+from fitv2_scale.checkpoint.checkpointer import attempt_of
+from fitv2_scale.run import Attempt, Run
+from fitv2_scale.run_log import newest_attempt
+
+
+@dataclass(frozen=True)
+class Leftovers:
+    abandoned: list[str] = field(default_factory=list)  # folders of saves that were never committed
+    retired: list[str] = field(default_factory=list)  # folders of commits that were withdrawn, but not yet deleted
+    uploads: list[tuple[str, str]] = field(default_factory=list)  # (path, id) of unfinished uploads; only S3 has any
+
+
+def leftovers(run: Run) -> Leftovers:
+    """Finds them, and touches nothing.
+
+    Only what attempts left that can commit no more: those before the newest CLAIM, and the newest once it has ended.
+    What a training attempt is writing is not theirs to be found here, nor is any commit, damaged or not.
+    """
+    entries = run.log.entries()
+    newest = newest_attempt(entries)
+    over = newest + (1 if newest and Attempt(newest, run).ended() else 0)
+    committed = {e.fields["path"] for e in run.log.commits()}
+    named = {e.fields["path"] for e in entries if e.kind == "COMMIT"}
+    folders = sorted({_folder(path) for path in run.store.list("steps/")} - committed)
+    return Leftovers(
+        abandoned=[f for f in folders if f not in named and _is_over(f, over)],
+        retired=[f for f in folders if f in named],
+        uploads=[(path, upload) for path, upload in run.store.uploads() if _is_over(_folder(path), over)],
+    )
+
+
+def remove(run: Run, found: Leftovers) -> None:
+    """Deletes them. Stopped half way, it can be run again."""
+    for path, upload in found.uploads:
+        run.store.abort_upload(path, upload)
+    for folder in found.abandoned + found.retired:
+        run.store.delete_tree(folder)
+
+
+def _folder(path: str) -> str:
+    """steps/00000010.0001/rank-00000.safetensors -> steps/00000010.0001"""
+    return "/".join(path.split("/")[:2])
+
+
+def _is_over(folder: str, over: int) -> bool:
+    attempt = attempt_of(folder)
+    return attempt is not None and attempt < over

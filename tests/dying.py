@@ -1,0 +1,83 @@
+"""A process that dies, or stops, at its k-th operation on storage: in between no process can be killed otherwise.
+
+Operations are what changes a local disk (each write may be torn: half of it is done), or a request to S3.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import fitv2_scale.store as store_module
+
+_CHANGES = ("mkdir", "fsync", "link", "replace", "unlink", "rmdir")
+
+
+class Doom:
+    """Counts operations from ``arm`` on; raises ``number`` in this process just before operation ``at`` (from 0)."""
+
+    def __init__(self, number: signal.Signals = signal.SIGKILL) -> None:
+        self._number, self._at, self.count = number, None, None
+
+    def arm(self, at: int | None) -> None:
+        self._at, self.count = at, 0
+
+    def __call__(self, torn: Callable[[], Any] = lambda: None) -> None:
+        if self.count is None:
+            return
+        if self.count == self._at:
+            torn()
+            signal.pthread_kill(threading.get_ident(), self._number)  # this thread, which writes, gets no further
+        self.count += 1
+
+
+def watch_disk(doom: Doom) -> None:
+    """Every change of the local disk by this process's Python asks ``doom`` first."""
+    for name in _CHANGES:
+        setattr(os, name, _first(doom, getattr(os, name)))
+    store_module.open = lambda *args, **kw: _File(doom, open(*args, **kw))  # noqa: SIM115
+
+
+def watch_s3(doom: Doom) -> None:
+    """Every request to S3 asks ``doom`` first."""
+    from s3fs import S3FileSystem
+
+    real = S3FileSystem._call_s3
+
+    async def call(self, method, *args, **kw):
+        doom()
+        return await real(self, method, *args, **kw)
+
+    S3FileSystem._call_s3 = call
+
+
+def _first(doom: Doom, real: Callable) -> Callable:
+    def act(*args, **kw):
+        doom()
+        return real(*args, **kw)
+
+    return act
+
+
+class _File:
+    def __init__(self, doom: Doom, file) -> None:
+        self._doom, self._file = doom, file
+
+    def __enter__(self) -> "_File":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, data) -> None:
+        def half() -> None:
+            self._file.write(memoryview(data)[: len(data) // 2])
+            self._file.flush()
+
+        self._doom(half)
+        self._file.write(data)
+        self._file.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)

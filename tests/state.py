@@ -1,0 +1,99 @@
+"""State to save without an engine that has it: which step it is at says every number of it."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from data_sharding.connect import disconnect
+from data_sharding.patience import Patience
+from data_sharding.plan import Cursor
+from fitv2_scale.checkpoint.checkpointer import Checkpointer, verify_commit
+from fitv2_scale.checkpoint.policy import CheckpointConfig
+from fitv2_scale.checkpoint.sweep import leftovers, remove
+from fitv2_scale.parallel.boxes import Box, LogicalTensor
+from fitv2_scale.parallel.world import World, join
+from fitv2_scale.run import Run
+from fitv2_scale.run_log import RunLog
+from fitv2_scale.s3_store import S3Store
+
+CURSOR = Cursor("plan", 0, [[0, 1, [1]]], [0], 0, [0])
+
+
+class State:
+    """What ``Checkpointer`` wants of an engine. Rows of each tensor are split over the ranks, unevenly."""
+
+    def __init__(self, step: int, world: World, rows: int = 50) -> None:
+        self.shapes = {"param/w": (rows, 1200), "param/b": (7,), "exp_avg/b": (7,), "exp_avg_sq/b": (7,), "ema/b": (7,)}
+        self.step = step
+        self._world = world
+        self.tensors = {name: self._mine(tensor).clone() for name, tensor in self.expected(step).items()}
+
+    def expected(self, step: int) -> dict[str, torch.Tensor]:
+        rng = torch.Generator().manual_seed(step)
+        return {name: torch.randn(shape, generator=rng) for name, shape in self.shapes.items()}
+
+    def _mine(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.tensor_split(self._world.size)[self._world.rank]
+
+    def boxes(self) -> dict[str, LogicalTensor]:
+        found = {}
+        for name, shape in self.shapes.items():
+            first = sum(len(part) for part in torch.empty(shape).tensor_split(self._world.size)[: self._world.rank])
+            found[name] = LogicalTensor(shape, [Box((first, *[0] * (len(shape) - 1)), self.tensors[name])])
+        return found
+
+    def scalars(self) -> dict[str, float]:
+        return {"step": float(self.step)}
+
+    def load_scalars(self, scalars: dict[str, float]) -> None:
+        self.step = int(scalars["step"])
+
+    def loaded(self) -> None: ...
+
+    def is_whole(self, step: int) -> bool:
+        """Bit for bit what was saved at ``step``."""
+        expected = self.expected(step)
+        same = all(torch.equal(self._mine(expected[name]), tensor) for name, tensor in self.tensors.items())
+        return same and self.step == step
+
+
+@contextmanager
+def opened(env: dict[str, str], url: str, patience: Patience | None = None) -> Iterator[tuple[World, Run]]:
+    """In a rank: the run at ``url``, made if it is not there, with requests as patient as that."""
+    os.environ.update(env)
+    disconnect()
+    with join() as world:
+        world.on_first(lambda: Run.open_or_create(url, {}, {}, None) and None)
+        run = Run.open(url)
+        if patience is not None:
+            store = S3Store(url, patience)
+            run = replace(run, store=store, log=RunLog(store))
+        yield world, run
+
+
+def saver(world: World, run: Run, **config) -> Callable[..., str | None]:
+    """``save(step)`` of a new attempt."""
+    attempt = run.claim({}) if world.is_first else None
+    number = world.share(attempt.number if attempt else None)
+    checkpoints = Checkpointer(run, attempt, number, world, CheckpointConfig(**config))
+    return lambda step, **size: checkpoints.save(State(step, world, **size), step, CURSOR)
+
+
+def recover(env: dict[str, str], url: str, rows: int = 50) -> dict:
+    """What a new attempt finds in the run, and that all is well with it afterwards. One rank."""
+    with opened(env, url) as (world, run):
+        save = saver(world, run)
+        state = State(-1, world, rows)
+        problems = {e.fields["step"]: verify_commit(run, e) for e in run.log.commits()}
+        restored = Checkpointer(run, None, 0, world).restore(state, run)
+        assert restored and state.is_whole(restored.step), "what was restored is not what was saved"
+        assert save(1000, rows=rows) is None
+        remove(run, leftovers(run))
+        committed = {e.fields["path"] for e in run.log.commits()}
+        there = {"/".join(path.split("/")[:2]) for path in run.store.list("steps/")}
+        assert there == committed and not run.store.uploads(), "something is left over, or was lost"
+        found = {"step": restored.step, "problems": {s: p for s, p in problems.items() if p}, "commits": list(problems)}
+        return found | {"passed_over": restored.quarantined}

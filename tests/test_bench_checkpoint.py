@@ -1,0 +1,75 @@
+"""`fitv2 bench checkpoint`: the report holds what it promises, and nothing is left behind."""
+
+import json
+from pathlib import Path
+
+import pytest
+from ranks import run_ranks
+from state import State, opened, saver
+from test_bench_step import SMALL
+
+from fitv2_scale.bench import checkpoint
+from fitv2_scale.bench.relaid import lay_out_anew
+from fitv2_scale.checkpoint.checkpointer import Checkpointer, verify_commit
+from fitv2_scale.checkpoint.staging import Staging
+from fitv2_scale.cli import main
+from fitv2_scale.config import load_config
+from fitv2_scale.run import Run
+
+ARGUMENTS = [*SMALL, "data.url=preset:imagenet256", "batch.images=5", "layout.max_tokens=512"]
+SPREAD = {"median", "lowest", "highest"}
+
+
+def measure(folder: str, copy: float = 0.0) -> dict | None:
+    """``copy``: seconds that a copy of the state takes longer."""
+    import time
+
+    copying = Staging.copy
+    Staging.copy = lambda self: (time.sleep(copy), copying(self))[1]
+    return checkpoint.measure(load_config("configs/demo.yaml", ARGUMENTS), 2, folder)
+
+
+def test_the_report_and_what_is_left(tmp_path):
+    """Two ranks; the stall is what the slow copy holds up, the saves are as long as they are, nothing stays."""
+    report, other = run_ranks(2, measure, str(tmp_path), 0.5)
+    assert other is None and report["ranks"] == 2 and report["rounds"] == 2 and report["storage"] == "local"
+    assert set(report["stall_seconds"]) == {"first", *SPREAD}
+    spreads = [value for value in report.values() if isinstance(value, dict) and value.keys() >= SPREAD]
+    assert len(spreads) == 12
+    assert all(0 < value["lowest"] <= value["median"] <= value["highest"] for value in spreads)
+    assert report["stall_seconds"]["lowest"] > 0.2 and report["blocking_seconds"]["lowest"] > 0.5
+    assert report["durable_seconds"]["lowest"] > 0.5
+    parameters = 2 * 32 * 32  # more than that
+    assert report["bytes"] > 16 * parameters
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert "stall" in checkpoint.to_text(report) and json.dumps(report)
+
+
+def relaid(url: str, ranks: int) -> None:
+    with opened({}, f"{url}/one") as (world, run):
+        assert saver(world, run)(3) is None
+        (entry,) = run.log.commits()
+        other = Run.open_or_create(f"{url}/other", {}, {}, None)
+        lay_out_anew(run, entry, other, ranks)
+        (entry,) = other.log.commits()
+        assert verify_commit(other, entry) == []
+        state = State(-1, world)
+        assert Checkpointer(other, None, 0, world).restore(state, other).step == 3 and state.is_whole(3)
+        assert len(list(Path(url, "other", entry.fields["path"]).glob("*.safetensors"))) == ranks
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 9])  # of tensors with 50 and 7 rows
+def test_a_commit_laid_out_anew_is_the_same(tmp_path, ranks):
+    run_ranks(1, relaid, str(tmp_path), ranks)
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        (["--s3", "bucket/folder"], "--s3 bucket/folder: give s3://BUCKET/FOLDER"),
+        (["--saves", "0"], "--saves 0: give at least 1"),
+    ],
+)
+def test_bad_input_is_one_sentence(options, message, capsys):
+    assert main(["bench", "checkpoint", "configs/demo.yaml", *options]) == 2
+    assert capsys.readouterr().err == f"fitv2: {message}\n"
