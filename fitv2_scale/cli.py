@@ -9,12 +9,13 @@ from dataclasses import asdict
 from typing import Any
 
 from data_sharding.errors import UserError
+from launchers.commands import add_commands, supervised, watch
 
 # Heavy imports (torch) stand inside the commands that need them: `fitv2 --help` answers at once.
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    args = _parse(sys.argv[1:] if argv is None else argv)
     try:
         return args.command(args)
     except UserError as error:
@@ -24,6 +25,22 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, a pager perhaps, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    """key=value may stand anywhere, also behind an option; what stands behind -- is another command (see submit)."""
+    cut = words.index("--") if "--" in words else len(words)
+    parser = _parser()
+    args, unknown = parser.parse_known_args(words[:cut])
+    if any(word.startswith("-") or not hasattr(args, "overrides") for word in unknown):
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if unknown:
+        args.overrides = [*args.overrides, *unknown]
+    if cut < len(words):
+        if not hasattr(args, "behind"):
+            parser.error("only `fitv2 submit` takes a command behind --")
+        args.behind = words[cut + 1 :]
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -61,15 +78,23 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(command=_train)
     _config_arguments(train)
     train.add_argument("--fork-from", metavar="RUN@STEP", help="begin a new run at another one's commit")
+    train.add_argument("--supervise", action="store_true", help="start the processes here, and again until all is done")
+    train.add_argument("--processes", type=int, metavar="N", help="with --supervise (default: one a GPU, else 1)")
 
     status = _command(commands, "status", _status, "attempts and commits of a run")
     status.add_argument("run", metavar="RUN")
+    status.add_argument("--watch", action="store_true", help="again every 5 seconds, until Ctrl-C")
+    add_commands(commands, _command, _print)
 
-    checkpoint = commands.add_parser("checkpoint", help="list, verify, import and export").add_subparsers(required=True)
+    checkpoint = commands.add_parser("checkpoint", help="list, verify, sweep, import, export")
+    checkpoint = checkpoint.add_subparsers(required=True)
     listing = _command(checkpoint, "list", _checkpoint_list, "the commits of a run")
     listing.add_argument("run", metavar="RUN")
     check = _command(checkpoint, "verify", _checkpoint_verify, "check every file of every commit against its digest")
     check.add_argument("run", metavar="RUN")
+    sweep = _command(checkpoint, "sweep", _checkpoint_sweep, "say what killed attempts left behind, and delete it")
+    sweep.add_argument("run", metavar="RUN")
+    sweep.add_argument("--yes", action="store_true", help="delete it; otherwise it is only listed")
     importing = _command(checkpoint, "import", _checkpoint_import, "make a run from public weights")
     importing.add_argument("file", metavar="FILE", help=".safetensors or .bin, float32")
     importing.add_argument("run", metavar="RUN", help="folder of the run to make")
@@ -88,6 +113,28 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="measure this machine and this program").add_subparsers(required=True)
     data = _command(bench, "data", _bench_data, "balance, packing and planning on ImageNet-like lengths")
     data.add_argument("--steps", type=int, help="steps a figure is averaged over (default: an epoch)")
+    data.add_argument("--only", metavar="PART,…", help="of balance, any_ranks, nodes, bias, planning and scale")
+    data.add_argument("--long", action="store_true", help="scale: also a dataset of 100 M images; needs 2 GB in TMPDIR")
+    against = data.add_argument_group("the loader beside others, instead of the plan's figures")
+    against.add_argument("--against", nargs="+", metavar="LOADER", help="all, or of webdataset, streaming and files")
+    against.add_argument("--images", type=int, default=8192, help="latents written for it (default 8192)")
+    against.add_argument("--repeats", type=int, default=3, help="rounds of all loaders in turn (default 3)")
+    against.add_argument("--seconds", type=float, default=2.0, help="least time of the later epochs (default 2)")
+    against.add_argument("--folder", metavar="FOLDER", help="keeps the latents (default: a temporary folder)")
+    against.add_argument("--s3", metavar="s3://…", help="reads from below this new prefix instead of the local disk")
+
+    stepping = _command(bench, "step", _bench_step, "a training step: speed, where its time goes, memory")
+    _config_arguments(stepping)
+    stepping.add_argument("--steps", type=int, default=8, help="steps a round (default 8)")
+    stepping.add_argument("--repeats", type=int, default=3, help="rounds, of which medians are taken (default 3)")
+    stepping.add_argument("--against", choices=["reference"], help="the released way of training, in turn with ours")
+
+    saving = _command(bench, "checkpoint", _bench_checkpoint, "saving and loading: stall, speed, other layouts")
+    _config_arguments(saving)
+    saving.add_argument("--saves", type=int, default=3, help="rounds, of which medians are taken (default 3)")
+    place = saving.add_mutually_exclusive_group()
+    place.add_argument("--folder", metavar="FOLDER", help="saves below it (default: a temporary folder)")
+    place.add_argument("--s3", metavar="s3://…", help="saves below this prefix")
 
     sample = _command(commands, "sample", _sample, "make pictures from a run's EMA weights")
     sample.add_argument("run", metavar="RUN")
@@ -195,13 +242,23 @@ def _train(args: argparse.Namespace) -> int:
     from fitv2_scale.config import load_config
     from fitv2_scale.train import train
 
-    return train(load_config(args.config, args.overrides), args.fork_from)
+    config = load_config(args.config, args.overrides)
+    return supervised(args, config) if args.supervise else train(config, args.fork_from)
 
 
 def _status(args: argparse.Namespace) -> int:
-    from fitv2_scale.run import Run, status
+    if args.watch:
+        watch(lambda: _status_once(args))
+        return 0
+    return _status_once(args)
 
-    report = status(Run.open(args.run))
+
+def _status_once(args: argparse.Namespace) -> int:
+    from fitv2_scale.run import Run, status
+    from launchers.control import chain, jobs
+
+    run = Run.open(args.run)
+    report = status(run) | {"jobs": jobs(run), "chain": chain(run)}
     last = report["last_commit"]
     lines = [f"{report['id']}: " + (f"last commit at step {last['step']}, {last['time']}" if last else "no commit yet")]
     lines += [
@@ -211,6 +268,12 @@ def _status(args: argparse.Namespace) -> int:
     ]
     if (lost := report["substituted"])["images"]:
         lines.append(f"  {lost['images']} images of {lost['frames']} frames are replaced: {lost['causes'][-1]}")
+    for job in report["jobs"]:
+        ended = f"ended with {job['code']}: {job['reason']}" if job["ended"] else "running, or killed"
+        blamed = f"; {', '.join(job['blamed'])} failed" if job["blamed"] else ""
+        lines.append(f"  job {job['job']} on {', '.join(job['nodes'])}: {ended}{blamed}")
+    if report["chain"]:
+        lines.append(f"  chain: {report['chain']['event'] or 'goes on'}  {report['chain']['reason']}".rstrip())
     _print(args, report, "\n".join(lines))
     return 0
 
@@ -238,11 +301,33 @@ def _checkpoint_verify(args: argparse.Namespace) -> int:
     return 0
 
 
+def _checkpoint_sweep(args: argparse.Namespace) -> int:
+    from fitv2_scale.checkpoint.sweep import leftovers, remove
+    from fitv2_scale.run import Run
+
+    run = Run.open(args.run)
+    found = leftovers(run)
+    if args.yes:
+        remove(run, found)
+    lines = [f"{folder}: saved by an attempt that ended, never committed" for folder in found.abandoned]
+    lines += [f"{folder}: a retired commit" for folder in found.retired]
+    lines += [f"{path}: an unfinished upload" for path, _ in found.uploads]
+    if lines:
+        lines.append("all deleted" if args.yes else "--yes deletes these")
+    _print(args, asdict(found) | {"deleted": args.yes}, "\n".join(lines) or "nothing is left over")
+    return 0
+
+
 def _checkpoint_import(args: argparse.Namespace) -> int:
-    from fitv2_scale.checkpoint.weights import import_weights
+    from fitv2_scale.checkpoint.weights import WrongWeights, import_weights
     from fitv2_scale.config import load_config
 
-    run = import_weights(args.file, args.run, load_config(args.config))
+    try:
+        run = import_weights(args.file, args.run, load_config(args.config))
+    except WrongWeights as error:
+        if args.json:
+            print(json.dumps({"missing": error.missing, "left_over": error.left_over}, indent=2))
+        raise
     _print(args, {"run": run.url, "step": 0}, f"{run.url}: holds {args.file} as its commit at step 0")
     return 0
 
@@ -268,10 +353,41 @@ def _track_sync(args: argparse.Namespace) -> int:
 
 
 def _bench_data(args: argparse.Namespace) -> int:
-    from fitv2_scale.bench import plan_figures
+    if args.against:
+        from fitv2_scale.bench import loaders
 
-    report = plan_figures.measure(args.steps)
-    _print(args, report, plan_figures.to_text(report))
+        report = loaders.measure(args.against, args.images, args.repeats, args.seconds, args.folder, args.s3)
+        _print(args, report, loaders.to_text(report))
+        return 0
+    from fitv2_scale.bench import data_figures
+
+    report = data_figures.measure(args.only.split(",") if args.only else data_figures.PARTS, args.steps, args.long)
+    _print(args, report, data_figures.to_text(report))
+    return 0
+
+
+def _bench_step(args: argparse.Namespace) -> int:
+    from fitv2_scale.bench import step
+    from fitv2_scale.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    report = step.measure(config, args.steps, args.repeats, args.against == "reference")
+    if report is not None:
+        _print(args, report, step.to_text(report))
+    return 0
+
+
+def _bench_checkpoint(args: argparse.Namespace) -> int:
+    from fitv2_scale.bench import checkpoint
+    from fitv2_scale.config import load_config
+
+    if args.s3 and not args.s3.startswith("s3://"):
+        raise UserError(f"--s3 {args.s3}: give s3://BUCKET/FOLDER")
+    if args.saves < 1:
+        raise UserError(f"--saves {args.saves}: give at least 1")
+    report = checkpoint.measure(load_config(args.config, args.overrides), args.saves, args.s3 or args.folder)
+    if report is not None:
+        _print(args, report, checkpoint.to_text(report))
     return 0
 
 

@@ -11,24 +11,26 @@ config=configs/demo.yaml
 steps=$(sed -nE 's/^train: \{steps: ([0-9]+),.*/\1/p' "$config")
 run=runs/demo-$(date +%Y%m%d-%H%M%S)
 
-train() {
-  # One thread a process: two processes on two cores.
-  OMP_NUM_THREADS=1 .venv/bin/torchrun --standalone --nproc-per-node 2 -m fitv2_scale.cli train "$config" run="$run"
-}
-
 last_commit() {
   .venv/bin/fitv2 checkpoint list "$run" --json 2>/dev/null |
     .venv/bin/python -c 'import json, sys; print(max((c["step"] for c in json.load(sys.stdin)), default=0))' 2>/dev/null ||
     echo 0
 }
 
+# SIGKILL to the processes that train, not to the one that supervises them.
 kill_training() {
-  local process
+  local process words
   for process in /proc/[0-9]*; do
-    if tr '\0' ' ' 2>/dev/null <"$process/cmdline" | grep -q "run=$run "; then
+    words=$(tr '\0' ' ' 2>/dev/null <"$process/cmdline") || continue
+    if [[ "$words " == *"run=$run "* && $words != *--supervise* ]]; then
       kill -KILL "${process#/proc/}" 2>/dev/null || true
     fi
   done
+}
+
+end_training() {
+  kill -KILL "$training" 2>/dev/null || true
+  kill_training
 }
 
 make_venv demo
@@ -44,9 +46,10 @@ say "What the run will need: fitv2 plan"
 .venv/bin/fitv2 plan "$config" --gpus-per-node 2
 
 say "Training $steps steps on two processes, which will be killed half way"
-trap kill_training EXIT
-train &
+# One thread a process: two processes on two cores.
+OMP_NUM_THREADS=1 .venv/bin/fitv2 train "$config" run="$run" --supervise --processes 2 &
 training=$!
+trap end_training EXIT
 while [ "$(last_commit)" -lt $((steps / 2)) ]; do
   kill -0 $training 2>/dev/null || { wait $training; exit 1; }
   sleep 2
@@ -54,10 +57,10 @@ done
 say "kill -9 to all of them, somewhere after the commit at step $(last_commit)"
 sleep 3
 kill_training
-wait $training 2>/dev/null || true
 
-say "The same command again: it goes on from the last commit"
-train
+say "The supervisor sees it and begins another attempt, which goes on from the last commit"
+wait $training
+trap - EXIT
 .venv/bin/fitv2 track sync "$run"
 .venv/bin/fitv2 status "$run"
 

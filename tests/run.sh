@@ -22,9 +22,13 @@ install_services() {
   command -v radosgw >/dev/null || missing+=(radosgw)
   PATH=$PATH:/usr/sbin command -v ceph-mon >/dev/null || missing+=(ceph-mon)
   PATH=$PATH:/usr/sbin command -v ceph-osd >/dev/null || missing+=(ceph-osd)
+  PATH=$PATH:/usr/sbin command -v slurmctld >/dev/null || missing+=(slurmctld)
+  PATH=$PATH:/usr/sbin command -v slurmd >/dev/null || missing+=(slurmd)
+  command -v sbatch >/dev/null || missing+=(slurm-client)
+  PATH=$PATH:/usr/sbin command -v munged >/dev/null || missing+=(munge)
   [ ${#missing[@]} -gt 0 ] || return 0
   if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
-    say "The tests on a real S3 server are left out: ${missing[*]} missing, and only root can apt-get install"
+    say "Tests on real servers are left out: ${missing[*]} missing, and only root can apt-get install"
     return 0
   fi
   say "Installing ${missing[*]}"
@@ -34,7 +38,7 @@ install_services() {
   fi
   apt-get update -qq || true
   DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends "${missing[@]}" >/dev/null ||
-    say "apt-get could not install ${missing[*]}: the tests on a real S3 server are left out"
+    say "apt-get could not install ${missing[*]}: the tests that need them are left out"
   [ -z "$made" ] || rm $policy
 }
 

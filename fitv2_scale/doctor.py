@@ -1,0 +1,216 @@
+"""`fitv2 doctor`: is this machine, or are all nodes of this job, fit for training? Seconds, before hours.
+
+Started plainly it looks at this machine; under torchrun or `fitv2 submit -- doctor CONFIG` at every node, and compares
+them. A launcher lets each rank run ``own_faults`` before it trains.
+"""
+
+import os
+import platform
+import secrets
+import shutil
+import socket
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from data_sharding.errors import UserError
+from data_sharding.frames import FrameReader
+from data_sharding.manifest import Manifest
+from data_sharding.patience import Patience
+from data_sharding.presets import is_preset
+from fitv2_scale.config import Config
+from fitv2_scale.parallel.world import World, join
+from fitv2_scale.run import installed
+from fitv2_scale.store import LocalStore, open_store
+
+_USED_BYTES = 2 << 30  # of a GPU, before training: somebody else is on it
+_TEMPORARY_BYTES = 1 << 30
+_CLOCK_SECONDS = 5.0  # more than this between clocks spoils the times of journals and logs
+_REDUCED_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Finding:
+    what: str
+    fault: str  # empty: all is well
+    detail: str
+    seconds: float
+
+
+def examine(config: Config | None) -> list[Finding]:
+    """All that can be checked from here, the same list on all ranks. A collective if there are several."""
+    with join() as world:
+        mine = [_finding(what, check) for what, check in _checks(config, world)]
+        everyones = world.gather(mine)
+        merged = [_merge(row, world) for row in zip(*everyones, strict=True)]
+        if world.size > 1:
+            merged += [_finding("nodes alike", lambda: _alike(world)), _finding("collectives", lambda: _reduce(world))]
+        return merged
+
+
+def own_faults(local_rank: int) -> list[str]:
+    """What keeps this rank from training on this node, in sentences; for launchers, before each attempt."""
+    findings = [_finding("GPU", lambda: _gpu(local_rank)), _finding("temporary folder", _temporary)]
+    return [f"{f.what}: {f.fault}" for f in findings if f.fault]
+
+
+def to_text(findings: list[Finding]) -> str:
+    width = max(len(f.what) for f in findings)
+    return "\n".join(
+        f"{'FAULT' if f.fault else 'ok   '}  {f.what:<{width}}  {f.seconds:6.2f} s  {f.fault or f.detail}"
+        for f in findings
+    )
+
+
+def _checks(config: Config | None, world: World) -> Iterator[tuple[str, Callable[[], str]]]:
+    yield "packages", lambda: ", ".join(f"{name} {version}" for name, version in installed().items())
+    yield "GPU", lambda: _gpu(int(os.environ.get("LOCAL_RANK", 0)))
+    yield "compiler", _compiler
+    yield "temporary folder", _temporary
+    if config and config.run:
+        yield "run folder", lambda: _run_folder(config.run, world)
+    for url in config.data.urls if config else []:
+        if not is_preset(url):
+            yield "data", lambda url=url: _data(url, config.data.cache_dir)
+
+
+def _finding(what: str, check: Callable[[], str]) -> Finding:
+    begun = time.perf_counter()
+    fault, detail = "", ""
+    try:
+        detail = check()
+    except Exception as error:  # whatever it is, it belongs into the report
+        fault = str(error) or repr(error)
+    return Finding(what, fault, detail, time.perf_counter() - begun)
+
+
+def _merge(row: tuple[Finding, ...], world: World) -> Finding:
+    """One line for all ranks: the slowest's time, and which of them have a fault."""
+    if world.size == 1:
+        return row[0]
+    faults = [f"rank {rank}: {f.fault}" for rank, f in enumerate(row) if f.fault]
+    return Finding(row[0].what, "; ".join(faults), row[0].detail, max(f.seconds for f in row))
+
+
+def _gpu(index: int) -> str:
+    if not torch.cuda.is_available():
+        return "none; training will use the CPU"
+    free, total = torch.cuda.mem_get_info(index)
+    used = total - free - torch.cuda.memory_reserved(index)
+    if used > _USED_BYTES:
+        raise UserError(f"{used / 2**30:.1f} GiB of GPU {index} are taken: another process is on it")
+    names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+    if len(names) > 1:
+        raise UserError(f"this node has GPUs of several types: {', '.join(sorted(names))}")
+    return f"{torch.cuda.device_count()} x {names.pop()}, {free / 2**30:.0f} GiB free on GPU {index}"
+
+
+def _compiler() -> str:
+    """Triton compiles a C file against Python's headers when torch.compile first runs."""
+    if not torch.cuda.is_available():
+        return "not needed"
+    compiler = os.environ.get("CC") or next(filter(shutil.which, ("gcc", "cc", "clang")), None)
+    if compiler is None:
+        raise UserError("there is no C compiler, which torch.compile needs: install gcc, or set layout.compile=false")
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        raise UserError("Python.h is missing, which torch.compile needs: install python3-dev, or layout.compile=false")
+    return compiler
+
+
+def _temporary() -> str:
+    folder = tempfile.gettempdir()
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"x" * 4096)
+        file.flush()
+        os.fsync(file.fileno())
+    free = shutil.disk_usage(folder).free
+    if free < _TEMPORARY_BYTES:
+        raise UserError(f"{folder} has only {free / 2**30:.2f} GiB left: set TMPDIR to a larger one")
+    return f"{folder}, {free / 2**30:.0f} GiB free"
+
+
+def _run_folder(url: str, world: World) -> str:
+    """Each rank writes, is refused a second create, and reads what the next rank wrote; then all is deleted."""
+    folder = f"doctor-{world.share(secrets.token_hex(4))}"
+    faults: list[Exception] = []
+    skew = 0.0
+
+    def write() -> None:
+        nonlocal skew
+        store.create(f"{folder}/{world.rank}", str(world.rank).encode())
+        skew = _clock_skew(store, f"{folder}/{world.rank}")
+        try:
+            store.create(f"{folder}/{world.rank}", b"again")
+        except FileExistsError:
+            return
+        raise UserError(f"{url} overwrites what a conditional create must leave alone")
+
+    def read() -> None:
+        other = (world.rank + 1) % world.size
+        if (found := store.read(f"{folder}/{other}")) != str(other).encode():
+            raise UserError(f"{url} gives {found!r} for what rank {other} wrote")
+
+    def delete() -> None:
+        if world.is_first:
+            store.delete_tree(folder)
+
+    store = open_store(url)
+    for act in (write, read, delete):
+        try:
+            act()
+        except Exception as error:  # a rank that leaves here would leave the others waiting
+            faults.append(error)
+        world.gather(None)
+    if faults:
+        raise faults[0]
+    if abs(skew) > _CLOCK_SECONDS:
+        raise UserError(f"the clock of {socket.gethostname()} is {skew:+.0f} s off that of the file server")
+    return f"{url}: every rank reads what another one wrote; clock {skew:+.1f} s"
+
+
+def _clock_skew(store: Any, path: str) -> float:
+    """Seconds that this node is ahead of the file server; 0 where there is none to ask."""
+    if not isinstance(store, LocalStore):
+        return 0.0
+    return time.time() - os.stat(store.path(path)).st_mtime
+
+
+def _data(url: str, cache: str) -> str:
+    manifest = Manifest.load(url, cache)
+    FrameReader(Patience(deadline=20.0)).read(manifest, 0)
+    return f"{url}: {len(manifest.sample_id)} images, its first frame is whole"
+
+
+def _alike(world: World) -> str:
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    made_of = world.gather({"machine": platform.machine(), "GPU": gpu, **installed()})
+    times = world.gather(time.time())
+    for key in made_of[0]:
+        if len(values := {str(m[key]) for m in made_of}) > 1:
+            raise UserError(f"nodes differ in {key}: {', '.join(sorted(values))}")
+    return f"{world.size} ranks, the same versions; asked within {max(times) - min(times):.1f} s"
+
+
+def _reduce(world: World) -> str:
+    values = torch.ones(_REDUCED_BYTES // 4, device=world.device)
+    for _ in range(2):  # the first connects
+        world.gather(None)
+        begun = time.perf_counter()
+        dist.all_reduce(values)
+        total = values[0].item()
+        seconds = time.perf_counter() - begun
+    if total != world.size**2:
+        raise UserError(f"an all-reduce gives {total} instead of {world.size**2}")
+    moved = 2 * (world.size - 1) / world.size * _REDUCED_BYTES
+    return f"all-reduce of {_REDUCED_BYTES >> 20} MiB at {moved / seconds / 1e9:.2f} GB/s a rank"
+
+
+def as_report(findings: list[Finding]) -> list[dict[str, Any]]:
+    return [asdict(finding) for finding in findings]

@@ -1,0 +1,258 @@
+"""Notices a rank that gets no further, names it, and ends the attempt with 75; else all others would wait for ever.
+
+A rank says what it does: load, data, step, save or evaluate, each with a limit of its own (its first steps are
+``compile``). A thread of each rank tells all others so once a second, by UDP, and looks at the clock. The alarm is
+raised by a rank that is longer in a section than it may, and by one that has not heard of another for as long: that
+process is stopped, or its node is gone. On an alarm every rank that can writes its stacks to
+attempts/<n>/logs/rank-00000.stacks, the first of them writes why to end.json and, unless it is all, who to hung.json,
+and all end.
+
+    hung.json  [{"rank": 1, "node": "n7", "section": "step", "step": 1200, "seconds": 31.2, "silent": true}]
+"""
+
+import faulthandler
+import json
+import logging
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fitv2_scale.parallel.world import World
+from fitv2_scale.run import RETRY, Attempt, Run
+
+Section = Literal["load", "data", "step", "compile", "save", "evaluate"]
+
+_LONG_SILENCE = 300.0  # seconds
+_COMPILING = 3  # so many first steps may hold compilation
+_RANKS_PER_SECOND = 128  # that a rank tells; on larger worlds each is told less often
+_WRITER_GRACE, _OTHERS_GRACE = 2.0, 10.0  # seconds between stacks and end: the first that ends takes all others with it
+
+log = logging.getLogger(__name__)
+
+
+class WatchdogConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    step_factor: float = Field(3.0, gt=1, description="a step may take so many times the longest of the last ones")
+    step_seconds: float = Field(
+        30.0, gt=0, description="and always as long as this; also how long a rank may be silent"
+    )
+    compile_seconds: float = Field(1800.0, gt=0, description="limit of each of the first steps")
+    load_seconds: float = Field(1800.0, gt=0, description="limit of building the model and reading a commit")
+    data_seconds: float = Field(900.0, gt=0, description="limit of waiting for a batch; over data.deadline_seconds")
+    save_seconds: float = Field(1800.0, gt=0, description="limit of a commit")
+    evaluate_seconds: float = Field(1800.0, gt=0, description="limit of making pictures")
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank says of itself."""
+
+    rank: int
+    node: str
+    section: str
+    step: int
+    since: float  # seconds in this section
+    patience: float  # seconds for which it may be silent now
+    where: str = ""  # innermost line of this project in the main thread
+    event: str = ""  # alarm, or bye: it ends as it should
+
+
+@dataclass(frozen=True)
+class Hung:
+    """A rank that is to blame."""
+
+    rank: int
+    node: str
+    section: str
+    step: int
+    seconds: float
+    silent: bool
+    where: str
+
+    def __str__(self) -> str:
+        what = "has not been heard of for" if self.silent else f"has been in section {self.section} for"
+        place = f", in {self.where}" if self.where else ""
+        return f"rank {self.rank} on {self.node} {what} {self.seconds:.0f} s, at step {self.step}{place}"
+
+
+def blame(beats: Mapping[int, Beat], unheard: Mapping[int, float]) -> list[Hung]:
+    """Who holds the others up: ranks that are silent, ``unheard`` of for longer than their patience; else those behind
+    in steps; else those in another section than most, or at another line; else all, who wait for something outside."""
+    silent = [b for b in beats.values() if unheard[b.rank] > b.patience]
+    if silent:
+        return [Hung(b.rank, b.node, b.section, b.step, unheard[b.rank], True, b.where) for b in silent]
+    last = min(b.step for b in beats.values())
+    guilty = [b for b in beats.values() if b.step == last]
+    for trait in (lambda b: b.section, lambda b: b.where):
+        if len(guilty) == len(beats):
+            (usual, count), *others = Counter(map(trait, guilty)).most_common()
+            if others and count > others[0][1]:
+                guilty = [b for b in guilty if trait(b) != usual]
+    return [Hung(b.rank, b.node, b.section, b.step, b.since, False, b.where) for b in guilty]
+
+
+class Watchdog:
+    """One on each rank, made by all together. ``within`` is for the main thread."""
+
+    def __init__(self, config: WatchdogConfig, world: World, run: Run, number: int) -> None:
+        self._config, self._rank, self._run, self._number = config, world.rank, run, number
+        self._node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+        self._section: Section = "load"
+        self._since, self._step, self._compiled = time.monotonic(), 0, 0
+        self._durations: deque[float] = deque(maxlen=20)
+        self._interval = max(1.0, world.size / _RANKS_PER_SECOND)
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._socket.bind(("", 0))
+        self._secret = world.share(secrets.token_hex(8))
+        mine = ((_address(), self._socket.getsockname()[1]), self._node)
+        self._addresses, nodes = zip(*world.gather(mine), strict=True)
+        others = [rank for rank in range(world.size) if rank != world.rank]
+        self._beats = {rank: Beat(rank, nodes[rank], "load", 0, 0.0, config.load_seconds) for rank in others}
+        self._heard = dict.fromkeys(others, time.monotonic())
+        self._ended = threading.Event()
+
+    @contextmanager
+    def watching(self) -> Iterator["Watchdog"]:
+        thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            self._ended.set()
+            thread.join()
+            self._tell("bye")
+            self._socket.close()
+
+    @contextmanager
+    def within(self, section: Section, step: int | None = None) -> Iterator[None]:
+        """The main thread does this now; ``step`` if another begins."""
+        if step is not None:
+            self._step = step
+            self._compiled = self._compiled or step + _COMPILING
+        before = self._section
+        if section == "step" and self._step < self._compiled:
+            section = "compile"
+        begun = self._since = time.monotonic()
+        self._section = section
+        try:
+            yield
+        finally:
+            if section == "step":
+                self._durations.append(time.monotonic() - begun)
+            self._since, self._section = time.monotonic(), before
+
+    def limit(self, section: str) -> float:
+        """Seconds that this rank may be in ``section``."""
+        if section == "step":
+            return max(self._config.step_seconds, self._config.step_factor * max(self._durations, default=0.0))
+        return getattr(self._config, f"{section}_seconds")
+
+    def _watch(self) -> None:
+        while not self._ended.is_set():
+            self._tell("")
+            self._listen(self._interval)
+            if self._alarmed():
+                self._tell("alarm")
+                self._end()
+
+    def _alarmed(self) -> bool:
+        now = time.monotonic()
+        silent = any(now - self._heard[b.rank] > b.patience for b in self._beats.values())
+        return silent or now - self._since > self.limit(self._section)
+
+    def _tell(self, event: str) -> None:
+        section = self._section
+        # Whoever waits, for data or in a collective, is heard nevertheless; a compiler may be silent for a while.
+        patience = self.limit("step") if section in ("step", "data") else min(self.limit(section), _LONG_SILENCE)
+        own = self._own(patience, event)
+        message = json.dumps([self._secret, asdict(own)]).encode()
+        for rank, address in enumerate(self._addresses):
+            if rank != self._rank:
+                with suppress(OSError):  # of a node that is gone; its silence will tell
+                    self._socket.sendto(message, address)
+
+    def _own(self, patience: float, event: str = "") -> Beat:
+        since = time.monotonic() - self._since
+        return Beat(self._rank, self._node, self._section, self._step, since, patience, _where(), event)
+
+    def _listen(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0 and not self._ended.is_set():
+            self._socket.settimeout(min(left, 0.2))
+            with suppress(TimeoutError, OSError, ValueError):
+                secret, said = json.loads(self._socket.recv(4096))
+                if secret == self._secret:
+                    self._hear(Beat(**said))
+
+    def _hear(self, beat: Beat) -> None:
+        if beat.event == "bye":
+            self._beats.pop(beat.rank, None)
+            return
+        self._beats[beat.rank], self._heard[beat.rank] = beat, time.monotonic()
+        if beat.event == "alarm":
+            self._end()
+
+    def _end(self) -> None:
+        """Writes what there is to know, and ends this process."""
+        now = time.monotonic()
+        self._write_stacks()
+        beats = self._beats | {self._rank: self._own(float("inf"))}
+        unheard = {rank: now - self._heard.get(rank, now) for rank in beats}
+        hung = blame(beats, unheard)
+        reason = "; ".join(map(str, hung[:3])) + (f"; and {len(hung) - 3} more" if len(hung) > 3 else "")
+        log.error("%s", reason)
+        silent = {h.rank for h in hung if h.silent}
+        if self._rank == min(set(beats) - silent):
+            with suppress(Exception):  # the storage may be what hangs
+                if len(hung) < len(beats):
+                    found = json.dumps([asdict(h) for h in hung]).encode()
+                    self._run.store.put(f"attempts/{self._number}/hung.json", found)
+                Attempt(self._number, self._run).end(RETRY, reason)
+            print(reason, flush=True)
+            time.sleep(_WRITER_GRACE)
+        else:
+            time.sleep(_OTHERS_GRACE)
+        os._exit(RETRY)
+
+    def _write_stacks(self) -> None:
+        rel = f"attempts/{self._number}/logs/rank-{self._rank:05d}.stacks"
+        with suppress(Exception):
+            file = self._run.local(rel)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with open(file, "w") as stacks:
+                faulthandler.dump_traceback(stacks, all_threads=True)
+            self._run.ship(rel)
+
+
+def _where() -> str:
+    """The innermost line of this project at which the main thread is."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame is not None:
+        file = Path(frame.f_code.co_filename)
+        if {"fitv2_scale", "data_sharding"} & set(file.parts):
+            return f"{file.name}:{frame.f_lineno} {frame.f_code.co_name}"
+        frame = frame.f_back
+    return ""
+
+
+def _address() -> str:
+    """This node as others reach it: its own address on the way to the first node, which they know by name."""
+    first = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        probe.connect((first, 9))  # sends nothing
+        mine = probe.getsockname()[0]
+        if not mine.startswith("127."):
+            return mine
+    return first

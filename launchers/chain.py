@@ -1,0 +1,212 @@
+"""What a job of a chain does before and after training. Run by the batch script, on the first node of the job.
+
+    python -m launchers.chain before HOME        prints "train" or "drain"
+    python -m launchers.chain after HOME CODE    exits with what became of it; CODE is srun's
+
+It trains nothing and claims nothing. The successor is queued before training, so that it is there when this node dies;
+singleton dependency keeps it waiting until this job is gone. Afterwards it is kept or cancelled, as the records say.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data_sharding.errors import UserError
+from fitv2_scale.run import RETRY, Run
+from fitv2_scale.run_log import newest_attempt, now
+from launchers import slurm
+from launchers.history import History, Verdict, excluded, outcome_of, verdict
+from launchers.hostlist import expand
+
+_EVENT_SECONDS, _SYNC_SECONDS = 60, 180
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What a submission wants; chain.json in its home."""
+
+    run: str  # URL
+    name: str  # of its jobs
+    home: str
+    steps: int
+    least: int  # nodes
+    most: int
+    tasks_per_node: int
+    partition: str
+    fruitless: int
+    exclude_minutes: float
+    on_event: str
+    tracked: bool
+
+    @classmethod
+    def load(cls, home: str | Path) -> "Chain":
+        return cls(**json.loads((Path(home) / "chain.json").read_text()))
+
+    def save(self) -> None:
+        (Path(self.home) / "chain.json").write_text(json.dumps(asdict(self), indent=1))
+
+    def judge(self, run: Run, history: History) -> Verdict:
+        return verdict(history.since_submit, run.log.entries(), self.steps, self.fruitless)
+
+
+@dataclass(frozen=True)
+class This:
+    """The job that this runs in."""
+
+    job: str
+    restart: int
+    nodes: list[str]
+
+    @classmethod
+    def of(cls, environment: Any) -> "This":
+        restart = int(environment.get("SLURM_RESTART_COUNT", 0))
+        return cls(environment["SLURM_JOB_ID"], restart, expand(environment["SLURM_JOB_NODELIST"]))
+
+
+def before(home: str) -> str:
+    """ "train", with a START on record and a successor in the queue; or "drain"."""
+    chain = Chain.load(home)
+    run, this = Run.open(chain.run), This.of(os.environ)
+    history = History(run.store)
+    outcome = chain.judge(run, history)
+    if outcome.event:
+        _say(f"{outcome.reason}: nothing to do")
+        _cancel_pending(chain, this)
+        if history.records[-1]["kind"] == "START":  # the last job was killed, and could not
+            _announce(chain, outcome)
+        return "drain"
+    log = run.log.entries()
+    commits = sum(entry.kind == "COMMIT" for entry in log)
+    history.add(
+        "START", job=this.job, restart=this.restart, nodes=this.nodes, commits=commits, attempt=newest_attempt(log)
+    )
+    _keep_successor(chain, history, this)
+    return "train"
+
+
+def after(home: str, srun_code: int) -> int:
+    """Records how the job ended, and keeps the successor or cancels it. Returns the job's exit code."""
+    chain = Chain.load(home)
+    run, this = Run.open(chain.run), This.of(os.environ)
+    history = History(run.store)
+    start = history.newest_start
+    if start is None or (start["job"], start["restart"]) != (this.job, this.restart):
+        _say("a newer job has taken over")  # this node was believed dead
+        return RETRY
+    said = (Path(home) / f"srun-{this.job}.log").read_text()
+    code, reason, clean = outcome_of(run, start["attempt"], srun_code)
+    blamed = hung_nodes(run, start["attempt"]) or ([] if clean else culprits(said, this.nodes))
+    history.add("END", job=this.job, restart=this.restart, code=code, reason=reason, blamed=blamed)
+    _say(f"ended with {code}: {reason}" + (f"; {', '.join(blamed)} will be avoided" if blamed else ""))
+    outcome = chain.judge(run, history)
+    if outcome.event is None:
+        _keep_successor(chain, history, this)
+        return code
+    _cancel_pending(chain, this)
+    _say(f"the chain ends: {outcome.reason}")
+    _announce(chain, outcome)
+    return outcome.code
+
+
+def hung_nodes(run: Run, before: int) -> list[str]:
+    """Nodes of the ranks that the watchdog of the newest attempt found hanging."""
+    newest = newest_attempt(run.log.entries())
+    try:
+        found = json.loads(run.store.read(f"attempts/{newest}/hung.json")) if newest > before else []
+    except FileNotFoundError:
+        return []
+    return sorted({rank["node"] for rank in found})
+
+
+_FAILED = re.compile(r"^srun: error: (?:Node failure on )?([^:\s]+)(?:: tasks? [\d,-]+: (.*))?$", re.MULTILINE)
+
+
+def culprits(srun_said: str, nodes: Sequence[str]) -> list[str]:
+    """The node of the first task that failed, if that is one node of several; the others fail because of it."""
+    for failure in _FAILED.finditer(srun_said):
+        if failure[1] in nodes and len(nodes) > 1:
+            return [failure[1]]
+        if failure[2]:  # several nodes at once: not a node's fault
+            return []
+    return []
+
+
+def _keep_successor(chain: Chain, history: History, this: This) -> None:
+    """Sees to it that one job is pending, as the newest submission wants it, away from nodes that failed.
+
+    What Slurm refuses is said and not fatal: this job was submitted with --requeue.
+    """
+    assert history.submit is not None
+    newest = Chain.load(history.submit["home"])
+    if not slurm.available():
+        return  # `submit` has queued successors
+    try:
+        usable = slurm.usable_nodes(newest.partition)
+        avoid = excluded(history.records, usable, newest.least, newest.exclude_minutes, now())
+        nodes = node_count(len(set(usable) - set(avoid)), newest.least, newest.most)
+        pending = [job for job in slurm.queue(newest.name) if job.state == "PENDING" and job.id != this.job]
+        slurm.cancel([job.id for job in pending[1:]])
+        if pending:
+            slurm.set_pending(pending[0].id, nodes, nodes * newest.tasks_per_node, avoid)
+        else:
+            options = [f"--nodes={nodes}", *([f"--exclude={','.join(avoid)}"] if avoid else [])]
+            successor = slurm.sbatch(f"{newest.home}/job.sh", *options)
+            _say(f"job {successor} is queued to go on, with {nodes} nodes")
+        slurm.do_not_requeue(this.job)  # else both would come back when a node dies
+    except slurm.SlurmError as error:
+        _say(f"no successor: {error}")
+
+
+def node_count(usable: int, least: int, most: int) -> int:
+    return max(least, min(most, usable))
+
+
+def _cancel_pending(chain: Chain, this: This) -> None:
+    if slurm.available():
+        try:
+            slurm.cancel([job.id for job in slurm.queue(chain.name) if job.state == "PENDING" and job.id != this.job])
+        except slurm.SlurmError as error:
+            _say(f"what is pending will drain by itself: {error}")
+
+
+def _announce(chain: Chain, outcome: Verdict) -> None:
+    """Publishes what the uploader had no time for, and runs slurm.on_event."""
+    commands = []
+    if chain.tracked:
+        commands.append(([sys.executable, "-m", "fitv2_scale.cli", "track", "sync", chain.run], _SYNC_SECONDS))
+    if chain.on_event:
+        words = [chain.on_event, outcome.event or "", chain.run, outcome.reason]
+        commands.append((["sh", "-c", '$0 "$@"', *words], _EVENT_SECONDS))
+    for command, seconds in commands:
+        try:
+            subprocess.run(command, timeout=seconds, stdout=sys.stderr)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            _say(str(error))
+
+
+def _say(text: str) -> None:
+    print(f"{now()[:19]} job {os.environ.get('SLURM_JOB_ID')}: {text}", file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    try:
+        if sys.argv[1] == "before":
+            print(before(sys.argv[2]))
+            return 0
+        return after(sys.argv[2], int(sys.argv[3]))
+    except UserError as error:
+        _say(str(error))
+    except Exception:
+        traceback.print_exc()
+    return RETRY
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""What a chain of jobs remembers, in the run: chain/00000001, 00000002, …, each written once, never changed.
+
+    {"kind": "SUBMIT", "time": "2025-06-01T12:00:00.000000+00:00", "home": "/runs/x/jobs/1a2b3c4d", "log": 0, …}
+    {"kind": "START", "time": "…", "job": "17", "restart": 0, "nodes": ["n1", "n2"], "commits": 0, "attempt": 0}
+    {"kind": "END", "time": "…", "job": "17", "restart": 0, "code": 75, "reason": "…", "blamed": ["n2"]}
+
+SUBMIT: a person asked for a chain; ``home`` has its script, code and config, ``log`` is the length of the run's log.
+START: a job begins, when the run has had ``commits`` COMMITs and ``attempt`` was its newest one. END: it has ended,
+with ``code`` as ``fitv2 train`` means it, and ``blamed`` are nodes that failed. A killed job leaves no END.
+"""
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from fitv2_scale.run import BAD_INPUT, DONE, GIVE_UP, RETRY, Attempt, Run
+from fitv2_scale.run_log import Entry, newest_attempt, now
+from fitv2_scale.store import Store
+
+FINAL = (DONE, BAD_INPUT, GIVE_UP)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What becomes of a chain: ``event`` is why it ends, None if it goes on."""
+
+    event: str | None  # done, stopped, gave-up, bad-input
+    code: int
+    reason: str
+
+
+class History:
+    """The records of ``store``, as they were when this was made; ``add`` extends both."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.records: list[dict[str, Any]] = []
+        self._read_on()
+
+    def add(self, kind: str, **fields: Any) -> None:
+        record = {"kind": kind, "time": now(), **fields}
+        while True:
+            with suppress(FileExistsError):
+                self._store.create(_path(len(self.records) + 1), json.dumps(record).encode())
+                self.records.append(record)
+                return
+            self._read_on()
+
+    @property
+    def submit(self) -> dict[str, Any] | None:
+        """The newest SUBMIT."""
+        return next((r for r in reversed(self.records) if r["kind"] == "SUBMIT"), None)
+
+    @property
+    def since_submit(self) -> list[dict[str, Any]]:
+        """What happened since the newest SUBMIT, but for a job of before that ended after it."""
+        at = max((i for i, r in enumerate(self.records) if r["kind"] == "SUBMIT"), default=0)
+        after = self.records[at:]
+        begun = {(r["job"], r["restart"]) for r in after if r["kind"] == "START"}
+        return [r for r in after if r["kind"] == "SUBMIT" or (r["job"], r["restart"]) in begun]
+
+    @property
+    def newest_start(self) -> dict[str, Any] | None:
+        return next((r for r in reversed(self.records) if r["kind"] == "START"), None)
+
+    def _read_on(self) -> None:
+        with suppress(FileNotFoundError):
+            while True:
+                self.records.append(json.loads(self._store.read(_path(len(self.records) + 1))))
+
+
+def outcome_of(run: Run, before: int, code: int) -> tuple[int, str, bool]:
+    """What ran since attempt ``before`` was the newest: its code as `fitv2 train` means it, the reason, and whether it
+    ended by itself and not by a failure."""
+    newest = newest_attempt(run.log.entries())
+    if newest > before:
+        end = Attempt(newest, run).ended()
+        if end is None:
+            return RETRY, f"attempt {newest} was killed", False
+        return end["code"], end["reason"], end["code"] in (*FINAL, RETRY)
+    if code == BAD_INPUT:
+        return BAD_INPUT, "bad input, which the log of rank 0 tells", True
+    return RETRY, f"died before it could begin an attempt (exit code {code})", False
+
+
+def verdict(since_submit: Sequence[dict[str, Any]], log: Sequence[Entry], steps: int, fruitless: int) -> Verdict:
+    """What becomes of a chain with this history and this log of the run; ``fruitless`` jobs in a row end it."""
+    submit = next((r for r in since_submit if r["kind"] == "SUBMIT"), None)
+    if any(e.kind == "STOP" and e.n > (submit["log"] if submit else 0) for e in log):
+        return Verdict("stopped", DONE, "fitv2 stop")
+    retired = {e.fields["entry"] for e in log if e.kind == "RETIRE"}
+    commits = [e for e in log if e.kind == "COMMIT"]
+    done = max((e.fields["step"] for e in commits if e.n not in retired), default=0)
+    if done >= steps:
+        return Verdict("done", DONE, f"all {steps} steps are done")
+    last = since_submit[-1] if since_submit else {}
+    if last.get("kind") == "END" and last["code"] in FINAL:
+        event = {DONE: "done", BAD_INPUT: "bad-input", GIVE_UP: "gave-up"}[last["code"]]
+        return Verdict(event, last["code"], last["reason"])
+    vain = sum(r["kind"] == "START" and r["commits"] == len(commits) for r in since_submit)
+    if vain >= fruitless:
+        why = f", the last one: {last['reason']}" if last.get("kind") == "END" else ""
+        return Verdict("gave-up", GIVE_UP, f"{vain} jobs in a row ended without a new commit{why}")
+    return Verdict(None, RETRY, last.get("reason", ""))
+
+
+def excluded(
+    records: Sequence[dict[str, Any]], usable: Sequence[str], least: int, minutes: float, time: str
+) -> list[str]:
+    """Nodes to avoid: those blamed in the last ``minutes`` before ``time`` (ISO 8601), the newest first, as long as
+    ``least`` of the ``usable`` ones are left."""
+    names: list[str] = []
+    for record in reversed(records):
+        if record["kind"] == "END" and _minutes(record["time"], time) <= minutes:
+            names += [node for node in record["blamed"] if node not in names]
+    kept: list[str] = []
+    for name in names:
+        if len(set(usable) - {*kept, name}) >= least:
+            kept.append(name)
+    return sorted(kept)
+
+
+def _minutes(earlier: str, later: str) -> float:
+    return (datetime.fromisoformat(later) - datetime.fromisoformat(earlier)).total_seconds() / 60
+
+
+def _path(n: int) -> str:
+    return f"chain/{n:08d}"

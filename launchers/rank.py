@@ -1,0 +1,77 @@
+"""One task of a job: what srun starts. Tells the trainer who it is, then is `fitv2 ARGUMENTS…`.
+
+    python -m launchers.rank train config.yaml
+
+Slurm's variables become torchrun's. Under ``train``, the signals that ask to save are held back from the first line on:
+one that comes while torch is being imported is delivered when the trainer can note it, not lost and not fatal.
+"""
+
+import json
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from launchers.hostlist import counts, expand
+
+PRIVATE = "FITV2_PRIVATE"  # config overrides that are secret, as JSON; a command line shows them to everybody
+HELD = (signal.SIGTERM, signal.SIGUSR1)
+_PORTS = range(10_000, 30_000)  # below those that the system gives to whoever asks for none in particular
+
+
+def main() -> int:
+    arguments = sys.argv[1:]
+    if arguments[0] == "train":
+        signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+        arguments += json.loads(os.environ.get(PRIVATE, "[]"))
+    os.environ.update(rank_environment(os.environ) | cache_environment(os.environ))
+    node = os.environ.get("SLURMD_NODENAME")
+    print(f"== job {os.environ['SLURM_JOB_ID']} task {os.environ['RANK']} on {node}", flush=True)
+
+    # Not at the top: signals are held back before anything that takes time.
+    from fitv2_scale.cli import main as fitv2
+    from fitv2_scale.doctor import own_faults
+    from fitv2_scale.run import GIVE_UP, RETRY
+
+    if arguments[0] == "train" and (faults := own_faults(int(os.environ["LOCAL_RANK"]))):
+        print(f"{node} is not fit for training: {'; '.join(faults)}", file=sys.stderr, flush=True)
+        return 1
+    code = fitv2(arguments)
+    # That an attempt wants another one, or none, is in its end.json. To srun it would be a failure: it would end the
+    # other ranks, who may be writing their last lines.
+    return 0 if code in (RETRY, GIVE_UP) else code
+
+
+def rank_environment(slurm: Mapping[str, str]) -> dict[str, str]:
+    """torchrun's variables from those of a task of srun."""
+    restart = int(slurm.get("SLURM_RESTART_COUNT", 0))
+    # A requeued job has the same number, and its old processes may be alive: another port.
+    port = _PORTS[(int(slurm["SLURM_JOB_ID"]) * 16 + restart) % len(_PORTS)]
+    local_size = counts(slurm["SLURM_STEP_TASKS_PER_NODE"])[int(slurm["SLURM_NODEID"])]
+    # Where Slurm gives each task a GPU of its own, that is the only one it sees.
+    alone = len(slurm.get("CUDA_VISIBLE_DEVICES", "").split(",")) == 1 and "CUDA_VISIBLE_DEVICES" in slurm
+    return {
+        "RANK": slurm["SLURM_PROCID"],
+        "WORLD_SIZE": slurm["SLURM_NTASKS"],
+        "LOCAL_RANK": "0" if alone else slurm["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(local_size),
+        "MASTER_ADDR": expand(slurm["SLURM_STEP_NODELIST"])[0],
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": slurm.get("OMP_NUM_THREADS") or slurm.get("SLURM_CPUS_PER_TASK") or "1",
+    }
+
+
+def cache_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Compilers' caches on the node's own disk, one folder a user: a shared file system is slow and locks badly."""
+    folder = Path(tempfile.gettempdir()) / f"fitv2-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        sys.exit(f"{folder} belongs to somebody else; set TMPDIR to a folder of your own.")
+    defaults = {"TRITON_CACHE_DIR": folder / "triton", "TORCHINDUCTOR_CACHE_DIR": folder / "inductor"}
+    return {key: str(path) for key, path in defaults.items() if key not in environment}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

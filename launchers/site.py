@@ -1,0 +1,71 @@
+"""What differs from cluster to cluster: the config section ``slurm``. A leaf: it imports nothing of this project."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+# Environment for NCCL by the network between nodes. Starting points: a site's own settings go into slurm.setup.
+NCCL_PROFILES: dict[str, dict[str, str]] = {
+    "none": {},
+    "infiniband": {"NCCL_NET": "IB", "NCCL_IB_TIMEOUT": "22"},
+    "roce": {"NCCL_NET": "IB", "NCCL_IB_GID_INDEX": "3", "NCCL_IB_TIMEOUT": "22"},
+    "efa": {"FI_PROVIDER": "efa"},
+    "ethernet": {"NCCL_NET": "Socket"},
+}
+
+
+class SlurmConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    partition: str = Field("", description="where jobs run; empty: the cluster's default partition")
+    account: str = Field("", description="whom they are charged to; empty: your default account")
+    qos: str = Field("", description="quality of service; empty: your default")
+    constraint: str = Field("", description="features that nodes must have, as in h100&nvme; empty: any")
+    walltime: str = Field("24:00:00", description="time limit of one job: minutes, HH:MM:SS or D-HH:MM:SS")
+    tasks_per_node: int = Field(8, ge=1, description="processes on each node, one for each of its GPUs")
+    gpus: Literal["gres", "typed", "gpus-per-node", "none"] = Field(
+        "gres",
+        description="how GPUs are asked for: --gres=gpu:8, --gres=gpu:TYPE:8, --gpus-per-node=8, or not at all",
+    )
+    gpu_type: str = Field("", description="for slurm.gpus=typed: the TYPE, as `sinfo -o %G` names it")
+    cpus_per_task: int = Field(0, ge=0, description="cores of each process; 0: the cluster's default")
+    memory: str = Field("", description="of each node, as in 480G; 0: all it has; empty: the cluster's default")
+    exclusive: bool = Field(False, description="whether to have nodes alone")
+    extra: list[str] = Field([], description="more sbatch options, as in --mail-type=END; one #SBATCH line each")
+    setup: list[str] = Field([], description="shell lines before all else, as in module load cuda; no secrets")
+    wrap: str = Field("", description="words before python, as in apptainer exec --nv fitv2.sif")
+    python: str = Field("", description="the interpreter in the job; empty: the one that submits")
+    nccl: Literal["none", "infiniband", "roce", "efa", "ethernet"] = Field(
+        "none", description="network between nodes: a profile of NCCL's environment; none: NCCL decides"
+    )
+    template: str = Field("", description="a batch script to use instead of launchers/train.sh.in")
+    folder: str = Field(
+        "", description="folder that all nodes see, for code, config and output of jobs; empty: jobs/ in the run"
+    )
+    signal_seconds: int = Field(
+        300, ge=1, description="seconds before the time limit at which Slurm asks to save; over 2 x (step + save)"
+    )
+    successors: int = Field(
+        0, ge=0, description="jobs to queue at once, for clusters whose compute nodes have no sbatch; 0: job by job"
+    )
+    fruitless: int = Field(3, ge=1, description="jobs in a row without a new commit before the chain ends with 93")
+    exclude_minutes: float = Field(120.0, ge=0, description="how long a node that failed is avoided")
+    on_event: str = Field(
+        "", description="command run as COMMAND EVENT RUN REASON when the chain ends: done, stopped, gave-up, bad-input"
+    )
+
+    @property
+    def partition_option(self) -> list[str]:
+        return ["--partition", self.partition] if self.partition else []
+
+    @field_validator("walltime", "memory", mode="before")
+    @classmethod
+    def _may_be_written_as_a_number(cls, value: object) -> object:
+        return str(value) if isinstance(value, int) else value
+
+    @field_validator("setup", "extra")
+    @classmethod
+    def _lines_are_single(cls, lines: list[str]) -> list[str]:
+        if many := [line for line in lines if "\n" in line]:
+            raise ValueError(f"{many[0]!r} is several lines; give each as an item of its own")
+        return lines

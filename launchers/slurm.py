@@ -1,0 +1,95 @@
+"""Slurm's programs as functions. Each raises SlurmError with what the program said."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from data_sharding.errors import UserError
+
+_TIMEOUT = 120  # seconds; a busy slurmctld answers late
+_UNUSABLE = ("down", "drain", "fail", "maint", "unknown", "inval")
+
+
+class SlurmError(UserError):
+    """A program of Slurm failed or is not there."""
+
+
+@dataclass(frozen=True)
+class Job:
+    id: str
+    state: str  # as squeue's %T: PENDING, RUNNING, COMPLETING, …
+    nodes: int
+
+
+def available() -> bool:
+    """Whether this machine can talk to Slurm."""
+    return shutil.which("sbatch") is not None
+
+
+def sbatch(script: str, *options: str, environment: Mapping[str, str] | None = None) -> str:
+    """Queues the script in the file ``script``, with ``environment`` besides our own; returns the job's id."""
+    return _run("sbatch", "--parsable", *options, script, extra=environment).split(";")[0].strip()
+
+
+def check(script: str, *options: str) -> None:
+    """Asks Slurm whether it would take the script with this text; nothing is queued."""
+    _run("sbatch", "--test-only", *options, text=script)
+
+
+def queue(name: str) -> list[Job]:
+    """This user's jobs of that name, oldest first."""
+    lines = _run("squeue", "--noheader", "--user", str(os.getuid()), "--name", name, "--format", "%i|%T|%D").split()
+    jobs = [Job(number, state, int(nodes)) for number, state, nodes in (line.split("|") for line in lines)]
+    return sorted(jobs, key=lambda job: int(job.id))
+
+
+def cancel(jobs: Sequence[str], signal: str | None = None) -> None:
+    """Ends jobs; with ``signal``, sends that to the processes of their steps instead."""
+    if jobs:
+        _run("scancel", *(["--signal", signal] if signal else []), *jobs)
+
+
+def set_pending(job: str, nodes: int, tasks: int, excluded: Sequence[str]) -> None:
+    """Gives a pending job another size and other nodes to avoid, without losing its place in the queue."""
+    _run("scontrol", "update", f"JobId={job}", f"NumTasks={tasks}", f"NumNodes={nodes}-{nodes}")
+    _run("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(excluded)}")
+
+
+def do_not_requeue(job: str) -> None:
+    _run("scontrol", "update", f"JobId={job}", "Requeue=0")
+
+
+def partitions() -> list[str]:
+    return sorted(set(_run("sinfo", "--noheader", "--format", "%R").split()))
+
+
+def usable_nodes(partition: str) -> list[str]:
+    """Names of the nodes (of the default partition if ``partition`` is empty) that are up, busy or not."""
+    lines = _run("sinfo", "--noheader", "--Node", "--format", "%N|%T|%P").split()
+    rows = [line.split("|") for line in lines]
+    mine = [r for r in rows if (r[2].rstrip("*") == partition if partition else r[2].endswith("*"))]
+    return sorted({name for name, state, _ in mine if is_usable(state)})
+
+
+def is_usable(state: str) -> bool:
+    """Whether a node in this state (sinfo's %T) runs jobs, now or when others have ended. ``*``: it does not answer."""
+    return not state.endswith("*") and not state.startswith(_UNUSABLE)
+
+
+def _run(*command: str, text: str | None = None, extra: Mapping[str, str] | None = None) -> str:
+    # Inside a job, its own variables would count as options of the next one.
+    environment = {k: v for k, v in os.environ.items() if k == "SLURM_CONF" or not k.startswith(("SLURM_", "SBATCH_"))}
+    try:
+        done = subprocess.run(
+            command, input=text, env=environment | dict(extra or {}), capture_output=True, text=True, timeout=_TIMEOUT
+        )
+    except FileNotFoundError:
+        raise SlurmError(f"{command[0]} is not on this machine: use a login node of the cluster.") from None
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{command[0]} has not answered for {_TIMEOUT} s: try again when Slurm is back.") from None
+    if done.returncode:
+        said = " ".join(done.stderr.replace(f"{command[0]}: error: ", "").split()) or f"exit code {done.returncode}"
+        raise SlurmError(f"{command[0]} refuses: {said}")
+    return done.stdout

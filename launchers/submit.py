@@ -1,0 +1,207 @@
+"""`fitv2 submit`: everything that can be wrong is found here, before anything is queued; then a chain begins."""
+
+import json
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import data_sharding
+import fitv2_scale
+import launchers
+from data_sharding.errors import UserError
+from fitv2_scale.config import Config, load_config
+from fitv2_scale.redact import redact
+from fitv2_scale.run import Run, flatten, provenance
+from fitv2_scale.store import LocalStore, open_store
+from launchers import slurm
+from launchers.chain import Chain, node_count
+from launchers.control import job_name
+from launchers.history import History
+from launchers.rank import PRIVATE
+from launchers.script import command_script, train_script
+from launchers.site import SlurmConfig
+
+_PACKAGES = (data_sharding, fitv2_scale, launchers)
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What was queued, or with ``--dry-run`` would be: ``jobs`` is then empty."""
+
+    run: str
+    name: str
+    nodes: int
+    jobs: list[str]
+    script: str
+
+
+def parse_nodes(text: str) -> tuple[int, int]:
+    """``4`` or ``2-4``: the fewest and the most nodes of a job. Raises UserError."""
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    least, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not 0 < least <= most:
+        raise UserError(f"--nodes {text}: give a number as in 4, or the fewest and the most as in 2-4.")
+    return least, most
+
+
+def sweep(config: str, overrides: list[str], axes: list[str]) -> Iterator[list[str]]:
+    """The overrides of each combination of the axes ``key=a,b,c``, each with a run of its own below ``run``.
+
+    A value of a whole section, as in model=fitv2_s2,fitv2_b2, is that section of the config of this name in the folder
+    of ``config``.
+    """
+    parsed = [axis.partition("=") for axis in axes]
+    for axis, (_, equals, values) in zip(axes, parsed, strict=True):
+        if not equals or not values:
+            raise UserError(f"--sweep {axis}: give it as key=a,b,c")
+    runs = [override.removeprefix("run=") for override in overrides if override.startswith("run=")]
+    if not runs:
+        raise UserError("--sweep needs run=FOLDER, below which each combination gets a run of its own.")
+    for values in product(*(values.split(",") for _, _, values in parsed)):
+        pairs = list(zip((key for key, _, _ in parsed), values, strict=True))
+        name = "_".join(f"{key.split('.')[-1]}-{value}" for key, value in pairs)
+        made = [_section_or_value(config, key, value) for key, value in pairs]
+        yield [*made, *overrides, f"run={runs[-1].rstrip('/')}/{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}"]
+
+
+def _section_or_value(config: str, key: str, value: str) -> str:
+    if key not in ("model", "flow", "optimizer", "batch"):
+        return f"{key}={value}"
+    section = getattr(load_config(str(Path(config).with_name(f"{value}.yaml"))), key)
+    return f"{key}={json.dumps(section.model_dump(mode='json'))}"
+
+
+def submit(config: Config, nodes: str, dry_run: bool, fork_from: str | None = None) -> Submission:
+    """Queues a chain of jobs that train, or replaces what is pending of the run's chain. Raises UserError."""
+    least, most = parse_nodes(nodes)
+    if not config.run:
+        raise UserError("give the run's folder as run=FOLDER")
+    site = config.slurm
+    if not dry_run:
+        _check_cluster(site)
+    data_plan, parent = _check_training(config, least, most, fork_from)
+    usable = len(slurm.usable_nodes(site.partition)) if slurm.available() and not dry_run else most
+    count = node_count(usable, least, most)
+    url = open_store(config.run).url
+    home = _home(site, url) / secrets.token_hex(4)
+    if dry_run:
+        name = job_name(_known_id(url) or f"{Path(url).name}-new")
+        script = train_script(site, name, count, url, home, 0, fork_from)
+        return Submission(url, name, count, [], script)
+    # The name is not known before the run is made: Slurm is asked with another.
+    slurm.check(train_script(site, "fitv2", count, url, home, 0, fork_from))
+    run = Run.open_or_create(config.run, config.model_dump(mode="json"), config.science(), data_plan, parent)
+    chain = Chain(
+        run=run.url,
+        name=job_name(run.id),
+        home=str(home),
+        steps=config.train.steps,
+        least=least,
+        most=most,
+        tasks_per_node=site.tasks_per_node,
+        partition=site.partition,
+        fruitless=site.fruitless,
+        exclude_minutes=site.exclude_minutes,
+        on_event=site.on_event,
+        tracked=config.tracking.uri != "none",
+    )
+    seen = len(run.log.entries())
+    script = train_script(site, chain.name, count, run.url, home, seen, fork_from)
+    private = write_home(home, config, run.url)
+    chain.save()
+    (home / "job.sh").write_text(script)
+    _keep_copy(run, home)
+    older = [job.id for job in slurm.queue(chain.name) if job.state == "PENDING"]
+    History(run.store).add("SUBMIT", home=str(home), log=seen, nodes=nodes, git=provenance()["git"])
+    slurm.cancel(older)
+    jobs = [
+        slurm.sbatch(str(home / "job.sh"), environment={PRIVATE: json.dumps(private)})
+        for _ in range(1 + site.successors)
+    ]
+    return Submission(run.url, chain.name, count, jobs, script)
+
+
+def submit_command(site: SlurmConfig, nodes: str, command: list[str], dry_run: bool) -> Submission:
+    """Queues one job that runs ``fitv2 COMMAND…`` in all its tasks."""
+    _, count = parse_nodes(nodes)
+    if not dry_run:
+        _check_cluster(site)
+    home = Path(site.folder or "jobs").absolute() / secrets.token_hex(4)
+    name = f"fitv2-{'-'.join(command[:2])}"
+    script = command_script(site, re.sub(r"[^A-Za-z0-9_.-]", "_", name), count, home, command)
+    if redact(command) != command or redact(script) != script:
+        raise UserError("the command holds what looks like a secret: export it in the shell that you submit from.")
+    jobs = []
+    if not dry_run:
+        slurm.check(script)
+        _copy_code(home / "code")
+        (home / "job.sh").write_text(script)
+        jobs = [slurm.sbatch(str(home / "job.sh"))]
+    return Submission("", name, count, jobs, script)
+
+
+def _check_cluster(site: SlurmConfig) -> None:
+    if not slurm.available():
+        raise UserError(
+            "sbatch is not on this machine: use a login node of the cluster, or look at the script with --dry-run."
+        )
+    if site.partition and site.partition not in (known := slurm.partitions()):
+        raise UserError(f"slurm.partition={site.partition}: this cluster has {', '.join(known)}.")
+
+
+def _check_training(config: Config, least: int, most: int, fork_from: str | None) -> tuple[str, dict[str, Any] | None]:
+    """What training would find out first. Returns the plan's hash and the parent of a fork."""
+    from fitv2_scale.data import Data  # only here: torch takes seconds
+    from fitv2_scale.parallel.mesh import Layout
+    from fitv2_scale.session import Fork
+
+    for nodes in {least, most}:
+        tasks = config.slurm.tasks_per_node
+        layout = Layout.of(nodes * tasks, config.layout.replicate, config.layout.tensor)
+        data = Data.open(config, layout.nodes([f"n{rank // tasks}" for rank in range(nodes * tasks)]))
+    return data.plan.hash, Fork.parse(fork_from, config.run).parent() if fork_from else None
+
+
+def _home(site: SlurmConfig, url: str) -> Path:
+    """Where the files of jobs lie: a folder that all nodes see."""
+    if site.folder:
+        return Path(site.folder).absolute() / Path(url).name
+    if not isinstance(open_store(url), LocalStore):
+        raise UserError(f"{url} is no folder: give one that all nodes see as slurm.folder, for what jobs print.")
+    return Path(url) / "jobs"
+
+
+def write_home(home: Path, config: Config, url: str) -> list[str]:
+    """The code and the config as they are now, without secrets. Returns these, as overrides."""
+    _copy_code(home / "code")
+    plain = config.model_dump(mode="json") | {"run": url}
+    shown = redact(plain)
+    (home / "config.yaml").write_text(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True))
+    true = flatten(plain)
+    return [f"{key}={json.dumps(true[key])}" for key, value in flatten(shown).items() if value != true[key]]
+
+
+def _copy_code(folder: Path) -> None:
+    """The packages as they are imported here: tracked or not, installed or not."""
+    for package in _PACKAGES:
+        source = Path(package.__path__[0])
+        shutil.copytree(source, folder / source.name, ignore=shutil.ignore_patterns("__pycache__", "*.png", ".*"))
+
+
+def _keep_copy(run: Run, home: Path) -> None:
+    """For a run that is not on a disk: what it was submitted with, in the run."""
+    if not isinstance(run.store, LocalStore):
+        for name in ("config.yaml", "chain.json", "job.sh"):
+            run.store.put(f"jobs/{home.name}/{name}", (home / name).read_bytes())
+
+
+def _known_id(url: str) -> str | None:
+    store = open_store(url)
+    return Run.open(url).id if store.exists("run.json") else None

@@ -1,0 +1,380 @@
+"""What the launcher decides, without Slurm: tables of cases, and scripts that bash reads."""
+
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data_sharding.errors import UserError
+from fitv2_scale.cli import main
+from fitv2_scale.config import load_config
+from fitv2_scale.run_log import Entry
+from fitv2_scale.store import LocalStore
+from launchers.chain import culprits, node_count
+from launchers.history import History, excluded, verdict
+from launchers.hostlist import counts, expand
+from launchers.rank import cache_environment, rank_environment
+from launchers.script import train_script
+from launchers.site import NCCL_PROFILES, SlurmConfig
+from launchers.slurm import is_usable
+from launchers.submit import parse_nodes, sweep, write_home
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    "short,names",
+    [
+        ("n1", ["n1"]),
+        ("n[07-09,12],m3", ["n07", "n08", "n09", "n12", "m3"]),
+        ("r[1-2]n[8-9]-ib", ["r1n8-ib", "r1n9-ib", "r2n8-ib", "r2n9-ib"]),
+        ("a,b[3]", ["a", "b3"]),
+        ("n[098-101]", ["n098", "n099", "n100", "n101"]),
+    ],
+)
+def test_names_of_nodes(short, names):
+    assert expand(short) == names
+
+
+def test_counts_of_tasks():
+    assert counts("8(x3),4") == [8, 8, 8, 4] and counts("1") == [1]
+
+
+SUBMIT = {"kind": "SUBMIT", "log": 2}
+
+
+def start(commits: int, job: str = "1") -> dict:
+    return {"kind": "START", "job": job, "restart": 0, "commits": commits}
+
+
+def end(code: int, blamed=(), time: str = "2025-06-01T12:00:00.000000+00:00", job: str = "1") -> dict:
+    return {
+        "kind": "END",
+        "job": job,
+        "restart": 0,
+        "code": code,
+        "reason": "why",
+        "blamed": list(blamed),
+        "time": time,
+    }
+
+
+def log(*kinds: str) -> list[Entry]:
+    """Entries of these kinds; ``COMMIT 20`` is one of step 20."""
+    made = []
+    for n, (kind, _, number) in enumerate((k.partition(" ") for k in kinds), 1):
+        fields = {"COMMIT": {"step": int(number or 0)}, "RETIRE": {"entry": int(number or 0)}}.get(kind, {})
+        made.append(Entry(n, kind, 1, "", "", fields))
+    return made
+
+
+@pytest.mark.parametrize(
+    "records,entries,event",
+    [
+        ([SUBMIT], [], None),
+        ([SUBMIT, start(0)], ["CLAIM"], None),
+        ([SUBMIT, start(0), end(75)], ["CLAIM", "COMMIT 7"], None),
+        ([SUBMIT, start(0), end(1)], ["CLAIM"], None),  # a bug may be a node's fault
+        ([SUBMIT, start(0), end(0)], ["CLAIM", "COMMIT 100"], "done"),
+        ([SUBMIT], ["CLAIM", "COMMIT 100"], "done"),
+        ([SUBMIT], ["CLAIM", "COMMIT 100", "RETIRE 2"], None),  # it was found damaged
+        ([SUBMIT, start(0), end(2)], ["CLAIM"], "bad-input"),
+        ([SUBMIT, start(0), end(93)], ["CLAIM"], "gave-up"),
+        ([SUBMIT, start(0), end(2), SUBMIT], ["CLAIM"], None),  # it was mended
+        ([SUBMIT], ["CLAIM", "STOP"], None),  # taken back by this submission
+        ([SUBMIT], ["CLAIM", "COMMIT 7", "STOP"], "stopped"),
+        ([SUBMIT], ["CLAIM", "COMMIT 7", "STOP", "CLAIM"], "stopped"),  # came while a job was starting
+        ([SUBMIT, start(1), start(1), start(1)], ["CLAIM", "COMMIT 7"], "gave-up"),
+        ([SUBMIT, start(1), end(75), start(1), end(75), start(1), end(75)], ["CLAIM", "COMMIT 7"], "gave-up"),
+        ([SUBMIT, start(0), start(0), start(1)], ["CLAIM", "COMMIT 7"], None),
+        ([SUBMIT, start(0), start(0), SUBMIT, start(0)], ["CLAIM"], None),
+    ],
+)
+def test_what_becomes_of_a_chain(records, entries, event, tmp_path):
+    history = History(LocalStore(str(tmp_path)))
+    for record in records:
+        history.add(**record | {"kind": record["kind"]})
+    assert verdict(history.since_submit, log(*entries), steps=100, fruitless=3).event == event
+    assert History(LocalStore(str(tmp_path))).records == history.records  # as the next job reads it
+
+
+def test_the_end_of_an_older_job_is_not_the_new_chains(tmp_path):
+    history = History(LocalStore(str(tmp_path)))
+    for record in (SUBMIT, start(0, "1"), SUBMIT, end(93, job="1")):
+        history.add(**record)
+    assert verdict(history.since_submit, log("CLAIM"), steps=100, fruitless=3).event is None
+
+
+def test_two_writers_of_the_history_lose_nothing(tmp_path):
+    first, second = History(LocalStore(str(tmp_path))), History(LocalStore(str(tmp_path)))
+    first.add("START", job="1", restart=0)
+    second.add("START", job="2", restart=0)
+    assert [r["job"] for r in second.records] == [r["job"] for r in History(LocalStore(str(tmp_path))).records]
+    assert len(second.records) == 2
+
+
+@pytest.mark.parametrize(
+    "blamed,usable,least,names",
+    [
+        ([["n1"]], 4, 2, ["n1"]),
+        ([["n1"], ["n2"]], 4, 2, ["n1", "n2"]),
+        ([["n1"], ["n2"], ["n3"]], 4, 2, ["n2", "n3"]),  # two must be left: the oldest comes back
+        ([["n1", "n2"]], 2, 2, []),
+        ([["gone"]], 2, 2, ["gone"]),  # costs nothing
+    ],
+)
+def test_nodes_that_failed_are_avoided_if_enough_are_left(blamed, usable, least, names):
+    records = [end(75, nodes) for nodes in blamed]
+    nodes = [f"n{i + 1}" for i in range(usable)]
+    assert excluded(records, nodes, least, 120, "2025-06-01T13:59:00.000000+00:00") == names
+    assert excluded(records, nodes, least, 120, "2025-06-01T14:01:00.000000+00:00") == []  # forgotten
+
+
+KILLED = "srun: error: node2: task 1: Killed\n"
+CANCELLED = "srun: Job step aborted: Waiting up to 32 seconds for job step to finish.\n"
+
+
+@pytest.mark.parametrize(
+    "said,nodes,names",
+    [
+        (KILLED, ["node1", "node2"], ["node2"]),
+        (CANCELLED + KILLED + "srun: error: node1: task 0: Terminated\n", ["node1", "node2"], ["node2"]),
+        (KILLED, ["node2"], []),  # the only one: nothing says that it is the node
+        ("srun: error: node[1-2]: tasks 0-1: Exited with exit code 1\n" + KILLED, ["node1", "node2"], []),
+        ("srun: error: Node failure on node1\n" + KILLED, ["node1", "node2"], ["node1"]),
+        ("srun: error: node1: tasks 0-7: Exited with exit code 1\n", ["node1", "node2"], ["node1"]),
+        ("srun: error: eio_handle_mainloop: Abandoning IO\n", ["node1", "node2"], []),
+        ("", ["node1", "node2"], []),
+    ],
+)
+def test_whose_task_failed_first(said, nodes, names):
+    assert culprits(said, nodes) == names
+
+
+def test_numbers_of_nodes():
+    assert parse_nodes("4") == (4, 4) and parse_nodes("2-4") == (2, 4)
+    for wrong in ("0", "4-2", "-1", "many", "2-", ""):
+        with pytest.raises(UserError, match="--nodes"):
+            parse_nodes(wrong)
+    assert [node_count(usable, 2, 4) for usable in (0, 2, 3, 9)] == [2, 2, 3, 4]
+
+
+def test_states_of_nodes():
+    usable = ["idle", "allocated", "mixed", "completing", "idle~", "planned", "allocated+"]
+    assert all(map(is_usable, usable))
+    unusable = ["down", "down*", "idle*", "drained", "draining", "failing", "maint", "unknown*", "inval"]
+    assert not any(map(is_usable, unusable))
+
+
+TASK = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_PROCID": "9",
+    "SLURM_NTASKS": "16",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_NODELIST": "n[03-04]",
+    "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
+}
+
+
+def test_what_a_rank_is_told():
+    told = rank_environment(TASK)
+    port = told.pop("MASTER_PORT")
+    assert told == {
+        "RANK": "9",
+        "WORLD_SIZE": "16",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "8",
+        "MASTER_ADDR": "n03",
+        "OMP_NUM_THREADS": "1",
+    }
+    others = [TASK | {"SLURM_RESTART_COUNT": "1"}, TASK | {"SLURM_JOB_ID": "4712"}]
+    ports = [port, *(rank_environment(task)["MASTER_PORT"] for task in others)]
+    assert len(set(ports)) == 3 and all(10_000 <= int(p) < 30_000 for p in ports)
+    assert rank_environment(TASK | {"CUDA_VISIBLE_DEVICES": "5"})["LOCAL_RANK"] == "0"
+    assert rank_environment(TASK | {"CUDA_VISIBLE_DEVICES": "0,1,2"})["LOCAL_RANK"] == "1"
+    assert rank_environment(TASK | {"SLURM_CPUS_PER_TASK": "12"})["OMP_NUM_THREADS"] == "12"
+
+
+def test_caches_are_private(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    caches = cache_environment({})
+    folder = tmp_path / f"fitv2-{os.getuid()}"
+    assert caches["TRITON_CACHE_DIR"] == str(folder / "triton") and stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert "TRITON_CACHE_DIR" not in cache_environment({"TRITON_CACHE_DIR": "/elsewhere"})
+
+
+@pytest.mark.parametrize("gpus", ["gres", "typed", "gpus-per-node", "none"])
+@pytest.mark.parametrize("nccl", list(NCCL_PROFILES))
+def test_scripts_are_bash_and_say_what_was_asked(gpus, nccl, tmp_path):
+    site = SlurmConfig(
+        partition="gpu",
+        account="me",
+        constraint="a&b",
+        walltime="1-00:00:00",
+        gpus=gpus,
+        gpu_type="h100",
+        cpus_per_task=12,
+        memory="0",
+        exclusive=True,
+        nccl=nccl,
+        extra=["--mail-type=END"],
+        setup=["module load 'a b'"],
+        wrap="apptainer exec --nv x.sif",
+    )
+    script = train_script(site, "fitv2-x", 4, "/runs/x", tmp_path / "with space", 3)
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    directives = [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH")]
+    asked = {"gres": "--gres=gpu:8", "typed": "--gres=gpu:h100:8", "gpus-per-node": "--gpus-per-node=8"}
+    assert [d for d in directives if "gpu" in d and "partition" not in d] == ([asked[gpus]] if gpus in asked else [])
+    for option in ("--nodes=4", "--ntasks-per-node=8", "--cpus-per-task=12", "--partition=gpu", "--account=me"):
+        assert option in directives
+    for option in ("--mem=0", "--time=1-00:00:00", "--exclusive", "--mail-type=END", '--constraint="a&b"'):
+        assert option in directives
+    for option in ("--dependency=singleton", "--requeue", "--open-mode=append", "--signal=USR1@300"):
+        assert option in directives
+    assert "@" not in script.replace("USR1@300", "").replace("$@", "")
+    assert '"$home/config.yaml" 2>' in script
+    forked = train_script(site, "fitv2-x", 4, "/runs/x", tmp_path, 3, fork_from="/runs/a b@7")
+    assert """"$home/config.yaml" --fork-from '/runs/a b@7' 2>""" in forked
+    assert re.search(r"module load 'a b'\n", script) and 'apptainer exec --nv x.sif "$python" -u' in script
+    assert all(f"export {key}=" in script for key in NCCL_PROFILES[nccl])
+
+
+def test_a_template_of_ones_own(tmp_path):
+    template = tmp_path / "mine.sh"
+    template.write_text("#!/bin/bash\n@DIRECTIVES@\necho @HOME@ user@host.org\n")
+    assert train_script(SlurmConfig(template=str(template)), "n", 1, "r", tmp_path, 0).endswith(
+        f"{tmp_path} user@host.org\n"
+    )
+    template.write_text("@NONE@")
+    with pytest.raises(UserError, match="has @NONE@, which is none of"):
+        train_script(SlurmConfig(template=str(template)), "n", 1, "r", tmp_path, 0)
+
+
+@pytest.mark.parametrize(
+    "site",
+    [
+        {"setup": ["export API_TOKEN=hunter2"]},
+        {"extra": ["--export=WANDB_API_KEY=hunter2"]},
+        {"wrap": "env PASSWORD=hunter2"},
+    ],
+)
+def test_secrets_in_a_script_are_refused(site, tmp_path):
+    with pytest.raises(UserError, match=f"slurm.{next(iter(site))} holds what looks like a secret"):
+        train_script(SlurmConfig(**site), "n", 1, "r", tmp_path, 0)
+
+
+@pytest.fixture
+def config_file(tiny, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tiny().model_dump(mode="json")))
+    return str(path)
+
+
+def test_a_sweep_is_one_run_for_each_combination(config_file, tmp_path):
+    (tmp_path / "small.yaml").write_text(
+        yaml.safe_dump(
+            yaml.safe_load(Path(config_file).read_text()) | {"model": {"depth": 1, "hidden": 16, "heads": 2}}
+        )
+    )
+    made = list(sweep(config_file, ["run=/runs/s", "model.classes=5"], ["model=config,small", "optimizer.lr=0.1,0.2"]))
+    configs = [load_config(config_file, overrides) for overrides in made]
+    assert [(c.run, c.model.hidden, c.model.classes, c.optimizer.lr) for c in configs] == [
+        ("/runs/s/model-config_lr-0.1", 32, 5, 0.1),
+        ("/runs/s/model-config_lr-0.2", 32, 5, 0.2),
+        ("/runs/s/model-small_lr-0.1", 16, 5, 0.1),
+        ("/runs/s/model-small_lr-0.2", 16, 5, 0.2),
+    ]
+    with pytest.raises(UserError, match="give it as key=a,b,c"):
+        list(sweep(config_file, ["run=/runs/s"], ["seed"]))
+    with pytest.raises(UserError, match="needs run=FOLDER"):
+        list(sweep(config_file, [], ["seed=1,2"]))
+
+
+def test_what_a_job_takes_with_it_runs_and_holds_no_secret(tiny, tmp_path):
+    config = tiny(tracking__uri="https://me:hunter2@mlflow.example/x")
+    private = write_home(tmp_path / "home", config, config.run)
+    assert private == ['tracking.uri="https://me:hunter2@mlflow.example/x"']
+    for file in (tmp_path / "home").rglob("*"):
+        assert not file.is_file() or b"hunter2" not in file.read_bytes(), file
+    assert load_config(str(tmp_path / "home/config.yaml"), private) == config
+    there = "import fitv2_scale, launchers.chain; print(fitv2_scale.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", there],
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "home/code")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == str(tmp_path / "home/code/fitv2_scale/__init__.py")
+    assert (tmp_path / "home/code/launchers/train.sh.in").is_file()
+
+
+@pytest.fixture
+def without_slurm(monkeypatch, tmp_path):
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+
+
+def test_without_slurm(without_slurm, config_file, tmp_path, capfd):
+    assert main(["submit", config_file, "--nodes", "2"]) == 2
+    assert "sbatch is not on this machine" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert main(["submit", config_file, "--nodes", "2", "slurm.tasks_per_node=2", "--dry-run"]) == 0
+    shown = capfd.readouterr().out
+    assert "#SBATCH --nodes=2" in shown and "#SBATCH --ntasks-per-node=2" in shown
+    assert not (tmp_path / "run").exists()
+    assert (
+        main(
+            [
+                "submit",
+                "--nodes",
+                "2",
+                "--dry-run",
+                "slurm.gpus=none",
+                "--",
+                "shard",
+                "write",
+                "a b",
+                "c",
+                "--max-tokens",
+                "64",
+            ]
+        )
+        == 0
+    )
+    assert "-m launchers.rank shard write 'a b' c --max-tokens 64\n" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words,said",
+    [
+        (["optimizer.lrr=1"], "unknown key optimizer.lrr, did you mean optimizer.lr?"),
+        (["slurm.partion=x"], "unknown key slurm.partion, did you mean slurm.partition?"),
+        (["data.url=/no/such/set"], "there is no dataset at /no/such/set"),
+        (["run=''"], "give the run's folder as run=FOLDER"),
+        (["layout.replicate=3"], "layout.replicate is 3, which does not divide the 2 processes"),
+        (["slurm.gpus=typed"], "slurm.gpus=typed needs slurm.gpu_type"),
+        (["--nodes", "none"], "--nodes none: give a number"),
+        (["slurm.setup=[export PASSWORD=x]"], "slurm.setup holds what looks like a secret"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence_before_anything_is_queued(words, said, config_file, tmp_path, capfd):
+    assert main(["submit", config_file, "--nodes", "2", "--dry-run", "slurm.tasks_per_node=1", *words]) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("fitv2: ")]
+    assert len(lines) == 1 and said in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_key_of_the_section_is_explained(config_file, capsys):
+    assert main(["config", "show", config_file, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    for key in SlurmConfig.model_fields:
+        assert shown[f"slurm.{key}"]["meaning"]

@@ -1,0 +1,110 @@
+"""Attempt after attempt on one machine, without Slurm: real processes, really killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import yaml
+from lineage import commit_bytes, trained
+from ranks import run_ranks
+from test_resume import reach
+
+from fitv2_scale.run import Run, status
+from fitv2_scale.train import DONE, train
+from launchers.supervise import supervise
+
+
+@pytest.fixture
+def supervised(tiny, tmp_path):
+    """Starts `fitv2 train --supervise` with two processes; kills what is left of it at the end."""
+    started = []
+
+    def start(config) -> subprocess.Popen:
+        file = tmp_path / "config.yaml"
+        file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+        command = [sys.executable, "-m", "fitv2_scale.cli", "train", str(file), "--supervise", "--processes", "2"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        started.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+def ranks_of(config_file: Path) -> dict[int, int]:
+    """Process id by rank of the trainers that were started with this config."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            words = (process / "cmdline").read_text().split("\0")
+            if str(config_file) in words and "--supervise" not in words:
+                environment = dict(e.split("=", 1) for e in (process / "environ").read_text().split("\0") if "=" in e)
+                found[int(environment["RANK"])] = int(process.name)
+    return found
+
+
+def test_a_killed_rank_costs_one_attempt(supervised, tiny, tmp_path):
+    config = tiny(train__steps=120, checkpoint__every_steps=10)
+    process = supervised(config)
+    wait_for(lambda: Path(config.run, "attempts/1/audit").exists())
+    reach(config, 15, attempt=1)
+    os.kill(ranks_of(tmp_path / "config.yaml")[1], signal.SIGKILL)
+    assert process.wait(200) == 0, process.stderr.read()
+    assert [a["code"] for a in status(Run.open(config.run))["attempts"]][1:] == [0]
+    undisturbed = tiny("undisturbed", train__steps=120, checkpoint__every_steps=10)
+    assert run_ranks(2, train, undisturbed) == [DONE] * 2
+    assert trained(config.run) == trained(undisturbed.run)
+    assert commit_bytes(config.run) == commit_bytes(undisturbed.run)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_to_the_supervisor_saves_and_ends(supervised, tiny, number):
+    config = tiny(train__steps=100_000, checkpoint__every_steps=50_000)
+    process = supervised(config)
+    wait_for(lambda: Path(config.run, "attempts/1/audit").exists())
+    reach(config, 3, attempt=1)
+    process.send_signal(number)
+    assert process.wait(120) == 75, process.stderr.read()
+    report = status(Run.open(config.run))
+    (attempt,) = report["attempts"]
+    assert attempt["code"] == 75 and attempt["why"].startswith(f"{signal.Signals(number).name}: saved at step")
+    assert report["last_commit"]["step"] >= 3
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_stop_ends_the_attempt_and_the_supervisor(supervised, tiny, at_once):
+    config = tiny(train__steps=100_000, checkpoint__every_steps=50_000)
+    process = supervised(config)
+    wait_for(lambda: Path(config.run, "attempts/1/audit").exists())
+    reach(config, 3, attempt=1)
+    Run.open(config.run).log.stop(at_once)
+    assert process.wait(120) == 75, process.stderr.read()
+    report = status(Run.open(config.run))
+    (attempt,) = report["attempts"]
+    assert attempt["why"].startswith("STOP: at once" if at_once else "STOP: saved at step")
+    assert (report["last_commit"] is None) == at_once
+
+
+def test_three_attempts_without_a_commit_are_enough(tiny, tmp_path, capfd):
+    counter = tmp_path / "count"
+    command = [sys.executable, "-c", f"open({str(counter)!r}, 'a').write('x'); raise SystemExit(1)"]
+    assert supervise(tiny(), command, 1) == 93
+    assert counter.read_text() == "xxx"
+    assert "3 jobs in a row ended without a new commit" in capfd.readouterr().err
+
+
+def test_bad_input_is_not_tried_again(tiny, capfd):
+    assert supervise(tiny(), [sys.executable, "-c", "raise SystemExit(2)"], 2) == 2
+
+
+def wait_for(ready, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
