@@ -16,13 +16,14 @@ from fitv2_scale.parallel.memory import Compute, StateBytes, cuda_peak, saved_by
 from fitv2_scale.parallel.mesh import Layout
 
 
-def forecast(config: Config, ranks: int) -> dict[str, Any]:
-    """The figures as plain data; ``data`` is None, with the reason in ``data_missing``, where there is no dataset."""
+def forecast(config: Config, ranks: int, nodes: int = 1) -> dict[str, Any]:
+    """The figures as plain data, with as many of the ``ranks`` on each node. ``data`` is None, with the reason in
+    ``data_missing``, where there is no dataset."""
     layout = Layout.of(ranks, config.layout.replicate, config.layout.tensor)
     state = plan_state(config, layout)
     report = {"model": _model(config.model), "layout": _layout(config, layout, state), "data": None}
     try:
-        data = Data.open(config, (layout.data_parallel,))
+        data = Data.open(config, layout.nodes([str(rank * nodes // ranks) for rank in range(ranks)]))
     except DataError as error:
         return report | {"data_missing": str(error)}
     figures = _data(config, data, layout.data_parallel)

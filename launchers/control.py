@@ -29,9 +29,9 @@ def stop(url: str, at_once: bool) -> list[str]:
         pending = [job.id for job in jobs if job.state == "PENDING"]
         slurm.cancel(pending)
         said += [f"job {job} was pending and is cancelled" for job in pending]
-        if at_once:  # the attempt does so itself, if it is not what hangs
+        if at_once:  # the attempt sees it by itself, but not if it hangs
             running = [job.id for job in jobs if job.state == "RUNNING"]
-            slurm.cancel(running, signal="KILL")
+            slurm.cancel(running, signal="USR2")  # kills at once; before a KILL, Slurm sends TERM, on which ranks save
             said += [f"the processes of job {job} are killed" for job in running]
     except slurm.SlurmError as error:
         said.append(f"Slurm could not be told: {error}")

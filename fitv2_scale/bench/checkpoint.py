@@ -156,10 +156,13 @@ class _Bench:
         step = statistics.median(self.step(next(self.batches)) for _ in range(3))
         entry, relaid = self._newest(), _make_run(self.world, f"{self.store.url}/relaid")
         self.world.on_first(lambda: lay_out_anew(self.run, entry, relaid, self.world.size + 1))
-        plain, blocking = self._plain_writes(), self._save_blocking()
-        loads = [(run, self._load(run)) for run in (self.run, relaid, relaid, self.run)]
-        load, load_relaid = (statistics.mean(s for r, s in loads if r is run) for run in (self.run, relaid))
+        # Each pair in both orders: what a disk was given before slows what it is given next.
+        writes = [act() for act in (self._save_blocking, self._plain_writes, self._plain_writes, self._save_blocking)]
+        for run in (self.run, relaid):
+            self._load(run)  # the disk's own memory then holds both
+        loads = [self._load(run) for run in (self.run, relaid, relaid, self.run)]
         self.world.on_first(lambda: self.store.delete_tree("relaid"))
+        (blocking, plain), (load, load_relaid) = map(_outer_and_inner, (writes, loads))
         return _Round(plain, blocking, background, step, load, load_relaid)
 
     def save_while_training(self) -> _Save:
@@ -229,6 +232,12 @@ class _Bench:
 
     def _longest(self, seconds: float) -> float:
         return max(self.world.gather(seconds))
+
+
+def _outer_and_inner(seconds: Sequence[float]) -> tuple[float, float]:
+    """Means of the first and the last of four, and of those between."""
+    first, *inner, last = seconds
+    return statistics.mean((first, last)), statistics.mean(inner)
 
 
 def _make_run(world: World, url: str) -> Run:
