@@ -4,8 +4,8 @@ A rank says what it does: load, data, step, save or evaluate, each with a limit 
 ``compile``). A thread of each rank tells all others so once a second, by UDP, and looks at the clock. The alarm is
 raised by a rank that is longer in a section than it may, and by one that has not heard of another for as long: that
 process is stopped, or its node is gone. On an alarm every rank that can writes its stacks to
-attempts/<n>/logs/rank-00000.stacks, the first of them writes why to end.json and, unless it is all, who to hung.json,
-and all end.
+attempts/<n>/logs/rank-00000.stacks, the first of them writes why to end.json and who to hung.json (nobody, if it is all
+alike), and all end.
 
     hung.json  [{"rank": 1, "node": "n7", "section": "step", "step": 1200, "seconds": 31.2, "silent": true}]
 """
@@ -34,6 +34,7 @@ from fitv2_scale.run import RETRY, Attempt, Run
 Section = Literal["load", "data", "step", "compile", "save", "evaluate"]
 
 _LONG_SILENCE = 300.0  # seconds
+_ASLEEP = 2.0  # seconds that the watchdog's own thread was late
 _COMPILING = 3  # so many first steps may hold compilation
 _RANKS_PER_SECOND = 128  # that a rank tells; on larger worlds each is told less often
 _WRITER_GRACE, _OTHERS_GRACE = 2.0, 10.0  # seconds between stacks and end: the first that ends takes all others with it
@@ -160,9 +161,16 @@ class Watchdog:
         return getattr(self._config, f"{section}_seconds")
 
     def _watch(self) -> None:
+        looked = time.monotonic()
         while not self._ended.is_set():
             self._tell("")
             self._listen(self._interval)
+            now = time.monotonic()
+            if (asleep := now - looked - self._interval) > _ASLEEP:
+                # This process was stopped, and maybe the others with it (Slurm suspends jobs): no time has passed.
+                self._since += asleep
+                self._heard = {rank: heard + asleep for rank, heard in self._heard.items()}
+            looked = now
             if self._alarmed():
                 self._tell("alarm")
                 self._end()
@@ -216,9 +224,9 @@ class Watchdog:
         silent = {h.rank for h in hung if h.silent}
         if self._rank == min(set(beats) - silent):
             with suppress(Exception):  # the storage may be what hangs
-                if len(hung) < len(beats):
-                    found = json.dumps([asdict(h) for h in hung]).encode()
-                    self._run.store.put(f"attempts/{self._number}/hung.json", found)
+                found = [asdict(h) for h in hung] if len(hung) < len(beats) else []
+                # Once: one that was stopped, and wakes up while all are being ended, knows nothing better.
+                self._run.store.create(f"attempts/{self._number}/hung.json", json.dumps(found).encode())
                 Attempt(self._number, self._run).end(RETRY, reason)
             print(reason, flush=True)
             time.sleep(_WRITER_GRACE)

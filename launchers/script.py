@@ -35,6 +35,7 @@ def _render(template: Path, site: SlurmConfig, name: str, nodes: int, home: Path
         "DIRECTIVES": "\n".join(f"#SBATCH {option}" for option in _options(site, name, nodes, home)),
         "HOME": shlex.quote(str(home)),
         "PYTHON": shlex.quote(site.python or sys.executable),
+        "SUBMITTER": shlex.quote(sys.executable),
         "SETUP": "\n".join([*site.setup, *_exports(site)]),
         "TASKS": str(site.tasks_per_node),
         "CPUS": f"--cpus-per-task={site.cpus_per_task} " if site.cpus_per_task else "",

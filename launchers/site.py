@@ -34,7 +34,9 @@ class SlurmConfig(BaseModel):
     extra: list[str] = Field([], description="more sbatch options, as in --mail-type=END; one #SBATCH line each")
     setup: list[str] = Field([], description="shell lines before all else, as in module load cuda; no secrets")
     wrap: str = Field("", description="words before python, as in apptainer exec --nv fitv2.sif")
-    python: str = Field("", description="the interpreter in the job; empty: the one that submits")
+    python: str = Field(
+        "", description="the ranks' interpreter, as it is named within slurm.wrap; empty: the one that submits"
+    )
     nccl: Literal["none", "infiniband", "roce", "efa", "ethernet"] = Field(
         "none", description="network between nodes: a profile of NCCL's environment; none: NCCL decides"
     )

@@ -57,7 +57,7 @@ def config_file(tiny, tmp_path):
         ("sampling.sizes=[100x100]", "size '100x100': give HEIGHTxWIDTH in pixels, multiples of 16"),
         ("train.steps", "is not of the form key=value"),
         ("data.url=/no/such/set", "there is no dataset at /no/such/set"),
-        ("run=s3://bucket/run", "RUN folders on S3"),
+        ("run=s3://bucket/run", "access to s3://bucket/run/run.json is refused"),
         ("run=''", "give the run's folder as run=FOLDER"),
         ("layout.replicate=2", "layout.replicate is 2, which does not divide the 1 processes"),
         ("layout.max_tokens=64 batch.images=500", "batch.images is 500, but .* holds 240 images"),

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import stat
 import subprocess
 import sys
@@ -227,6 +228,7 @@ def test_scripts_are_bash_and_say_what_was_asked(gpus, nccl, tmp_path):
         extra=["--mail-type=END"],
         setup=["module load 'a b'"],
         wrap="apptainer exec --nv x.sif",
+        python="python3",
     )
     script = train_script(site, "fitv2-x", 4, "/runs/x", tmp_path / "with space", 3)
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
@@ -239,11 +241,12 @@ def test_scripts_are_bash_and_say_what_was_asked(gpus, nccl, tmp_path):
         assert option in directives
     for option in ("--dependency=singleton", "--requeue", "--open-mode=append", "--signal=USR1@300"):
         assert option in directives
+    assert f"python={shlex.quote(sys.executable)}\n" in script  # the batch script is not in the container
     assert "@" not in script.replace("USR1@300", "").replace("$@", "")
     assert '"$home/config.yaml" 2>' in script
     forked = train_script(site, "fitv2-x", 4, "/runs/x", tmp_path, 3, fork_from="/runs/a b@7")
     assert """"$home/config.yaml" --fork-from '/runs/a b@7' 2>""" in forked
-    assert re.search(r"module load 'a b'\n", script) and 'apptainer exec --nv x.sif "$python" -u' in script
+    assert re.search(r"module load 'a b'\n", script) and "apptainer exec --nv x.sif python3 -u -m" in script
     assert all(f"export {key}=" in script for key in NCCL_PROFILES[nccl])
 
 

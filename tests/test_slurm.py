@@ -329,6 +329,7 @@ def test_what_is_wrong_is_said_before_anything_is_queued(slurm, fitv2, config_fi
 
 def test_a_secret_goes_along_and_is_written_nowhere(slurm, fitv2, config_file, monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
     uri = "http://me:hunter2@127.0.0.1:9"
     shown = fitv2("submit", config_file(), f"tracking.uri={uri}", "--dry-run")
     shown += fitv2("submit", config_file(), f"tracking.uri={uri}")

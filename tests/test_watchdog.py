@@ -72,9 +72,32 @@ def test_a_stopped_rank_is_named(tiny, stopped):
         assert stacks == [f"rank-{rank:05d}.stacks" for rank in range(3) if rank != stopped]
         text = Path(config.run, "attempts/1/logs", stacks[0]).read_text()
         assert "in _loop" in text and "watchdog.py" in text  # the main thread and this one
+        ranks.signal(stopped, signal.SIGCONT)  # as srun does to what it ends: it must not accuse the others now
         codes = [ranks.exit_code(rank, 30) for rank in range(3) if rank != stopped]
-        assert codes == [75, 75]
+        assert codes == [75, 75] and ranks.exit_code(stopped, 30) == 75
+        assert end_of(config.run) == end
         assert status(Run.open(config.run))["attempts"][0]["code"] == 75
+    finally:
+        ranks.kill()
+
+
+def test_ranks_that_are_suspended_together_go_on(tiny):
+    """As by `scontrol suspend`, for longer than a step may take."""
+    config = tiny(**STRICT)
+    ranks = Ranks(2, train, config)
+    try:
+        reach(config, 5, attempt=1)
+        time.sleep(3)
+        for number, pause in ((signal.SIGSTOP, 9), (signal.SIGCONT, 0)):
+            for rank in range(2):
+                ranks.signal(rank, number)
+            time.sleep(pause)
+        file = Path(config.run, "attempts/1/audit/rank-00000.jsonl")
+        reach(config, json.loads(file.read_text().splitlines()[-2])["step"] + 50, attempt=1)
+        time.sleep(7)
+        ranks.terminate(0)
+        assert ranks.results() == [75, 75]
+        assert end_of(config.run)["reason"].startswith("SIGTERM: saved at step")
     finally:
         ranks.kill()
 

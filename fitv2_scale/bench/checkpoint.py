@@ -45,7 +45,7 @@ _PIECE = 16 << 20  # bytes a plain writer hands over at once
 def measure(config: Config, saves: int, where: str | None) -> dict[str, Any] | None:
     """All figures, on rank 0; None elsewhere. ``where``: an s3:// URL or a folder; None: a temporary one.
 
-    Each of the ``saves`` rounds: plain writes, a save that is waited for, one while training goes on, and loads.
+    Each of the ``saves`` rounds: a save while training goes on, saves that are waited for, plain writes, and loads.
     """
     with ExitStack() as stack:
         world = stack.enter_context(join())
@@ -157,7 +157,8 @@ class _Bench:
         entry, relaid = self._newest(), _make_run(self.world, f"{self.store.url}/relaid")
         self.world.on_first(lambda: lay_out_anew(self.run, entry, relaid, self.world.size + 1))
         # Each pair in both orders: what a disk was given before slows what it is given next.
-        writes = [act() for act in (self._save_blocking, self._plain_writes, self._plain_writes, self._save_blocking)]
+        size = self._own_bytes()
+        writes = [self._save_blocking(), self._plain_writes(size), self._plain_writes(size), self._save_blocking()]
         for run in (self.run, relaid):
             self._load(run)  # the disk's own memory then holds both
         loads = [self._load(run) for run in (self.run, relaid, relaid, self.run)]
@@ -197,13 +198,15 @@ class _Bench:
         self.world.on_first(self.retire)
         self.saved += 1
 
-    def _plain_writes(self) -> float:
-        """As many bytes as each rank saves, by as many processes, in a file each, one piece after another; durable."""
+    def _own_bytes(self) -> int:
+        """That this rank saves."""
         manifest = self.world.on_first(lambda: read_manifest(self.run, self._newest()))
-        size = manifest["files"].get(f"rank-{self.world.rank:05d}.safetensors", {"bytes": 0})["bytes"]
+        return manifest["files"].get(f"rank-{self.world.rank:05d}.safetensors", {"bytes": 0})["bytes"]
+
+    def _plain_writes(self, size: int) -> float:
+        """``size`` bytes by each process, in a file each, one piece after another, made durable; the longest of all."""
         piece = memoryview(torch.randn(_PIECE // 4).numpy()).cast("B")
         path = f"{self.store.url}/plain/{self.world.rank}"
-        self.world.on_first(self.retire)
         if isinstance(self.store, LocalStore):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
         self.world.gather(None)

@@ -1,0 +1,69 @@
+"""The latents that the loaders are compared on: ImageNet's sizes (a preset), values as incompressible as real ones."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from data_sharding.connect import file_system
+from data_sharding.errors import UserError
+from data_sharding.presets import open_preset
+from data_sharding.shard import CHANNELS, DTYPE, VIEWS, Sample
+from fitv2_scale.bench.ways import load_way
+
+PRESET = "preset:imagenet256"
+MAX_TOKENS = 256
+CLASSES = 1000
+_DONE = "written.json"
+_UPLOADS = 16  # at once
+
+
+def make_samples(images: int) -> Iterator[Sample]:
+    """The same ones at every call: both flips of each view, standard normal, in float16."""
+    rng = np.random.default_rng(0)
+    ids = rng.permutation(np.unique(rng.integers(1 << 62, size=2 * images)))[:images]
+    for i, size in enumerate(open_preset(PRESET, images).size.tolist()):
+        views = {
+            view: rng.standard_normal((2, h, w, CHANNELS), np.float32).astype(DTYPE)
+            for view, (h, w) in zip(VIEWS, size, strict=True)
+            if h
+        }
+        yield Sample(int(ids[i]), i % CLASSES, views)
+
+
+def prepare(folder: Path, images: int, ways: list[str]) -> None:
+    """The latents in the format of each way, at folder/<way>; those that are there already are kept.
+
+    Raises:
+        UserError: the folder holds another number of images.
+    """
+    for way in ways:
+        target = folder / way
+        done, wanted = target / _DONE, json.dumps({"images": images})
+        if done.is_file():
+            if done.read_text() != wanted:
+                raise UserError(f"{target} holds {done.read_text()}, not {wanted}: choose another --folder")
+            continue
+        if target.exists() and any(target.iterdir()):
+            raise UserError(f"{target} holds something else, or a write that was cut short: remove it")
+        target.mkdir(parents=True, exist_ok=True)
+        load_way(way).write(make_samples(images), target)
+        done.write_text(wanted)
+
+
+def upload(folder: Path, url: str) -> None:
+    """All files below ``folder`` to ``url``, an s3:// prefix."""
+    fs, path = file_system(url)
+    fs.put(f"{folder}/", f"{path}/", recursive=True, batch_size=_UPLOADS)
+
+
+def forget(folder: Path) -> None:
+    """Takes the files below ``folder`` out of the page cache. The disk's own cache, and names and inodes, stay."""
+    os.sync()  # what is not on disk yet cannot be dropped
+    for path in folder.rglob("*"):
+        if path.is_file():
+            file = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(file)

@@ -1,0 +1,178 @@
+"""`fitv2 bench data --against`: this project's loader beside others, on the same latents, in turns.
+
+A run is one way reading one epoch after another in a process of its own (``consume``). All ways take their turn, and
+the whole round is repeated, so that what else the machine does meets all of them alike: the ratios within a round say
+more than the rates. Rates are of what reaches the consumer: images, and their latents as float16 without padding.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from data_sharding.connect import file_system
+from data_sharding.errors import UserError
+from data_sharding.pool import cores
+from fitv2_scale.bench.latents import MAX_TOKENS, PRESET, forget, prepare, upload
+from fitv2_scale.bench.ways import OURS, PEERS, Source, absent
+
+ALL = "all"
+BATCH = 256
+# A rank of FiTv2-3B/2 on one H100 at 46 % of its peak, the best that is published for dense models of this size.
+GPU_RANKS, GPU_RATE = 8, 114.0  # ranks of a node; images/s of each
+_TOKEN_BYTES = 16 * 2  # of latents, in float16
+_LIMIT = 900  # seconds, one run
+
+
+def choose(against: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The ways to measure, this project's first, and a sentence for each that is left out.
+
+    Raises:
+        UserError: one that was asked for by name is not known, or not installed.
+    """
+    wanted = list(PEERS) if ALL in against else list(dict.fromkeys(against))
+    unknown = [name for name in wanted if name not in PEERS]
+    if unknown:
+        raise UserError(f"there is no loader '{unknown[0]}' to compare with: choose {', '.join(PEERS)} or {ALL}")
+    lacking = {name: package for name in wanted if (package := absent(name))}
+    remedy = "pip install 'fitv2-scale[peers]'"
+    for name, package in lacking.items():
+        if name in against:
+            raise UserError(f"{name} cannot be measured, {package} is not installed: {remedy}")
+    left_out = [f"{name} is left out, {package} is not installed: {remedy}" for name, package in lacking.items()]
+    return [OURS, *(name for name in wanted if name not in lacking)], left_out
+
+
+def measure(
+    against: Sequence[str], images: int, repeats: int, seconds: float, folder: str | None = None, s3: str | None = None
+) -> dict[str, Any]:
+    """All figures of one comparison.
+
+    ``folder`` keeps the latents that are written for it; ``s3`` is an s3:// prefix to measure from instead of the local
+    disk, which is cleared afterwards.
+    """
+    ways, left_out = choose(against)
+    if images < BATCH or images % BATCH:
+        raise UserError(f"--images is {images}: give a multiple of {BATCH}, the images of a step")
+    with _folder(folder) as root, _stored(root, s3, images, ways) as url:
+        runs = []
+        for repeat in range(repeats):
+            for way in ways:
+                forget(root / way)
+                made = _start("consume", f"{url}/{way}", way=way, seconds=seconds)
+                runs.append({"way": way, "repeat": repeat, **made})
+        return {
+            "data": f"{images} images of {PRESET}",
+            "storage": "s3" if s3 else "local disk",
+            "cores": cores(),
+            "batch": BATCH,
+            "repeats": repeats,
+            "loaders": [_summary(way, runs) for way in ways],
+            "rank": _start("pace", f"{url}/{OURS}", ranks=GPU_RANKS, rate=GPU_RATE),
+            "left_out": left_out,
+            "runs": runs,
+        }
+
+
+def to_text(report: dict[str, Any]) -> str:
+    lines = [
+        f"{report['data']}, {report['storage']}, {report['cores']} cores, medians of {report['repeats']} rounds "
+        "(least - most)",
+        "",
+        f"{'loader':<12}{'first epoch, images/s':>28}{'later epochs, images/s':>28}{'MB/s':>8}{'CPU ms/image':>14}"
+        f"{'fitv2 is faster by':>24}",
+    ]
+    for row in report["loaders"]:
+        cold, warm = row["cold_images_per_second"], row["warm_images_per_second"]
+        ratios = [f"{row[part]['median']:.1f}x" for part in ("cold_ratio", "warm_ratio")]
+        lines.append(
+            f"{row['loader']:<12}{_spread(cold):>28}{_spread(warm):>28}{row['warm_mb_per_second']['median']:>8.0f}"
+            f"{1000 * row['cpu_seconds_per_image']['median']:>14.3f}"
+            f"{'' if row['loader'] == OURS else ', '.join(ratios):>24}"
+        )
+    rank = report["rank"]
+    lines += [
+        "",
+        f"one of {rank['ranks']} ranks, {rank['images_per_step']} images a step of {rank['step_seconds']:.2f} s: its "
+        f"loader uses {rank['cpu_share']:.1%} of a core, and steps wait {rank['wait_share']:.1%} of their time for it",
+    ]
+    return "\n".join([*lines, *report["left_out"]])
+
+
+def _spread(figure: dict[str, float]) -> str:
+    return f"{figure['median']:,.0f} ({figure['least']:,.0f} - {figure['most']:,.0f})"
+
+
+def _summary(way: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    mine, ours = ([run for run in runs if run["way"] == name] for name in (way, OURS))
+    row: dict[str, Any] = {"loader": way}
+    for part in ("cold", "warm"):
+        rates = [run[part]["images"] / run[part]["seconds"] for run in mine]
+        row[f"{part}_images_per_second"] = _figure(rates)
+        row[f"{part}_mb_per_second"] = _figure(
+            [run[part]["tokens"] * _TOKEN_BYTES / 1e6 / run[part]["seconds"] for run in mine]
+        )
+        our_rates = [run[part]["images"] / run[part]["seconds"] for run in ours]
+        row[f"{part}_ratio"] = _figure([a / b for a, b in zip(our_rates, rates, strict=True)])
+    row["cpu_seconds_per_image"] = _figure(
+        [run["cpu_seconds"] / (run["cold"]["images"] + run["warm"]["images"]) for run in mine]
+    )
+    return row
+
+
+def _figure(values: list[float]) -> dict[str, float]:
+    return {"median": median(values), "least": min(values), "most": max(values)}
+
+
+def _start(module: str, url: str, **options: Any) -> dict[str, Any]:
+    """What a fresh process of this package's ``module`` reports."""
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Source(url, scratch, BATCH, cores(), "mixed", MAX_TOKENS)
+        asked = json.dumps({"source": asdict(source), **options})
+        command = [sys.executable, "-m", f"fitv2_scale.bench.{module}", asked]
+        # One thread of torch in each process: as many workers as cores would otherwise fight over these.
+        done = subprocess.run(
+            command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=_LIMIT
+        )
+    if done.returncode:
+        raise UserError(f"{url} cannot be measured: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@contextmanager
+def _folder(folder: str | None) -> Iterator[Path]:
+    if folder:
+        yield Path(folder).absolute()
+        return
+    with tempfile.TemporaryDirectory() as made:
+        yield Path(made)
+
+
+@contextmanager
+def _stored(root: Path, s3: str | None, images: int, ways: list[str]) -> Iterator[str]:
+    """Where the latents lie, a folder for each way: ``root`` itself, or below ``s3``."""
+    prepare(root, images, ways)
+    if not s3:
+        yield str(root)
+        return
+    if not s3.startswith("s3://"):
+        raise UserError(f"--s3 {s3}: give a bucket and a prefix for this alone, as s3://BUCKET/bench")
+    url = s3.rstrip("/")
+    fs, path = file_system(url)
+    if fs.exists(path):
+        raise UserError(f"{url} is there already: give a prefix that nothing is stored under")
+    try:
+        for way in ways:
+            upload(root / way, f"{url}/{way}")
+        yield url
+    finally:
+        fs.invalidate_cache()
+        if fs.exists(path):
+            fs.rm(path, recursive=True)

@@ -1,0 +1,51 @@
+"""A commit as ranks of another layout would have saved it, without any of them."""
+
+import json
+from collections.abc import Iterator
+
+import torch
+
+from fitv2_scale.checkpoint.checkpointer import commit_folder
+from fitv2_scale.checkpoint.safetensors_file import Entry, Written, write_safetensors
+from fitv2_scale.checkpoint.storage import MANIFEST, BoxReader, box_record, write_manifest
+from fitv2_scale.run import Attempt, Run
+from fitv2_scale.run_log import Entry as LogEntry
+
+_WRITTEN_ANEW = ("format", "files", "tensors")
+
+
+def lay_out_anew(source: Run, entry: LogEntry, target: Run, ranks: int) -> None:
+    """Commits to ``target`` what ``entry`` of ``source`` holds, each tensor's rows shared out evenly over ``ranks``.
+
+    One tensor in memory at a time.
+    """
+    manifest = json.loads(source.store.read(f"{entry.fields['path']}/{MANIFEST}"))
+    reader = BoxReader(source.store, entry.fields["path"], manifest)
+    attempt: Attempt = target.claim({})
+    folder = commit_folder(manifest["step"], attempt.number)
+    boxes: dict[str, list[dict]] = {name: [] for name in manifest["tensors"]}
+    files: dict[str, Written] = {}
+    for rank in range(ranks):
+        parts = list(_parts(reader, manifest["tensors"], rank, ranks))
+        file = f"rank-{rank:05d}.safetensors"
+        files[file] = written = write_safetensors(target.store, f"{folder}/{file}", [part for _, _, part in parts])
+        for name, offset, part in parts:
+            boxes[name].append(box_record(offset, part.shape, file, written.begins[part.key]))
+    tensors = {name: {"shape": t["shape"], "boxes": boxes[name]} for name, t in manifest["tensors"].items()}
+    header = {key: value for key, value in manifest.items() if key not in _WRITTEN_ANEW}
+    attempt.commit(manifest["step"], folder, write_manifest(target.store, folder, header, files, tensors))
+
+
+def _parts(reader: BoxReader, tensors: dict, rank: int, ranks: int) -> Iterator[tuple[str, tuple[int, ...], Entry]]:
+    """(tensor's name, offset, what to write) of each of the rank's boxes."""
+    for name, tensor in tensors.items():
+        rows, *rest = tensor["shape"]
+        first, last = (rows * r // ranks for r in (rank, rank + 1))
+        if last > first:
+            offset = (first, *[0] * len(rest))
+            read = lambda name=name, first=first, last=last: reader.read_tensor(name)[first:last]  # noqa: E731
+            yield (
+                name,
+                offset,
+                Entry(f"{name}@{','.join(map(str, offset))}", torch.float32, (last - first, *rest), read),
+            )

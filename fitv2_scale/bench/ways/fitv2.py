@@ -1,0 +1,83 @@
+"""This project's loader, as a training run uses it: threads in the consumer's process, packs turned into tensors."""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from data_sharding.batch import Pack
+from data_sharding.cache import DiskCache
+from data_sharding.deal import Cost, Nodes, Shape
+from data_sharding.frames import FrameReader
+from data_sharding.manifest import Manifest, write_manifest
+from data_sharding.plan import Plan, Segment
+from data_sharding.shapes import choose_shapes
+from data_sharding.shard import DTYPE, Sample, ShardBuilder
+from data_sharding.storage import put
+from data_sharding.stream import Loader
+from fitv2_scale.batches import pack_to_torch
+from fitv2_scale.bench.ways import Batch, Source
+
+_COST = Cost(linear=6 * 2304, quadratic=1)  # of FiTv2-3B/2
+_PACK_TOKENS = 16384
+_IMAGES_PER_SHARD = 1000  # as `fitv2 shard write` has it
+_CACHE_BYTES, _DISK_BYTES = 1 << 30, 32 << 30  # the defaults of data.cache_gib and data.cache_disk_gib
+
+
+def write(samples: Iterable[Sample], folder: Path) -> None:
+    samples, indexes, classes = iter(samples), [], 0
+    while chunk := list(islice(samples, _IMAGES_PER_SHARD)):
+        builder = ShardBuilder(f"shard-{len(indexes):06d}.tar.zst")
+        for sample in chunk:
+            builder.add(sample, class_name=str(sample.label), source=f"{sample.id:016x}", pixels=None)
+        data, index = builder.finish()
+        put(f"{folder}/{index.name}", data)
+        indexes.append(index)
+        classes = max(classes, 1 + max(sample.label for sample in chunk))
+    write_manifest(
+        str(folder),
+        indexes,
+        codec={"name": "dct", "digest": "random latents", "scale": 1.0},
+        dtype=DTYPE,
+        max_tokens=256,
+        classes=tuple(map(str, range(classes))),
+        skipped=0,
+        source={},
+    )
+
+
+def epochs(source: Source) -> Iterator[Iterator[Batch]]:
+    plan, shapes = open_plan(source, (1,))
+    steps, epoch = plan.samples[0] // source.batch, 0
+    while True:
+        # A new loader for each: at full size an epoch is far larger than the memory for decoded frames, so that no
+        # epoch may find those of the last one.
+        with open_loader(source, plan, shapes, 0, (1,), range(epoch * steps, (epoch + 1) * steps)) as loader:
+            yield _batches(loader)
+        epoch += 1
+
+
+def open_plan(source: Source, nodes: Nodes) -> tuple[Plan, tuple[Shape, ...]]:
+    plan = Plan([Manifest.load(source.url)], 0, source.views, [Segment(0, source.batch, (1,))])
+    window = [plan.step(k).tokens for k in range(plan.window_steps(0))]
+    return plan, choose_shapes(window, _COST, nodes, _PACK_TOKENS, plan.max_seqlen)
+
+
+def open_loader(source: Source, plan: Plan, shapes: tuple[Shape, ...], rank: int, nodes: Nodes, steps: range) -> Loader:
+    return Loader(plan, _COST, shapes, rank, nodes, steps, _CACHE_BYTES, reader=open_reader(source))
+
+
+def open_reader(source: Source) -> FrameReader:
+    return FrameReader(cache=DiskCache(source.scratch, _DISK_BYTES) if source.is_s3 else None)
+
+
+def _batches(loader: Loader) -> Iterator[Batch]:
+    for step in loader:
+        for pack in step.packs:
+            yield to_batch(pack)
+
+
+def to_batch(pack: Pack) -> Batch:
+    made = pack_to_torch(pack, torch.device("cpu"))
+    return Batch(made.latents_TC, made.sample_id_I[made.weight_I > 0], pack.layout.tokens)

@@ -1,0 +1,26 @@
+"""S3 for the peers that bring no client of their own: one botocore client a process, made after workers have forked."""
+
+import os
+from functools import lru_cache
+from typing import BinaryIO
+
+
+def get(url: str) -> BinaryIO:
+    """The body of an object, as a stream."""
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    return _client(os.getpid()).get_object(Bucket=bucket, Key=key)["Body"]
+
+
+def list_urls(folder: str, ending: str) -> list[str]:
+    """All objects below ``folder`` whose names end so, in order."""
+    bucket, _, prefix = folder.removeprefix("s3://").partition("/")
+    pages = _client(os.getpid()).get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/")
+    keys = [item["Key"] for page in pages for item in page.get("Contents", [])]
+    return sorted(f"s3://{bucket}/{key}" for key in keys if key.endswith(ending))
+
+
+@lru_cache(maxsize=1)
+def _client(pid: int):
+    import botocore.session
+
+    return botocore.session.get_session().create_client("s3")

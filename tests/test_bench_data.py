@@ -1,0 +1,142 @@
+"""`fitv2 bench data --against`: every loader gives the same images, and the figures are those of what they gave."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from data_sharding.errors import UserError
+from data_sharding.frames import FrameReader, read_frame
+from data_sharding.manifest import Manifest
+from fitv2_scale.bench import loaders
+from fitv2_scale.bench.latents import MAX_TOKENS, make_samples, prepare
+from fitv2_scale.bench.ways import OURS, PEERS, Source, absent, load_way
+from fitv2_scale.cli import main
+
+IMAGES = 96
+
+
+@pytest.fixture(scope="module", params=[OURS, *PEERS])
+def way(request) -> str:
+    if package := absent(request.param):
+        pytest.skip(f"{package} is not installed (the extra `peers`)")
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(way, tmp_path_factory):
+    root = tmp_path_factory.mktemp("latents")
+    prepare(root, IMAGES, [way])
+    return root
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return {sample.id: sample for sample in make_samples(IMAGES)}
+
+
+def source_of(way, folder, tmp_path, views) -> Source:
+    # Batches that IMAGES divides by, and workers none: pytest's process is not to be forked.
+    return Source(str(folder / way), str(tmp_path), 32, 0, views, MAX_TOKENS)
+
+
+def test_every_image_comes_once_an_epoch(way, folder, samples, tmp_path):
+    epochs = load_way(way).epochs(source_of(way, folder, tmp_path, "resize"))
+    orders, tokens = [], sum(sample.size[0][0] * sample.size[0][1] for sample in samples.values())
+    for _ in range(2):
+        batches = list(next(epochs))
+        orders.append([int(i) for batch in batches for i in batch.sample_id])
+        assert sum(batch.tokens for batch in batches) == tokens
+        assert sorted(orders[-1]) == sorted(samples)
+    epochs.close()
+    assert orders[0] != orders[1] and orders[0] != sorted(orders[0])
+
+
+def test_mixed_views_are_mixed(way, folder, samples, tmp_path):
+    """Between all crops and none."""
+    epochs = load_way(way).epochs(source_of(way, folder, tmp_path, "mixed"))
+    (tokens,) = [sum(batch.tokens for batch in next(epochs))]
+    epochs.close()
+    sizes = np.array([sample.size for sample in samples.values()]).prod(-1)  # (image, view)
+    crops = np.where(sizes[:, 1] > 0, sizes[:, 1], sizes[:, 0])
+    low, high = sorted((sizes[:, 0].sum(), crops.sum()))
+    assert low < tokens < high
+
+
+@pytest.mark.parametrize("way", PEERS, indirect=True)  # our packs are compared in test_stream
+def test_a_padded_row_is_a_flip_of_its_image(way, folder, samples, tmp_path):
+    epochs = load_way(way).epochs(source_of(way, folder, tmp_path, "resize"))
+    flips = set()
+    for batch in next(epochs):
+        for row, sample_id in zip(batch.latents.numpy(), batch.sample_id.tolist(), strict=True):
+            views = samples[sample_id].views["resize"].reshape(2, -1, 16).astype(np.float32)
+            (flip,) = [i for i in range(2) if np.array_equal(row[: views.shape[1]], views[i])]
+            flips.add(flip)
+            assert not row[views.shape[1] :].any()
+    epochs.close()
+    assert flips == {0, 1}
+
+
+def test_arrays_read_lazily_are_those_that_were_written(tmp_path):
+    prepare(tmp_path, IMAGES, [OURS])
+    manifest = Manifest.load(str(tmp_path / OURS))
+    for f in range(len(manifest.frame_shard)):
+        frame, samples = FrameReader().read(manifest, f), read_frame(manifest, f)
+        assert frame.ids.tolist() == [sample.id for sample in samples]
+        for i, sample in enumerate(samples):
+            for view, array in sample.views.items():
+                assert np.array_equal(frame.view(i, view), array)
+            if "crop" not in sample.views:
+                with pytest.raises(KeyError):
+                    frame.view(i, "crop")
+
+
+def test_the_report_is_of_what_was_measured(capsys, tmp_path):
+    """A real run, in processes of their own, with workers."""
+    size = ["--images", "256", "--repeats", "2", "--seconds", "0.1", "--folder", str(tmp_path)]
+    assert main(["bench", "data", "--json", "--against", "files", *size]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [(run["way"], run["repeat"]) for run in report["runs"]] == [
+        (way, repeat) for repeat in range(2) for way in (OURS, "files")
+    ]
+    assert all(run["cold"]["images"] == 256 and run["warm"]["images"] % 256 == 0 for run in report["runs"])
+    ours, files = report["loaders"]
+    rates = [run["cold"]["images"] / run["cold"]["seconds"] for run in report["runs"]]
+    ratios = sorted((rates[0] / rates[1], rates[2] / rates[3]))
+    assert files["cold_ratio"] == {"median": pytest.approx(sum(ratios) / 2), "least": ratios[0], "most": ratios[1]}
+    assert ours["cold_images_per_second"]["most"] == max(rates[0], rates[2])
+    tokens, seconds = (
+        sum(run["warm"][key] for run in report["runs"] if run["way"] == OURS) for key in ("tokens", "seconds")
+    )
+    least, most = (ours["warm_mb_per_second"][key] for key in ("least", "most"))
+    assert least <= tokens * 32 / seconds / 1e6 <= most
+    rank = report["rank"]
+    assert rank["steps"] == 1 and rank["step_seconds"] == pytest.approx(32 / 114) and 0 < rank["cpu_share"] < 10
+
+
+def test_what_is_not_installed_is_left_out_in_a_sentence(monkeypatch, capsys):
+    monkeypatch.setitem(PEERS, "other", "no-such-distribution")
+    ways, left_out = loaders.choose(["all"])
+    assert "other" not in ways and {OURS, "files"} <= set(ways)
+    assert "other is left out, no-such-distribution is not installed: pip install 'fitv2-scale[peers]'" in left_out
+    assert main(["bench", "data", "--against", "files", "other"]) == 2
+    assert "other cannot be measured, no-such-distribution is not installed" in capsys.readouterr().err
+    with pytest.raises(UserError, match="there is no loader 'wids' to compare with: choose webdataset, streaming, fi"):
+        loaders.choose(["wids"])
+
+
+def test_latents_that_are_there_are_kept(tmp_path):
+    prepare(tmp_path, IMAGES, ["files"])
+    prepare(tmp_path, IMAGES, ["files"])
+    with pytest.raises(UserError, match='holds {"images": 96}, not {"images": 128}: choose another --folder'):
+        prepare(tmp_path, 128, ["files"])
+    (tmp_path / "files" / "written.json").unlink()
+    with pytest.raises(UserError, match="a write that was cut short: remove it"):
+        prepare(tmp_path, IMAGES, ["files"])
+
+
+def test_peers_are_never_imported_unasked():
+    code = "import sys, fitv2_scale.bench.loaders; sys.exit(bool({'webdataset', 'streaming'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
