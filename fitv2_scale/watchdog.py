@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +35,7 @@ Section = Literal["load", "data", "step", "compile", "save", "evaluate"]
 
 _LONG_SILENCE = 300.0  # seconds
 _ASLEEP = 2.0  # seconds that the watchdog's own thread was late
+_NAMED = 64  # most ranks that an alarm names; it has to fit a datagram
 _COMPILING = 3  # so many first steps may hold compilation
 _RANKS_PER_SECOND = 128  # that a rank tells; on larger worlds each is told less often
 _WRITER_GRACE, _OTHERS_GRACE = 2.0, 10.0  # seconds between stacks and end: the first that ends takes all others with it
@@ -172,24 +173,29 @@ class Watchdog:
                 self._heard = {rank: heard + asleep for rank, heard in self._heard.items()}
             looked = now
             if self._alarmed():
-                self._tell("alarm")
-                self._end()
+                hung = self._blame()
+                self._tell("alarm", hung)
+                self._end(hung)
 
     def _alarmed(self) -> bool:
         now = time.monotonic()
         silent = any(now - self._heard[b.rank] > b.patience for b in self._beats.values())
         return silent or now - self._since > self.limit(self._section)
 
-    def _tell(self, event: str) -> None:
+    def _blame(self) -> list[Hung]:
+        now = time.monotonic()
+        beats = self._beats | {self._rank: self._own(float("inf"))}
+        return blame(beats, {rank: now - self._heard.get(rank, now) for rank in beats})
+
+    def _tell(self, event: str, hung: Sequence[Hung] = ()) -> None:
         section = self._section
         # Whoever waits, for data or in a collective, is heard nevertheless; a compiler may be silent for a while.
         patience = self.limit("step") if section in ("step", "data") else min(self.limit(section), _LONG_SILENCE)
-        own = self._own(patience, event)
-        message = json.dumps([self._secret, asdict(own)]).encode()
+        message = json.dumps([self._secret, asdict(self._own(patience, event)), [asdict(h) for h in hung[:_NAMED]]])
         for rank, address in enumerate(self._addresses):
             if rank != self._rank:
                 with suppress(OSError):  # of a node that is gone; its silence will tell
-                    self._socket.sendto(message, address)
+                    self._socket.sendto(message.encode(), address)
 
     def _own(self, patience: float, event: str = "") -> Beat:
         since = time.monotonic() - self._since
@@ -200,31 +206,28 @@ class Watchdog:
         while (left := until - time.monotonic()) > 0 and not self._ended.is_set():
             self._socket.settimeout(min(left, 0.2))
             with suppress(TimeoutError, OSError, ValueError):
-                secret, said = json.loads(self._socket.recv(4096))
+                secret, said, hung = json.loads(self._socket.recv(1 << 16))
                 if secret == self._secret:
-                    self._hear(Beat(**said))
+                    self._hear(Beat(**said), [Hung(**h) for h in hung])
 
-    def _hear(self, beat: Beat) -> None:
+    def _hear(self, beat: Beat, hung: Sequence[Hung]) -> None:
         if beat.event == "bye":
             self._beats.pop(beat.rank, None)
             return
         self._beats[beat.rank], self._heard[beat.rank] = beat, time.monotonic()
         if beat.event == "alarm":
-            self._end()
+            self._end(hung)
 
-    def _end(self) -> None:
-        """Writes what there is to know, and ends this process."""
-        now = time.monotonic()
+    def _end(self, hung: Sequence[Hung]) -> None:
+        """Writes what there is to know, and ends this process. All go by what the one who raised the alarm has seen: a
+        moment earlier or later it looks different."""
         self._write_stacks()
-        beats = self._beats | {self._rank: self._own(float("inf"))}
-        unheard = {rank: now - self._heard.get(rank, now) for rank in beats}
-        hung = blame(beats, unheard)
         reason = "; ".join(map(str, hung[:3])) + (f"; and {len(hung) - 3} more" if len(hung) > 3 else "")
         log.error("%s", reason)
-        silent = {h.rank for h in hung if h.silent}
-        if self._rank == min(set(beats) - silent):
+        ranks = {self._rank, *self._beats}
+        if self._rank == min(ranks - {h.rank for h in hung if h.silent}, default=None):
             with suppress(Exception):  # the storage may be what hangs
-                found = [asdict(h) for h in hung] if len(hung) < len(beats) else []
+                found = [asdict(h) for h in hung] if len(hung) < min(len(ranks), _NAMED) else []
                 # Once: one that was stopped, and wakes up while all are being ended, knows nothing better.
                 self._run.store.create(f"attempts/{self._number}/hung.json", json.dumps(found).encode())
                 Attempt(self._number, self._run).end(RETRY, reason)

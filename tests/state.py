@@ -89,7 +89,8 @@ def recover(env: dict[str, str], url: str, rows: int = 50) -> dict:
         state = State(-1, world, rows)
         problems = {e.fields["step"]: verify_commit(run, e) for e in run.log.commits()}
         restored = Checkpointer(run, None, 0, world).restore(state, run)
-        assert restored and state.is_whole(restored.step), "what was restored is not what was saved"
+        assert restored is not None, "nothing was restored"
+        assert state.is_whole(restored.step), "what was restored is not what was saved"
         assert save(1000, rows=rows) is None
         remove(run, leftovers(run))
         committed = {e.fields["path"] for e in run.log.commits()}

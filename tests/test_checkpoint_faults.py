@@ -106,10 +106,14 @@ def test_killed_at_random_moments(place, kind, kills):
     """Two ranks that do nothing but save, killed and started again: each time the newest commit is whole."""
     env, url = place(kind)
     run, rng = url("run"), random.Random(0)
-    for _ in range(kills):
-        ranks = Ranks(2, save_for_ever, env, run, ROWS["local"])
-        with pytest.raises(AssertionError, match="hang"):
-            ranks.results(timeout=1 + rng.uniform(0, 1))
+    Run.open_or_create(run, {}, {}, None)
+    for attempt in range(1, kills + 1):
+        ranks, deadline = Ranks(2, save_for_ever, env, run, ROWS["local"]), time.monotonic() + 60
+        while not any(e.kind == "COMMIT" and e.attempt == attempt for e in Run.open(run).log.entries()):
+            assert time.monotonic() < deadline, "it never committed"
+            time.sleep(0.05)
+        with pytest.raises(AssertionError, match="hang"):  # unless a rank met something wrong
+            ranks.results(timeout=rng.uniform(0, 0.3))
     (found,) = run_ranks(1, recover, env, run, ROWS["local"])
     assert not found["problems"] and found["step"] > 0
 

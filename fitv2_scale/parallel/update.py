@@ -14,6 +14,8 @@ from torch.optim.sgd import sgd
 
 from fitv2_scale.parallel.engine import OptimizerConfig, StepResult
 
+# torch 2.13 has a new name for it, and warns of the old one
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _NORM_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
@@ -117,5 +119,5 @@ def _square_sum(tensors: Sequence[Tensor]) -> Tensor:
 def _gather(values: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(ranks of ``group``, *values.shape). Gathered and then added in rank order, a sum is the same bits everywhere."""
     gathered = values.new_empty(group.size() * values.numel())
-    dist.all_gather_into_tensor(gathered, values.flatten(), group=group)
+    _all_gather(gathered, values.flatten(), group=group)
     return gathered.view(-1, *values.shape)
