@@ -1,6 +1,8 @@
 """`fitv2 bench checkpoint`: the report holds what it promises, and nothing is left behind."""
 
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from ranks import run_ranks
 from state import State, opened, saver
 from test_bench_step import SMALL
 
+from data_sharding.connect import disconnect
 from fitv2_scale.bench import checkpoint
 from fitv2_scale.bench.relaid import lay_out_anew
 from fitv2_scale.checkpoint.checkpointer import Checkpointer, verify_commit
@@ -22,8 +25,6 @@ SPREAD = {"median", "lowest", "highest"}
 
 def measure(folder: str, copy: float = 0.0) -> dict | None:
     """``copy``: seconds that a copy of the state takes longer."""
-    import time
-
     copying = Staging.copy
     Staging.copy = lambda self: (time.sleep(copy), copying(self))[1]
     return checkpoint.measure(load_config("configs/demo.yaml", ARGUMENTS), 2, folder)
@@ -43,6 +44,20 @@ def test_the_report_and_what_is_left(tmp_path):
     assert report["bytes"] > 16 * parameters
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
     assert "stall" in checkpoint.to_text(report) and json.dumps(report)
+
+
+def measure_on_s3(env: dict[str, str], url: str) -> dict | None:
+    os.environ.update(env)
+    disconnect()
+    return measure(url)
+
+
+@pytest.mark.services
+def test_on_s3(rgw, client):
+    client.create_bucket(Bucket="bench")
+    report, _ = run_ranks(2, measure_on_s3, rgw.environment, "s3://bench/here/")
+    assert report["storage"] == "s3" and report["share_of_plain"]["lowest"] > 0
+    assert "Contents" not in client.list_objects_v2(Bucket="bench")
 
 
 def relaid(url: str, ranks: int) -> None:

@@ -3,11 +3,14 @@
 import json
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from lineage import commit_bytes
 from ranks import run_ranks
 from safetensors import safe_open
@@ -17,6 +20,8 @@ from data_sharding.errors import UserError
 from fitv2_scale.checkpoint.checkpointer import Checkpointer, verify_commit
 from fitv2_scale.checkpoint.storage import BoxReader
 from fitv2_scale.checkpoint.weights import export_weights, import_weights
+from fitv2_scale.cli import main
+from fitv2_scale.config import load_config
 from fitv2_scale.engines import make_engine
 from fitv2_scale.model.counts import logical_shapes
 from fitv2_scale.parallel.mesh import Layout
@@ -242,3 +247,51 @@ def test_a_malicious_or_damaged_weights_file_is_refused(tiny, tmp_path):
         import_weights(str(cut), config.run, config)
     with pytest.raises(UserError, match="there is no weights file"):
         import_weights(str(tmp_path / "none.bin"), config.run, config)
+
+
+def test_the_names_that_do_not_fit_are_listed(tiny, tmp_path, capfd):
+    config, file = tiny(), tmp_path / "weights.safetensors"
+    weights = public(config)
+    gone = sorted(weights)[:5]
+    save_file({name: t for name, t in weights.items() if name not in gone} | {"extra": torch.zeros(1)}, file)
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert main(["checkpoint", "import", str(file), config.run, "--config", str(path), "--json"]) == 2
+    said = capfd.readouterr()
+    assert json.loads(said.out) == {"missing": gone, "left_over": ["extra"]} and "5 tensors are missing" in said.err
+
+
+_MEASURED = """
+import resource, sys
+from fitv2_scale.checkpoint.weights import export_weights, import_weights
+from fitv2_scale.config import load_config
+
+config = load_config(sys.argv[1], ["data.url=none", "train.steps=1"])
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+before = peak()
+import_weights(sys.argv[2], sys.argv[3], config)
+export_weights(sys.argv[3], sys.argv[4], ema=True)
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize(
+    "name,suffix",
+    [
+        ("fitv2_b2", ".safetensors"),
+        ("fitv2_b2", ".bin"),
+        pytest.param("fitv2_xl2", ".bin", marks=pytest.mark.long),
+    ],
+)
+def test_memory_does_not_grow_with_the_file(tmp_path, name, suffix):
+    """0.5 GB of weights, and 2.7 GB, in and out in the same extra memory: chunks under way, a tensor or two."""
+    config = Path(__file__).parents[1] / "configs" / f"{name}.yaml"
+    shapes = logical_shapes(load_config(str(config), ["data.url=none", "train.steps=1"]).model)
+    weights = {n: torch.full(shape, float(i)) for i, (n, shape) in enumerate(shapes.items())}
+    file, out = str(tmp_path / f"in{suffix}"), str(tmp_path / "out.safetensors")
+    save_file(weights, file) if suffix == ".safetensors" else torch.save(weights, file)
+    command = [sys.executable, "-c", _MEASURED, str(config), file, str(tmp_path / "run"), out]
+    extra = int(subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout)
+    assert extra < 250e6
+    with safe_open(out, framework="pt") as opened:
+        assert all(torch.equal(opened.get_tensor(n), weights[n]) for n in shapes)

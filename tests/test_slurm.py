@@ -22,7 +22,8 @@ from fitv2_scale.run import Run, status
 from fitv2_scale.train import DONE, train
 from launchers.control import jobs
 
-pytestmark = pytest.mark.services
+# Minutes each, and sensitive to a busy machine: with --long.
+pytestmark = [pytest.mark.services, pytest.mark.long]
 
 PARTITION = "test"
 
@@ -228,7 +229,7 @@ def test_save_and_stop(slurm, fitv2, config_file, tiny):
 
 
 def test_a_stopped_rank_is_named_and_its_node_avoided(slurm, fitv2, config_file, tiny):
-    options = {"train__steps": 100, "checkpoint__every_steps": 5, "watchdog__step_seconds": 5.0}
+    options = {"train__steps": 100, "checkpoint__every_steps": 5, "watchdog__step_seconds": 15.0}
     config = tiny(**options)
     fitv2("submit", config_file(**options), "--nodes", "3")
     reach_in_job(config, 8, 1)

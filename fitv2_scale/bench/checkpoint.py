@@ -206,15 +206,17 @@ class _Bench:
     def _plain_writes(self, size: int) -> float:
         """``size`` bytes by each process, in a file each, one piece after another, made durable; the longest of all."""
         piece = memoryview(torch.randn(_PIECE // 4).numpy()).cast("B")
-        path = f"{self.store.url}/plain/{self.world.rank}"
-        if isinstance(self.store, LocalStore):
+        path, on_disk = f"{self.store.url}/plain/{self.world.rank}", isinstance(self.store, LocalStore)
+        if on_disk:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
+        else:
+            bucket, path = file_system(path)
         self.world.gather(None)
         began = time.perf_counter()
-        with open(path, "wb", 0) if isinstance(self.store, LocalStore) else file_system(path).open(path, "wb") as file:
+        with open(path, "wb", 0) if on_disk else bucket.open(path, "wb") as file:
             for at in range(0, size, _PIECE):
                 file.write(piece[: size - at])
-            if isinstance(self.store, LocalStore):
+            if on_disk:
                 os.fsync(file.fileno())
         seconds = self._longest(time.perf_counter() - began)
         self.world.on_first(lambda: self.store.delete_tree("plain"))
