@@ -154,7 +154,7 @@ def checkpoint_sweep(args: argparse.Namespace) -> int:
         remove(run, found)
     lines = [f"{folder}: saved by an attempt that ended, never committed" for folder in found.abandoned]
     lines += [f"{folder}: a retired commit" for folder in found.retired]
-    lines += [f"{path}: an unfinished upload" for path, _ in found.uploads]
+    lines += [f"{path}: begun, never finished" for path, _ in found.uploads]
     if lines:
         lines.append("all deleted" if args.yes else "--yes deletes these")
     show(args, asdict(found) | {"deleted": args.yes}, "\n".join(lines) or "nothing is left over")

@@ -93,13 +93,14 @@ class Store(ABC):
     @abstractmethod
     def _delete_tree(self, path: str) -> None: ...
 
+    @abstractmethod
     def uploads(self) -> Sequence[tuple[str, str]]:
-        """(path, id) of each upload that was begun and neither finished nor given up; only S3 has any."""
-        return []
+        """(path, id) of each object whose writing was begun and neither finished nor given up, by whomever. ``list``
+        does not show them."""
 
+    @abstractmethod
     def abort_upload(self, path: str, upload: str) -> None:
-        """Gives one of ``uploads`` up, which frees its space."""
-        raise NotImplementedError
+        """Gives one of ``uploads`` up, which frees its space; one that is gone already is fine."""
 
 
 def open_store(url: str) -> Store:
@@ -172,9 +173,19 @@ class LocalStore(Store):
         with suppress(FileNotFoundError):
             shutil.rmtree(self.path(path))
 
+    def uploads(self) -> Sequence[tuple[str, str]]:
+        staged = sorted(self._root.rglob(".*.tmp"))
+        return [(str(file.relative_to(self._root).with_name(file.name[1:-21])), file.name) for file in staged]
+
+    def abort_upload(self, path: str, upload: str) -> None:
+        folder = Path(self.path(path)).parent
+        (folder / upload).unlink(missing_ok=True)
+        with suppress(OSError):  # if it was the only one, the folder goes too
+            folder.rmdir()
+
     @contextmanager
     def _staged(self, path: str):
-        """A temporary file beside its destination, and both paths; afterwards it is gone."""
+        """A temporary file, .<name>.<16 digits>.tmp beside its destination, and both paths; afterwards it is gone."""
         final = Path(self.path(path))
         _make_folder(final.parent)
         staged = final.parent / f".{final.name}.{secrets.token_hex(8)}.tmp"

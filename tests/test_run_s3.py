@@ -270,6 +270,12 @@ def test_sweep_says_first_and_deletes_only_what_nobody_needs(kind, request, tmp_
         store.put(f"steps/{path}", b"data")
     store.put("quarantine/00000002.json", b"{}")
     uploads = []
+    if kind == "local":
+        for name in ("00000025.0001", "00000026.0001", "00000040.0002"):
+            staged = tmp_path / "run" / "steps" / name / f".big.{16 * '0'}.tmp"
+            staged.parent.mkdir(exist_ok=True)
+            staged.write_bytes(b"half")
+        uploads = ["steps/00000025.0001/big", "steps/00000026.0001/big"]
     if kind == "s3":
         client = request.getfixturevalue("client")
         for name in ("00000025.0001", "00000040.0002"):
@@ -285,7 +291,7 @@ def test_sweep_says_first_and_deletes_only_what_nobody_needs(kind, request, tmp_
         assert report["retired"] == ["steps/00000020.0001"] and [u[0] for u in report["uploads"]] == uploads
         assert report["deleted"] == bool(yes) and (yes or store.list("") == before)
     assert store.list("steps/") == sorted(f"steps/{path}" for path in needed)
-    assert len(store.uploads()) == len(uploads)  # the newest attempt's
+    assert [path for path, _ in store.uploads()] == ["steps/00000040.0002/big"]  # the newest attempt's
     assert main(["checkpoint", "sweep", url]) == 0 and "nothing is left over" in capfd.readouterr().out
 
     second.end(75, "SIGTERM")  # now it saves nothing more
@@ -294,6 +300,12 @@ def test_sweep_says_first_and_deletes_only_what_nobody_needs(kind, request, tmp_
     assert "steps/00000040.0002: saved by an attempt that ended, never committed" in said and "--yes deletes" in said
     assert main(["checkpoint", "sweep", url, "--yes"]) == 0 and "all deleted" in capfd.readouterr().out
     assert store.list("steps/") == [f"steps/{path}" for path in (*needed[:2], needed[3])] and not store.uploads()
+    if kind == "local":
+        assert sorted(p.name for p in (tmp_path / "run" / "steps").iterdir()) == [
+            "00000010.0001",
+            "00000030.0002",
+            "notes.txt",
+        ]
 
 
 @pytest.mark.services

@@ -11,7 +11,7 @@ from fitv2_scale.run_log import newest_attempt
 class Leftovers:
     abandoned: list[str] = field(default_factory=list)  # folders of saves that were never committed
     retired: list[str] = field(default_factory=list)  # folders of commits that were withdrawn, but not yet deleted
-    uploads: list[tuple[str, str]] = field(default_factory=list)  # (path, id) of unfinished uploads; only S3 has any
+    uploads: list[tuple[str, str]] = field(default_factory=list)  # (path, id) of files that were never finished
 
 
 def leftovers(run: Run) -> Leftovers:
