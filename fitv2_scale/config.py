@@ -7,17 +7,27 @@ and is compared when a run is continued; everything else is *operations* and may
 import difflib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from data_sharding.errors import UserError
-from data_sharding.plan import Views
 from fitv2_scale.checkpoint.policy import CheckpointConfig
-from fitv2_scale.model.config import ModelConfig, parse_size
+from fitv2_scale.model.config import ModelConfig
 from fitv2_scale.model.flow import FlowConfig
-from fitv2_scale.parallel.engine import OptimizerConfig, Precision
+from fitv2_scale.parallel.engine import OptimizerConfig
+from fitv2_scale.sections import (
+    BatchConfig,
+    DataConfig,
+    EMAConfig,
+    LayoutConfig,
+    ProfileConfig,
+    SamplingConfig,
+    Section,
+    TrackingConfig,
+    TrainConfig,
+)
 from fitv2_scale.watchdog import WatchdogConfig
 from launchers.site import SlurmConfig
 
@@ -28,121 +38,7 @@ _READING = ("cache_gib", "prefetch_gib", "cache_dir", "cache_disk_gib", "deadlin
 _NOT_SCIENCE = {"data": ("url", "weights", *_READING)}
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class DataConfig(_Section):
-    url: str | list[str] = Field(description="folder or URL of a dataset made by `fitv2 shard write`, or several")
-    weights: list[float] | None = Field(
-        None, description="share of the images of each dataset, if there are several; null: as they are large"
-    )
-    views: Views = Field(
-        "mixed", description="mixed: images with a crop view use it half the time, as published; resize; crop"
-    )
-    cache_gib: float = Field(1.0, gt=0, description="memory per rank for decoded frames")
-    prefetch_gib: float = Field(0.25, gt=0, description="memory per rank for frames and batches of steps to come")
-    cache_dir: str = Field(
-        "", description="folder on each node's own disk for frames as they are stored, shared by its ranks; empty: none"
-    )
-    cache_disk_gib: float = Field(32.0, gt=0, description="most that cache_dir may hold")
-    deadline_seconds: float = Field(
-        300.0, gt=0, le=400, description="how long a frame is asked for again before it counts as lost"
-    )
-    max_substituted: float = Field(
-        1e-4, ge=0, lt=1, description="share of the images that may be replaced because they cannot be read; 0: none"
-    )
-
-    @property
-    def urls(self) -> list[str]:
-        return [self.url] if isinstance(self.url, str) else self.url
-
-
-class BatchConfig(_Section):
-    images: int = Field(
-        256,
-        ge=1,
-        description="images in every step, on any number of ranks; a change begins at a window boundary",
-    )
-
-
-class EMAConfig(_Section):
-    decay: float = Field(0.9999, ge=0, lt=1, description="decay of the exponential moving average of the weights")
-
-
-class TrainConfig(_Section):
-    steps: int = Field(ge=1, description="optimizer steps of the whole run; may be raised later to go on")
-    log_every: int = Field(10, ge=1, description="steps a journal entry covers")
-    audit: bool = Field(False, description="record ids, times and noise digests of all that is trained on")
-    max_skipped: int = Field(
-        20, ge=1, description="steps in a row with a loss or gradient that is not finite before giving up"
-    )
-    spike_sigma: float = Field(
-        6.0, ge=0, description="a loss this many deviations above its running mean is reported, no more; 0: none is"
-    )
-
-
-class LayoutConfig(_Section):
-    engine: Literal["fsdp", "zero3"] = Field(
-        "fsdp", description="fsdp: PyTorch FSDP2, HSDP when replicate > 1; zero3: DeepSpeed's ZeRO stage 3"
-    )
-    replicate: int = Field(1, ge=1, description="copies of the sharded state; must divide the number of processes")
-    tensor: int = Field(
-        1, ge=1, description="processes that share the work on one pack (tensor parallelism); must divide model.heads"
-    )
-    checkpointing: Literal["none", "selective", "full"] = Field(
-        "none", description="what is computed again in the backward pass instead of kept: nothing, cheap parts, blocks"
-    )
-    precision: Precision = Field("bf16", description="of compute; master weights and reductions stay float32")
-    max_tokens: int = Field(16384, ge=64, description="most tokens in a pack; the planner picks the capacity below it")
-    compile: bool | Literal["auto"] = Field("auto", description="torch.compile each block; auto: on CUDA only")
-
-
-class TrackingConfig(_Section):
-    uri: str = Field("auto", description="MLflow tracking URI; auto: a sqlite file beside the run; none: journal only")
-    experiment: str = Field("fitv2", description="MLflow experiment")
-    peak_tflops: float | None = Field(None, gt=0, description="peak of one device, for MFU; known GPUs need none")
-
-
-class ProfileConfig(_Section):
-    steps: str = Field(
-        "", description="a:b profiles the first rank, in the steps after a up to b, into attempts/<n>/profile"
-    )
-
-    @field_validator("steps", mode="before")
-    @classmethod
-    def _steps_are_a_range(cls, steps: object) -> str:
-        first, colon, last = str(steps).partition(":")
-        if steps != "" and not (colon and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
-            raise ValueError("give a:b with a < b, as in 100:103 for the three steps after step 100")
-        return str(steps)
-
-    @property
-    def range(self) -> range:
-        """The steps to profile, counted from 0."""
-        return range(*map(int, self.steps.split(":"))) if self.steps else range(0)
-
-
-class SamplingConfig(_Section):
-    every_steps: int = Field(0, ge=0, description="steps between grids of pictures from the EMA weights; 0: none")
-    sizes: list[str] = Field(["256x256"], description="HEIGHTxWIDTH in pixels, multiples of 16; one grid row each")
-    columns: int = Field(8, ge=1, description="classes shown, spread evenly over all")
-    cfg: float = Field(1.5, ge=1, description="classifier-free guidance scale; 1: none")
-    steps: int = Field(50, ge=1, description="Euler steps")
-    vae: str = Field("", description="folder of the AutoencoderKL (diffusers) that makes pictures of sd-vae latents")
-
-    @field_validator("sizes")
-    @classmethod
-    def _sizes_are_tokens(cls, sizes: list[str]) -> list[str]:
-        for size in sizes:
-            try:
-                parse_size(size)
-            except UserError as error:
-                raise ValueError(str(error)) from error
-        return sizes
-
-
-class Config(_Section):
+class Config(Section):
     run: str = Field("", description="the RUN's folder: made by the first attempt, continued by the next ones")
     seed: int = Field(0, ge=0, lt=1 << 64, description="of all randomness: weights, order, noise, times, views")
     model: ModelConfig = Field(description="the network")
@@ -181,7 +77,7 @@ class Config(_Section):
         }
 
 
-class _SlurmAlone(_Section):
+class _SlurmAlone(Section):
     slurm: SlurmConfig = SlurmConfig()
 
 

@@ -1,11 +1,13 @@
 """Fetching frames: what may heal is tried again until one deadline, what cannot is said at once, and no byte is used
 that does not match its digest."""
 
+import sys
 import threading
 import time
 
 import pytest
 from fake_store import FakeStore, serve
+from fsspec.registry import _registry
 
 from data_sharding import patience as patience_module
 from data_sharding.connect import Abandoned, file_system
@@ -138,7 +140,9 @@ def test_whole_files_are_tried_again_too(manifest, tmp_path):
 def test_unknown_urls_and_missing_packages_are_said_in_a_sentence(monkeypatch):
     with pytest.raises(UserError, match="nope://x cannot be opened .*give a local path or an s3:// URL"):
         file_system("nope://x")
-    monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
+    # As where s3fs is not installed: fsspec remembers its class once any test has used it.
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(_registry, "s3", raising=False)
     monkeypatch.setattr("data_sharding.connect._connected", {})
     with pytest.raises(UserError, match=r"s3://b/x needs a package .*pip install 'fitv2-scale\[s3\]'"):
         file_system("s3://b/x")

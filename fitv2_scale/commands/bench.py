@@ -1,0 +1,74 @@
+"""fitv2 bench: measures this machine and this program."""
+
+import argparse
+from typing import Any
+
+from data_sharding.errors import UserError
+from fitv2_scale.commands.parsing import config_arguments, make, show
+
+
+def add(commands: Any) -> None:
+    bench = commands.add_parser("bench", help="measure this machine and this program").add_subparsers(required=True)
+    data = make(bench, "data", bench_data, "balance, packing and planning on ImageNet-like lengths")
+    data.add_argument("--steps", type=int, help="steps a figure is averaged over (default: an epoch)")
+    data.add_argument("--only", metavar="PART,…", help="of balance, any_ranks, nodes, bias, planning and scale")
+    data.add_argument("--long", action="store_true", help="scale: also a dataset of 100 M images; needs 2 GB in TMPDIR")
+    against = data.add_argument_group("the loader beside others, instead of the plan's figures")
+    against.add_argument("--against", nargs="+", metavar="LOADER", help="all, or of webdataset, streaming and files")
+    against.add_argument("--images", type=int, default=8192, help="latents written for it (default 8192)")
+    against.add_argument("--repeats", type=int, default=3, help="rounds of all loaders in turn (default 3)")
+    against.add_argument("--seconds", type=float, default=2.0, help="least time of the later epochs (default 2)")
+    against.add_argument("--folder", metavar="FOLDER", help="keeps the latents (default: a temporary folder)")
+    against.add_argument("--s3", metavar="s3://…", help="reads from below this new prefix instead of the local disk")
+
+    stepping = make(bench, "step", bench_step, "a training step: speed, where its time goes, memory")
+    config_arguments(stepping)
+    stepping.add_argument("--steps", type=int, default=8, help="steps a round (default 8)")
+    stepping.add_argument("--repeats", type=int, default=3, help="rounds, of which medians are taken (default 3)")
+    stepping.add_argument("--against", choices=["reference"], help="the released way of training, in turn with ours")
+
+    saving = make(bench, "checkpoint", bench_checkpoint, "saving and loading: stall, speed, other layouts")
+    config_arguments(saving)
+    saving.add_argument("--saves", type=int, default=3, help="rounds, of which medians are taken (default 3)")
+    place = saving.add_mutually_exclusive_group()
+    place.add_argument("--folder", metavar="FOLDER", help="saves below it (default: a temporary folder)")
+    place.add_argument("--s3", metavar="s3://…", help="saves below this prefix")
+
+
+def bench_data(args: argparse.Namespace) -> int:
+    if args.against:
+        from fitv2_scale.bench import loaders
+
+        report = loaders.measure(args.against, args.images, args.repeats, args.seconds, args.folder, args.s3)
+        show(args, report, loaders.to_text(report))
+        return 0
+    from fitv2_scale.bench import data_figures
+
+    report = data_figures.measure(args.only.split(",") if args.only else data_figures.PARTS, args.steps, args.long)
+    show(args, report, data_figures.to_text(report))
+    return 0
+
+
+def bench_step(args: argparse.Namespace) -> int:
+    from fitv2_scale.bench import step
+    from fitv2_scale.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    report = step.measure(config, args.steps, args.repeats, args.against == "reference")
+    if report is not None:
+        show(args, report, step.to_text(report))
+    return 0
+
+
+def bench_checkpoint(args: argparse.Namespace) -> int:
+    from fitv2_scale.bench import checkpoint
+    from fitv2_scale.config import load_config
+
+    if args.s3 and not args.s3.startswith("s3://"):
+        raise UserError(f"--s3 {args.s3}: give s3://BUCKET/FOLDER")
+    if args.saves < 1:
+        raise UserError(f"--saves {args.saves}: give at least 1")
+    report = checkpoint.measure(load_config(args.config, args.overrides), args.saves, args.s3 or args.folder)
+    if report is not None:
+        show(args, report, checkpoint.to_text(report))
+    return 0

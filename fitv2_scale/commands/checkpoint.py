@@ -1,0 +1,93 @@
+"""fitv2 checkpoint: list, verify, sweep, import and export commits."""
+
+import argparse
+import json
+from dataclasses import asdict
+from typing import Any
+
+from data_sharding.errors import UserError
+from fitv2_scale.commands.parsing import make, show
+
+
+def add(commands: Any) -> None:
+    checkpoint = commands.add_parser("checkpoint", help="list, verify, sweep, import, export")
+    checkpoint = checkpoint.add_subparsers(required=True)
+    listing = make(checkpoint, "list", checkpoint_list, "the commits of a run")
+    listing.add_argument("run", metavar="RUN")
+    check = make(checkpoint, "verify", checkpoint_verify, "check every file of every commit against its digest")
+    check.add_argument("run", metavar="RUN")
+    sweep = make(checkpoint, "sweep", checkpoint_sweep, "say what killed attempts left behind, and delete it")
+    sweep.add_argument("run", metavar="RUN")
+    sweep.add_argument("--yes", action="store_true", help="delete it; otherwise it is only listed")
+    importing = make(checkpoint, "import", checkpoint_import, "make a run from public weights")
+    importing.add_argument("file", metavar="FILE", help=".safetensors or .bin, float32")
+    importing.add_argument("run", metavar="RUN", help="folder of the run to make")
+    importing.add_argument("--config", required=True, help="config with the weights' model")
+    export = make(checkpoint, "export", checkpoint_export, "write a commit's weights under their public names")
+    export.add_argument("run", metavar="RUN")
+    export.add_argument("file", metavar="FILE.safetensors")
+    export.add_argument("--ema", action="store_true", help="the averaged weights instead of the raw ones")
+    export.add_argument("--step", type=int, help="of this commit instead of the newest")
+
+
+def checkpoint_list(args: argparse.Namespace) -> int:
+    from fitv2_scale.run import Run
+
+    commits = Run.open(args.run).log.commits()
+    report = [
+        {"step": e.fields["step"], "time": e.time, "attempt": e.attempt, "path": e.fields["path"]} for e in commits
+    ]
+    show(args, report, "\n".join(f"step {c['step']:>8}  {c['time']}  {c['path']}" for c in report) or "no commit yet")
+    return 0
+
+
+def checkpoint_verify(args: argparse.Namespace) -> int:
+    from fitv2_scale.checkpoint.checkpointer import verify_commit
+    from fitv2_scale.run import Run
+
+    run = Run.open(args.run)
+    report = [{"step": entry.fields["step"], "problems": verify_commit(run, entry)} for entry in run.log.commits()]
+    show(args, report, "\n".join(f"step {c['step']:>8}  {'; '.join(c['problems']) or 'whole'}" for c in report))
+    if bad := [str(c["step"]) for c in report if c["problems"]]:
+        raise UserError(f"{args.run}: the commits at step {', '.join(bad)} are not whole; training passes over them")
+    return 0
+
+
+def checkpoint_sweep(args: argparse.Namespace) -> int:
+    from fitv2_scale.checkpoint.sweep import leftovers, remove
+    from fitv2_scale.run import Run
+
+    run = Run.open(args.run)
+    found = leftovers(run)
+    if args.yes:
+        remove(run, found)
+    lines = [f"{folder}: saved by an attempt that ended, never committed" for folder in found.abandoned]
+    lines += [f"{folder}: a retired commit" for folder in found.retired]
+    lines += [f"{path}: begun, never finished" for path, _ in found.uploads]
+    if lines:
+        lines.append("all deleted" if args.yes else "--yes deletes these")
+    show(args, asdict(found) | {"deleted": args.yes}, "\n".join(lines) or "nothing is left over")
+    return 0
+
+
+def checkpoint_import(args: argparse.Namespace) -> int:
+    from fitv2_scale.checkpoint.weights import WrongWeights, import_weights
+    from fitv2_scale.config import load_config
+
+    try:
+        run = import_weights(args.file, args.run, load_config(args.config))
+    except WrongWeights as error:
+        if args.json:
+            print(json.dumps({"missing": error.missing, "left_over": error.left_over}, indent=2))
+        raise
+    show(args, {"run": run.url, "step": 0}, f"{run.url}: holds {args.file} as its commit at step 0")
+    return 0
+
+
+def checkpoint_export(args: argparse.Namespace) -> int:
+    from fitv2_scale.checkpoint.weights import export_weights
+
+    step = export_weights(args.run, args.file, args.ema, args.step)
+    kind = "EMA weights" if args.ema else "weights"
+    show(args, {"file": args.file, "step": step, "ema": args.ema}, f"{args.file}: the {kind} of step {step}")
+    return 0

@@ -1,0 +1,94 @@
+"""fitv2 shard: write, import, inspect and verify datasets."""
+
+import argparse
+from dataclasses import asdict
+from typing import Any
+
+from data_sharding.errors import UserError
+from fitv2_scale.commands.parsing import make, show
+
+
+def add(commands: Any) -> None:
+    shard = commands.add_parser("shard", help="write, import, inspect and verify datasets")
+    shard = shard.add_subparsers(required=True)
+    write = make(shard, "write", shard_write, "encode images to latent shards")
+    write.add_argument("src", metavar="SRC", help="class folders, a tar of class tars (ImageNet), or WebDataset tars")
+    write.add_argument("--codec", default="dct", help="dct: weight-free block DCT (default); sd-vae: needs --vae")
+    write.add_argument("--vae", default="", metavar="FOLDER", help="sd-vae: folder of a diffusers AutoencoderKL")
+    write.add_argument(
+        "--latent", choices=("mean", "sample"), default="mean", help="sd-vae: of its posterior (default mean)"
+    )
+    write.add_argument("--max-tokens", type=int, default=256, help="most tokens an image may have (default 256)")
+    _shard_arguments(write)
+    importing = make(shard, "import", shard_import, "convert the published FiTv2 latents to shards")
+    importing.add_argument("src", metavar="SRC", help="folder of from_16_to_L, greater_than_L_resize and _crop")
+    importing.add_argument("--max-tokens", type=int, metavar="L", help="which set, where SRC holds several")
+    importing.add_argument("--classes", type=int, default=1000, help="number of classes (default 1000)")
+    _shard_arguments(importing)
+    inspect = make(shard, "inspect", shard_inspect, "say what a dataset holds")
+    inspect.add_argument("url", metavar="URL")
+    inspect.add_argument("--picture", metavar="FILE", help="also draw the histogram of lengths to FILE.png")
+    verify = make(shard, "verify", shard_verify, "check every frame of a dataset against its digest")
+    verify.add_argument("url", metavar="URL")
+
+
+def _shard_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dst", metavar="DST", help="folder of the dataset to write")
+    parser.add_argument("--holdout", type=float, default=0.0, help="share of images set aside at DST/holdout")
+    parser.add_argument("--workers", type=int, help="processes (default: all cores)")
+
+
+def shard_write(args: argparse.Namespace) -> int:
+    from data_sharding.write import write_dataset
+
+    options = {"holdout": args.holdout, "workers": args.workers, "vae": args.vae, "latent": args.latent}
+    return _written(args, write_dataset(args.src, args.dst, args.codec, args.max_tokens, **options))
+
+
+def shard_import(args: argparse.Namespace) -> int:
+    from data_sharding.import_latents import import_dataset
+
+    return _written(
+        args,
+        import_dataset(args.src, args.dst, args.max_tokens, args.holdout, args.workers, classes=args.classes),
+    )
+
+
+def _written(args: argparse.Namespace, report: Any) -> int:
+    held_out = f", {report.held_out} of them held out" if report.held_out else ""
+    show(
+        args,
+        asdict(report),
+        f"{report.url}: {report.images + report.held_out} images in {report.shards} shards{held_out}, "
+        f"{report.bytes / 1e6:.1f} MB",
+    )
+    if report.skipped:
+        raise UserError(
+            f"{report.skipped} of the images could not be read and were left out, the rest is written: "
+            f"{report.url}/skipped.json names them"
+        )
+    return 0
+
+
+def shard_inspect(args: argparse.Namespace) -> int:
+    from data_sharding import inspect
+
+    figures = inspect.inspect(args.url)
+    if args.picture:
+        inspect.save_picture(figures, args.picture)
+    show(args, figures, inspect.to_text(figures))
+    return 0
+
+
+def shard_verify(args: argparse.Namespace) -> int:
+    from data_sharding.verify import verify
+
+    report = verify(args.url)
+    rate = f"{report.bytes / 1e6:.1f} MB at {report.bytes / 1e6 / report.seconds:.0f} MB/s"
+    good = f"{args.url}: all is well, {rate}"
+    show(args, asdict(report), "\n".join(report.problems) or good)
+    if report.problems:
+        raise UserError(
+            f"{args.url}: {len(report.problems)} problems found; restore the files named or write them anew"
+        )
+    return 0
