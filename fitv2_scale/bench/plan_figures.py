@@ -42,7 +42,10 @@ def to_text(report: dict[str, Any]) -> str:
     tables: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
         "balance": (
             "images a rank  imbalance  fill    capacities",
-            lambda r: f"{r['images_per_rank']:>13}  {r['imbalance']:<9.4f}  {r['fill']:.4f}  {r['capacities']}",
+            lambda r: (
+                f"{r['images_per_rank']:>13}  {r['imbalance']:<9.4f}  {r['fill']:.4f}  {r['capacities']}"
+                + (f"  (the best pairs: {r['best_pairs']:.4f})" if "best_pairs" in r else "")
+            ),
         ),
         "any_ranks": (
             "ranks on a step of 4,096  slowest over lower bound",
@@ -76,13 +79,14 @@ def balance(url: str, images_per_rank: int, steps: int | None = None) -> dict[st
     """Imbalance and fill over an epoch (or its first ``steps``) of 256-image steps at ``images_per_rank``.
 
     Imbalance: cost of the slowest rank over the mean, averaged over steps. Fill: valid tokens over ranks x packs x
-    capacity. The shapes are chosen as a run does.
+    capacity. The shapes are chosen as a run does. With two images a rank, ``best_pairs`` is the least imbalance that
+    pairs of these images allow, the dearest with the cheapest.
     """
     plan = _plan(open_preset(url), BATCH)
     ranks = BATCH // images_per_rank
     shapes = shapes_of(plan, 0, _COST, (ranks,), _MAX_TOKENS)
     count = steps or plan.samples[0] // BATCH
-    imbalance, tokens, room, seconds = 0.0, 0, 0, 0.0
+    imbalance, pairs, tokens, room, seconds = 0.0, 0.0, 0, 0, 0.0
     for k in range(count):
         lengths = plan.step(k).tokens
         began = time.perf_counter()
@@ -91,11 +95,15 @@ def balance(url: str, images_per_rank: int, steps: int | None = None) -> dict[st
         cost = _COST.of(lengths)
         loads = [sum(int(cost[pack].sum()) for pack in rank) for rank in dealt.packs]
         imbalance += max(loads) * ranks / sum(loads)
+        ascending = np.sort(cost)
+        pairs += int((ascending + ascending[::-1]).max()) * ranks / sum(loads)
         tokens, room = tokens + int(lengths.sum()), room + ranks * len(dealt.packs[0]) * dealt.shape.tokens
+    best = {"best_pairs": pairs / count} if images_per_rank == 2 else {}
     return {
         "data": url,
         "images_per_rank": images_per_rank,
         "imbalance": imbalance / count,
+        **best,
         "fill": tokens / room,
         "capacities": [shape.tokens for shape in shapes],
         "deal_ms": 1000 * seconds / count,
