@@ -23,6 +23,7 @@ from fitv2_scale.bench import step
 from fitv2_scale.cli import main
 from fitv2_scale.config import Config, load_config
 from fitv2_scale.engines import make_engine
+from fitv2_scale.forecast.report import to_text
 from fitv2_scale.model import fitv2
 from fitv2_scale.model.config import ModelConfig
 from fitv2_scale.model.counts import forward_flops
@@ -143,19 +144,32 @@ def varlen(monkeypatch):
     monkeypatch.setattr(fitv2, "attention", attention)
 
 
-def test_plan_prints_flops_and_memory(capsys):
-    overrides = ["data.url=preset:imagenet256", "layout.checkpointing=selective", "layout.tensor=2"]
-    command = ["plan", "configs/fitv2_3b2.yaml", *overrides, "--gpus-per-node", "8"]
+def test_plan_of_the_published_run(capsys):
+    overrides = ["data.url=preset:imagenet256", "layout.checkpointing=selective", "layout.replicate=4"]
+    command = ["plan", "configs/fitv2_3b2.yaml", *overrides, "--nodes", "4", "--gpus-per-node", "8"]
     assert main([*command, "--json"]) == 0
     report, model = json.loads(capsys.readouterr().out), load_config("configs/fitv2_3b2.yaml").model
     assert report["model"]["forward_flops_per_image"] == {str(n): forward_flops(model, n) for n in (256, 1024)}
-    layout = Layout(1, 4, 2)
+    layout, memory = Layout(4, 8), report["memory"]
     state = state_bytes("fsdp", model, layout, ["*"], "bf16", 0)
-    assert report["layout"]["state_bytes_per_rank"] == asdict(state) | {"held": state.held}
-    compute = Compute("selective", True, "bf16", report["cuda"]["packs"], report["data"]["capacities"][-1])
-    assert report["cuda"]["peak_bytes"] == cuda_peak(model, layout, state, compute) > state.held
-    assert main(command) == 0
-    assert "GiB on a GPU" in capsys.readouterr().out
+    assert memory["state_bytes_per_rank"] == asdict(state) | {"held": state.held}
+    compute = Compute("selective", True, "bf16", memory["cuda"]["packs"], report["data"]["capacities"][-1])
+    assert memory["cuda"]["peak_bytes"] == cuda_peak(model, layout, state, compute) > state.held
+    # 256 images a step keep some 32 GPUs busy: beyond, the exchange of gradients takes as long as the arithmetic.
+    nodes = report["nodes"]
+    assert (nodes["choice"], nodes["gpus"], nodes["layout.replicate"]) == (4, 32, 4)
+    assert "past that, at 256 images a step, more nodes buy next to nothing" in nodes["why"]
+    chosen = next(c for c in nodes["tried"] if c["nodes"] == 4)
+    assert chosen["seconds_a_step"] == pytest.approx(report["time"]["seconds_a_step"], rel=0.01)
+    assert report["time"]["days"] == pytest.approx(
+        2e6 * report["time"]["seconds_a_step"] / 86400 / report["goodput"]["expected"]
+    )
+    assert [beside["nodes"] for beside in report["goodput"]["beside_released"]] == [4, 16]
+    assert all(beside["ours"] > beside["released"] + 0.05 for beside in report["goodput"]["beside_released"])
+    text = to_text(report)
+    assert "GiB on a GPU" in text
+    for figure in report["assumed"].values():  # all that was not computed is named with its source
+        assert figure["source"] in text
 
 
 IMAGES, LONG = 2, 512  # long images, beside which what is kept an image is small

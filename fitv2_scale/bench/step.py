@@ -24,7 +24,7 @@ from fitv2_scale.bench.step_data import open_steps
 from fitv2_scale.config import Config
 from fitv2_scale.data import Data
 from fitv2_scale.engines import make_engine
-from fitv2_scale.forecast import plan_compute, plan_state
+from fitv2_scale.forecast.memory import plan_compute, plan_state
 from fitv2_scale.meter import known_peak
 from fitv2_scale.model.counts import forward_flops
 from fitv2_scale.model.flow import flow_loss

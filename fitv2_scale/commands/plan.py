@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from data_sharding.errors import UserError
 from fitv2_scale.commands.parsing import config_arguments, make, show
 
 
@@ -11,6 +12,19 @@ def add(commands: Any) -> None:
     config_arguments(plan)
     plan.add_argument("--nodes", type=int, default=1)
     plan.add_argument("--gpus-per-node", type=int, default=1)
+    rests = plan.add_argument_group("what time and goodput rest on; the report names the source of each")
+    rests.add_argument(
+        "--bench",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="what `fitv2 bench step --json` or `fitv2 bench checkpoint --json` has printed; may be repeated",
+    )
+    rests.add_argument("--mfu", type=float, metavar="SHARE", help="of the GPU's peak, without a bench of steps")
+    rests.add_argument("--network", type=float, metavar="GB/S", help="between nodes, for each GPU")
+    rests.add_argument("--failures", type=float, metavar="RATE", help="of a node in a day, as in 0.0065")
+    rests.add_argument("--detect", type=float, metavar="SECONDS", help="until a failure ends the job")
+    rests.add_argument("--restart", type=float, metavar="SECONDS", help="from there to training again")
 
     config = commands.add_parser("config", help="the resolved config").add_subparsers(required=True)
     shown = make(config, "show", config_show, "every key with its value and what it means")
@@ -19,9 +33,21 @@ def add(commands: Any) -> None:
 
 def plan_run(args: argparse.Namespace) -> int:
     from fitv2_scale.config import load_config
-    from fitv2_scale.forecast import forecast, to_text
+    from fitv2_scale.forecast.assumed import Assumed
+    from fitv2_scale.forecast.report import forecast, to_text
+    from fitv2_scale.forecast.storage import commit_bytes
 
-    report = forecast(load_config(args.config, args.overrides), args.nodes * args.gpus_per_node, args.nodes)
+    if args.nodes < 1 or args.gpus_per_node < 1:
+        raise UserError("give at least 1 as --nodes and --gpus-per-node")
+    config = load_config(args.config, args.overrides)
+    assumed = (Assumed().measured(args.bench, commit_bytes(config)) if args.bench else Assumed()).given(
+        mfu=args.mfu,
+        network=args.network and 1e9 * args.network,
+        failures_per_node_day=args.failures,
+        detect_seconds=args.detect,
+        restart_seconds=args.restart,
+    )
+    report = forecast(config, args.nodes, args.gpus_per_node, assumed)
     show(args, report, to_text(report))
     return 0
 

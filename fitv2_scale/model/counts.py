@@ -1,15 +1,20 @@
 """Parameters and floating point operations of a network, exact and without building it on a device."""
 
+from collections.abc import Mapping
+from functools import cache
+from types import MappingProxyType
+
 import torch
 
 from fitv2_scale.model.config import TIMESTEP_CHANNELS, TOKEN_CHANNELS, ModelConfig
 from fitv2_scale.model.fitv2 import FiTv2
 
 
-def logical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+@cache
+def logical_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     """Each tensor's public name and shape, in the network's order."""
     with torch.device("meta"):
-        return {name: tuple(p.shape) for name, p in FiTv2(config).named_parameters()}
+        return MappingProxyType({name: tuple(p.shape) for name, p in FiTv2(config).named_parameters()})
 
 
 def parameter_count(config: ModelConfig) -> int:

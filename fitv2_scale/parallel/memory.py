@@ -12,6 +12,7 @@ from functools import partial
 import torch
 
 from fitv2_scale.model.config import ModelConfig
+from fitv2_scale.model.counts import logical_shapes
 from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.parallel.blocks import Checkpointing
 from fitv2_scale.parallel.engine import Precision, freeze
@@ -99,13 +100,9 @@ def _total(names: Collection[str], numel: dict[str, int]) -> int:
     return sum(numel[name] for name in names)
 
 
-def _network(model: ModelConfig) -> FiTv2:
-    with torch.device("meta"):
-        return FiTv2(model)
-
-
 def _trained(model: ModelConfig, trainable: list[str]) -> list[str]:
-    network = _network(model)
+    with torch.device("meta"):
+        network = FiTv2(model)
     freeze(network, trainable)
     return [name for name, p in network.named_parameters() if p.requires_grad]
 
@@ -114,9 +111,9 @@ def _local_shapes(model: ModelConfig, layout: Layout) -> dict[str, tuple[int, ..
     """The shape of each tensor on every rank of a tensor group: that of the first one, which is never short."""
     first = TensorGroup(0, layout.tensor)
     shapes = {}
-    for name, p in _network(model).named_parameters():
-        pieces = local_pieces(name, tuple(p.shape), first)
-        shapes[name] = tuple(max(p.local[d] + p.shape[d] for p in pieces) for d in range(p.dim()))
+    for name, shape in logical_shapes(model).items():
+        pieces = local_pieces(name, shape, first)
+        shapes[name] = tuple(max(p.local[d] + p.shape[d] for p in pieces) for d in range(len(shape)))
     return shapes
 
 

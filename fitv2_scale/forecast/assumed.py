@@ -1,0 +1,122 @@
+"""The figures of a forecast that cannot be computed: measured by `fitv2 bench`, given, or published, each with its
+source, which the report names."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from data_sharding.errors import UserError
+
+
+@dataclass(frozen=True)
+class Figure:
+    value: float
+    source: str
+
+
+_PUBLISHED_MFU = Figure(0.463, "MPT-3B on 8 H100, FSDP, bf16 (llm-foundry's benchmark table); not measured here")
+
+
+@dataclass(frozen=True)
+class StepBench:
+    """What a plan takes from `fitv2 bench step --json`."""
+
+    file: str
+    machine: str
+    ranks: int
+    images: float  # a step
+    seconds: float  # a step
+    fixed_seconds: float  # of them, those that more data-parallel ranks do not shorten: optimizer and EMA
+    flops: float  # a step
+    fill: float
+    peak_tflops: float | None
+
+    def flops_per_second(self) -> float:
+        """Of one rank, on packs without padding."""
+        return self.flops / self.fill / self.ranks / (self.seconds - self.fixed_seconds)
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """Rates in bytes/s and a GPU; times in seconds.
+
+    ``durable_seconds`` is from a save's begin until it counts, ``stall_seconds`` of them for which training waits.
+    """
+
+    mfu: Figure = _PUBLISHED_MFU
+    peak_tflops: Figure = Figure(989.0, "dense bf16 of an H100 or H200 SXM, data sheet")
+    gpu_bytes: Figure = Figure(80e9, "H100 SXM, data sheet")
+    network: Figure = Figure(50e9, "one port of 400 Gb/s a GPU")
+    nvlink: Figure = Figure(450e9, "NVLink 4 of an H100 SXM, one direction, data sheet")
+    failures_per_node_day: Figure = Figure(0.0065, "6.5 per 1,000 node-days on RSC-1 (arXiv 2410.21680)")
+    detect_seconds: Figure = Figure(300.0, "Slurm's default SlurmdTimeout, for a lost node; a dead rank shows at once")
+    restart_seconds: Figure = Figure(222.0, "median recovery reported for OLMo Hybrid; waiting in a queue not counted")
+    stall_seconds: Figure = Figure(0.78, "PyTorch DCP, asynchronous, 70B on 1,856 H200 (PyTorch's report)")
+    durable_seconds: Figure = Figure(67.0, "PyTorch DCP, asynchronous, 70B on 1,856 H200 (PyTorch's report)")
+    step_bench: StepBench | None = None
+
+    def given(self, **values: float | None) -> "Assumed":
+        """With those of ``values`` that are not None, by field name. Raises UserError for a figure that cannot be."""
+        for name, value in values.items():
+            least = 0.0 if name in ("failures_per_node_day", "detect_seconds", "restart_seconds") else 1e-9
+            if value is not None and not (least <= value < float("inf")):
+                raise UserError(f"{name.replace('_', ' ')} is {value:g}: give a number above 0")
+        if (mfu := values.get("mfu")) is not None and mfu > 1:
+            raise UserError(f"mfu is {mfu:g}: it is a share of the peak, as in 0.4")
+        return replace(self, **{k: Figure(v, "given") for k, v in values.items() if v is not None})
+
+    def measured(self, files: Sequence[str], state_bytes: int) -> "Assumed":
+        """With what reports of `fitv2 bench step --json` or `bench checkpoint --json` say; the time until a save counts
+        is scaled to ``state_bytes``, those of a commit. Raises UserError for a file that is neither."""
+        found = self
+        for file in files:
+            report = _read(file)
+            if "flops_a_step" in report:
+                found = replace(found, step_bench=_step_bench(file, report))
+            else:
+                on = f"measured on {report['ranks']} x {report['machine']} ({file})"
+                scale = state_bytes / report["bytes"]
+                scaled = (
+                    "" if scale == 1 else f", for {state_bytes / 1e9:.3g} rather than {report['bytes'] / 1e9:.3g} GB"
+                )
+                stall = report["stall_seconds"]["median"]
+                durable = max(stall, report["durable_seconds"]["median"] * scale)
+                found = replace(found, stall_seconds=Figure(stall, on), durable_seconds=Figure(durable, on + scaled))
+        return found
+
+    def named(self) -> dict[str, Any]:
+        """For the report: value and source of each."""
+        return {name: asdict(figure) for name, figure in vars(self).items() if isinstance(figure, Figure)}
+
+
+def _read(file: str) -> dict[str, Any]:
+    try:
+        report = json.loads(Path(file).read_text())
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from error
+    except ValueError:
+        report = None
+    known = (
+        {"flops_a_step", "seconds_a_step", "ranks", "fill"},
+        {"stall_seconds", "durable_seconds", "bytes", "ranks"},
+    )
+    if not isinstance(report, dict) or not any(keys <= report.keys() for keys in known):
+        raise UserError(f"{file} is no report of `fitv2 bench step --json` or `fitv2 bench checkpoint --json`")
+    return report
+
+
+def _step_bench(file: str, report: dict[str, Any]) -> StepBench:
+    parts, seconds = report.get("seconds_by_part") or {}, report["seconds_a_step"]["median"]
+    return StepBench(
+        file,
+        report["machine"],
+        report["ranks"],
+        report["images_per_second"] * seconds,
+        seconds,
+        min(parts.get("optimizer", 0.0) + parts.get("ema", 0.0), seconds / 2),
+        report["flops_a_step"],
+        report["fill"],
+        report["peak_tflops"],
+    )

@@ -1,0 +1,33 @@
+"""What a rank of a run will hold, in state and at its peak on a GPU."""
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+from fitv2_scale.config import Config
+from fitv2_scale.parallel.memory import Compute, StateBytes, cuda_peak, saved_bytes, state_bytes
+from fitv2_scale.parallel.mesh import Layout
+
+
+def plan_state(config: Config, layout: Layout) -> StateBytes:
+    """Of the first rank: none holds more."""
+    return state_bytes(config.layout.engine, config.model, layout, config.trainable, config.layout.precision, rank=0)
+
+
+def plan_compute(config: Config, packs: float, tokens: int, on_cuda: bool) -> Compute:
+    """How a rank will compute ``packs`` a step, on average, of at most ``tokens``."""
+    compiled = on_cuda if config.layout.compile == "auto" else config.layout.compile
+    return Compute(config.layout.checkpointing, compiled, config.layout.precision, math.ceil(packs), tokens)
+
+
+def memory_report(config: Config, layout: Layout, packs: float | None, tokens: int | None) -> dict[str, Any]:
+    """Bytes of a rank; without data (None) nothing is said of the peak."""
+    state = plan_state(config, layout)
+    report: dict[str, Any] = {"state_bytes_per_rank": asdict(state) | {"held": state.held}, "cuda": None}
+    if packs is not None and tokens is not None:
+        compute = plan_compute(config, packs, tokens, on_cuda=True)
+        report["cuda"] = asdict(compute) | {
+            "saved_bytes": saved_bytes(config.model, layout, compute),
+            "peak_bytes": cuda_peak(config.model, layout, state, compute),
+        }
+    return report

@@ -1,0 +1,59 @@
+"""How a run's data will be dealt out to ranks and packs."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from data_sharding.deal import Nodes, deal
+from data_sharding.shapes import shapes_of
+from fitv2_scale.config import Config
+from fitv2_scale.data import Data
+from fitv2_scale.model.counts import forward_flops
+
+_LOOKED_AT = 16  # steps, for a number of ranks other than the one that is asked about
+
+
+def data_figures(config: Config, data: Data, ranks: int) -> dict[str, Any]:
+    """Of the first window, dealt out to ``ranks``."""
+    plan, steps = data.plan, data.plan.window_length(0)
+    packing = measure_packing(data, ranks, range(steps))
+    lengths = np.concatenate([plan.step(step).tokens for step in range(steps)])
+    values, counts = np.unique(lengths, return_counts=True)
+    flops = sum(3 * forward_flops(config.model, int(n)) * int(c) for n, c in zip(values, counts, strict=True))
+    images, batch = sum(plan.samples), config.batch.images
+    return {
+        "images": images,
+        "classes": data.classes,
+        "mean_tokens": float(lengths.mean()),
+        "steps_per_epoch": images / batch,
+        "epochs": config.train.steps * batch / images,
+        "capacities": [shape.tokens for shape in data.shapes],
+        **packing,
+        "flops_a_step": flops / steps,
+        "training_flops": config.train.steps * flops // steps,
+    }
+
+
+def measure_packing(data: Data, ranks: int, steps: range) -> dict[str, float]:
+    """Deals out ``steps``: packs a rank gets in a step, fill (valid tokens over room, all ranks), and imbalance (cost
+    of the slowest rank over the mean, averaged over the steps)."""
+    packs, tokens, room, imbalance = 0, 0, 0, 0.0
+    for step in steps:
+        lengths = data.plan.step(step).tokens
+        dealt = deal(lengths, data.cost, data.nodes, data.shapes)
+        cost = data.cost.of(lengths)
+        loads = [sum(int(cost[pack].sum()) for pack in rank) for rank in dealt.packs]
+        packs, tokens = packs + len(dealt.packs[0]), tokens + int(lengths.sum())
+        room += ranks * len(dealt.packs[0]) * dealt.shape.tokens
+        imbalance += max(loads) * ranks / sum(loads)
+    return {"packs_per_rank": packs / len(steps), "fill": tokens / room, "imbalance": imbalance / len(steps)}
+
+
+def packing_on(data: Data, nodes: Nodes, max_tokens: int) -> dict[str, float]:
+    """The same, over some steps, if these ``nodes`` (data-parallel ranks of each) trained on ``data``; and the largest
+    capacity."""
+    shapes = shapes_of(data.plan, 0, data.cost, nodes, max_tokens)
+    steps = range(0, data.plan.window_length(0), max(1, data.plan.window_length(0) // _LOOKED_AT))
+    packing = measure_packing(replace(data, nodes=nodes, shapes=shapes), sum(nodes), steps)
+    return packing | {"capacity": shapes[-1].tokens}

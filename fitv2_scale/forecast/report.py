@@ -1,0 +1,187 @@
+"""All that `fitv2 plan` says, as plain data and as text."""
+
+from dataclasses import asdict
+from typing import Any
+
+from data_sharding.errors import DataError
+from fitv2_scale.config import Config
+from fitv2_scale.data import Data
+from fitv2_scale.forecast.assumed import Assumed
+from fitv2_scale.forecast.memory import memory_report
+from fitv2_scale.forecast.nodes import Choice, as_plain, candidates, choose
+from fitv2_scale.forecast.pace import Pace, step_pace
+from fitv2_scale.forecast.packing import data_figures, packing_on
+from fitv2_scale.forecast.run_length import (
+    RELEASED_DETECT,
+    RELEASED_RESTART,
+    RELEASED_SAVE,
+    RELEASED_STEPS,
+    goodput_report,
+    length,
+    recommended,
+)
+from fitv2_scale.forecast.storage import storage_report
+from fitv2_scale.model.config import ModelConfig
+from fitv2_scale.model.counts import forward_flops, logical_shapes, parameter_count
+from fitv2_scale.parallel.mesh import Layout
+
+_BESIDE = (4, 16)  # nodes on which FiT's own schedule and ours are compared
+
+
+def forecast(config: Config, nodes: int, gpus_per_node: int, assumed: Assumed) -> dict[str, Any]:
+    """The figures as plain data. Those that need data (``data``, ``time``, ``goodput``, ``nodes``) are None, with the
+    reason in ``data_missing``, where there is no dataset."""
+    ranks = nodes * gpus_per_node
+    layout = Layout.of(ranks, config.layout.replicate, config.layout.tensor)
+    report: dict[str, Any] = {"model": _model(config.model), "layout": _layout(config, layout)}
+    try:
+        data = Data.open(config, layout.nodes([str(rank // gpus_per_node) for rank in range(ranks)]))
+    except DataError as error:
+        nothing = dict.fromkeys(("data", "time", "goodput", "storage", "nodes"))
+        return report | nothing | {"memory": memory_report(config, layout, None, None), "data_missing": str(error)}
+    figures = data_figures(config, data, layout.data_parallel)
+    pace = step_pace(config, layout, gpus_per_node, figures["flops_a_step"], figures, assumed)
+    tried = _tried(config, data, nodes, gpus_per_node, figures["flops_a_step"], assumed)
+    saving = recommended(config, pace.seconds, nodes, assumed)
+    elsewhere = {c.nodes: c.seconds_a_step for c in tried if c.nodes in _BESIDE}
+    goodput = goodput_report(config, pace.seconds, nodes, assumed, elsewhere)
+    commits = -(-config.train.steps // goodput["interval_steps"])
+    return report | {
+        "data": figures,
+        "memory": memory_report(config, layout, figures["packs_per_rank"], figures["capacities"][-1]),
+        "time": _time(config, pace, figures["flops_a_step"], asdict(length(
+            config.train.steps, pace.seconds, saving, nodes, ranks, assumed
+        ))),
+        "goodput": goodput,
+        "storage": storage_report(config, ranks, commits, data),
+        "nodes": as_plain(tried, choose(tried), config.batch.images),
+        "assumed": assumed.named(),
+    }  # fmt: skip
+
+
+def _model(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "parameters": parameter_count(model),
+        "tensors": len(logical_shapes(model)),
+        "forward_flops_per_image": {str(n): forward_flops(model, n) for n in (256, 1024)},
+        "training_flops_per_image": {str(n): 3 * forward_flops(model, n) for n in (256, 1024)},
+    }
+
+
+def _layout(config: Config, layout: Layout) -> dict[str, Any]:
+    return {"ranks": layout.data_parallel * layout.tensor, "engine": config.layout.engine, **asdict(layout)}
+
+
+def _time(config: Config, pace: Pace, flops: float, run: dict[str, float]) -> dict[str, Any]:
+    return {
+        "seconds_a_step": pace.seconds,
+        **asdict(pace),
+        "images_per_second": config.batch.images / pace.seconds,
+        "flops_per_second": flops / pace.seconds,
+        "steps": config.train.steps,
+        **run,
+    }
+
+
+def _tried(config: Config, data: Data, asked: int, gpus_per_node: int, flops: float, assumed: Assumed) -> list[Choice]:
+    """Each number of nodes by itself: with ``fsdp`` the state sharded within a node and replicated across nodes."""
+    found = []
+    tensor = config.layout.tensor if gpus_per_node % config.layout.tensor == 0 else 1
+    for nodes in candidates(gpus_per_node, tensor, config.batch.images, asked):
+        gpus = nodes * gpus_per_node
+        layout = Layout.of(gpus, nodes if config.layout.engine == "fsdp" else 1, tensor)
+        packing = packing_on(data, (gpus_per_node // tensor,) * nodes, config.layout.max_tokens)
+        pace = step_pace(config, layout, gpus_per_node, flops, packing, assumed)
+        saving = recommended(config, pace.seconds, nodes, assumed)
+        run = length(config.train.steps, pace.seconds, saving, nodes, gpus, assumed)
+        peak = memory_report(config, layout, packing["packs_per_rank"], packing["capacity"])["cuda"]["peak_bytes"]
+        found.append(
+            Choice(
+                nodes,
+                gpus,
+                layout.replicate,
+                pace.seconds,
+                pace.exposed,
+                run.goodput,
+                run.days,
+                run.gpu_hours,
+                peak,
+                fits=peak <= assumed.gpu_bytes.value,
+            )
+        )
+    return found
+
+
+def to_text(report: dict[str, Any]) -> str:
+    model, layout, data, memory = (report[key] for key in ("model", "layout", "data", "memory"))
+    state = {name: f"{size / 2**30:.2f}" for name, size in memory["state_bytes_per_rank"].items()}
+    lines = [
+        f"model    {model['parameters']:,} parameters in {model['tensors']} tensors, "
+        f"{model['training_flops_per_image']['256'] / 1e12:.3f} TFLOP to train on an image of 256 tokens",
+        f"layout   {layout['ranks']} ranks, {layout['engine']} "
+        f"(replicate {layout['replicate']} x shard {layout['shard']} x tensor {layout['tensor']})",
+        f"state    {state['held']} GiB a rank: weights {state['weights']}, moments {state['moments']}, "
+        f"EMA {state['ema']}; gradients {state['gradients']} more, {state['accumulated']} between the packs of a step",
+    ]
+    if data is None:
+        hint = "data.url=preset:imagenet256 plans with ImageNet's sizes"
+        return "\n".join([*lines, f"data     {report['data_missing']}; {hint}"])
+    capacities, cuda = " or ".join(map(str, data["capacities"])), memory["cuda"]
+    lines += [
+        f"peak     about {cuda['peak_bytes'] / 2**30:.1f} GiB on a GPU, {cuda['saved_bytes'] / 2**30:.1f} of them "
+        f"saved for the backward pass (checkpointing {cuda['checkpointing']})",
+        f"data     {data['images']:,} images, {data['classes']} classes, {data['mean_tokens']:.1f} tokens each, "
+        f"{data['epochs']:.1f} epochs of {data['steps_per_epoch']:.1f} steps",
+        f"packs    {data['packs_per_rank']:.2f} a rank and step of {capacities} tokens: "
+        f"fill {data['fill']:.4f}, slowest rank {data['imbalance']:.4f} of the mean",
+        f"compute  {data['training_flops']:.3g} FLOP in all",
+    ]
+    return "\n".join([*lines, *_run_lines(report), *_assumed_lines(report["assumed"])])
+
+
+def _run_lines(report: dict[str, Any]) -> list[str]:
+    time, good, stored, nodes = (report[key] for key in ("time", "goodput", "storage", "nodes"))
+    played = good["simulated"]
+    lines = [
+        f"step     {1000 * time['seconds_a_step']:.4g} ms, {1000 * time['exposed']:.3g} of them waiting for transfers; "
+        f"{time['images_per_second']:.4g} images/s ({time['source']})",
+        f"time     {time['days']:.3g} days, {time['gpu_hours']:,.0f} GPU-hours to step {time['steps']:,}, "
+        f"{time['failures']:.2g} failures expected",
+        f"commits  every {good['interval_minutes']:.3g} minutes ({good['interval_steps']:,} steps): "
+        f"checkpoint.every_minutes={good['interval_minutes']:.3g}",
+        f"goodput  {good['expected']:.4f}; {played['runs']} simulated runs: {played['mean']:.4f}, 95 % of them above "
+        f"{played['p5']:.4f}; with the config's own interval {good['as_configured']:.4f}",
+    ]
+    lines += [
+        f"         {beside['nodes']:>2} nodes: {beside['ours']:.4f}; with FiT's own schedule {beside['released']:.4f}"
+        for beside in good["beside_released"]
+    ]
+    lines.append(
+        f"storage  {stored['run_bytes'] / 1e9:,.1f} GB and {stored['run_inodes']:,} inodes at most: commits of "
+        f"{stored['commit_bytes'] / 1e9:.2f} GB, {stored['commits_kept']} kept of {stored['commits_made']:,}"
+    )
+    if data := stored["dataset"]:
+        about = "about " if data["estimated"] else ""
+        lines.append(f"         the dataset {about}{data['bytes'] / 1e9:,.1f} GB, {data['inodes']:,} inodes")
+    replicate = f", layout.replicate={nodes['layout.replicate']}" if nodes["layout.replicate"] > 1 else ""
+    lines.append(f"nodes    {nodes['why']}{replicate}")
+    shown = [c for c in nodes["tried"] if c["nodes"] in (1, 2, 4, 8, 16, 32, 64, nodes["choice"])]
+    lines += [
+        f"         {c['nodes']:>3} nodes {1000 * c['seconds_a_step']:8.4g} ms a step {c['days']:8.3g} days "
+        f"{c['gpu_hours']:9,.0f} GPU-hours, goodput {c['goodput']:.4f}{'' if c['fits'] else ', too little memory'}"
+        for c in shown
+    ]
+    return lines
+
+
+def _assumed_lines(assumed: dict[str, Any]) -> list[str]:
+    """What the figures above rest on, one a line."""
+    units = {"gpu_bytes": (1e9, "GB"), "network": (1e9, "GB/s"), "nvlink": (1e9, "GB/s")}
+    lines = [
+        f"assumed  FiT's own schedule: a save every {RELEASED_STEPS:,} steps, as its script does; training waits "
+        f"{RELEASED_SAVE:g} s for it, {RELEASED_DETECT:,.0f} s to notice a failure, {RELEASED_RESTART:g} s to restart"
+    ]
+    for name, figure in assumed.items():
+        scale, unit = units.get(name, (1, ""))
+        lines.append(f"assumed  {name} {figure['value'] / scale:g}{unit and ' ' + unit}: {figure['source']}")
+    return lines

@@ -1,0 +1,69 @@
+"""Bytes and files of a run and of its data."""
+
+from typing import Any
+
+import numpy as np
+
+from fitv2_scale.checkpoint.policy import CheckpointConfig
+from fitv2_scale.config import Config
+from fitv2_scale.data import Data
+from fitv2_scale.parallel.memory import state_bytes
+from fitv2_scale.parallel.mesh import Layout
+
+_LATENT_BYTES = 2  # float16, the default of `fitv2 shard write`
+_TOKEN = 16  # numbers
+_FLIPS = 2
+_SHARD_IMAGES = 1000  # by default
+_JOURNAL_ENTRY = 600  # bytes; tests/test_storage_forecast.py holds it against a real one
+
+
+def commit_bytes(config: Config) -> int:
+    """Of one commit: weights, EMA, and both moments of what is trained, float32; what one rank alone would hold."""
+    return state_bytes("fsdp", config.model, Layout(1, 1), config.trainable, config.layout.precision, 0).held
+
+
+def kept_for_ever(checkpoint: CheckpointConfig, steps: int) -> int:
+    """Commits, of those that a run of so many steps makes."""
+    every = checkpoint.keep_every
+    multiples = set(range(every, steps + 1, every)) if every else set()
+    return len(multiples | {step for step in checkpoint.milestones if step <= steps})
+
+
+def storage_report(config: Config, ranks: int, commits: int, data: Data | None) -> dict[str, Any]:
+    """``commits``: how many the run will make; ``ranks``: how many write each. Upper bounds where replicas may write
+    less. A commit in flight and one about to be deleted count with the kept ones."""
+    size, checkpoint = commit_bytes(config), config.checkpoint
+    for_ever = kept_for_ever(checkpoint, config.train.steps)
+    held = checkpoint.keep_last + 2 + for_ever
+    entries = config.train.steps // config.train.log_every
+    report = {
+        "commit_bytes": size,
+        "commits_made": commits,
+        "commits_kept": checkpoint.keep_last + for_ever,
+        "run_bytes": held * size + entries * _JOURNAL_ENTRY,
+        # A commit's files, its manifest and its folder; COMMIT and RETIRE in the log, a sealed segment of the journal.
+        "run_inodes": held * (ranks + 2) + 3 * commits + _pictures(config),
+        "written_bytes": commits * size,
+        "dataset": None,
+    }
+    return report | {"dataset": _dataset(data)} if data else report
+
+
+def _pictures(config: Config) -> int:
+    every = config.sampling.every_steps
+    return config.train.steps // every if every else 0
+
+
+def _dataset(data: Data) -> dict[str, Any]:
+    """Shards as they lie there; of a preset, which has none, latents of both views and flips, not compressed."""
+    size = inodes = 0
+    estimated = False
+    for manifest in data.plan.manifests:
+        if manifest.header.shards:
+            size += manifest.header.totals["bytes"]
+            inodes += len(manifest.header.shards) + len(manifest.header.columns) + 2
+        else:
+            tokens = manifest.size.astype(np.int64).prod(2).sum()
+            size, estimated = size + int(tokens) * _TOKEN * _LATENT_BYTES * _FLIPS, True
+            inodes += -(-len(manifest.sample_id) // _SHARD_IMAGES)
+    return {"bytes": size, "inodes": inodes, "estimated": estimated}
