@@ -43,6 +43,8 @@ class Purpose(IntEnum):
     POSTERIOR = 13  # sampled VAE latents; the epoch is 2 * view + flip, one draw a value, in (c, h, w) order
     SUBSTITUTE = 14  # candidates for an image that cannot be read; the epoch is 2 * draw + view
     PRESET = 15  # sizes of the presets' images
+    VALIDATION_ORDER = 16  # which held-out images are taken
+    VALIDATION_NOISE = 17  # x0 of a held-out image; the epoch is the index of the time
 
 
 def philox(key: tuple, counter: tuple) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -27,6 +27,7 @@ from fitv2_scale.sections import (
     Section,
     TrackingConfig,
     TrainConfig,
+    ValidationConfig,
 )
 from fitv2_scale.watchdog import WatchdogConfig
 from launchers.site import SlurmConfig
@@ -52,6 +53,7 @@ class Config(Section):
     layout: LayoutConfig = Field(LayoutConfig(), description="how the work is spread; changes nothing but the speed")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="commits")
     tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow")
+    validation: ValidationConfig = Field(ValidationConfig(), description="loss on held-out images while training")
     sampling: SamplingConfig = Field(SamplingConfig(), description="pictures while training")
     profile: ProfileConfig = Field(ProfileConfig(), description="where the time and the memory of steps go")
     watchdog: WatchdogConfig = Field(WatchdogConfig(), description="when a rank that gets no further ends the attempt")

@@ -2,26 +2,31 @@
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 
+import numpy as np
 import torch
 
 from data_sharding.batch import StepBatch
+from fitv2_scale.breakdown import NAMES, by_group
+from fitv2_scale.device_use import DeviceUse
 from fitv2_scale.model.config import ModelConfig
 from fitv2_scale.model.counts import forward_flops
 from fitv2_scale.parallel.world import World
 from fitv2_scale.spikes import SpikeDetector
+from fitv2_scale.totals import Times, Totals
 
 _PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}  # dense bf16, of the SXM boards; from the data sheets
+
+_NOTICEABLE = 1e-3  # seconds a window
 
 
 @dataclass(frozen=True)
 class StepNumbers:
     """What came out of a step, on the host."""
 
-    loss: float  # this rank's share: the data-parallel ranks' shares add up to the step's
+    sums: np.ndarray  # this rank's share of the loss, by group (see ``breakdown.tally``): shares of all add up
     norm: float  # of the gradient, the same on all ranks
     skipped: bool  # the same on all ranks
 
@@ -41,6 +46,8 @@ class _Window:
     """Sums over the steps since the last report."""
 
     began: float
+    evaluated: float  # seconds that evaluation had taken when it began
+    stalled: float  # and checkpoints
     steps: list[int] = field(default_factory=list)
     numbers: list[StepNumbers] = field(default_factory=list)
     images: int = 0
@@ -53,9 +60,11 @@ class _Window:
 
 
 class Meter:
-    """Fed by every rank with each step; ``report`` is a collective.
+    """Fed by every rank with each step; made by all together, and ``report`` is a collective.
 
-    ``loss_counts`` is false on ranks that repeat another's share of the loss. ``spike_sigma`` 0 looks for no spikes.
+    ``totals`` is what the run had taken before this attempt, ``times`` the attempt's own, ``created`` when the run
+    began, in ISO 8601. ``loss_counts`` is false on ranks that repeat another's share of the loss. ``spike_sigma`` 0
+    looks for no spikes.
     """
 
     def __init__(
@@ -63,16 +72,25 @@ class Meter:
         world: World,
         model: ModelConfig,
         max_seqlen: int,
+        totals: Totals,
+        times: Times,
         *,
+        created: str,
         peak_tflops: float | None,
         loss_counts: bool,
         spike_sigma: float,
     ):
         self._world, self._loss_counts = world, loss_counts
-        self._flops = [0] + [3 * forward_flops(model, n) for n in range(1, max_seqlen + 1)]
+        self._flops = np.array([0] + [3 * forward_flops(model, n) for n in range(1, max_seqlen + 1)])
+        self._before, self._totals, self._times = totals, totals, times
+        self._created = datetime.fromisoformat(created).timestamp()
+        self._devices = DeviceUse(world)
         self._peak = peak_tflops or known_peak(world.device)
         self._spikes = SpikeDetector(spike_sigma) if spike_sigma else None
-        self._window = _Window(time.perf_counter())
+        self._window = self._begin()
+
+    def _begin(self) -> _Window:
+        return _Window(time.perf_counter(), self._times.spent("evaluation"), self._times.spent("checkpoint"))
 
     @property
     def steps(self) -> int:
@@ -87,26 +105,27 @@ class Meter:
         w.substituted += batch.step_substituted
         w.tokens += batch.step_tokens
         w.room += batch.step_room
-        w.flops += sum(self._flops[n] for n in batch.step_lengths.tolist())
+        w.flops += int(self._flops[batch.step_lengths].sum())
         w.imbalance += batch.step_cost_max / batch.step_cost_mean
         w.data_wait += data_wait
 
     def report(self) -> tuple[dict[str, float], list[Spike]]:
-        """The window's metrics and spikes, the same on all ranks; begins a new window.
+        """The window's metrics and spikes, the same on all ranks but for times; begins a new window.
 
         Loss and norm are over the steps that were not skipped, NaN if there is none.
         """
         w, steps = self._window, len(self._window.steps)
-        shares = [n.loss if self._loss_counts else 0.0 for n in w.numbers]
-        summed = self._world.sum(torch.tensor(shares, dtype=torch.float64)).tolist()
-        losses = {s: x for s, x, n in zip(w.steps, summed, w.numbers, strict=True) if not n.skipped}
+        losses, sums, devices = self._summed(w)
         counted = list(losses.values()) or [math.nan]
         norms = [n.norm for n in w.numbers if not n.skipped] or [math.nan]
-        seconds = time.perf_counter() - w.began
+        elapsed = time.perf_counter() - w.began
+        evaluated, stalled = self._times.spent("evaluation") - w.evaluated, self._times.spent("checkpoint") - w.stalled
+        seconds = elapsed - evaluated - stalled
         metrics = {
             "loss": sum(counted) / len(counted),
             "loss_min": min(counted),
             "loss_max": max(counted),
+            **by_group(sums),
             "grad_norm": sum(norms) / len(norms),
             "images_per_second": w.images / seconds,
             "tokens_per_second": w.tokens / seconds,
@@ -115,27 +134,64 @@ class Meter:
             "data_wait_share": w.data_wait / seconds,
             "skipped_steps": float(steps - len(losses)),
             "substituted_images": float(w.substituted),
+            **self._devices.metrics(devices),
         }
         if self._peak:
             metrics["mfu"] = w.flops / seconds / (self._peak * 1e12 * self._world.size)
         spikes = self._find_spikes(losses)
         if self._spikes:
             metrics["loss_spikes"] = float(len(spikes))
-        self._window = _Window(time.perf_counter())
+        self._totals = replace(
+            self._totals,
+            tokens=self._totals.tokens + w.tokens,
+            flops=self._totals.flops + w.flops,
+            step_seconds=self._totals.step_seconds + seconds - w.data_wait,
+        )
+        metrics |= self._since_the_beginning(evaluated, stalled)
+        self._window = self._begin()
         return metrics, spikes
+
+    def totals(self) -> Totals:
+        """Of the run up to the last report, and its time up to now."""
+        return replace(
+            self._totals,
+            device_seconds=self._before.device_seconds + self._times.seconds * self._world.size,
+            evaluation_seconds=self._before.evaluation_seconds + self._times.spent("evaluation"),
+        )
+
+    def _summed(self, w: _Window) -> tuple[dict[int, float], np.ndarray, np.ndarray]:
+        """Over the ranks: the loss of each step that counts, by step; sums by group; what devices do."""
+        sums = np.stack([n.sums for n in w.numbers])  # (steps, 2, groups)
+        kept = np.array([not n.skipped for n in w.numbers])
+        mine = np.concatenate((sums[:, 0, 0], sums[kept].sum(0).flatten()))
+        if not self._loss_counts:
+            mine = np.zeros_like(mine)  # and not NaN, whatever this rank has seen
+        parts = [len(sums), len(sums) + 2 * len(NAMES)]
+        summed = self._world.sum(torch.from_numpy(np.concatenate((mine, self._devices.mine())))).numpy()
+        by_step, groups, devices = np.split(summed, parts)
+        losses = {step: x for step, x, counts in zip(w.steps, by_step.tolist(), kept.tolist(), strict=True) if counts}
+        return losses, groups.reshape(2, -1), devices
+
+    def _since_the_beginning(self, evaluated: float, stalled: float) -> dict[str, float]:
+        """Sums over the run; and what was set aside in this window, if anything was."""
+        totals, age = self.totals(), time.time() - self._created
+        found = {
+            "tokens": float(totals.tokens),
+            "flops": float(totals.flops),
+            "gpu_hours": totals.device_seconds / 3600,
+            "goodput": totals.step_seconds / age,
+        }
+        if evaluated:
+            found |= {"evaluation_seconds": evaluated, "goodput_evaluation": totals.evaluation_seconds / age}
+        if stalled > _NOTICEABLE:
+            found["checkpoint_stall_seconds"] = stalled
+        return found
 
     def _find_spikes(self, losses: dict[int, float]) -> list[Spike]:
         if self._spikes is None:
             return []
         distances = {step: self._spikes.distance(loss) for step, loss in losses.items()}
         return [Spike(step, losses[step], sigmas) for step, sigmas in distances.items() if sigmas is not None]
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What happens inside (saving, sampling) does not count as the window's time."""
-        began = time.perf_counter()
-        yield
-        self._window.began += time.perf_counter() - began
 
 
 def known_peak(device: torch.device) -> float | None:

@@ -105,6 +105,21 @@ class ProfileConfig(Section):
         return range(*map(int, self.steps.split(":"))) if self.steps else range(0)
 
 
+class ValidationConfig(Section):
+    every_steps: int = Field(
+        0, ge=0, description="steps between validations of raw and EMA weights, and one at the end; 0: none"
+    )
+    url: str | list[str] = Field(
+        "", description="dataset of held-out images, or several; empty: what --holdout set aside of data.url"
+    )
+    images: int = Field(256, ge=1, description="most held-out images that are looked at, always the same")
+    timesteps: int = Field(8, ge=1, description="times at which each is looked at, evenly spaced over (0, 1)")
+
+    @property
+    def urls(self) -> list[str]:
+        return [self.url] if self.url and isinstance(self.url, str) else list(self.url)
+
+
 class SamplingConfig(Section):
     every_steps: int = Field(0, ge=0, description="steps between grids of pictures from the EMA weights; 0: none")
     sizes: list[str] = Field(["256x256"], description="HEIGHTxWIDTH in pixels, multiples of 16; one grid row each")

@@ -1,12 +1,12 @@
 """Everything an attempt sets up before its first step, in the order in which it can go wrong cheaply."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 from data_sharding.cache import DiskCache
-from data_sharding.errors import DataError, StorageDown, UserError
+from data_sharding.errors import DataError, UserError
 from data_sharding.frames import FrameReader
 from data_sharding.ledger import Ledger
 from data_sharding.patience import Patience
@@ -18,8 +18,7 @@ from fitv2_scale.checkpoint.policy import Cadence
 from fitv2_scale.config import Config
 from fitv2_scale.data import Data
 from fitv2_scale.engines import make_engine
-from fitv2_scale.evaluate.pictures import decode, grid_png, grid_requests
-from fitv2_scale.evaluate.sampler import sample
+from fitv2_scale.evaluation import Evaluation
 from fitv2_scale.ledger import RunLedger, read_pages
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.mesh import Layout
@@ -27,6 +26,7 @@ from fitv2_scale.parallel.world import World
 from fitv2_scale.relay import Relay
 from fitv2_scale.run import Attempt, Run, provenance
 from fitv2_scale.store import open_store
+from fitv2_scale.totals import Times, Totals
 from fitv2_scale.tracking.journal import Journal
 from fitv2_scale.tracking.uploader import start_uploader
 
@@ -52,6 +52,9 @@ class Session:
     journal: Journal | None
     audit: Audit | None
     ledger: RunLedger
+    evaluation: Evaluation
+    times: Times
+    totals: Totals  # of the run before this attempt
     notes: list[str]  # sentences for the user: what was passed over, what changes
 
     @property
@@ -90,39 +93,24 @@ class Session:
         if self.journal:
             self.journal.metrics(step, metrics)
 
-    def record_picture(self, step: int) -> None:
-        """Samples the configured grid from the EMA weights, all ranks together, into samples/<step>.png."""
-        config = self.config
-        self.staged()
-        requests = grid_requests(config.sampling.sizes, config.sampling.columns, self.data.classes)
-        with self.engine.ema_weights():
-            made = sample(
-                self.engine.network,
-                requests,
-                classes=config.model.classes,
-                cfg=config.sampling.cfg,
-                steps=config.sampling.steps,
-                seed=config.seed,
-                world=self.world,
-                tensor=self.layout.tensor,
-            )
-        if self.journal:
-            path, codec = f"samples/{step:08d}.png", self.data.codec(config)
-            pictures = [decode(made[r.index], codec) for r in requests]
-            try:
-                self.run.store.put(path, grid_png(pictures, rows=len(config.sampling.sizes)))
-                self.journal.picture(step, path)
-            except (OSError, StorageDown) as error:
-                log.warning("the pictures of step %d are lost: %s", step, error)
+    def evaluate(self, step: int, say: Callable[[str], None]) -> None:
+        """Shows what is due after ``step`` steps (see Evaluation)."""
+        with self.times.aside("evaluation"):
+            self.checkpoints.staged()
+            self.evaluation.run(step, say)
 
-    def save(self, step: int, begin: bool, last: bool) -> str | None:
+    def save(self, step: int, begin: bool, last: bool, totals: Callable[[], Totals]) -> str | None:
         """Learns what came of the save in flight, then begins that of the state after ``step`` steps if ``begin``; if
         ``last``, sees to it that this state is committed. Returns None, or why a save failed."""
+        with self.times.aside("checkpoint"):
+            return self._save(step, begin, last, totals)
+
+    def _save(self, step: int, begin: bool, last: bool, totals: Callable[[], Totals]) -> str | None:
         failed = self._settle()
         if (begin or last) and self.checkpoints.newest != step and not self.checkpoints.gave_up:
             cursor = replace(self.data.plan.cursor(step), ledger=self.ledger.ledger.version)
             seal = self.journal.seal if self.journal else lambda: None
-            self.checkpoints.begin(self.engine, step, cursor, seal)
+            self.checkpoints.begin(self.engine, step, cursor, seal, totals().accounting())
             self.cadence.saved(step)
             failed = (self._settle() if last else None) or failed
         return failed
@@ -136,7 +124,8 @@ class Session:
 
     def staged(self) -> None:
         """From here on the optimizer may change the state (see Checkpointer)."""
-        self.checkpoints.staged()
+        with self.times.aside("checkpoint"):
+            self.checkpoints.staged()
 
 
 @dataclass(frozen=True)
@@ -187,16 +176,16 @@ def open_session(
     config: Config, world: World, layout: Layout, data: Data, run: Run, number: int, fork: Fork | None
 ) -> Session:
     """Builds the engine, restores the newest whole commit, starts journal and uploader."""
-    if config.sampling.every_steps:
-        data.codec(config)  # rather now than at the first pictures
+    times = Times()
     engine, relay = make_engine(config, layout, world), Relay(layout, world.rank)
     attempt = Attempt(number, run) if world.is_first else None
     checkpoints = Checkpointer(run, attempt, number, world, config.checkpoint)
-    restored, data, notes = _restore(checkpoints, engine, run, data, fork, config)
+    restored, data, notes, forked = _restore(checkpoints, engine, run, data, fork, config)
     ledger = _open_ledger(run, number, data, restored, fork, config, world)
     checkpoints.prepare(engine)
     folder = run.local(f"attempts/{number}")
     journal = Journal(folder, number, restored.step if restored else 0, attempt.ship) if world.is_first else None
+    evaluation = Evaluation.open(config, world, layout, data, engine, journal, run.store)
     if world.is_first and config.tracking.uri != "none":
         start_uploader(run.url, config.tracking.uri, config.tracking.experiment)
     audit = None
@@ -218,6 +207,9 @@ def open_session(
         journal=journal,
         audit=audit,
         ledger=ledger,
+        evaluation=evaluation,
+        times=times,
+        totals=Totals.of(restored.accounting, forked) if restored else Totals(),
         notes=notes,
     )
 
@@ -239,19 +231,20 @@ def _open_ledger(
 
 def _restore(
     checkpoints: Checkpointer, engine: Engine, run: Run, data: Data, fork: Fork | None, config: Config
-) -> tuple[Restored | None, Data, list[str]]:
-    """The newest whole commit, the data as it goes on from there, and what there is to say."""
+) -> tuple[Restored | None, Data, list[str], bool]:
+    """The newest whole commit, the data as it goes on from there, what there is to say, and whether the commit is
+    another run's."""
     restored = checkpoints.restore(engine, run)
     forked = restored is None and fork is not None
     if forked:
         restored = checkpoints.restore(engine, fork.run, fork.step)
     if restored is None:
-        return None, data, []
+        return None, data, [], False
     # A fork may have other data; it then begins its own plan at the step where it branches off.
     if restored.cursor is None or (forked and restored.cursor.plan_hash != data.plan.hash):
-        return restored, data, restored.quarantined
+        return restored, data, restored.quarantined, forked
     data, notes = data.continued(restored.cursor, restored.step, config)
-    return restored, data, [*restored.quarantined, *notes]
+    return restored, data, [*restored.quarantined, *notes], forked
 
 
 @contextmanager

@@ -14,10 +14,11 @@ from data_sharding.errors import StorageDown, UserError
 from data_sharding.presets import is_preset
 from fitv2_scale.agreement import Agreement, StopSignal
 from fitv2_scale.batches import pack_to_torch
+from fitv2_scale.breakdown import NAMES, tally
 from fitv2_scale.config import Config
 from fitv2_scale.data import Data
 from fitv2_scale.meter import Meter
-from fitv2_scale.model.flow import flow_loss
+from fitv2_scale.model.flow import flow_losses
 from fitv2_scale.orders import followed
 from fitv2_scale.parallel.engine import StepResult
 from fitv2_scale.parallel.mesh import Layout
@@ -68,7 +69,7 @@ def train(config: Config, fork_from: str | None = None) -> int:
 
 def _loop(s: Session, agreement: Agreement, watchdog: Watchdog) -> tuple[int, str]:
     """All steps of an attempt. Returns exit code and reason."""
-    config, steps = s.config, s.config.train.steps
+    steps = s.config.train.steps
     with (
         s.open_loader() as loader,
         Progress(s.start, steps, shown=s.world.is_first) as progress,
@@ -91,23 +92,22 @@ def _loop(s: Session, agreement: Agreement, watchdog: Watchdog) -> tuple[int, st
             end = done == steps or stop is not None
             unsaved = s.checkpoints.newest != done
             commit = unsaved and (end or agreement.save_asked or s.cadence.due(done))
-            picture = batch is not None and _wants_picture(config, done)
+            evaluate = batch is not None and s.evaluation.due(done)
             with watchdog.within("step"):
-                reason = watch.examine(newest=commit or picture, report=commit)
+                reason = watch.examine(newest=commit or evaluate, report=commit)
             if reason is not None:
                 progress.say(reason)
                 return GIVE_UP, reason
-            with meter.paused():
-                if picture:
-                    with watchdog.within("evaluate"):
-                        s.record_picture(done)
-                if commit or end or agreement.save_ended:
-                    with watchdog.within("save"):
-                        failed = s.save(done, begin=commit, last=end)
-                    if failed is not None:  # nothing is lost yet: the next save may do better
-                        progress.say(failed)
-                        if s.checkpoints.gave_up or (end and s.checkpoints.newest != done):
-                            return RETRY, failed
+            if evaluate:
+                with watchdog.within("evaluate"):
+                    s.evaluate(done, progress.say)
+            if commit or end or agreement.save_ended:
+                with watchdog.within("save"):
+                    failed = s.save(done, begin=commit, last=end, totals=meter.totals)
+                if failed is not None:  # nothing is lost yet: the next save may do better
+                    progress.say(failed)
+                    if s.checkpoints.gave_up or (end and s.checkpoints.newest != done):
+                        return RETRY, failed
             if stop is not None and done < steps:
                 progress.say(reason := f"{stop}: saved at step {done}")
                 return RETRY, reason
@@ -117,23 +117,19 @@ def _loop(s: Session, agreement: Agreement, watchdog: Watchdog) -> tuple[int, st
 def train_step(s: Session, batch: StepBatch) -> tuple[Tensor, StepResult]:
     """One optimizer step, handed to the device; nothing is waited for.
 
-    Returns this rank's share of the loss, on the device: the data-parallel ranks' shares add up to it.
+    Returns this rank's share of the loss by group, on the device (see ``breakdown.tally``): the data-parallel ranks'
+    shares add up to it.
     """
-    config, total = s.config, torch.zeros((), device=s.world.device)
+    config, total = s.config, torch.zeros((2, len(NAMES)), device=s.world.device)
     for i, pack in enumerate(batch.packs):
         packed = pack_to_torch(pack, s.world.device)
-        loss = flow_loss(s.engine.network, packed, config.flow, config.model.classes, config.seed)
-        s.engine.backward(telling(loss), last=i == len(batch.packs) - 1)
-        total += loss.detach()
+        losses = flow_losses(s.engine.network, packed, config.flow, config.model.classes, config.seed)
+        s.engine.backward(telling(losses.share(packed)), last=i == len(batch.packs) - 1)
+        total += tally(losses, packed)
     if s.audit:
         s.audit.record(batch)
     s.staged()
     return total, s.engine.step(config.optimizer.lr_at(batch.step), config.optimizer.max_norm)
-
-
-def _wants_picture(config: Config, done: int) -> bool:
-    every = config.sampling.every_steps
-    return bool(every) and (done % every == 0 or done == config.train.steps)
 
 
 def _meter(s: Session) -> Meter:
@@ -142,6 +138,9 @@ def _meter(s: Session) -> Meter:
         s.world,
         config.model,
         s.data.plan.max_seqlen,
+        s.totals,
+        s.times,
+        created=s.run.created,
         peak_tflops=config.tracking.peak_tflops,
         loss_counts=s.layout.tensor_rank(s.world.rank) == 0,
         spike_sigma=config.train.spike_sigma,

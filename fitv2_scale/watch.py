@@ -7,6 +7,7 @@ the same step.
 from collections import deque
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,9 +24,11 @@ class Watch:
         self._pending: deque[_Pending] = deque()
         self._skipped_in_row, self._examined = 0, s.start
 
-    def add(self, batch: StepBatch, waited: float, loss: Tensor, result: StepResult) -> None:
-        """Takes note of a step whose work has just been handed to the device."""
-        self._pending.append(_Pending(batch, waited, _Departing(torch.stack([loss, result.norm, result.skipped]))))
+    def add(self, batch: StepBatch, waited: float, sums: Tensor, result: StepResult) -> None:
+        """Takes note of a step whose work has just been handed to the device. ``sums`` is what ``breakdown.tally``
+        gives, added up over this rank's packs."""
+        numbers = torch.cat([sums.flatten(), torch.stack([result.norm, result.skipped])])
+        self._pending.append(_Pending(batch, waited, _Departing(numbers)))
 
     def examine(self, newest: bool, report: bool) -> str | None:
         """Examines the steps whose turn it is: all but the newest, that one too if ``newest``.
@@ -42,8 +45,9 @@ class Watch:
 
     def _examine(self, step: "_Pending") -> str | None:
         train, done = self._s.config.train, step.batch.step + 1
-        loss, norm, skipped = step.numbers.arrived()
-        self._meter.update(step.batch, StepNumbers(loss, norm, bool(skipped)), step.waited)
+        *sums, norm, skipped = step.numbers.arrived()
+        numbers = StepNumbers(np.reshape(sums, (2, -1)), norm, bool(skipped))
+        self._meter.update(step.batch, numbers, step.waited)
         self._examined = done
         self._skipped_in_row = self._skipped_in_row + 1 if skipped else 0
         if self._skipped_in_row == train.max_skipped:

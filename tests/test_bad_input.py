@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,11 @@ def test_gradients_that_stay_infinite_end_the_run(tiny):
 def train_on_nan(config) -> int:
     import fitv2_scale.train as module
 
-    loss = module.flow_loss
-    module.flow_loss = lambda *arguments: loss(*arguments) * float("nan")
+    flow_losses = module.flow_losses
+
+    def poisoned(*arguments):
+        losses = flow_losses(*arguments)
+        return replace(losses, loss_I=losses.loss_I * float("nan"))
+
+    module.flow_losses = poisoned
     return train(config)

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from ranks import run_ranks
 
 import fitv2_scale.train as module
+from fitv2_scale.breakdown import NAMES
+from fitv2_scale.model.flow import FlowLosses
 from fitv2_scale.parallel.engine import StepResult
 from fitv2_scale.run import Run, status
 from fitv2_scale.tracking.journal import read
@@ -27,19 +30,20 @@ def train_with(config, change: Callable, *arguments) -> int:
 
 def poisoned(train_step: Callable, how: str, rank: int, steps: set[int]) -> Callable:
     """What one rank computes in ``steps`` is not finite: through its data, its loss alone, or its gradient alone."""
-    flow_loss = module.flow_loss
+    flow_losses = module.flow_losses
 
-    def change(loss: torch.Tensor) -> torch.Tensor:
-        return loss + math.inf if how == "loss" else loss + (loss * 0).sqrt()  # whose derivative at 0 is infinite
+    def change(losses: FlowLosses) -> FlowLosses:
+        more = math.inf if how == "loss" else (losses.loss_I * 0).sqrt()  # whose derivative at 0 is infinite
+        return replace(losses, loss_I=losses.loss_I + more)
 
     def step(s, batch):
         bad = s.world.rank == rank and batch.step in steps
         if bad and how == "data":
             batch.packs[-1].latents[0] = math.nan
         elif bad:
-            module.flow_loss = lambda *arguments: change(flow_loss(*arguments))
+            module.flow_losses = lambda *arguments: change(flow_losses(*arguments))
         result = train_step(s, batch)
-        module.flow_loss = flow_loss
+        module.flow_losses = flow_losses
         return result
 
     return step
@@ -49,8 +53,8 @@ def left_out(train_step: Callable, steps: set[int]) -> Callable:
     """``steps`` are not done at all."""
 
     def step(s, batch):
-        nan, one = torch.tensor(math.nan), torch.tensor(1.0)
-        return (nan, StepResult(nan, one)) if batch.step in steps else train_step(s, batch)
+        nan, one = torch.full((2, len(NAMES)), math.nan), torch.tensor(1.0)
+        return (nan, StepResult(nan[0, 0], one)) if batch.step in steps else train_step(s, batch)
 
     return step
 

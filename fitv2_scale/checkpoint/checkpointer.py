@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 class Restored:
     step: int
     cursor: Cursor | None  # None after an import of public weights
+    accounting: dict[str, float]  # what was handed to ``begin``; empty if nothing was
     quarantined: list[str]  # a sentence for each newer commit that was passed over
 
 
@@ -81,17 +82,24 @@ class Checkpointer:
             self._writers = replace(self._world, cpu_group=dist.new_group(backend="gloo", timeout=_TIMEOUT))
 
     def begin(
-        self, engine: Engine, step: int, cursor: Cursor, before_commit: Callable[[], None] = lambda: None
+        self,
+        engine: Engine,
+        step: int,
+        cursor: Cursor,
+        before_commit: Callable[[], None] = lambda: None,
+        accounting: dict[str, float] | None = None,
     ) -> None:
         """Starts to commit the state after ``step`` steps. The save before must have been settled.
 
-        ``before_commit`` is called on rank 0, in another thread, when all data is durable.
+        ``before_commit`` is called on rank 0, in another thread, when all data is durable. ``accounting`` is what the
+        run has taken so far; the manifest keeps rank 0's.
         """
         assert self._saving is None, "the save before is still in flight"
         self.prepare(engine)
         # A name of its own for each try: a COMMIT whose reply was lost may still come to stand for the last one.
         folder = commit_folder(step, self._number, self._failures)
         header = {"step": step, "attempt": self._number, "cursor": asdict(cursor), "scalars": engine.scalars()}
+        header["accounting"] = accounting or {}
         self._staging.mark(self._live(engine))
         self._saving = _in_background(lambda: self._save(step, folder, header, before_commit))
         self.newest = step
@@ -205,7 +213,7 @@ class Checkpointer:
             if problem is None:
                 cursor = Cursor(**manifest["cursor"]) if manifest["cursor"] else None
                 self.newest = self._committed = manifest["step"]
-                return Restored(manifest["step"], cursor, passed_over)
+                return Restored(manifest["step"], cursor, manifest.get("accounting", {}), passed_over)
             passed_over.append(f"commit at step {entry.fields['step']} is not whole ({problem}); it was passed over")
             self._world.on_first(lambda e=entry, p=problem: _quarantine(run, e, p))
         if entries:

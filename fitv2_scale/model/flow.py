@@ -59,18 +59,21 @@ def noise_words(purpose: Purpose, seed: int, epoch_T: Tensor | int, id_T: Tensor
 
 
 def make_flow_batch(batch: PackedBatch, config: FlowConfig, classes: int, seed: int) -> FlowBatch:
-    image_T, place_T = batch.packing.image_T, batch.packing.place_T
     t_I = sample_t(config.t_sampler, seed, batch.epoch_I, batch.sample_id_I)
     drop_I = _first_uniform(seed, Purpose.LABEL_DROP, batch.epoch_I, batch.sample_id_I) < config.label_dropout
-    x0_TC = normal(
-        noise_words(Purpose.NOISE, seed, batch.epoch_I[image_T], batch.sample_id_I[image_T], place_T)
-    ).float()
+    return noised(batch, t_I, batch.label_I.masked_fill(drop_I, classes), Purpose.NOISE, seed)
+
+
+def noised(batch: PackedBatch, t_I: Tensor, label_I: Tensor, purpose: Purpose, seed: int) -> FlowBatch:
+    """``batch`` at the times ``t_I``, with the noise of (seed, purpose, epoch, id) of each image."""
+    image_T, place_T = batch.packing.image_T, batch.packing.place_T
+    x0_TC = normal(noise_words(purpose, seed, batch.epoch_I[image_T], batch.sample_id_I[image_T], place_T)).float()
     t_T1 = t_I[image_T][:, None]
     return FlowBatch(
         x_TC=t_T1 * batch.latents_TC + (1 - t_T1) * x0_TC,
         target_TC=batch.latents_TC - x0_TC,
         t_I=t_I,
-        label_I=batch.label_I.masked_fill(drop_I, classes),
+        label_I=label_I,
     )
 
 
@@ -81,10 +84,31 @@ def image_losses(velocity_TC: Tensor, target_TC: Tensor, batch: PackedBatch) -> 
     return torch.zeros_like(batch.weight_I).index_add(0, batch.packing.image_T, error_T) / lengths_I
 
 
+@dataclass(frozen=True)
+class FlowLosses:
+    """The loss of each image of a pack, with its gradient, and the time it was taken at; both float32 (I,)."""
+
+    loss_I: Tensor
+    t_I: Tensor
+
+    def share(self, batch: PackedBatch) -> Tensor:
+        """The pack's share of the global loss: sum over its images of weight x image loss. Add over packs and ranks."""
+        return (self.loss_I * batch.weight_I).sum()
+
+
+def flow_losses(
+    network: Callable[..., Tensor], batch: PackedBatch, config: FlowConfig, classes: int, seed: int
+) -> FlowLosses:
+    return velocity_losses(network, make_flow_batch(batch, config, classes, seed), batch)
+
+
+def velocity_losses(network: Callable[..., Tensor], flow: FlowBatch, batch: PackedBatch) -> FlowLosses:
+    velocity_TC = network(flow.x_TC, flow.t_I, flow.label_I, batch.packing)
+    return FlowLosses(image_losses(velocity_TC, flow.target_TC, batch), flow.t_I)
+
+
 def flow_loss(
     network: Callable[..., Tensor], batch: PackedBatch, config: FlowConfig, classes: int, seed: int
 ) -> Tensor:
-    """This pack's share of the global loss: sum over its images of weight x image loss. Add over packs and ranks."""
-    flow = make_flow_batch(batch, config, classes, seed)
-    velocity_TC = network(flow.x_TC, flow.t_I, flow.label_I, batch.packing)
-    return (image_losses(velocity_TC, flow.target_TC, batch) * batch.weight_I).sum()
+    """This pack's share of the global loss."""
+    return flow_losses(network, batch, config, classes, seed).share(batch)

@@ -1,0 +1,60 @@
+"""What the devices of all ranks are busy with: peak memory, and utilisation as NVML tells it. Nothing without CUDA."""
+
+import logging
+import math
+
+import numpy as np
+import torch
+
+from fitv2_scale.parallel.world import World
+
+_NODES_EVERY = 10  # reports: a value a node in each of them would be most of what is journalled
+
+log = logging.getLogger(__name__)
+
+
+class DeviceUse:
+    """Made by all ranks together. A report is a sum over the ranks of what ``mine`` gives."""
+
+    def __init__(self, world: World):
+        self._world, self._on_cuda = world, world.device.type == "cuda"
+        names = world.hosts() if self._on_cuda else []
+        self._node = [sorted(set(names), key=names.index).index(name) for name in names]
+        self._reports = 0
+
+    def mine(self) -> np.ndarray:
+        """float64 (2 * ranks,) of which this rank fills its own two: peak memory in GiB since the last call, and
+        utilisation in percent, NaN if it cannot be had. Empty without CUDA."""
+        if not self._on_cuda:
+            return np.zeros(0)
+        values, device = np.zeros((2, self._world.size)), self._world.device
+        values[:, self._world.rank] = torch.cuda.max_memory_allocated(device) / 2**30, _utilisation(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return values.flatten()
+
+    def metrics(self, summed: np.ndarray) -> dict[str, float]:
+        if not self._on_cuda:
+            return {}
+        memory, busy = summed.reshape(2, -1)
+        self._reports += 1
+        return over_nodes(memory, busy, self._node if self._reports % _NODES_EVERY == 1 else [])
+
+
+def over_nodes(memory: np.ndarray, busy: np.ndarray, node: list[int]) -> dict[str, float]:
+    """The most memory and the mean utilisation of all ranks, and of each node if there are several.
+
+    ``node`` is the number of each rank's node, or empty. {"gpu_memory_gib": 61.2, "gpu_utilisation": 97.0,
+    "gpu_memory_gib/node0": 61.2, …}
+    """
+    parts = {"": slice(None)} | ({f"/node{n}": np.equal(node, n) for n in set(node)} if len(set(node)) > 1 else {})
+    found = {f"gpu_memory_gib{name}": float(memory[part].max()) for name, part in parts.items()}
+    found |= {f"gpu_utilisation{name}": float(busy[part].mean()) for name, part in parts.items()}
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def _utilisation(device: torch.device) -> float:
+    try:
+        return float(torch.cuda.utilization(device))
+    except Exception as error:  # no NVML, or one that refuses: no reason for a run to end
+        log.debug("the utilisation of %s cannot be had: %s", device, error)
+        return math.nan

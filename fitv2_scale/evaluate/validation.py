@@ -1,0 +1,127 @@
+"""Validation: the velocity loss on a fixed grid of held-out images x times x noise.
+
+The grid is the same in every run on the same dataset, whatever its seed: so runs can be compared. Its times are evenly
+spaced over (0, 1), whatever times are trained on; images are seen whole and not mirrored, with their class. Each rank
+keeps its share of the images in memory, and all ranks do as many packs of one shape.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_sharding.batch import make_batch
+from data_sharding.deal import Cost, Shape, deal
+from data_sharding.errors import UserError
+from data_sharding.frames import FrameReader
+from data_sharding.keyed import Purpose, keyed_order
+from data_sharding.ledger import frames_of
+from data_sharding.manifest import Manifest
+from data_sharding.plan import RESIZE, StepSet, sample_ids
+from data_sharding.shard import VIEWS
+from fitv2_scale.batches import pack_to_torch
+from fitv2_scale.model.flow import noised, velocity_losses
+from fitv2_scale.parallel.mesh import Layout
+from fitv2_scale.parallel.world import World
+from fitv2_scale.sections import ValidationConfig
+
+_SEED = 0  # of the grid, in every run
+
+
+class Validation:
+    """Made by all ranks together, before they need it: what cannot be read is met by all of them then."""
+
+    def __init__(
+        self,
+        manifests: Sequence[Manifest],
+        config: ValidationConfig,
+        *,
+        cost: Cost,
+        shape: Shape,
+        world: World,
+        layout: Layout,
+        reader: FrameReader,
+    ):
+        """``shape`` is that of its packs, ``cost`` decides who takes what.
+
+        Raises:
+            UserError: an image that no pack can hold, or one that cannot be read.
+        """
+        self._world, self._counts = world, layout.tensor_rank(world.rank) == 0
+        self._t_K = (torch.arange(config.timesteps, device=world.device) + 0.5) / config.timesteps
+        grid = grid_of(manifests, config)
+        if (longest := int(grid.tokens.max())) > shape.max_seqlen:
+            raise UserError(
+                f"{manifests[0].url} holds images of {longest} tokens, this run's packs only those of up to "
+                f"{shape.max_seqlen}: set validation.url to a dataset with a smaller --max-tokens"
+            )
+        dealt, rank = deal(grid.tokens, cost, (layout.data_parallel,), [shape]), layout.data_rank(world.rank)
+        arrays, error = _read(manifests, grid, np.concatenate(dealt.packs[rank]), reader)
+        if error := next(filter(None, world.gather(error)), None):
+            raise error
+        self._packs = make_batch(0, grid, dealt, cost, rank, arrays, substituted=0).packs
+
+    @torch.no_grad()
+    def loss(self, network: Callable[..., Tensor]) -> float:
+        """Mean over the grid of each image's loss, the same on all ranks. A collective."""
+        total = torch.zeros((), dtype=torch.float64, device=self._world.device)
+        for pack in self._packs:
+            batch = pack_to_torch(pack, self._world.device)
+            t_I = self._t_K[batch.epoch_I]
+            flow = noised(batch, t_I, batch.label_I, Purpose.VALIDATION_NOISE, _SEED)
+            total += velocity_losses(network, flow, batch).share(batch)
+        return self._world.sum(total.cpu() if self._counts else torch.zeros((), dtype=torch.float64)).item()
+
+
+def held_out(training: Sequence[Manifest], config: ValidationConfig, classes: int) -> list[Manifest]:
+    """The datasets that ``config`` names, or else those that were set aside when the training data were written.
+
+    Raises:
+        UserError: there are none, or they do not suit the training data.
+    """
+    urls = config.urls or [f"{m.url}/holdout" for m in training if m.header.source.get("holdout")]
+    if not urls:
+        raise UserError(
+            f"validation.every_steps is {config.every_steps}, but {training[0].url} has no images set aside: write it "
+            "with `--holdout 0.02`, name another dataset in validation.url, or set validation.every_steps=0"
+        )
+    found = [Manifest.load(url) for url in urls]
+    for manifest in found:
+        if manifest.header.codec["digest"] != training[0].header.codec["digest"]:
+            raise UserError(f"{manifest.url} was written with another codec than {training[0].url}: write it anew")
+        if len(manifest.classes) > classes:
+            raise UserError(f"{manifest.url} has {len(manifest.classes)} classes, the model only {classes}")
+    return found
+
+
+def grid_of(manifests: Sequence[Manifest], config: ValidationConfig) -> StepSet:
+    """Every image of the grid at every time, as a step trains on them; the epoch is the index of the time."""
+    dataset = np.repeat(np.arange(len(manifests)), [len(m.sample_id) for m in manifests])
+    row = np.concatenate([np.arange(len(m.sample_id)) for m in manifests])
+    ids = np.concatenate([sample_ids(d, m.sample_id) for d, m in enumerate(manifests)])
+    chosen = keyed_order(_SEED, Purpose.VALIDATION_ORDER, 0, ids)[: config.images]
+    label = np.concatenate([m.label for m in manifests])[chosen].astype(np.int64)
+    size = np.concatenate([m.size[:, RESIZE] for m in manifests])[chosen].astype(np.int64)
+    columns = dataset[chosen], row[chosen], ids[chosen], label, size.prod(-1)
+    dataset, row, ids, label, tokens = (np.tile(column, config.timesteps) for column in columns)
+    epoch, zero = np.repeat(np.arange(config.timesteps), len(chosen)), np.zeros_like(row)
+    return StepSet(dataset, epoch, row, ids, label, zero + RESIZE, zero, tokens)
+
+
+def _read(
+    manifests: Sequence[Manifest], grid: StepSet, mine: np.ndarray, reader: FrameReader
+) -> tuple[dict[int, np.ndarray], Exception | None]:
+    """The latents of some of the grid's places, by place; or what went wrong."""
+    arrays: dict[int, np.ndarray] = {}
+    try:
+        for d, manifest in enumerate(manifests):
+            places = mine[grid.dataset[mine] == d]
+            for f in np.unique(frames := frames_of(manifest, grid.row[places])).tolist():
+                frame = reader.read(manifest, f)
+                for i in places[frames == f].tolist():
+                    sample = int(grid.row[i] - manifest.frame_first[f])
+                    arrays[i] = frame.view(sample, VIEWS[RESIZE]).copy()  # a view would keep the whole frame
+    except Exception as error:
+        return {}, error
+    return arrays, None
