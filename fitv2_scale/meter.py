@@ -15,7 +15,7 @@ from fitv2_scale.model.config import ModelConfig
 from fitv2_scale.model.counts import forward_flops
 from fitv2_scale.parallel.world import World
 from fitv2_scale.spikes import SpikeDetector
-from fitv2_scale.totals import Times, Totals
+from fitv2_scale.totals import Moment, Times, Totals
 
 _PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}  # dense bf16, of the SXM boards; from the data sheets
 
@@ -24,11 +24,12 @@ _NOTICEABLE = 1e-3  # seconds a window
 
 @dataclass(frozen=True)
 class StepNumbers:
-    """What came out of a step, on the host."""
+    """What came out of a step, on the host, and when it was done."""
 
     sums: np.ndarray  # this rank's share of the loss, by group (see ``breakdown.tally``): shares of all add up
     norm: float  # of the gradient, the same on all ranks
     skipped: bool  # the same on all ranks
+    ended: Moment
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,7 @@ class Spike:
 class _Window:
     """Sums over the steps since the last report."""
 
-    began: float
-    evaluated: float  # seconds that evaluation had taken when it began
-    stalled: float  # and checkpoints
+    began: Moment
     steps: list[int] = field(default_factory=list)
     numbers: list[StepNumbers] = field(default_factory=list)
     images: int = 0
@@ -87,10 +86,7 @@ class Meter:
         self._devices = DeviceUse(world)
         self._peak = peak_tflops or known_peak(world.device)
         self._spikes = SpikeDetector(spike_sigma) if spike_sigma else None
-        self._window = self._begin()
-
-    def _begin(self) -> _Window:
-        return _Window(time.perf_counter(), self._times.spent("evaluation"), self._times.spent("checkpoint"))
+        self._window = _Window(times.now())
 
     @property
     def steps(self) -> int:
@@ -118,9 +114,8 @@ class Meter:
         losses, sums, devices = self._summed(w)
         counted = list(losses.values()) or [math.nan]
         norms = [n.norm for n in w.numbers if not n.skipped] or [math.nan]
-        elapsed = time.perf_counter() - w.began
-        evaluated, stalled = self._times.spent("evaluation") - w.evaluated, self._times.spent("checkpoint") - w.stalled
-        seconds = elapsed - evaluated - stalled
+        took = w.numbers[-1].ended.since(w.began)
+        seconds = took.steps
         metrics = {
             "loss": sum(counted) / len(counted),
             "loss_min": min(counted),
@@ -147,16 +142,17 @@ class Meter:
             flops=self._totals.flops + w.flops,
             step_seconds=self._totals.step_seconds + seconds - w.data_wait,
         )
-        metrics |= self._since_the_beginning(evaluated, stalled)
-        self._window = self._begin()
+        metrics |= self._since_the_beginning(took)
+        self._window = _Window(w.numbers[-1].ended)
         return metrics, spikes
 
     def totals(self) -> Totals:
         """Of the run up to the last report, and its time up to now."""
+        now = self._times.now()
         return replace(
             self._totals,
-            device_seconds=self._before.device_seconds + self._times.seconds * self._world.size,
-            evaluation_seconds=self._before.evaluation_seconds + self._times.spent("evaluation"),
+            device_seconds=self._before.device_seconds + now.elapsed * self._world.size,
+            evaluation_seconds=self._before.evaluation_seconds + now.evaluation,
         )
 
     def _summed(self, w: _Window) -> tuple[dict[int, float], np.ndarray, np.ndarray]:
@@ -172,8 +168,8 @@ class Meter:
         losses = {step: x for step, x, counts in zip(w.steps, by_step.tolist(), kept.tolist(), strict=True) if counts}
         return losses, groups.reshape(2, -1), devices
 
-    def _since_the_beginning(self, evaluated: float, stalled: float) -> dict[str, float]:
-        """Sums over the run; and what was set aside in this window, if anything was."""
+    def _since_the_beginning(self, window: Moment) -> dict[str, float]:
+        """Sums over the run; and what was set aside in the window, if anything was."""
         totals, age = self.totals(), time.time() - self._created
         found = {
             "tokens": float(totals.tokens),
@@ -181,10 +177,10 @@ class Meter:
             "gpu_hours": totals.device_seconds / 3600,
             "goodput": totals.step_seconds / age,
         }
-        if evaluated:
-            found |= {"evaluation_seconds": evaluated, "goodput_evaluation": totals.evaluation_seconds / age}
-        if stalled > _NOTICEABLE:
-            found["checkpoint_stall_seconds"] = stalled
+        if window.evaluation:
+            found |= {"evaluation_seconds": window.evaluation, "goodput_evaluation": totals.evaluation_seconds / age}
+        if window.checkpoint > _NOTICEABLE:
+            found["checkpoint_stall_seconds"] = window.checkpoint
         return found
 
     def _find_spikes(self, losses: dict[int, float]) -> list[Spike]:

@@ -10,15 +10,33 @@ from typing import Literal
 Aside = Literal["evaluation", "checkpoint"]
 
 
+@dataclass(frozen=True)
+class Moment:
+    """Seconds of an attempt, on one rank: since it began, and those of them that were set aside."""
+
+    elapsed: float
+    evaluation: float
+    checkpoint: float
+
+    def since(self, other: "Moment") -> "Moment":
+        return Moment(
+            self.elapsed - other.elapsed, self.evaluation - other.evaluation, self.checkpoint - other.checkpoint
+        )
+
+    @property
+    def steps(self) -> float:
+        """Seconds that were not set aside."""
+        return self.elapsed - self.evaluation - self.checkpoint
+
+
 class Times:
-    """The seconds of an attempt, on this rank: since this was made, and those that its steps had to wait for others."""
+    """The clock of an attempt, on this rank; it begins when this is made."""
 
     def __init__(self) -> None:
         self._began, self._aside = time.perf_counter(), Counter()
 
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self._began
+    def now(self) -> Moment:
+        return Moment(time.perf_counter() - self._began, self._aside["evaluation"], self._aside["checkpoint"])
 
     @contextmanager
     def aside(self, what: Aside) -> Iterator[None]:
@@ -28,10 +46,6 @@ class Times:
             yield
         finally:
             self._aside[what] += time.perf_counter() - began
-
-    def spent(self, what: Aside) -> float:
-        """Seconds that were set aside for this so far."""
-        return self._aside[what]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from fitv2_scale.meter import Meter, StepNumbers
 from fitv2_scale.parallel.engine import StepResult
 from fitv2_scale.progress import Progress
 from fitv2_scale.session import Session
+from fitv2_scale.totals import Moment, Times
 
 
 class Watch:
@@ -28,7 +29,7 @@ class Watch:
         """Takes note of a step whose work has just been handed to the device. ``sums`` is what ``breakdown.tally``
         gives, added up over this rank's packs."""
         numbers = torch.cat([sums.flatten(), torch.stack([result.norm, result.skipped])])
-        self._pending.append(_Pending(batch, waited, _Departing(numbers)))
+        self._pending.append(_Pending(batch, waited, _Departing(numbers, self._s.times)))
 
     def examine(self, newest: bool, report: bool) -> str | None:
         """Examines the steps whose turn it is: all but the newest, that one too if ``newest``.
@@ -45,8 +46,8 @@ class Watch:
 
     def _examine(self, step: "_Pending") -> str | None:
         train, done = self._s.config.train, step.batch.step + 1
-        *sums, norm, skipped = step.numbers.arrived()
-        numbers = StepNumbers(np.reshape(sums, (2, -1)), norm, bool(skipped))
+        (*sums, norm, skipped), ended = step.numbers.arrived()
+        numbers = StepNumbers(np.reshape(sums, (2, -1)), norm, bool(skipped), ended)
         self._meter.update(step.batch, numbers, step.waited)
         self._examined = done
         self._skipped_in_row = self._skipped_in_row + 1 if skipped else 0
@@ -76,14 +77,16 @@ class _Pending:
 class _Departing:
     """A small tensor on its way from the device to the host."""
 
-    def __init__(self, values: Tensor):
+    def __init__(self, values: Tensor, times: Times):
         self._host, self._event = values.to("cpu", non_blocking=True), None  # from CUDA: into pinned memory
+        self._times, self._there = times, times.now()
         if values.is_cuda:
             self._event = torch.cuda.Event(blocking=True)  # sleeps: the loader needs the core
             self._event.record()
 
-    def arrived(self) -> list[float]:
-        """Waits for the copy, not for what the device was given after it."""
+    def arrived(self) -> tuple[list[float], Moment]:
+        """The values, and when they were there. Waits for the copy, not for what the device was given after it."""
         if self._event:
             self._event.synchronize()
-        return self._host.tolist()
+            self._there = self._times.now()
+        return self._host.tolist(), self._there

@@ -14,17 +14,22 @@ from fitv2_scale.config import Config, parse_config
 IMAGES, CLASSES = 240, 5
 
 
+def make_pictures(root: Path, count: int) -> None:
+    """So many pictures of 5 classes and many sizes, in a folder a class."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        height, width = rng.integers(32, 120, 2)
+        ramp = np.add.outer(np.arange(height), np.arange(width))[..., None] * rng.uniform(0.2, 2, 3)
+        folder = root / f"class{i % CLASSES}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((ramp + rng.integers(0, 40, ramp.shape)).astype(np.uint8)).save(folder / f"{i:03d}.png")
+
+
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory) -> str:
     """240 pictures of 5 classes and many sizes, up to 16 tokens each, in several shards and frames."""
     root = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    for i in range(IMAGES):
-        height, width = rng.integers(32, 120, 2)
-        ramp = np.add.outer(np.arange(height), np.arange(width))[..., None] * rng.uniform(0.2, 2, 3)
-        folder = root / f"class{i % CLASSES}"
-        folder.mkdir(exist_ok=True)
-        Image.fromarray((ramp + rng.integers(0, 40, ramp.shape)).astype(np.uint8)).save(folder / f"{i:03d}.png")
+    make_pictures(root, IMAGES)
     url = str(tmp_path_factory.mktemp("data") / "set")
     write_dataset(str(root), url, max_tokens=16, workers=1, images_per_shard=50, progress=False)
     return url

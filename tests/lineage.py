@@ -10,7 +10,7 @@ from fitv2_scale.tracking.journal import read, spans
 
 def losses(run: str) -> dict[int, float]:
     """Loss by step (counted from 1) along the canonical curve; needs train.log_every = 1."""
-    return {r.step: r.metrics["loss"] for r in read(Run.open(run)) if r.metrics}
+    return {r.step: r.metrics["loss"] for r in read(Run.open(run)) if "loss" in (r.metrics or {})}
 
 
 def trained(run: str) -> dict[int, list[tuple]]:
