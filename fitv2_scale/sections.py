@@ -22,7 +22,11 @@ class DataConfig(Section):
     views: Views = Field(
         "mixed", description="mixed: images with a crop view use it half the time, as published; resize; crop"
     )
-    cache_gib: float = Field(1.0, gt=0, description="memory per rank for decoded frames")
+    cache_gib: float = Field(
+        2.5,
+        gt=0,
+        description="memory per rank for decoded frames; a window of 256-token ImageNet takes 2.1",
+    )
     prefetch_gib: float = Field(0.25, gt=0, description="memory per rank for frames and batches of steps to come")
     cache_dir: str = Field(
         "", description="folder on each node's own disk for frames as they are stored, shared by its ranks; empty: none"

@@ -14,7 +14,8 @@ def add(commands: Any) -> None:
     data.add_argument("--only", metavar="PART,…", help="of balance, any_ranks, nodes, bias, planning and scale")
     data.add_argument("--long", action="store_true", help="scale: also a dataset of 100 M images; needs 2 GB in TMPDIR")
     against = data.add_argument_group("the loader beside others, instead of the plan's figures")
-    against.add_argument("--against", nargs="+", metavar="LOADER", help="all, or of webdataset, streaming and files")
+    names = "all, or of webdataset, streaming and files; none named: this loader alone"
+    against.add_argument("--against", nargs="*", metavar="LOADER", help=names)
     against.add_argument("--images", type=int, default=8192, help="latents written for it (default 8192)")
     against.add_argument("--repeats", type=int, default=3, help="rounds of all loaders in turn (default 3)")
     against.add_argument("--seconds", type=float, default=2.0, help="least time of the later epochs (default 2)")
@@ -36,7 +37,7 @@ def add(commands: Any) -> None:
 
 
 def bench_data(args: argparse.Namespace) -> int:
-    if args.against:
+    if args.against is not None:
         from fitv2_scale.bench import loaders
 
         report = loaders.measure(args.against, args.images, args.repeats, args.seconds, args.folder, args.s3)

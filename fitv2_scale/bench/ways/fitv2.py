@@ -22,7 +22,7 @@ from fitv2_scale.bench.ways import Batch, Source
 _COST = Cost(linear=6 * 2304, quadratic=1)  # of FiTv2-3B/2
 _PACK_TOKENS = 16384
 _IMAGES_PER_SHARD = 1000  # as `fitv2 shard write` has it
-_CACHE_BYTES, _DISK_BYTES = 1 << 30, 32 << 30  # the defaults of data.cache_gib and data.cache_disk_gib
+_CACHE_BYTES, _DISK_BYTES = 5 << 29, 32 << 30  # the defaults of data.cache_gib and data.cache_disk_gib
 
 
 def write(samples: Iterable[Sample], folder: Path) -> None:
