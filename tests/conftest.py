@@ -12,6 +12,16 @@ from data_sharding.write import write_dataset
 from fitv2_scale.config import Config, parse_config
 
 IMAGES, CLASSES = 240, 5
+_SERVERS = ("rgw", "slurm")  # fixtures
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where two processes share the tests (pytest-xdist, --dist loadgroup), a file's tests stay in one of them, and so
+    do all that use the same server, which then is started once. Those wait the most, so they begin first."""
+    for item in items:
+        server = next((name for name in _SERVERS if name in item.fixturenames), None)
+        item.add_marker(pytest.mark.xdist_group(server or item.path.stem))
+    items.sort(key=lambda item: not set(_SERVERS) & set(item.fixturenames))
 
 
 def make_pictures(root: Path, count: int) -> None:

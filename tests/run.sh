@@ -50,5 +50,5 @@ say "ruff"
 .venv/bin/ruff format --check .
 
 say "pytest"
-# One thread a process: tests start several ranks on few cores.
-OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "$marks" "$@"
+# One thread a process: tests start several ranks on few cores. Two tests at once, since many of them wait a lot.
+OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "$marks" --durations 40 "$@"
