@@ -16,7 +16,8 @@ from fitv2_scale.run import Run
 ROOT = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 SMALL = ["model.depth=2", "model.hidden=64", "batch.images=16", "train.steps=12", "train.log_every=1"]
-SMALL += ["checkpoint.every_steps=3", "sampling.every_steps=6", "sampling.steps=3", "sampling.columns=3"]
+SMALL += ["checkpoint.every_steps=3", "validation.every_steps=4"]
+SMALL += ["sampling.every_steps=6", "sampling.steps=3", "sampling.columns=3"]
 
 
 def fitv2(*arguments: str) -> str:
@@ -71,9 +72,11 @@ def test_photographs_to_pictures_through_a_kill(tmp_path):
     (tracked,) = client.search_runs([client.get_experiment_by_name("demo").experiment_id])
     assert tracked.info.status == "FINISHED" and tracked.data.tags["fitv2.run_id"] == Run.open(str(run)).id
     assert tracked.data.params["model.hidden"] == "64"
-    for key in ("loss", "grad_norm", "lr", "images_per_second", "tokens_per_second", "packing_fill", "rank_imbalance"):
-        points = client.get_metric_history(tracked.info.run_id, key)
-        assert [p.step for p in points] == list(range(1, 13)), key
+    keys = ["loss", "grad_norm", "lr", "images_per_second", "tokens_per_second", "packing_fill", "rank_imbalance"]
+    keys += ["images", "tokens", "flops", "gpu_hours", "goodput"]
+    steps = dict.fromkeys(keys, list(range(1, 13))) | dict.fromkeys(("val_loss", "val_loss_ema"), [4, 8, 12])
+    for key, expected in steps.items():
+        assert [p.step for p in client.get_metric_history(tracked.info.run_id, key)] == expected, key
     assert [p.value for p in client.get_metric_history(tracked.info.run_id, "loss")] == list(losses(str(run)).values())
     artifacts = [a.path for a in client.list_artifacts(tracked.info.run_id, "samples")]
     assert artifacts == ["samples/00000006.png", "samples/00000012.png"]

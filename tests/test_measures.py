@@ -9,11 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lineage import trained
+from PIL import Image
 from ranks import Ranks, run_ranks
 from test_resume import reach
 
 from data_sharding.deal import Shape
 from data_sharding.packing import lay_out
+from data_sharding.write import write_dataset
 from fitv2_scale.batches import packing_to_torch
 from fitv2_scale.breakdown import NAMES, by_group, tally
 from fitv2_scale.data import Data
@@ -90,6 +92,24 @@ def test_groups_make_up_the_loss(tiny):
         made_up = sum(share * found[last][f"loss_t{k}"] for k, share in enumerate(shares))
         assert made_up == pytest.approx(found[last]["loss"], rel=1e-6)
         assert found[last]["loss_tokens_le64"] == pytest.approx(found[last]["loss"], rel=1e-6)
+
+
+def test_resolutions_in_one_batch_are_told_apart(tiny, dataset, tmp_path):
+    """Images of up to 16 tokens and of 70 to 100, one to two."""
+    for i in range(24):
+        noise = np.random.default_rng(i).integers(0, 255, (130 + i, 160, 3), np.uint8)
+        (tmp_path / f"large/class{i % 5}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise).save(tmp_path / f"large/class{i % 5}/{i}.png")
+    large = str(tmp_path / "set")
+    write_dataset(str(tmp_path / "large"), large, max_tokens=100, workers=1, progress=False)
+    config = tiny(data__url=[dataset, large], data__weights=[1.0, 2.0], train__steps=4, train__log_every=4)
+    assert run_ranks(2, train, config) == [DONE] * 2
+    found, plan = metrics(config.run)[4], Data.open(config, (1,)).plan
+    lengths = np.concatenate([plan.step(step).tokens for step in range(4)])
+    assert 0.3 < (share := (lengths <= 64).mean()) < 0.37 and lengths[lengths > 64].min() > 64
+    small, large_ = found["loss_tokens_le64"], found["loss_tokens_le128"]
+    assert share * small + (1 - share) * large_ == pytest.approx(found["loss"], rel=1e-6)
+    assert abs(small - large_) > 0.01
 
 
 def test_sums_over_the_run_survive_a_kill_and_another_layout(tiny):
