@@ -45,6 +45,7 @@ class Purpose(IntEnum):
     PRESET = 15  # sizes of the presets' images
     VALIDATION_ORDER = 16  # which held-out images are taken
     VALIDATION_NOISE = 17  # x0 of a held-out image; the epoch is the index of the time
+    SAMPLER_LABEL = 18  # class of a generated image; the id is its index
 
 
 def philox(key: tuple, counter: tuple) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -1,9 +1,10 @@
 """The run's configuration: typed, frozen, read from YAML and ``key=value`` overrides.
 
-It has two halves. *Science* (model, flow, data, optimizer, ema, trainable, seed) defines what the run computes
-and is compared when a run is continued; everything else is *operations* and may differ in every attempt.
+It has two halves. *Science* (model, flow, data, optimizer, ema, trainable, seed, init_from) defines what the run
+computes and is compared when a run is continued; everything else is *operations* and may differ in every attempt.
 """
 
+import copy
 import difflib
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,9 @@ _NOT_SCIENCE = {"data": ("url", "weights", *_READING)}
 class Config(Section):
     run: str = Field("", description="the RUN's folder: made by the first attempt, continued by the next ones")
     seed: int = Field(0, ge=0, lt=1 << 64, description="of all randomness: weights, order, noise, times, views")
+    init_from: str = Field(
+        "", description="what a new run begins with: RUN@STEP (its EMA weights), or a file of weights; empty: nothing"
+    )
     model: ModelConfig = Field(description="the network")
     flow: FlowConfig = Field(FlowConfig(), description="the training objective")
     data: DataConfig = Field(description="the dataset")
@@ -72,7 +76,7 @@ class Config(Section):
 
     def science(self) -> dict[str, Any]:
         """The half that defines the run, as plain data."""
-        plain = self.model_dump(mode="json", include=set(SCIENCE))
+        plain = self.model_dump(mode="json", include={*SCIENCE, *(["init_from"] if self.init_from else [])})
         return {
             key: {k: v for k, v in value.items() if k not in _NOT_SCIENCE[key]} if key in _NOT_SCIENCE else value
             for key, value in plain.items()
@@ -108,8 +112,7 @@ def load_config(path: str, overrides: list[str] | None = None) -> Config:
     tree = _parse_yaml(text, path)
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold a mapping of keys to values")
-    _override(tree, overrides or [])
-    return parse_config(tree, path)
+    return parse_config(tree, path, overrides)
 
 
 def load_slurm(overrides: list[str]) -> SlurmConfig:
@@ -122,8 +125,11 @@ def load_slurm(overrides: list[str]) -> SlurmConfig:
         raise UserError(_sentence(error.errors()[0])) from None
 
 
-def parse_config(tree: dict, where: str) -> Config:
-    """Validates plain data. Raises UserError with one sentence that names the key."""
+def parse_config(tree: dict, where: str, overrides: list[str] | None = None) -> Config:
+    """Validates plain data, with overrides as for ``load_config``. Raises UserError with one sentence that names the
+    key."""
+    tree = copy.deepcopy(tree)
+    _override(tree, overrides or [])
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

@@ -9,7 +9,7 @@ from data_sharding.frames import FrameReader
 from data_sharding.patience import Patience
 from fitv2_scale.config import Config
 from fitv2_scale.data import Data
-from fitv2_scale.evaluate.pictures import decode, grid_png, grid_requests
+from fitv2_scale.evaluate.pictures import decode, grid_png, grid_requests, spread_labels
 from fitv2_scale.evaluate.sampler import sample
 from fitv2_scale.evaluate.validation import Validation, held_out
 from fitv2_scale.parallel.engine import Engine
@@ -92,20 +92,20 @@ class Evaluation:
     def _picture(self, done: int) -> None:
         """Samples the configured grid, into samples/<step>.png."""
         config = self.config
-        requests = grid_requests(config.sampling.sizes, config.sampling.columns, self.data.classes)
+        labels = spread_labels(config.sampling.columns, self.data.classes)
+        requests = grid_requests(config.sampling.sizes, labels)
         made = sample(
             self.engine.network,
             requests,
-            classes=config.model.classes,
-            cfg=config.sampling.cfg,
-            steps=config.sampling.steps,
+            model=config.model,
+            sampling=config.sampling,
             seed=config.seed,
             world=self.world,
             tensor=self.layout.tensor,
         )
         if self.journal:
             path, codec = f"samples/{done:08d}.png", self.data.codec(config)
-            pictures = [decode(made[r.index], codec) for r in requests]
+            pictures = [decode(made[r].tokens, codec) for r in requests]
             try:
                 self.store.put(path, grid_png(pictures, rows=len(config.sampling.sizes)))
                 self.journal.picture(done, path)

@@ -1,17 +1,21 @@
 """The sections of a run's configuration that belong to no other room; ``config`` puts all of them together."""
 
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from data_sharding.errors import UserError
 from data_sharding.plan import Views
 from fitv2_scale.model.config import parse_size
+from fitv2_scale.model.extrapolation import AttentionScale, Mode
 from fitv2_scale.parallel.engine import Precision
 
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+S = TypeVar("S", bound=Section)
 
 
 class DataConfig(Section):
@@ -129,7 +133,21 @@ class SamplingConfig(Section):
     sizes: list[str] = Field(["256x256"], description="HEIGHTxWIDTH in pixels, multiples of 16; one grid row each")
     columns: int = Field(8, ge=1, description="classes shown, spread evenly over all")
     cfg: float = Field(1.5, ge=1, description="classifier-free guidance scale; 1: none")
-    steps: int = Field(50, ge=1, description="Euler steps")
+    guided_channels: Literal["all", "three"] = Field(
+        "all", description="latent channels that guidance applies to; three: the first three of four, as released"
+    )
+    solver: Literal["euler", "heun", "dopri5", "sde"] = Field(
+        "euler", description="euler, heun: even steps; dopri5: adaptive, each image its own; sde: SiT's stochastic path"
+    )
+    steps: int = Field(50, ge=1, description="of euler, heun and sde")
+    atol: float = Field(1e-6, gt=0, description="absolute tolerance of dopri5")
+    rtol: float = Field(1e-3, gt=0, description="relative tolerance of dopri5")
+    rope: Literal["auto", Mode] = Field(
+        "auto", description="positions of large images, as model.rope.mode; auto: as published for each size"
+    )
+    attention_scale: Literal["auto", AttentionScale] = Field(
+        "auto", description="as model.rope.attention_scale; auto: as published where rope is auto, else none"
+    )
     vae: str = Field("", description="folder of the AutoencoderKL (diffusers) that makes pictures of sd-vae latents")
 
     @field_validator("sizes")
@@ -141,3 +159,13 @@ class SamplingConfig(Section):
             except UserError as error:
                 raise ValueError(str(error)) from error
         return sizes
+
+
+def with_changes(section: S, changes: dict[str, Any]) -> S:
+    """``section`` with other values, validated. Raises UserError with one sentence that names the key."""
+    try:
+        return type(section).model_validate(section.model_dump() | changes)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{key} = {first['input']!r}: {message}") from None

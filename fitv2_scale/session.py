@@ -13,6 +13,7 @@ from data_sharding.patience import Patience
 from data_sharding.plan import Plan
 from data_sharding.stream import Loader
 from fitv2_scale.audit import Audit
+from fitv2_scale.checkpoint.begin import Source, begin_with
 from fitv2_scale.checkpoint.checkpointer import Checkpointer, Restored
 from fitv2_scale.checkpoint.policy import Cadence
 from fitv2_scale.config import Config
@@ -180,7 +181,7 @@ def open_session(
     engine, relay = make_engine(config, layout, world), Relay(layout, world.rank)
     attempt = Attempt(number, run) if world.is_first else None
     checkpoints = Checkpointer(run, attempt, number, world, config.checkpoint)
-    restored, data, notes, forked = _restore(checkpoints, engine, run, data, fork, config)
+    restored, data, notes, forked = _restore(checkpoints, engine, run, data, fork, config, world)
     ledger = _open_ledger(run, number, data, restored, fork, config, world)
     checkpoints.prepare(engine)
     folder = run.local(f"attempts/{number}")
@@ -230,7 +231,7 @@ def _open_ledger(
 
 
 def _restore(
-    checkpoints: Checkpointer, engine: Engine, run: Run, data: Data, fork: Fork | None, config: Config
+    checkpoints: Checkpointer, engine: Engine, run: Run, data: Data, fork: Fork | None, config: Config, world: World
 ) -> tuple[Restored | None, Data, list[str], bool]:
     """The newest whole commit, the data as it goes on from there, what there is to say, and whether the commit is
     another run's."""
@@ -239,6 +240,9 @@ def _restore(
     if forked:
         restored = checkpoints.restore(engine, fork.run, fork.step)
     if restored is None:
+        if config.init_from:
+            begin_with(Source.parse(config.init_from), engine, config.model, world)
+            return None, data, [f"begins with the weights of {config.init_from}"], False
         return None, data, [], False
     # A fork may have other data; it then begins its own plan at the step where it branches off.
     if restored.cursor is None or (forked and restored.cursor.plan_hash != data.plan.hash):

@@ -1,56 +1,117 @@
-"""Sampling: the same pictures on any number of ranks, and a run that does not notice being sampled from."""
+"""Sampling: the same pictures on any number of ranks and in any pack, and a run that does not notice it."""
 
 import io
+import json
 
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES
+from conftest import make_tiny
 from lineage import commit_bytes
 from PIL import Image
 from ranks import run_ranks
 
 from data_sharding.errors import UserError
+from fitv2_scale.cli import main
+from fitv2_scale.config import Config
 from fitv2_scale.engines import make_engine
-from fitv2_scale.evaluate.from_run import sample_run
 from fitv2_scale.evaluate.pictures import grid_png, grid_requests
-from fitv2_scale.evaluate.sampler import sample
-from fitv2_scale.model.config import parse_size
+from fitv2_scale.evaluate.sampler import Request, rope_of, sample
+from fitv2_scale.model.config import ModelConfig, parse_size
+from fitv2_scale.model.extrapolation import RopeConfig
 from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.world import join
 from fitv2_scale.run import Run
+from fitv2_scale.sections import SamplingConfig
 from fitv2_scale.train import train
 
-SIZES = ["64x64", "32x96", "80x32"]
+# Eight of each; at a train_side of 4, seven of them are extrapolated, each by its own scales.
+SIZES = ["64x64", "32x96", "80x32", "96x96", "16x112", "80x80", "128x48", "48x128"]
+LABELS = [0, 1, 2, 3, 4, 0, 2, 4]
+MODEL = ModelConfig(depth=1, hidden=8, heads=1, classes=5)
 
 
-def draw(config, cfg: float, columns: int = 4) -> dict[int, np.ndarray]:
-    """Samples from weights in which everything matters (the initial ones give zero velocity)."""
+def draw(config: Config, order: int = 1, gather: bool = True, shift: float = 0.02, **sampling) -> dict[int, np.ndarray]:
+    """The same 64 images from weights in which everything matters (the initial ones give zero velocity)."""
     with join() as world:
-        engine = make_engine(config, Layout.of(world.size, 1), world)
+        layout = Layout.of(world.size, 1, config.layout.tensor)
+        engine = make_engine(config, layout, world)
         for boxed in engine.boxes().values():
             for box in boxed.boxes:
-                box.tensor.add_(0.02)
-        requests = grid_requests(SIZES, columns, CLASSES)
+                box.tensor.add_(shift)
+        requests = grid_requests(SIZES, LABELS)[::order]
         with engine.ema_weights():
-            return sample(engine.network, requests, classes=CLASSES, cfg=cfg, steps=6, seed=3, world=world)
+            made = sample(
+                engine.network,
+                requests,
+                model=config.model,
+                sampling=SamplingConfig(**{"steps": 4, "cfg": 2.0} | sampling),
+                seed=3,
+                world=world,
+                tensor=layout.tensor,
+                gather=gather,
+            )
+        return {request.index: (one.tokens, one.nfe) for request, one in made.items()}
 
 
-@pytest.mark.parametrize("cfg", [1.0, 2.5])
-def test_the_same_pictures_on_any_number_of_ranks(tiny, cfg):
-    (alone,) = run_ranks(1, draw, tiny(), cfg)
-    assert len(alone) == 12 and alone[5].shape == (2, 6, 16)
-    for size in (2, 3):
-        for found in run_ranks(size, draw, tiny(), cfg):
-            for index, tokens in alone.items():
-                np.testing.assert_allclose(found[index], tokens, rtol=1e-5, atol=1e-5)
+def assert_same(found: dict, expected: dict) -> None:
+    assert found.keys() == expected.keys() and len(expected) == 64
+    for index, (tokens, nfe) in expected.items():
+        np.testing.assert_allclose(found[index][0], tokens, rtol=1e-5, atol=1e-5)
+        assert found[index][1] == nfe
+
+
+@pytest.fixture
+def extrapolating(tiny):
+    return tiny(model__rope={"train_side": 4})
+
+
+def test_the_same_images_on_any_number_of_processes(extrapolating):
+    (alone,) = run_ranks(1, draw, extrapolating)
+    assert alone[5][0].shape == (4, 4, 16) and alone[63][0].shape == (3, 8, 16)
+    assert_same(run_ranks(1, draw, extrapolating, -1)[0], alone)  # another order in the pack
+    assert_same(run_ranks(2, draw, extrapolating)[1], alone)
+    shares = run_ranks(4, draw, extrapolating, 1, False)
+    assert all(shares) and sum(len(share) for share in shares) == 64
+    assert_same({index: one for share in shares for index, one in share.items()}, alone)
+
+
+def test_the_same_images_with_tensor_parallelism(extrapolating, tiny):
+    (alone,) = run_ranks(1, draw, extrapolating)
+    split = tiny(model__rope={"train_side": 4}, layout__tensor=2)
+    for found in run_ranks(2, draw, split):
+        assert_same(found, alone)
+    assert [len(share) for share in run_ranks(2, draw, split, 1, False)] == [64, 0]
+
+
+def draw_dopri5(config: Config, order: int = 1) -> dict[int, np.ndarray]:
+    return draw(config, order, solver="dopri5", shift=0.05)
+
+
+def test_adaptive_steps_are_each_images_own(extrapolating):
+    """Ranks need the network differently often, and none waits for another; steps and result are those of one rank."""
+    (alone,) = run_ranks(1, draw_dopri5, extrapolating)
+    assert len({nfe for _, nfe in alone.values()}) > 1
+    assert_same(run_ranks(1, draw_dopri5, extrapolating, -1)[0], alone)
+    assert_same(run_ranks(3, draw_dopri5, extrapolating)[2], alone)
+
+
+def draw_two(config: Config) -> int:
+    with join() as world:
+        engine = make_engine(config, Layout.of(world.size, 1), world)
+        made = sample(
+            engine.network,
+            grid_requests(["32x32"], [0, 1]),
+            model=config.model,
+            sampling=SamplingConfig(steps=2, solver="dopri5"),
+            seed=3,
+            world=world,
+        )
+        return len(made)
 
 
 def test_more_ranks_than_pictures(tiny):
-    (alone,) = run_ranks(1, draw, tiny(), 2.0, 1)
-    found = run_ranks(4, draw, tiny(), 2.0, 1)[3]
-    for index, tokens in alone.items():
-        np.testing.assert_allclose(found[index], tokens, rtol=1e-5, atol=1e-5)
+    assert run_ranks(4, draw_two, tiny()) == [2, 2, 2, 2]
 
 
 class _Alone:
@@ -62,24 +123,50 @@ class _Alone:
         return [value]
 
 
+def constant(x_TC, t_I, label_I, packing, rope):
+    """v = label for a class and -1 without one, the last four channels twice that."""
+    value_I = torch.where(label_I == 5, -torch.ones(()), label_I.float())
+    return value_I[packing.image_T][:, None] * torch.tensor([1.0] * 12 + [2.0] * 4)
+
+
+@pytest.mark.parametrize("channels", ["all", "three"])
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
-def test_euler_and_guidance_on_a_velocity_in_closed_form(cfg):
-    """v = label + t for a class, 0 + t without one: after N steps x = x0 + cfg * label + (N - 1) / 2N."""
-    requests, steps = grid_requests(["32x48", "16x16"], 3, 5), 8
+def test_guidance(cfg, channels):
+    requests = grid_requests(["32x48", "16x16"], [0, 3])
 
-    def velocity(x_TC, t_I, label_I, packing):
-        value_I = torch.where(label_I == 5, torch.zeros(()), label_I.float()) + t_I
-        return value_I[packing.image_T][:, None].expand(-1, 16)
+    def draw(velocity) -> dict[Request, np.ndarray]:
+        options = SamplingConfig(cfg=cfg, steps=3, guided_channels=channels)
+        made = sample(velocity, requests, model=MODEL, sampling=options, seed=0, world=_Alone())
+        return {request: one.tokens for request, one in made.items()}
 
-    def still(x_TC, t_I, label_I, packing):
-        return torch.zeros_like(x_TC)
-
-    options = {"classes": 5, "cfg": cfg, "steps": steps, "seed": 0, "world": _Alone()}
-    moved, noise = sample(velocity, requests, **options), sample(still, requests, **options)
+    moved, noise = draw(constant), draw(lambda x_TC, *rest: torch.zeros_like(x_TC))
     for request in requests:
-        shift = moved[request.index] - noise[request.index]
-        np.testing.assert_allclose(shift, cfg * request.label + (steps - 1) / (2 * steps), rtol=1e-5, atol=1e-5)
+        shift = moved[request] - noise[request]
+        guided = -1 + cfg * (request.label + 1)
+        last = 2 * (request.label if channels == "three" else guided)
+        np.testing.assert_allclose(shift[..., :12], guided, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(shift[..., 12:], last, rtol=1e-5, atol=1e-5)
     assert 0.9 < np.concatenate([n.ravel() for n in noise.values()]).std() < 1.1
+
+
+def test_a_class_that_the_model_has_not():
+    with pytest.raises(UserError, match="class 5 is out of range: the model has classes 0 to 4"):
+        sample(constant, [Request(0, 5, 1, 1)], model=MODEL, sampling=SamplingConfig(), seed=0, world=_Alone())
+
+
+def test_positions_are_as_published_unless_asked_for():
+    plain, scaled = RopeConfig(), RopeConfig(mode="vision_ntk", attention_scale="released")
+    published = {"256x256": plain, "128x384": plain, "160x320": RopeConfig(mode="vision_ntk")}
+    published |= {size: scaled for size in ("320x320", "224x448", "160x480")}
+    for size, rope in published.items():
+        assert rope_of(SamplingConfig(), MODEL, *parse_size(size)) == rope
+    stage = MODEL.model_copy(update={"rope": RopeConfig(mode="vision_ntk")})
+    for size in ("512x512", "320x640", "256x768"):
+        assert rope_of(SamplingConfig(), stage, *parse_size(size)) == RopeConfig(mode="vision_ntk")
+    asked = SamplingConfig(rope="yarn")
+    assert rope_of(asked, MODEL, 20, 20) == RopeConfig(mode="yarn")
+    asked = SamplingConfig(attention_scale="paper")
+    assert rope_of(asked, MODEL, 20, 20) == RopeConfig(mode="vision_ntk", attention_scale="paper")
 
 
 def test_sampling_leaves_the_run_as_it_was(tiny):
@@ -92,11 +179,89 @@ def test_sampling_leaves_the_run_as_it_was(tiny):
     assert Image.open(io.BytesIO(store.read("samples/00000003.png"))).size == (4 + 5 * (48 + 4), 4 + 32 + 4)
 
 
-def test_pictures_from_a_run(tiny, tmp_path):
-    config, out = tiny(train__steps=2), tmp_path / "out.png"
+def command(*words: str) -> int:
+    return main(["sample", *words])
+
+
+@pytest.fixture(scope="module")
+def trained(dataset, tmp_path_factory) -> str:
+    config = make_tiny(dataset, tmp_path_factory.mktemp("trained"), train__steps=2)
     assert run_ranks(2, train, config) == [0, 0]
-    assert run_ranks(1, sample_run, config.run, str(out), ["48x32"], 3, 2.0, 4, 0) == [2]
-    assert Image.open(out).size == (4 + 3 * (32 + 4), 4 + 48 + 4)
+    return config.run
+
+
+def test_pictures_from_a_run_and_from_its_weights(trained, tmp_path):
+    weights, config = str(tmp_path / "weights.safetensors"), tmp_path / "config.yaml"
+    config.write_text(json.dumps(Run.open(trained).config))
+    assert main(["checkpoint", "export", trained, weights, "--ema"]) == 0
+    options = ["--size", "48x32", "--size", "32x32", "--steps", "2", "--classes", "0,4,2", "--solver", "heun"]
+    drawn = []
+    for words in ([trained], [f"{trained}@2"], [weights, "--config", str(config), "layout.tensor=1"]):
+        out = tmp_path / f"{len(drawn)}.png"
+        assert run_ranks(1, command, *words, "--out", str(out), *options) == [0]
+        drawn.append(out.read_bytes())
+    assert Image.open(io.BytesIO(drawn[0])).size == (4 + 3 * (32 + 4), 4 + 48 + 4 + 32 + 4)
+    assert drawn[0] == drawn[1] == drawn[2]
+
+
+def test_many_pictures_go_on_where_they_were(trained, tmp_path):
+    npz, folder = str(tmp_path / "all.npz"), tmp_path / "all"
+    options = [trained, "--size", "32x48", "--folder", str(folder), "--steps", "2", "--seed", "7"]
+    assert run_ranks(2, command, *options, "--images", "5") == [0, 0]
+    first = {p.name: p.stat().st_mtime_ns for p in folder.glob("*.png")}
+    assert sorted(first) == [f"{i:06d}.png" for i in range(5)]
+    (folder / "000003.png").unlink()
+    assert run_ranks(3, command, *options, "--images", "9", "--npz", npz) == [0, 0, 0]
+    assert {name for name, at in first.items() if (folder / name).stat().st_mtime_ns == at} == first.keys() - {
+        "000003.png"
+    }
+    whole = str(tmp_path / "whole.npz")
+    alone = [trained, "--size", "32x48", "--folder", str(tmp_path / "whole"), "--steps", "2", "--seed", "7"]
+    assert run_ranks(1, command, *alone, "--images", "9", "--npz", whole) == [0]
+    with np.load(npz) as found, np.load(whole) as expected:
+        assert found["arr_0"].shape == (9, 32, 48, 3) and found["arr_0"].dtype == np.uint8
+        # The networks differ in the last bits, which may tip a pixel from one level to the next.
+        assert np.abs(found["arr_0"].astype(int) - expected["arr_0"]).max() <= 1
+        np.testing.assert_array_equal(found["arr_1"], expected["arr_1"])
+        assert len(set(found["arr_1"].tolist())) > 1 and found["arr_0"].std() > 1
+    with pytest.raises(SystemExit, match="cfg: 1.5 -> 3.0.*another folder"):
+        run_ranks(1, refused, *options, "--images", "5", "--cfg", "3")
+
+
+def refused(*words: str) -> None:
+    """As a user sees it: one sentence, exit code 2."""
+    import contextlib
+
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        assert command(*words) == 2
+    (line,) = said.getvalue().splitlines()
+    raise SystemExit(line)
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--size", "100x100"], "size '100x100': give HEIGHTxWIDTH in pixels, multiples of 16"),
+        (["--classes", "1,5"], "--classes 1,5: give numbers from 0 to 4"),
+        (["--solver", "rk4"], "solver = 'rk4': Input should be 'euler', 'heun', 'dopri5' or 'sde'"),
+        (["--rope", "ntk2"], "rope = 'ntk2': Input should be"),
+        (["--npz", "x.npz"], "say how many with --images N"),
+        (["--npz", "x.npz", "--images", "2", "--size", "16x16", "--size", "16x32"], "give one --size"),
+        (["model.hidden=64"], "another network than the run's"),
+    ],
+)
+def test_bad_input(trained, words, sentence):
+    with pytest.raises(SystemExit, match=f"fitv2: .*{sentence}"):
+        run_ranks(1, refused, trained, *words)
+
+
+def test_weights_of_another_size(trained, tmp_path):
+    weights, config = str(tmp_path / "weights.safetensors"), tmp_path / "config.yaml"
+    config.write_text(json.dumps(Run.open(trained).config))
+    assert main(["checkpoint", "export", trained, weights, "--ema"]) == 0
+    with pytest.raises(SystemExit, match="the config wants .* choose another config"):
+        run_ranks(1, refused, weights, "--config", str(config), "model.hidden=64")
 
 
 def test_grid_places_every_picture():

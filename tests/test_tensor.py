@@ -23,6 +23,7 @@ from fitv2_scale.model.counts import logical_shapes
 from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.tensor import TensorGroup, tensor_linear
 from fitv2_scale.parallel.world import join
+from fitv2_scale.sections import SamplingConfig
 from fitv2_scale.train import train
 
 ENGINES = ["fsdp", "zero3"]
@@ -221,7 +222,9 @@ def make_pictures(tensor: int) -> dict[int, np.ndarray]:
         engine = make_engine(config, Layout.of(world.size, 1, tensor), world)
         steps_of(engine, config, Cell(world.size, tensor), world)  # before the first step the velocity is zero
         with engine.ema_weights():
-            return sample(engine.network, requests, classes=5, cfg=1.5, steps=3, seed=0, world=world, tensor=tensor)
+            options = {"model": config.model, "sampling": SamplingConfig(steps=3), "seed": 0}
+            made = sample(engine.network, requests, **options, world=world, tensor=tensor)
+            return {request.index: one.tokens for request, one in made.items()}
 
 
 def test_compiled_blocks_train_the_same_in_a_tensor_group():

@@ -19,6 +19,7 @@ from fitv2_scale.checkpoint.chunks import Damaged
 from fitv2_scale.checkpoint.safetensors_file import Entry, write_safetensors
 from fitv2_scale.checkpoint.storage import BoxReader, box_record, write_manifest
 from fitv2_scale.config import Config
+from fitv2_scale.model.config import ModelConfig
 from fitv2_scale.model.counts import logical_shapes
 from fitv2_scale.run import Run, provenance
 from fitv2_scale.store import open_store
@@ -32,13 +33,27 @@ class WrongWeights(UserError):
         self.missing, self.left_over = missing, left_over
 
 
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+
+
 @dataclass(frozen=True)
-class _Stored:
+class Stored:
     """A tensor in a file, read when it is wanted."""
 
     shape: tuple[int, ...]
     dtype: str  # as in "torch.float32"
     read: Callable[[], Tensor]
+
+
+def open_weights(file: str, model: ModelConfig) -> dict[str, Stored]:
+    """The file's tensors by their names, none read yet.
+
+    Raises:
+        UserError: not a weights file, or names, shapes or types that are not exactly those of ``model``.
+    """
+    tensors = _open(file)
+    _check(file, tensors, logical_shapes(model))
+    return tensors
 
 
 def import_weights(file: str, run_url: str, config: Config) -> Run:
@@ -47,8 +62,7 @@ def import_weights(file: str, run_url: str, config: Config) -> Run:
     Raises:
         UserError: not a weights file, or names or shapes that are not exactly those of ``config.model``.
     """
-    tensors = _open(file)
-    _check(file, tensors, logical_shapes(config.model))
+    tensors = open_weights(file, config.model)
     run = Run.open_or_create(run_url, config.model_dump(mode="json"), config.science(), plan_hash=None)
     if run.log.commits():
         raise UserError(f"{run_url} has commits already: import into a new run folder")
@@ -99,14 +113,14 @@ def export_weights(run_url: str, file: str, ema: bool, step: int | None = None) 
     return manifest["step"]
 
 
-def _open(file: str) -> dict[str, _Stored]:
+def _open(file: str) -> dict[str, Stored]:
     """What tensors the file holds. Nothing but tensors is unpickled."""
     if not Path(file).is_file():
         raise UserError(f"there is no weights file {file}")
     try:
         if file.endswith(".safetensors"):
             return _open_safetensors(file)
-        if file.endswith((".bin", ".pt", ".pth")):
+        if file.endswith(SUFFIXES):
             return _open_pickled(file)
     except SafetensorError as error:
         raise UserError(f"{file} is not a whole .safetensors file ({error}): fetch it again") from error
@@ -116,7 +130,7 @@ def _open(file: str) -> dict[str, _Stored]:
     raise UserError(f"{file}: weights come as .safetensors or .bin")
 
 
-def _open_safetensors(file: str) -> dict[str, _Stored]:
+def _open_safetensors(file: str) -> dict[str, Stored]:
     # The library checks the file, but reads by mapping it, which leaves all that was read in memory.
     with safe_open(file, framework="pt") as opened:
         dtypes = {name: _name_of(opened.get_slice(name).get_dtype()) for name in opened.keys()}  # noqa: SIM118
@@ -126,16 +140,16 @@ def _open_safetensors(file: str) -> dict[str, _Stored]:
     found = {}
     for name, dtype in dtypes.items():
         shape, begin = tuple(header[name]["shape"]), 8 + length + header[name]["data_offsets"][0]
-        found[name] = _Stored(shape, dtype, lambda b=begin, s=shape: _read(file, b, s, _strides(s)))
+        found[name] = Stored(shape, dtype, lambda b=begin, s=shape: _read(file, b, s, _strides(s)))
     return found
 
 
-def _open_pickled(file: str) -> dict[str, _Stored]:
+def _open_pickled(file: str) -> dict[str, Stored]:
     found = {}
     for name, tensor in torch.load(file, map_location="meta", weights_only=True).items():  # meta: reads no data
         begin = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.itemsize
         shape, strides = tuple(tensor.shape), tensor.stride()
-        found[name] = _Stored(shape, str(tensor.dtype), lambda b=begin, s=shape, t=strides: _read(file, b, s, t))
+        found[name] = Stored(shape, str(tensor.dtype), lambda b=begin, s=shape, t=strides: _read(file, b, s, t))
     return found
 
 
@@ -159,7 +173,7 @@ def _name_of(dtype: str) -> str:
     return {"F32": "torch.float32", "F16": "torch.float16", "BF16": "torch.bfloat16"}.get(dtype, dtype)
 
 
-def _check(file: str, tensors: dict[str, _Stored], expected: dict[str, tuple[int, ...]]) -> None:
+def _check(file: str, tensors: dict[str, Stored], expected: dict[str, tuple[int, ...]]) -> None:
     missing, left_over = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or left_over:
         raise WrongWeights(

@@ -1,26 +1,135 @@
-"""fitv2 sample: pictures from trained weights."""
+"""fitv2 sample: pictures of any size from trained weights."""
 
 import argparse
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from data_sharding.errors import UserError
 from fitv2_scale.commands.parsing import make, show
+
+if TYPE_CHECKING:  # torch is imported when there is something to do
+    from fitv2_scale.evaluate.from_run import Weights
+    from fitv2_scale.sections import SamplingConfig
 
 
 def add(commands: Any) -> None:
-    sample = make(commands, "sample", sample_pictures, "make pictures from a run's EMA weights")
-    sample.add_argument("run", metavar="RUN")
+    sample = make(commands, "sample", sample_pictures, "make pictures of any size from EMA weights")
+    sample.add_argument("weights", metavar="RUN_OR_WEIGHTS", help="RUN, RUN@STEP, or .safetensors/.bin with --config")
+    sample.add_argument("overrides", nargs="*", metavar="key=value", help="of the config, as in layout.tensor=2")
+    sample.add_argument("--config", metavar="FILE", help="the config of a weights file")
     sample.add_argument("--size", action="append", metavar="HxW", help="pixels, multiples of 16; may be repeated")
-    sample.add_argument("--columns", type=int, default=8, help="classes shown, spread evenly (default 8)")
-    sample.add_argument("--cfg", type=float, default=1.5, help="guidance scale (default 1.5)")
-    sample.add_argument("--steps", type=int, default=50, help="Euler steps (default 50)")
-    sample.add_argument("--seed", type=int, default=0)
-    sample.add_argument("--out", default="samples.png", metavar="FILE")
+    sample.add_argument("--classes", metavar="A,B,…", help="class numbers (default: spread evenly over all)")
+    sample.add_argument("--columns", type=int, default=8, help="classes shown where --classes is not given (default 8)")
+    sample.add_argument("--cfg", type=float, help="guidance scale; 1: none (default: the config's sampling.cfg, 1.5)")
+    sample.add_argument("--guided-channels", metavar="all|three", help="three: as released (default all)")
+    sample.add_argument("--solver", metavar="euler|heun|dopri5|sde", help="(default: the config's, euler)")
+    sample.add_argument("--steps", type=int, help="of euler, heun and sde (default: the config's, 50)")
+    sample.add_argument(
+        "--rope",
+        metavar="MODE",
+        help="positions of large images: none, pi, ntk, yarn, vision_ntk, vision_yarn (default: as published)",
+    )
+    sample.add_argument("--attention-scale", metavar="none|paper|released", help="(default: as published)")
+    sample.add_argument("--seed", type=int, default=0, help="of the noise, with each image's index (default 0)")
+    sample.add_argument(
+        "--out", default="samples.png", metavar="FILE", help="the grid, a row a size and a column a class"
+    )
+    sample.add_argument("--compare", action="store_true", help="all ways of extrapolation at one --size, into --out")
+    sample.add_argument("--images", type=int, metavar="N", help="N single pictures of random classes, into --folder")
+    sample.add_argument("--folder", metavar="DIR", help="of the single pictures; a killed call goes on there")
+    sample.add_argument(
+        "--npz", metavar="FILE", help="the single pictures as ADM's evaluator reads them; needs --images"
+    )
 
 
 def sample_pictures(args: argparse.Namespace) -> int:
-    from fitv2_scale.evaluate.from_run import sample_run
+    from fitv2_scale.evaluate.from_run import opened
+    from fitv2_scale.parallel.world import join
 
+    make_them = _compare if args.compare else _many if args.images is not None else _grid
     sizes = args.size or ["256x256"]
-    step = sample_run(args.run, args.out, sizes, args.columns, args.cfg, args.steps, args.seed)
-    show(args, {"file": args.out, "step": step}, f"{args.out}: pictures from the EMA weights of step {step}")
+    if args.compare and len(sizes) > 1:
+        raise UserError("--compare shows one size: give one --size")
+    if args.npz and args.images is None:
+        raise UserError("--npz writes single pictures: say how many with --images N")
+    if args.images is not None and args.images < 1:
+        raise UserError(f"--images {args.images}: give 1 or more")
+    with join() as world, opened(args.weights, world, args.config, args.overrides) as weights:
+        sampling = _sampling(args, weights.config.sampling)
+        report, text = make_them(args, weights, sampling, sizes)
+        if world.is_first:
+            show(args, {"weights": weights.name, "step": weights.step, "solver": sampling.solver} | report, text)
     return 0
+
+
+def _grid(args: argparse.Namespace, weights: "Weights", sampling: "SamplingConfig", sizes: list[str]) -> tuple:
+    from fitv2_scale.evaluate.pictures import decode, grid_png, grid_requests
+    from fitv2_scale.evaluate.sampler import sample
+
+    codec, requests = weights.codec(), grid_requests(sizes, _labels(args, weights))
+    made = sample(
+        weights.engine.network,
+        requests,
+        model=weights.config.model,
+        sampling=sampling,
+        seed=args.seed,
+        world=weights.world,
+        tensor=weights.layout.tensor,
+    )
+    if weights.world.is_first:
+        png = grid_png([decode(made[r].tokens, codec) for r in requests], rows=len(sizes))
+        _write(args.out, png)
+    nfe = sum(one.nfe for one in made.values()) / len(made)
+    return {"file": args.out, "nfe": nfe}, f"{args.out}: pictures from the EMA weights of {weights.name}, NFE {nfe:g}"
+
+
+def _many(args: argparse.Namespace, weights: "Weights", sampling: "SamplingConfig", sizes: list[str]) -> tuple:
+    from fitv2_scale.evaluate.many import make_pictures, random_requests, write_npz
+
+    if args.npz and len(sizes) > 1:
+        raise UserError("an .npz for ADM's evaluator holds pictures of one size: give one --size")
+    labels = _labels(args, weights) if args.classes else list(range(weights.classes))
+    requests = random_requests(sizes, args.images, labels, args.seed)
+    folder = args.folder or f"{args.npz or 'samples'}.pictures"
+    done = make_pictures(weights, requests, sampling, args.seed, folder, weights.codec())
+    if args.npz and weights.world.is_first:
+        write_npz(folder, requests, args.npz)
+    text = f"{folder}: {args.images} pictures from the EMA weights of {weights.name}, NFE {done.nfe:g}, {done.made} new"
+    report = {"folder": folder, "images": args.images, "made": done.made, "nfe": done.nfe, "npz": args.npz}
+    return report, text + (f"; {args.npz}" if args.npz else "")
+
+
+def _compare(args: argparse.Namespace, weights: "Weights", sampling: "SamplingConfig", sizes: list[str]) -> tuple:
+    from fitv2_scale.evaluate.compare import compare, plot, to_text
+
+    found = compare(weights, sampling, sizes[0], _labels(args, weights), args.seed)
+    if weights.world.is_first:
+        plot(found, sizes[0], args.out)
+    return {"file": args.out, "ways": [way.report() for way in found]}, f"{to_text(found)}\n{args.out}"
+
+
+def _labels(args: argparse.Namespace, weights: "Weights") -> list[int]:
+    from fitv2_scale.evaluate.pictures import spread_labels
+
+    if args.classes is None:
+        return spread_labels(args.columns, weights.classes)
+    labels = args.classes.split(",")
+    if not all(label.isdigit() and int(label) < weights.config.model.classes for label in labels):
+        raise UserError(
+            f"--classes {args.classes}: give numbers from 0 to {weights.config.model.classes - 1}, as in 0,1"
+        )
+    return [int(label) for label in labels]
+
+
+def _sampling(args: argparse.Namespace, config: "SamplingConfig") -> "SamplingConfig":
+    from fitv2_scale.sections import with_changes
+
+    names = ("cfg", "guided_channels", "solver", "steps", "rope", "attention_scale")
+    return with_changes(config, {name: getattr(args, name) for name in names if getattr(args, name) is not None})
+
+
+def _write(file: str, data: bytes) -> None:
+    try:
+        Path(file).write_bytes(data)
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror}") from error

@@ -1,39 +1,107 @@
-"""``fitv2 sample``: pictures from the newest whole commit of a run."""
+"""A network to make pictures with: from a run's commit, or from a file of weights, in any layout."""
 
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
-from data_sharding.codec import codec_of
-from data_sharding.errors import UserError
+from data_sharding.codec import SD_VAE, Codec, codec_of, get_codec
+from data_sharding.errors import DataError, UserError
 from data_sharding.manifest import Manifest
+from fitv2_scale.checkpoint.begin import Source, begin_with, is_weights
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
-from fitv2_scale.config import parse_config
+from fitv2_scale.config import Config, load_config, parse_config
 from fitv2_scale.engines import make_engine
-from fitv2_scale.evaluate.pictures import decode, grid_png, grid_requests
-from fitv2_scale.evaluate.sampler import sample
+from fitv2_scale.model.counts import logical_shapes
+from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.mesh import Layout
-from fitv2_scale.parallel.world import join
+from fitv2_scale.parallel.world import World
 from fitv2_scale.run import Run
 
-_LAYOUT = {"engine": "fsdp", "replicate": 1, "tensor": 1}  # pictures need none of what the training was spread over
+# Pictures need none of what the training was spread over; packs come in many shapes, each of which would be compiled.
+_LAYOUT = {"engine": "fsdp", "replicate": 1, "tensor": 1, "checkpointing": "none", "compile": False}
 
 
-def sample_run(run_url: str, out: str, sizes: list[str], columns: int, cfg: float, steps: int, seed: int) -> int:
-    """Writes a grid of pictures, a row a size and a column a class, to ``out``; returns the step of the weights."""
-    run = Run.open(run_url)
-    config = parse_config(run.config | {"layout": run.config["layout"] | _LAYOUT}, f"{run.url}/run.json")
-    manifest = Manifest.load(config.data.urls[0])
-    requests = grid_requests(sizes, columns, len(manifest.classes))
-    with join() as world:
-        engine = make_engine(config, Layout.of(world.size, replicate=1), world)
-        restored = Checkpointer(run, None, 0, world).restore(engine, run)
+@dataclass(frozen=True)
+class Weights:
+    """What ``opened`` gives: the EMA weights lie in ``engine.network``."""
+
+    name: str  # runs/first@1000, or the file
+    step: int | None  # None: a file of weights
+    config: Config
+    engine: Engine
+    layout: Layout
+    world: World
+
+    def codec(self) -> Codec:
+        """What makes pictures of its latents: that of the dataset; where there is none, the VAE of sampling.vae.
+
+        Raises:
+            UserError: there is neither.
+        """
+        vae = self.config.sampling.vae
+        try:
+            return codec_of(self._manifest().header.codec, vae)
+        except DataError as error:
+            if vae:
+                return get_codec(SD_VAE, vae)
+            raise UserError(
+                f"how these latents become pictures is not known: {error}; give data.url=FOLDER, the dataset, or "
+                "sampling.vae=FOLDER, the diffusers AutoencoderKL"
+            ) from error
+
+    @property
+    def classes(self) -> int:
+        """Those that it was trained on, as far as that can be seen."""
+        try:
+            return min(len(self._manifest().classes), self.config.model.classes)
+        except DataError:
+            return self.config.model.classes
+
+    def _manifest(self) -> Manifest:
+        return Manifest.load(self.config.data.urls[0])
+
+
+@contextmanager
+def opened(
+    source: str, world: World, config_file: str | None = None, overrides: list[str] | None = None
+) -> Iterator[Weights]:
+    """The EMA weights of ``source``: RUN, its newest whole commit; RUN@STEP; or a file of weights, with the config that
+    ``config_file`` holds. A collective.
+
+    Raises:
+        UserError: there are no such weights, or they are not those of the config.
+    """
+    if is_weights(source):
+        if config_file is None:
+            raise UserError(f"{source}: give the config of these weights as --config FILE, as in configs/")
+        config = load_config(config_file, overrides)
+        config = config.model_copy(update={"layout": config.layout.model_copy(update={"compile": False})})
+        engine, layout = _engine(config, world)
+        begin_with(Source.parse(source), engine, config.model, world)
+        weights = Weights(source, None, config, engine, layout, world)
+    else:
+        if config_file is not None:
+            raise UserError(f"{source} is a run, which has its config: leave --config out")
+        url, at, step = source.rpartition("@")
+        pinned = at and step.isdigit()
+        run = Run.open(url if pinned else source)
+        tree = run.config | {"layout": run.config["layout"] | _LAYOUT}
+        config = parse_config(tree, f"{run.url}/run.json", overrides)
+        if logical_shapes(config.model) != logical_shapes(parse_config(tree, run.url).model):
+            raise UserError(f"{source}: these overrides make another network than the run's; leave model.… out")
+        engine, layout = _engine(config, world)
+        restored = Checkpointer(run, None, 0, world).restore(engine, run, int(step) if pinned else None)
         if restored is None:
-            raise UserError(f"{run.url} has no commit yet")
-        with engine.ema_weights():
-            made = sample(
-                engine.network, requests, classes=config.model.classes, cfg=cfg, steps=steps, seed=seed, world=world
-            )
-        if world.is_first:
-            codec = codec_of(manifest.header.codec, config.sampling.vae)
-            pictures = [decode(made[r.index], codec) for r in requests]
-            Path(out).write_bytes(grid_png(pictures, rows=len(sizes)))
-    return restored.step
+            raise UserError(f"{run.url} has no commit" + (f" at step {step}" if pinned else " yet"))
+        weights = Weights(f"{run.url}@{restored.step}", restored.step, config, engine, layout, world)
+    with weights.engine.ema_weights():
+        yield weights
+
+
+def _engine(config: Config, world: World) -> tuple[Engine, Layout]:
+    """An engine for no training: the moments of one tensor are as few as it will keep."""
+    names = [n for n in logical_shapes(config.model) if any(fnmatchcase(n, pattern) for pattern in config.trainable)]
+    config = config.model_copy(update={"trainable": names[-1:] or config.trainable})
+    layout = Layout.of(world.size, config.layout.replicate, config.layout.tensor)
+    return make_engine(config, layout, world), layout

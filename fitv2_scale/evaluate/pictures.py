@@ -13,12 +13,16 @@ from fitv2_scale.model.config import parse_size
 _GAP = 4  # pixels between the pictures of a grid
 
 
-def grid_requests(sizes: list[str], columns: int, classes: int) -> list[Request]:
-    """One row a size (as in "160x320"), at most ``columns`` columns, a class each, spread evenly over ``classes``."""
+def spread_labels(columns: int, classes: int) -> list[int]:
+    """At most ``columns`` labels, spread evenly over ``classes``."""
     columns = min(columns, classes)
-    labels = [i * classes // columns for i in range(columns)]
+    return [i * classes // columns for i in range(columns)]
+
+
+def grid_requests(sizes: list[str], labels: list[int]) -> list[Request]:
+    """One row a size (as in "160x320"), one column a label."""
     return [
-        Request(row * columns + column, label, *parse_size(size))
+        Request(row * len(labels) + column, label, *parse_size(size))
         for row, size in enumerate(sizes)
         for column, label in enumerate(labels)
     ]

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from data_sharding.errors import UserError
+from fitv2_scale.model.extrapolation import RopeConfig
 
 TOKEN_CHANNELS = 16  # 4 latent channels in patches of 2 x 2
 TIMESTEP_CHANNELS = 256
@@ -27,6 +28,7 @@ class ModelConfig(BaseModel):
         "lora", description="lora: a rank hidden/4 head per block plus one global head, as released; full: FiT's own"
     )
     rope_theta: float = Field(10000.0, gt=0, description="base of the rotary frequencies")
+    rope: RopeConfig = Field(RopeConfig(), description="positions of images larger than the first training's")
 
     @model_validator(mode="after")
     def _divisible(self):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fitv2_scale.model.attention import attention
 from fitv2_scale.model.config import TIMESTEP_CHANNELS, TOKEN_CHANNELS, ModelConfig
+from fitv2_scale.model.extrapolation import extrapolated_table
 from fitv2_scale.model.gather import to_tokens
 from fitv2_scale.model.packing import Packing
 from fitv2_scale.model.rope import rope_table, rotate
@@ -162,15 +163,29 @@ class FiTv2(nn.Module):
         self.blocks = nn.ModuleList(Block(config, linear) for _ in range(config.depth))
         self.final_layer = FinalLayer(config, linear)
 
-    def forward(self, x_TC: Tensor, t_I: Tensor, label_I: Tensor, packing: Packing) -> Tensor:
+    def forward(
+        self,
+        x_TC: Tensor,
+        t_I: Tensor,
+        label_I: Tensor,
+        packing: Packing,
+        rope: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """The velocity at noised tokens x_TC: (T, 16).
 
         ``t_I`` is the time of each image (0 noise, 1 data), ``label_I`` its class; ``config.classes`` means no class.
+        ``rope`` is a table to take instead of the config's own (see ``extrapolation``).
         """
         x_TD = self.x_embedder(x_TC)
         c_ID = self.t_embedder(t_I) + self.y_embedder(label_I)
         shared_I6D = None if self.global_adaLN_modulation is None else self.global_adaLN_modulation(c_ID)
-        rope = rope_table(packing.positions_T2, self.config.head_dim, self.config.rope_theta)
+        rope = rope or self._rope(packing)
         for block in self.blocks:
             x_TD = block(x_TD, c_ID, shared_I6D, rope, packing)
         return self.final_layer(x_TD, c_ID, packing)
+
+    def _rope(self, packing: Packing) -> tuple[Tensor, Tensor]:
+        config = self.config
+        if config.rope.mode == config.rope.attention_scale == "none":
+            return rope_table(packing.positions_T2, config.head_dim, config.rope_theta)
+        return extrapolated_table(packing, config.rope, config.head_dim, config.rope_theta)

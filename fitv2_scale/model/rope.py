@@ -7,13 +7,26 @@ from torch import Tensor
 def rope_table(positions_T2: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos and sin, float32 (T, head_dim / 2), one angle for each pair of channels (2i, 2i + 1).
 
-    Per axis: frequencies theta ** (-2i / (head_dim / 2)) for i < head_dim / 4. ``positions_T2`` is (row, column).
+    ``positions_T2`` is (row, column).
     """
+    return table(positions_T2, axis_frequencies(head_dim, theta, positions_T2.device))
+
+
+def axis_frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """theta ** (-2i / (head_dim / 2)) for i < head_dim / 4, float64: radians a token, along either axis."""
     axis_dim = head_dim // 2
-    exponent = torch.arange(0, axis_dim, 2, device=positions_T2.device, dtype=torch.float64) / axis_dim
-    angle_T2F = positions_T2[:, :, None] * theta**-exponent
-    angle_TF = angle_T2F.flatten(1).float()
-    return angle_TF.cos(), angle_TF.sin()
+    exponent_F = torch.arange(0, axis_dim, 2, device=device, dtype=torch.float64) / axis_dim
+    return theta**-exponent_F
+
+
+def table(positions_T2: Tensor, frequency_F: Tensor, factor_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """cos and sin, float32, times ``factor_T`` if given; ``frequency_F`` is (F,), or each token's own, (T, 2, F)."""
+    angle_TF = (positions_T2[:, :, None] * frequency_F).flatten(1).float()
+    cos_TF, sin_TF = angle_TF.cos(), angle_TF.sin()
+    if factor_T is None:
+        return cos_TF, sin_TF
+    factor_T1 = factor_T.float()[:, None]
+    return cos_TF * factor_T1, sin_TF * factor_T1
 
 
 def rotate(x_THD: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:

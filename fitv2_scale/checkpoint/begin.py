@@ -1,0 +1,110 @@
+"""Weights for a network that begins with them: the EMA of a commit of another run, or a file of public weights.
+
+They become the weights and the EMA; optimizer, step and data begin anew. Every tensor is taken, those too that a
+high-resolution stage trains: the released loader drops just these, which costs what they had learned.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from data_sharding.errors import UserError
+from fitv2_scale.checkpoint.boxed import BoxedTensor
+from fitv2_scale.checkpoint.checkpointer import read_manifest
+from fitv2_scale.checkpoint.chunks import Damaged
+from fitv2_scale.checkpoint.storage import BoxReader
+from fitv2_scale.checkpoint.weights import SUFFIXES, open_weights
+from fitv2_scale.model.config import ModelConfig
+from fitv2_scale.parallel.engine import Engine
+from fitv2_scale.parallel.world import World
+from fitv2_scale.run import Run
+
+
+@dataclass(frozen=True)
+class Source:
+    """RUN@STEP, or a weights file (step None)."""
+
+    url: str
+    step: int | None
+
+    @classmethod
+    def parse(cls, text: str) -> "Source":
+        """Raises UserError unless it is one of both; whether it exists is not looked at."""
+        if is_weights(text):
+            return cls(text, None)
+        url, at, step = text.rpartition("@")
+        if not at or not step.isdigit():
+            raise UserError(
+                f"init_from '{text}': give RUN@STEP, as in runs/first@1000, or a weights file ({', '.join(SUFFIXES)})"
+            )
+        return cls(url, int(step))
+
+
+def is_weights(text: str) -> bool:
+    return text.endswith(SUFFIXES)
+
+
+def begin_with(source: Source, engine: Engine, model: ModelConfig, world: World) -> None:
+    """Fills weights and EMA of ``engine``, on all ranks together.
+
+    Raises:
+        UserError: there are no such weights, they are damaged, or of another network than ``model``.
+    """
+    if source.step is None:
+        _from_file(source.url, engine, model)
+    else:
+        _from_run(source, engine, world)
+    engine.loaded()
+
+
+@torch.no_grad()
+def _from_file(file: str, engine: Engine, model: ModelConfig) -> None:
+    wanted = engine.boxes()
+    for name, stored in open_weights(file, model).items():
+        whole = stored.read()
+        for box in (*wanted[f"param/{name}"].boxes, *wanted[f"ema/{name}"].boxes):
+            part = whole
+            for dim, (start, length) in enumerate(zip(box.offset, box.tensor.shape, strict=True)):
+                part = part.narrow(dim, start, length)
+            box.tensor.copy_(part)
+
+
+def _from_run(source: Source, engine: Engine, world: World) -> None:
+    run = Run.open(source.url)
+    entries = [entry for entry in run.log.commits() if entry.fields["step"] == source.step]
+    if not entries:
+        steps = [entry.fields["step"] for entry in run.log.commits()]
+        raise UserError(
+            f"{source.url} has no commit at step {source.step}, but at {steps or 'none'}: choose one of them"
+        )
+    try:
+        manifest = read_manifest(run, entries[-1])
+        _check(source, engine, manifest["tensors"])
+        for kind in ("param/", "ema/"):
+            state = {
+                f"ema/{name.removeprefix(kind)}": BoxedTensor(logical)
+                for name, logical in engine.boxes().items()
+                if name.startswith(kind)
+            }
+            reader = BoxReader(run.store, entries[-1].fields["path"], manifest)
+            dcp.load(state, storage_reader=reader, process_group=world.cpu_group)
+    except (Damaged, CheckpointException) as error:
+        causes = [cause for cause, _ in getattr(error, "failures", {}).values()] or [error]
+        if not all(isinstance(cause, Damaged) for cause in causes):
+            raise
+        raise UserError(
+            f"{source.url}: the commit at step {source.step} is not whole ({causes[0]}): choose another"
+        ) from error
+
+
+def _check(source: Source, engine: Engine, stored: dict[str, dict]) -> None:
+    wanted = {name: logical.shape for name, logical in engine.boxes().items() if name.startswith("ema/")}
+    found = {name: tuple(tensor["shape"]) for name, tensor in stored.items() if name.startswith("ema/")}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise UserError(
+                f"{source.url} holds another network: {name.removeprefix('ema/')} is {found.get(name, 'missing')} "
+                f"there and {wanted.get(name, 'missing')} in this config: make the section model the same"
+            )

@@ -1,0 +1,127 @@
+"""All ways of RoPE extrapolation at one size, from the same noise: as figures, and as pictures."""
+
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from fitv2_scale.evaluate.from_run import Weights
+from fitv2_scale.evaluate.pictures import decode
+from fitv2_scale.evaluate.sampler import Request, rope_of, sample
+from fitv2_scale.model.config import ModelConfig, parse_size
+from fitv2_scale.model.extrapolation import RopeConfig, turns
+from fitv2_scale.sections import SamplingConfig
+
+_WAYS = (
+    ("none", "none"),
+    ("pi", "none"),
+    ("ntk", "none"),
+    ("yarn", "none"),
+    ("vision_ntk", "none"),
+    ("vision_yarn", "none"),
+    ("vision_ntk", "paper"),
+    ("vision_ntk", "released"),
+)
+
+
+@dataclass(frozen=True)
+class Way:
+    rope: RopeConfig
+    is_default: bool  # what `fitv2 sample` takes at this size
+    frequency_2F: torch.Tensor  # radians a token, rows then columns
+    attention: float  # factor of q k
+    nfe: float | None = None  # mean over the images
+    pictures: tuple[Image.Image, ...] = ()
+
+    @property
+    def name(self) -> str:
+        scale = self.rope.attention_scale
+        return self.rope.mode + ("" if scale == "none" else f" + {scale}")
+
+    def report(self) -> dict:
+        slowest = (2 * torch.pi / self.frequency_2F[:, -1]).tolist()
+        return {
+            "way": self.name,
+            "default": self.is_default,
+            "longest_wave_tokens": {"rows": slowest[0], "columns": slowest[1]},
+            "attention_factor": self.attention,
+            "nfe": self.nfe,
+        }
+
+
+def ways(model: ModelConfig, sampling: SamplingConfig, size: str) -> list[Way]:
+    """Each way at ``size``, no pictures made yet."""
+    rows, columns = parse_size(size)
+    default, found = rope_of(sampling, model, rows, columns), []
+    for mode, scale in _WAYS:
+        rope = model.rope.model_copy(update={"mode": mode, "attention_scale": scale})
+        frequency_I2F, factor_I = turns(rope, torch.tensor([[rows, columns]]), model.head_dim, model.rope_theta)
+        found.append(Way(rope, rope == default, frequency_I2F[0], factor_I.item()))
+    return found
+
+
+def compare(weights: Weights, sampling: SamplingConfig, size: str, labels: list[int], seed: int) -> list[Way]:
+    """Pictures of ``labels`` by each way, all in one call. A collective; pictures are rank 0's."""
+    rows, columns = parse_size(size)
+    model, found = weights.config.model, ways(weights.config.model, sampling, size)
+    requests = [[Request(i, label, rows, columns, way.rope) for i, label in enumerate(labels)] for way in found]
+    made = sample(
+        weights.engine.network,
+        [request for row in requests for request in row],
+        model=model,
+        sampling=sampling,
+        seed=seed,
+        world=weights.world,
+        tensor=weights.layout.tensor,
+    )
+    codec = weights.codec() if weights.world.is_first else None
+    done = []
+    for way, row in zip(found, requests, strict=True):
+        pictures = tuple(decode(made[request].tokens, codec) for request in row) if codec else ()
+        nfe = sum(made[request].nfe for request in row) / len(row)
+        done.append(Way(way.rope, way.is_default, way.frequency_2F, way.attention, nfe, pictures))
+    return done
+
+
+def to_text(found: list[Way]) -> str:
+    lines = [f"{'':2}{'way':24}{'longest wave, tokens':>24}{'q k times':>12}{'NFE':>8}"]
+    for way in found:
+        wave = way.report()["longest_wave_tokens"]
+        lines.append(
+            f"{'*' if way.is_default else '':2}{way.name:24}"
+            f"{wave['rows']:14.1f} x {wave['columns']:7.1f}{way.attention:12.4f}{way.nfe:8.1f}"
+        )
+    return "\n".join([*lines, "* as published for this size"])
+
+
+def plot(found: list[Way], size: str, file: str) -> None:
+    """A row of pictures a way, below the frequencies of each axis relative to plain RoPE."""
+    from matplotlib.figure import Figure
+
+    count, (width, height) = len(found[0].pictures), found[0].pictures[0].size
+    cell = 1.5  # inches
+    row = cell * height / width
+    figure = Figure(figsize=(max(7.0, 1.6 + cell * count), 2.8 + (row + 0.05) * len(found)), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[2.8, (row + 0.05) * len(found)])
+    above.suptitle(f"RoPE at {size}", fontsize=11)
+    for axes, axis in zip(above.subplots(1, 2, sharey=True), (0, 1), strict=True):
+        for way in found:
+            if way.rope.attention_scale == "none":
+                ratio_F = way.frequency_2F[axis] / found[0].frequency_2F[axis]
+                axes.plot(range(len(ratio_F)), ratio_F, marker=".", label=way.name)
+        axes.set_title(("along the height", "along the width")[axis], fontsize=9)
+        axes.set_xlabel("pair of channels", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.set_ylim(0, 1.05)
+        if axis == 0:
+            axes.set_ylabel("frequency / plain RoPE's", fontsize=8)
+            axes.legend(fontsize=6)
+    grid = below.subplots(len(found), count, squeeze=False, gridspec_kw={"wspace": 0.02, "hspace": 0.02})
+    for way, row_of_axes in zip(found, grid, strict=True):
+        for axes, picture in zip(row_of_axes, way.pictures, strict=True):
+            axes.imshow(picture)
+            axes.set_xticks([])
+            axes.set_yticks([])
+        label = way.name.replace(" + ", "\n+ ") + ("\n(default)" if way.is_default else "")
+        row_of_axes[0].set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center")
+    figure.savefig(file, dpi=110)

@@ -1,0 +1,143 @@
+"""RoPE for images larger than those of the training: each image's own frequencies, by its size, inside one pack.
+
+L is ``RopeConfig.train_side``, the side in tokens of a square image as large as the training's. Along an axis of n
+tokens the scale is s = max(1, n / L): one s for both axes, from the longer one, or each axis its own (``vision_``).
+With D = head_dim / 2 channels an axis and plain frequencies f_i = theta^(-2i/D), the modes (FiT, arXiv 2402.12376,
+Sec. 3.4), as FiTv2's code releases them, are
+
+    pi            f_i / s
+    ntk           (theta s^(D/(D-2)))^(-2i/D); the paper writes |D|, the code means one axis
+    yarn          f_i where L holds more than 32 turns, f_i / s where less than 1, a ramp over i between; q k gets
+                  (1 + ln(s) / 10)^2 with it, s from the longer axis in any case
+
+and the attention scale multiplies q k by a power of the number of tokens N:
+
+    paper         max(1, ln N / ln L^2)
+    released      ln 2N / ln L^2 where 2N > L^2, else 1 (so 1.125 for 16 x 16 at L = 16)
+
+All of it is plain RoPE, bit for bit, for an image within L x L, the released attention scale apart.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from fitv2_scale.model.packing import Packing
+from fitv2_scale.model.rope import axis_frequencies, table
+
+Mode = Literal["none", "pi", "ntk", "yarn", "vision_ntk", "vision_yarn"]
+AttentionScale = Literal["none", "paper", "released"]
+_FASTEST, _SLOWEST = 32, 1  # YaRN's beta: turns over L above which, and below which, the ramp ends
+
+
+class RopeConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mode: Mode = Field(
+        "none",
+        description="positions beyond train_side: none (as they come), pi, ntk, yarn, or with a scale of its own for "
+        "each axis vision_ntk (as the high-resolution stage is trained), vision_yarn",
+    )
+    attention_scale: AttentionScale = Field(
+        "none",
+        description="of q k by the number of tokens, in the paper's form or the released code's, which differ",
+    )
+    train_side: int = Field(
+        16, ge=2, description="side in tokens of a square image as large as those trained on before any extrapolation"
+    )
+
+
+# Of the released commands (README of whlzy/FiT), at L = 16: what the general rule below would not give.
+_PUBLISHED = {(10, 20): RopeConfig(mode="vision_ntk")}
+
+
+def default_rope(trained: RopeConfig, rows: int, columns: int) -> RopeConfig:
+    """What the published evaluations take for an image of this size, with a model trained with ``trained``.
+
+    A model trained with extrapolation keeps its own. Else: plain RoPE for at most L x L tokens, VisionNTK with the
+    released attention scale for more; and VisionNTK alone for 160x320, as in the released command.
+    """
+    if trained.mode != "none":
+        return trained
+    if trained.train_side == 16 and (rows, columns) in _PUBLISHED:
+        return _PUBLISHED[rows, columns]
+    if rows * columns <= trained.train_side**2:
+        return trained
+    return trained.model_copy(update={"mode": "vision_ntk", "attention_scale": "released"})
+
+
+def extrapolated_table(
+    packing: Packing, ropes: RopeConfig | Sequence[RopeConfig], head_dim: int, theta: float
+) -> tuple[Tensor, Tensor]:
+    """cos and sin, float32 (T, head_dim / 2), as ``rope_table`` gives them, attention scale included.
+
+    ``ropes`` is one for all images or one for each slot of the pack. The sizes are those that the positions show.
+    """
+    images = packing.cu_seqlens_I1.numel() - 1
+    size_I2 = _sizes(packing, images)
+    ropes = [ropes] * images if isinstance(ropes, RopeConfig) else ropes
+    kinds = list(dict.fromkeys(ropes))
+    frequency_I2F, factor_I = turns(kinds[0], size_I2, head_dim, theta)
+    if len(kinds) > 1:
+        kind_I = torch.tensor([kinds.index(rope) for rope in ropes], device=size_I2.device)
+        for number, rope in enumerate(kinds[1:], 1):
+            frequency, factor = turns(rope, size_I2, head_dim, theta)
+            frequency_I2F = torch.where((kind_I == number)[:, None, None], frequency, frequency_I2F)
+            factor_I = torch.where(kind_I == number, factor, factor_I)
+    # On q and on k, hence the root.
+    return table(packing.positions_T2, frequency_I2F[packing.image_T], factor_I.sqrt()[packing.image_T])
+
+
+def turns(rope: RopeConfig, size_I2: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Radians a token of each pair of channels, float64 (I, 2, head_dim / 4), and the factor of q k, float64 (I,)."""
+    size_I2 = size_I2.double()
+    plain_F = axis_frequencies(head_dim, theta, size_I2.device)
+    own_I2 = (size_I2 / rope.train_side).clamp(min=1)
+    most_I2 = own_I2.amax(1, keepdim=True).expand(-1, 2)
+    scale_I21 = (own_I2 if rope.mode.startswith("vision_") else most_I2)[..., None]
+    axis_dim, factor_I = head_dim // 2, attention_factor(rope, size_I2)
+    match rope.mode.removeprefix("vision_"):
+        case "pi":
+            return plain_F / scale_I21, factor_I
+        case "ntk":
+            power = axis_dim / (axis_dim - 2) if axis_dim > 2 else 0.0
+            exponent_F = torch.arange(0, axis_dim, 2, device=size_I2.device, dtype=torch.float64) / axis_dim
+            return plain_F * scale_I21 ** (-power * exponent_F), factor_I
+        case "yarn":
+            slowed_F = _ramp(axis_dim, theta, rope.train_side).to(size_I2.device)
+            temperature_I = (1 + most_I2[:, 0].log() / 10).square()
+            return plain_F * (1 - slowed_F * (1 - 1 / scale_I21)), factor_I * temperature_I
+    return plain_F.expand(*size_I2.shape, -1), factor_I
+
+
+def attention_factor(rope: RopeConfig, size_I2: Tensor) -> Tensor:
+    """What the attention scale multiplies q k by, float64 (I,)."""
+    tokens_I, train = size_I2.double().prod(1), math.log(rope.train_side**2)
+    if rope.attention_scale == "paper":
+        return (tokens_I.log() / train).clamp(min=1)
+    if rope.attention_scale == "released":
+        return ((2 * tokens_I).log() / train).clamp(min=1)
+    return torch.ones_like(tokens_I)
+
+
+def _ramp(axis_dim: int, theta: float, train_side: int) -> Tensor:
+    """How far YaRN slows each frequency down, from 0 (not at all) to 1 (as PI): float64 (axis_dim / 2,)."""
+
+    def index_of(rotations: int) -> float:
+        """The index, not whole, whose frequency turns so often over L."""
+        return axis_dim * math.log(train_side / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = max(math.floor(index_of(_FASTEST)), 0), min(math.ceil(index_of(_SLOWEST)), axis_dim - 1)
+    index_F = torch.arange(axis_dim // 2, dtype=torch.float64)
+    return ((index_F - low) / (high - low or 0.001)).clamp(0, 1)
+
+
+def _sizes(packing: Packing, images: int) -> Tensor:
+    """(rows, columns) of each slot, int64 (I, 2), from the last positions; (1, 1) where there are none."""
+    last_I2 = torch.zeros(images, 2, dtype=torch.int64, device=packing.positions_T2.device)
+    index_T2 = packing.image_T[:, None].expand(-1, 2)
+    return last_I2.scatter_reduce_(0, index_T2, packing.positions_T2, "amax") + 1
