@@ -39,7 +39,7 @@ def weigh(box: Box, scale: float) -> None:
     box.tensor.copy_(scale * torch.sin(sum(a * prime for a, prime in zip(at, (12.9898, 78.233), strict=False))))
 
 
-def draw(config: Config, order: int = 1, gather: bool = True, scale: float = 0.3, **sampling) -> dict[int, np.ndarray]:
+def draw(config: Config, order: int = 1, gather: bool = True, scale: float = 0.2, **sampling) -> dict[int, np.ndarray]:
     """The same 64 images."""
     with join() as world:
         layout = Layout.of(world.size, 1, config.layout.tensor)
@@ -93,7 +93,7 @@ def test_the_same_images_with_tensor_parallelism(extrapolating, tiny):
 
 
 def draw_dopri5(config: Config, order: int = 1) -> dict[int, np.ndarray]:
-    return draw(config, order, solver="dopri5", scale=0.4)
+    return draw(config, order, solver="dopri5")
 
 
 def test_adaptive_steps_are_each_images_own(extrapolating):
