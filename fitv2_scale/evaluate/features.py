@@ -1,0 +1,69 @@
+"""What a network says of images, and the files that keep it.
+
+A features file is an .npz of float arrays, one row an image: ``pool`` (N, D), and where the network gives them
+``spatial`` (N, S) and ``probabilities`` (N, K). With the Inception network of ADM's evaluator D is 2048 (pool_3), S is
+2023 (mixed_6/conv, the first 7 channels of 17 x 17, channels fastest) and K is 1008 (softmax of the logits without
+their bias).
+"""
+
+import io
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from data_sharding.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """float32 (N, D), (N, S) or None, (N, K) or None."""
+
+    pool: np.ndarray
+    spatial: np.ndarray | None = None
+    probabilities: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.pool)
+
+    def __getitem__(self, rows: np.ndarray | slice) -> "Features":
+        return Features(**{name: array[rows] for name, array in self.arrays().items()})
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Those that there are, by name."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: array for name, array in named.items() if array is not None}
+
+    @classmethod
+    def joined(cls, parts: Sequence["Features"]) -> "Features":
+        return cls(**{name: np.concatenate([p.arrays()[name] for p in parts]) for name in parts[0].arrays()})
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, np.ndarray], where: str) -> "Features":
+        """Raises UserError unless they are what the module's docstring says."""
+        found = {field.name: arrays[field.name] for field in fields(cls) if field.name in arrays}
+        for name, array in found.items():
+            if array.ndim != 2 or array.dtype.kind != "f":
+                raise UserError(f"{where}: {name} is {array.dtype}{list(array.shape)}, not floats, a row an image")
+            if len(array) != len(found["pool"]):
+                raise UserError(f"{where}: {name} has {len(array)} rows and pool {len(found['pool'])}")
+        return cls(**found)
+
+
+def read_npz(data: bytes | str) -> dict[str, np.ndarray]:
+    """The arrays of an .npz, a path or its bytes, nothing unpickled. Raises UserError."""
+    where = data if isinstance(data, str) else "an .npz of this run"
+    try:
+        with np.load(data if isinstance(data, str) else io.BytesIO(data), allow_pickle=False) as opened:
+            return {name: opened[name] for name in opened.files}
+    except FileNotFoundError:
+        raise UserError(f"there is no file {where}") from None
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+        raise UserError(f"{where} is no whole .npz of plain arrays ({error}): get it again") from error
+
+
+def npz_bytes(arrays: dict[str, np.ndarray]) -> bytes:
+    out = io.BytesIO()
+    np.savez(out, **arrays)
+    return out.getvalue()

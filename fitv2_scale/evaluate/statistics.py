@@ -1,0 +1,107 @@
+"""How far two sets of features lie apart, and how sure a classifier is of one: FID, sFID and IS, in float64.
+
+The conventions are those of ADM's evaluator (guided-diffusion, evaluations/evaluator.py): covariances divide by N - 1,
+and the inception score is the mean over splits of 5,000 images in their order.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_sharding.errors import UserError
+
+IS_SPLIT = 5000  # images
+_BLOCK = 4096  # images turned into float64 at once
+
+
+@dataclass(frozen=True, eq=False)
+class Gaussian:
+    """``mean`` float64 (D,), ``covariance`` float64 (D, D)."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+
+    @classmethod
+    def of(cls, features: np.ndarray, name: str = "features") -> "Gaussian":
+        """Of features (N, D); more than D images, or the covariance has no inverse.
+
+        Raises:
+            UserError: a feature is not finite, or there are too few images.
+        """
+        count, size = features.shape
+        check_finite(features, name)
+        if count <= size:
+            raise UserError(
+                f"{count} images are too few for a covariance of {size} {name}: give at least {size + 1}, best 50,000"
+            )
+        blocks = [features[at : at + _BLOCK] for at in range(0, count, _BLOCK)]
+        mean = sum(block.sum(0, dtype=np.float64) for block in blocks) / count
+        covariance = np.zeros((size, size))
+        for block in blocks:
+            centred = block - mean
+            covariance += centred.T @ centred
+        return cls(mean, covariance / (count - 1))
+
+    def check(self, name: str) -> None:
+        """Raises UserError unless it is a mean and a covariance."""
+        size = self.mean.shape[0] if self.mean.ndim == 1 else -1
+        if self.covariance.shape != (size, size):
+            raise UserError(f"{name}: a mean of shape {self.mean.shape} has no covariance of {self.covariance.shape}")
+        check_finite(self.mean[None], f"{name} mean")
+        check_finite(self.covariance, f"{name} covariance")
+        if not np.allclose(self.covariance, self.covariance.T, rtol=1e-5, atol=1e-6 * abs(self.covariance).max()):
+            raise UserError(f"{name}: its covariance is not symmetric: get the file again")
+
+
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+    """|m_a - m_b|^2 + tr(A + B - 2 (A B)^(1/2)) (Heusel et al., arXiv 1706.08500).
+
+    With A = X X' and B = Y Y', the trace of the root is the sum of the singular values of X' Y. Unlike a matrix square
+    root of A B, which ADM takes, that needs no offset where a covariance is singular, and stays real.
+
+    Raises:
+        UserError: features of different sizes.
+    """
+    if a.mean.shape != b.mean.shape:
+        raise UserError(
+            f"features of size {a.mean.shape[0]} cannot be compared with a reference of size {b.mean.shape[0]}: use the "
+            "network that the reference was made with"
+        )
+    shift = a.mean - b.mean
+    cross = np.linalg.svd(_factor(a.covariance).T @ _factor(b.covariance), compute_uv=False).sum()
+    return float(shift @ shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross)
+
+
+def inception_score(probabilities: np.ndarray, split: int = IS_SPLIT) -> float:
+    """The mean over splits of exp E[KL(p(y|x) || p(y))] of class probabilities (N, K) (arXiv 1606.03498).
+
+    Raises:
+        UserError: rows that are no probabilities.
+    """
+    check_finite(probabilities, "probabilities")
+    scores = []
+    for at in range(0, len(probabilities), split):
+        part = probabilities[at : at + split].astype(np.float64)
+        if part.min() < 0 or not np.allclose(part.sum(1), 1, atol=1e-3):
+            raise UserError("probabilities must not be negative, and sum to 1 for each image: give softmax outputs")
+        part = part / part.sum(1, keepdims=True)  # of float32
+        mean = part.mean(0)
+        ratio = np.divide(part, mean, out=np.ones_like(part), where=part > 0)
+        scores.append(np.exp((part * np.log(ratio)).sum(1).mean()))
+    return float(np.mean(scores))
+
+
+def check_finite(features: np.ndarray, name: str) -> None:
+    """Raises UserError that says which row has a NaN or an infinity."""
+    for at in range(0, len(features), _BLOCK):
+        bad = ~np.isfinite(features[at : at + _BLOCK]).all(1)
+        if bad.any():
+            raise UserError(
+                f"{name}: row {at + int(bad.argmax())} holds NaN or infinity: look at that image, or at the network"
+            )
+
+
+def _factor(covariance: np.ndarray) -> np.ndarray:
+    """X with X X' = ``covariance``."""
+    values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
+    return vectors * np.sqrt(values.clip(min=0))  # rounding leaves zeros a little below zero
