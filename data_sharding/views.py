@@ -70,20 +70,23 @@ def resize_tokens(height: int, width: int, max_tokens: int) -> tuple[int, int]:
 
 
 def crop_view(image: Image.Image, max_tokens: int) -> Image.Image | None:
-    """The centre SxS pixels after shrinking the short side to S; None unless both sides exceed S.
-
-    ADM's ``center_crop_arr`` (guided-diffusion, image_datasets.py): halve by box while the short side is 2S or more,
-    then bicubic.
-    """
+    """The centre SxS pixels after shrinking the short side to S; None unless both sides exceed S."""
     side = square_side(max_tokens)
-    if min(image.size) <= side:
-        return None
-    while min(image.size) >= 2 * side:
+    return cover_crop(image, side, side) if min(image.size) > side else None
+
+
+def cover_crop(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The centre ``height`` x ``width`` pixels, after resizing the image so that it just covers them.
+
+    For a square, ADM's ``center_crop_arr`` (guided-diffusion, image_datasets.py): halve by box while both sides are
+    twice as long or more, then bicubic.
+    """
+    while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = side / min(image.size)
-    image = _resize(image, round(image.width * scale), round(image.height * scale))
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
+    scale = max(width / image.width, height / image.height)
+    image = _resize(image, max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def views_of(image: Image.Image, max_tokens: int) -> dict[str, np.ndarray]:

@@ -51,12 +51,15 @@ class Features:
         return cls(**found)
 
 
-def read_npz(data: bytes | str) -> dict[str, np.ndarray]:
-    """The arrays of an .npz, a path or its bytes, nothing unpickled. Raises UserError."""
+def read_npz(data: bytes | str, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+    """The arrays of an .npz (of ``names``, those that there are), a path or its bytes; nothing is unpickled.
+
+    Raises UserError.
+    """
     where = data if isinstance(data, str) else "an .npz of this run"
     try:
         with np.load(data if isinstance(data, str) else io.BytesIO(data), allow_pickle=False) as opened:
-            return {name: opened[name] for name in opened.files}
+            return {name: opened[name] for name in opened.files if names is None or name in names}
     except FileNotFoundError:
         raise UserError(f"there is no file {where}") from None
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:

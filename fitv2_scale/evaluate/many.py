@@ -54,7 +54,7 @@ def make_pictures(
     to_do = world.on_first(lambda: _missing(weights, requests, sampling, seed, folder))
     requests, evaluations = [r for r in requests if r.index in to_do], 0
     with tqdm(total=len(requests), unit="image", disable=not world.is_first, dynamic_ncols=True) as bar:
-        for chunk in _chunks(requests, weights, sampling):
+        for chunk in chunks(requests, weights, sampling):
             made = sample(
                 weights.engine.network,
                 chunk,
@@ -117,7 +117,7 @@ def _missing(weights: Weights, requests: list[Request], sampling: SamplingConfig
     return {r.index for r in requests if not picture_file(folder, r.index).exists()}
 
 
-def _chunks(requests: list[Request], weights: Weights, sampling: SamplingConfig) -> Iterator[list[Request]]:
+def chunks(requests: list[Request], weights: Weights, sampling: SamplingConfig) -> Iterator[list[Request]]:
     """As many images at a time as the packs of all ranks hold."""
     ranks, copies = weights.layout.data_parallel, 1 if sampling.cfg == 1.0 else 2
     room = ranks * weights.config.layout.max_tokens // copies

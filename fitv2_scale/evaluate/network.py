@@ -1,13 +1,13 @@
 """The network whose features are compared: a TorchScript file that the user gives.
 
 Its forward takes uint8 (N, 3, H, W), RGB of 0 to 255 at the pictures' own size, and does all preprocessing itself. For
-figures like ADM's it resizes the whole picture, square or not, to 299 x 299 bilinearly as TensorFlow 1 does (corners not
-aligned, no antialiasing), and maps it to (x - 128) / 128. It returns one of
+figures like ADM's it resizes the whole picture, square or not, to 299 x 299 bilinearly as TensorFlow 1 does (pixel
+i of the output is taken at i * side / 299, no antialiasing), and maps it to (x - 128) / 128. It returns one of
 
 * a dict of ``pool`` (N, D); ``spatial`` (N, S) or (N, C, h, w); ``logits`` or ``probabilities`` (N, K);
 * a tensor: ``pool`` alone, so that there is neither sFID nor IS;
-* or it takes ``return_features`` and ``no_output_bias``, as the Inception file that came with StyleGAN2-ADA does: called
-  twice, for ``pool`` and for ``probabilities``; it has no spatial features, so that there is no sFID.
+* or it takes ``return_features`` and ``no_output_bias``, as the Inception file that came with StyleGAN2-ADA does:
+  called twice, for ``pool`` and for ``probabilities``; it has no spatial features, so that there is no sFID.
 
 Loading TorchScript runs code that is in it, hence the digest, which is compared before anything is loaded.
 """
@@ -32,7 +32,7 @@ class FeatureNetwork:
     """``digest`` is the sha256 of its file, in hex."""
 
     def __init__(self, module: torch.jit.ScriptModule, digest: str, device: torch.device):
-        self._module, self._device, self.digest = module, device, digest
+        self._module, self.device, self.digest = module, device, digest
         names = {argument.name for argument in module.forward.schema.arguments}
         self._by_flags = {"return_features", "no_output_bias"} <= names
 
@@ -70,7 +70,7 @@ class FeatureNetwork:
         """
         parts = []
         for at in range(0, len(pictures), _BATCH):
-            images_NCHW = torch.from_numpy(pictures[at : at + _BATCH]).to(self._device).permute(0, 3, 1, 2).contiguous()
+            images_NCHW = torch.from_numpy(pictures[at : at + _BATCH]).to(self.device).permute(0, 3, 1, 2).contiguous()
             try:
                 named = self._named(images_NCHW)
             except RuntimeError as error:
@@ -93,7 +93,8 @@ class FeatureNetwork:
             output = {"pool": output}
         if not isinstance(output, dict) or "pool" not in output:
             raise UserError("the network must return a tensor, or a dict with `pool`: fitv2_scale/evaluate/network.py")
-        named = {"pool": output["pool"].flatten(1)}
+        pool = output["pool"]
+        named = {"pool": pool.flatten(1) if pool.ndim > 2 else pool}
         if (spatial := output.get("spatial")) is not None:
             # ADM flattens with channels fastest, which the published mu_s and sigma_s follow.
             named["spatial"] = spatial.movedim(1, -1).flatten(1) if spatial.ndim == 4 else spatial

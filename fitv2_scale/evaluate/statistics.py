@@ -64,12 +64,13 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """
     if a.mean.shape != b.mean.shape:
         raise UserError(
-            f"features of size {a.mean.shape[0]} cannot be compared with a reference of size {b.mean.shape[0]}: use the "
-            "network that the reference was made with"
+            f"features of size {a.mean.size} cannot be compared with a reference of size {b.mean.size}: use the "
+            "network that it was made with"
         )
     shift = a.mean - b.mean
     cross = np.linalg.svd(_factor(a.covariance).T @ _factor(b.covariance), compute_uv=False).sum()
-    return float(shift @ shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross)
+    distance = shift @ shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross
+    return max(float(distance), 0.0)  # of equal ones rounding leaves a little less
 
 
 def inception_score(probabilities: np.ndarray, split: int = IS_SPLIT) -> float:

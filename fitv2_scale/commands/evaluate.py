@@ -1,0 +1,157 @@
+"""fitv2 evaluate: FID, sFID, IS, precision and recall."""
+
+import argparse
+import os
+from typing import TYPE_CHECKING, Any
+
+from data_sharding.errors import UserError
+from fitv2_scale.commands.parsing import make, show
+
+if TYPE_CHECKING:  # torch is imported when there is something to do
+    from fitv2_scale.evaluate.evaluation import Evaluated, Means
+    from fitv2_scale.evaluate.from_run import Weights
+    from fitv2_scale.evaluate.generate import Cell
+
+_SAMPLING = ("cfg", "guided_channels", "solver", "steps", "rope", "attention_scale")
+
+
+def add(commands: Any) -> None:
+    evaluate = make(commands, "evaluate", evaluate_it, "measure images: FID, sFID, IS, precision, recall")
+    evaluate.add_argument(
+        "source",
+        metavar="WHAT",
+        help="RUN, RUN@STEP or a weights file, to make images with; or pictures: a folder, tars, a dataset, an .npz; "
+        "or an .npz of features",
+    )
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="of the run's config")
+    evaluate.add_argument("--network", metavar="FILE", help="TorchScript, uint8 (N, 3, H, W) to features")
+    evaluate.add_argument("--network-sha256", metavar="HEX", help="its digest, checked before it is loaded")
+    evaluate.add_argument(
+        "--reference", metavar="REF", help="an .npz as ADM's, a folder of HxW.npz, or pictures as WHAT"
+    )
+    evaluate.add_argument("--reference-images", type=int, default=50_000, metavar="N", help="at most (default 50000)")
+    evaluate.add_argument("--save-statistics", metavar="FILE.npz", help="of the pictures, as a reference")
+    evaluate.add_argument("--suite", metavar="NAME", help="in1k256, ood, hr, ablation, or a file like configs/suites/")
+    evaluate.add_argument("--size", action="append", metavar="HxW", help="pixels, multiples of 16; may be repeated")
+    evaluate.add_argument("--images", type=int, metavar="N", help="made of each size (default 50000, or the suite's)")
+    evaluate.add_argument("--nfe", metavar="5,10,…", help="a table and a plot of quality against evaluations")
+    evaluate.add_argument("--classes", metavar="A,B,…", help="of the images (default: all)")
+    evaluate.add_argument("--cfg", type=float, help="guidance; this and the next five as in `fitv2 sample`")
+    for name in _SAMPLING[1:]:
+        evaluate.add_argument(f"--{name.replace('_', '-')}", type=int if name == "steps" else str)
+    evaluate.add_argument("--seed", type=int, default=0, help="of classes and noise (default 0)")
+    evaluate.add_argument("--config", metavar="FILE", help="the config of a weights file")
+    evaluate.add_argument("--vae", default="", metavar="FOLDER", help="that decodes a dataset of sd-vae latents")
+    evaluate.add_argument("--out", metavar="FOLDER", help="for the results (default: the run)")
+    evaluate.add_argument("--keep-features", action="store_true", help="as an .npz beside the result")
+
+
+def evaluate_it(args: argparse.Namespace) -> int:
+    from fitv2_scale.evaluate.evaluation import Means, evaluate_weights, is_network
+
+    means = Means(
+        network=args.network,
+        network_sha256=args.network_sha256,
+        reference=args.reference,
+        reference_images=args.reference_images,
+        vae=args.vae,
+        keep_features=args.keep_features,
+    )
+    if not is_network(args.source):
+        return _pictures(args, means)
+    if args.save_statistics:
+        raise UserError("--save-statistics is of pictures: make some with `fitv2 sample … --images N --folder DIR`")
+    done = evaluate_weights(
+        args.source,
+        lambda weights: _cells(args, weights),
+        means,
+        config_file=args.config,
+        overrides=args.overrides,
+        out=args.out,
+    )
+    if done.results is not None:
+        _report(args, done)
+    return 0
+
+
+def _pictures(args: argparse.Namespace, means: "Means") -> int:
+    from fitv2_scale.evaluate.evaluation import evaluate_pictures
+    from fitv2_scale.evaluate.results import FIGURES
+
+    if int(os.environ.get("RANK", 0)) > 0:
+        return 0  # one process is enough
+    if args.size and len(args.size) > 1:
+        raise UserError("pictures are measured at one size: give one --size")
+    result = evaluate_pictures(args.source, args.size[0] if args.size else None, means, args.save_statistics)
+    figures = {name: result[name] for name in FIGURES if result.get(name) is not None}
+    lines = [f"{args.source}: {result['images']:,} images" + (f" of {result['size']}" if result["size"] else "")]
+    lines += [f"{name:>10} {value:.4f}" for name, value in figures.items()]
+    lines += [f"{args.save_statistics}: their statistics"] if args.save_statistics else []
+    show(args, result, "\n".join(lines))
+    return 0
+
+
+def _cells(args: argparse.Namespace, weights: "Weights") -> "list[Cell]":
+    from fitv2_scale.evaluate.generate import Cell
+    from fitv2_scale.evaluate.sampler import rope_of
+    from fitv2_scale.evaluate.suites import load_suite
+    from fitv2_scale.model.config import parse_size
+    from fitv2_scale.sections import with_changes
+
+    suite = load_suite(args.suite) if args.suite else None
+    if suite and args.size:
+        raise UserError("a suite has its own sizes: leave --size out")
+    wanted = [dict(cell) for cell in suite.cells] if suite else [{"size": size} for size in args.size or ["256x256"]]
+    asked = {name: getattr(args, name) for name in _SAMPLING if getattr(args, name) is not None}
+    images = args.images or (suite.images if suite else 50_000)
+    labels = _labels(args.classes) if args.classes else range(weights.classes)
+    cells = []
+    for cell in wanted:
+        size = cell.pop("size")
+        rows, columns = parse_size(size)
+        for few in _few_steps(args.nfe, args.solver):
+            sampling = with_changes(weights.config.sampling, cell | asked | few)
+            rope = rope_of(sampling, weights.config.model, rows, columns)  # "auto" is said as what it is here
+            sampling = with_changes(sampling, {"rope": rope.mode, "attention_scale": rope.attention_scale})
+            cells.append(Cell(size, sampling, images, args.seed, tuple(labels)))
+    return cells
+
+
+def _few_steps(nfe: str | None, solver: str | None) -> list[dict]:
+    """The changes to ``sampling`` for each number of evaluations; of heun a step takes two."""
+    if nfe is None:
+        return [{}]
+    counts = nfe.split(",")
+    each = {"euler": 1, "sde": 1, "heun": 2}.get(solver or "euler")
+    if each is None:
+        raise UserError(f"--nfe needs a solver of fixed steps: euler, heun or sde, not {solver}")
+    if not all(count.isdigit() and int(count) >= each and int(count) % each == 0 for count in counts):
+        raise UserError(f"--nfe {nfe}: give numbers as in 4,8,50" + (", even ones for heun" if each == 2 else ""))
+    return [{"solver": solver or "euler", "steps": int(count) // each} for count in counts]
+
+
+def _labels(classes: str) -> list[int]:
+    if not all(label.isdigit() for label in classes.split(",")):
+        raise UserError(f"--classes {classes}: give numbers as in 0,1")
+    return [int(label) for label in classes.split(",")]
+
+
+def _report(args: argparse.Namespace, done: "Evaluated") -> None:
+    from fitv2_scale.evaluate.nfe import save_plot
+    from fitv2_scale.evaluate.results import FOLDER
+    from fitv2_scale.evaluate.suites import load_suite, results_table, suite_table
+
+    suite = load_suite(args.suite) if args.suite else None
+    table = suite_table(suite, done.results) if suite else results_table(done.results)
+    lines = [table, "", f"{done.store.path(f'{FOLDER}/{done.step}.json')}: all that was measured of these weights"]
+    if suite:
+        done.store.put(f"{FOLDER}/{done.step}/{suite.name}.md", f"{table}\n".encode())
+    if args.nfe:
+        path = f"{FOLDER}/{done.step}/nfe.png"
+        save_plot(done.results, done.store, path)
+        lines.append(f"{done.store.path(path)}: FID against NFE")
+    if done.run is not None:
+        from fitv2_scale.tracking.evaluations import publish
+
+        lines.append(publish(done.run, done.results))
+    show(args, done.results, "\n".join(lines))

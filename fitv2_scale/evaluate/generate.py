@@ -1,0 +1,107 @@
+"""Features of images that a network makes: by all ranks, in parts that a killed evaluation goes on from.
+
+Image i has the class and the noise that (seed, i) give it, so any number of ranks makes the same set. A rank puts the
+features of what it has just made into one object ``part-<lowest index>.npz``; the images themselves are not kept.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from fitv2_scale.evaluate.features import Features, npz_bytes, read_npz
+from fitv2_scale.evaluate.from_run import Weights
+from fitv2_scale.evaluate.many import chunks, random_requests
+from fitv2_scale.evaluate.network import FeatureNetwork
+from fitv2_scale.evaluate.pictures import decode
+from fitv2_scale.evaluate.sampler import Request, sample
+from fitv2_scale.sections import SamplingConfig
+from fitv2_scale.store import Store
+
+_PATIENCE = 3  # times that parts which the storage does not show are made again
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One set of images to make and measure: ``images`` of ``size`` (as in "160x320"), of classes drawn from
+    ``labels``."""
+
+    size: str
+    sampling: SamplingConfig
+    images: int
+    seed: int
+    labels: tuple[int, ...]
+
+    def record(self) -> dict[str, Any]:
+        """How its images come about, as a result says it: what ``sampling`` holds and this solver uses."""
+        s = self.sampling
+        steps = {"atol": s.atol, "rtol": s.rtol} if s.solver == "dopri5" else {"steps": s.steps}
+        names = ("cfg", "guided_channels", "solver", "rope", "attention_scale")
+        how = {name: getattr(s, name) for name in names} | steps
+        return {"size": self.size, "images": self.images, "seed": self.seed, "classes": len(self.labels)} | how
+
+    def name(self, weights: str, network: str) -> str:
+        """Of its objects: readable, and another one for anything else that is measured."""
+        s, identity = self.sampling, [self.record(), self.labels, weights, network]
+        digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        steps = "" if s.solver == "dopri5" else str(s.steps)
+        return f"{self.size}-cfg{s.cfg:g}-{s.solver}{steps}-{s.rope}-{digest[:8]}"
+
+    def requests(self) -> list[Request]:
+        return random_requests([self.size], self.images, list(self.labels), self.seed)
+
+
+def make_features(weights: Weights, cell: Cell, network: FeatureNetwork, store: Store, folder: str) -> None:
+    """Sees to it that the features of all images of ``cell`` lie below ``folder``; makes those that do not yet. A
+    collective."""
+    world, requests = weights.world, cell.requests()
+    codec = weights.codec()
+    for _ in range(_PATIENCE):
+        there = world.on_first(lambda: _indices(store, folder))
+        to_do = [request for request in requests if request.index not in there]
+        if not to_do:
+            return
+        with tqdm(
+            total=len(requests), initial=len(there), desc=cell.size, unit="image", disable=not world.is_first
+        ) as bar:
+            for chunk in chunks(to_do, weights, cell.sampling):
+                made = sample(
+                    weights.engine.network,
+                    chunk,
+                    model=weights.config.model,
+                    sampling=cell.sampling,
+                    seed=cell.seed,
+                    world=world,
+                    tensor=weights.layout.tensor,
+                    gather=False,
+                )
+                if made:
+                    pictures = np.stack([np.asarray(decode(one.tokens, codec)) for one in made.values()])
+                    index = np.array([request.index for request in made])
+                    nfe = np.array([one.nfe for one in made.values()])
+                    arrays = {"index": index, "nfe": nfe} | network(pictures).arrays()
+                    store.put(f"{folder}/part-{index.min():06d}.npz", npz_bytes(arrays))
+                bar.update(len(chunk))
+        world.gather(None)  # all have written
+    raise RuntimeError(f"{store.path(folder)}: the storage does not show what was written")
+
+
+def collect_features(cell: Cell, store: Store, folder: str) -> tuple[Features, float]:
+    """What ``make_features`` left, in the order of the images, and their mean NFE."""
+    parts = [read_npz(store.read(path)) for path in _parts(store, folder)]
+    names = [name for name in parts[0] if name not in ("index", "nfe")]
+    index, rows = np.unique(np.concatenate([part["index"] for part in parts]), return_index=True)
+    assert np.array_equal(index, np.arange(cell.images))
+    nfe = np.concatenate([part["nfe"] for part in parts])[rows].mean()
+    return Features(**{n: np.concatenate([part[n] for part in parts])[rows] for n in names}), float(nfe)
+
+
+def _indices(store: Store, folder: str) -> set[int]:
+    return {int(i) for path in _parts(store, folder) for i in read_npz(store.read(path))["index"]}
+
+
+def _parts(store: Store, folder: str) -> list[str]:
+    return [path for path in store.list(f"{folder}/") if path.endswith(".npz")]

@@ -1,0 +1,80 @@
+"""What an evaluation found, and where it is kept.
+
+In the RUN (or the folder given as --out):
+
+    evaluations/<step>/<cell>.json    one set of images: how they were made, figures, reference, conventions
+    evaluations/<step>.json           the step: {"step": 400000, "fid": 26.0, "sfid": …, …, "cells": [all of the above]}
+
+The figures at the top of ``<step>.json`` are those of its first cell: most images first, then square ones, small ones,
+little guidance, and many evaluations. Whoever wants one figure a step (`fitv2 curves`) reads ``fid`` there. <step> is a
+plain number, without leading zeros.
+"""
+
+import json
+from typing import Any
+
+import torch
+
+from fitv2_scale.evaluate.features import Features
+from fitv2_scale.evaluate.manifold import NEIGHBOURS, precision_recall
+from fitv2_scale.evaluate.references import NEIGHBOUR_IMAGES, Reference
+from fitv2_scale.evaluate.statistics import IS_SPLIT, Gaussian, frechet_distance, inception_score
+from fitv2_scale.model.config import parse_size
+from fitv2_scale.store import Store
+
+FIGURES = ("fid", "sfid", "is", "precision", "recall")
+FOLDER = "evaluations"
+
+
+def measure(features: Features, reference: Reference, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The figures of images with these features, None where features or reference lack what a figure needs; and the
+    conventions that they follow.
+
+    Raises:
+        UserError: too few images, features that are not finite, or of another network than the reference's.
+    """
+    spatial, real = features.spatial, reference.features
+    found: dict[str, float | None] = dict.fromkeys(FIGURES)
+    found["fid"] = frechet_distance(Gaussian.of(features.pool, "pool features"), reference.pool)
+    if spatial is not None and reference.spatial is not None:
+        found["sfid"] = frechet_distance(Gaussian.of(spatial, "spatial features"), reference.spatial)
+    if features.probabilities is not None:
+        found["is"] = inception_score(features.probabilities)
+    if real is not None:
+        found["precision"], found["recall"] = precision_recall(features.pool, real, device=device)
+    conventions = {
+        "arithmetic": "float64",
+        "pool": features.pool.shape[1],
+        "spatial": None if spatial is None else spatial.shape[1],
+        "is_split": IS_SPLIT,
+        "neighbours": NEIGHBOURS,
+        "neighbour_images": None if real is None else min(len(real), NEIGHBOUR_IMAGES),
+    }
+    return found | {"reference": reference.record(), "conventions": conventions}
+
+
+def read_result(store: Store, step: str, cell: str) -> dict[str, Any] | None:
+    path = _path(step, cell)
+    return json.loads(store.read(path)) if store.exists(path) else None
+
+
+def write_result(store: Store, step: str, cell: str, result: dict[str, Any]) -> None:
+    """Keeps the result of a cell, and brings ``<step>.json`` up to date."""
+    store.put(_path(step, cell), _json(result))
+    names = [path for path in store.list(f"{FOLDER}/{step}/") if path.endswith(".json")]
+    cells = sorted((json.loads(store.read(path)) for path in names), key=_rank)
+    head = {name: cells[0][name] for name in ("step", "weights", *FIGURES)}
+    store.put(f"{FOLDER}/{step}.json", _json(head | {"cells": cells}))
+
+
+def _rank(cell: dict[str, Any]) -> tuple:
+    rows, columns = parse_size(cell["size"])
+    return -cell["images"], rows != columns, rows * columns, cell["cfg"], -cell["nfe"]
+
+
+def _path(step: str, cell: str) -> str:
+    return f"{FOLDER}/{step}/{cell}.json"
+
+
+def _json(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, indent=1).encode()

@@ -1,0 +1,121 @@
+"""Suites: the published tables as files, and our figures beside theirs. They lie in configs/suites/.
+
+title: ImageNet at 256 x 256 and at other aspects of the same area (Tab. IV)
+images: 50000
+sampling: {solver: dopri5, guided_channels: three}     # of all cells
+cells:
+  - {size: 256x256, rope: none}                        # what else differs from the run's section `sampling`
+published:                                             # FID, sFID, IS, precision, recall by size; null: not given
+  - {model: DiT-XL/2, seen: 1792M, 256x256: [2.27, 4.60, 278.24, 0.83, 0.57]}
+"""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+import fitv2_scale
+from data_sharding.errors import UserError
+from fitv2_scale.evaluate.results import FIGURES
+
+_FOLDER = "configs/suites"
+_HEADS = {"fid": "FID", "sfid": "sFID", "is": "IS", "precision": "Prec.", "recall": "Rec."}
+
+
+class Published(BaseModel):
+    """A row of a published table; ``figures`` by size, each as ``FIGURES``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    seen: str = ""  # images trained on, as in 512M
+    figures: dict[str, tuple[float | None, float | None, float | None, float | None, float | None]]
+
+
+class Suite(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    title: str
+    images: int = Field(50_000, ge=2)
+    cells: list[dict[str, Any]] = Field(min_length=1)  # size, and keys of the section sampling
+    published: list[Published] = []
+
+    @property
+    def sizes(self) -> list[str]:
+        return list(dict.fromkeys(cell["size"] for cell in self.cells))
+
+
+def load_suite(name: str) -> Suite:
+    """Of a file, or of the name of one in configs/suites, here or beside the code. Raises UserError."""
+    if not name.endswith((".yaml", ".yml")):
+        folders = [Path(_FOLDER), Path(fitv2_scale.__path__[0]).parent / _FOLDER]
+        files = [folder / f"{name}.yaml" for folder in folders]
+        found = next((file for file in files if file.exists()), None)
+        if found is None:
+            known = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
+            raise UserError(
+                f"there is no suite {name}: give the path of a file, or one of {', '.join(known) or 'none'}"
+            )
+        name = str(found)
+    try:
+        tree = yaml.safe_load(Path(name).read_text())
+        common, rows = tree.pop("sampling", {}), tree.get("published", [])
+        tree["cells"] = [common | cell for cell in tree["cells"]]
+        own = ("model", "seen")
+        tree["published"] = [
+            {k: row[k] for k in own if k in row} | {"figures": {k: v for k, v in row.items() if k not in own}}
+            for row in rows
+        ]
+        suite = Suite.model_validate({"name": Path(name).stem} | tree)
+        if not all(isinstance(cell.get("size"), str) for cell in suite.cells):
+            raise ValueError("each cell needs a size, as in 256x256")
+        return suite
+    except OSError as error:
+        raise UserError(f"cannot read the suite {name}: {error.strerror}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{name} is no suite: {' '.join(str(error).split())}") from error
+
+
+def suite_table(suite: Suite, results: list[dict[str, Any]]) -> str:
+    """Markdown: for each size the published rows, and ours below them."""
+    lines = [f"# {suite.title}"]
+    for size in suite.sizes:
+        rows = [(row.model, row.seen, "", row.figures[size]) for row in suite.published if size in row.figures]
+        rows += [("**ours**", "", _how(r), [r[name] for name in FIGURES]) for r in results if r["size"] == size]
+        lines += ["", f"## {size}", "", *_markdown(rows)]
+    return "\n".join(lines)
+
+
+def results_table(results: list[dict[str, Any]]) -> str:
+    """Markdown: a row a cell."""
+    return "\n".join(_markdown([(r["size"], "", _how(r), [r[name] for name in FIGURES]) for r in results]))
+
+
+def _how(result: dict[str, Any]) -> str:
+    """Of what its figures depend on, what differs from table to table."""
+    return (
+        f"{result['weights']}, {result['images']:,} images, cfg {result['cfg']:g}, {result['solver']}, "
+        f"NFE {result['nfe']:g}, rope {result['rope']}"
+    )
+
+
+def _markdown(rows: list[tuple]) -> list[str]:
+    heads = ("model", "seen", "how", *_HEADS.values())
+    cells = [heads, *((model, seen, how, *map(_number, figures)) for model, seen, how, figures in rows)]
+    used = [i for i in range(len(heads)) if any(row[i] for row in cells[1:]) or i == 0]
+    width = {i: max(len(row[i]) for row in cells) for i in used}
+    lines = [
+        "| " + " | ".join(row[i].ljust(width[i]) if i < 3 else row[i].rjust(width[i]) for i in used) + " |"
+        for row in cells
+    ]
+    rule = "|" + "|".join("-" * (width[i] + 2) if i < 3 else "-" * (width[i] + 1) + ":" for i in used) + "|"
+    return [lines[0], rule, *lines[1:]]
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"

@@ -1,0 +1,5 @@
+"""stub"""
+
+
+def publish(run, results):
+    return "stub"
