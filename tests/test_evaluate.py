@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -203,6 +204,34 @@ def test_weights_from_a_file(place, run, network, reference, tiny, tmp_path):
     config.write_text(yaml.safe_dump(tiny(model__hidden=64).model_dump(mode="json")))
     with pytest.raises(UserError, match="the config wants"):
         evaluated(weights, means, out, str(config))
+
+
+def test_figures_reach_mlflow_at_their_step(place, run, network, reference, dataset, capfd):
+    """And leave the run's status alone; sent again, they are there once."""
+    from mlflow import MlflowClient
+
+    copy = str(place / "tracked" / "run")
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("evaluations"))
+    record = Path(copy, "run.json")
+    tracking = {"uri": "auto", "experiment": "tests", "peak_tflops": None}
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"config": _config(record) | {"tracking": tracking}}))
+    call = ["evaluate", copy, *options(network), "--reference", reference, "--size", "32x48", "--images", "30"]
+    call += ["--nfe", "1"]
+    assert main(call) == 0 and "MLflow does not know the run yet" in capfd.readouterr().out
+    assert main(["track", "sync", copy]) == 0
+    client = MlflowClient(f"sqlite:///{place}/tracked/mlflow.db")
+    (found,) = client.search_runs([client.get_experiment_by_name("tests").experiment_id])
+    for _ in range(2):
+        assert main(call) == 0 and "MLflow: 5 figures in run" in capfd.readouterr().out
+    step = json.loads(Path(copy, "evaluations/2.json").read_text())
+    for name in ("fid", "recall"):
+        (sent,) = client.get_metric_history(found.info.run_id, f"evaluate/32x48-cfg1.5-euler1-none-30/{name}")
+        assert (sent.step, sent.value) == (2, step[name])
+    assert client.get_run(found.info.run_id).info.status == found.info.status
+
+
+def _config(record: Path) -> dict:
+    return json.loads(record.read_text())["config"]
 
 
 @pytest.mark.parametrize("name", ["in1k256", "ood", "hr", "ablation"])

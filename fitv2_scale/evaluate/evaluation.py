@@ -163,7 +163,7 @@ def _finish(
         references[key] = open_reference(identity["source"], size, network, means.reference_images, means.vae)
     figures = measure(features, references[key], network.device)
     step = int(piece.step) if piece.step.isdigit() else None
-    about = {"step": step, "weights": name, "cell": piece.name, "time": now(), "network": network.digest}
+    about = {"step": step, "weights": name, "label": piece.cell.label, "time": now(), "network": network.digest}
     result = about | piece.cell.record() | {"nfe": nfe} | figures
     result["reference"] |= identity
     if means.keep_features:

@@ -43,12 +43,17 @@ class Cell:
         how = {name: getattr(s, name) for name in names} | steps
         return {"size": self.size, "images": self.images, "seed": self.seed, "classes": len(self.labels)} | how
 
+    @property
+    def label(self) -> str:
+        """The same for all weights that it is made with."""
+        s = self.sampling
+        steps = "" if s.solver == "dopri5" else str(s.steps)
+        return f"{self.size}-cfg{s.cfg:g}-{s.solver}{steps}-{s.rope}-{self.images}"
+
     def name(self, weights: str, network: str) -> str:
         """Of its objects: readable, and another one for anything else that is measured."""
-        s, identity = self.sampling, [self.record(), self.labels, weights, network]
-        digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-        steps = "" if s.solver == "dopri5" else str(s.steps)
-        return f"{self.size}-cfg{s.cfg:g}-{s.solver}{steps}-{s.rope}-{digest[:8]}"
+        identity = [self.record(), self.labels, weights, network]
+        return f"{self.label}-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]}"
 
     def requests(self) -> list[Request]:
         return random_requests([self.size], self.images, list(self.labels), self.seed)

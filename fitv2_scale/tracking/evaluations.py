@@ -1,5 +1,39 @@
-"""stub"""
+"""Figures of `fitv2 evaluate` to the run's place in MLflow, at the step of the weights, as evaluate/<label>/fid."""
+
+import json
+from datetime import datetime
+from typing import Any
+
+from fitv2_scale.evaluate.results import FIGURES
+from fitv2_scale.run import Run
+from fitv2_scale.tracking.uploader import resolve_uri
+
+_PLACE = "tracking/mlflow.json"  # which the uploader writes
 
 
-def publish(run, results):
-    return "stub"
+def publish(run: Run, results: list[dict[str, Any]]) -> str:
+    """Sends them, and says so in a sentence. That MLflow cannot be reached is no error: the run keeps the figures."""
+    uri = run.config["tracking"]["uri"]
+    if uri == "none":
+        return "MLflow: none (tracking.uri)"
+    if not run.store.exists(_PLACE):
+        return f"MLflow does not know the run yet: `fitv2 track sync {run.url}`, then the same call again sends them"
+    # Only here: mlflow takes seconds to import, and training never does.
+    from fitv2_scale.tracking.mlflow_sink import ServerError, add_metrics
+
+    at = json.loads(run.store.read(_PLACE))["mlflow_run"]
+    rows = [
+        (f"evaluate/{r['label']}/{name}", r[name], _ms(r["time"]), r["step"])
+        for r in results
+        for name in FIGURES
+        if r[name] is not None
+    ]
+    try:
+        add_metrics(resolve_uri(run.url, uri), at, rows)
+    except ServerError as error:
+        return f"MLflow does not take the figures ({error}); the same call again sends them, and makes nothing anew"
+    return f"MLflow: {len(rows)} figures in run {at}"
+
+
+def _ms(iso: str) -> int:
+    return round(datetime.fromisoformat(iso).timestamp() * 1000)

@@ -93,6 +93,17 @@ class MlflowSink:
             self._client.set_terminated(self.mlflow_run, status, end_ms)
 
 
+def add_metrics(uri: str, mlflow_run: str, rows: Sequence[tuple[str, float, int, int]]) -> None:
+    """Logs rows, as ``MlflowSink.metrics`` takes them, to a run that is there, and leaves its status as it is."""
+    metrics = [Metric(_name(name), value, time_ms, step) for name, value, time_ms, step in rows]
+    for noisy in ("mlflow", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    with _server():
+        client = MlflowClient(tracking_uri=uri)
+        for i in range(0, len(metrics), MAX_METRICS_PER_BATCH):
+            client.log_batch(mlflow_run, metrics[i : i + MAX_METRICS_PER_BATCH])
+
+
 def _name(name: str) -> str:
     """``name`` with what MLflow refuses in a name replaced: one odd metric must not hold up all the others."""
     return os.path.normpath(_NOT_IN_A_NAME.sub("_", name)).lstrip("/.")[:MAX_ENTITY_KEY_LENGTH] or "_"
