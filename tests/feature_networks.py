@@ -1,6 +1,7 @@
 """Small random networks in place of Inception: TorchScript files, their digests, and the same network in float64."""
 
 import hashlib
+import warnings
 from pathlib import Path
 
 import torch
@@ -47,5 +48,7 @@ class ByFlags(nn.Module):
 def save_network(module: nn.Module, folder: Path) -> tuple[str, str]:
     """The file and its sha256."""
     file = folder / f"{type(module).__name__}.pt"
-    torch.jit.script(module).save(str(file))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that TorchScript is old
+        torch.jit.script(module).save(str(file))
     return str(file), hashlib.sha256(file.read_bytes()).hexdigest()

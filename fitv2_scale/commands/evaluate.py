@@ -8,7 +8,7 @@ from data_sharding.errors import UserError
 from fitv2_scale.commands.parsing import make, show
 
 if TYPE_CHECKING:  # torch is imported when there is something to do
-    from fitv2_scale.evaluate.evaluation import Evaluated, Means
+    from fitv2_scale.evaluate.assess import Evaluated, Means
     from fitv2_scale.evaluate.from_run import Weights
     from fitv2_scale.evaluate.generate import Cell
 
@@ -47,7 +47,7 @@ def add(commands: Any) -> None:
 
 
 def evaluate_it(args: argparse.Namespace) -> int:
-    from fitv2_scale.evaluate.evaluation import Means, evaluate_weights, is_network
+    from fitv2_scale.evaluate.assess import Means, evaluate_weights, is_network
 
     means = Means(
         network=args.network,
@@ -75,7 +75,7 @@ def evaluate_it(args: argparse.Namespace) -> int:
 
 
 def _pictures(args: argparse.Namespace, means: "Means") -> int:
-    from fitv2_scale.evaluate.evaluation import evaluate_pictures
+    from fitv2_scale.evaluate.assess import evaluate_pictures
     from fitv2_scale.evaluate.results import FIGURES
 
     if int(os.environ.get("RANK", 0)) > 0:
