@@ -4,7 +4,7 @@
     log/00000001 …        who trains and what is committed (see ``run_log``)
     attempts/<n>/         start.json, end.json (see ``Attempt``), journal/ (see ``tracking.journal``)
     ledger/               images that cannot be read, and what replaces them (see ``ledger``)
-    tracking/             what the uploader keeps (see ``tracking.uploader``)
+    tracking/             what the uploader keeps (see ``tracking.publisher``)
 
 The config has two halves. *Science* decides what is learned; it is hashed, and a run keeps it for life. *Operations*
 (layout, logging, storage) may differ from attempt to attempt.

@@ -21,6 +21,7 @@ from fitv2_scale.data import Data
 from fitv2_scale.engines import make_engine
 from fitv2_scale.evaluation import Evaluation
 from fitv2_scale.ledger import RunLedger, read_pages
+from fitv2_scale.model.counts import parameter_count
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.world import World
@@ -29,14 +30,16 @@ from fitv2_scale.run import Attempt, Run, provenance
 from fitv2_scale.store import open_store
 from fitv2_scale.totals import Times, Totals
 from fitv2_scale.tracking.journal import Journal
-from fitv2_scale.tracking.uploader import start_uploader
+from fitv2_scale.tracking.launch import Uploader
+from fitv2_scale.tracking.target import why_journal_only
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Session:
-    """One attempt, on one rank. ``attempt`` and ``journal`` are rank 0's alone, ``audit`` is those ranks' that read."""
+    """One attempt, on one rank. ``attempt``, ``journal`` and ``uploader`` are rank 0's alone, ``audit`` is those ranks'
+    that read."""
 
     config: Config
     world: World
@@ -51,6 +54,7 @@ class Session:
     cadence: Cadence
     restored: Restored | None
     journal: Journal | None
+    uploader: Uploader | None
     audit: Audit | None
     ledger: RunLedger
     evaluation: Evaluation
@@ -93,6 +97,8 @@ class Session:
     def record(self, step: int, metrics: dict[str, float]) -> None:
         if self.journal:
             self.journal.metrics(step, metrics)
+        if self.uploader:
+            self.uploader.check()
 
     def evaluate(self, step: int, say: Callable[[str], None]) -> None:
         """Shows what is due after ``step`` steps (see Evaluation)."""
@@ -167,7 +173,8 @@ def claim(config: Config, plan: Plan, fork: Fork | None, world: World) -> tuple[
     def first() -> int:
         parent = fork.parent() if fork else None
         run = Run.open_or_create(config.run, config.model_dump(mode="json"), config.science(), plan.hash, parent)
-        return run.claim(provenance()).number
+        facts = {"parameters": parameter_count(config.model), "datasets": [m.digest for m in plan.manifests]}
+        return run.claim(provenance() | facts).number
 
     number = world.on_first(first)
     return Run.open(config.run), number
@@ -187,8 +194,7 @@ def open_session(
     folder = run.local(f"attempts/{number}")
     journal = Journal(folder, number, restored.step if restored else 0, attempt.ship) if world.is_first else None
     evaluation = Evaluation.open(config, world, layout, data, engine, journal, run.store)
-    if world.is_first and config.tracking.uri != "none":
-        start_uploader(run.url, config.tracking.uri, config.tracking.experiment)
+    uploader = _start_uploader(run, config, notes) if world.is_first else None
     audit = None
     if config.train.audit and relay.reads:
         audit = Audit(folder / "audit", layout.data_rank(world.rank), config.flow, config.seed)
@@ -206,6 +212,7 @@ def open_session(
         cadence=Cadence(config.checkpoint, restored.step if restored else 0, world.share),
         restored=restored,
         journal=journal,
+        uploader=uploader,
         audit=audit,
         ledger=ledger,
         evaluation=evaluation,
@@ -213,6 +220,15 @@ def open_session(
         totals=Totals.of(restored.accounting, forked) if restored else Totals(),
         notes=notes,
     )
+
+
+def _start_uploader(run: Run, config: Config, notes: list[str]) -> Uploader | None:
+    if config.tracking.uri == "none":
+        return None
+    if (why := why_journal_only(run.url, config.tracking.uri)) is not None:
+        notes.append(why)
+        return None
+    return Uploader(run.url, config.tracking.uri, config.tracking.experiment)
 
 
 def _open_ledger(

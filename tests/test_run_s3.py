@@ -16,7 +16,8 @@ from fitv2_scale.checkpoint.checkpointer import attempt_of, commit_folder, verif
 from fitv2_scale.cli import main
 from fitv2_scale.run import Run, status
 from fitv2_scale.store import open_store
-from fitv2_scale.tracking.uploader import start_uploader, sync
+from fitv2_scale.tracking.launch import Uploader
+from fitv2_scale.tracking.sync import sync
 from fitv2_scale.train import DONE, RETRY, train
 
 BUCKET = "runs"
@@ -210,14 +211,14 @@ def test_an_uploader_follows_a_run_on_s3(rgw, on_s3, tmp_path):
     attempt = run.claim({})
     journal = Journal(attempt.folder, 1, 0, attempt.ship)
     assert attempt.folder.is_relative_to(scratch.local(run.store, run.id, ""))
-    uploader = start_uploader(run.url, f"sqlite:///{tmp_path}/mlflow.db", "test")
+    uploader = Uploader(run.url, f"sqlite:///{tmp_path}/mlflow.db", "test")
     for step in range(1, 11):
         journal.metrics(step, {"loss": 1 / step})
         if step % 5 == 0:
             journal.seal()
             attempt.commit(step, f"steps/{step}", "sha256:0")
     attempt.end(0, "done")
-    assert uploader.wait(60) == 0, run.local("tracking/uploader.log").read_text()
+    assert uploader.process.wait(60) == 0, run.local("tracking/uploader.log").read_text()
     assert json.loads(run.store.read("tracking/ack.json"))["segment"] == 1
     assert run.local("tracking/uploader.log").read_text() == ""
 

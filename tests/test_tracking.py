@@ -1,4 +1,4 @@
-"""The journal's canonical curve, and its way to a real MLflow on SQLite: nothing twice, nothing lost, no secret."""
+"""The way of a run's journal to a real MLflow on SQLite: nothing twice, nothing lost, no secret."""
 
 import json
 import math
@@ -12,185 +12,19 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from journals import DIGEST, make, train
 
 from data_sharding.errors import UserError
-from fitv2_scale.run import Attempt, Run
+from fitv2_scale.run import Run
 from fitv2_scale.tracking import journal
-from fitv2_scale.tracking.journal import Journal, Position
-from fitv2_scale.tracking.uploader import Patience, follow, resolve_uri, start_uploader, sync
+from fitv2_scale.tracking.journal import Journal
+from fitv2_scale.tracking.launch import Uploader
+from fitv2_scale.tracking.lock import Lock
+from fitv2_scale.tracking.sync import sync
+from fitv2_scale.tracking.target import resolve_uri
+from fitv2_scale.tracking.uploader import Patience, attempt_has_ended, follow
 
-DIGEST = "sha256:00"
 QUICK = Patience(poll=0.02, backoff=0.02, backoff_most=0.1, last_pass=20.0)
-GONE = 2**22 + 1  # above any process id that Linux gives out
-
-
-def make(folder: Path, config: dict | None = None) -> Run:
-    return Run.open_or_create(str(folder), config or {"model": {"dim": 8}}, {}, "plan")
-
-
-def train(run: Run, start: int, until: int, commits: tuple[int, ...] = (), seal: bool = True) -> Attempt:
-    """An attempt that records a loss at each step of (start, until], equal to attempt + step/1000."""
-    attempt = run.claim({})
-    log = Journal(attempt.folder, attempt.number, start)
-    for step in range(start + 1, until + 1):
-        log.metrics(step, {"loss": attempt.number + step / 1000})
-        if step in commits:
-            log.seal()
-            attempt.commit(step, f"steps/{step}", DIGEST)
-    if seal:
-        log.seal()
-    return attempt
-
-
-def curve(run: Run, after: Position = Position()) -> list[tuple[int, int]]:  # noqa: B008
-    """(step, attempt that measured it), read back from the losses."""
-    return [(r.step, int(r.metrics["loss"])) for r in journal.read(run, after)]
-
-
-# ---- the journal ----
-
-
-def test_lines_are_as_documented(tmp_path):
-    log = Journal(tmp_path, attempt=3, start_step=100)
-    log.metrics(120, {"loss": 0.91})
-    log.picture(200, "samples/00000200.png")
-    log.seal()
-    first, second, third = (
-        json.loads(line) for line in (tmp_path / "journal" / "00000.jsonl").read_text().splitlines()
-    )
-    assert first == {"attempt": 3, "start_step": 100}
-    assert abs(second.pop("time_ms") - time.time() * 1000) < 60_000 and third.pop("time_ms")
-    assert second == {"step": 120, "metrics": {"loss": 0.91}}
-    assert third == {"step": 200, "picture": "samples/00000200.png"}
-
-
-def test_only_committed_steps_are_read(tmp_path):
-    run = make(tmp_path)
-    train(run, 0, 25, commits=(10, 20))
-    assert curve(run) == [(step, 1) for step in range(1, 21)]
-
-
-def test_a_restart_leaves_one_monotone_curve(tmp_path):
-    run = make(tmp_path)
-    train(run, 0, 25, commits=(10, 20))  # killed at 25, beyond its last commit
-    train(run, 20, 22)  # killed before it committed
-    train(run, 20, 40, commits=(30, 40))
-    assert curve(run) == [(s, 1) for s in range(1, 21)] + [(s, 3) for s in range(21, 41)]
-
-
-def test_a_fall_back_to_an_older_commit_repeats_nothing(tmp_path):
-    run = make(tmp_path)
-    train(run, 0, 20, commits=(10, 20))
-    bad = run.log.commits()[-1]
-    second = run.claim({})
-    second.retire(bad.n)
-    train(run, 10, 30, commits=(20, 30))  # commits 20 again
-    assert curve(run) == [(s, 1) for s in range(1, 21)] + [(s, 3) for s in range(21, 31)]
-
-
-def test_records_of_one_step_are_all_read_and_step_0_counts(tmp_path):
-    run = make(tmp_path)
-    attempt = run.claim({})
-    log = Journal(attempt.folder, 1, 0)
-    log.picture(0, "samples/0.png")
-    log.metrics(5, {"a": 1})
-    log.metrics(5, {"b": 2})
-    log.seal()
-    attempt.commit(5, "steps/5", DIGEST)
-    assert [(r.step, r.metrics, r.picture) for r in journal.read(run)] == [
-        (0, None, "samples/0.png"), (5, {"a": 1.0}, None), (5, {"b": 2.0}, None),
-    ]  # fmt: skip
-
-
-def test_a_record_written_late_keeps_those_before_it(tmp_path):
-    """A picture of step 5 that is ready after the loss of step 6: read on, nothing is skipped, then or later."""
-    run = make(tmp_path)
-    attempt = run.claim({})
-    log = Journal(attempt.folder, 1, 0)
-    log.metrics(4, {"loss": 1.0})
-    log.metrics(6, {"loss": 1.0})
-    log.picture(5, "samples/5.png")
-    log.seal()
-    attempt.commit(5, "steps/5", DIGEST)
-    first = list(journal.read(run))
-    attempt.commit(6, "steps/6", DIGEST)
-    then = list(journal.read(run, first[-1].end))
-    assert [r.step for r in first] == [4] and [r.step for r in then] == [6, 5]
-
-
-def test_non_finite_values_survive(tmp_path):
-    run = make(tmp_path)
-    attempt = run.claim({})
-    log = Journal(attempt.folder, 1, 0)
-    log.metrics(1, {"nan": math.nan, "inf": math.inf, "minus": -math.inf})
-    log.seal()
-    attempt.commit(1, "steps/1", DIGEST)
-    (record,) = journal.read(run)
-    assert math.isnan(record.metrics["nan"])
-    assert (record.metrics["inf"], record.metrics["minus"]) == (math.inf, -math.inf)
-
-
-@pytest.mark.parametrize(
-    "torn", [b'{"step":3,"time_ms":1,"met', b"\0" * 100 + b"\n", b'{"step":3,"time_ms":1,"metrics":{}}']
-)
-def test_a_torn_tail_is_ignored(tmp_path, torn):
-    run = make(tmp_path)
-    attempt = train(run, 0, 2)
-    with open(attempt.folder / "journal" / "00000.jsonl", "ab") as file:
-        file.write(torn)
-    attempt.commit(9, "steps/9", DIGEST)
-    train(run, 9, 10, commits=(10,))
-    assert curve(run) == [(1, 1), (2, 1), (10, 2)]
-
-
-def test_sealed_records_survive_kill_9(tmp_path):
-    code = (
-        "import os, pathlib, sys; from fitv2_scale.tracking.journal import Journal\n"
-        "log = Journal(pathlib.Path(sys.argv[1]), 1, 0)\n"
-        "for step in range(1, 11): log.metrics(step, {'loss': 1.0})\n"
-        "log.seal(); log.metrics(11, {'loss': 1.0}); os.kill(os.getpid(), 9)"
-    )
-    run = make(tmp_path)
-    attempt = run.claim({})
-    assert subprocess.run([sys.executable, "-c", code, str(attempt.folder)]).returncode == -signal.SIGKILL
-    attempt.commit(11, "steps/11", DIGEST)  # more than was sealed: read what is there
-    assert [step for step, _ in curve(run)] == list(range(1, 11))
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 12), st.integers(1, 4)), min_size=1, max_size=5), st.data())
-def test_reading_on_equals_reading_at_once(tmp_path_factory, plan, data):
-    """However often attempts die and fall back, a reader that goes on from its last place sees the one curve."""
-    run = make(tmp_path_factory.mktemp("run"))
-    seen, place = [], Position()
-
-    def look() -> None:
-        nonlocal place
-        for record in journal.read(run, place):
-            seen.append((record.step, int(record.metrics["loss"])))
-            place = record.end
-
-    for fall_back, length, every in plan:
-        commits = [e.fields["step"] for e in run.log.commits()]
-        start = ([0] + commits)[-1 - min(fall_back, len(commits))]
-        attempt = run.claim({})
-        log = Journal(attempt.folder, attempt.number, start)
-        for step in range(start + 1, start + length + 1):
-            log.metrics(step, {"loss": attempt.number + step / 1000})
-            if step % every == 0:
-                log.seal()
-                attempt.commit(step, f"steps/{step}", DIGEST)
-            if data.draw(st.booleans()):
-                look()
-    look()
-    committed = [e.fields["step"] for e in run.log.entries() if e.kind == "COMMIT"]
-    assert seen == curve(run)
-    assert [step for step, _ in seen] == list(range(1, max(committed, default=0) + 1))
-
-
-# ---- MLflow ----
 
 
 @pytest.fixture(scope="module")
@@ -325,11 +159,11 @@ def test_an_edited_config_neither_fails_nor_leaks(folder):
 
 
 def test_another_server_gets_everything(folder):
-    run = Run.open_or_create(str(folder), {}, {}, None, {"run": "/runs/first", "step": 7})  # imported: no plan yet
+    run = Run.open_or_create(str(folder), {}, {}, None, {"run": "first-0f", "step": 7})  # imported: no plan yet
     train(run, 0, 5, commits=(5,)).end(0, "done")
     sync(str(folder), "auto", "test")
     tags = published(folder)["tags"]
-    assert json.loads(tags["fitv2.parent"]) == {"run": "/runs/first", "step": 7} and "fitv2.plan_hash" not in tags
+    assert (tags["fitv2.parent_run"], tags["fitv2.branch_step"]) == ("first-0f", "7") and "fitv2.plan_hash" not in tags
     assert sync(str(folder), "auto", "second experiment")["metrics"] == 5
 
 
@@ -339,14 +173,14 @@ def test_an_outage_is_waited_for(folder, runs):
     train(run, 0, 5, commits=(5,))
     uri = resolve_uri(str(folder), "auto")
     sync(str(folder), "auto", "test")
-    follower = threading.Thread(target=follow, args=(run, uri, "test", os.getpid(), QUICK))
+    follower = threading.Thread(target=follow, args=(run, uri, "test", lambda: attempt_has_ended(run), QUICK))
     log = folder / "tracking" / "uploader.log"
     with sqlite3.connect(runs / "mlflow.db") as db:
         db.execute("alter table metrics rename to away")
     try:
         follower.start()
         attempt = train(run, 5, 10, commits=(10,))
-        wait(lambda: log.exists() and "waiting 0.04 s for MLflow" in log.read_text())
+        wait(lambda: log.exists() and "the journal keeps it, next try in 0.04 s" in log.read_text())
     finally:
         with sqlite3.connect(runs / "mlflow.db") as db:
             db.execute("alter table away rename to metrics")
@@ -361,7 +195,7 @@ def test_a_dead_server_never_holds_up_the_end_and_sync_brings_the_rest(folder):
     run = make(folder)
     train(run, 0, 5, commits=(5,)).end(0, "done")
     nobody = "http://me:hunter2@127.0.0.1:9"
-    follow(run, nobody, "test", GONE, Patience(poll=0.02, backoff=0.1, last_pass=0.2))
+    follow(run, nobody, "test", lambda: True, Patience(poll=0.02, backoff=0.1, last_pass=0.2))
     log = (folder / "tracking" / "uploader.log").read_text()
     assert f"waits for `fitv2 track sync {folder}`" in log and "hunter2" not in log
     with pytest.raises(
@@ -373,11 +207,9 @@ def test_a_dead_server_never_holds_up_the_end_and_sync_brings_the_rest(folder):
 
 
 def test_one_uploader_at_a_time(folder):
-    from fitv2_scale.tracking.uploader import _Lock
-
     run = make(folder)
     attempt = train(run, 0, 5, commits=(5,))
-    with _Lock(run) as lock:
+    with Lock(run) as lock:
         assert lock.held()
         with pytest.raises(UserError, match="published by another uploader"):
             sync(str(folder), "auto", "test", QUICK)
@@ -393,8 +225,8 @@ def test_one_uploader_at_a_time(folder):
 def test_the_process_follows_training_and_ignores_its_signals(folder):
     """The real thing: started by a trainer that is then killed with SIGKILL; a second one lets its attempt end."""
     trainer = (
-        "import sys, time; from fitv2_scale.tracking.uploader import start_uploader\n"
-        "print(start_uploader(sys.argv[1], 'auto', 'test').pid, flush=True); time.sleep(60)"
+        "import sys, time; from fitv2_scale.tracking.launch import Uploader\n"
+        "print(Uploader(sys.argv[1], 'auto', 'test').process.pid, flush=True); time.sleep(60)"
     )
     run = make(folder)
     train(run, 0, 5, commits=(5,))
@@ -409,7 +241,7 @@ def test_the_process_follows_training_and_ignores_its_signals(folder):
     process.stdout.close()
 
     attempt = train(run, 5, 10, commits=(10,))
-    child = start_uploader(str(folder), "auto", "test")
+    child = Uploader(str(folder), "auto", "test").process
     wait(lambda: published(folder)["status"] == "RUNNING" and len(steps(folder)) == 10)
     attempt.end(0, "done")
     assert child.wait(20) == 0
@@ -418,11 +250,18 @@ def test_the_process_follows_training_and_ignores_its_signals(folder):
 
 
 def test_training_never_loads_mlflow_and_bad_input_is_one_sentence(tmp_path):
-    check = (
-        "import sys, fitv2_scale.tracking.uploader, fitv2_scale.tracking.journal; assert 'mlflow' not in sys.modules"
-    )
+    check = "import sys, fitv2_scale.session; assert 'mlflow' not in sys.modules"
     subprocess.run([sys.executable, "-c", check], check=True)
-    command = [sys.executable, "-m", "fitv2_scale.tracking.uploader", str(tmp_path / "none"), "--experiment", "x"]
+    command = [
+        sys.executable,
+        "-m",
+        "fitv2_scale.tracking.uploader",
+        str(tmp_path / "none"),
+        "--experiment",
+        "x",
+        "--follow",
+        "1",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "is not a run" in done.stderr and "Traceback" not in done.stderr
 

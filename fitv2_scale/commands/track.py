@@ -1,6 +1,8 @@
 """fitv2 track: MLflow."""
 
 import argparse
+import sys
+import time
 from typing import Any
 
 from fitv2_scale.commands.parsing import make, show
@@ -11,14 +13,25 @@ def add(commands: Any) -> None:
     sync = make(track, "sync", track_sync, "publish a run's journal to MLflow, from anywhere")
     sync.add_argument("run", metavar="RUN")
     sync.add_argument("--uri", help="tracking URI (default: the one in the run's config)")
+    sync.add_argument("--follow", action="store_true", help="go on until the run is done, or until Ctrl-C")
 
 
 def track_sync(args: argparse.Namespace) -> int:
     from fitv2_scale.run import Run
-    from fitv2_scale.tracking.uploader import sync
+    from fitv2_scale.tracking.sync import sync
+    from fitv2_scale.tracking.target import resolve_uri
+    from fitv2_scale.tracking.uploader import Patience, follow, run_is_over
 
-    tracking = Run.open(args.run).config["tracking"]
-    report = sync(args.run, args.uri or tracking["uri"], tracking["experiment"])
+    run = Run.open(args.run)
+    uri, experiment = args.uri or run.config["tracking"]["uri"], run.config["tracking"]["experiment"]
+    if args.follow:
+        _say(f"{args.run}: publishing to MLflow until the run is done; Ctrl-C ends this, and nothing is lost")
+        follow(run, resolve_uri(args.run, uri), experiment, lambda: run_is_over(run), Patience(poll=10.0), _say)
+    report = sync(args.run, uri, experiment, say=_say)
     sent = f"{report['metrics']} metrics and {report['pictures']} pictures sent"
     show(args, report, f"{args.run}: {sent}, MLflow at {report['uri']} has all that is committed")
     return 0
+
+
+def _say(sentence: str) -> None:
+    print(time.strftime("%H:%M:%S"), sentence, file=sys.stderr, flush=True)

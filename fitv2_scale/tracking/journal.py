@@ -20,6 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from itertools import count
@@ -37,13 +38,14 @@ _encode = json.JSONEncoder(separators=(",", ":")).encode  # made once: it is hal
 
 
 class Journal:
-    """Appends one attempt's records. One thread writes them, another may ``seal``: it holds up no writer.
+    """Appends one attempt's records. The thread that writes them touches no file: a thread of the journal's own brings
+    them to the disk, and another may ``seal``. A disk that is slow or full holds up nothing but ``seal``; until it
+    takes them, records wait in memory.
 
-    ``folder`` is the attempt's folder on local disk (``Attempt.folder``); ``ship`` brings a sealed segment to a run
-    that is elsewhere (``Attempt.ship``). What a killed process loses is at most the last second, all of it after the
-    last commit: ``seal`` is called before the COMMIT entry is appended, when every record at or below the committed
-    step has been written. A disk that is full holds up nothing but ``seal``: until it takes them, records wait in
-    memory.
+    ``folder`` is the attempt's folder (``Attempt.folder``); ``ship`` brings a sealed segment to a run that is elsewhere
+    (``Attempt.ship``). What a killed process loses is at most the last second, all of it after the last commit:
+    ``seal`` is called before the COMMIT entry is appended, when every record at or below the committed step has been
+    written.
     """
 
     def __init__(
@@ -55,8 +57,12 @@ class Journal:
         self._segment, self._shipped = 0, 0  # the one being written; the first that is not shipped yet
         self._file: FileIO | None = None
         self._full: deque[FileIO] = deque()  # segments that are written, but not durable yet
-        self._waiting = bytearray()  # lines of this segment that are not in its file yet
-        self._writing, self._sealing = threading.Lock(), threading.Lock()
+        self._unwritten = bytearray()  # lines of this segment that its file has not taken yet
+        self._filing = threading.Lock()  # guards all of the above
+        self._lines: list[bytes] = []  # what was recorded since the last flush
+        self._adding = threading.Lock()  # guards that, and is never held for long
+        self._flusher = ThreadPoolExecutor(1, "journal")
+        self._flushing: Future[None] | None = None
         self._flushed = time.monotonic()
         self._write({"attempt": attempt, "start_step": start_step})
 
@@ -75,19 +81,17 @@ class Journal:
 
         Raises what disk and ``ship`` raise. Nothing is lost by that: the next call brings what this one did not.
         """
-        with self._sealing:
-            with self._writing:
-                self._flush()
-                if self._file is not None:
-                    self._full.append(self._file)
-                    self._file = None
-                    self._segment += 1
-                segment = self._segment
+        with self._filing:
+            self._flush()
+            if self._file is not None:
+                self._full.append(self._file)
+                self._file = None
+                self._segment += 1
             while self._full:
                 os.fsync(self._full[0].fileno())
                 self._full.popleft().close()
             fsync_folder(self._folder)
-            while self._shipped < segment:
+            while self._shipped < self._segment:
                 self._ship(self._path(self._shipped))
                 self._shipped += 1
 
@@ -96,20 +100,28 @@ class Journal:
 
     def _write(self, record: dict[str, Any]) -> None:
         line = _encode(record).encode() + b"\n"
-        with self._writing:
-            self._waiting += line
-            if (moment := time.monotonic()) - self._flushed >= _FLUSH_EVERY_S:
-                self._flushed = moment
-                try:
-                    self._flush()
-                except OSError as error:
-                    log.warning("the journal waits for its disk: %s", error)
+        with self._adding:
+            self._lines.append(line)
+        if (moment := time.monotonic()) - self._flushed >= _FLUSH_EVERY_S:
+            self._flushed = moment
+            if self._flushing is None or self._flushing.done():  # else the disk hangs: one thread is enough to wait
+                self._flushing = self._flusher.submit(self._flush_in_passing)
+
+    def _flush_in_passing(self) -> None:
+        with self._filing:
+            try:
+                self._flush()
+            except OSError as error:
+                log.warning("the journal waits for its disk, and training goes on: %s", error)
 
     def _flush(self) -> None:
-        if self._waiting and self._file is None:
+        with self._adding:
+            lines, self._lines = self._lines, []
+        self._unwritten += b"".join(lines)
+        if self._unwritten and self._file is None:
             self._file = open(self._path(self._segment), "xb", buffering=0)  # noqa: SIM115 - seal closes it
-        while self._waiting:
-            del self._waiting[: self._file.write(self._waiting)]
+        while self._unwritten:
+            del self._unwritten[: self._file.write(self._unwritten)]
 
 
 @dataclass(frozen=True, order=True)
@@ -165,23 +177,26 @@ def read(run: Run, after: Position = Position()) -> Iterator[Record]:  # noqa: B
         if span.attempt < after.attempt:
             continue
         start = after if span.attempt == after.attempt else Position(span.attempt)
-        for record in _lines(run, start):
+        for record in measured(run, start):
             if record.step > span.high and span.growing:
                 return  # a later COMMIT may cover this line: the next reading must begin at or before it
             if span.low < record.step <= span.high:
                 yield record
 
 
-def _lines(run: Run, start: Position) -> Iterator[Record]:
-    """Every whole record of one attempt from ``start`` on, committed or not."""
+def measured(run: Run, start: Position) -> Iterator[Record]:
+    """Every whole record of one attempt from ``start`` on, committed or not.
+
+    Of a run that is elsewhere: what was shipped, and, on the node that writes them, the segments that were not yet.
+    """
     for segment in count(start.segment):
+        offset = start.offset if segment == start.segment else 0
         try:
-            data = run.store.read(f"attempts/{start.attempt}/journal/{segment:05d}.jsonl")
+            data = _segment(run, f"attempts/{start.attempt}/journal/{segment:05d}.jsonl", offset)
         except FileNotFoundError:
             return
-        end = start.offset if segment == start.segment else 0
-        for line in data[end:].splitlines(keepends=True):
-            end += len(line)
+        for line in data.splitlines(keepends=True):
+            offset += len(line)
             try:
                 record = json.loads(line) if line.endswith(b"\n") else None
             except ValueError:
@@ -189,5 +204,15 @@ def _lines(run: Run, start: Position) -> Iterator[Record]:
             if record is None:
                 break
             if "step" in record:
-                position = Position(start.attempt, segment, end)
+                position = Position(start.attempt, segment, offset)
                 yield Record(record["step"], record["time_ms"], record.get("metrics"), record.get("picture"), position)
+
+
+def _segment(run: Run, path: str, offset: int) -> bytes:
+    """A segment's bytes from ``offset`` on. The node's own copy of it is never shorter than what it has shipped."""
+    try:
+        with open(run.local(path), "rb") as file:
+            file.seek(offset)
+            return file.read()
+    except FileNotFoundError:
+        return run.store.read(path)[offset:]

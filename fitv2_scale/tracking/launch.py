@@ -1,0 +1,58 @@
+"""Training's side of the uploader: starts the process, and starts it anew when it was killed. Never imports mlflow."""
+
+import logging
+import os
+import subprocess
+import sys
+import time
+
+from fitv2_scale.run import Run
+from fitv2_scale.tracking.target import resolve_uri
+
+URI_VARIABLE = "MLFLOW_TRACKING_URI"
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 600.0
+log = logging.getLogger(__name__)
+
+
+class Uploader:
+    """An uploader process that follows this one. Make it on rank 0, after ``Run.claim``. Raises UserError.
+
+    It outlives this process until everything committed is published, and exits by itself. Where a job's end kills all
+    its processes (Slurm), wait for it a bounded while after ``Attempt.end``; what is left, `fitv2 track sync` brings.
+    """
+
+    def __init__(self, run_url: str, uri: str, experiment: str) -> None:
+        run = Run.open(run_url)
+        self._log = run.local("tracking/uploader.log")
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        self._command = [sys.executable, "-m", "fitv2_scale.tracking.uploader", run.url]
+        self._command += ["--experiment", experiment, "--follow", str(os.getpid())]
+        # A command line shows passwords to everybody.
+        self._environment = os.environ | {URI_VARIABLE: resolve_uri(run_url, uri)}
+        self._pause = _FIRST_PAUSE_S
+        self.process: subprocess.Popen[bytes] | None = None
+        self._start()
+
+    def check(self) -> None:
+        """Starts it anew if it died, after a pause that doubles each time. Cheap: for the step loop."""
+        code = self.process.poll() if self.process else "it could not be started"
+        if code not in (None, 0) and time.monotonic() - self._started >= self._pause:
+            log.warning("the uploader died (%s) and is started anew; see %s", code, self._log)
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE_S)
+            self._start()
+
+    def _start(self) -> None:
+        self._started = time.monotonic()
+        try:
+            with open(self._log, "ab") as out:
+                # A session of its own: a Ctrl-C or a SIGUSR1 to training's process group is not meant for the uploader.
+                self.process = subprocess.Popen(
+                    self._command,
+                    env=self._environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=out,
+                    start_new_session=True,
+                )
+        except OSError as error:  # a full disk, no more processes: `fitv2 track sync` brings what the journal keeps
+            log.warning("the uploader cannot be started now: %s", error)

@@ -1,0 +1,122 @@
+"""A child run per attempt that shows what is live: before it is committed, thinned out, abandoned steps included.
+
+A child holds at most six curves: those of KEYS that are measured, and lag_steps, which says by how many steps the
+canonical curve was behind when they were. Of the journal's records with such keys, every tenth is sent. In the run
+folder it keeps
+
+    tracking/live.json    {"mlflow_run": "8d0f…", "attempt": 3, "segment": 7, "offset": 8123, "seen": 410}
+
+which says how far that got for the canonical run ``mlflow_run``; killed before it is written, it sends the same points
+again.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime
+
+from fitv2_scale.run import Attempt, Run
+from fitv2_scale.run_log import Entry, newest_attempt, now
+from fitv2_scale.tracking import journal, tags
+from fitv2_scale.tracking.mlflow_sink import Row, Server, ServerRun
+from fitv2_scale.tracking.state import get, put
+
+KEYS = ("loss", "grad_norm", "lr", "images_per_second", "mfu")
+_EVERY = 10
+_STATE = "tracking/live.json"
+
+
+class Live:
+    """The children of the canonical MLflow run ``parent``. What talks to the server raises ServerError."""
+
+    def __init__(self, run: Run, server: Server, parent: str) -> None:
+        self._run, self._server, self._parent = run, server, parent
+        state = get(run.store, _STATE) or {}
+        same = state.pop("mlflow_run", None) == parent
+        self._seen = state.pop("seen", 0) if same else 0  # records of the attempt that have keys of ours
+        self._place = journal.Position(**state) if same else journal.Position(attempt=1)
+        self._child: ServerRun | None = None  # of the attempt at ``_place``
+        self.step = 0  # the last one that was measured, as far as it was read
+
+    def publish(self, entries: Sequence[Entry]) -> None:
+        """Sends what was measured since, and closes the children of attempts that a newer one has followed."""
+        committed = _Committed(entries)
+        while True:
+            self._send(committed)
+            attempt = self._place.attempt
+            if attempt >= newest_attempt(entries):
+                return
+            self.close()
+            self._keep(journal.Position(attempt + 1), 0)
+
+    def close(self) -> None:
+        """Sets the final status of the child of the newest attempt that was read, if it has one."""
+        if self._seen:
+            self._open().terminate(*final_status(Attempt(self._place.attempt, self._run)))
+        self._child = None
+
+    def _send(self, committed: "_Committed") -> None:
+        place, seen = self._place, self._seen
+        rows: list[Row] = []
+        for record in journal.measured(self._run, place):
+            place, self.step = record.end, max(self.step, record.step)
+            values = {key: record.metrics[key] for key in KEYS if key in record.metrics} if record.metrics else {}
+            if not values:
+                continue
+            if seen % _EVERY == 0:
+                values["lag_steps"] = float(max(0, record.step - committed.at(record.time_ms)))
+                rows += [(key, value, record.time_ms, record.step) for key, value in values.items()]
+            seen += 1
+        if rows:
+            self._open().metrics(rows)
+        if place != self._place:
+            self._keep(place, seen)
+
+    def _open(self) -> ServerRun:
+        if self._child is None:
+            number = self._place.attempt
+            note = (
+                f"What attempt {number} of {self._run.id} measures, as it goes: every tenth point, steps that are not "
+                "committed included. The parent run holds the whole curve up to the last commit."
+            )
+            start = get(self._run.store, f"{Attempt(number, self._run).path}/start.json") or {}
+            self._child = self._server.open_run(
+                tags.LIVE_ID,
+                f"{self._run.id}/{number}",
+                start_ms=ms(start.get("time", now())),
+                name=f"{self._run.id} live, attempt {number}",
+                tags={"mlflow.parentRunId": self._parent, "mlflow.note.content": note}
+                | tags.attempt_tags(number, start),
+            )
+        return self._child
+
+    def _keep(self, place: journal.Position, seen: int) -> None:
+        self._place, self._seen = place, seen
+        put(self._run.store, _STATE, {"mlflow_run": self._parent} | asdict(place) | {"seen": seen})
+
+
+class _Committed:
+    """Up to which step the run was committed at a time."""
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self._times, self._steps = [0], [0]
+        for entry in entries:
+            if entry.kind == "COMMIT":
+                self._times.append(max(self._times[-1], ms(entry.time)))
+                self._steps.append(max(self._steps[-1], entry.fields["step"]))
+
+    def at(self, time_ms: int) -> int:
+        return self._steps[bisect_right(self._times, time_ms) - 1]
+
+
+def final_status(attempt: Attempt) -> tuple[str, int]:
+    """MLflow's word for how an attempt ended, and when, in ms since 1970.
+
+    75, saved and wants another attempt, and no end.json: interrupted. The next attempt turns the run RUNNING again.
+    """
+    end = attempt.ended() or {"code": None, "time": now()}
+    return {0: "FINISHED", 75: "KILLED", None: "KILLED"}.get(end["code"], "FAILED"), ms(end["time"])
+
+
+def ms(iso: str) -> int:
+    return round(datetime.fromisoformat(iso).timestamp() * 1000)

@@ -1,0 +1,54 @@
+"""What MLflow is told of a run besides its curve, so that runs can be found and grouped. Nothing secret: it comes from
+run.json and start.json, which are redacted.
+
+    fitv2.family      "S/2", "B/2", "L/2", "XL/2", "3B/2"; "6x160" (depth x hidden) for any other network
+    fitv2.parameters  "2971928080"
+    fitv2.dataset     the digest of the dataset's manifest; of several, with commas between
+    fitv2.seed, fitv2.plan_hash, fitv2.science_hash
+    fitv2.parent_run, fitv2.branch_step   the run id and step where a fork left
+    fitv2.attempt, fitv2.git, fitv2.gpu   of the newest attempt; gpu is "8 x NVIDIA H200" on its first node, or "none"
+    fitv2.lag         "120 steps: 1120 measured, 1000 committed"
+"""
+
+from collections import Counter
+from typing import Any
+
+from fitv2_scale.run import Run
+
+RUN_ID = "fitv2.run_id"  # the canonical run
+LIVE_ID = "fitv2.live_id"  # the run id, a slash and the attempt: the child that shows it live
+LAG = "fitv2.lag"
+_FAMILIES = {(15, 384): "S/2", (15, 768): "B/2", (28, 1024): "L/2", (36, 1152): "XL/2", (40, 2304): "3B/2"}
+
+
+def run_tags(run: Run) -> dict[str, str]:
+    """Of the run, for good."""
+    model, parent = run.config.get("model", {}), run.parent or {}
+    tags = {
+        "fitv2.family": family(model),
+        "fitv2.seed": run.config.get("seed"),
+        "fitv2.science_hash": run.science_hash,
+        "fitv2.plan_hash": run.plan_hash,
+        "fitv2.parent_run": parent.get("run"),
+        "fitv2.branch_step": parent.get("step"),
+    }
+    return {key: str(value) for key, value in tags.items() if value is not None}
+
+
+def attempt_tags(attempt: int, start: dict[str, Any]) -> dict[str, str]:
+    """Of an attempt, by its start.json."""
+    gpus = Counter(gpu["name"] for gpu in start.get("gpus", []))
+    tags = {
+        "fitv2.attempt": attempt,
+        "fitv2.git": start.get("git"),
+        "fitv2.gpu": ", ".join(f"{n} x {name}" for name, n in gpus.items()) or "none",
+        "fitv2.parameters": start.get("parameters"),
+        "fitv2.dataset": ",".join(start.get("datasets", [])) or None,
+    }
+    return {key: str(value) for key, value in tags.items() if value is not None}
+
+
+def family(model: dict[str, Any]) -> str | None:
+    """The published name of the network's size."""
+    depth, hidden = model.get("depth"), model.get("hidden")
+    return _FAMILIES.get((depth, hidden), f"{depth}x{hidden}") if depth and hidden else None
