@@ -69,7 +69,13 @@ def test_photographs_to_pictures_through_a_kill(tmp_path):
     fitv2("track", "sync", str(run))
     mlflow = pytest.importorskip("mlflow")
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
-    (tracked,) = client.search_runs([client.get_experiment_by_name("demo").experiment_id])
+    in_mlflow = client.search_runs([client.get_experiment_by_name("demo").experiment_id])
+    (tracked,) = [found for found in in_mlflow if "fitv2.run_id" in found.data.tags]
+    live = [found.data.tags for found in in_mlflow if found is not tracked]
+    assert {tags["fitv2.live_id"] for tags in live} == {f"{tracked.data.tags['fitv2.run_id']}/{n}" for n in (1, 2)}
+    assert {tags["mlflow.parentRunId"] for tags in live} == {tracked.info.run_id}
+    assert tracked.data.tags["fitv2.family"] == "6x64" and int(tracked.data.tags["fitv2.parameters"]) > 0
+    assert len(tracked.data.tags["fitv2.dataset"]) == 64 and tracked.data.tags["fitv2.gpu"] == "none"
     assert tracked.info.status == "FINISHED" and tracked.data.tags["fitv2.run_id"] == Run.open(str(run)).id
     assert tracked.data.params["model.hidden"] == "64"
     keys = ["loss", "grad_norm", "lr", "images_per_second", "tokens_per_second", "packing_fill", "rank_imbalance"]

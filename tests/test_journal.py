@@ -1,5 +1,6 @@
 """The journal, and the canonical curve that its readers see: whatever dies, one monotone line without duplicates."""
 
+import errno
 import json
 import math
 import signal
@@ -152,3 +153,42 @@ def test_reading_on_equals_reading_at_once(tmp_path_factory, plan, data):
     committed = [e.fields["step"] for e in run.log.entries() if e.kind == "COMMIT"]
     assert seen == curve(run)
     assert [step for step, _ in seen] == list(range(1, max(committed, default=0) + 1))
+
+
+def test_a_disk_that_is_full_holds_up_seal_alone(tmp_path):
+    """A process whose files may not grow beyond 4 KiB, until they may: records wait, and nothing is lost."""
+    code = (
+        "import pathlib, resource, signal, sys\n"
+        "from fitv2_scale.tracking import journal\n"
+        "journal._FLUSH_EVERY_S = 0.0\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))\n"
+        "log = journal.Journal(pathlib.Path(sys.argv[1]), 1, 0)\n"
+        "for step in range(1, 201): log.metrics(step, {'loss': 1.0})\n"
+        "try: log.seal()\n"
+        "except OSError as error: print(error.errno)\n"
+        "log.metrics(201, {'loss': 1.0})\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)\n"
+        "log.seal()\n"
+    )
+    run = make(tmp_path)
+    attempt = run.claim({})
+    done = subprocess.run([sys.executable, "-c", code, str(attempt.folder)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == errno.EFBIG
+    assert "the journal waits for its disk, and training goes on" in done.stderr
+    attempt.commit(201, "steps/201", DIGEST)
+    assert [step for step, _ in curve(run)] == list(range(1, 202))
+
+
+def test_the_thread_that_records_touches_no_file(tmp_path, monkeypatch):
+    """Its disk hangs, and it goes on."""
+    monkeypatch.setattr(journal, "_FLUSH_EVERY_S", 0.0)
+    run = make(tmp_path)
+    attempt = run.claim({})
+    log = Journal(attempt.folder, 1, 0)
+    with log._filing:  # what a hanging write or fsync holds
+        for step in range(1, 101):
+            log.metrics(step, {"loss": 1.0})
+    log.seal()
+    attempt.commit(100, "steps/100", DIGEST)
+    assert [step for step, _ in curve(run)] == list(range(1, 101))

@@ -119,4 +119,4 @@ def final_status(attempt: Attempt) -> tuple[str, int]:
 
 
 def ms(iso: str) -> int:
-    return round(datetime.fromisoformat(iso).timestamp() * 1000)
+    return int(datetime.fromisoformat(iso).timestamp() * 1000)

@@ -1,0 +1,53 @@
+"""A real MLflow tracking server on loopback, on SQLite, that can be stopped and started again on the same port."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+
+class MlflowServer:
+    """``uri`` is its tracking URI, ``db`` its database."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.db = folder, folder / "mlflow.db"
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self._process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        """Answers some seconds later."""
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.db}"]
+        command += ["--artifacts-destination", str(self.folder / "artifacts")]
+        quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        with open(self.folder / "server.log", "ab") as log:
+            self._process = subprocess.Popen(
+                command, env=os.environ | quiet, cwd=self.folder, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def wait(self, seconds: float = 120.0) -> None:
+        """Until it answers."""
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                with urllib.request.urlopen(f"{self.uri}/health", timeout=5):
+                    return
+            except OSError:
+                assert time.monotonic() < deadline and self._process.poll() is None, (
+                    self.folder / "server.log"
+                ).read_text()
+                time.sleep(0.1)
+
+    def stop(self) -> None:
+        """As a crash would, with all that it started."""
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None

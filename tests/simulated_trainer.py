@@ -1,0 +1,50 @@
+"""A process that does for tracking what rank 0 does, without training: journal, commits and the uploader.
+
+    python simulated_trainer.py RUN URI START UNTIL KEYS end|hang
+
+It measures KEYS curves every 50 steps, commits every 1,000, and prints the p99 of what a step's record costs, in µs.
+One that hangs goes 500 steps further, commits none of them, and waits to be killed.
+"""
+
+import sys
+import time
+
+from fitv2_scale.run import Run
+from fitv2_scale.tracking.journal import Journal
+from fitv2_scale.tracking.launch import Uploader
+
+WINDOW, COMMIT = 50, 1000
+
+
+def values(attempt: int, step: int, keys: int) -> dict[str, float]:
+    """The curves at ``step``; all tell which attempt measured them."""
+    named = {"loss": attempt + 1 / step, "grad_norm": attempt + 0.5, "lr": 1e-4, "images_per_second": 200.0}
+    return named | {f"bucket/{i:02d}": attempt + i / step for i in range(keys - len(named))}
+
+
+def main(run_url: str, uri: str, start: int, until: int, keys: int, hang: bool) -> None:
+    run = Run.open(run_url)
+    attempt = run.claim({})
+    journal = Journal(attempt.folder, attempt.number, start)
+    uploader = Uploader(run_url, uri, "test")
+    costs = []
+    for step in range(start + 1, until + 1 + 10 * WINDOW * hang):
+        if step % WINDOW == 0:
+            numbers = values(attempt.number, step, keys)
+            began = time.perf_counter()
+            journal.metrics(step, numbers)
+            uploader.check()
+            costs.append(time.perf_counter() - began)
+        if step % COMMIT == 0:
+            journal.seal()
+            attempt.commit(step, f"steps/{step}", "sha256:00")
+    while hang:
+        journal.metrics(0, {})  # the last second's lines are flushed by those behind them
+        uploader.check()
+        time.sleep(0.1)
+    attempt.end(0, "done")
+    print(sorted(costs)[int(len(costs) * 0.99)] * 1e6)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]), sys.argv[6] == "hang")
