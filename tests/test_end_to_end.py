@@ -74,7 +74,7 @@ def test_photographs_to_pictures_through_a_kill(tmp_path):
     live = [found.data.tags for found in in_mlflow if found is not tracked]
     assert {tags["fitv2.live_id"] for tags in live} == {f"{tracked.data.tags['fitv2.run_id']}/{n}" for n in (1, 2)}
     assert {tags["mlflow.parentRunId"] for tags in live} == {tracked.info.run_id}
-    assert tracked.data.tags["fitv2.family"] == "6x64" and int(tracked.data.tags["fitv2.parameters"]) > 0
+    assert tracked.data.tags["fitv2.family"] == "2x64" and int(tracked.data.tags["fitv2.parameters"]) > 0
     assert len(tracked.data.tags["fitv2.dataset"]) == 64 and tracked.data.tags["fitv2.gpu"] == "none"
     assert tracked.info.status == "FINISHED" and tracked.data.tags["fitv2.run_id"] == Run.open(str(run)).id
     assert tracked.data.params["model.hidden"] == "64"

@@ -45,6 +45,18 @@ class MlflowServer:
                 ).read_text()
                 time.sleep(0.1)
 
+    def pause(self) -> None:
+        """It is there, and does not answer."""
+        os.killpg(self._process.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        os.killpg(self._process.pid, signal.SIGCONT)
+
+    def keep_to(self, cores: set[int]) -> None:
+        for process in Path("/proc").glob("[0-9]*"):
+            if os.path.exists(process) and os.getpgid(int(process.name)) == self._process.pid:
+                os.sched_setaffinity(int(process.name), cores)
+
     def stop(self) -> None:
         """As a crash would, with all that it started."""
         if self._process is not None:
