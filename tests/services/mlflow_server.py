@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -54,8 +55,9 @@ class MlflowServer:
 
     def keep_to(self, cores: set[int]) -> None:
         for process in Path("/proc").glob("[0-9]*"):
-            if os.path.exists(process) and os.getpgid(int(process.name)) == self._process.pid:
-                os.sched_setaffinity(int(process.name), cores)
+            with suppress(ProcessLookupError):
+                if os.getpgid(int(process.name)) == self._process.pid:
+                    os.sched_setaffinity(int(process.name), cores)
 
     def stop(self) -> None:
         """As a crash would, with all that it started."""
