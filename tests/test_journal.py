@@ -165,9 +165,10 @@ def test_a_disk_that_is_full_holds_up_seal_alone(tmp_path):
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))\n"
         "log = journal.Journal(pathlib.Path(sys.argv[1]), 1, 0)\n"
         "for step in range(1, 201): log.metrics(step, {'loss': 1.0})\n"
+        "log._flushing.result(); log.metrics(201, {'loss': 1.0}); log._flushing.result()\n"
         "try: log.seal()\n"
         "except OSError as error: print(error.errno)\n"
-        "log.metrics(201, {'loss': 1.0})\n"
+        "log.metrics(202, {'loss': 1.0})\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)\n"
         "log.seal()\n"
     )
@@ -176,8 +177,8 @@ def test_a_disk_that_is_full_holds_up_seal_alone(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, str(attempt.folder)], capture_output=True, text=True, check=True)
     assert int(done.stdout) == errno.EFBIG
     assert "the journal waits for its disk, and training goes on" in done.stderr
-    attempt.commit(201, "steps/201", DIGEST)
-    assert [step for step, _ in curve(run)] == list(range(1, 202))
+    attempt.commit(202, "steps/202", DIGEST)
+    assert [step for step, _ in curve(run)] == list(range(1, 203))
 
 
 def test_the_thread_that_records_touches_no_file(tmp_path, monkeypatch):
