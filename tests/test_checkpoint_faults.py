@@ -323,12 +323,12 @@ def train_on_a_full_disk(config, folder: str, full: tuple[int, int]) -> int:
 
     save = Session.save
 
-    def act(self, step, begin, last):
+    def act(self, step, begin, last, totals):
         if step in full and begin:
             failed = self._settle()  # of the save before, which met the disk as it was
             self.world.on_first(lambda: fill(Path(folder), 0) and None if step == full[0] else ballast.unlink())
-            return save(self, step, begin, last) or failed
-        return save(self, step, begin, last)
+            return save(self, step, begin, last, totals) or failed
+        return save(self, step, begin, last, totals)
 
     ballast = Path(folder, "ballast")
     Session.save = act
