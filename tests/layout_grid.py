@@ -5,6 +5,7 @@ that nothing here knows how it cuts the state.
 """
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -132,15 +133,15 @@ def alone(config: Config) -> Trace:
     return trace
 
 
-def steps_of(engine, config: Config, cell: Cell, world: World) -> Trace:
-    """Trains ``engine`` on all steps. The losses are summed over the data ranks; the state is not read."""
+def steps_of(engine, config: Config, cell: Cell, world: World, steps: Iterable[int] = range(STEPS)) -> Trace:
+    """Trains ``engine`` on ``steps``. The losses are summed over the data ranks; the state is not read."""
     layout, trace = Layout.of(world.size, cell.replicate, cell.tensor), Trace()
     rank = layout.data_rank(world.rank)
-    for step in range(STEPS):
+    for step in steps:
         total = torch.zeros(())
         packs = packs_of(step, rank, layout.data_parallel, cell.packs, cell.room)
         for k, pack in enumerate(packs):
-            loss = flow_loss(engine.network, pack, config.flow, CLASSES, config.seed)
+            loss = flow_loss(engine.network, pack, config.flow, config.model.classes, config.seed)
             engine.backward(loss, last=k == len(packs) - 1)
             total += loss.detach()
         result = engine.step(config.optimizer.lr_at(step), config.optimizer.max_norm)

@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ _context.set_forkserver_preload(
         "fitv2_scale.parallel.megatron",
         "fitv2_scale.parallel.stage3",
         "deepspeed.runtime.zero.muon.muon_optimizer",  # DeepSpeed imports it in time, and with it torch's compiler
+        "s3fs",
     ]
 )
 
@@ -70,6 +72,13 @@ class Ranks:
 
     def signal(self, rank: int, number: int) -> None:
         os.kill(self._processes[rank].pid, number)
+
+    def wait_until_stopped(self, rank: int, timeout: float = 60) -> None:
+        """Until it has had SIGSTOP."""
+        stat, deadline = Path(f"/proc/{self._processes[rank].pid}/stat"), time.monotonic() + timeout
+        while stat.read_text().rsplit(")", 1)[1].split()[0] != "T":
+            assert time.monotonic() < deadline, f"rank {rank} never stopped"
+            time.sleep(0.01)
 
     def exit_code(self, rank: int, timeout: float) -> int | None:
         """Once it has ended; None if it has not in time."""

@@ -82,8 +82,12 @@ def saver(world: World, run: Run, **config) -> Callable[..., str | None]:
     return lambda step, **size: checkpoints.save(State(step, world, **size), step, CURSOR)
 
 
-def recover(env: dict[str, str], url: str, rows: int = 50) -> dict:
-    """What a new attempt finds in the run, and that all is well with it afterwards. One rank."""
+def recover(env: dict[str, str], *urls: str, rows: int = 50) -> list[dict]:
+    """What a new attempt finds in each run, and that all is well with it afterwards. One rank."""
+    return [_recover(env, url, rows) for url in urls]
+
+
+def _recover(env: dict[str, str], url: str, rows: int) -> dict:
     with opened(env, url) as (world, run):
         save = saver(world, run)
         state = State(-1, world, rows)

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -329,7 +330,7 @@ def test_damage_on_s3_is_found_and_passed_over(on_s3, rgw):
             assert name in problem
         if name.startswith("rank"):
             run.store.put(path, whole)
-    (found,) = run_ranks(1, recover, rgw.environment, url, 3)
+    ((found,),) = run_ranks(1, partial(recover, rows=3), rgw.environment, url)
     assert (
         found["step"] == 2 and len(found["passed_over"]) == 1 and "manifest.json is missing" in found["passed_over"][0]
     )

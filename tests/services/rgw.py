@@ -54,6 +54,8 @@ keyring = {folder}/keyring
 rgw frontends = beast endpoint=127.0.0.1:{port}
 rgw data = {folder}/rgw
 rgw enable usage log = false
+# small parts, so that a test of several moves little
+rgw multipart min part size = 65536
 """
 
 
