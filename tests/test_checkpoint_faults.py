@@ -72,7 +72,7 @@ def doomed_save(env, url: str, at: int | None) -> int:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", ["local", S3])
 def test_killed_at_every_boundary_of_a_save(place, kind):
-    """Each file, the manifest, COMMIT, retention; before each operation that changes something and, for a write, in its middle."""
+    """Each file, the manifest, COMMIT, retention: before each operation that changes something, and amid each write."""
     env, url = place(kind)
     (operations,) = run_ranks(1, doomed_save, env, url("all"), None)
     assert operations >= (30 if kind == "local" else 12)
