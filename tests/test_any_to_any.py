@@ -13,8 +13,8 @@ import pytest
 import torch
 from layout_grid import Cell, make_config, steps_of
 from ranks import run_ranks
+from state import CURSOR
 
-from data_sharding.plan import Cursor
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
 from fitv2_scale.config import Config
 from fitv2_scale.engines import make_engine
@@ -29,7 +29,6 @@ GRID: list[Where] = [(engine, cell) for engine in ("fsdp", "zero3") for cell in 
 EVERYWHERE = [*GRID, ("fsdp", Cell(4, 1, 2)), ("fsdp", Cell(4, 2, 2))]  # copies are kept, too
 ALONE: Where = ("fsdp", Cell(1))
 DONE, STEPS = 7, range(7, 17)  # steps before the commit, and those that follow
-CURSOR = Cursor("plan", 0, [[0, 1, [1]]], [0], 0, [0])
 
 
 def covering(layouts: list[Where]) -> list[tuple[Where, Where]]:

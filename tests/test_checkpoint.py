@@ -3,26 +3,22 @@
 import json
 import os
 import pickle
-import subprocess
-import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from lineage import commit_bytes
 from ranks import run_ranks
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from state import CURSOR, State, opened, saver
 
 from data_sharding.errors import UserError
-from fitv2_scale.checkpoint.checkpointer import verify_commit
+from fitv2_scale.checkpoint.checkpointer import Checkpointer, verify_commit
 from fitv2_scale.checkpoint.storage import BoxReader
-from fitv2_scale.checkpoint.weights import export_weights, import_weights
-from fitv2_scale.cli import main
-from fitv2_scale.config import load_config
 from fitv2_scale.model.counts import logical_shapes
+from fitv2_scale.parallel.world import World
 from fitv2_scale.run import Run
 from fitv2_scale.train import train
 
@@ -75,25 +71,57 @@ def test_anyone_can_read_the_files(trained):
     assert suffixes == {".safetensors", ".json"}
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest", "remove manifest", "pickle"])
+def two_saves(url: str) -> list[str | None]:
+    with opened({}, url) as (world, run):
+        save = saver(world, run)
+        return [save(1), save(2)]
+
+
+def damages(data: bytes) -> Iterator[bytes | None]:
+    """One byte flipped, at the ends and between; the file cut, longer, empty, gone."""
+    for at in {0, 8, *range(9, len(data), len(data) // 6), len(data) - 1}:
+        yield data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+    yield from (data[:-1], data + b" ", b"", None)
+
+
+def restore_damaged(url: str) -> list[str]:
+    """Restores after each damage to each file of the commit at step 2; returns the files."""
+    with opened({}, url) as (world, run):
+        state, checkpoints = State(-1, world), Checkpointer(run, None, 0, world)
+        paths = run.store.list(f"{run.log.commits()[-1].fields['path']}/")
+        for file in (Path(run.store.path(path)) for path in paths):
+            whole = file.read_bytes()
+            for data in damages(whole):
+                file.unlink() if data is None else file.write_bytes(data)
+                restored = checkpoints.restore(state, run)
+                assert restored.step == 1 and state.is_whole(1), file.name
+                (said,) = restored.quarantined
+                assert "commit at step 2 is not whole" in said and file.name in said
+                file.write_bytes(whole)
+        assert checkpoints.restore(state, run).step == 2 and state.is_whole(2)  # nothing was lost
+        return [Path(path).name for path in paths]
+
+
+def test_any_damage_to_any_file_is_found_and_falls_back(tmp_path):
+    url = str(tmp_path / "run")
+    assert run_ranks(2, two_saves, url) == [[None, None]] * 2
+    (files,) = run_ranks(1, restore_damaged, url)
+    assert files == ["manifest.json", "rank-00000.safetensors", "rank-00001.safetensors"]
+
+
+@pytest.mark.parametrize("damage", ["flip", "pickle"])
 def test_a_damaged_commit_is_passed_over(tiny, damage):
+    """Training goes on from the one before, and ends as if there had been no other."""
     config = tiny(train__steps=10)
     assert run_ranks(2, train, config) == [0, 0]
     undisturbed = commit_bytes(config.run)
-    file = newest(config.run) / ("manifest.json" if "manifest" in damage else "rank-00001.safetensors")
-    data = bytearray(file.read_bytes())
+    file = newest(config.run) / "rank-00001.safetensors"
     if damage == "flip":
+        data = bytearray(file.read_bytes())
         data[len(data) // 2] ^= 1
         file.write_bytes(data)
-    elif damage == "truncate":
-        file.write_bytes(data[:-1])
-    elif damage == "manifest":
-        file.write_bytes(data.replace(b'"begin": ', b'"begin":  ', 1))
-    elif damage == "pickle":
-        planted = Path(config.run, "planted")
-        file.write_bytes(pickle.dumps(_Touch(str(planted))))
     else:
-        file.unlink()
+        file.write_bytes(pickle.dumps(Touch(str(Path(config.run, "planted")))))
     assert verify_commit(Run.open(config.run), Run.open(config.run).log.commits()[-1])
 
     longer = tiny(train__steps=12)
@@ -107,7 +135,7 @@ def test_a_damaged_commit_is_passed_over(tiny, damage):
     assert commit_bytes(config.run) == commit_bytes(whole.run) != undisturbed
 
 
-class _Touch:
+class Touch:
     """Unpickled, it makes a file."""
 
     def __init__(self, path: str):
@@ -145,125 +173,43 @@ def test_frozen_tensors_have_no_moments(tiny):
     assert run_ranks(1, train, tiny(trainable=["blocks.*.adaLN_modulation.*"], train__steps=5)) == [0]
 
 
-# Public weights
+# Memory
 
 
-def public(config) -> dict[str, torch.Tensor]:
-    torch.manual_seed(7)
-    return {name: torch.randn(shape) for name, shape in logical_shapes(config.model).items()}
+class Large(State):
+    """Four tensors of 67 MB."""
+
+    def __init__(self, step: int, world: World):
+        super().__init__(step, world, rows=1)
+        self.shapes = {f"{kind}/w": (14_000, 1200) for kind in ("param", "ema", "exp_avg", "exp_avg_sq")}
+        self.tensors = {name: self._mine(tensor).clone() for name, tensor in self.expected(step).items()}
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
-def test_public_weights_go_in_and_out_unchanged(tiny, tmp_path, suffix):
-    config, weights = tiny(), public(tiny())
-    file = str(tmp_path / f"weights{suffix}")
-    save_file(weights, file) if suffix == ".safetensors" else torch.save(weights, file)
-    import_weights(file, config.run, config)
-    for ema in (False, True):
-        out = str(tmp_path / "out.safetensors")
-        assert export_weights(config.run, out, ema=ema) == 0
-        found = load_file(out)
-        assert found.keys() == weights.keys()
-        assert all(found[n].numpy().tobytes() == weights[n].numpy().tobytes() for n in weights)
+def peak_growth(act: Callable[[], object]) -> int:
+    """Bytes by which this process grows at most in ``act``."""
+
+    def status(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is what is now
+    before = status("VmRSS")
+    act()
+    return status("VmHWM") - before
 
 
-def test_training_goes_on_from_imported_weights(tiny, tmp_path):
-    config, file = tiny(train__steps=3), str(tmp_path / "weights.safetensors")
-    weights = public(config)
-    save_file(weights, file)
-    import_weights(file, config.run, config)
-    assert run_ranks(2, train, config) == [0, 0]
-    found = logical(config.run)
-    for name, value in weights.items():
-        moved = (found[f"param/{name}"] - value).abs().max()
-        assert moved < 3e-3, name  # three warm-up steps at lr <= 3e-4
-    assert Run.open(config.run).log.commits()[-1].fields["step"] == 3
+def save_and_load(url: str) -> tuple[int, int, int]:
+    """Growth by what a save needs beforehand, by the save, and by a load."""
+    with opened({}, url) as (world, run):
+        state, checkpoints = Large(1, world), Checkpointer(run, run.claim({}), 1, world)
+        prepared = peak_growth(lambda: checkpoints.prepare(state))
+        saved = peak_growth(lambda: checkpoints.save(state, 1, CURSOR))
+        loaded = peak_growth(lambda: checkpoints.restore(state, run))
+        assert state.is_whole(1)
+        return prepared, saved, loaded
 
 
-@pytest.mark.parametrize(
-    "change,message",
-    [
-        (
-            lambda w: w.pop("final_layer.linear.bias"),
-            "1 tensors are missing .final_layer.linear.bias. and 0 are left over",
-        ),
-        (lambda w: w.update(extra=torch.zeros(1)), "0 tensors are missing .none. and 1 are left over .extra."),
-        (
-            lambda w: w.update({"x_embedder.proj.bias": torch.zeros(7)}),
-            r"x_embedder.proj.bias is \(7,\), the config wants",
-        ),
-        (lambda w: w.update({"x_embedder.proj.bias": torch.zeros(32).half()}), "only float32"),
-    ],
-)
-def test_weights_that_do_not_fit_are_refused(tiny, tmp_path, change, message):
-    config, file = tiny(), str(tmp_path / "weights.safetensors")
-    weights = public(config)
-    change(weights)
-    save_file(weights, file)
-    with pytest.raises(UserError, match=message):
-        import_weights(file, config.run, config)
-    assert not Path(config.run).exists()
-
-
-def test_a_malicious_or_damaged_weights_file_is_refused(tiny, tmp_path):
-    config, planted = tiny(), tmp_path / "planted"
-    bad = tmp_path / "bad.bin"
-    torch.save({"x": _Touch(str(planted))}, bad)
-    with pytest.raises(UserError, match="does not load as plain tensors"):
-        import_weights(str(bad), config.run, config)
-    assert not planted.exists()
-    cut = tmp_path / "cut.safetensors"
-    save_file(public(config), cut)
-    cut.write_bytes(cut.read_bytes()[:1000])
-    with pytest.raises(UserError, match="not a whole .safetensors file"):
-        import_weights(str(cut), config.run, config)
-    with pytest.raises(UserError, match="there is no weights file"):
-        import_weights(str(tmp_path / "none.bin"), config.run, config)
-
-
-def test_the_names_that_do_not_fit_are_listed(tiny, tmp_path, capfd):
-    config, file = tiny(), tmp_path / "weights.safetensors"
-    weights = public(config)
-    gone = sorted(weights)[:5]
-    save_file({name: t for name, t in weights.items() if name not in gone} | {"extra": torch.zeros(1)}, file)
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    assert main(["checkpoint", "import", str(file), config.run, "--config", str(path), "--json"]) == 2
-    said = capfd.readouterr()
-    assert json.loads(said.out) == {"missing": gone, "left_over": ["extra"]} and "5 tensors are missing" in said.err
-
-
-_MEASURED = """
-import resource, sys
-from fitv2_scale.checkpoint.weights import export_weights, import_weights
-from fitv2_scale.config import load_config
-
-config = load_config(sys.argv[1], ["data.url=none", "train.steps=1"])
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-before = peak()
-import_weights(sys.argv[2], sys.argv[3], config)
-export_weights(sys.argv[3], sys.argv[4], ema=True)
-print(peak() - before)
-"""
-
-
-@pytest.mark.parametrize(
-    "name,suffix",
-    [
-        ("fitv2_b2", ".safetensors"),
-        ("fitv2_b2", ".bin"),
-        pytest.param("fitv2_xl2", ".bin", marks=pytest.mark.long),
-    ],
-)
-def test_memory_does_not_grow_with_the_file(tmp_path, name, suffix):
-    """0.5 GB of weights, and 2.7 GB, in and out in the same extra memory: chunks under way, a tensor or two."""
-    config = Path(__file__).parents[1] / "configs" / f"{name}.yaml"
-    shapes = logical_shapes(load_config(str(config), ["data.url=none", "train.steps=1"]).model)
-    weights = {n: torch.full(shape, float(i)) for i, (n, shape) in enumerate(shapes.items())}
-    file, out = str(tmp_path / f"in{suffix}"), str(tmp_path / "out.safetensors")
-    save_file(weights, file) if suffix == ".safetensors" else torch.save(weights, file)
-    command = [sys.executable, "-c", _MEASURED, str(config), file, str(tmp_path / "run"), out]
-    extra = int(subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout)
-    assert extra < 250e6
-    with safe_open(out, framework="pt") as opened:
-        assert all(torch.equal(opened.get_tensor(n), weights[n]) for n in shapes)
+def test_memory_that_a_save_and_a_load_take(tmp_path):
+    """Of a state of 269 MB: a save, one buffer of its size; a load, one tensor and the chunks fetched ahead."""
+    ((prepared, saved, loaded),) = run_ranks(1, save_and_load, str(tmp_path / "run"))
+    assert prepared < 1.05 * 269e6 and saved < 40e6 and loaded < 67e6 + 7 * 17e6

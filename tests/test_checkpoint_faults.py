@@ -199,6 +199,8 @@ HEALING = {
     "503": rules("status", count=4, path=SECOND),
     "500": rules("status", count=4, path=SECOND, status=500),
     "reset": rules("reset", count=4, path=SECOND),
+    "cut": rules("cut", count=2, path=SECOND),
+    "stall": rules("stall", count=1, path=SECOND),
     "lost replies": rules("drop_reply", count=2, path=SECOND),
     "lost replies of the log": [Rule("drop_reply", count=4, method="PUT", path=LOG)],
     "503 of the log": [Rule("status", count=4, method=m, path=LOG) for m in ("PUT", "GET")],
@@ -255,7 +257,9 @@ def test_what_heals_is_survived(proxied, fault):
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(
     "part,action",
-    [(p, a) for p in ("data", "manifest") for a in ("status", "reset", "drop_reply")] + [("COMMIT", "status")],
+    [("data", a) for a in ("status", "reset", "cut", "stall")]
+    + [("manifest", a) for a in ("status", "drop_reply")]
+    + [("COMMIT", "status")],
 )
 def test_a_save_fails_whole_and_the_next_one_works(proxied, action, part):
     """What does not heal within the deadline costs one save, said on all ranks alike."""
