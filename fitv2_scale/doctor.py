@@ -27,7 +27,7 @@ from data_sharding.patience import Patience
 from data_sharding.presets import is_preset
 from fitv2_scale.config import Config
 from fitv2_scale.parallel.world import World, join
-from fitv2_scale.run import installed
+from fitv2_scale.provenance import installed
 from fitv2_scale.store import LocalStore, open_store
 
 _USED_BYTES = 2 << 30  # of a GPU, before training: somebody else is on it

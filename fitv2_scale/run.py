@@ -13,15 +13,10 @@ The config has two halves. *Science* decides what is learned; it is hashed, and 
 import hashlib
 import json
 import logging
-import os
 import re
 import secrets
-import socket
-import subprocess
-import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +31,6 @@ from fitv2_scale.store import Store, open_store
 DONE, RETRY, GIVE_UP, BAD_INPUT, BUG = 0, 75, 93, 2, 1
 
 _IDENTITY = "run.json"
-_PACKAGES = ("torch", "numpy", "safetensors", "fitv2-scale")
 
 log = logging.getLogger(__name__)
 
@@ -276,49 +270,6 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Each dotted key at which two configs differ, as "key: old -> new", sorted."""
     a, b = ({k: json.dumps(v, sort_keys=True) for k, v in flatten(tree).items()} for tree in (old, new))
     return [f"{k}: {a.get(k, '(absent)')} -> {b.get(k, '(absent)')}" for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
-
-
-def provenance() -> dict[str, Any]:
-    """What this process is made of: interpreter, packages, host, command line, code version, GPUs. Secrets hidden."""
-    import torch  # only here: a report command needs no torch
-
-    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    return redact(
-        {
-            "python": sys.version.split()[0],
-            "packages": installed(),
-            "cuda": torch.version.cuda,
-            "hostname": socket.gethostname(),
-            "pid": os.getpid(),
-            "argv": sys.argv,
-            "git": _git_state(),
-            "gpus": [{"name": gpu.name, "uuid": str(gpu.uuid)} for gpu in gpus],
-        }
-    )
-
-
-def installed() -> dict[str, str | None]:
-    """Versions of the packages that results may depend on."""
-    return {name: _version(name) for name in _PACKAGES}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _git_state() -> str | None:
-    """The commit of this source tree, with "-dirty" behind it if tracked files were changed; None if it has none."""
-    here = Path(__file__)
-    tracked = ["git", "-C", str(here.parent), "ls-files", "--error-unmatch", here.name]  # not the tree around a venv
-    describe = ["git", "-C", str(here.parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        subprocess.run(tracked, check=True, capture_output=True, timeout=10)
-        return subprocess.run(describe, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def _json(record: dict[str, Any]) -> bytes:

@@ -25,8 +25,9 @@ from fitv2_scale.model.counts import parameter_count
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.world import World
+from fitv2_scale.provenance import provenance
 from fitv2_scale.relay import Relay
-from fitv2_scale.run import Attempt, Run, provenance
+from fitv2_scale.run import Attempt, Run
 from fitv2_scale.store import open_store
 from fitv2_scale.totals import Times, Totals
 from fitv2_scale.tracking.journal import Journal

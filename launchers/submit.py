@@ -17,8 +17,9 @@ import fitv2_scale
 import launchers
 from data_sharding.errors import UserError
 from fitv2_scale.config import Config, load_config
+from fitv2_scale.provenance import provenance
 from fitv2_scale.redact import redact
-from fitv2_scale.run import Run, flatten, provenance
+from fitv2_scale.run import Run, flatten
 from fitv2_scale.store import LocalStore, open_store
 from launchers import slurm
 from launchers.chain import Chain, node_count

@@ -10,7 +10,8 @@ import torch
 from data_sharding.connect import disconnect
 from data_sharding.patience import Patience
 from data_sharding.plan import Cursor
-from fitv2_scale.checkpoint.checkpointer import Checkpointer, verify_commit
+from fitv2_scale.checkpoint.checkpointer import Checkpointer
+from fitv2_scale.checkpoint.commits import verify_commit
 from fitv2_scale.checkpoint.policy import CheckpointConfig
 from fitv2_scale.checkpoint.sweep import leftovers, remove
 from fitv2_scale.parallel.boxes import Box, LogicalTensor

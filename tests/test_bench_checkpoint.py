@@ -12,8 +12,10 @@ from test_bench_step import SMALL
 
 from data_sharding.connect import disconnect
 from fitv2_scale.bench import checkpoint
+from fitv2_scale.bench.checkpoint_report import to_text
 from fitv2_scale.bench.relaid import lay_out_anew
-from fitv2_scale.checkpoint.checkpointer import Checkpointer, verify_commit
+from fitv2_scale.checkpoint.checkpointer import Checkpointer
+from fitv2_scale.checkpoint.commits import verify_commit
 from fitv2_scale.checkpoint.staging import Staging
 from fitv2_scale.cli import main
 from fitv2_scale.config import load_config
@@ -43,7 +45,7 @@ def test_the_report_and_what_is_left(tmp_path):
     parameters = 2 * 32 * 32  # more than that
     assert report["bytes"] > 16 * parameters
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
-    assert "stall" in checkpoint.to_text(report) and json.dumps(report)
+    assert "stall" in to_text(report) and json.dumps(report)
 
 
 def measure_on_s3(env: dict[str, str], url: str) -> dict | None:

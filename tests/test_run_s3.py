@@ -13,7 +13,7 @@ from services.s3 import use
 
 from data_sharding.errors import UserError
 from fitv2_scale import s3_store, scratch
-from fitv2_scale.checkpoint.checkpointer import attempt_of, commit_folder, verify_commit
+from fitv2_scale.checkpoint.commits import attempt_of, commit_folder, verify_commit
 from fitv2_scale.cli import main
 from fitv2_scale.run import Run, status
 from fitv2_scale.store import open_store

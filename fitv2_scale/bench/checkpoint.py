@@ -22,10 +22,12 @@ import torch
 from data_sharding.batch import StepBatch
 from data_sharding.connect import file_system
 from data_sharding.errors import UserError
+from fitv2_scale.bench.checkpoint_report import spread
 from fitv2_scale.bench.latents import forget
 from fitv2_scale.bench.relaid import lay_out_anew
 from fitv2_scale.bench.step_data import open_steps
-from fitv2_scale.checkpoint.checkpointer import Checkpointer, read_manifest
+from fitv2_scale.checkpoint.checkpointer import Checkpointer
+from fitv2_scale.checkpoint.commits import read_manifest
 from fitv2_scale.config import Config
 from fitv2_scale.data import Data
 from fitv2_scale.engines import make_engine
@@ -266,42 +268,16 @@ def _report(bench: _Bench, layout: Layout, first: _Save, rounds: Sequence[_Round
         "bytes": size,
         "rounds": len(rounds),
         "prepare_seconds": bench.prepare_seconds,
-        "stall_seconds": {"first": first.stall, **_spread(stalls)},
-        "blocking_seconds": _spread([r.blocking for r in rounds]),
-        "stall_share": _spread([stall / blocking for stall in stalls]),
-        "durable_seconds": _spread([r.background.durable for r in rounds]),
-        "step_seconds": _spread([r.step for r in rounds]),
-        "step_seconds_while_saving": _spread([s for r in rounds for s in r.background.steps]),
-        "megabytes_per_second": _spread([size / r.blocking / 1e6 for r in rounds]),
-        "plain_megabytes_per_second": _spread([size / r.plain / 1e6 for r in rounds]),
-        "share_of_plain": _spread([r.plain / r.blocking for r in rounds]),
-        "share_of_plain_while_training": _spread([r.plain / r.background.durable for r in rounds]),
-        "load_megabytes_per_second": _spread([size / r.load / 1e6 for r in rounds]),
-        "load_other_layout_times_as_long": _spread([r.load_relaid / r.load for r in rounds]),
+        "stall_seconds": {"first": first.stall, **spread(stalls)},
+        "blocking_seconds": spread([r.blocking for r in rounds]),
+        "stall_share": spread([stall / blocking for stall in stalls]),
+        "durable_seconds": spread([r.background.durable for r in rounds]),
+        "step_seconds": spread([r.step for r in rounds]),
+        "step_seconds_while_saving": spread([s for r in rounds for s in r.background.steps]),
+        "megabytes_per_second": spread([size / r.blocking / 1e6 for r in rounds]),
+        "plain_megabytes_per_second": spread([size / r.plain / 1e6 for r in rounds]),
+        "share_of_plain": spread([r.plain / r.blocking for r in rounds]),
+        "share_of_plain_while_training": spread([r.plain / r.background.durable for r in rounds]),
+        "load_megabytes_per_second": spread([size / r.load / 1e6 for r in rounds]),
+        "load_other_layout_times_as_long": spread([r.load_relaid / r.load for r in rounds]),
     }
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
-
-
-def to_text(report: dict[str, Any]) -> str:
-    r = {
-        key: value["median"] if isinstance(value, dict) and "median" in value else value
-        for key, value in report.items()
-    }
-    return "\n".join(
-        [
-            f"state    {r['bytes'] / 1e6:.0f} MB on {r['ranks']} x {r['machine']}, storage {r['storage']}, "
-            f"medians of {r['rounds']} rounds",
-            f"stall    {1000 * r['stall_seconds']:.1f} ms a save, "
-            f"the first {1000 * report['stall_seconds']['first']:.1f} ms; "
-            f"{100 * r['stall_share']:.2f} % of the {r['blocking_seconds']:.2f} s that a blocking save takes",
-            f"steps    {r['step_seconds']:.3f} s, {r['step_seconds_while_saving']:.3f} s while a save is in flight",
-            f"save     durable after {r['durable_seconds']:.2f} s while training; waited for, "
-            f"{r['megabytes_per_second']:.0f} MB/s, {r['share_of_plain']:.2f} of plain writers "
-            f"({r['plain_megabytes_per_second']:.0f} MB/s)",
-            f"load     {r['load_megabytes_per_second']:.0f} MB/s; onto another layout "
-            f"{r['load_other_layout_times_as_long']:.2f} times as long",
-        ]
-    )

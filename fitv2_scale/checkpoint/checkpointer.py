@@ -6,8 +6,6 @@ there is no checkpoint. All that goes on in the background: training waits for n
 with the reason, and never deleted.
 """
 
-import hashlib
-import json
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -15,8 +13,6 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from pathlib import PurePosixPath
-from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -25,17 +21,25 @@ from torch.distributed.checkpoint.api import CheckpointException
 from data_sharding.errors import UserError
 from data_sharding.plan import Cursor
 from fitv2_scale.checkpoint.boxed import BoxedTensor
-from fitv2_scale.checkpoint.chunks import CHUNK, ChunkReader, Damaged
+from fitv2_scale.checkpoint.chunks import Damaged
+from fitv2_scale.checkpoint.commits import (
+    MOMENTS,
+    commit_folder,
+    glance,
+    open_commit,
+    quarantine,
+    quarantined,
+    write_commit,
+)
 from fitv2_scale.checkpoint.policy import CheckpointConfig, to_retire
 from fitv2_scale.checkpoint.staging import Staging
-from fitv2_scale.checkpoint.storage import FORMAT, MANIFEST, BoxReader, BoxWriter
+from fitv2_scale.checkpoint.storage import BoxReader
 from fitv2_scale.parallel.boxes import LogicalTensor
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.world import World
 from fitv2_scale.run import Attempt, Run
 from fitv2_scale.run_log import Entry
 
-MOMENTS = ("exp_avg/", "exp_avg_sq/")
 _TIMEOUT = timedelta(minutes=30)  # for which a rank that has written waits for the others
 
 log = logging.getLogger(__name__)
@@ -193,10 +197,10 @@ class Checkpointer:
         while problems := {
             entry.n: (entry, problem)
             for entry in [entry for entry in commits if entry.n not in bad][-2:]
-            if (problem := _glance(self._run, entry))
+            if (problem := glance(self._run, entry))
         }:
             for entry, problem in problems.values():
-                _quarantine(self._run, entry, problem)
+                quarantine(self._run, entry, problem)
             bad |= problems.keys()
         for entry in to_retire(commits, bad, self._config):
             self._attempt.retire(entry.n)
@@ -208,14 +212,14 @@ class Checkpointer:
         entries = [Entry(**e) for e in found if step is None or e["fields"]["step"] == step]
         passed_over: list[str] = []
         for entry in entries:
-            manifest, problem = self._world.on_first(lambda e=entry: _open(run, e))
+            manifest, problem = self._world.on_first(lambda e=entry: open_commit(run, e))
             problem = problem or self._fill(engine, run, entry, manifest)
             if problem is None:
                 cursor = Cursor(**manifest["cursor"]) if manifest["cursor"] else None
                 self.newest = self._committed = manifest["step"]
                 return Restored(manifest["step"], cursor, manifest.get("accounting", {}), passed_over)
             passed_over.append(f"commit at step {entry.fields['step']} is not whole ({problem}); it was passed over")
-            self._world.on_first(lambda e=entry, p=problem: _quarantine(run, e, p))
+            self._world.on_first(lambda e=entry, p=problem: quarantine(run, e, p))
         if entries:
             raise UserError(f"{run.url}: no commit is whole: " + "; ".join(passed_over))
         return None
@@ -257,97 +261,6 @@ def _in_background(work: Callable[[], None]) -> Future[None]:
 
     threading.Thread(target=act, name="save", daemon=True).start()
     return future
-
-
-def commit_folder(step: int, attempt: int, failures: int = 0) -> str:
-    """Where an attempt saves a step, after so many of its saves have failed: never where another save did, so that a
-    late delete by an old attempt hits only its own."""
-    return f"steps/{step:08d}.{attempt:04d}" + (f".{failures}" if failures else "")
-
-
-def attempt_of(folder: str) -> int | None:
-    """The attempt that saved into ``folder``; None if it is no name that ``commit_folder`` gives."""
-    parts = PurePosixPath(folder).name.split(".")
-    return int(parts[1]) if len(parts) in (2, 3) and all(part.isdecimal() for part in parts) else None
-
-
-def write_commit(
-    run: Run, folder: str, rank: int, header: dict, tensors: dict[str, LogicalTensor], group: Any
-) -> BoxWriter:
-    """Writes data and manifest of a commit, all ranks of ``group`` together."""
-    moments = sorted({name.split("/", 1)[1] for name in tensors if name.startswith(MOMENTS)})
-    writer = BoxWriter(run.store, folder, rank, header | {"moments": moments})
-    state = {name: BoxedTensor(logical) for name, logical in tensors.items()}
-    dcp.save(state, storage_writer=writer, process_group=group)
-    return writer
-
-
-def read_manifest(run: Run, entry: Entry) -> dict:
-    """The manifest of a commit, checked against the log. Raises Damaged; UserError if it is of another format."""
-    path = f"{entry.fields['path']}/{MANIFEST}"
-    try:
-        text = run.store.read(path)
-    except FileNotFoundError:
-        raise Damaged(f"{path} is missing") from None
-    if hashlib.sha256(text).hexdigest() != entry.fields["manifest"]:
-        raise Damaged(f"{path} does not match its digest in the log")
-    manifest = json.loads(text)
-    if manifest["format"] != FORMAT:
-        raise UserError(f"{path} is of format {manifest['format']}, this program reads format {FORMAT}")
-    return manifest
-
-
-def verify_commit(run: Run, entry: Entry) -> list[str]:
-    """Everything wrong with a commit, a sentence each. Reads all of it."""
-    try:
-        manifest = read_manifest(run, entry)
-    except Damaged as error:
-        return [str(error)]
-    reader, problems = ChunkReader(run.store, entry.fields["path"], manifest["files"]), []
-    for file, recorded in sorted(manifest["files"].items()):
-        try:
-            reader.check_size(file)
-            for index in range(-(-recorded["bytes"] // CHUNK)):
-                reader.chunk(file, index)
-        except Damaged as error:
-            problems.append(str(error))
-    return problems
-
-
-def quarantined(run: Run) -> set[int]:
-    """The numbers of the COMMITs that were found damaged."""
-    return {int(PurePosixPath(path).stem) for path in run.store.list("quarantine/")}
-
-
-def _open(run: Run, entry: Entry) -> tuple[dict, str | None]:
-    """The manifest, or what is wrong with it."""
-    try:
-        return read_manifest(run, entry), None
-    except Damaged as error:
-        return {}, str(error)
-
-
-def _glance(run: Run, entry: Entry) -> str | None:
-    """What is wrong with a commit, as far as that can be seen without reading its data."""
-    try:
-        manifest = read_manifest(run, entry)
-        reader = ChunkReader(run.store, entry.fields["path"], manifest["files"])
-        for file in manifest["files"]:
-            reader.check_size(file)
-    except Damaged as error:
-        return str(error)
-    return None
-
-
-def _quarantine(run: Run, entry: Entry, problem: str) -> None:
-    """Keeps the reason, unless the commit has been retired meanwhile: then it is rightly gone."""
-    log.warning("the commit at step %d is not whole: %s", entry.fields["step"], problem)
-    if any(e.n == entry.n for e in run.log.commits()):
-        record = {"entry": entry.n, "path": entry.fields["path"], "problem": problem}
-        try:
-            run.store.put(f"quarantine/{entry.n:08d}.json", json.dumps(record).encode())
-        except (OSError, UserError) as error:  # a run that may only be read
-            log.warning("this could not be noted: %s", error)
 
 
 def _cause(error: CheckpointException) -> BaseException:

@@ -14,6 +14,7 @@ Each digest covers ``chunks.CHUNK`` bytes of its file.
 import hashlib
 import json
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from fitv2_scale.checkpoint.chunks import ChunkReader, Span
+from fitv2_scale.checkpoint.chunks import CHUNK, ChunkReader, Span
 from fitv2_scale.checkpoint.safetensors_file import Entry, Written, write_safetensors
 from fitv2_scale.store import Store
 
@@ -118,7 +119,8 @@ def box_record(offset: tuple[int, ...], shape: tuple[int, ...], file: str, begin
 
 
 class BoxReader(StorageReader):
-    """Reads what a rank wants of a commit, and no more than the chunks around it. Raises Damaged."""
+    """Reads what a rank wants of a commit, and no more than the chunks around it, straight to its place: it takes
+    memory for a few chunks, however large the tensors are. Raises Damaged."""
 
     def __init__(self, store: Store, folder: str, manifest: dict):
         self._chunks = ChunkReader(store, folder, manifest["files"])
@@ -140,25 +142,28 @@ class BoxReader(StorageReader):
         self._places = metadata.storage_data
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        boxes = [self._places[item.storage_index] for item in plan.items]
-        jobs = sorted(zip(plan.items, boxes, strict=True), key=lambda job: (job[1]["file"], job[1]["begin"]))
-        spans = [_rows(box, item.storage_offsets, item.lengths) for item, box in jobs]
-        for (item, box), data in zip(jobs, self._chunks.spans(spans), strict=True):
-            stored = _tensor(data, [*item.lengths[:1], *box["shape"][1:]])
+        jobs = []
+        for item in plan.items:
+            box = self._places[item.storage_index]
+            jobs += [(span, item, box, rows) for rows, span in _blocks(box, item.storage_offsets, item.lengths)]
+        jobs.sort(key=lambda job: (job[0].file, job[0].begin))
+        for (_, item, box, rows), data in zip(jobs, self._chunks.spans([job[0] for job in jobs]), strict=True):
+            stored = _rows_of(box, rows, data)
             for dim in range(1, stored.dim()):  # whole rows were read
                 stored = stored.narrow(dim, item.storage_offsets[dim], item.lengths[dim])
-            planner.resolve_tensor(item).detach().copy_(stored)
+            _narrow(planner.resolve_tensor(item).detach(), rows).copy_(stored)
         return _done(None)
 
     def read_tensor(self, name: str) -> Tensor:
         """One logical tensor, whole."""
-        full, boxes = torch.empty(self._tensors[name]["shape"]), self._tensors[name]["boxes"]
-        spans = [_rows(box, [0] * len(box["shape"]), box["shape"]) for box in boxes]
-        for box, data in zip(boxes, self._chunks.spans(spans), strict=True):
+        full = torch.empty(self._tensors[name]["shape"])
+        for box in self._tensors[name]["boxes"]:
             part = full
             for dim, (start, length) in enumerate(zip(box["offset"], box["shape"], strict=True)):
                 part = part.narrow(dim, start, length)
-            part.copy_(_tensor(data, box["shape"]))
+            blocks = list(_blocks(box, [0] * part.dim(), box["shape"]))
+            for (rows, _), data in zip(blocks, self._chunks.spans([span for _, span in blocks]), strict=True):
+                _narrow(part, rows).copy_(_rows_of(box, rows, data))
         return full
 
     def reset(self, checkpoint_id=None) -> None: ...
@@ -173,16 +178,25 @@ class BoxReader(StorageReader):
         return True
 
 
-def _rows(box: dict, offsets: list[int], lengths: list[int]) -> Span:
-    """The bytes of the rows of a stored box (its first dimension) in which a part of it lies."""
-    row = math.prod(box["shape"][1:]) * _ITEM
+def _blocks(box: dict, offsets: Sequence[int], lengths: Sequence[int]) -> Iterator[tuple[range, Span]]:
+    """The rows (of the first dimension) of a part of a stored box, a block of about a chunk's size after another: its
+    rows, counted from the part's first, and the bytes in which they lie. What has no dimension is one row."""
     first, count = (offsets[0], lengths[0]) if box["shape"] else (0, 1)
-    begin = box["begin"] + first * row
-    return Span(box["file"], begin, begin + count * row)
+    size = math.prod(box["shape"][1:]) * _ITEM  # of a row
+    several = max(1, CHUNK // max(1, size))
+    for low in range(0, count, several):
+        rows = range(low, min(low + several, count))
+        begin = box["begin"] + (first + low) * size
+        yield rows, Span(box["file"], begin, begin + len(rows) * size)
 
 
-def _tensor(data: bytearray, shape: list[int]) -> Tensor:
-    return torch.frombuffer(data, dtype=torch.float32).view(shape)
+def _rows_of(box: dict, rows: range, data: bytearray) -> Tensor:
+    flat = torch.frombuffer(data, dtype=torch.float32) if data else torch.empty(0)
+    return flat.view([len(rows), *box["shape"][1:]] if box["shape"] else [])
+
+
+def _narrow(tensor: Tensor, rows: range) -> Tensor:
+    return tensor.narrow(0, rows.start, len(rows)) if tensor.dim() else tensor
 
 
 def _key(index: MetadataIndex) -> str:

@@ -14,14 +14,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data_sharding.errors import UserError
-from fitv2_scale.checkpoint.checkpointer import commit_folder, read_manifest
 from fitv2_scale.checkpoint.chunks import Damaged
+from fitv2_scale.checkpoint.commits import commit_folder, read_manifest
 from fitv2_scale.checkpoint.safetensors_file import Entry, write_safetensors
 from fitv2_scale.checkpoint.storage import BoxReader, box_record, write_manifest
 from fitv2_scale.config import Config
 from fitv2_scale.model.config import ModelConfig
 from fitv2_scale.model.counts import logical_shapes
-from fitv2_scale.run import Run, provenance
+from fitv2_scale.provenance import provenance
+from fitv2_scale.run import Run
 from fitv2_scale.store import open_store
 
 

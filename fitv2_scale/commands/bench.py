@@ -63,6 +63,7 @@ def bench_step(args: argparse.Namespace) -> int:
 
 def bench_checkpoint(args: argparse.Namespace) -> int:
     from fitv2_scale.bench import checkpoint
+    from fitv2_scale.bench.checkpoint_report import to_text
     from fitv2_scale.config import load_config
 
     if args.s3 and not args.s3.startswith("s3://"):
@@ -71,5 +72,5 @@ def bench_checkpoint(args: argparse.Namespace) -> int:
         raise UserError(f"--saves {args.saves}: give at least 1")
     report = checkpoint.measure(load_config(args.config, args.overrides), args.saves, args.s3 or args.folder)
     if report is not None:
-        show(args, report, checkpoint.to_text(report))
+        show(args, report, to_text(report))
     return 0

@@ -42,7 +42,7 @@ def checkpoint_list(args: argparse.Namespace) -> int:
 
 
 def checkpoint_verify(args: argparse.Namespace) -> int:
-    from fitv2_scale.checkpoint.checkpointer import verify_commit
+    from fitv2_scale.checkpoint.commits import verify_commit
     from fitv2_scale.run import Run
 
     run = Run.open(args.run)

@@ -1,0 +1,113 @@
+"""What a commit of a run is on storage: a folder of data files, a manifest, and the reason why it is not used if it is
+damaged."""
+
+import hashlib
+import json
+import logging
+from pathlib import PurePosixPath
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+
+from data_sharding.errors import UserError
+from fitv2_scale.checkpoint.boxed import BoxedTensor
+from fitv2_scale.checkpoint.chunks import CHUNK, ChunkReader, Damaged
+from fitv2_scale.checkpoint.storage import FORMAT, MANIFEST, BoxWriter
+from fitv2_scale.parallel.boxes import LogicalTensor
+from fitv2_scale.run import Run
+from fitv2_scale.run_log import Entry
+
+MOMENTS = ("exp_avg/", "exp_avg_sq/")
+
+log = logging.getLogger(__name__)
+
+
+def commit_folder(step: int, attempt: int, failures: int = 0) -> str:
+    """Where an attempt saves a step, after so many of its saves have failed: never where another save did, so that a
+    late delete by an old attempt hits only its own."""
+    return f"steps/{step:08d}.{attempt:04d}" + (f".{failures}" if failures else "")
+
+
+def attempt_of(folder: str) -> int | None:
+    """The attempt that saved into ``folder``; None if it is no name that ``commit_folder`` gives."""
+    parts = PurePosixPath(folder).name.split(".")
+    return int(parts[1]) if len(parts) in (2, 3) and all(part.isdecimal() for part in parts) else None
+
+
+def write_commit(
+    run: Run, folder: str, rank: int, header: dict, tensors: dict[str, LogicalTensor], group: Any
+) -> BoxWriter:
+    """Writes data and manifest of a commit, all ranks of ``group`` together."""
+    moments = sorted({name.split("/", 1)[1] for name in tensors if name.startswith(MOMENTS)})
+    writer = BoxWriter(run.store, folder, rank, header | {"moments": moments})
+    state = {name: BoxedTensor(logical) for name, logical in tensors.items()}
+    dcp.save(state, storage_writer=writer, process_group=group)
+    return writer
+
+
+def read_manifest(run: Run, entry: Entry) -> dict:
+    """The manifest of a commit, checked against the log. Raises Damaged; UserError if it is of another format."""
+    path = f"{entry.fields['path']}/{MANIFEST}"
+    try:
+        text = run.store.read(path)
+    except FileNotFoundError:
+        raise Damaged(f"{path} is missing") from None
+    if hashlib.sha256(text).hexdigest() != entry.fields["manifest"]:
+        raise Damaged(f"{path} does not match its digest in the log")
+    manifest = json.loads(text)
+    if manifest["format"] != FORMAT:
+        raise UserError(f"{path} is of format {manifest['format']}, this program reads format {FORMAT}")
+    return manifest
+
+
+def verify_commit(run: Run, entry: Entry) -> list[str]:
+    """Everything wrong with a commit, a sentence each. Reads all of it."""
+    try:
+        manifest = read_manifest(run, entry)
+    except Damaged as error:
+        return [str(error)]
+    reader, problems = ChunkReader(run.store, entry.fields["path"], manifest["files"]), []
+    for file, recorded in sorted(manifest["files"].items()):
+        try:
+            reader.check_size(file)
+            for index in range(-(-recorded["bytes"] // CHUNK)):
+                reader.chunk(file, index)
+        except Damaged as error:
+            problems.append(str(error))
+    return problems
+
+
+def quarantined(run: Run) -> set[int]:
+    """The numbers of the COMMITs that were found damaged."""
+    return {int(PurePosixPath(path).stem) for path in run.store.list("quarantine/")}
+
+
+def open_commit(run: Run, entry: Entry) -> tuple[dict, str | None]:
+    """The manifest, or what is wrong with it."""
+    try:
+        return read_manifest(run, entry), None
+    except Damaged as error:
+        return {}, str(error)
+
+
+def glance(run: Run, entry: Entry) -> str | None:
+    """What is wrong with a commit, as far as that can be seen without reading its data."""
+    try:
+        manifest = read_manifest(run, entry)
+        reader = ChunkReader(run.store, entry.fields["path"], manifest["files"])
+        for file in manifest["files"]:
+            reader.check_size(file)
+    except Damaged as error:
+        return str(error)
+    return None
+
+
+def quarantine(run: Run, entry: Entry, problem: str) -> None:
+    """Keeps the reason, unless the commit has been retired meanwhile: then it is rightly gone."""
+    log.warning("the commit at step %d is not whole: %s", entry.fields["step"], problem)
+    if any(e.n == entry.n for e in run.log.commits()):
+        record = {"entry": entry.n, "path": entry.fields["path"], "problem": problem}
+        try:
+            run.store.put(f"quarantine/{entry.n:08d}.json", json.dumps(record).encode())
+        except (OSError, UserError) as error:  # a run that may only be read
+            log.warning("this could not be noted: %s", error)
