@@ -68,7 +68,7 @@ def train_slowly(config, copy: float, write: float) -> tuple[int, int, int]:
 def train_blocking(config) -> int:
     """Trains with each save settled before anything else is done, and of what the engine says it holds at that time."""
     save = Session.save
-    Session.save = lambda self, step, begin, last: save(self, step, begin, last or begin)
+    Session.save = lambda self, step, begin, last, totals: save(self, step, begin, last or begin, totals)
     checkpointer.Checkpointer._live = lambda self, engine: engine.boxes()
     return train(config)
 
