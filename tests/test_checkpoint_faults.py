@@ -75,7 +75,7 @@ def test_killed_at_every_boundary_of_a_save(place, kind):
     """Each file, the manifest, COMMIT, retention: before each operation that changes something, and amid each write."""
     env, url = place(kind)
     (operations,) = run_ranks(1, doomed_save, env, url("all"), None)
-    assert operations >= (30 if kind == "local" else 12)
+    assert operations >= (30 if kind == "local" else 10)
     runs = [url(str(at)) for at in range(operations)]
     for several in batched(range(operations), AT_ONCE):
         for doomed in [Ranks(1, doomed_save, env, runs[at], at) for at in several]:
@@ -146,7 +146,7 @@ def suspended_save(env, url: str, at: int | None) -> str | int:
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("races", [8, pytest.param(100, marks=pytest.mark.long)])
+@pytest.mark.parametrize("races", [4, pytest.param(100, marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", ["local", S3])
 def test_a_suspended_attempt_that_wakes_up_harms_nothing(place, kind, races):
     """It stops anywhere in its save; another attempt claims the run and saves; it wakes up."""
