@@ -12,8 +12,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from data_sharding.errors import UserError
 from fitv2_scale.checkpoint.boxed import BoxedTensor
-from fitv2_scale.checkpoint.checkpointer import read_manifest
 from fitv2_scale.checkpoint.chunks import Damaged
+from fitv2_scale.checkpoint.commits import read_manifest
 from fitv2_scale.checkpoint.storage import BoxReader
 from fitv2_scale.checkpoint.weights import SUFFIXES, open_weights
 from fitv2_scale.model.config import ModelConfig
