@@ -77,7 +77,9 @@ def test_the_cookbook_trains_the_same(engine, cell, changes):
 
 
 @pytest.mark.parametrize("cell", [Cell(3, 1), Cell(4, 2)], ids=str)
-@pytest.mark.parametrize("trainable", [HEADS_ONLY, ["blocks.0.attn.*", "*.mlp.fc2.weight"]], ids=["heads", "parts"])
+@pytest.mark.parametrize(
+    "trainable", [HEADS_ONLY, ["blocks.0.attn.*", "*.mlp.fc2.weight"], ["*.bias"]], ids=["heads", "parts", "biases"]
+)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_frozen_tensors_train_the_same(engine, trainable, cell):
     config = make_config(engine, layout__tensor=cell.tensor).model_copy(update={"trainable": trainable})

@@ -33,7 +33,7 @@ def forecast(config: Config, nodes: int, gpus_per_node: int, assumed: Assumed) -
     reason in ``data_missing``, where there is no dataset."""
     ranks = nodes * gpus_per_node
     layout = Layout.of(ranks, config.layout.replicate, config.layout.tensor)
-    report: dict[str, Any] = {"model": _model(config.model), "layout": _layout(config, layout)}
+    report: dict[str, Any] = {"model": _model(config.model, config.trainable), "layout": _layout(config, layout)}
     try:
         data = Data.open(config, layout.nodes([str(rank // gpus_per_node) for rank in range(ranks)]))
     except DataError as error:
@@ -59,9 +59,10 @@ def forecast(config: Config, nodes: int, gpus_per_node: int, assumed: Assumed) -
     }  # fmt: skip
 
 
-def _model(model: ModelConfig) -> dict[str, Any]:
+def _model(model: ModelConfig, trainable: list[str]) -> dict[str, Any]:
     return {
         "parameters": parameter_count(model),
+        "trained_parameters": parameter_count(model, trainable),
         "tensors": len(logical_shapes(model)),
         "forward_flops_per_image": {str(n): forward_flops(model, n) for n in (256, 1024)},
         "training_flops_per_image": {str(n): 3 * forward_flops(model, n) for n in (256, 1024)},
@@ -115,9 +116,10 @@ def _tried(config: Config, data: Data, asked: int, gpus_per_node: int, flops: fl
 def to_text(report: dict[str, Any]) -> str:
     model, layout, data, memory = (report[key] for key in ("model", "layout", "data", "memory"))
     state = {name: f"{size / 2**30:.2f}" for name, size in memory["state_bytes_per_rank"].items()}
+    share = f"({100 * model['trained_parameters'] / model['parameters']:.2f} % of them trained) "
     lines = [
-        f"model    {model['parameters']:,} parameters in {model['tensors']} tensors, "
-        f"{model['training_flops_per_image']['256'] / 1e12:.3f} TFLOP to train on an image of 256 tokens",
+        f"model    {model['parameters']:,} parameters {share if '100.00' not in share else ''}in {model['tensors']} "
+        f"tensors, {model['training_flops_per_image']['256'] / 1e12:.3f} TFLOP to train on an image of 256 tokens",
         f"layout   {layout['ranks']} ranks, {layout['engine']} "
         f"(replicate {layout['replicate']} x shard {layout['shard']} x tensor {layout['tensor']})",
         f"state    {state['held']} GiB a rank: weights {state['weights']}, moments {state['moments']}, "

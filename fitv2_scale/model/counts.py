@@ -1,6 +1,7 @@
 """Parameters and floating point operations of a network, exact and without building it on a device."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from fnmatch import fnmatchcase
 from functools import cache
 from types import MappingProxyType
 
@@ -17,8 +18,13 @@ def logical_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
         return MappingProxyType({name: tuple(p.shape) for name, p in FiTv2(config).named_parameters()})
 
 
-def parameter_count(config: ModelConfig) -> int:
-    return sum(torch.Size(shape).numel() for shape in logical_shapes(config).values())
+def parameter_count(config: ModelConfig, patterns: Collection[str] = ("*",)) -> int:
+    """Of all tensors, or of those whose names a pattern matches, as in the config's ``trainable``."""
+    return sum(
+        torch.Size(shape).numel()
+        for name, shape in logical_shapes(config).items()
+        if any(fnmatchcase(name, pattern) for pattern in patterns)
+    )
 
 
 def forward_flops(config: ModelConfig, tokens: int) -> int:

@@ -28,6 +28,12 @@ class _Column(ColumnParallelLinear):
     def forward(self, x_TD: Tensor) -> Tensor:
         return super().forward(x_TD)[0]
 
+    def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None, **options) -> Tensor:
+        """megatron-core gives the bias of a frozen weight no gradient, even if it is trained: so it is added here."""
+        if weight.requires_grad or bias is None:
+            return super()._forward_impl(input=input, weight=weight, bias=bias, **options)
+        return super()._forward_impl(input=input, weight=weight, bias=None, **options) + bias
+
 
 class _Row(RowParallelLinear):
     @torch.compiler.disable
