@@ -51,7 +51,7 @@ log file = {folder}/$name.log
 crash dir = {folder}
 keyring = {folder}/keyring
 [client.rgw.t]
-rgw frontends = beast endpoint=127.0.0.1:{port}
+rgw frontends = beast endpoint=127.0.0.1:{port} tcp_nodelay=1
 rgw data = {folder}/rgw
 rgw enable usage log = false
 # small parts, so that a test of several moves little
