@@ -1,5 +1,6 @@
 """Sampling: the same pictures on any number of ranks and in any pack, and a run that does not notice it."""
 
+import contextlib
 import io
 import json
 
@@ -213,6 +214,30 @@ def test_pictures_from_a_run_and_from_its_weights(trained, tmp_path):
     assert drawn[0] == drawn[1] == drawn[2]
 
 
+def test_compare_shows_all_ways_from_the_same_noise(trained, tmp_path):
+    out = tmp_path / "ways.png"
+    options = ["--size", "32x80", "--steps", "2", "--columns", "2", "--compare", "--json", "--out", str(out)]
+    report, nothing = run_ranks(2, reported, trained, "model.rope.train_side=2", *options)
+    assert nothing == ""
+    ways = {way["way"]: way for way in json.loads(report)["ways"]}
+    assert list(ways) == [
+        *("none", "pi", "ntk", "yarn", "vision_ntk", "vision_yarn"),
+        *("vision_ntk + paper", "vision_ntk + released"),
+    ]
+    assert [name for name, way in ways.items() if way["default"]] == ["vision_ntk + released"]
+    waves = {name: way["longest_wave_tokens"] for name, way in ways.items()}
+    assert waves["pi"]["rows"] == pytest.approx(2.5 * waves["none"]["rows"])
+    assert waves["vision_yarn"]["rows"] == waves["none"]["rows"] < waves["vision_yarn"]["columns"]
+    assert ways["vision_ntk + released"]["attention_factor"] == pytest.approx(np.log(20) / np.log(4))
+    assert Image.open(out).width > 500
+
+
+def reported(*words: str) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert command(*words) == 0
+    return out.getvalue()
+
+
 def test_many_pictures_go_on_where_they_were(trained, tmp_path):
     npz, folder = str(tmp_path / "all.npz"), tmp_path / "all"
     options = [trained, "--size", "32x48", "--folder", str(folder), "--steps", "2", "--seed", "7"]
@@ -239,10 +264,7 @@ def test_many_pictures_go_on_where_they_were(trained, tmp_path):
 
 def refused(*words: str) -> None:
     """As a user sees it: one sentence, exit code 2."""
-    import contextlib
-
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said):
+    with contextlib.redirect_stderr(io.StringIO()) as said:
         assert command(*words) == 2
     (line,) = said.getvalue().splitlines()
     raise SystemExit(line)

@@ -91,7 +91,7 @@ def to_text(found: list[Way]) -> str:
             f"{'*' if way.is_default else '':2}{way.name:24}"
             f"{wave['rows']:14.1f} x {wave['columns']:7.1f}{way.attention:12.4f}{way.nfe:8.1f}"
         )
-    return "\n".join([*lines, "* as published for this size"])
+    return "\n".join([*lines, "* what `fitv2 sample` takes at this size"])
 
 
 def plot(found: list[Way], size: str, file: str) -> None:
@@ -105,10 +105,10 @@ def plot(found: list[Way], size: str, file: str) -> None:
     above, below = figure.subfigures(2, 1, height_ratios=[2.8, (row + 0.05) * len(found)])
     above.suptitle(f"RoPE at {size}", fontsize=11)
     for axes, axis in zip(above.subplots(1, 2, sharey=True), (0, 1), strict=True):
-        for way in found:
+        for way, line in zip(found, range(len(found), 0, -1), strict=True):  # ever thinner: some lie on each other
             if way.rope.attention_scale == "none":
                 ratio_F = way.frequency_2F[axis] / found[0].frequency_2F[axis]
-                axes.plot(range(len(ratio_F)), ratio_F, marker=".", label=way.name)
+                axes.plot(range(len(ratio_F)), ratio_F, linewidth=line, label=way.name)
         axes.set_title(("along the height", "along the width")[axis], fontsize=9)
         axes.set_xlabel("pair of channels", fontsize=8)
         axes.tick_params(labelsize=8)
