@@ -5,7 +5,7 @@ import os
 import sys
 
 from data_sharding.errors import UserError
-from fitv2_scale.commands import bench, checkpoint, evaluate, parsing, plan, sample, shard, track, train
+from fitv2_scale.commands import bench, checkpoint, curves, evaluate, parsing, plan, sample, shard, track, train
 from launchers.commands import add_commands
 
 
@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     for part in (shard, plan, train):
         part.add(commands)
     add_commands(commands, parsing.make, parsing.show)
-    for part in (checkpoint, track, bench, sample, evaluate):
+    for part in (checkpoint, track, curves, bench, sample, evaluate):
         part.add(commands)
     return parser
 

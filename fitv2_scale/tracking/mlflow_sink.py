@@ -54,7 +54,7 @@ class Server:
     def __init__(self, uri: str, experiment: str, artifact_root: str | None) -> None:
         for noisy in ("mlflow", "alembic"):  # what goes wrong is raised, and logged in one line without secrets
             logging.getLogger(noisy).setLevel(logging.CRITICAL)
-        with _server():
+        with server():
             self._client = MlflowClient(tracking_uri=uri)
             found = self._client.get_experiment_by_name(experiment)
             self._at = found.experiment_id if found else self._client.create_experiment(experiment, artifact_root)
@@ -67,7 +67,7 @@ class Server:
         Of several, which two nodes may have made at once, all take the same: the one with MLflow id ``known``, else
         the oldest. ``tags`` are set in any case. ``start_ms`` is in ms since 1970.
         """
-        with _server():
+        with server():
 
             def find() -> Any:
                 runs = self._client.search_runs([self._at], f"tags.`{tag}` = '{value}'")
@@ -118,17 +118,21 @@ class ServerRun:
 
     def picture(self, file: Path) -> None:
         """Puts a local file among the run's artifacts, as samples/<its name>; replaces one of that name."""
-        with _server():
-            self._client.log_artifact(self.id, str(file), "samples")
+        self.artifact(file, "samples")
+
+    def artifact(self, file: Path, folder: str) -> None:
+        """Puts a local file among the run's artifacts, as <folder>/<its name>; replaces one of that name."""
+        with server():
+            self._client.log_artifact(self.id, str(file), folder)
 
     def tag(self, tags: dict[str, str]) -> None:
-        with _server():
+        with server():
             for key, value in tags.items():
                 self._client.set_tag(self.id, key, value[:MAX_TAG_VAL_LENGTH])
 
     def terminate(self, status: str, end_ms: int) -> None:
         """Sets the final status: FINISHED, FAILED or KILLED."""
-        with _server():
+        with server():
             self._client.set_terminated(self.id, status, end_ms)
 
     def _send(
@@ -141,7 +145,7 @@ class ServerRun:
             if not part:
                 continue
             try:
-                with _server():
+                with server():
                     send(part)
             except ServerError as error:
                 if not error.refused or not self._is_active():
@@ -154,7 +158,7 @@ class ServerRun:
 
     def _is_active(self) -> bool:
         """False once somebody deleted it; MLflow then refuses everything."""
-        with _server():
+        with server():
             return self._client.get_run(self.id).info.lifecycle_stage == "active"
 
 
@@ -163,7 +167,7 @@ def add_metrics(uri: str, mlflow_run: str, rows: Sequence[tuple[str, float, int,
     metrics = [Metric(_name(name), value, time_ms, step) for name, value, time_ms, step in rows]
     for noisy in ("mlflow", "alembic"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
-    with _server():
+    with server():
         client = MlflowClient(tracking_uri=uri)
         for i in range(0, len(metrics), MAX_METRICS_PER_BATCH):
             client.log_batch(mlflow_run, metrics[i : i + MAX_METRICS_PER_BATCH])
@@ -175,7 +179,8 @@ def _name(name: str) -> str:
 
 
 @contextmanager
-def _server() -> Iterator[None]:
+def server() -> Iterator[None]:
+    """What goes wrong inside is a ServerError."""
     try:
         yield
     except Exception as error:  # MLflow lets through whatever its plugins raise: SQLAlchemy's, requests', boto's

@@ -1,0 +1,68 @@
+"""fitv2 curves: scaling curves, their laws, and predictions."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from data_sharding.errors import UserError
+from fitv2_scale.commands.parsing import make, show
+
+
+def add(commands: Any) -> None:
+    curves = make(commands, "curves", curves_of_runs, "scaling curves: a table, fits, pictures, predictions")
+    curves.add_argument("runs", nargs="*", metavar="RUN")
+    curves.add_argument("--experiment", metavar="NAME", help="all training runs of an MLflow experiment instead")
+    curves.add_argument("--uri", help="MLflow's tracking URI (default: that of the first run's config); none: nowhere")
+    curves.add_argument("--out", default="curves", metavar="FOLDER", help="for report and pictures (default: curves)")
+    curves.add_argument("--published", action="store_true", help="the paper's FIDs beside those of the runs")
+    curves.add_argument(
+        "--target", type=float, metavar="FID", help="steps and FLOPs to this (default: 26.08, FiT-B/2's)"
+    )
+    curves.add_argument(
+        "--predict",
+        action="append",
+        default=[],
+        metavar="CONFIG@STEP",
+        help="the loss that a network will have, as in fitv2_3b2@2000000; kept, and scored by later calls",
+    )
+
+
+def curves_of_runs(args: argparse.Namespace) -> int:
+    from fitv2_scale.tracking.curves import reading
+    from fitv2_scale.tracking.curves.keep import draw, publish, write
+    from fitv2_scale.tracking.curves.report import TARGET, Asked, as_plain, look_at, to_text
+
+    if args.runs and args.experiment:
+        raise UserError("give runs or --experiment, not both")
+    if args.experiment and not args.uri:
+        raise UserError("say with --uri which MLflow has the experiment, as in --uri sqlite:////runs/mlflow.db")
+    if args.experiment:
+        curves = reading.from_mlflow(args.uri, args.experiment)
+    else:
+        curves = [reading.from_journal(url) for url in args.runs]
+    asked = Asked(Path(args.out), args.published, args.target or TARGET, tuple(args.predict))
+    found = look_at(curves, asked)
+    report = as_plain(found, asked)
+    files = [*draw(found, asked), *write(report, to_text(report), asked.folder)]
+    report["files"] = [str(file) for file in files]
+    report["mlflow"] = publish(report, files, *place) if (place := _place(args)) else None
+    lines = [to_text(report), f"written to {args.out}: {', '.join(file.name for file in files)}"]
+    if report["mlflow"]:
+        lines.append(f"in MLflow at {report['mlflow']['uri']}: run {report['mlflow']['run']}")
+    show(args, report, "\n".join(lines))
+    return 0
+
+
+def _place(args: argparse.Namespace) -> tuple[str, str] | None:
+    """MLflow's URI and experiment for the report; None: nowhere."""
+    from fitv2_scale.run import Run
+    from fitv2_scale.tracking.target import resolve_uri
+
+    if args.uri == "none" or not (args.experiment or args.runs):
+        return None
+    if args.experiment:
+        return args.uri, args.experiment
+    run = Run.open(args.runs[0])
+    tracking = run.config["tracking"]
+    uri = args.uri or tracking["uri"]
+    return None if uri == "none" else (resolve_uri(run.url, uri), tracking["experiment"])

@@ -1,0 +1,126 @@
+"""Predictions of losses that nobody has measured yet: made, kept, and scored once somebody has.
+
+They are kept as lines of predictions.jsonl:
+
+    {"made": "2025-06-01T12:00:00+00:00", "of": "fitv2_3b2@2000000", "model": {"depth": 40, …}, "step": 2000000,
+     "images": 512000000.0, "metric": "val_loss_ema", "value": 0.512, "low": 0.509, "high": 0.514, "level": 0.9,
+     "by": "sizes", "runs": ["b2-0a1b…", "xl2-…"]}
+
+``low`` and ``high`` are null where there is no interval.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_sharding.errors import UserError
+from fitv2_scale.config import Config, load_config
+from fitv2_scale.model.config import ModelConfig
+from fitv2_scale.model.counts import parameter_count
+from fitv2_scale.run_log import now
+from fitv2_scale.tracking.curves.analysis import RunLaw, SurfaceLaw
+from fitv2_scale.tracking.curves.intervals import LEVEL, interval
+from fitv2_scale.tracking.curves.reading import Curve
+
+KEPT = "predictions.jsonl"
+_AROUND = 0.02  # a prediction of step s is scored by the mean over the steps this share around it
+
+
+@dataclass(frozen=True)
+class Question:
+    """fitv2_3b2@2000000: the loss of a config's network at a step."""
+
+    text: str
+    config: Config
+    step: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Question":
+        """Raises UserError. The config is a file, or the name of one in configs/."""
+        name, at, step = text.rpartition("@")
+        if not at or not step.isdigit() or int(step) < 1:
+            raise UserError(f"--predict '{text}': give CONFIG@STEP, as in fitv2_3b2@2000000")
+        path = name if Path(name).exists() else f"configs/{name}.yaml"
+        return cls(f"{Path(name).stem}@{step}", load_config(path), int(step))
+
+
+def predict(
+    question: Question, metric: str, surface: SurfaceLaw | None, laws: Sequence[tuple[Curve, RunLaw]]
+) -> dict[str, Any]:
+    """By the law over sizes if there is one, else by the law of a run of the same network, the longest. Raises
+    UserError if there is neither."""
+    model, step = question.config.model, question.step
+    images = float(step * question.config.batch.images)
+    if surface is not None:
+        n = parameter_count(model)
+        value, again = float(surface.fit(n, images)), [float(f(n, images)) for f in surface.redrawn]
+        by, runs = "sizes", [curve.name for curve, _ in laws]
+    else:
+        own = [(c, law) for c, law in laws if c.model == model and law.fit is not None]
+        if not own:
+            raise UserError(
+                f"{question.text} cannot be predicted: there are no three sizes for a law over them, and no run of "
+                "this network long enough for a law of its own"
+            )
+        curve, law = max(own, key=lambda pair: pair[0].last)
+        at = images / curve.batch
+        value, again = float(law.fit(at)), [float(f(at)) for f in law.redrawn]
+        by, runs = "run", [curve.name]
+    low, high = interval(again) if again else (None, None)
+    return {
+        "made": now(),
+        "of": question.text,
+        "model": model.model_dump(mode="json"),
+        "step": step,
+        "images": images,
+        "metric": metric,
+        "value": value,
+        "low": low,
+        "high": high,
+        "level": LEVEL,
+        "by": by,
+        "runs": runs,
+    }
+
+
+class Kept:
+    """The predictions in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / KEPT
+
+    def add(self, prediction: dict[str, Any]) -> None:
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        with open(self._file, "a") as file:
+            file.write(json.dumps(prediction) + "\n")
+
+    def all(self) -> list[dict[str, Any]]:
+        """Oldest first. Raises UserError if a line is not what ``add`` writes."""
+        if not self._file.exists():
+            return []
+        try:
+            return [json.loads(line) for line in self._file.read_text().splitlines()]
+        except ValueError as error:
+            raise UserError(f"{self._file} holds a line that is no prediction ({error}): take it out") from error
+
+
+def score(prediction: dict[str, Any], curves: Sequence[Curve]) -> dict[str, Any]:
+    """The prediction with ``measured``, ``error`` (relative to what was measured) and ``inside`` its interval; all None
+    until a run of that network has come so far. Of several such runs, their mean."""
+    model, images, found = ModelConfig.model_validate(prediction["model"]), prediction["images"], []
+    for curve in curves:
+        series = curve.series.get(prediction["metric"])
+        if curve.model == model and series is not None:
+            at = curve.along("images", series.steps)
+            near = np.abs(at / images - 1) <= _AROUND
+            if at[-1] >= images and near.any():
+                found.append(float(series.values[near].mean()))
+    if not found:
+        return prediction | {"measured": None, "error": None, "inside": None}
+    measured, low, high = float(np.mean(found)), prediction["low"], prediction["high"]
+    inside = None if low is None else low <= measured <= high
+    return prediction | {"measured": measured, "error": prediction["value"] / measured - 1, "inside": inside}

@@ -1,0 +1,97 @@
+"""What papers report of training so far: FID-50K at 256 x 256 by step, without and with guidance.
+
+Steps are of 256 images. FLOPs are three forward passes of 256 tokens; those of FiTv2 are counted, those of the others
+are twice the multiply-adds that their papers call FLOPs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fitv2_scale.model.config import ModelConfig
+from fitv2_scale.model.counts import forward_flops
+from fitv2_scale.tracking.curves.reading import Curve, Series, is_fid
+
+BATCH = 256
+_STEPS = (400_000, 1_000_000, 1_500_000, 2_000_000)
+# FiTv2 (arXiv 2410.13925), Table II: as it says, DiT-B, SiT-B and FiT-B broke down behind their last points.
+_ABLATION = {
+    "DiT-B/2": ((45.33, 33.27), (22.21, 12.59)),
+    "SiT-B/2": ((36.70, 27.13), (16.31, 9.30)),
+    "FiT-B/2": ((36.36, 29.14, 26.08), (18.86, 11.06, 9.23)),
+    "FiTv2-B/2": ((26.03, 19.02, 17.70, 16.52), (9.45, 5.51, 4.73, 4.30)),
+}
+_MULTIPLY_ADDS = {"DiT-B/2": 23.0e9, "SiT-B/2": 23.0e9, "FiT-B/2": 29.1e9}
+_MODELS = {
+    "FiTv2-B/2": ModelConfig(depth=15, hidden=768, heads=12, classes=1000),
+    "FiTv2-XL/2": ModelConfig(depth=36, hidden=1152, heads=16, classes=1000),
+    "FiTv2-3B/2": ModelConfig(depth=40, hidden=2304, heads=24, classes=1000),
+}
+_FINAL = {"FiTv2-XL/2": (2_000_000, 2.26), "FiTv2-3B/2": (1_000_000, 2.15)}  # Table IV, guidance 1.5
+
+
+@dataclass(frozen=True)
+class FidCurve:
+    """FID by step of one network, published or ours."""
+
+    name: str
+    guidance: str  # "1", "1.5", or the metric's name in a run of ours
+    points: Series
+    flops_a_step: float
+    ours: bool
+
+
+def published() -> list[FidCurve]:
+    found = []
+    for name, columns in _ABLATION.items():
+        for guidance, fids in zip(("1", "1.5"), columns, strict=True):
+            found.append(_fid_curve(name, guidance, _STEPS[: len(fids)], fids))
+    return found + [_fid_curve(name, "1.5", (step,), (fid,)) for name, (step, fid) in _FINAL.items()]
+
+
+def _fid_curve(name: str, guidance: str, steps: Sequence[int], fids: Sequence[float]) -> FidCurve:
+    one = forward_flops(_MODELS[name], 256) if name in _MODELS else 2 * _MULTIPLY_ADDS[name]
+    return FidCurve(name, guidance, Series(np.array(steps), np.array(fids)), 3.0 * one * BATCH, ours=False)
+
+
+def of_run(curve: Curve) -> list[FidCurve]:
+    """Each FID that a run has recorded."""
+    a_step = curve.batch * curve.flops_an_image()
+    return [FidCurve(curve.name, m, points, a_step, ours=True) for m, points in curve.series.items() if is_fid(m)]
+
+
+def steps_to(target: float, points: Series) -> tuple[float | None, bool]:
+    """The step at which a falling curve first reaches ``target``, linear in log(step) and log(FID) between its points,
+    None if it does not; and whether its first point is there already, so that this is at most the step."""
+    steps, values = np.log(points.steps), np.log(points.values)
+    if values[0] <= np.log(target):
+        return float(points.steps[0]), bool(values[0] < np.log(target))
+    for i in range(1, len(steps)):
+        if values[i] <= np.log(target):
+            share = (np.log(target) - values[i - 1]) / (values[i] - values[i - 1])
+            return float(np.exp(steps[i - 1] + share * (steps[i] - steps[i - 1]))), False
+    return None, False
+
+
+def beside(curves: Sequence[FidCurve], target: float) -> list[dict[str, Any]]:
+    """A row for each: its points, and steps and FLOPs to ``target``."""
+    rows = []
+    for curve in curves:
+        needed, at_most = steps_to(target, curve.points)
+        rows.append(
+            {
+                "name": curve.name,
+                "ours": curve.ours,
+                "guidance": curve.guidance,
+                "points": [
+                    {"step": float(s), "flops": float(s * curve.flops_a_step), "fid": float(v)}
+                    for s, v in zip(curve.points.steps, curve.points.values, strict=True)
+                ],
+                "steps_to_target": needed,
+                "flops_to_target": needed and needed * curve.flops_a_step,
+                "at_most": at_most,
+            }
+        )
+    return rows

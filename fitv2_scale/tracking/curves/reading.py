@@ -1,0 +1,183 @@
+"""The curves of runs, from their journals or from MLflow: committed steps only, each once.
+
+Names of metrics are the journal's. What newer runs record themselves (cumulative ``images``, ``tokens``, ``flops``,
+``gpu_hours``) is taken from there; of others, images are steps times the batch, and FLOPs those of images at the mean
+number of tokens that the run reports.
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from data_sharding.errors import UserError
+from fitv2_scale.model.config import ModelConfig
+from fitv2_scale.model.counts import forward_flops, parameter_count
+from fitv2_scale.run import Run
+from fitv2_scale.store import Store
+from fitv2_scale.tracking import journal
+
+AXES = ("steps", "images", "flops", "gpu_hours")
+LOSSES = ("val_loss_ema", "val_loss", "loss")  # the first that all runs have is compared
+_RATES = ("images_per_second", "tokens_per_second")
+_CUMULATIVE = ("images", "tokens", "flops", "gpu_hours")
+
+
+@dataclass(frozen=True)
+class Series:
+    """One metric: ``steps`` ascending and ``values``, both (points,); no NaN, no infinity."""
+
+    steps: np.ndarray
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What one run measured."""
+
+    name: str
+    model: ModelConfig
+    batch: int  # images a step
+    warmup: int  # steps
+    series: Mapping[str, Series]
+
+    @property
+    def parameters(self) -> int:
+        return parameter_count(self.model)
+
+    @property
+    def size(self) -> str:
+        """Runs of one size are those with the same network."""
+        return self.model.model_dump_json()
+
+    @property
+    def last(self) -> int:
+        """The last step of which anything is known."""
+        return int(max((s.steps[-1] for s in self.series.values()), default=0))
+
+    def flops_an_image(self) -> float:
+        """To train on it: three forward passes."""
+        return 3.0 * forward_flops(self.model, round(self._mean_tokens()))
+
+    def along(self, axis: str, steps: np.ndarray) -> np.ndarray | None:
+        """What ``steps`` are on an axis of AXES; None if this run does not tell."""
+        if axis == "steps":
+            return steps.astype(float)
+        if axis in self.series:
+            known = self.series[axis]
+            return np.interp(steps, [0, *known.steps], [0, *known.values])
+        if axis == "images":
+            return steps * float(self.batch)
+        return steps * float(self.batch) * self.flops_an_image() if axis == "flops" else None
+
+    def _mean_tokens(self) -> float:
+        images, tokens = (self.series.get(name) for name in _RATES)
+        if "tokens" in self.series:
+            tokens = self.series["tokens"]
+            return float(tokens.values[-1] / self.along("images", tokens.steps[-1:])[0])
+        if images is None or tokens is None or len(images.values) != len(tokens.values):
+            return 256.0
+        return float(np.median(tokens.values / images.values))
+
+
+def is_fid(metric: str) -> bool:
+    """Of `fitv2 evaluate`: evaluate/<label>/fid."""
+    return metric.startswith("evaluate/") and metric.endswith("/fid")
+
+
+def from_journal(url: str) -> Curve:
+    """The canonical curve of the run at ``url``. Raises UserError if there is no such run."""
+    run = Run.open(url)
+    records = ((r.step, r.metrics) for r in journal.read(run) if r.metrics)
+    points = ((name, step, value) for step, metrics in records for name, value in metrics.items() if _wanted(name))
+    return _curve(run.id, run.config, chain(points, _fids(run.store)))
+
+
+def _fids(store: Store) -> Iterator[tuple[str, int, float]]:
+    """What `fitv2 evaluate` has found of a run: evaluations/<step>.json."""
+    for path in store.list("evaluations/"):
+        if re.fullmatch(r"evaluations/\d+\.json", path):
+            cells = json.loads(store.read(path))["cells"]
+            yield from ((f"evaluate/{c['label']}/fid", c["step"], c["fid"]) for c in cells if c["fid"] is not None)
+
+
+def from_mlflow(uri: str, experiment: str) -> list[Curve]:
+    """Of all training runs of an MLflow experiment. Raises UserError if there is none, or the server says no."""
+    # Not at the top: what reads journals needs no mlflow.
+    from fitv2_scale.tracking.mlflow_reader import ServerError, training_runs
+
+    try:
+        found = list(training_runs(uri, experiment, _wanted))
+    except ServerError as error:
+        raise UserError(f"MLflow does not answer with the experiment {experiment}: {error}") from error
+    if not found:
+        raise UserError(f"the experiment {experiment} has no training run yet: check its name and --uri")
+    return [_curve(run.name, _nested(run.params), run.points) for run in found]
+
+
+def _wanted(metric: str) -> bool:
+    return metric in (*LOSSES, *_RATES, *_CUMULATIVE) or is_fid(metric)
+
+
+def _curve(name: str, config: Mapping[str, Any], points: Iterable[tuple[str, int, float]]) -> Curve:
+    try:
+        model = ModelConfig.model_validate(config["model"])
+        batch, warmup = int(config["batch"]["images"]), int(config["optimizer"]["warmup_steps"])
+    except (KeyError, TypeError, ValueError, ValidationError) as error:
+        raise UserError(
+            f"{name} does not say which network it trains ({type(error).__name__}): leave it out"
+        ) from error
+    return Curve(name, model, batch, warmup, dict(_series(points)))
+
+
+def _series(points: Iterable[tuple[str, int, float]]) -> Iterator[tuple[str, Series]]:
+    by_name: dict[str, dict[int, float]] = defaultdict(dict)
+    for name, step, value in points:
+        if np.isfinite(value):
+            by_name[name][step] = value
+    for name, values in by_name.items():
+        steps = sorted(values)
+        yield name, Series(np.array(steps), np.array([values[s] for s in steps]))
+
+
+def _nested(params: Mapping[str, str]) -> dict[str, Any]:
+    """{"model.depth": "6", "model.rope.mode": "none"} -> {"model": {"depth": 6, "rope": {"mode": "none"}}}"""
+    tree: dict[str, Any] = {}
+    for dotted, text in params.items():
+        *parents, leaf = dotted.split(".")
+        section = tree
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        try:
+            section[leaf] = json.loads(text)
+        except ValueError:
+            section[leaf] = text
+    return tree
+
+
+def common_loss(curves: Iterable[Curve]) -> str:
+    """The best loss that all of them have. Raises UserError if there is none."""
+    for name in LOSSES:
+        if all(name in curve.series for curve in curves):
+            return name
+    without = next(curve.name for curve in curves if not set(LOSSES) & set(curve.series))
+    raise UserError(f"{without} has no committed loss yet: train on, or leave it out")
+
+
+def thinned(series: Series, after: int, bins: int = 32) -> Series:
+    """Means over stretches of training that are evenly long in log(step), of what lies behind step ``after``."""
+    behind = series.steps > after
+    steps, values = series.steps[behind].astype(float), series.values[behind]
+    if len(steps) <= bins:
+        return Series(steps, values)
+    edges = np.geomspace(steps[0], steps[-1] * (1 + 1e-9), bins + 1)
+    place = np.clip(np.searchsorted(edges, steps, side="right") - 1, 0, bins - 1)
+    count = np.bincount(place, minlength=bins)
+    sums = [np.bincount(place, weights, bins)[count > 0] for weights in (steps, values)]
+    return Series(sums[0] / count[count > 0], sums[1] / count[count > 0])

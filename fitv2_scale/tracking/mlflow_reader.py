@@ -1,0 +1,45 @@
+"""The reading half of ``mlflow_sink``: what training runs have put into an experiment."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+# First: it sets MLflow's environment before mlflow is imported.
+from fitv2_scale.tracking.mlflow_sink import ServerError, server  # isort: skip
+
+from mlflow import MlflowClient
+
+from fitv2_scale.tracking import tags
+
+__all__ = ["ServerError", "TrackedRun", "training_runs"]
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """``points`` are name, step, value."""
+
+    name: str
+    params: dict[str, str]
+    points: list[tuple[str, int, float]]
+
+
+def training_runs(uri: str, experiment: str, wanted: Callable[[str], bool]) -> Iterator[TrackedRun]:
+    """Each run's canonical curve, of the metrics that are ``wanted``; none of an experiment that is not there. Children
+    that show an attempt live are not canonical, and reports of curves are no runs. Raises ServerError."""
+    with server():
+        client = MlflowClient(tracking_uri=uri)
+        found = client.get_experiment_by_name(experiment)
+        for run in _canonical(client, found.experiment_id) if found else []:
+            names = [name for name in run.data.metrics if wanted(name)]
+            histories = (client.get_metric_history(run.info.run_id, name) for name in names)
+            points = [(p.key, p.step, p.value) for history in histories for p in history]
+            yield TrackedRun(run.data.tags[tags.RUN_ID], run.data.params, points)
+
+
+def _canonical(client: MlflowClient, experiment_id: str) -> Iterator:
+    token = None
+    while True:
+        page = client.search_runs([experiment_id], order_by=["start_time ASC"], page_token=token)
+        yield from (run for run in page if tags.RUN_ID in run.data.tags)
+        token = page.token
+        if not token:
+            return
