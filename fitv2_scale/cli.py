@@ -5,7 +5,19 @@ import os
 import sys
 
 from data_sharding.errors import UserError
-from fitv2_scale.commands import bench, checkpoint, curves, evaluate, parsing, plan, sample, shard, track, train
+from fitv2_scale.commands import (
+    bench,
+    checkpoint,
+    curves,
+    evaluate,
+    parsing,
+    plan,
+    sample,
+    shard,
+    track,
+    train,
+    validate,
+)
 from launchers.commands import add_commands
 
 
@@ -45,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     for part in (shard, plan, train):
         part.add(commands)
     add_commands(commands, parsing.make, parsing.show)
-    for part in (checkpoint, track, curves, bench, sample, evaluate):
+    for part in (checkpoint, track, curves, bench, sample, validate, evaluate):
         part.add(commands)
     return parser
 

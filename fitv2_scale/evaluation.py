@@ -21,6 +21,19 @@ from fitv2_scale.tracking.journal import Journal
 log = logging.getLogger(__name__)
 
 
+def validation_of(config: Config, data: Data, world: World, layout: Layout) -> Validation:
+    """All ranks make it together. Raises UserError if there are no images for it, or they do not suit the data."""
+    return Validation(
+        held_out(data.plan.manifests, config.validation, config.model.classes),
+        config.validation,
+        cost=data.cost,
+        shape=data.shapes[-1],
+        world=world,
+        layout=layout,
+        reader=FrameReader(Patience(deadline=config.data.deadline_seconds)),
+    )
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """All ranks work on it together, each on its share. ``journal`` is rank 0's alone."""
@@ -50,15 +63,7 @@ class Evaluation:
             data.codec(config)
         validation = None
         if config.validation.every_steps:
-            validation = Validation(
-                held_out(data.plan.manifests, config.validation, config.model.classes),
-                config.validation,
-                cost=data.cost,
-                shape=data.shapes[-1],
-                world=world,
-                layout=layout,
-                reader=FrameReader(Patience(deadline=config.data.deadline_seconds)),
-            )
+            validation = validation_of(config, data, world, layout)
         return cls(config, world, layout, data, engine, validation, journal, store)
 
     def due(self, done: int) -> bool:

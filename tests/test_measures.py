@@ -6,7 +6,7 @@ from datetime import datetime
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lineage import trained
 from PIL import Image
@@ -42,6 +42,7 @@ def group_of(t: float, tokens: int) -> tuple[str, str]:
     return f"loss_t{int(4 * t)}", f"loss_tokens_le{edge}" if edge else "loss_tokens_gt1024"
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(

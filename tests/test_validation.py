@@ -1,5 +1,8 @@
 """Validation: the same number on any layout, from a grid that never changes, in a run that does not notice it."""
 
+import io
+import json
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,7 @@ from data_sharding.manifest import Manifest
 from data_sharding.packing import lay_out
 from data_sharding.write import write_dataset
 from fitv2_scale.batches import packing_to_torch
+from fitv2_scale.cli import main
 from fitv2_scale.data import Data
 from fitv2_scale.engines import make_engine
 from fitv2_scale.evaluate.validation import Validation, grid_of, held_out
@@ -157,11 +161,23 @@ def test_what_was_set_aside_is_what_is_looked_at(tiny, apart):
         (k, i) for k in range(8) for i in grid.sample_id.tolist()
     }
     assert run_ranks(2, train, config) == [DONE] * 2
-    assert list(validations(config.run)) == [1, 2] and len(losses(config.run)) == 2
+    found = validations(config.run)
+    assert list(found) == [1, 2] and len(losses(config.run)) == 2
+    said, also = run_ranks(2, validated, config.run), run_ranks(1, validated, f"{config.run}@2")
+    assert said[0]["step"] == also[0]["step"] == 2 and said[0]["images"] == 12
+    assert said[0]["val_loss_ema"] == pytest.approx(found[2][1], rel=1e-6)
+    assert also[0]["val_loss_ema"] == pytest.approx(found[2][1], rel=1e-6)
+
+
+def validated(weights: str) -> dict | None:
+    """What `fitv2 validate --json` prints, on the first rank."""
+    with redirect_stdout(io.StringIO()) as out:
+        assert main(["validate", weights, "--json"]) == 0
+    return json.loads(out.getvalue()) if out.getvalue() else None
 
 
 def test_what_cannot_be_looked_at_is_refused_at_once(tiny, dataset, apart, tmp_path):
-    with pytest.raises(UserError, match=r"has no images set aside: write it with `--holdout 0\.02`"):
+    with pytest.raises(UserError, match=r"has no images set aside for validation: write it with `--holdout 0\.02`"):
         run_ranks(2, train, tiny(validation__every_steps=2))
     assert not Path(tiny().run, "samples").exists()
     with pytest.raises(UserError, match=r"no dataset at .*nowhere"):

@@ -51,6 +51,7 @@ class Validation:
         self._world, self._counts = world, layout.tensor_rank(world.rank) == 0
         self._t_K = (torch.arange(config.timesteps, device=world.device) + 0.5) / config.timesteps
         grid = grid_of(manifests, config)
+        self.images = len(grid.row) // config.timesteps
         if (longest := int(grid.tokens.max())) > shape.max_seqlen:
             raise UserError(
                 f"{manifests[0].url} holds images of {longest} tokens, this run's packs only those of up to "
@@ -83,8 +84,8 @@ def held_out(training: Sequence[Manifest], config: ValidationConfig, classes: in
     urls = config.urls or [f"{m.url}/holdout" for m in training if m.header.source.get("holdout")]
     if not urls:
         raise UserError(
-            f"validation.every_steps is {config.every_steps}, but {training[0].url} has no images set aside: write it "
-            "with `--holdout 0.02`, name another dataset in validation.url, or set validation.every_steps=0"
+            f"{training[0].url} has no images set aside for validation: write it with `--holdout 0.02`, name another "
+            "dataset in validation.url, or train with validation.every_steps=0"
         )
     found = [Manifest.load(url) for url in urls]
     for manifest in found:
