@@ -58,7 +58,7 @@ FULL = [pair for pair in covering(EVERYWHERE) if pair not in SHORT]
 
 
 def pair(source: Where, target: Where, *marks: pytest.MarkDecorator):
-    return pytest.param(source, target, id=f"{name_of(source)}->{name_of(target)}", marks=marks)
+    return pytest.param(source, target, id=f"{name_of(source)}-to-{name_of(target)}", marks=marks)
 
 
 def config_of(where: Where) -> Config:
