@@ -287,12 +287,17 @@ def test_bad_input(trained, words, sentence):
         run_ranks(1, refused, trained, *words)
 
 
-def test_weights_of_another_size(trained, tmp_path):
+def test_weights_files_that_cannot_become_pictures(trained, tmp_path):
     weights, config = str(tmp_path / "weights.safetensors"), tmp_path / "config.yaml"
     config.write_text(json.dumps(Run.open(trained).config))
     assert main(["checkpoint", "export", trained, weights, "--ema"]) == 0
-    with pytest.raises(SystemExit, match="the config wants .* choose another config"):
-        run_ranks(1, refused, weights, "--config", str(config), "model.hidden=64")
+    for words, sentence in (
+        (["--config", str(config), "model.hidden=64"], "the config wants .* choose another config"),
+        (["--config", str(config), "data.url=nowhere"], "how these latents become pictures is not known.*sampling.vae"),
+        ([], "give the config of these weights as --config FILE"),
+    ):
+        with pytest.raises(SystemExit, match=f"fitv2: .*{sentence}"):
+            run_ranks(1, refused, weights, *words)
 
 
 def test_grid_places_every_picture():
