@@ -1,7 +1,7 @@
 """`fitv2 doctor`: is this machine, or are all nodes of this job, fit for training? Seconds, before hours.
 
 Started plainly it looks at this machine; under torchrun or `fitv2 submit -- doctor CONFIG` at every node, and compares
-them. A launcher lets each rank run ``own_faults`` before it trains.
+them. So does each job of a chain, in all its ranks, before it trains.
 """
 
 import os
@@ -44,21 +44,27 @@ class Finding:
     seconds: float
 
 
-def examine(config: Config | None) -> list[Finding]:
-    """All that can be checked from here, the same list on all ranks. A collective if there are several."""
+@dataclass(frozen=True)
+class Examination:
+    findings: list[Finding]  # the same on all ranks
+    guilty: bool  # whether this rank has found a fault; all have, if it is one of all together
+
+    @property
+    def faults(self) -> list[str]:
+        return [f"{f.what}: {f.fault}" for f in self.findings if f.fault]
+
+
+def examine(config: Config | None) -> Examination:
+    """All that can be checked from here. A collective if there are several ranks."""
     with join() as world:
         mine = [_finding(what, check) for what, check in _checks(config, world)]
         everyones = world.gather(mine)
         merged = [_merge(row, world) for row in zip(*everyones, strict=True)]
-        if world.size > 1:
+        guilty = any(f.fault for f in mine)
+        if world.size > 1 and not any(f.fault for f in merged):
             merged += [_finding("nodes alike", lambda: _alike(world)), _finding("collectives", lambda: _reduce(world))]
-        return merged
-
-
-def own_faults(local_rank: int) -> list[str]:
-    """What keeps this rank from training on this node, in sentences; for launchers, before each attempt."""
-    findings = [_finding("GPU", lambda: _gpu(local_rank)), _finding("temporary folder", _temporary)]
-    return [f"{f.what}: {f.fault}" for f in findings if f.fault]
+            guilty = any(f.fault for f in merged)
+        return Examination(merged, guilty)
 
 
 def to_text(findings: list[Finding]) -> str:
@@ -70,15 +76,16 @@ def to_text(findings: list[Finding]) -> str:
 
 
 def _checks(config: Config | None, world: World) -> Iterator[tuple[str, Callable[[], str]]]:
-    yield "packages", lambda: ", ".join(f"{name} {version}" for name, version in installed().items())
-    yield "GPU", lambda: _gpu(int(os.environ.get("LOCAL_RANK", 0)))
+    yield "packages", lambda: ", ".join(f"{name} {version}" for name, version in installed().items() if version)
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    yield "GPU", lambda: _gpu(local_rank)
     yield "compiler", _compiler
     yield "temporary folder", _temporary
     if config and config.run:
         yield "run folder", lambda: _run_folder(config.run, world)
     for url in config.data.urls if config else []:
         if not is_preset(url):
-            yield "data", lambda url=url: _data(url, config.data.cache_dir)
+            yield "data", lambda url=url: "" if local_rank else _data(url, config.data.cache_dir)  # once a node
 
 
 def _finding(what: str, check: Callable[[], str]) -> Finding:

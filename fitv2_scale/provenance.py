@@ -1,40 +1,91 @@
-"""What a process is made of: for the records of an attempt, and to compare nodes."""
+"""What an attempt is made of: packages, CUDA, driver, GPUs, code. Recorded when it begins; ``Run.claim``
+compares it with the attempt before.
 
+A job trains a copy of the code, which has no git any more: whoever makes the copy leaves ``SOURCE`` in it.
+"""
+
+import hashlib
+import json
 import os
+import re
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fitv2_scale.redact import redact
 
-_PACKAGES = ("torch", "numpy", "safetensors", "fitv2-scale")
+if TYPE_CHECKING:
+    import torch
+
+SOURCE = "source.json"  # {"git": "4f0c…-dirty", "diff": "…"} beside the packages of a copy
+_PACKAGES = ("torch", "triton", "numpy", "safetensors", "deepspeed", "megatron-core", "fitv2-scale")
+_OURS = ("data_sharding", "fitv2_scale", "launchers")
+_ROOT = Path(__file__).parents[1]
+_MOST_DIFF = 1 << 20  # characters; a longer one is cut
 
 
 def provenance() -> dict[str, Any]:
-    """What this process is made of: interpreter, packages, host, command line, code version, GPUs. Secrets hidden."""
+    """What this process is made of; secrets hidden. A sample:
+
+    {"python": "3.11.2", "packages": {"torch": "2.13.0", "deepspeed": null, …}, "cuda": "13.0" or null,
+     "nccl": "2.27.7" or null, "driver": "580.65.06" or null, "hostname": "n17", "pid": 4711, "argv": […],
+     "git": "4f0c…-dirty" or null, "code": "9a31…", "diff": "diff --git …",
+     "gpus": [{"node": "n17", "name": "NVIDIA H100", "uuid": "…"}]}
+
+    ``code`` is a digest of the packages as they are imported; ``diff`` is what git does not know of them;
+    ``gpus`` are those of this node, or of all ranks where an attempt says it.
+    """
     import torch  # only here: a report command needs no torch
 
-    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    gpus = [own_gpu(torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
     return redact(
         {
             "python": sys.version.split()[0],
             "packages": installed(),
             "cuda": torch.version.cuda,
+            "nccl": ".".join(map(str, torch.cuda.nccl.version())) if gpus else None,
+            "driver": _driver(),
             "hostname": socket.gethostname(),
             "pid": os.getpid(),
             "argv": sys.argv,
-            "git": _git_state(),
-            "gpus": [{"name": gpu.name, "uuid": str(gpu.uuid)} for gpu in gpus],
+            **source(),
+            "code": _code_digest(),
+            "gpus": gpus,
         }
     )
 
 
+def own_gpu(device: "torch.device") -> dict[str, str] | None:
+    """Which GPU ``device`` is; None if it is none."""
+    import torch
+
+    if device.type != "cuda":
+        return None
+    gpu = torch.cuda.get_device_properties(device)
+    return {"node": socket.gethostname(), "name": gpu.name, "uuid": str(gpu.uuid)}
+
+
 def installed() -> dict[str, str | None]:
-    """Versions of the packages that results may depend on."""
+    """Versions of the packages that results may depend on; None for one that is not there."""
     return {name: _version(name) for name in _PACKAGES}
+
+
+def source() -> dict[str, str | None]:
+    """{"git": the commit, with "-dirty" behind it if tracked files were changed, "diff": those changes}; None and ""
+    where git knows nothing of this code."""
+    with suppress(OSError, ValueError):
+        return json.loads((_ROOT / SOURCE).read_text())
+    here = Path(__file__)
+    try:
+        _git("ls-files", "--error-unmatch", str(here))  # not the tree around a virtual environment
+        state = _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*").strip()
+        return {"git": state, "diff": _git("diff", "HEAD", "--", *_OURS)[:_MOST_DIFF]}
+    except (OSError, subprocess.SubprocessError):
+        return {"git": None, "diff": ""}
 
 
 def _version(package: str) -> str | None:
@@ -44,13 +95,23 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git_state() -> str | None:
-    """The commit of this source tree, with "-dirty" behind it if tracked files were changed; None if it has none."""
-    here = Path(__file__)
-    tracked = ["git", "-C", str(here.parent), "ls-files", "--error-unmatch", here.name]  # not the tree around a venv
-    describe = ["git", "-C", str(here.parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        subprocess.run(tracked, check=True, capture_output=True, timeout=10)
-        return subprocess.run(describe, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
+def _driver() -> str | None:
+    with suppress(OSError):
+        found = re.search(r"Kernel Module.*?(\d+\.\d+[.\d]*)", Path("/proc/driver/nvidia/version").read_text())
+        return found[1] if found else None
+    return None
+
+
+def _code_digest() -> str:
+    """The first 16 hex digits of the sha256 over names and contents of the modules of our packages."""
+    digest = hashlib.sha256()
+    for package in _OURS:
+        for file in sorted((_ROOT / package).rglob("*.py")):
+            data = file.read_bytes()
+            digest.update(f"{file.relative_to(_ROOT)} {len(data)}\n".encode() + data)
+    return digest.hexdigest()[:16]
+
+
+def _git(*words: str) -> str:
+    command = ["git", "-C", str(_ROOT), *words]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10, errors="replace").stdout

@@ -29,8 +29,11 @@ from fitv2_scale.store import Store, open_store
 
 # How an attempt ends: exit codes of `fitv2 train`, and codes in end.json. The README says what launchers make of them.
 DONE, RETRY, GIVE_UP, BAD_INPUT, BUG = 0, 75, 93, 2, 1
+NOT_FINITE = "loss or gradient was not finite"  # how the reason of a GIVE_UP begins, if that is why
 
 _IDENTITY = "run.json"
+# Of a start.json: what results may depend on. Not the layout, on which they do not depend.
+_COMPARED = ("python", "packages", "cuda", "nccl", "driver", "git", "code", "gpus")
 
 log = logging.getLogger(__name__)
 
@@ -132,10 +135,15 @@ class Run:
         return scratch.fetch(self.store, self.id, rel)
 
     def claim(self, provenance: dict[str, Any]) -> "Attempt":
-        """Begins an attempt, which makes every older one stale, and writes its start.json."""
+        """Begins an attempt, which makes every older one stale; writes its start.json, and code.diff if git does not
+        know all of the code."""
         entry = self.log.claim()
         attempt = Attempt(entry.attempt, self)
+        before = _read_json(self.store, f"attempts/{entry.attempt - 1}/start.json") or {}
         start = {"attempt": entry.attempt, "time": entry.time, **redact(provenance)}
+        start["changed"] = _changes(before, start)
+        if diff := start.pop("diff", None):
+            self.store.put(f"{attempt.path}/code.diff", diff.encode())
         self.store.put(f"{attempt.path}/start.json", _json(start))
         return attempt
 
@@ -144,12 +152,17 @@ class Run:
 class Attempt:
     """One stretch of training by one set of processes. Samples of what it writes to attempts/<number>/:
 
-    start.json  {"attempt": 2, "time": "2025-06-01T12:00:00.000000+00:00", "hostname": "n17", "packages": {…}, …}
+    start.json  {"attempt": 2, "time": "2025-06-01T12:00:00.000000+00:00", "packages": {…}, "changed": [], …}
     end.json    {"attempt": 2, "time": "2025-06-01T13:00:00.000000+00:00", "code": 75, "reason": "SIGUSR1"}
     """
 
     number: int
     run: Run = field(repr=False)
+
+    @property
+    def changed(self) -> list[str]:
+        """What it is made of and the attempt before was not: ["packages.torch: 2.12.0 -> 2.13.0"]."""
+        return (_read_json(self.run.store, f"{self.path}/start.json") or {}).get("changed", [])
 
     @property
     def path(self) -> str:
@@ -176,6 +189,18 @@ class Attempt:
         """Withdraws the COMMIT with log number ``entry``, so that its data may go. Raises as ``commit`` does."""
         return self.run.log.retire(self.number, entry)
 
+    def note_pace(self, step_seconds: float, save_seconds: float) -> None:
+        """How long a step and a save take at most, for launchers: so long before a time limit they must be told."""
+        pace = {"step_seconds": round(step_seconds, 3), "save_seconds": round(save_seconds, 3)}
+        try:
+            self.run.store.put(f"{self.path}/pace.json", _json(pace))
+        except (OSError, StorageDown) as error:
+            log.warning("the pace of attempt %d could not be noted: %s", self.number, error)
+
+    def pace(self) -> dict[str, float] | None:
+        """{"step_seconds": 1.5, "save_seconds": 40.0}, or None if it has not saved yet."""
+        return _read_json(self.run.store, f"{self.path}/pace.json")
+
     def end(self, code: int, reason: str) -> None:
         """Records why the attempt ended. ``code`` is the exit code of `train`: 0, 2, 75, 93, or another for a bug.
 
@@ -200,7 +225,7 @@ def status(run: Run) -> dict[str, Any]:
     {"id": …, "url": …, "created": …, "science_hash": …, "plan_hash": …, "parent": null, "stop_requested": false,
      "last_commit": {"step": 200, "time": …, "attempt": 1, "path": "steps/200"} or null,
      "substituted": {"version": 1, "frames": 1, "images": 64, "causes": ["…"]},
-     "attempts": [{"attempt": 1, "started": …, "ended": … or null, "code": 75 or null, "why": "SIGUSR1",
+     "attempts": [{"attempt": 1, "started": …, "ended": … or null, "code": 75 or null, "why": "SIGUSR1", "changed": [],
                    "last_step": 200 or null}]}
 
     ``last_step`` is the highest step an attempt committed, retired or not.
@@ -217,6 +242,7 @@ def status(run: Run) -> dict[str, Any]:
                 "ended": end.get("time"),
                 "code": end.get("code"),
                 "why": end.get("reason", _why_no_end(claim, entries)),
+                "changed": Attempt(claim.attempt, run).changed,
                 "last_step": max(steps, default=None),
             }
         )
@@ -270,6 +296,15 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Each dotted key at which two configs differ, as "key: old -> new", sorted."""
     a, b = ({k: json.dumps(v, sort_keys=True) for k, v in flatten(tree).items()} for tree in (old, new))
     return [f"{k}: {a.get(k, '(absent)')} -> {b.get(k, '(absent)')}" for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Between two start.json. What one of them does not say is no change."""
+    compared = [key for key in _COMPARED if key in old and key in new]
+    sides = [{key: side[key] for key in compared} for side in (old, new)]
+    for side in sides:
+        side["gpus"] = sorted({gpu["name"] for gpu in side.get("gpus", [])})  # their kind, not which ones
+    return [line.replace('"', "") for line in differences(*sides)]
 
 
 def _json(record: dict[str, Any]) -> bytes:

@@ -25,7 +25,7 @@ from fitv2_scale.model.counts import parameter_count
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.world import World
-from fitv2_scale.provenance import provenance
+from fitv2_scale.provenance import own_gpu, provenance
 from fitv2_scale.relay import Relay
 from fitv2_scale.run import Attempt, Run
 from fitv2_scale.store import open_store
@@ -123,6 +123,11 @@ class Session:
             failed = (self._settle() if last else None) or failed
         return failed
 
+    def note_pace(self, step_seconds: float) -> None:
+        """On rank 0, once a save has shown how long it takes."""
+        if self.attempt and self.checkpoints.seconds:
+            self.attempt.note_pace(step_seconds, self.checkpoints.seconds)
+
     def _settle(self) -> str | None:
         step = self.checkpoints.newest
         failed = self.checkpoints.settle()
@@ -171,11 +176,13 @@ def is_complete(config: Config) -> bool:
 def claim(config: Config, plan: Plan, fork: Fork | None, world: World) -> tuple[Run, int]:
     """Makes or continues the run and begins an attempt, on all ranks. Raises UserError if the run is another one."""
 
+    gpus = world.gather(own_gpu(world.device))
+
     def first() -> int:
         parent = fork.parent() if fork else None
         run = Run.open_or_create(config.run, config.model_dump(mode="json"), config.science(), plan.hash, parent)
         facts = {"parameters": parameter_count(config.model), "datasets": [m.digest for m in plan.manifests]}
-        return run.claim(provenance() | facts).number
+        return run.claim(provenance() | facts | {"gpus": [gpu for gpu in gpus if gpu]}).number
 
     number = world.on_first(first)
     return Run.open(config.run), number
@@ -190,6 +197,9 @@ def open_session(
     attempt = Attempt(number, run) if world.is_first else None
     checkpoints = Checkpointer(run, attempt, number, world, config.checkpoint)
     restored, data, notes, forked = _restore(checkpoints, engine, run, data, fork, config, world)
+    if attempt and attempt.changed:
+        notes = [*notes, f"since attempt {number - 1}: {'; '.join(attempt.changed)}"]
+        log.warning("%s", notes[-1])
     ledger = _open_ledger(run, number, data, restored, fork, config, world)
     checkpoints.prepare(engine)
     folder = run.local(f"attempts/{number}")

@@ -104,6 +104,7 @@ def _loop(s: Session, agreement: Agreement, watchdog: Watchdog) -> tuple[int, st
             if commit or end or agreement.save_ended:
                 with watchdog.within("save"):
                     failed = s.save(done, begin=commit, last=end, totals=meter.totals)
+                    s.note_pace(watchdog.longest_step)
                 if failed is not None:  # nothing is lost yet: the next save may do better
                     progress.say(failed)
                     if s.checkpoints.gave_up or (end and s.checkpoints.newest != done):

@@ -15,6 +15,7 @@ from data_sharding.batch import StepBatch
 from fitv2_scale.meter import Meter, StepNumbers
 from fitv2_scale.parallel.engine import StepResult
 from fitv2_scale.progress import Progress
+from fitv2_scale.run import NOT_FINITE
 from fitv2_scale.session import Session
 from fitv2_scale.totals import Moment, Times
 
@@ -52,7 +53,7 @@ class Watch:
         self._examined = done
         self._skipped_in_row = self._skipped_in_row + 1 if skipped else 0
         if self._skipped_in_row == train.max_skipped:
-            return f"loss or gradient was not finite in {train.max_skipped} steps in a row, the last is step {done}"
+            return f"{NOT_FINITE} in {train.max_skipped} steps in a row, the last is step {done}"
         if done % train.log_every == 0:
             self._report(done)
         return None

@@ -4,8 +4,8 @@ A rank says what it does: load, data, step, save or evaluate, each with a limit 
 ``compile``). A thread of each rank tells all others so once a second, by UDP, and looks at the clock. The alarm is
 raised by a rank that is longer in a section than it may, and by one that has not heard of another for as long: that
 process is stopped, or its node is gone. On an alarm every rank that can writes its stacks to
-attempts/<n>/logs/rank-00000.stacks, the first of them writes why to end.json and who to hung.json (nobody, if it is all
-alike), and all end.
+attempts/<n>/logs/rank-00000.stacks, and beside it the last collectives (torch's flight recorder); the first of them
+writes why to end.json and who to hung.json (nobody, if it is all alike), and all end.
 
     hung.json  [{"rank": 1, "node": "n7", "section": "step", "step": 1200, "seconds": 31.2, "silent": true}]
 """
@@ -20,12 +20,13 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from fitv2_scale.parallel.world import World
@@ -158,8 +159,13 @@ class Watchdog:
     def limit(self, section: str) -> float:
         """Seconds that this rank may be in ``section``."""
         if section == "step":
-            return max(self._config.step_seconds, self._config.step_factor * max(self._durations, default=0.0))
+            return max(self._config.step_seconds, self._config.step_factor * self.longest_step)
         return getattr(self._config, f"{section}_seconds")
+
+    @property
+    def longest_step(self) -> float:
+        """Seconds, of the last ones; 0.0 before the first that compiled nothing."""
+        return max(self._durations, default=0.0)
 
     def _watch(self) -> None:
         looked = time.monotonic()
@@ -245,6 +251,19 @@ class Watchdog:
             with open(file, "w") as stacks:
                 faulthandler.dump_traceback(stacks, all_threads=True)
             self._run.ship(rel)
+        with suppress(Exception):  # this part of torch is private
+            for name, dump in _flight_recorders():
+                rel = f"attempts/{self._number}/logs/rank-{self._rank:05d}.{name}.json"
+                self._run.local(rel).write_bytes(dump())
+                self._run.ship(rel)
+
+
+def _flight_recorders() -> list[tuple[str, Callable[[], bytes]]]:
+    """The last collectives that this rank began and ended, as torch has noted them: of NCCL where there is a GPU, else
+    of gloo."""
+    name, program = ("nccl", "_dump_nccl_trace_json") if torch.cuda.is_available() else ("gloo", "_dump_fr_trace_json")
+    dump = getattr(torch._C._distributed_c10d, program, None)
+    return [(name, dump)] if dump else []
 
 
 def _where() -> str:

@@ -10,7 +10,6 @@ singleton dependency keeps it waiting until this job is gone. Afterwards it is k
 import json
 import os
 import re
-import subprocess
 import sys
 import traceback
 from collections.abc import Sequence
@@ -22,10 +21,9 @@ from data_sharding.errors import UserError
 from fitv2_scale.run import RETRY, Run
 from fitv2_scale.run_log import newest_attempt, now
 from launchers import slurm
-from launchers.history import History, Verdict, excluded, outcome_of, verdict
+from launchers.events import HUNG, publish, tell, was_hung
+from launchers.history import History, Verdict, excluded, outcome_of, signal_seconds, verdict
 from launchers.hostlist import expand
-
-_EVENT_SECONDS, _SYNC_SECONDS = 60, 180
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,7 @@ class Chain:
     exclude_minutes: float
     on_event: str
     tracked: bool
+    signal_seconds: int = 0  # as asked; 0: learned
 
     @classmethod
     def load(cls, home: str | Path) -> "Chain":
@@ -80,14 +79,20 @@ def before(home: str) -> str:
         _say(f"{outcome.reason}: nothing to do")
         _cancel_pending(chain, this)
         if history.records[-1]["kind"] == "START":  # the last job was killed, and could not
-            _announce(chain, outcome)
+            _announce(chain, outcome.event, outcome.reason)
         return "drain"
     log = run.log.entries()
     commits = sum(entry.kind == "COMMIT" for entry in log)
     history.add(
-        "START", job=this.job, restart=this.restart, nodes=this.nodes, commits=commits, attempt=newest_attempt(log)
+        "START",
+        job=this.job,
+        restart=this.restart,
+        nodes=this.nodes,
+        commits=commits,
+        attempt=newest_attempt(log),
+        signal=(told := signal_seconds(run, chain.signal_seconds)),
     )
-    _keep_successor(chain, history, this)
+    _keep_successor(chain, history, this, told)
     return "train"
 
 
@@ -107,11 +112,14 @@ def after(home: str, srun_code: int) -> int:
     _say(f"ended with {code}: {reason}" + (f"; {', '.join(blamed)} will be avoided" if blamed else ""))
     outcome = chain.judge(run, history)
     if outcome.event is None:
-        _keep_successor(chain, history, this)
+        told = signal_seconds(run, chain.signal_seconds)
+        _keep_successor(chain, history, this, told, anew=told > start.get("signal", told))
+        if was_hung(run, start["attempt"]):
+            _announce(chain, HUNG, reason)
         return code
     _cancel_pending(chain, this)
     _say(f"the chain ends: {outcome.reason}")
-    _announce(chain, outcome)
+    _announce(chain, outcome.event, outcome.reason)
     return outcome.code
 
 
@@ -138,11 +146,14 @@ def culprits(srun_said: str, nodes: Sequence[str]) -> list[str]:
     return []
 
 
-def _keep_successor(chain: Chain, history: History, this: This) -> None:
-    """Sees to it that one job is pending, as the newest submission wants it, away from nodes that failed.
+def _keep_successor(chain: Chain, history: History, this: This, told: int, anew: bool = False) -> None:
+    """Sees to it that one job is pending, as the newest submission wants it, away from nodes that failed, and that it
+    is told to save ``told`` seconds before its time limit. Slurm can't change that of a pending job: if it must, that
+    one is queued ``anew``.
 
     What Slurm refuses is said and not fatal: this job was submitted with --requeue.
     """
+    history.read_on()  # a person may have submitted again meanwhile
     assert history.submit is not None
     newest = Chain.load(history.submit["home"])
     if not slurm.available():
@@ -152,12 +163,15 @@ def _keep_successor(chain: Chain, history: History, this: This) -> None:
         avoid = excluded(history.records, usable, newest.least, newest.exclude_minutes, now())
         nodes = node_count(len(set(usable) - set(avoid)), newest.least, newest.most)
         pending = [job for job in slurm.queue(newest.name) if job.state == "PENDING" and job.id != this.job]
-        slurm.cancel([job.id for job in pending[1:]])
-        if pending:
-            slurm.set_pending(pending[0].id, nodes, nodes * newest.tasks_per_node, avoid)
+        script = f"{newest.home}/job.sh"
+        kept = [] if anew else [job for job in pending if job.script == script][:1]
+        slurm.cancel([job.id for job in pending if job not in kept])
+        if kept:
+            slurm.set_pending(kept[0].id, nodes, nodes * newest.tasks_per_node, avoid)
         else:
-            options = [f"--nodes={nodes}", *([f"--exclude={','.join(avoid)}"] if avoid else [])]
-            successor = slurm.sbatch(f"{newest.home}/job.sh", *options)
+            options = [f"--nodes={nodes}", f"--signal=USR1@{told}"]
+            options += [f"--exclude={','.join(avoid)}"] if avoid else []
+            successor = slurm.sbatch(script, *options)
             _say(f"job {successor} is queued to go on, with {nodes} nodes")
         slurm.do_not_requeue(this.job)  # else both would come back when a node dies
     except slurm.SlurmError as error:
@@ -176,19 +190,11 @@ def _cancel_pending(chain: Chain, this: This) -> None:
             _say(f"what is pending will drain by itself: {error}")
 
 
-def _announce(chain: Chain, outcome: Verdict) -> None:
+def _announce(chain: Chain, event: str, reason: str) -> None:
     """Publishes what the uploader had no time for, and runs slurm.on_event."""
-    commands = []
-    if chain.tracked:
-        commands.append(([sys.executable, "-m", "fitv2_scale.cli", "track", "sync", chain.run], _SYNC_SECONDS))
-    if chain.on_event:
-        words = [chain.on_event, outcome.event or "", chain.run, outcome.reason]
-        commands.append((["sh", "-c", '$0 "$@"', *words], _EVENT_SECONDS))
-    for command, seconds in commands:
-        try:
-            subprocess.run(command, timeout=seconds, stdout=sys.stderr)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            _say(str(error))
+    problems = [publish(chain.run) if chain.tracked else None, tell(chain.on_event, event, chain.run, reason)]
+    for problem in filter(None, problems):
+        _say(problem)
 
 
 def _say(text: str) -> None:

@@ -103,11 +103,11 @@ def _doctor(args: argparse.Namespace, show: Print) -> int:
     from fitv2_scale.doctor import as_report, examine, to_text
 
     words = args.overrides
-    findings = examine(load_config(words[0], words[1:]) if words else None)
+    found = examine(load_config(words[0], words[1:]) if words else None)
     if os.environ.get("RANK", "0") == "0":
-        show(args, as_report(findings), to_text(findings))
-    if faults := [f.what for f in findings if f.fault]:
-        raise UserError(f"not fit for training: {', '.join(faults)}")
+        show(args, as_report(found.findings), to_text(found.findings))
+    if found.faults:
+        raise UserError(f"not fit for training: {', '.join(f.what for f in found.findings if f.fault)}")
     return 0
 
 

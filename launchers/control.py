@@ -77,8 +77,8 @@ def jobs(run: Run) -> list[dict[str, Any]]:
 
 
 def chain(run: Run) -> dict[str, Any] | None:
-    """What became of the run's newest chain of jobs: {"event": "gave-up", "code": 93, "reason": …}; ``event`` is null
-    while it goes on. None if it never had one."""
+    """What became of the run's newest chain of jobs: {"event": "no-progress", "code": 93, "reason": …}; ``event`` is
+    null while it goes on. None if it never had one."""
     history = History(run.store)
     if history.submit is None or not (Path(history.submit["home"]) / "chain.json").exists():
         return None

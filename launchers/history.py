@@ -1,25 +1,28 @@
 """What a chain of jobs remembers, in the run: chain/00000001, 00000002, …, each written once, never changed.
 
     {"kind": "SUBMIT", "time": "2025-06-01T12:00:00.000000+00:00", "home": "/runs/x/jobs/1a2b3c4d", "log": 0, …}
-    {"kind": "START", "time": "…", "job": "17", "restart": 0, "nodes": ["n1", "n2"], "commits": 0, "attempt": 0}
+    {"kind": "START", "time": "…", "job": "17", "restart": 0, "nodes": ["n1", "n2"], "commits": 0, "attempt": 0, …}
     {"kind": "END", "time": "…", "job": "17", "restart": 0, "code": 75, "reason": "…", "blamed": ["n2"]}
 
 SUBMIT: a person asked for a chain; ``home`` has its script, code and config, ``log`` is the length of the run's log.
-START: a job begins, when the run has had ``commits`` COMMITs and ``attempt`` was its newest one. END: it has ended,
+START: a job begins, when the run has had ``commits`` COMMITs and ``attempt`` was its newest one; its successor is told
+to save ``signal`` seconds before its time limit. END: it has ended,
 with ``code`` as ``fitv2 train`` means it, and ``blamed`` are nodes that failed. A killed job leaves no END.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from fitv2_scale.run import BAD_INPUT, DONE, GIVE_UP, RETRY, Attempt, Run
+from fitv2_scale.run import BAD_INPUT, DONE, GIVE_UP, NOT_FINITE, RETRY, Attempt, Run
 from fitv2_scale.run_log import Entry, newest_attempt, now
 from fitv2_scale.store import Store
 
+LEAST_SIGNAL = 300  # seconds
 FINAL = (DONE, BAD_INPUT, GIVE_UP)
 
 
@@ -27,7 +30,7 @@ FINAL = (DONE, BAD_INPUT, GIVE_UP)
 class Verdict:
     """What becomes of a chain: ``event`` is why it ends, None if it goes on."""
 
-    event: str | None  # done, stopped, gave-up, bad-input
+    event: str | None  # done, stopped, bad-input, not-finite, no-progress, gave-up
     code: int
     reason: str
 
@@ -38,7 +41,7 @@ class History:
     def __init__(self, store: Store) -> None:
         self._store = store
         self.records: list[dict[str, Any]] = []
-        self._read_on()
+        self.read_on()
 
     def add(self, kind: str, **fields: Any) -> None:
         record = {"kind": kind, "time": now(), **fields}
@@ -47,7 +50,7 @@ class History:
                 self._store.create(_path(len(self.records) + 1), json.dumps(record).encode())
                 self.records.append(record)
                 return
-            self._read_on()
+            self.read_on()
 
     @property
     def submit(self) -> dict[str, Any] | None:
@@ -66,7 +69,8 @@ class History:
     def newest_start(self) -> dict[str, Any] | None:
         return next((r for r in reversed(self.records) if r["kind"] == "START"), None)
 
-    def _read_on(self) -> None:
+    def read_on(self) -> None:
+        """Extends the records by what others have added."""
         with suppress(FileNotFoundError):
             while True:
                 self.records.append(json.loads(self._store.read(_path(len(self.records) + 1))))
@@ -98,13 +102,25 @@ def verdict(since_submit: Sequence[dict[str, Any]], log: Sequence[Entry], steps:
         return Verdict("done", DONE, f"all {steps} steps are done")
     last = since_submit[-1] if since_submit else {}
     if last.get("kind") == "END" and last["code"] in FINAL:
-        event = {DONE: "done", BAD_INPUT: "bad-input", GIVE_UP: "gave-up"}[last["code"]]
+        given_up = "not-finite" if last["reason"].startswith(NOT_FINITE) else "gave-up"
+        event = {DONE: "done", BAD_INPUT: "bad-input", GIVE_UP: given_up}[last["code"]]
         return Verdict(event, last["code"], last["reason"])
     vain = sum(r["kind"] == "START" and r["commits"] == len(commits) for r in since_submit)
     if vain >= fruitless:
         why = f", the last one: {last['reason']}" if last.get("kind") == "END" else ""
-        return Verdict("gave-up", GIVE_UP, f"{vain} jobs in a row ended without a new commit{why}")
+        return Verdict("no-progress", GIVE_UP, f"{vain} jobs in a row ended without a new commit{why}")
     return Verdict(None, RETRY, last.get("reason", ""))
+
+
+def signal_seconds(run: Run, asked: int) -> int:
+    """How long before the time limit a job must be told to save: ``asked``, or if that is 0 what the newest attempt
+    that has saved would need twice over, and at least 300."""
+    if asked:
+        return asked
+    for number in range(newest_attempt(run.log.entries()), 0, -1):
+        if pace := Attempt(number, run).pace():
+            return max(LEAST_SIGNAL, math.ceil(2 * (pace["step_seconds"] + pace["save_seconds"])))
+    return LEAST_SIGNAL
 
 
 def excluded(

@@ -13,42 +13,67 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launchers.hostlist import counts, expand
 
+if TYPE_CHECKING:
+    from fitv2_scale.config import Config
+
 PRIVATE = "FITV2_PRIVATE"  # config overrides that are secret, as JSON; a command line shows them to everybody
 HELD = (signal.SIGTERM, signal.SIGUSR1)
+_STRIDE = 16  # ports of a job: one for each time that it is requeued, and as many for examinations
+_EXAMINATION = _STRIDE // 2
 _PORTS = range(10_000, 30_000)  # below those that the system gives to whoever asks for none in particular
 
 
 def main() -> int:
-    arguments = sys.argv[1:]
+    arguments, private = sys.argv[1:], json.loads(os.environ.get(PRIVATE, "[]"))
     if arguments[0] == "train":
         signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
-        arguments += json.loads(os.environ.get(PRIVATE, "[]"))
+        arguments += private
     os.environ.update(rank_environment(os.environ) | cache_environment(os.environ))
     node = os.environ.get("SLURMD_NODENAME")
     print(f"== job {os.environ['SLURM_JOB_ID']} task {os.environ['RANK']} on {node}", flush=True)
 
     # Not at the top: signals are held back before anything that takes time.
     from fitv2_scale.cli import main as fitv2
-    from fitv2_scale.doctor import own_faults
+    from fitv2_scale.config import load_config
     from fitv2_scale.run import GIVE_UP, RETRY
 
-    if arguments[0] == "train" and (faults := own_faults(int(os.environ["LOCAL_RANK"]))):
-        print(f"{node} is not fit for training: {'; '.join(faults)}", file=sys.stderr, flush=True)
-        return 1
+    if arguments[0] == "train":
+        config = load_config(arguments[1], private)
+        if config.slurm.doctor and (code := _examine(config, node)) is not None:
+            return code
     code = fitv2(arguments)
     # That an attempt wants another one, or none, is in its end.json. To srun it would be a failure: it would end the
     # other ranks, who may be writing their last lines.
     return 0 if code in (RETRY, GIVE_UP) else code
 
 
+def _examine(config: "Config", node: str | None) -> int | None:
+    """None if all nodes are fit for training, else this rank's exit code. The ranks of healthy nodes end with 0, so
+    that srun names one that is not."""
+    from fitv2_scale.doctor import examine, to_text
+
+    port = int(os.environ["MASTER_PORT"])
+    os.environ["MASTER_PORT"] = str(port + _EXAMINATION)  # training's own is not to meet what is left of it
+    try:
+        found = examine(config)
+    finally:
+        os.environ["MASTER_PORT"] = str(port)
+    if os.environ["RANK"] == "0":
+        print(to_text(found.findings), flush=True)
+    if found.guilty:
+        print(f"{node} is not fit for training: {'; '.join(found.faults)}", file=sys.stderr, flush=True)
+    return int(found.guilty) if found.faults else None
+
+
 def rank_environment(slurm: Mapping[str, str]) -> dict[str, str]:
     """torchrun's variables from those of a task of srun."""
     restart = int(slurm.get("SLURM_RESTART_COUNT", 0))
     # A requeued job has the same number, and its old processes may be alive: another port.
-    port = _PORTS[(int(slurm["SLURM_JOB_ID"]) * 16 + restart) % len(_PORTS)]
+    port = _PORTS[(int(slurm["SLURM_JOB_ID"]) * _STRIDE + restart % _EXAMINATION) % len(_PORTS)]
     local_size = counts(slurm["SLURM_STEP_TASKS_PER_NODE"])[int(slurm["SLURM_NODEID"])]
     # Where Slurm gives each task a GPU of its own, that is the only one it sees.
     alone = len(slurm.get("CUDA_VISIBLE_DEVICES", "").split(",")) == 1 and "CUDA_VISIBLE_DEVICES" in slurm

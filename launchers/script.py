@@ -14,13 +14,20 @@ _MARK = re.compile(r"@([A-Z]+)@")
 
 
 def train_script(
-    site: SlurmConfig, name: str, nodes: int, run: str, home: Path, log_seen: int, fork_from: str | None = None
+    site: SlurmConfig,
+    name: str,
+    nodes: int,
+    run: str,
+    home: Path,
+    log_seen: int,
+    signal: int,
+    fork_from: str | None = None,
 ) -> str:
     """The script of one attempt of the run at URL ``run``, whose files lie in ``home``; the run's log has ``log_seen``
-    entries."""
+    entries, and ranks are told to save ``signal`` seconds before the time limit."""
     template = Path(site.template) if site.template else _FOLDER / "train.sh.in"
     fork = f" --fork-from {shlex.quote(fork_from)}" if fork_from else ""
-    fields = {"RUN": run, "SIGNAL": str(site.signal_seconds), "SEEN": str(log_seen), "FORK": fork}
+    fields = {"RUN": run, "SIGNAL": str(signal), "SEEN": str(log_seen), "FORK": fork}
     return _render(template, site, name, nodes, home, fields)
 
 
@@ -84,7 +91,7 @@ def _exports(site: SlurmConfig) -> list[str]:
 
 def _refuse_secrets(site: SlurmConfig) -> None:
     """A script is a file that others may read, and Slurm keeps a copy."""
-    for key in ("setup", "extra", "wrap"):
+    for key in ("setup", "extra", "wrap", "on_event"):
         if redact(value := getattr(site, key)) != value:
             raise UserError(
                 f"slurm.{key} holds what looks like a secret: export it in the shell that you submit from instead, "

@@ -45,15 +45,21 @@ class SlurmConfig(BaseModel):
         "", description="folder that all nodes see, for code, config and output of jobs; empty: jobs/ in the run"
     )
     signal_seconds: int = Field(
-        300, ge=1, description="seconds before the time limit at which Slurm asks to save; over 2 x (step + save)"
+        0,
+        ge=0,
+        description="seconds before the time limit at which Slurm asks to save; 0: 300, or 2 x (step + save) "
+        "where that has been seen to be more",
     )
+    doctor: bool = Field(True, description="whether each job examines its nodes first; seconds, see `fitv2 doctor`")
     successors: int = Field(
         0, ge=0, description="jobs to queue at once, for clusters whose compute nodes have no sbatch; 0: job by job"
     )
     fruitless: int = Field(3, ge=1, description="jobs in a row without a new commit before the chain ends with 93")
     exclude_minutes: float = Field(120.0, ge=0, description="how long a node that failed is avoided")
     on_event: str = Field(
-        "", description="command run as COMMAND EVENT RUN REASON when the chain ends: done, stopped, gave-up, bad-input"
+        "",
+        description="shell command run as COMMAND EVENT RUN REASON when the chain ends (done, stopped, bad-input, "
+        "not-finite, no-progress, gave-up), and when the watchdog ends an attempt (hung)",
     )
 
     @property

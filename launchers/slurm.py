@@ -20,7 +20,7 @@ class SlurmError(UserError):
 class Job:
     id: str
     state: str  # as squeue's %T: PENDING, RUNNING, COMPLETING, …
-    nodes: int
+    script: str  # its path
 
 
 def available() -> bool:
@@ -40,8 +40,8 @@ def check(script: str, *options: str) -> None:
 
 def queue(name: str) -> list[Job]:
     """This user's jobs of that name, oldest first."""
-    lines = _run("squeue", "--noheader", "--user", str(os.getuid()), "--name", name, "--format", "%i|%T|%D").split()
-    jobs = [Job(number, state, int(nodes)) for number, state, nodes in (line.split("|") for line in lines)]
+    listed = _run("squeue", "--noheader", "--user", str(os.getuid()), "--name", name, "--format", "%i|%T|%o")
+    jobs = [Job(*line.strip().split("|", 2)) for line in listed.splitlines()]
     return sorted(jobs, key=lambda job: int(job.id))
 
 

@@ -16,15 +16,16 @@ import data_sharding
 import fitv2_scale
 import launchers
 from data_sharding.errors import UserError
+from data_sharding.presets import is_preset
 from fitv2_scale.config import Config, load_config
-from fitv2_scale.provenance import provenance
+from fitv2_scale.provenance import SOURCE, source
 from fitv2_scale.redact import redact
 from fitv2_scale.run import Run, flatten
 from fitv2_scale.store import LocalStore, open_store
 from launchers import slurm
 from launchers.chain import Chain, node_count
 from launchers.control import job_name
-from launchers.history import History
+from launchers.history import LEAST_SIGNAL, History, signal_seconds
 from launchers.rank import PRIVATE
 from launchers.script import command_script, train_script
 from launchers.site import SlurmConfig
@@ -87,17 +88,20 @@ def submit(config: Config, nodes: str, dry_run: bool, fork_from: str | None = No
     site = config.slurm
     if not dry_run:
         _check_cluster(site)
+        _check_data(config)
     data_plan, parent = _check_training(config, least, most, fork_from)
     usable = len(slurm.usable_nodes(site.partition)) if slurm.available() and not dry_run else most
     count = node_count(usable, least, most)
     url = open_store(config.run).url
     home = _home(site, url) / secrets.token_hex(4)
+    known = Run.open(url) if open_store(url).exists("run.json") else None
+    told = signal_seconds(known, site.signal_seconds) if known else site.signal_seconds or LEAST_SIGNAL
     if dry_run:
-        name = job_name(_known_id(url) or f"{Path(url).name}-new")
-        script = train_script(site, name, count, url, home, 0, fork_from)
+        name = job_name(known.id if known else f"{Path(url).name}-new")
+        script = train_script(site, name, count, url, home, 0, told, fork_from)
         return Submission(url, name, count, [], script)
     # The name is not known before the run is made: Slurm is asked with another.
-    slurm.check(train_script(site, "fitv2", count, url, home, 0, fork_from))
+    slurm.check(train_script(site, "fitv2", count, url, home, 0, told, fork_from))
     run = Run.open_or_create(config.run, config.model_dump(mode="json"), config.science(), data_plan, parent)
     chain = Chain(
         run=run.url,
@@ -112,15 +116,16 @@ def submit(config: Config, nodes: str, dry_run: bool, fork_from: str | None = No
         exclude_minutes=site.exclude_minutes,
         on_event=site.on_event,
         tracked=config.tracking.uri != "none",
+        signal_seconds=site.signal_seconds,
     )
     seen = len(run.log.entries())
-    script = train_script(site, chain.name, count, run.url, home, seen, fork_from)
+    script = train_script(site, chain.name, count, run.url, home, seen, told, fork_from)
     private = write_home(home, config, run.url)
     chain.save()
     (home / "job.sh").write_text(script)
     _keep_copy(run, home)
     older = [job.id for job in slurm.queue(chain.name) if job.state == "PENDING"]
-    History(run.store).add("SUBMIT", home=str(home), log=seen, nodes=nodes, git=provenance()["git"])
+    History(run.store).add("SUBMIT", home=str(home), log=seen, nodes=nodes, git=source()["git"])
     slurm.cancel(older)
     jobs = [
         slurm.sbatch(str(home / "job.sh"), environment={PRIVATE: json.dumps(private)})
@@ -155,6 +160,11 @@ def _check_cluster(site: SlurmConfig) -> None:
         )
     if site.partition and site.partition not in (known := slurm.partitions()):
         raise UserError(f"slurm.partition={site.partition}: this cluster has {', '.join(known)}.")
+
+
+def _check_data(config: Config) -> None:
+    if presets := [url for url in config.data.urls if is_preset(url)]:
+        raise UserError(f"{presets[0]} has sizes only, for `fitv2 plan` and --dry-run: give a dataset as data.url.")
 
 
 def _check_training(config: Config, least: int, most: int, fork_from: str | None) -> tuple[str, dict[str, Any] | None]:
@@ -192,8 +202,9 @@ def write_home(home: Path, config: Config, url: str) -> list[str]:
 def _copy_code(folder: Path) -> None:
     """The packages as they are imported here: tracked or not, installed or not."""
     for package in _PACKAGES:
-        source = Path(package.__path__[0])
-        shutil.copytree(source, folder / source.name, ignore=shutil.ignore_patterns("__pycache__", "*.png", ".*"))
+        folder_of = Path(package.__path__[0])
+        shutil.copytree(folder_of, folder / folder_of.name, ignore=shutil.ignore_patterns("__pycache__", "*.png", ".*"))
+    (folder / SOURCE).write_text(json.dumps(redact(source())))
 
 
 def _keep_copy(run: Run, home: Path) -> None:
@@ -201,8 +212,3 @@ def _keep_copy(run: Run, home: Path) -> None:
     if not isinstance(run.store, LocalStore):
         for name in ("config.yaml", "chain.json", "job.sh"):
             run.store.put(f"jobs/{home.name}/{name}", (home / name).read_bytes())
-
-
-def _known_id(url: str) -> str | None:
-    store = open_store(url)
-    return Run.open(url).id if store.exists("run.json") else None

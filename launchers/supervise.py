@@ -14,6 +14,7 @@ from fitv2_scale.config import Config
 from fitv2_scale.run import BAD_INPUT, GIVE_UP, RETRY, Run
 from fitv2_scale.run_log import newest_attempt
 from fitv2_scale.store import open_store
+from launchers.events import HUNG, tell, was_hung
 from launchers.history import outcome_of, verdict
 
 _POLL = 0.2  # seconds
@@ -37,6 +38,10 @@ def supervise(config: Config, command: Sequence[str], processes: int) -> int:
             log = run.log.entries() if run else []
             records.append({"kind": "END", "code": code, "reason": reason})
             outcome = verdict(records, log, config.train.steps, config.slurm.fruitless)
+            if outcome.event is None and run and was_hung(run, before):
+                _tell(config, HUNG, reason)
+            if outcome.event is not None:
+                _tell(config, outcome.event, outcome.reason)
             if outcome.event == "stopped" or signals.last is not None:
                 return RETRY
             if outcome.event is not None:
@@ -127,6 +132,11 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def _tell(config: Config, event: str, reason: str) -> None:
+    if problem := tell(config.slurm.on_event, event, open_store(config.run).url, reason):
+        _say(problem)
 
 
 def _say(text: str) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from chains import cluster, fitv2, job_config, slurm  # noqa: F401 - fixtures
 from PIL import Image
 from services.s3 import client, rgw  # noqa: F401 - fixtures
 

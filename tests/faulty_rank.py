@@ -2,19 +2,21 @@
 
     python faulty_rank.py FAULT python -u -m launchers.rank train config.yaml
 
-FAULT is ``step:3``, an exception in the step after step 3; or ``node:node1``, the end of any rank on that node.
+FAULT is ``step:3``, an exception in the step after step 3; or ``unfit:node1``: that node's temporary folder is full.
 """
 
 import os
+import shutil
 import sys
+from types import SimpleNamespace
 
 import fitv2_scale.train
 from launchers import rank
 
 kind, _, which = sys.argv[1].partition(":")
 sys.argv = sys.argv[sys.argv.index("launchers.rank") :]
-if kind == "node" and os.environ["SLURMD_NODENAME"] == which:
-    sys.exit(1)
+if kind == "unfit" and os.environ["SLURMD_NODENAME"] == which:
+    shutil.disk_usage = lambda folder: SimpleNamespace(free=0)
 if kind == "step":
     train_step = fitv2_scale.train.train_step
 

@@ -15,10 +15,11 @@ import yaml
 from data_sharding.errors import UserError
 from fitv2_scale.cli import main
 from fitv2_scale.config import load_config
+from fitv2_scale.run import NOT_FINITE, Run
 from fitv2_scale.run_log import Entry
 from fitv2_scale.store import LocalStore
 from launchers.chain import culprits, node_count
-from launchers.history import History, excluded, verdict
+from launchers.history import History, excluded, signal_seconds, verdict
 from launchers.hostlist import counts, expand
 from launchers.rank import cache_environment, rank_environment
 from launchers.script import train_script
@@ -87,12 +88,13 @@ def log(*kinds: str) -> list[Entry]:
         ([SUBMIT], ["CLAIM", "COMMIT 100", "RETIRE 2"], None),  # it was found damaged
         ([SUBMIT, start(0), end(2)], ["CLAIM"], "bad-input"),
         ([SUBMIT, start(0), end(93)], ["CLAIM"], "gave-up"),
+        ([SUBMIT, start(0), end(93) | {"reason": f"{NOT_FINITE} in 20 steps in a row"}], ["CLAIM"], "not-finite"),
         ([SUBMIT, start(0), end(2), SUBMIT], ["CLAIM"], None),  # it was mended
         ([SUBMIT], ["CLAIM", "STOP"], None),  # taken back by this submission
         ([SUBMIT], ["CLAIM", "COMMIT 7", "STOP"], "stopped"),
         ([SUBMIT], ["CLAIM", "COMMIT 7", "STOP", "CLAIM"], "stopped"),  # came while a job was starting
-        ([SUBMIT, start(1), start(1), start(1)], ["CLAIM", "COMMIT 7"], "gave-up"),
-        ([SUBMIT, start(1), end(75), start(1), end(75), start(1), end(75)], ["CLAIM", "COMMIT 7"], "gave-up"),
+        ([SUBMIT, start(1), start(1), start(1)], ["CLAIM", "COMMIT 7"], "no-progress"),
+        ([SUBMIT, start(1), end(75), start(1), end(75), start(1), end(75)], ["CLAIM", "COMMIT 7"], "no-progress"),
         ([SUBMIT, start(0), start(0), start(1)], ["CLAIM", "COMMIT 7"], None),
         ([SUBMIT, start(0), start(0), SUBMIT, start(0)], ["CLAIM"], None),
     ],
@@ -135,6 +137,17 @@ def test_nodes_that_failed_are_avoided_if_enough_are_left(blamed, usable, least,
     nodes = [f"n{i + 1}" for i in range(usable)]
     assert excluded(records, nodes, least, 120, "2025-06-01T13:59:00.000000+00:00") == names
     assert excluded(records, nodes, least, 120, "2025-06-01T14:01:00.000000+00:00") == []  # forgotten
+
+
+def test_the_signal_comes_early_enough(tiny, tmp_path):
+    """300 s before the limit, or twice what the newest attempt that has saved was seen to need."""
+    run = Run.open_or_create(str(tmp_path / "run"), {}, {}, None)
+    assert signal_seconds(run, 0) == 300
+    run.claim({}).note_pace(1.2, 20.0)
+    assert signal_seconds(run, 0) == 300
+    run.claim({}).note_pace(30.25, 170.0)
+    run.claim({})  # has not saved yet
+    assert signal_seconds(run, 0) == 401 and signal_seconds(run, 60) == 60
 
 
 KILLED = "srun: error: node2: task 1: Killed\n"
@@ -230,7 +243,7 @@ def test_scripts_are_bash_and_say_what_was_asked(gpus, nccl, tmp_path):
         wrap="apptainer exec --nv x.sif",
         python="python3",
     )
-    script = train_script(site, "fitv2-x", 4, "/runs/x", tmp_path / "with space", 3)
+    script = train_script(site, "fitv2-x", 4, "/runs/x", tmp_path / "with space", 3, 300)
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     directives = [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH")]
     asked = {"gres": "--gres=gpu:8", "typed": "--gres=gpu:h100:8", "gpus-per-node": "--gpus-per-node=8"}
@@ -244,21 +257,29 @@ def test_scripts_are_bash_and_say_what_was_asked(gpus, nccl, tmp_path):
     assert f"python={shlex.quote(sys.executable)}\n" in script  # the batch script is not in the container
     assert "@" not in script.replace("USR1@300", "").replace("$@", "")
     assert '"$home/config.yaml" 2>' in script
-    forked = train_script(site, "fitv2-x", 4, "/runs/x", tmp_path, 3, fork_from="/runs/a b@7")
+    forked = train_script(site, "fitv2-x", 4, "/runs/x", tmp_path, 3, 300, fork_from="/runs/a b@7")
     assert """"$home/config.yaml" --fork-from '/runs/a b@7' 2>""" in forked
     assert re.search(r"module load 'a b'\n", script) and "apptainer exec --nv x.sif python3 -u -m" in script
     assert all(f"export {key}=" in script for key in NCCL_PROFILES[nccl])
 
 
+def test_the_readme_shows_the_script_as_it_is():
+    site = SlurmConfig(partition="gpu", cpus_per_task=12, setup=["module load cuda/12.8"], nccl="infiniband")
+    home = Path("/runs/first/jobs/1a2b3c4d")
+    script = train_script(site, "fitv2-first-new", 4, "/runs/first", home, 0, 300)
+    shown = script.replace(shlex.quote(sys.executable), "/home/me/fitv2/.venv/bin/python")
+    assert f"```bash\n{shown}```" in (ROOT / "README.md").read_text()
+
+
 def test_a_template_of_ones_own(tmp_path):
     template = tmp_path / "mine.sh"
     template.write_text("#!/bin/bash\n@DIRECTIVES@\necho @HOME@ user@host.org\n")
-    assert train_script(SlurmConfig(template=str(template)), "n", 1, "r", tmp_path, 0).endswith(
+    assert train_script(SlurmConfig(template=str(template)), "n", 1, "r", tmp_path, 0, 300).endswith(
         f"{tmp_path} user@host.org\n"
     )
     template.write_text("@NONE@")
     with pytest.raises(UserError, match="has @NONE@, which is none of"):
-        train_script(SlurmConfig(template=str(template)), "n", 1, "r", tmp_path, 0)
+        train_script(SlurmConfig(template=str(template)), "n", 1, "r", tmp_path, 0, 300)
 
 
 @pytest.mark.parametrize(
@@ -267,11 +288,12 @@ def test_a_template_of_ones_own(tmp_path):
         {"setup": ["export API_TOKEN=hunter2"]},
         {"extra": ["--export=WANDB_API_KEY=hunter2"]},
         {"wrap": "env PASSWORD=hunter2"},
+        {"on_event": "curl https://me:hunter2@chat.example"},
     ],
 )
 def test_secrets_in_a_script_are_refused(site, tmp_path):
     with pytest.raises(UserError, match=f"slurm.{next(iter(site))} holds what looks like a secret"):
-        train_script(SlurmConfig(**site), "n", 1, "r", tmp_path, 0)
+        train_script(SlurmConfig(**site), "n", 1, "r", tmp_path, 0, 300)
 
 
 @pytest.fixture

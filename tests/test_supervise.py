@@ -1,18 +1,19 @@
 """Attempt after attempt on one machine, without Slurm: real processes, really killed."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import yaml
+from chains import audited, reach, wait
 from lineage import commit_bytes, trained
 from ranks import run_ranks
-from test_resume import reach
+from storm import check_storm
 
 from fitv2_scale.run import Run, status
 from fitv2_scale.train import DONE, train
@@ -52,8 +53,7 @@ def ranks_of(config_file: Path) -> dict[int, int]:
 def test_a_killed_rank_costs_one_attempt(supervised, tiny, tmp_path):
     config = tiny(train__steps=120, checkpoint__every_steps=10)
     process = supervised(config)
-    wait_for(lambda: Path(config.run, "attempts/1/audit").exists())
-    reach(config, 15, attempt=1)
+    reach(config.run, 15, 1)
     os.kill(ranks_of(tmp_path / "config.yaml")[1], signal.SIGKILL)
     assert process.wait(200) == 0, process.stderr.read()
     assert [a["code"] for a in status(Run.open(config.run))["attempts"]][1:] == [0]
@@ -63,12 +63,27 @@ def test_a_killed_rank_costs_one_attempt(supervised, tiny, tmp_path):
     assert commit_bytes(config.run) == commit_bytes(undisturbed.run)
 
 
+def test_a_storm(supervised, tiny, tmp_path):
+    """A random rank is killed, three times over; each attempt gets to do a hundred steps and some. The full figure, of
+    fifteen minutes, is in test_slurm_faults."""
+    config, rng = tiny(train__steps=1_000_000, checkpoint__every_steps=10), random.Random(0)
+    process, done = supervised(config), 0
+    for attempt in (1, 2, 3):
+        reach(config.run, done + rng.randrange(100, 200), attempt)
+        os.kill(rng.choice(list(ranks_of(tmp_path / "config.yaml").values())), signal.SIGKILL)
+        wait("the next attempt", lambda following=attempt + 1: audited(config.run, following))
+        done = audited(config.run, attempt + 1)[0]
+    reach(config.run, done + 100, 4)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == 75, process.stderr.read()
+    check_storm(config.run, tiny, 2)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_to_the_supervisor_saves_and_ends(supervised, tiny, number):
     config = tiny(train__steps=100_000, checkpoint__every_steps=50_000)
     process = supervised(config)
-    wait_for(lambda: Path(config.run, "attempts/1/audit").exists())
-    reach(config, 3, attempt=1)
+    reach(config.run, 3, 1)
     process.send_signal(number)
     assert process.wait(120) == 75, process.stderr.read()
     report = status(Run.open(config.run))
@@ -81,8 +96,7 @@ def test_a_signal_to_the_supervisor_saves_and_ends(supervised, tiny, number):
 def test_a_stop_ends_the_attempt_and_the_supervisor(supervised, tiny, at_once):
     config = tiny(train__steps=100_000, checkpoint__every_steps=50_000)
     process = supervised(config)
-    wait_for(lambda: Path(config.run, "attempts/1/audit").exists())
-    reach(config, 3, attempt=1)
+    reach(config.run, 3, 1)
     Run.open(config.run).log.stop(at_once)
     assert process.wait(120) == 75, process.stderr.read()
     report = status(Run.open(config.run))
@@ -92,19 +106,14 @@ def test_a_stop_ends_the_attempt_and_the_supervisor(supervised, tiny, at_once):
 
 
 def test_three_attempts_without_a_commit_are_enough(tiny, tmp_path, capfd):
-    counter = tmp_path / "count"
+    counter, events = tmp_path / "count", tmp_path / "events"
     command = [sys.executable, "-c", f"open({str(counter)!r}, 'a').write('x'); raise SystemExit(1)"]
-    assert supervise(tiny(), command, 1) == 93
+    config = tiny(slurm__on_event=f"printf '%s|%s|%s\\n' >>{events}")
+    assert supervise(config, command, 1) == 93
+    assert events.read_text().startswith(f"no-progress|{config.run}|3 jobs in a row ended without a new commit")
     assert counter.read_text() == "xxx"
     assert "3 jobs in a row ended without a new commit" in capfd.readouterr().err
 
 
 def test_bad_input_is_not_tried_again(tiny, capfd):
     assert supervise(tiny(), [sys.executable, "-c", "raise SystemExit(2)"], 2) == 2
-
-
-def wait_for(ready, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)

@@ -71,6 +71,10 @@ def test_a_stopped_rank_is_named(tiny, stopped):
         stacks = sorted(p.name for p in Path(config.run, "attempts/1/logs").glob("*.stacks"))
         assert stacks == [f"rank-{rank:05d}.stacks" for rank in range(3) if rank != stopped]
         text = Path(config.run, "attempts/1/logs", stacks[0]).read_text()
+        recorded = json.loads(
+            Path(config.run, "attempts/1/logs", stacks[0].replace(".stacks", ".gloo.json")).read_text()
+        )
+        assert recorded["entries"][-1]["profiling_name"].startswith("gloo:")  # what it waits for
         assert "in _loop" in text and "watchdog.py" in text  # the main thread and this one
         ranks.signal(stopped, signal.SIGCONT)  # as srun does to what it ends: it must not accuse the others now
         codes = [ranks.exit_code(rank, 30) for rank in range(3) if rank != stopped]

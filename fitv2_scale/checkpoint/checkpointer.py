@@ -8,6 +8,7 @@ with the reason, and never deleted.
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -73,6 +74,7 @@ class Checkpointer:
     ):
         self._run, self._attempt, self._number, self._world, self._config = run, attempt, number, world, config
         self.failed = self.newest = 0
+        self.seconds = 0.0  # that the longest save has taken until it counted
         self._failures = self._committed = 0
         self._staging: Staging | None = None
         self._writers: World | None = None  # the same ranks, in a group of the threads that write
@@ -105,7 +107,8 @@ class Checkpointer:
         header = {"step": step, "attempt": self._number, "cursor": asdict(cursor), "scalars": engine.scalars()}
         header["accounting"] = accounting or {}
         self._staging.mark(self._live(engine))
-        self._saving = _in_background(lambda: self._save(step, folder, header, before_commit))
+        began = time.monotonic()
+        self._saving = _in_background(lambda: self._save(step, folder, header, before_commit, began))
         self.newest = step
 
     def _live(self, engine: Engine) -> dict[str, LogicalTensor]:
@@ -161,7 +164,7 @@ class Checkpointer:
         self.begin(engine, step, cursor, before_commit)
         return self.settle()
 
-    def _save(self, step: int, folder: str, header: dict, before_commit: Callable[[], None]) -> None:
+    def _save(self, step: int, folder: str, header: dict, before_commit: Callable[[], None], began: float) -> None:
         self._staging.copy()
         run, ranks = self._run, self._writers
         try:
@@ -170,6 +173,7 @@ class Checkpointer:
             ranks.on_first(lambda: self._discard(folder))
             raise _cause(error) from error
         ranks.on_first(lambda: self._commit(step, folder, writer.manifest_digest, before_commit))
+        self.seconds = max(self.seconds, time.monotonic() - began)
 
     @property
     def gave_up(self) -> bool:

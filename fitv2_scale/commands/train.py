@@ -46,6 +46,7 @@ def _status_once(args: argparse.Namespace) -> int:
     lines += [
         f"  attempt {a['attempt']}: started {a['started']}, {a['why']}"
         + (f" (exit code {a['code']})" if a["code"] is not None else "")
+        + "".join(f"\n    changed: {change}" for change in a["changed"])
         for a in report["attempts"]
     ]
     if (lost := report["substituted"])["images"]:

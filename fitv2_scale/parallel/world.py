@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 _TIMEOUT = timedelta(minutes=10)
+_RECORDED = 2000  # collectives that torch keeps in mind, for the watchdog to write down when a rank hangs
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def join() -> Iterator[World]:
         backend = "cpu:gloo,cuda:nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(_RECORDED))
     alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if "RANK" not in os.environ else {}
     dist.init_process_group(backend, timeout=_TIMEOUT, **alone)
     try:

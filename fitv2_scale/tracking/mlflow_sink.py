@@ -29,6 +29,7 @@ from mlflow.utils.validation import (
 )
 
 from fitv2_scale.redact import redact
+from fitv2_scale.tracking.sqlite_file import alone
 
 Row = tuple[str, float, int, int]  # name, value, time in ms, step
 _NOT_IN_A_NAME = re.compile(r"[^\w./ -]", re.ASCII)
@@ -54,7 +55,7 @@ class Server:
     def __init__(self, uri: str, experiment: str, artifact_root: str | None) -> None:
         for noisy in ("mlflow", "alembic"):  # what goes wrong is raised, and logged in one line without secrets
             logging.getLogger(noisy).setLevel(logging.CRITICAL)
-        with server():
+        with server(), alone(uri):
             self._client = MlflowClient(tracking_uri=uri)
             found = self._client.get_experiment_by_name(experiment)
             self._at = found.experiment_id if found else self._client.create_experiment(experiment, artifact_root)

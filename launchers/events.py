@@ -1,0 +1,34 @@
+"""Telling people what became of a run: ``slurm.on_event``."""
+
+import subprocess
+import sys
+
+from fitv2_scale.run import Run
+from fitv2_scale.run_log import newest_attempt
+
+_EVENT_SECONDS, _SYNC_SECONDS = 60, 180
+HUNG = "hung"  # besides the events of ``history.Verdict``, which end a chain: the watchdog ended an attempt
+
+
+def publish(url: str) -> str | None:
+    """Sends to MLflow what the run's uploader had no time for. Returns None, or what went wrong."""
+    return _call([sys.executable, "-m", "fitv2_scale.cli", "track", "sync", url], _SYNC_SECONDS)
+
+
+def tell(command: str, event: str, url: str, reason: str) -> str | None:
+    """Runs ``command EVENT RUN REASON``, if there is a command. Returns None, or what went wrong."""
+    return _call(["sh", "-c", f'{command} "$@"', "on_event", event, url, reason], _EVENT_SECONDS) if command else None
+
+
+def was_hung(run: Run, before: int) -> bool:
+    """Whether a watchdog ended the newest attempt, which came after attempt ``before``."""
+    newest = newest_attempt(run.log.entries())
+    return newest > before and run.store.exists(f"attempts/{newest}/hung.json")
+
+
+def _call(command: list[str], seconds: float) -> str | None:
+    try:
+        done = subprocess.run(command, timeout=seconds, stdout=sys.stderr)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return f"{' '.join(command)}: exit code {done.returncode}" if done.returncode else None

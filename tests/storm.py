@@ -1,0 +1,25 @@
+"""What a run that was killed again and again has to show."""
+
+import re
+from pathlib import Path
+
+from chains import audited
+from lineage import commit_bytes, losses, trained
+from ranks import run_ranks
+
+from fitv2_scale.run import Run
+from fitv2_scale.train import DONE, train
+
+
+def check_storm(run: str, tiny, ranks: int) -> None:
+    """It holds the bits of an undisturbed run, and at least 80 % of the steps that it took count: a restart costs the
+    time that it takes, and little of the rest is done twice."""
+    kept = Run.open(run).log.commits()[-1].fields["step"]
+    numbers = [int(p.name) for p in Path(run, "attempts").iterdir() if re.fullmatch(r"\d+", p.name)]
+    taken = sum(len(audited(run, number)) for number in numbers)
+    print(f"{kept} steps count of {taken} that {len(numbers)} attempts have taken: {kept / taken:.1%}")
+    undisturbed = tiny("undisturbed", train__steps=kept, checkpoint__every_steps=100_000)
+    assert run_ranks(ranks, train, undisturbed, timeout=3000) == [DONE] * ranks
+    assert commit_bytes(run) == commit_bytes(undisturbed.run)
+    assert trained(run) == trained(undisturbed.run) and losses(run) == losses(undisturbed.run)
+    assert kept >= 0.8 * taken

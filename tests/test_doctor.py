@@ -1,0 +1,62 @@
+"""The doctor finds what is wrong with a machine, and with one of several, before training does."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from ranks import run_ranks
+
+from fitv2_scale import doctor
+from fitv2_scale.cli import main
+from fitv2_scale.doctor import examine
+
+
+def as_rank(change: str, config) -> tuple[list[str], list[str], bool]:
+    """Examines with a second rank that is made worse: what was looked at, the faults, whether this rank is guilty."""
+    if os.environ["RANK"] == "1" and change:
+        make_worse(change)
+    found = examine(config)
+    return [f.what for f in found.findings], found.faults, found.guilty
+
+
+def make_worse(change: str) -> None:
+    if change == "version":
+        doctor.installed = lambda: {"torch": "0.1"}
+    if change == "disk":
+        doctor.shutil.disk_usage = lambda folder: type("usage", (), {"free": 5})
+    if change == "clock":
+        doctor._clock_skew = lambda store, path: 7.0
+
+
+def test_two_ranks_that_are_well(tiny):
+    config = tiny()
+    everything = ["packages", "GPU", "compiler", "temporary folder", "run folder", "data", "nodes alike", "collectives"]
+    assert run_ranks(2, as_rank, "", config) == [(everything, [], False)] * 2
+    assert list(Path(config.run).iterdir()) == []  # nothing is left
+
+
+@pytest.mark.parametrize(
+    "change,said,guilty",
+    [
+        ("version", "nodes alike: nodes differ in torch: 0.1, ", [True, True]),
+        ("disk", "temporary folder: rank 1: ", [False, True]),
+        ("clock", "run folder: rank 1: the clock of ", [False, True]),
+    ],
+)
+def test_one_of_two_that_is_not(tiny, change, said, guilty):
+    (_, first, first_guilty), (_, second, second_guilty) = run_ranks(2, as_rank, change, tiny())
+    assert first == second and len(first) == 1 and first[0].startswith(said)
+    assert [first_guilty, second_guilty] == guilty
+
+
+def test_a_machine_by_itself(tiny, capsys, tmp_path, monkeypatch):
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(tiny().model_dump(mode="json")))
+    assert main(["doctor", str(file), "--json"]) == 0
+    assert [f["fault"] for f in json.loads(capsys.readouterr().out)] == [""] * 6
+    shutil.rmtree(tmp_path / "run")
+    assert main(["doctor", str(file), "data.url=/no/such/set"]) == 2
+    assert capsys.readouterr().err == "fitv2: not fit for training: data\n"
