@@ -457,28 +457,28 @@ def test_shared_file_systems_are_known_by_their_type(path, kind):
     assert shared_file_system(Path(path), MOUNTS) == kind
 
 
-def test_on_a_shared_file_system_sync_is_the_one_writer(tmp_path, monkeypatch):
+def test_on_a_shared_file_system_sync_is_the_one_writer(folder, runs, tmp_path, monkeypatch):
     mounts = tmp_path / "mountinfo"
-    mounts.write_text(f"21 1 8:1 / / rw - ext4 /dev/sda1 rw\n22 21 0:9 / {tmp_path} rw - nfs4 filer:/x rw\n")
+    mounts.write_text(f"21 1 8:1 / / rw - ext4 /dev/sda1 rw\n22 21 0:9 / {runs} rw - nfs4 filer:/x rw\n")
     monkeypatch.setattr(target, "_MOUNTS", mounts)
-    run = make(tmp_path / "run", {"tracking": {"uri": "auto"}})
+    run = make(folder, {"tracking": {"uri": "auto"}})
     attempt = train(run, 0, 5, commits=(5,))
     assert "stay in the journal; `fitv2 track sync" in why_journal_only(run.url, "auto")
     assert why_journal_only(run.url, "http://mlflow:5000") is None
 
     uri = resolve_uri(run.url, "auto")
     other = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print('process 7 on n1', file=f, flush=True); print(flush=True); sys.stdin.read()"  # noqa: E501
-    command = [sys.executable, "-c", other, str(tmp_path / "mlflow.db.writer")]
+    command = [sys.executable, "-c", other, str(runs / "mlflow.db.writer")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         with pytest.raises(UserError, match=r"process 7 on n1 writes to .*mlflow.db; try again when it is done"):
-            sync(run.url, uri, "test")
+            sync(run.url, uri, "test", Patience(last_pass=0.2))
         process.stdin.close()
     sync(run.url, uri, "test")
-    assert published(tmp_path / "run")["status"] == "RUNNING"  # no uploader there would hold the lock
+    assert published(folder)["status"] == "RUNNING"  # no uploader there would hold the lock
     attempt.end(75, "SIGTERM")
     sync(run.url, uri, "test")
-    assert published(tmp_path / "run")["status"] == "KILLED"
+    assert published(folder)["status"] == "KILLED"
 
 
 def test_sync_follows_a_run_until_it_is_done(folder):

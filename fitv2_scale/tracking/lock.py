@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import time
 from pathlib import Path
 from types import TracebackType
 
@@ -46,10 +47,10 @@ class Lock:
 
 class Writer:
     """The right to write to the MLflow at ``uri``. Raises UserError if it is an SQLite file on a shared file system
-    that another process, on any node, writes to. All else has locks of its own."""
+    that another process, on any node, writes to for longer than ``seconds``. All else has locks of its own."""
 
-    def __init__(self, uri: str) -> None:
-        file = database(uri)
+    def __init__(self, uri: str, seconds: float) -> None:
+        file, self._seconds = database(uri), seconds
         self._path = Path(f"{file}.writer") if file and shared_file_system(file.parent) else None
 
     def __enter__(self) -> "Writer":
@@ -57,26 +58,31 @@ class Writer:
             return self
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self._path, "a+")  # noqa: SIM115 - __exit__ closes it
-        try:
-            fcntl.lockf(
-                self._file, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # POSIX locks are seen by all nodes, flock's not always
-        except OSError as error:
-            self._file.seek(0)
-            holder = self._file.read().strip()
-            self._file.close()
+        deadline = time.monotonic() + self._seconds
+        while (error := self._refusal()) is not None:
             if error.errno in _NO_LOCKS:
-                raise UserError(
-                    f"{self._path.parent} is on a shared file system without locks: give an MLflow server or a file on "
-                    "a local disk as --uri."
-                ) from error
-            raise UserError(
-                f"{holder or 'another process'} writes to {self._path.with_suffix('')}; try again when it is done."
-            ) from error
+                why = f"{self._path.parent} is on a shared file system without locks: give another MLflow as --uri."
+            elif time.monotonic() > deadline:
+                self._file.seek(0)
+                holder = self._file.read().strip() or "another process"
+                why = f"{holder} writes to {self._path.with_suffix('')}; try again when it is done."
+            else:
+                time.sleep(0.1)
+                continue
+            self._file.close()
+            raise UserError(why) from error
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {os.uname().nodename}")
         self._file.flush()
         return self
+
+    def _refusal(self) -> OSError | None:
+        """Takes the lock; why it could not, if it could not."""
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # POSIX: all nodes see it, not always so flock's
+        except OSError as error:
+            return error
+        return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._path is not None:

@@ -41,7 +41,7 @@ def sync(
             time.sleep(patience.poll)
         try:
             publisher = Publisher(run, uri, experiment, say)
-            with Writer(uri):
+            with Writer(uri, patience.last_pass):
                 counts = publisher.publish()
                 if not _is_training(run):
                     publisher.finish()

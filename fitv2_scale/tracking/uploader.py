@@ -63,7 +63,7 @@ def follow(
             pause = patience.poll
             if lock.held():
                 try:
-                    with Writer(uri):
+                    with Writer(uri, patience.poll):
                         publisher.publish()
                         if ended:
                             publisher.finish()
