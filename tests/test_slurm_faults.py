@@ -166,13 +166,15 @@ def test_a_storm(slurm, fitv2, job_config, tiny):
     while time.monotonic() < began + 15 * 60:
         time.sleep(60)  # the storm's own pace
         job = running(slurm)
-        killed = time.monotonic()
+        hit = time.monotonic()
         os.kill(rng.choice(list(ranks_of(job).values())), signal.SIGKILL)
         attempt += 1
         wait(f"attempt {attempt}", lambda following=attempt: audited(config.run, following))
-        restarts.append(time.monotonic() - killed)
+        restarts.append(time.monotonic() - hit)
     fitv2("stop", config.run)
     wait_for_the_end(slurm)
-    assert [code for _, code in attempts(config.run)] == [None] * (attempt - 1) + [75], story(config.run)
+    *killed, last = [code for _, code in attempts(config.run)]
+    assert len(killed) == attempt - 1 and last == 75, story(config.run)
+    assert set(killed) <= {None, 1}  # the first rank may get to say that it has lost the other
     print(f"{len(restarts)} kills, restarts took {min(restarts):.1f} to {max(restarts):.1f} s")
     check_storm(config.run, tiny, 2)
