@@ -32,7 +32,7 @@ def test_two_million_steps(server, tmp_path):
     run, steps = make(tmp_path / "run"), 2_000_000
     began = time.monotonic()
     trainer = start_trainer(tmp_path / "run", server.uri, 0, steps, 30, "end")
-    p99 = float(trainer.communicate()[0])
+    a_step, a_record = map(float, trainer.communicate()[0].split())
     database = Database(server, run)
     wait(lambda: database.canonical() and database.status(database.canonical()) == "FINISHED", 1500)
     seconds = time.monotonic() - began
@@ -50,9 +50,9 @@ def test_two_million_steps(server, tmp_path):
     largest = max(f.stat().st_size for f in (tmp_path / "run").glob("attempts/1/journal/*.jsonl"))
     print(
         f"\n{seconds:.0f} s, {with_wal / 1e6:.0f} MB, {len(points)} points of the history in {max(asked):.2f} s, "
-        f"p99 {p99:.1f} µs a record, largest segment {largest / 1e3:.0f} kB"
+        f"p99 {a_step:.1f} µs a step and {a_record:.1f} a record, largest segment {largest / 1e3:.0f} kB"
     )
-    assert seconds <= 600 and with_wal <= 400e6 and max(asked) < 1 and len(points) >= 320 and p99 <= 50
+    assert seconds <= 600 and with_wal <= 400e6 and max(asked) < 1 and len(points) >= 320 and a_step <= 50
 
 
 def test_an_outage_of_ten_minutes(server, tmp_path):
