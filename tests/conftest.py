@@ -18,11 +18,16 @@ _SERVERS = ("rgw", "slurm")  # fixtures
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where two processes share the tests (pytest-xdist, --dist loadgroup), a file's tests stay in one of them, and so
-    do all that use the same server, which then is started once. Those wait the most, so they begin first."""
+    do all files that use the same server, which then is started once. Those wait the most, so they begin first."""
+    group_of = {}
     for item in items:
-        server = next((name for name in _SERVERS if name in item.fixturenames), None)
-        item.add_marker(pytest.mark.xdist_group(server or item.path.stem))
-    items.sort(key=lambda item: not set(_SERVERS) & set(item.fixturenames))
+        for server in {*item.fixturenames} & {*_SERVERS}:
+            group_of[item.path] = server
+        if hasattr(item, "callspec") and "s3" in item.callspec.params.values():  # asks for the server when it runs
+            group_of[item.path] = "rgw"
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group_of.get(item.path, item.path.stem)))
+    items.sort(key=lambda item: item.path not in group_of and item.get_closest_marker("services") is None)
 
 
 def make_pictures(root: Path, count: int) -> None:
