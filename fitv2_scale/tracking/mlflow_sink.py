@@ -53,8 +53,7 @@ class Server:
     """
 
     def __init__(self, uri: str, experiment: str, artifact_root: str | None) -> None:
-        for noisy in ("mlflow", "alembic"):  # what goes wrong is raised, and logged in one line without secrets
-            logging.getLogger(noisy).setLevel(logging.CRITICAL)
+        _quieten()
         with server(), alone(uri):
             self._client = MlflowClient(tracking_uri=uri)
             found = self._client.get_experiment_by_name(experiment)
@@ -163,15 +162,18 @@ class ServerRun:
             return self._client.get_run(self.id).info.lifecycle_stage == "active"
 
 
-def add_metrics(uri: str, mlflow_run: str, rows: Sequence[tuple[str, float, int, int]]) -> None:
-    """Logs rows, as ``MlflowSink.metrics`` takes them, to a run that is there, and leaves its status as it is."""
-    metrics = [Metric(_name(name), value, time_ms, step) for name, value, time_ms, step in rows]
-    for noisy in ("mlflow", "alembic"):
-        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+def known_run(uri: str, id: str) -> ServerRun:
+    """The run with MLflow id ``id``, for more of its metrics; its status stays as it is."""
+    _quieten()
     with server():
         client = MlflowClient(tracking_uri=uri)
-        for i in range(0, len(metrics), MAX_METRICS_PER_BATCH):
-            client.log_batch(mlflow_run, metrics[i : i + MAX_METRICS_PER_BATCH])
+        return ServerRun(client, id, frozenset(client.get_run(id).data.params))
+
+
+def _quieten() -> None:
+    """What goes wrong is raised, and logged in one line without secrets."""
+    for noisy in ("mlflow", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
 
 
 def _name(name: str) -> str:
