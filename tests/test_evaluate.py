@@ -220,7 +220,7 @@ def test_figures_reach_mlflow_at_their_step(place, run, network, reference, data
     assert main(call) == 0 and "MLflow does not know the run yet" in capfd.readouterr().out
     assert main(["track", "sync", copy]) == 0
     client = MlflowClient(f"sqlite:///{place}/tracked/mlflow.db")
-    (found,) = client.search_runs([client.get_experiment_by_name("tests").experiment_id])
+    found = client.get_run(json.loads(Path(copy, "tracking/mlflow.json").read_text())["mlflow_run"])
     for _ in range(2):
         assert main(call) == 0 and "MLflow: 5 figures in run" in capfd.readouterr().out
     step = json.loads(Path(copy, "evaluations/2.json").read_text())
