@@ -68,7 +68,7 @@ class Config(Section):
         layout, heads = self.layout, self.model.heads
         if heads % layout.tensor:
             raise ValueError(f"layout.tensor is {layout.tensor}, which does not divide the {heads} heads of the model")
-        if layout.engine == "zero3" and layout.replicate > 1:
+        if layout.engine == "zero3" and layout.replicate not in ("auto", 1):
             raise ValueError(
                 f"layout.replicate is {layout.replicate}, but zero3 keeps one copy: use layout.engine=fsdp"
             )

@@ -1,6 +1,6 @@
 """The sections of a run's configuration that belong to no other room; ``config`` puts all of them together."""
 
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -9,6 +9,7 @@ from data_sharding.plan import Views
 from fitv2_scale.model.config import parse_size
 from fitv2_scale.model.extrapolation import AttentionScale, Mode
 from fitv2_scale.parallel.engine import Precision
+from fitv2_scale.parallel.mesh import Layout
 
 
 class Section(BaseModel):
@@ -76,7 +77,10 @@ class LayoutConfig(Section):
     engine: Literal["fsdp", "zero3"] = Field(
         "fsdp", description="fsdp: PyTorch FSDP2, HSDP when replicate > 1; zero3: DeepSpeed's ZeRO stage 3"
     )
-    replicate: int = Field(1, ge=1, description="copies of the sharded state; must divide the number of processes")
+    replicate: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="copies of the sharded state, a divisor of the number of processes; auto: one a node with fsdp",
+    )
     tensor: int = Field(
         1, ge=1, description="processes that share the work on one pack (tensor parallelism); must divide model.heads"
     )
@@ -86,6 +90,10 @@ class LayoutConfig(Section):
     precision: Precision = Field("bf16", description="of compute; master weights and reductions stay float32")
     max_tokens: int = Field(16384, ge=64, description="most tokens in a pack; the planner picks the capacity below it")
     compile: bool | Literal["auto"] = Field("auto", description="torch.compile each block; auto: on CUDA only")
+
+    def over(self, ranks: int, nodes: int = 1) -> Layout:
+        """The layout of ``ranks`` processes on ``nodes`` nodes. Raises UserError if they do not divide."""
+        return Layout.of(ranks, self.replicate, self.tensor, nodes if self.engine == "fsdp" else 1)
 
 
 class TrackingConfig(Section):

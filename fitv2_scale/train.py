@@ -21,7 +21,6 @@ from fitv2_scale.meter import Meter
 from fitv2_scale.model.flow import flow_losses
 from fitv2_scale.orders import followed
 from fitv2_scale.parallel.engine import StepResult
-from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.update import telling
 from fitv2_scale.parallel.world import World, join
 from fitv2_scale.profiling import Profile
@@ -49,8 +48,9 @@ def train(config: Config, fork_from: str | None = None) -> int:
                     world.is_first, f"{config.run} has done its {config.train.steps} steps; raise train.steps to go on"
                 )
                 return DONE
-            layout = Layout.of(world.size, config.layout.replicate, config.layout.tensor)
-            data = Data.open(config, layout.nodes(world.hosts()))
+            hosts = world.hosts()
+            layout = config.layout.over(world.size, len(set(hosts)))
+            data = Data.open(config, layout.nodes(hosts))
             run, number = claim(config, data.plan, fork, world)
         except StorageDown as error:
             _say(world.is_first, str(error))

@@ -170,12 +170,11 @@ def _check_data(config: Config) -> None:
 def _check_training(config: Config, least: int, most: int, fork_from: str | None) -> tuple[str, dict[str, Any] | None]:
     """What training would find out first. Returns the plan's hash and the parent of a fork."""
     from fitv2_scale.data import Data  # only here: torch takes seconds
-    from fitv2_scale.parallel.mesh import Layout
     from fitv2_scale.session import Fork
 
     for nodes in {least, most}:
         tasks = config.slurm.tasks_per_node
-        layout = Layout.of(nodes * tasks, config.layout.replicate, config.layout.tensor)
+        layout = config.layout.over(nodes * tasks, nodes)
         data = Data.open(config, layout.nodes([f"n{rank // tasks}" for rank in range(nodes * tasks)]))
     return data.plan.hash, Fork.parse(fork_from, config.run).parent() if fork_from else None
 

@@ -145,7 +145,7 @@ def varlen(monkeypatch):
 
 
 def test_plan_of_the_published_run(capsys):
-    overrides = ["data.url=preset:imagenet256", "layout.checkpointing=selective", "layout.replicate=4"]
+    overrides = ["data.url=preset:imagenet256", "layout.checkpointing=selective"]
     command = ["plan", "configs/fitv2_3b2.yaml", *overrides, "--nodes", "4", "--gpus-per-node", "8"]
     assert main([*command, "--json"]) == 0
     report, model = json.loads(capsys.readouterr().out), load_config("configs/fitv2_3b2.yaml").model

@@ -21,7 +21,7 @@ from fitv2_scale.evaluate.sampler import Request, sample
 from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.tensor import TensorGroup, tensor_linear
 from fitv2_scale.parallel.world import join
-from fitv2_scale.sections import SamplingConfig
+from fitv2_scale.sections import LayoutConfig, SamplingConfig
 from fitv2_scale.train import train
 
 ENGINES = ["fsdp", "zero3"]
@@ -254,3 +254,18 @@ def test_ranks_are_numbered_tensor_first():
     layout = Layout.of(12, 2, 2)
     assert (layout.replicate, layout.shard, layout.tensor, layout.data_parallel) == (2, 3, 2, 6)
     assert [(layout.data_rank(r), layout.tensor_rank(r)) for r in range(5)] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)]
+
+
+@pytest.mark.parametrize(
+    "engine,ranks,nodes,tensor,expected",
+    [
+        ("fsdp", 32, 4, 1, (4, 8, 1)),  # one copy a node
+        ("fsdp", 32, 4, 2, (4, 4, 2)),
+        ("fsdp", 30, 4, 1, (1, 30, 1)),  # nodes that differ
+        ("fsdp", 8, 1, 1, (1, 8, 1)),
+        ("zero3", 32, 4, 1, (1, 32, 1)),
+    ],
+)
+def test_a_copy_of_the_state_a_node(engine, ranks, nodes, tensor, expected):
+    layout = LayoutConfig(engine=engine, tensor=tensor).over(ranks, nodes)
+    assert (layout.replicate, layout.shard, layout.tensor) == expected

@@ -52,8 +52,9 @@ def measure(config: Config, saves: int, where: str | None) -> dict[str, Any] | N
     with ExitStack() as stack:
         world = stack.enter_context(join())
         store = stack.enter_context(_place(world, where))
-        layout = Layout.of(world.size, config.layout.replicate, config.layout.tensor)
-        data = Data.open(config, layout.nodes(world.hosts()))
+        hosts = world.hosts()
+        layout = config.layout.over(world.size, len(set(hosts)))
+        data = Data.open(config, layout.nodes(hosts))
         with open_steps(config, data, layout.data_rank(world.rank), _BATCHES) as stream:
             batches = cycle(list(stream))
         bench = _Bench.open(config, world, make_engine(config, layout, world), data, store, batches)

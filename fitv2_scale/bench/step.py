@@ -69,8 +69,9 @@ def measure(config: Config, steps: int, repeats: int, against_reference: bool) -
     with join() as world:
         if against_reference and world.size > 1:
             raise UserError("--against reference compares in one process: start it without torchrun")
-        layout = Layout.of(world.size, config.layout.replicate, config.layout.tensor)
-        case = _Case(config, world, layout, Data.open(config, layout.nodes(world.hosts())), steps)
+        hosts = world.hosts()
+        layout = config.layout.over(world.size, len(set(hosts)))
+        case = _Case(config, world, layout, Data.open(config, layout.nodes(hosts)), steps)
         with case.open() as stream:
             batches = list(stream)
         ours, theirs = [], []

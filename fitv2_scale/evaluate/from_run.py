@@ -103,5 +103,5 @@ def _engine(config: Config, world: World) -> tuple[Engine, Layout]:
     """An engine for no training: the moments of one tensor are as few as it will keep."""
     names = [n for n in logical_shapes(config.model) if any(fnmatchcase(n, pattern) for pattern in config.trainable)]
     config = config.model_copy(update={"trainable": names[-1:] or config.trainable})
-    layout = Layout.of(world.size, config.layout.replicate, config.layout.tensor)
+    layout = config.layout.over(world.size, len(set(world.hosts())))
     return make_engine(config, layout, world), layout

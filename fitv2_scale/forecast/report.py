@@ -32,7 +32,7 @@ def forecast(config: Config, nodes: int, gpus_per_node: int, assumed: Assumed) -
     """The figures as plain data. Those that need data (``data``, ``time``, ``goodput``, ``nodes``) are None, with the
     reason in ``data_missing``, where there is no dataset."""
     ranks = nodes * gpus_per_node
-    layout = Layout.of(ranks, config.layout.replicate, config.layout.tensor)
+    layout = config.layout.over(ranks, nodes)
     report: dict[str, Any] = {"model": _model(config.model, config.trainable), "layout": _layout(config, layout)}
     try:
         data = Data.open(config, layout.nodes([str(rank // gpus_per_node) for rank in range(ranks)]))
@@ -165,8 +165,7 @@ def _run_lines(report: dict[str, Any]) -> list[str]:
     if data := stored["dataset"]:
         about = "about " if data["estimated"] else ""
         lines.append(f"         the dataset {about}{data['bytes'] / 1e9:,.1f} GB, {data['inodes']:,} inodes")
-    replicate = f", layout.replicate={nodes['layout.replicate']}" if nodes["layout.replicate"] > 1 else ""
-    lines.append(f"nodes    {nodes['why']}{replicate}")
+    lines.append(f"nodes    {nodes['why']}")
     shown = [c for c in nodes["tried"] if c["nodes"] in (1, 2, 4, 8, 16, 32, 64, nodes["choice"])]
     lines += [
         f"         {c['nodes']:>3} nodes {1000 * c['seconds_a_step']:8.4g} ms a step {c['days']:8.3g} days "

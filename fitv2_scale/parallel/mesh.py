@@ -8,6 +8,7 @@ neighbouring ranks, which are those of one node.
 
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Literal
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -36,8 +37,12 @@ class Layout:
     tensor: int = 1
 
     @classmethod
-    def of(cls, world_size: int, replicate: int, tensor: int = 1) -> "Layout":
-        """Raises UserError if ``replicate`` x ``tensor`` does not divide the number of processes."""
+    def of(cls, world_size: int, replicate: int | Literal["auto"], tensor: int = 1, nodes: int = 1) -> "Layout":
+        """``auto`` is one copy on each of ``nodes`` nodes, so that gathering weights needs no network, or a single one
+        where the processes do not divide. Raises UserError if ``replicate`` x ``tensor`` does not divide their number.
+        """
+        if replicate == "auto":
+            replicate = nodes if world_size % (nodes * tensor) == 0 else 1
         if world_size % (replicate * tensor):
             asked = {"layout.replicate": replicate, "layout.tensor": tensor}
             keys = " x ".join(key for key, size in asked.items() if size > 1)
