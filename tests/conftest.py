@@ -16,6 +16,7 @@ IMAGES, CLASSES = 240, 5
 _SERVERS = ("rgw", "slurm")  # fixtures
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where two processes share the tests (pytest-xdist, --dist loadgroup), a file's tests stay in one of them, and so
     do all files that use the same server, which then is started once. Those wait the most, so they begin first."""

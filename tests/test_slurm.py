@@ -160,7 +160,8 @@ def test_a_sweep_is_a_chain_for_each_combination(slurm, fitv2, job_config, tmp_p
     runs = [Run.open(str(folder / f"depth-{depth}")) for depth in (1, 2, 3)]
     assert [attempts(run.url) for run in runs] == [[(1, 0)]] * 3, story(runs[0].url)
     client = MlflowClient(uri)
-    found = client.search_runs([client.get_experiment_by_name("sizes").experiment_id])
+    experiment = client.get_experiment_by_name("sizes").experiment_id
+    found = client.search_runs([experiment], "tags.`fitv2.run_id` != ''")  # not the attempts, which are their children
     assert {r.data.tags["fitv2.science_hash"] for r in found} == {run.science_hash for run in runs}
     assert sorted(r.data.params["model.depth"] for r in found) == ["1", "2", "3"]
     assert all(r.info.status == "FINISHED" and r.data.metrics["loss"] > 0 for r in found)
