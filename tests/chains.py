@@ -4,6 +4,7 @@ Everything waits for a condition; how long that takes is the machine's affair.
 """
 
 import json
+import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -99,7 +100,8 @@ def ranks_of(job: str) -> dict[int, int]:
             program, *words = (process / "cmdline").read_bytes().split(b"\0")
             if b"launchers.rank" in words and not program.endswith(b"srun"):
                 environment = dict(e.split("=", 1) for e in (process / "environ").read_text().split("\0") if "=" in e)
-                if environment.get("SLURM_JOB_ID") == job and "SLURM_PROCID" in environment:
+                here = environment.get("SLURM_CONF") == os.environ["SLURM_CONF"]
+                if here and environment.get("SLURM_JOB_ID") == job and "SLURM_PROCID" in environment:
                     found[int(environment["SLURM_PROCID"])] = int(process.name)
     return found
 

@@ -13,22 +13,26 @@ from data_sharding.write import write_dataset
 from fitv2_scale.config import Config, parse_config
 
 IMAGES, CLASSES = 240, 5
-_SERVERS = ("rgw", "slurm")  # fixtures
+_S3 = ("test_bench_checkpoint", "test_checkpoint_faults", "test_run_s3", "test_s3", "test_s3_datasets")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """Where two processes share the tests, a file's tests stay in one of them, and so do all files that use the same
+    server, which then is started once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByServer(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = Path(nodeid.partition("::")[0]).stem
+            return "s3" if file in _S3 else "slurm" if "slurm" in file else file
+
+    return ByServer(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where two processes share the tests (pytest-xdist, --dist loadgroup), a file's tests stay in one of them, and so
-    do all files that use the same server, which then is started once. Those wait the most, so they begin first."""
-    group_of = {}
-    for item in items:
-        for server in {*item.fixturenames} & {*_SERVERS}:
-            group_of[item.path] = server
-        if hasattr(item, "callspec") and "s3" in item.callspec.params.values():  # asks for the server when it runs
-            group_of[item.path] = "rgw"
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group_of.get(item.path, item.path.stem)))
-    items.sort(key=lambda item: item.path not in group_of and item.get_closest_marker("services") is None)
+    """Tests with servers wait the most, so they begin first."""
+    items.sort(key=lambda item: item.get_closest_marker("services") is None)
 
 
 def make_pictures(root: Path, count: int) -> None:

@@ -51,4 +51,4 @@ say "ruff"
 
 say "pytest"
 # One thread a process: tests start several ranks on few cores. Two tests at once, since many of them wait a lot.
-OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "$marks" --durations 40 "$@"
+OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -m "$marks" --durations 40 "$@"
