@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from chains import wait, wait_for_the_end
 from feature_networks import Tiny, save_network
 from ranks import run_ranks
-from test_slurm import cluster, config_file, fitv2, slurm, wait, wait_for_the_end  # noqa: F401 - fixtures
 
 from fitv2_scale.train import train
 
@@ -21,7 +21,7 @@ published: [{model: Other, 32x48: [1, 2, 3, 0.5, 0.5]}]
 """
 
 
-def test_a_suite_as_a_job_that_is_killed_and_queued_again(slurm, fitv2, config_file, tiny, tmp_path, monkeypatch):  # noqa: F811
+def test_a_suite_as_a_job_that_is_killed_and_queued_again(slurm, fitv2, job_config, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = tiny(train__steps=2, ema__decay=0.1, layout__max_tokens=256)
     assert run_ranks(1, train, config) == [0]
@@ -29,7 +29,7 @@ def test_a_suite_as_a_job_that_is_killed_and_queued_again(slurm, fitv2, config_f
     Path("suite.yaml").write_text(SUITE)
     command = ["evaluate", f"{config.run}@2", "--suite", "suite.yaml", "--network", network, "--network-sha256", digest]
     command += ["--reference", config.data.url]
-    job = ["submit", config_file(), "--nodes", "2", f"slurm.folder={tmp_path}/jobs", "--", *command]
+    job = ["submit", job_config(), "--nodes", "2", f"slurm.folder={tmp_path}/jobs", "--", *command]
     evaluations = Path(config.run, "evaluations/2")
 
     fitv2(*job)
