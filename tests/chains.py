@@ -5,19 +5,16 @@ Everything waits for a condition; how long that takes is the machine's affair.
 
 import json
 import os
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import yaml
 from services.slurm import Slurm, missing
+from waiting import PATIENCE, wait
 
 from fitv2_scale.cli import main
 from fitv2_scale.run import Run, status
-
-PATIENCE = 300.0  # seconds; a busy machine starts a job slowly
 
 
 @pytest.fixture(scope="session")
@@ -63,14 +60,6 @@ def fitv2(capfd):
         return said.out if code == 0 else said.err
 
     return run
-
-
-def wait(what: str, ready: Callable[[], object], seconds: float = PATIENCE):
-    deadline = time.monotonic() + seconds
-    while not (found := ready()):
-        assert time.monotonic() < deadline, f"waited {seconds:g} s for {what}"
-        time.sleep(0.1)
-    return found
 
 
 def queue(slurm: Slurm) -> list[str]:

@@ -5,12 +5,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from chains import cluster, fitv2, job_config, slurm  # noqa: F401 - fixtures
+from hypothesis import HealthCheck, settings
 from PIL import Image
 from services.s3 import client, rgw  # noqa: F401 - fixtures
 
 from data_sharding.write import write_dataset
 from fitv2_scale.config import Config, parse_config
+
+# The same examples on every machine, however slow it is; --hypothesis-profile=default looks for others.
+settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("same")
 
 IMAGES, CLASSES = 240, 5
 _S3 = ("test_bench_checkpoint", "test_checkpoint_faults", "test_run_s3", "test_s3", "test_s3_datasets")
@@ -33,6 +39,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests with servers wait the most, so they begin first."""
     items.sort(key=lambda item: item.get_closest_marker("services") is None)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Torch's numbers do not depend on which tests ran before."""
+    torch.manual_seed(0)
 
 
 def make_pictures(root: Path, count: int) -> None:

@@ -33,10 +33,3 @@ def train(run: Run, start: int, until: int, commits: tuple[int, ...] = (), seal:
 def curve(run: Run, after: Position = Position()) -> list[tuple[int, int]]:  # noqa: B008
     """(step, attempt that measured it), read back from the losses."""
     return [(r.step, int(r.metrics["loss"])) for r in journal.read(run, after)]
-
-
-def wait(happened, seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.02)

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from waiting import PATIENCE
+from waiting import wait as wait_for
 
 _GRACE = 10.0  # seconds, between the first rank's failure and the kill of those that still run
 
@@ -46,7 +48,7 @@ class Ranks:
             self._processes.append(process)
             self._pipes.append(receiver)
 
-    def results(self, timeout: float = 180) -> list[Any]:
+    def results(self, timeout: float = PATIENCE) -> list[Any]:
         """What each rank returned. Raises the first failure, with that rank's traceback; others get a moment to end."""
         deadline, outcomes, failure = time.monotonic() + timeout, {}, None
         try:
@@ -73,12 +75,10 @@ class Ranks:
     def signal(self, rank: int, number: int) -> None:
         os.kill(self._processes[rank].pid, number)
 
-    def wait_until_stopped(self, rank: int, timeout: float = 60) -> None:
+    def wait_until_stopped(self, rank: int) -> None:
         """Until it has had SIGSTOP."""
-        stat, deadline = Path(f"/proc/{self._processes[rank].pid}/stat"), time.monotonic() + timeout
-        while stat.read_text().rsplit(")", 1)[1].split()[0] != "T":
-            assert time.monotonic() < deadline, f"rank {rank} never stopped"
-            time.sleep(0.01)
+        stat = Path(f"/proc/{self._processes[rank].pid}/stat")
+        wait_for(f"rank {rank} to stop", lambda: stat.read_text().rsplit(")", 1)[1].split()[0] == "T")
 
     def exit_code(self, rank: int, timeout: float) -> int | None:
         """Once it has ended; None if it has not in time."""
@@ -92,8 +92,14 @@ class Ranks:
             process.join()
 
 
-def run_ranks(size: int, target: Callable, *args: Any, timeout: float = 180) -> list[Any]:
+def run_ranks(size: int, target: Callable, *args: Any, timeout: float = PATIENCE) -> list[Any]:
     return Ranks(size, target, *args).results(timeout)
+
+
+def in_environment(env: dict[str, str], target: Callable, *args: Any) -> Any:
+    """A rank's target that needs variables of its test: the forkserver's environment is older."""
+    os.environ.update(env)
+    return target(*args)
 
 
 class _Failure:

@@ -7,17 +7,22 @@ import random
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 import xxhash
+from waiting import wait
 
 from data_sharding.cache import DiskCache, _acquire
 from data_sharding.connect import Abandoned
 from data_sharding.patience import Faulty, Patience
 
 SIZE = 4000
+FOR_EVER = Patience(attempt=1e6)  # who waited for a holder would hang
 _spawn = multiprocessing.get_context("spawn")
 
 
@@ -26,7 +31,14 @@ def frame(i: int) -> tuple[str, bytes]:
     return xxhash.xxh3_128_hexdigest(data), data
 
 
-def get(cache: DiskCache, i: int, fetched: list | None = None, seconds: float = 0, patience: Patience | None = None):
+def get(
+    cache: DiskCache,
+    i: int,
+    fetched: list | None = None,
+    patience: Patience | None = None,
+    meanwhile: Callable[[], object] = lambda: None,
+):
+    """``meanwhile`` is done while it is fetched."""
     digest, data = frame(i)
 
     def check(found: bytes) -> None:
@@ -34,7 +46,7 @@ def get(cache: DiskCache, i: int, fetched: list | None = None, seconds: float = 
             raise Faulty("wrong", "")
 
     def fetch() -> bytes:
-        time.sleep(seconds)
+        meanwhile()
         if fetched is not None:
             fetched.append(i)
         return data
@@ -55,9 +67,9 @@ def test_a_frame_is_fetched_once_and_found_again(tmp_path):
 
 
 def test_many_threads_that_want_one_frame_fetch_it_once(tmp_path):
-    fetched: list[int] = []
+    cache, fetched = partial(DiskCache, str(tmp_path), 1 << 20), []
     with ThreadPoolExecutor(16) as pool:
-        list(pool.map(lambda _: get(DiskCache(str(tmp_path), 1 << 20), 7, fetched, seconds=0.1), range(16)))
+        list(pool.map(lambda _: get(cache(), 7, fetched, FOR_EVER, lambda: time.sleep(0.1)), range(16)))
     assert fetched == [7]
 
 
@@ -66,7 +78,7 @@ def _reader(folder: str, frames: range, log: str, seconds: float, limit: int) ->
     random.Random(os.getpid()).shuffle(order)
     for i in order:
         fetched: list[int] = []
-        get(cache, i, fetched, seconds)
+        get(cache, i, fetched, FOR_EVER, lambda: time.sleep(seconds))
         with open(log, "a") as file:
             file.write("".join(f"{i}\n" for i in fetched))
 
@@ -79,7 +91,7 @@ def test_processes_share_it(tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join()
         assert process.exitcode == 0
     assert sorted(map(int, log.read_text().split())) == list(range(20))
 
@@ -88,17 +100,14 @@ def test_a_killed_holder_blocks_nobody(tmp_path):
     folder = tmp_path / "c"
     holder = _spawn.Process(target=_reader, args=(str(folder), range(1), str(tmp_path / "log"), 1000, 1 << 20))
     holder.start()
-    deadline = time.monotonic() + 60
-    while not files(folder, "lock"):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait("the holder's lock", lambda: files(folder, "lock"))
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
     assert files(folder, "lock")  # what it left behind
     files(folder, "lock")[0].with_suffix(".tmp").write_bytes(b"half a frame")
-    began, fetched = time.monotonic(), []
-    get(DiskCache(str(folder), 1 << 20), 0, fetched)
-    assert fetched == [0] and time.monotonic() - began < 1
+    fetched: list[int] = []
+    get(DiskCache(str(folder), 1 << 20), 0, fetched, FOR_EVER)
+    assert fetched == [0]
     assert not files(folder, "lock") and not files(folder, "tmp")
 
 
@@ -121,25 +130,32 @@ def test_a_lock_that_its_holder_has_just_removed_is_none(tmp_path, monkeypatch):
 
 def test_a_stopped_holder_is_not_waited_for_for_ever(tmp_path):
     cache, fetched = DiskCache(str(tmp_path), 1 << 20), []
-    slow = threading.Thread(target=get, args=(cache, 3, fetched, 2.0))
-    slow.start()
-    time.sleep(0.1)
-    began = time.monotonic()
-    get(cache, 3, fetched, patience=Patience(attempt=0.1))
-    assert time.monotonic() - began < 1 and fetched == [3]
-    slow.join()
+    with holding(cache, 3, fetched):
+        get(cache, 3, fetched, Patience(attempt=0.1))
+        assert fetched == [3]
     assert fetched == [3, 3] and len(files(tmp_path, "frame")) == 1
 
 
 def test_waiting_ends_when_nobody_wants_it_any_more(tmp_path):
-    cache, patience = DiskCache(str(tmp_path), 1 << 20), Patience()
-    slow = threading.Thread(target=get, args=(cache, 3, None, 1.0))
+    cache, patience = DiskCache(str(tmp_path), 1 << 20), Patience(attempt=1e6)
+    with holding(cache, 3):
+        threading.Timer(0.1, patience.abandoned.set).start()
+        with pytest.raises(Abandoned):
+            get(cache, 3, patience=patience)
+
+
+@contextmanager
+def holding(cache: DiskCache, i: int, fetched: list | None = None) -> Iterator[None]:
+    """While another thread holds the lock of frame ``i``, fetching it."""
+    begun, over = threading.Event(), threading.Event()
+    slow = threading.Thread(target=get, args=(cache, i, fetched, None, lambda: begun.set() or over.wait()))
     slow.start()
-    time.sleep(0.1)
-    threading.Timer(0.1, patience.abandoned.set).start()
-    with pytest.raises(Abandoned):
-        get(cache, 3, patience=patience)
-    slow.join()
+    begun.wait()
+    try:
+        yield
+    finally:
+        over.set()
+        slow.join()
 
 
 @pytest.mark.parametrize("damage", [b"", b"x" * SIZE, b"short"])
@@ -200,13 +216,15 @@ def test_without_a_usable_disk_frames_come_all_the_same(tmp_path, caplog):
 
 def test_kill_at_any_moment(tmp_path):
     """Processes that fill and evict are killed again and again; what is left is always whole and within the bound."""
-    folder, rng = tmp_path / "c", random.Random(0)
+    folder, log, rng = tmp_path / "c", tmp_path / "log", random.Random(0)
     for _ in range(4):
-        args = (str(folder), range(60), str(tmp_path / "log"), 0.001, 20 * SIZE)
+        args = (str(folder), range(60), str(log), 0.01, 20 * SIZE)
         processes = [_spawn.Process(target=_reader, args=args) for _ in range(2)]
+        log.write_bytes(b"")
         for process in processes:
             process.start()
-        time.sleep(rng.uniform(0.2, 0.6))
+        wait("the first frame", lambda: log.stat().st_size)
+        time.sleep(rng.uniform(0, 0.4))
         for process in processes:
             process.kill()
             process.join()

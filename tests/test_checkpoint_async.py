@@ -13,6 +13,7 @@ from lineage import commit_bytes, losses
 from ranks import Ranks, run_ranks
 from test_nonfinite import all_commits
 from test_resume import reach
+from waiting import wait
 
 import fitv2_scale.train as module
 from fitv2_scale.checkpoint import checkpointer
@@ -40,20 +41,21 @@ def slow(function: Callable, seconds: float) -> Callable:
     return act
 
 
-def train_slowly(config, copy: float, write: float) -> tuple[int, int, int]:
-    """Trains with saves that copy and write as slowly as that, in seconds. Returns the exit code, the steps taken while
-    a save was in flight, and the most writers that there were at once."""
-    Staging.copy, step = slow(Staging.copy, copy), module.train_step
+def train_slowly(config) -> tuple[int, int, int]:
+    """Trains with saves that copy slowly, and write until training has gone on by a step. Returns the exit code, the
+    steps taken while a save was in flight, and the most writers that there were at once."""
+    Staging.copy, step = slow(Staging.copy, 0.2), module.train_step
     overlapping, writers, most = 0, 0, 0
     write_commit = checkpointer.write_commit
 
-    def writing(*args):
+    def writing(run, folder, *args):
         nonlocal writers, most
         writers += 1
-        most = max(most, writers)
-        time.sleep(write)
+        most, before = max(most, writers), overlapping
+        if not folder.startswith(f"steps/{config.train.steps:08d}"):
+            wait("a step", lambda: overlapping > before)
         writers -= 1
-        return write_commit(*args)
+        return write_commit(run, folder, *args)
 
     def counted(s, batch):
         nonlocal overlapping
@@ -82,7 +84,7 @@ def test_each_commit_is_the_state_of_its_step(tiny, engine, size, layout):
     changes = {f"layout__{key}": value for key, value in layout.items()} | {"layout__engine": engine}
     changes |= {"train__steps": 7, "checkpoint__every_steps": 2, **EVERY_COMMIT}
     slow, blocking = tiny("slow", **changes), tiny("blocking", **changes)
-    ranks = run_ranks(size, train_slowly, slow, 0.2, 0.4)
+    ranks = run_ranks(size, train_slowly, slow)
     assert run_ranks(size, train_blocking, blocking) == [DONE] * size
     assert steps_of(slow) == steps_of(blocking) == [2, 4, 6, 7]
     assert all_commits(slow.run) == all_commits(blocking.run)
@@ -148,12 +150,25 @@ def test_a_superseded_attempt_ends_though_its_save_was_in_the_background(tiny):
     assert first["code"] == GIVE_UP and "superseded by attempt 2" in first["why"]
 
 
+def train_writing(config, step: int, until: str = "") -> int:
+    """Trains. The save after ``step`` steps writes once the file ``until`` is there; without one, for ever."""
+    write_commit = checkpointer.write_commit
+
+    def writing(run, folder, *args):
+        if folder.startswith(f"steps/{step:08d}"):
+            wait("the file", Path(until).exists) if until else time.sleep(10**6)
+        return write_commit(run, folder, *args)
+
+    checkpointer.write_commit = writing
+    return train(config)
+
+
 def test_killed_while_it_writes(tiny):
     """The newest commit is the one before, and the run ends as if nothing had happened."""
     changes = {"train__steps": 14, "checkpoint__every_steps": 3}
     killed, undisturbed = tiny("killed", **changes), tiny("undisturbed", **changes)
     assert run_ranks(2, train, undisturbed) == [DONE] * 2
-    ranks = Ranks(2, train_slowly, killed, 0.0, 3.0)
+    ranks = Ranks(2, train_writing, killed, 6)
     reach(killed, 7, attempt=1)  # 3 is committed, or it would not have got so far; 6 is on its way
     ranks.kill()
     assert steps_of(killed) == [3]
@@ -162,13 +177,14 @@ def test_killed_while_it_writes(tiny):
     assert losses(killed.run) == losses(undisturbed.run)
 
 
-def test_a_stop_while_it_writes(tiny):
+def test_a_stop_while_it_writes(tiny, tmp_path):
     """The save in flight is committed, then that of the last step: what is said to be saved is."""
-    config = tiny(train__steps=10**6, checkpoint__every_steps=3)
-    ranks = Ranks(2, train_slowly, config, 0.0, 2.0)
+    config, told = tiny(train__steps=10**6, checkpoint__every_steps=3), tmp_path / "told"
+    ranks = Ranks(2, train_writing, config, 3, str(told))
     reach(config, 4, attempt=1)
     ranks.terminate(1)
-    assert [code for code, *_ in ranks.results()] == [RETRY] * 2
+    told.touch()
+    assert ranks.results() == [RETRY] * 2
     run = Run.open(config.run)
     last = run.log.commits()[-1].fields["step"]
     assert steps_of(config) == [3, last] and last > 3
@@ -179,15 +195,15 @@ def test_a_stop_while_it_writes(tiny):
 
 def train_into_a_bug(config) -> None:
     """Fails in the step after the first commit has begun, which is slow."""
-    train_step = module.train_step
+    train_step, write_commit = module.train_step, checkpointer.write_commit
 
     def step(s, batch):
         if batch.step == 4:
             raise RuntimeError("planned")
         return train_step(s, batch)
 
-    module.train_step = step
-    train_slowly(config, 0.0, 1.0)
+    module.train_step, checkpointer.write_commit = step, slow(write_commit, 1.0)
+    train(config)
 
 
 def test_what_is_in_flight_when_training_fails_is_committed(tiny):

@@ -91,7 +91,6 @@ def test_blocks_are_the_whole_column(tmp_path, rows):
         assert len(found) == -(-rows // (1 << 18)) and np.array_equal(np.concatenate([column[:0], *found]), column)
 
 
-@pytest.mark.timeout(120)
 def test_memory_does_not_follow_the_images():
     """From 0.2 to 4 million images the columns grow by 76 MB."""
     small, large = memory(200_000), memory(4_000_000)
@@ -103,7 +102,6 @@ def test_the_cursor_is_small():
     assert found["step"] == LATE and found["bytes"] <= found["changed_bytes"] <= 1024
 
 
-@pytest.mark.timeout(120)
 def test_resuming_late_takes_no_longer_than_a_start():
     """The goal is 2 s; this leaves room for a busy machine, and none for going through the steps before."""
     found = resuming()

@@ -40,7 +40,7 @@ def test_covariance_is_numpys():
     np.testing.assert_allclose(found.covariance, np.cov(wide, rowvar=False), rtol=1e-10, atol=1e-12)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 2**32 - 1), size=st.integers(2, 24), shift=st.floats(-2, 2))
 def test_fid_is_scipys(seed, size, shift):
     a, b = Gaussian.of(features(seed, 400, size)), Gaussian.of(features(seed + 1, 300, size, shift))
@@ -107,7 +107,7 @@ def brute_force(made: np.ndarray, real: np.ndarray, k: int) -> tuple[float, floa
     return share(made, real), share(real, made)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 2**32 - 1), k=st.integers(1, 3), block=st.sampled_from([1, 7, 64]))
 def test_precision_and_recall_are_those_of_brute_force(seed, k, block):
     made, real = rng(seed).normal(size=(23, 3)) + 100, 1.5 * rng(seed + 1).normal(size=(31, 3)) + 100.5

@@ -112,7 +112,7 @@ ropes = st.builds(
 sizes = st.tuples(st.integers(1, 24), st.integers(1, 24))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(sizes, ropes), min_size=1, max_size=6))
 def test_each_image_of_a_pack_has_its_own(images):
     packing = pack([size for size, _ in images])
@@ -126,7 +126,7 @@ def test_each_image_of_a_pack_has_its_own(images):
         at += h * w
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.sampled_from(MODES), st.sampled_from(["none", "paper"]), st.lists(sizes, min_size=1, max_size=5))
 def test_plain_rope_bit_for_bit_within_the_trained_side(mode, scale, images):
     packing = pack(images)

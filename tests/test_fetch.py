@@ -18,6 +18,7 @@ from data_sharding.patience import Patience
 from data_sharding.storage import put, read
 
 SHORT = Patience(deadline=0.6, attempt=0.2)
+FOR_EVER = 1e6  # seconds that a test would hang if a read was not given up
 
 
 @pytest.fixture(autouse=True)
@@ -52,19 +53,16 @@ def test_one_ranged_read_fetches_a_frame(manifest):
         lambda body: body + b"x",
         lambda body: body[:50] + bytes([body[50] ^ 1]) + body[51:],
         lambda body: b"",
-        5.0,  # a stall
+        FOR_EVER,  # a stall
     ],
     ids=["busy", "reset", "refused", "timeout", "short", "a byte short", "long", "flipped", "empty", "stall"],
 )
 def test_what_may_heal_is_tried_again(manifest, fault):
     FakeStore.faults = [fault, fault]
-    began = time.monotonic()
-    patience = Patience(deadline=5, attempt=0.2)
-    assert (
-        fetch_frame(manifest, 0, patience)
-        == FakeStore.objects["set/shard-000000.tar.zst"][slice(0, int(manifest.frame_bytes[0]))]
-    )
-    assert len(FakeStore.reads) == 3 and time.monotonic() - began < 2
+    patience = Patience(deadline=300, attempt=1.0 if fault is FOR_EVER else 100)
+    whole = FakeStore.objects["set/shard-000000.tar.zst"][: int(manifest.frame_bytes[0])]
+    assert fetch_frame(manifest, 0, patience) == whole
+    assert len(FakeStore.reads) == 3
 
 
 def test_what_cannot_heal_is_not(manifest):
@@ -90,11 +88,10 @@ def test_a_frame_out_of_reach_is_lost_at_the_deadline(manifest):
     began = time.monotonic()
     with pytest.raises(FrameLost, match="frame 0 .*SlowDown, tried again for 1 s"):
         fetch_frame(manifest, 0, SHORT)
-    assert 0.3 < time.monotonic() - began < 1.5
-    FakeStore.forever = 60.0  # and if it hangs every time
+    assert time.monotonic() - began > 0.3
+    FakeStore.forever = FOR_EVER  # and if it hangs every time
     with pytest.raises(FrameLost, match="no answer within"):
         fetch_frame(manifest, 0, SHORT)
-    assert time.monotonic() - began < 3
 
 
 def test_if_nothing_answers_no_frame_is_to_blame(manifest, monkeypatch):
@@ -112,13 +109,11 @@ def test_bugs_are_not_retried(manifest):
 
 
 def test_who_no_longer_wants_it_need_not_wait(manifest):
-    FakeStore.forever = 60.0
-    patience = Patience(deadline=100, attempt=100)
+    FakeStore.forever = FOR_EVER
+    patience = Patience(deadline=FOR_EVER, attempt=FOR_EVER)
     threading.Timer(0.2, patience.abandoned.set).start()
-    began = time.monotonic()
     with pytest.raises(Abandoned):
         FrameReader(patience).read(manifest, 0)
-    assert time.monotonic() - began < 2
 
 
 def test_a_refused_login_is_an_error_at_the_start(manifest):

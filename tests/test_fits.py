@@ -20,7 +20,7 @@ def table(sizes=SIZES) -> tuple[np.ndarray, np.ndarray]:
     return np.repeat([float(parameters(s)) for s in sizes], POINTS), np.tile(IMAGES, len(sizes))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     floor=st.floats(0.05, 1.0),
     at_middle=st.floats(0.02, 2.0),  # what is above the floor at the middle step
@@ -34,7 +34,7 @@ def test_a_curve_without_noise_is_found_again(floor, at_middle, exponent):
         assert getattr(found, name) == pytest.approx(value, rel=1e-3), name
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=4)
 @given(
     floor=st.floats(0.2, 1.0),
     alpha=st.floats(0.1, 0.6),

@@ -48,8 +48,11 @@ def live() -> dict[StorageWeakRef, int]:
     return {StorageWeakRef(s): s.nbytes() for s in storages if s.nbytes()}
 
 
-def measure(config: Config) -> tuple[int, int, int, int]:
-    """Bytes that a rank's engine adds: when it is made, between two packs of a step, before the update, after it."""
+def measure(config: Config, expected: list[tuple]) -> tuple[int, int, int, int]:
+    """Bytes that a rank's engine adds: when it is made, between two packs of a step, before the update, after it.
+
+    ``expected`` has what is expected of each rank, None where nothing is.
+    """
     with join() as world:
         _ = PACKING.padded
         before, found = set(live()), []
@@ -58,11 +61,10 @@ def measure(config: Config) -> tuple[int, int, int, int]:
             return sum(size for storage, size in live().items() if storage not in before)
 
         def note() -> None:  # gloo's threads let go of the tensors of a collective some time after it
-            tries = [held()]
-            while len(tries) < 3 or tries[-1] != tries[-3]:
-                time.sleep(0.1)
-                tries.append(held())
-            found.append(tries[-1])
+            wanted, until = expected[world.rank][len(found)], time.monotonic() + 30
+            while wanted not in (size := held(), None) and time.monotonic() < until:
+                time.sleep(0.05)
+            found.append(size)
 
         layout = Layout.of(world.size, config.layout.replicate, config.layout.tensor)
         engine = make_engine(config, layout, world)
@@ -120,7 +122,8 @@ def test_frozen_tensors_of_zero3_have_no_moments_and_no_gradients():
 
 def assert_zero3_as_planned(config: Config, world: int) -> None:
     state = plan(config, Layout.of(world, 1, config.layout.tensor), 0)
-    assert [found[-1] for found in run_ranks(world, measure, config)] == [state.held + state.gradients] * world
+    expected = [(None, None, None, state.held + state.gradients)] * world
+    assert [found[-1] for found in run_ranks(world, measure, config, expected)] == [e[-1] for e in expected]
 
 
 def plan(config: Config, layout: Layout, rank: int) -> StateBytes:
@@ -130,7 +133,7 @@ def plan(config: Config, layout: Layout, rank: int) -> StateBytes:
 def assert_as_planned(config: Config, world: int) -> None:
     layout = Layout.of(world, config.layout.replicate, config.layout.tensor)
     expected = [planned(plan(config, layout, rank)) for rank in range(world)]
-    assert run_ranks(world, measure, config) == expected
+    assert run_ranks(world, measure, config, expected) == expected
 
 
 @pytest.fixture

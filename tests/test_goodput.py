@@ -126,7 +126,7 @@ def walk(s: Schedule, work: float, gaps: list[float]) -> float:
             kept = max([done for when, done in counts if when <= fails], default=kept)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     interval=st.integers(20, 300),
     stall=st.integers(0, 20),

@@ -4,17 +4,15 @@ import gzip
 import io
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save
-from test_write import bytes_of, children, running
+from test_write import bytes_of, kill_when
 
 from data_sharding import unpack
 from data_sharding.errors import UserError
@@ -171,13 +169,13 @@ def test_killed_while_unpacking_and_while_writing_it_writes_the_same_bytes(tmp_p
         "from data_sharding.import_latents import import_dataset\n"
         f"import_dataset({str(src)!r}, {str(dst)!r}, **{options | {'workers': 1}})"
     )
-    kill_when(lambda: list(dst.rglob("*.tmp")), call)
+    kill_when(lambda: list(dst.rglob("*.tmp")), start(call))
     assert list(dst.rglob("*.tmp")) and not (dst / "manifest.json").exists()
     call = (
         "from data_sharding.import_latents import import_dataset\n"
         f"import_dataset({str(src)!r}, {str(dst)!r}, **{options})"
     )
-    kill_when(lambda: len(list(dst.rglob("shard-*.json"))) > 3, call)
+    kill_when(lambda: len(list(dst.rglob("shard-*.json"))) > 3, start(call))
     unpacked = {file: file.stat().st_mtime_ns for file in (dst / "parts").rglob("*.tar")}
     assert len(unpacked) == 3 and not (dst / "manifest.json").exists()
     monkey = pytest.MonkeyPatch()
@@ -188,19 +186,8 @@ def test_killed_while_unpacking_and_while_writing_it_writes_the_same_bytes(tmp_p
     assert bytes_of(dst) == bytes_of(tmp_path / "whole")
 
 
-def kill_when(seen, call: str) -> None:
-    """Starts ``call``, kills it with all its processes as soon as ``seen()``."""
-    process = subprocess.Popen([sys.executable, "-c", call], cwd=Path(__file__).parents[1])
-    deadline = time.monotonic() + 60
-    while not seen():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
-    workers = children(process.pid)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    while any(running(pid) for pid in workers):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+def start(call: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", call], cwd=Path(__file__).parents[1])
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ def test_sealed_records_survive_kill_9(tmp_path):
     assert [step for step, _ in curve(run)] == list(range(1, 11))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 12), st.integers(1, 4)), min_size=1, max_size=5), st.data())
 def test_reading_on_equals_reading_at_once(tmp_path_factory, plan, data):
     """However often attempts die and fall back, a reader that goes on from its last place sees the one curve."""

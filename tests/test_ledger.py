@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import make_tiny
+from held import train_held
 from lineage import commit_bytes, losses, trained
 from ranks import Ranks, run_ranks
 from test_resume import reach
@@ -278,7 +279,7 @@ def test_what_one_rank_loses_is_lost_to_all(damaged, dataset, tmp_path, rank):
 def test_a_run_killed_in_between_ends_bit_equal(damaged, tmp_path):
     undisturbed, killed = (damaged_config(damaged, tmp_path, name) for name in ("undisturbed", "killed"))
     assert run_ranks(2, train, undisturbed) == [DONE, DONE]
-    ranks = Ranks(2, train, killed)
+    ranks = Ranks(2, train_held, killed, 18)
     reach(killed, 14, attempt=1)
     ranks.kill()
     page = Path(killed.run, "ledger/00000001.json").read_bytes()
@@ -298,7 +299,7 @@ def test_more_than_the_allowed_share_stops_the_run(damaged, tmp_path, share):
     with pytest.raises(
         DataError, match=rf"40 images cannot be read, more than data.max_substituted = {share:g} allows"
     ):
-        run_ranks(2, train, config, timeout=90)
+        run_ranks(2, train, config)
     attempt = status(Run.open(config.run))["attempts"][0]
     assert attempt["code"] == BAD_INPUT and "the shard is missing" in attempt["why"]
     assert not Path(config.run, "ledger").exists()

@@ -55,7 +55,6 @@ def status(name: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
 
 
-@pytest.mark.timeout(120)
 def test_the_loader_holds_no_more_than_it_says(large):
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
         growth, dataset = fresh.submit(peak_growth, large, CACHE, PREFETCH).result()

@@ -42,7 +42,7 @@ def plan_of(m, seed: int, images: int, views: str = "mixed") -> Plan:
     return Plan([m], seed, views, [Segment(0, images, (1,))])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(samples=st.integers(1, 400), frames=st.integers(1, 30), data=st.data(), seed=st.integers(0, 2**64 - 1))
 def test_every_image_exactly_once_an_epoch(samples, frames, data, seed):
     images = data.draw(st.integers(1, samples))
@@ -147,7 +147,7 @@ def test_a_batch_larger_than_the_dataset_is_refused():
 lengths = st.lists(st.integers(1, 64), min_size=1, max_size=120).map(lambda x: np.array(x, np.int64))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     tokens=lengths, ranks=st.one_of(st.integers(1, 64), st.sampled_from([67, 97, 113])), capacity=st.integers(64, 400)
 )
@@ -163,7 +163,7 @@ def test_dealing_is_a_partition_within_capacity(tokens, ranks, capacity):
     assert deal(tokens, COST, (ranks,), [shape]).packs[0][0].tolist() == dealt[0][0].tolist()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(tokens=lengths, ranks=st.integers(1, 16))
 def test_the_slowest_rank_is_within_greedys_bound(tokens, ranks):
     """Longest-first is at most 4/3 - 1/(3 ranks) of the best, which is at least the mean and the dearest image."""
@@ -198,7 +198,7 @@ def test_impossible_shapes_are_refused():
 # Several datasets, and changes on the way
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     samples=st.lists(st.integers(10, 80), min_size=1, max_size=3),
     changes=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 9)), max_size=3),
@@ -266,7 +266,7 @@ def test_spread_reaches_the_best_by_trial():
         assert found <= loads.max(0).min() * 1.05
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(tokens=lengths, nodes=st.lists(st.integers(1, 9), min_size=1, max_size=6))
 def test_each_node_gets_a_stretch_and_no_more_than_its_share(tokens, nodes):
     cost = COST.of(tokens)
@@ -281,7 +281,7 @@ def test_each_node_gets_a_stretch_and_no_more_than_its_share(tokens, nodes):
         rank, end = rank + ranks, end + len(mine)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(counts=st.lists(st.integers(1, 20), min_size=1, max_size=60), seed=st.integers(0, 1000))
 def test_frames_in_order_keep_the_mean_length(counts, seed):
     """Whole frames, each once; no first part is further from the mean than the two most unusual frames together."""
@@ -296,7 +296,7 @@ def test_frames_in_order_keep_the_mean_length(counts, seed):
     assert abs(np.cumsum(excess)).max() <= abs(excess).max() * 1.0001 + 1e-9
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(steps=st.integers(1, 40), images=st.integers(1, 70), seed=st.integers(0, 1000))
 def test_every_lane_gives_each_step_its_share(steps, images, seed):
     rng = np.random.default_rng(seed)

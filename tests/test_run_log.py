@@ -170,7 +170,7 @@ def assert_sound(log: RunLog) -> None:
             assert entry.attempt == newest, f"entry {entry.n} is a commit by attempt {entry.attempt}, newest {newest}"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["claim", "commit", "stop"])), max_size=25),
     st.lists(st.sampled_from(["ok", "ok", "lost", "resent", "failed"]), max_size=40),

@@ -1,17 +1,18 @@
 """Uploaders that begin together share one SQLite file that none has made yet."""
 
-import os
 import subprocess
 import sys
 
 from mlflow import MlflowClient
 
 PROGRAM = """
-import sys, time
+import sys
+import mlflow
 from fitv2_scale.tracking.mlflow_sink import Server
 
-uri, name, at = sys.argv[1:]
-time.sleep(max(0, float(at) - time.time()))
+uri, name = sys.argv[1:]
+print("ready", flush=True)
+sys.stdin.readline()
 Server(uri, "sizes", None).open_run("fitv2.run_id", name, start_ms=0, name=name, tags={})
 """
 
@@ -19,13 +20,14 @@ Server(uri, "sizes", None).open_run("fitv2.run_id", name, start_ms=0, name=name,
 def test_three_at_once(tmp_path):
     """At the same moment, once all have imported mlflow."""
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    at = str(float(os.path.getmtime(tmp_path)) + 8)
-    made = [
-        subprocess.Popen([sys.executable, "-c", PROGRAM, uri, f"run-{i}", at], stderr=subprocess.PIPE, text=True)
-        for i in range(3)
-    ]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    made = [subprocess.Popen([sys.executable, "-c", PROGRAM, uri, f"run-{i}"], text=True, **pipes) for i in range(3)]
+    assert [process.stdout.readline() for process in made] == ["ready\n"] * 3
     for process in made:
-        _, said = process.communicate(timeout=200)
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in made:
+        _, said = process.communicate()
         assert process.returncode == 0, said
     client = MlflowClient(uri)
     found = client.search_runs([client.get_experiment_by_name("sizes").experiment_id])

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from journals import DIGEST, make, train, wait
+from journals import DIGEST, make, train
+from waiting import wait
 
 from data_sharding.errors import UserError
 from fitv2_scale.run import Run
@@ -28,7 +29,7 @@ from fitv2_scale.tracking.tags import family
 from fitv2_scale.tracking.target import resolve_uri, shared_file_system, why_journal_only
 from fitv2_scale.tracking.uploader import Patience, attempt_has_ended, follow, run_is_over
 
-QUICK = Patience(poll=0.02, backoff=0.02, backoff_most=0.1, last_pass=20.0)
+QUICK = Patience(poll=0.02, backoff=0.02, backoff_most=0.1, last_pass=300.0)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def folder(runs, request) -> Path:
 def published(folder: Path) -> dict:
     """What MLflow's database holds for the run at ``folder``: rows as they are, so that duplicates show."""
     run = Run.open(str(folder))
-    with sqlite3.connect(folder.parent / "mlflow.db") as db:
+    with sqlite3.connect(folder.parent / "mlflow.db", timeout=60) as db:
         found = db.execute("select run_uuid from tags where key = 'fitv2.run_id' and value = ?", (run.id,)).fetchall()
         assert len(found) == 1, f"{len(found)} MLflow runs for one run"
         return contents(db, found[0][0])
@@ -181,17 +182,18 @@ def test_an_outage_is_waited_for(folder, runs):
     sync(str(folder), "auto", "test")
     follower = threading.Thread(target=follow, args=(run, uri, "test", lambda: attempt_has_ended(run), QUICK))
     log = folder / "tracking" / "uploader.log"
-    with sqlite3.connect(runs / "mlflow.db") as db:
+    with sqlite3.connect(runs / "mlflow.db", timeout=60) as db:
         db.execute("alter table metrics rename to away")
     try:
         follower.start()
         attempt = train(run, 5, 10, commits=(10,))
-        wait(lambda: log.exists() and "the journal keeps it, next try in 0.04 s" in log.read_text())
+        said = "the journal keeps it, next try in 0.04 s"
+        wait("an outage", lambda: log.exists() and said in log.read_text())
     finally:
-        with sqlite3.connect(runs / "mlflow.db") as db:
+        with sqlite3.connect(runs / "mlflow.db", timeout=60) as db:
             db.execute("alter table away rename to metrics")
     attempt.end(0, "done")
-    follower.join(20)
+    follower.join(300)
     assert not follower.is_alive()
     assert steps(folder) == list(range(1, 11)) and published(folder)["status"] == "FINISHED"
     assert all(line[:4].isdigit() for line in log.read_text().splitlines())
@@ -224,7 +226,7 @@ def test_one_uploader_at_a_time(folder):
         waiting.start()
         time.sleep(0.1)
         assert waiting.is_alive()
-    waiting.join(20)
+    waiting.join(300)
     assert steps(folder) == list(range(1, 6))
 
 
@@ -232,25 +234,25 @@ def test_the_process_follows_training_and_ignores_its_signals(folder):
     """The real thing: started by a trainer that is then killed with SIGKILL; a second one lets its attempt end."""
     trainer = (
         "import sys, time; from fitv2_scale.tracking.launch import Uploader\n"
-        "print(Uploader(sys.argv[1], 'auto', 'test').process.pid, flush=True); time.sleep(60)"
+        "print(Uploader(sys.argv[1], 'auto', 'test').process.pid, flush=True); time.sleep(600)"
     )
     run = make(folder)
     train(run, 0, 5, commits=(5,))
     process = subprocess.Popen([sys.executable, "-c", trainer, str(folder)], stdout=subprocess.PIPE, text=True)
     uploader = int(process.stdout.readline())
-    wait(lambda: (folder / "tracking" / "ack.json").exists())
+    wait("what is sent", (folder / "tracking" / "ack.json").exists)
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
         os.kill(uploader, number)
     process.kill()  # and not yet reaped: a zombie must count as gone
-    wait(lambda: published(folder)["status"] == "KILLED")
+    wait("the end", lambda: published(folder)["status"] == "KILLED")
     process.wait()
     process.stdout.close()
 
     attempt = train(run, 5, 10, commits=(10,))
     child = Uploader(str(folder), "auto", "test").process
-    wait(lambda: published(folder)["status"] == "RUNNING" and len(steps(folder)) == 10)
+    wait("10 steps", lambda: published(folder)["status"] == "RUNNING" and len(steps(folder)) == 10)
     attempt.end(0, "done")
-    assert child.wait(20) == 0
+    assert child.wait(300) == 0
     assert published(folder)["status"] == "FINISHED" and steps(folder) == list(range(1, 11))
     assert (folder / "tracking" / "uploader.log").read_text() == ""
 
@@ -290,7 +292,7 @@ def test_resolve_uri(run, uri, means):
 def children(folder: Path) -> list[dict]:
     """The child runs of the run at ``folder``, oldest first."""
     run = Run.open(str(folder))
-    with sqlite3.connect(folder.parent / "mlflow.db") as db:
+    with sqlite3.connect(folder.parent / "mlflow.db", timeout=60) as db:
         uuids = db.execute(
             "select run_uuid, value from tags where key = 'fitv2.live_id' and value like ?", (f"{run.id}/%",)
         )
@@ -489,9 +491,9 @@ def test_sync_follows_a_run_until_it_is_done(folder):
     })  # fmt: skip
     follower.start()
     train(run, 0, 5, commits=(5,)).end(75, "SIGUSR1")
-    wait(lambda: (folder / "tracking" / "ack.json").exists())
+    wait("what is sent", (folder / "tracking" / "ack.json").exists)
     assert follower.is_alive()
     train(run, 5, 10, commits=(10,)).end(0, "done")
-    follower.join(20)
+    follower.join(300)
     assert not follower.is_alive()
     assert steps(folder) == list(range(1, 11)) and published(folder)["status"] == "FINISHED"

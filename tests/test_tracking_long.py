@@ -11,9 +11,10 @@ import time
 import urllib.request
 
 import pytest
-from journals import make, wait
+from journals import make
 from services.mlflow_server import MlflowServer
 from test_tracking_server import Database, check_child, check_curves, start_trainer, uploader_of
+from waiting import wait
 
 pytestmark = [pytest.mark.services, pytest.mark.long, pytest.mark.timeout(1800)]
 
@@ -34,7 +35,7 @@ def test_two_million_steps(server, tmp_path):
     trainer = start_trainer(tmp_path / "run", server.uri, 0, steps, 30, "end")
     a_step, a_record = map(float, trainer.communicate()[0].split())
     database = Database(server, run)
-    wait(lambda: database.canonical() and database.status(database.canonical()) == "FINISHED", 1500)
+    wait("the end", lambda: database.canonical() and database.status(database.canonical()) == "FINISHED", 1500)
     seconds = time.monotonic() - began
     check_curves(database, run, steps)
     check_child(database, run, 1, "FINISHED")
@@ -60,7 +61,7 @@ def test_an_outage_of_ten_minutes(server, tmp_path):
     run, steps = make(tmp_path / "run"), 100_000
     database = Database(server, run)
     trainer = start_trainer(tmp_path / "run", server.uri, 0, 60_000, 12, "hang")
-    wait(lambda: database.count() > 4000, 300)
+    wait("4000 points", lambda: database.count() > 4000)
     server.stop()
     stopped = time.monotonic()
     os.kill(uploader_of(trainer), signal.SIGKILL)
@@ -71,10 +72,10 @@ def test_an_outage_of_ten_minutes(server, tmp_path):
     time.sleep(600 - (time.monotonic() - stopped))
     server.start()
     server.wait()
-    wait(lambda: database.count() == 12 * steps // 50, 300)
+    wait("all points", lambda: database.count() == 12 * steps // 50)
     second.kill()
     second.wait()
-    wait(lambda: database.status(database.canonical()) == "KILLED", 120)
+    wait("the end", lambda: database.status(database.canonical()) == "KILLED")
     check_curves(database, run, steps, measured=steps + 500)
     check_child(database, run, 1, "KILLED")
     check_child(database, run, 2, "KILLED")
@@ -126,7 +127,7 @@ def test_a_server_that_comes_and_goes_costs_the_steps_nothing(tmp_path):
     listener.start()
     periods: list[tuple[float, float, bool]] = []
     try:
-        wait(lambda: (tmp_path / "run" / "tracking" / "ack.json").exists(), 600)
+        wait("what is sent", (tmp_path / "run" / "tracking" / "ack.json").exists, 600)
         for up in [True, False] * 8:
             server.resume() if up else server.pause()
             time.sleep(1)

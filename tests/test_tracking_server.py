@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import simulated_trainer as simulated
-from journals import DIGEST, make, wait
+from journals import DIGEST, make
 from services.mlflow_server import MlflowServer
 from services.tls_proxy import TlsProxy
+from waiting import wait
 
 from data_sharding.errors import UserError
 from fitv2_scale.run import Run
@@ -22,7 +23,7 @@ from fitv2_scale.tracking import journal
 from fitv2_scale.tracking.journal import Journal
 from fitv2_scale.tracking.sync import sync
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.services, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +43,7 @@ def start_trainer(run: Path, uri: str, start: int, until: int, keys: int, then: 
 def uploader_of(trainer: subprocess.Popen) -> int:
     """The process id of its only child, waited for."""
     children = Path(f"/proc/{trainer.pid}/task/{trainer.pid}/children")
-    wait(lambda: children.read_text().split())
-    return int(children.read_text().split()[0])
+    return int(wait("the uploader", lambda: children.read_text().split())[0])
 
 
 class Database:
@@ -116,16 +116,16 @@ def test_every_point_arrives_once_whatever_dies(server, tmp_path):
     trainer = start_trainer(tmp_path / "run", server.uri, 0, 60_000, 12, "hang")
     os.kill(uploader_of(trainer), signal.SIGKILL)  # before it has reached the server
     server.wait()
-    wait(lambda: database.count() > 1000, 120)
+    wait("1000 points", lambda: database.count() > 1000)
     os.kill(uploader_of(trainer), signal.SIGKILL)
-    wait(lambda: database.count() > 4000, 120)
+    wait("4000 points", lambda: database.count() > 4000)
     server.stop()
     trainer.kill()
     trainer.wait()
     server.start()
-    assert start_trainer(tmp_path / "run", server.uri, 60_000, steps, 12, "end").wait(60) == 0
+    assert start_trainer(tmp_path / "run", server.uri, 60_000, steps, 12, "end").wait() == 0
     server.wait()
-    wait(lambda: database.status(database.canonical()) == "FINISHED", 120)
+    wait("the end", lambda: database.status(database.canonical()) == "FINISHED")
     check_curves(database, run, steps)
     check_child(database, run, 1, "KILLED")
     check_child(database, run, 2, "FINISHED")

@@ -108,12 +108,13 @@ def test_the_names_that_do_not_fit_are_listed(tiny, tmp_path, capfd):
 
 
 _MEASURED = """
-import resource, sys
+import sys
 from fitv2_scale.checkpoint.weights import export_weights, import_weights
 from fitv2_scale.config import load_config
 
 config = load_config(sys.argv[1], ["data.url=none", "train.steps=1"])
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+# Not getrusage: its peak goes over from the process that started this one.
+peak = lambda: next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmHWM:"))
 before = peak()
 import_weights(sys.argv[2], sys.argv[3], config)
 export_weights(sys.argv[3], sys.argv[4], ema=True)
@@ -131,7 +132,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, name):
     for come, go in (("in.bin", "out.safetensors"), ("out.safetensors", "again.safetensors")):
         files = [str(tmp_path / file) for file in (come, f"run-{come}", go)]
         command = [sys.executable, "-c", _MEASURED, str(config), *files]
-        extra = int(subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout)
+        extra = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         assert extra < 250e6
         (tmp_path / come).unlink()
     with safe_open(tmp_path / "again.safetensors", framework="pt") as opened:

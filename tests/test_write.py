@@ -5,12 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from waiting import wait
 
 from data_sharding import build, pool, shard_task, sources
 from data_sharding.codec import get_codec
@@ -105,6 +106,17 @@ def running(pid: int) -> bool:
         return False
 
 
+def kill_when(seen: Callable[[], object], process: subprocess.Popen) -> list[int]:
+    """Kills the process as soon as ``seen()``, while it runs; gives its workers, of which none is left."""
+    wait("what is to be seen", lambda: seen() or process.poll() is not None)
+    assert process.poll() is None
+    workers = children(process.pid)
+    process.kill()
+    process.wait()
+    wait("the workers to be gone", lambda: not any(running(pid) for pid in workers))
+    return workers
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_killed_twice_and_started_again_it_writes_the_same_bytes(tmp_path):
     make_images(tmp_path / "images", 48, side=200)  # large enough that a shard takes a while
@@ -116,16 +128,7 @@ def test_killed_twice_and_started_again_it_writes_the_same_bytes(tmp_path):
     kept = 0
     for _ in range(2):
         process = subprocess.Popen([sys.executable, "-c", call], cwd=Path(__file__).parents[1])
-        deadline = time.monotonic() + 60
-        while len(list(dst.rglob("shard-*.json"))) < kept + 2:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.002)
-        workers = children(process.pid)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        while any(running(pid) for pid in workers):  # a writer that is gone leaves nobody behind
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        workers = kill_when(lambda n=kept + 2: len(list(dst.rglob("shard-*.json"))) >= n, process)
         kept = len(list(dst.rglob("shard-*.json")))
         assert workers and not (dst / "manifest.json").exists()
     done_before = {file: file.stat().st_mtime_ns for file in dst.glob("*.tar.zst")}
@@ -266,12 +269,10 @@ def test_a_worker_that_is_killed_is_reported_and_nothing_hangs(tmp_path):
     )
     root = Path(__file__).parents[1]
     process = subprocess.Popen([sys.executable, "-c", call], stdout=subprocess.PIPE, text=True, cwd=root)
-    deadline = time.monotonic() + 60
-    while len(children(process.pid)) < 3:  # two workers and multiprocessing's resource tracker
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
+    # Two workers and multiprocessing's resource tracker.
+    wait("workers", lambda: process.poll() is not None or len(children(process.pid)) >= 3)
     os.kill(children(process.pid)[-1], signal.SIGKILL)
-    assert "a process was killed" in process.communicate(timeout=60)[0]
+    assert "a process was killed" in process.communicate()[0]
 
 
 def test_an_error_in_a_worker_keeps_its_traceback(images, tmp_path):
@@ -317,13 +318,10 @@ def test_a_task_that_dies_leaves_its_shards_to_the_others(tmp_path):
     write_dataset(str(tmp_path / "images"), str(tmp_path / "whole"), **options)
     dst = tmp_path / "set"
     tasks = [start_task(slurm_call(tmp_path / "images", dst, **options), place, 3) for place in range(3)]
-    deadline = time.monotonic() + 60
-    while not list(dst.rglob("shard-*.json")):
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    wait("a shard", lambda: list(dst.rglob("shard-*.json")))
     assert tasks[1].poll() is None
     tasks[1].kill()
-    assert [task.wait(timeout=180) for task in tasks] == [0, -signal.SIGKILL, 0]
+    assert [task.wait() for task in tasks] == [0, -signal.SIGKILL, 0]
     assert_same_dataset(dst, tmp_path / "whole")
 
 
@@ -336,7 +334,7 @@ def assert_same_dataset(dst: Path, whole: Path) -> None:
 def test_a_number_of_tasks_that_is_not_true_costs_nothing(images, written, tmp_path):
     """SLURM_NTASKS is set in a batch script too, where one process runs alone."""
     task = start_task(slurm_call(images, tmp_path / "set", workers=1, **OPTIONS), 3, 4)
-    assert task.wait(timeout=60) == 0
+    assert task.wait() == 0
     assert bytes_of(tmp_path / "set") == bytes_of(written[0])
 
 

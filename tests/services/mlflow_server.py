@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -10,15 +9,15 @@ import urllib.request
 from contextlib import suppress
 from pathlib import Path
 
+from services.ports import free_port
+
 
 class MlflowServer:
     """``uri`` is its tracking URI, ``db`` its database."""
 
     def __init__(self, folder: Path):
         self.folder, self.db = folder, folder / "mlflow.db"
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen | None = None
 
@@ -33,7 +32,7 @@ class MlflowServer:
                 command, env=os.environ | quiet, cwd=self.folder, stdout=log, stderr=log, start_new_session=True
             )
 
-    def wait(self, seconds: float = 120.0) -> None:
+    def wait(self, seconds: float = 300.0) -> None:
         """Until it answers."""
         deadline = time.monotonic() + seconds
         while True:

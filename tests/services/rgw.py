@@ -14,6 +14,8 @@ import time
 import uuid
 from pathlib import Path
 
+from services.ports import free_port
+
 NEEDS = ("radosgw", "radosgw-admin", "ceph-mon", "ceph-osd", "ceph", "setpriv")
 KEY, SECRET = "testkey", "testsecret"
 _PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
@@ -113,13 +115,13 @@ class Rgw:
         self._daemon("radosgw", "-n", "client.rgw.t")
         user = ("--uid", "test", "--display-name", "test", "--access-key", KEY, "--secret", SECRET)
         self._ceph("radosgw-admin", "-n", "client.rgw.t", "user", "create", *user)
-        wait_for_port(self.port, 60)
+        wait_for_port(self.port, 300)
 
     def _ceph(self, program: str, *arguments: str) -> None:
         self._run(program, "-c", str(self._conf), *arguments)
 
     def _run(self, *command: str) -> None:
-        done = subprocess.run(command, env=os.environ | {"PATH": _PATH}, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, env=os.environ | {"PATH": _PATH}, capture_output=True, text=True, timeout=300)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
 
@@ -140,12 +142,6 @@ def environment(port: int) -> dict[str, str]:
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
     }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def wait_for_port(port: int, seconds: float) -> None:

@@ -6,7 +6,7 @@ import botocore.session
 import pytest
 from services.rgw import KEY, SECRET, Rgw, missing
 
-from data_sharding.connect import disconnect
+from data_sharding import connect
 
 
 @pytest.fixture(scope="session")
@@ -30,9 +30,9 @@ def client(rgw):
 
 
 def use(monkeypatch, env: dict[str, str]) -> None:
-    """From now on this process's S3 is the one of ``env``."""
+    """Until the test ends, this process's S3 is the one of ``env``; then it is again what it was."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    disconnect()
+    monkeypatch.setattr(connect, "_connected", {})
