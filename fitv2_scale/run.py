@@ -22,9 +22,8 @@ from typing import Any
 
 from data_sharding.errors import DataError, StorageDown, UserError
 from fitv2_scale import scratch
-from fitv2_scale.ledger import summary
 from fitv2_scale.redact import redact
-from fitv2_scale.run_log import Entry, RunLog, newest_attempt, now
+from fitv2_scale.run_log import Entry, RunLog, now
 from fitv2_scale.store import Store, open_store
 
 # How an attempt ends: exit codes of `fitv2 train`, and codes in end.json. The README says what launchers make of them.
@@ -219,51 +218,6 @@ class Attempt:
         return _read_json(self.run.store, f"{self.path}/end.json")
 
 
-def status(run: Run) -> dict[str, Any]:
-    """What `fitv2 status` shows, ready for JSON. A sample:
-
-    {"id": …, "url": …, "created": …, "science_hash": …, "plan_hash": …, "parent": null, "stop_requested": false,
-     "last_commit": {"step": 200, "time": …, "attempt": 1, "path": "steps/200"} or null,
-     "substituted": {"version": 1, "frames": 1, "images": 64, "causes": ["…"]},
-     "attempts": [{"attempt": 1, "started": …, "ended": … or null, "code": 75 or null, "why": "SIGUSR1", "changed": [],
-                   "last_step": 200 or null}]}
-
-    ``last_step`` is the highest step an attempt committed, retired or not.
-    """
-    entries, commits = run.log.entries(), run.log.commits()
-    attempts = []
-    for claim in (e for e in entries if e.kind == "CLAIM"):
-        end = Attempt(claim.attempt, run).ended() or {}
-        steps = [e.fields["step"] for e in entries if e.kind == "COMMIT" and e.attempt == claim.attempt]
-        attempts.append(
-            {
-                "attempt": claim.attempt,
-                "started": claim.time,
-                "ended": end.get("time"),
-                "code": end.get("code"),
-                "why": end.get("reason", _why_no_end(claim, entries)),
-                "changed": Attempt(claim.attempt, run).changed,
-                "last_step": max(steps, default=None),
-            }
-        )
-    last_commit = None
-    if commits:
-        last = commits[-1]
-        last_commit = {
-            "step": last.fields["step"],
-            "time": last.time,
-            "attempt": last.attempt,
-            "path": last.fields["path"],
-        }
-    return {
-        **{key: getattr(run, key) for key in ("id", "url", "created", "science_hash", "plan_hash", "parent")},
-        "stop_requested": run.log.stop_requested(),
-        "last_commit": last_commit,
-        "substituted": summary(run.store),
-        "attempts": attempts,
-    }
-
-
 def _check_exclusive(store: Store, data: bytes) -> None:
     """Creates the identity once more, with the same bytes: on storage that takes it, two attempts could both commit."""
     with suppress(FileExistsError):
@@ -272,10 +226,6 @@ def _check_exclusive(store: Store, data: bytes) -> None:
             f"{store.url}: this storage overwrites what a conditional create must leave alone (versioned buckets of "
             "some servers do); put the run into another bucket."
         )
-
-
-def _why_no_end(claim: Entry, entries: list[Entry]) -> str:
-    return "killed or still running" if claim.attempt == newest_attempt(entries) else "killed"
 
 
 def science_hash(science: dict[str, Any]) -> str:

@@ -20,7 +20,8 @@ from fitv2_scale.checkpoint import checkpointer
 from fitv2_scale.checkpoint.staging import Staging
 from fitv2_scale.checkpoint.storage import BoxWriter
 from fitv2_scale.parallel.boxes import Box, LogicalTensor
-from fitv2_scale.run import Run, status
+from fitv2_scale.run import Run
+from fitv2_scale.run_status import status
 from fitv2_scale.session import Session
 from fitv2_scale.tracking import journal as journal_module
 from fitv2_scale.tracking.journal import Journal, read

@@ -26,8 +26,9 @@ from waiting import wait
 from data_sharding.patience import Patience
 from fitv2_scale import s3_store
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
-from fitv2_scale.run import Run, status
+from fitv2_scale.run import Run
 from fitv2_scale.run_log import StaleAttempt
+from fitv2_scale.run_status import status
 from fitv2_scale.train import DONE, RETRY, train
 
 BUCKET = "faults"

@@ -22,8 +22,9 @@ from data_sharding.plan import CROP, RESIZE, Plan, Segment
 from fitv2_scale.cli import main
 from fitv2_scale.data import Data
 from fitv2_scale.ledger import RunLedger, open_ledger
-from fitv2_scale.run import Run, status
+from fitv2_scale.run import Run
 from fitv2_scale.run_log import RunLog, StaleAttempt
+from fitv2_scale.run_status import status
 from fitv2_scale.store import LocalStore
 from fitv2_scale.train import BAD_INPUT, DONE, train
 

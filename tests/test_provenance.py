@@ -10,7 +10,8 @@ from ranks import run_ranks
 
 from fitv2_scale.cli import main
 from fitv2_scale.provenance import SOURCE, provenance
-from fitv2_scale.run import Run, status
+from fitv2_scale.run import Run
+from fitv2_scale.run_status import status
 from fitv2_scale.train import DONE, train
 from launchers.submit import write_home
 

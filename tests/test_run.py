@@ -9,8 +9,9 @@ import pytest
 
 from data_sharding.errors import DataError, UserError
 from fitv2_scale.redact import redact
-from fitv2_scale.run import Run, differences, flatten, science_hash, status
+from fitv2_scale.run import Run, differences, flatten, science_hash
 from fitv2_scale.run_log import StaleAttempt
+from fitv2_scale.run_status import status
 
 SCIENCE = {"model": {"depth": 4, "dim": 64}, "optim": {"lr": 1e-4}, "data": {"urls": ["a", "b"]}}
 CONFIG = {**SCIENCE, "log": {"every": 10}}

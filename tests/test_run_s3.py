@@ -18,7 +18,8 @@ from data_sharding.patience import Patience
 from fitv2_scale import s3_store, scratch
 from fitv2_scale.checkpoint.commits import attempt_of, commit_folder, verify_commit
 from fitv2_scale.cli import main
-from fitv2_scale.run import Run, status
+from fitv2_scale.run import Run
+from fitv2_scale.run_status import status
 from fitv2_scale.store import open_store
 from fitv2_scale.tracking.launch import Uploader
 from fitv2_scale.tracking.sync import sync

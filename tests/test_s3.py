@@ -27,7 +27,8 @@ from data_sharding.patience import Patience
 from data_sharding.plan import Plan, Segment
 from data_sharding.storage import put, read
 from data_sharding.stream import FramesLost
-from fitv2_scale.run import Run, status
+from fitv2_scale.run import Run
+from fitv2_scale.run_status import status
 from fitv2_scale.train import DONE, RETRY, train
 
 pytestmark = pytest.mark.services

@@ -1,0 +1,56 @@
+"""What became of a run so far, read from its log and its attempts."""
+
+from typing import Any
+
+from fitv2_scale.ledger import summary
+from fitv2_scale.run import Attempt, Run
+from fitv2_scale.run_log import Entry, newest_attempt
+
+
+def status(run: Run) -> dict[str, Any]:
+    """What `fitv2 status` shows, ready for JSON. A sample:
+
+    {"id": …, "url": …, "created": …, "science_hash": …, "plan_hash": …, "parent": null, "stop_requested": false,
+     "last_commit": {"step": 200, "time": …, "attempt": 1, "path": "steps/200"} or null,
+     "substituted": {"version": 1, "frames": 1, "images": 64, "causes": ["…"]},
+     "attempts": [{"attempt": 1, "started": …, "ended": … or null, "code": 75 or null, "why": "SIGUSR1", "changed": [],
+                   "last_step": 200 or null}]}
+
+    ``last_step`` is the highest step an attempt committed, retired or not.
+    """
+    entries, commits = run.log.entries(), run.log.commits()
+    attempts = []
+    for claim in (e for e in entries if e.kind == "CLAIM"):
+        end = Attempt(claim.attempt, run).ended() or {}
+        steps = [e.fields["step"] for e in entries if e.kind == "COMMIT" and e.attempt == claim.attempt]
+        attempts.append(
+            {
+                "attempt": claim.attempt,
+                "started": claim.time,
+                "ended": end.get("time"),
+                "code": end.get("code"),
+                "why": end.get("reason", _why_no_end(claim, entries)),
+                "changed": Attempt(claim.attempt, run).changed,
+                "last_step": max(steps, default=None),
+            }
+        )
+    last_commit = None
+    if commits:
+        last = commits[-1]
+        last_commit = {
+            "step": last.fields["step"],
+            "time": last.time,
+            "attempt": last.attempt,
+            "path": last.fields["path"],
+        }
+    return {
+        **{key: getattr(run, key) for key in ("id", "url", "created", "science_hash", "plan_hash", "parent")},
+        "stop_requested": run.log.stop_requested(),
+        "last_commit": last_commit,
+        "substituted": summary(run.store),
+        "attempts": attempts,
+    }
+
+
+def _why_no_end(claim: Entry, entries: list[Entry]) -> str:
+    return "killed or still running" if claim.attempt == newest_attempt(entries) else "killed"
