@@ -1,4 +1,4 @@
-"""A small real dataset, and the smallest config that trains on it."""
+"""A small real dataset, and the smallest config that trains on it; and the fixtures of other rooms."""
 
 from functools import partial
 from pathlib import Path
@@ -8,8 +8,13 @@ import pytest
 import torch
 from chains import cluster, fitv2, job_config, slurm  # noqa: F401 - fixtures
 from hypothesis import HealthCheck, settings
+from in_mlflow import folder, runs  # noqa: F401 - fixtures
 from PIL import Image
+from places import place  # noqa: F401 - fixture
+from published_latents import whole  # noqa: F401 - fixture
+from samples import stored  # noqa: F401 - fixture
 from services.s3 import client, rgw  # noqa: F401 - fixtures
+from writing import images, written  # noqa: F401 - fixtures
 
 from data_sharding.write import write_dataset
 from fitv2_scale.config import Config, parse_config
@@ -19,7 +24,14 @@ settings.register_profile("same", derandomize=True, deadline=None, suppress_heal
 settings.load_profile("same")
 
 IMAGES, CLASSES = 240, 5
-_S3 = ("test_bench_checkpoint", "test_checkpoint_faults", "test_run_s3", "test_s3", "test_s3_datasets")
+_S3 = (
+    "test_bench_checkpoint",
+    "test_checkpoint_faults",
+    "test_checkpoint_kills",
+    "test_run_s3",
+    "test_s3",
+    "test_s3_datasets",
+)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -53,9 +65,9 @@ def make_pictures(root: Path, count: int) -> None:
     for i in range(count):
         height, width = rng.integers(32, 120, 2)
         ramp = np.add.outer(np.arange(height), np.arange(width))[..., None] * rng.uniform(0.2, 2, 3)
-        folder = root / f"class{i % CLASSES}"
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((ramp + rng.integers(0, 40, ramp.shape)).astype(np.uint8)).save(folder / f"{i:03d}.png")
+        file = root / f"class{i % CLASSES}" / f"{i:03d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((ramp + rng.integers(0, 40, ramp.shape)).astype(np.uint8)).save(file)
 
 
 @pytest.fixture(scope="session")
@@ -68,10 +80,10 @@ def dataset(tmp_path_factory) -> str:
     return url
 
 
-def make_tiny(dataset: str, folder: Path, name: str = "run", **changes) -> Config:
-    """A config that trains into folder/name, with changes as in ``train__steps=10``."""
+def make_tiny(dataset: str, parent: Path, name: str = "run", **changes) -> Config:
+    """A config that trains into parent/name, with changes as in ``train__steps=10``."""
     tree = {
-        "run": str(folder / name),
+        "run": str(parent / name),
         "model": {"depth": 2, "hidden": 32, "heads": 2, "classes": CLASSES},
         "data": {"url": dataset},
         "batch": {"images": 12},

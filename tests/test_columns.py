@@ -6,7 +6,7 @@ import os
 import fsspec
 import numpy as np
 import pytest
-from test_shard_format import write_samples
+from samples import write_samples
 
 from data_sharding.columns import COLUMNS, blocks
 from data_sharding.errors import DataError

@@ -1,6 +1,5 @@
 """The stored format: what other programs read, what a frame alone gives, and what the manifest refuses."""
 
-import dataclasses
 import hashlib
 import io
 import json
@@ -8,62 +7,15 @@ import shutil
 import subprocess
 import tarfile
 
-import fsspec
 import numpy as np
 import pytest
-import xxhash
 import zstandard
+from samples import CLASSES, assert_same, make_sample
 
-from data_sharding.columns import COLUMNS
 from data_sharding.errors import DataError
 from data_sharding.frames import fetch_frame, open_frame, read_frame
-from data_sharding.manifest import Manifest, write_manifest
-from data_sharding.shard import END_OF_ARCHIVE, Sample, ShardBuilder, decompress, pack_sample, parse_frame, scan_frame
-from data_sharding.storage import put
-
-CLASSES = ("cat", "dog", "eel")
-
-
-def make_sample(i: int) -> Sample:
-    rng = np.random.default_rng(i)
-    sizes = {"resize": (12 + i % 5, 16)} | ({"crop": (16, 16)} if i % 3 else {})
-    views = {view: rng.standard_normal((2, *hw, 16)).astype(np.float16) for view, hw in sizes.items()}
-    return Sample(id=1000 + (i << 50), label=i % 3, views=views)
-
-
-def write_samples(url: str, per_shard: tuple[int, ...] = (70, 1, 45)) -> list[Sample]:
-    samples, indexes = [], []
-    for number, count in enumerate(per_shard):
-        builder = ShardBuilder(f"shard-{number:06d}.tar.zst")
-        for _ in range(count):
-            sample = make_sample(len(samples))
-            name = CLASSES[sample.label]
-            builder.add(sample, class_name=name, source=f"{name}/{len(samples)}.jpg", pixels=(300, 400))
-            samples.append(sample)
-        data, index = builder.finish()
-        put(f"{url}/{index.name}", data)
-        indexes.append(index)
-    write_manifest(
-        url,
-        indexes,
-        codec={"name": "dct", "digest": "00", "scale": 1.0},
-        dtype="float16",
-        max_tokens=256,
-        classes=CLASSES,
-        skipped=0,
-        source={"digest": "00", "images_per_shard": 70, "holdout": 0.0},
-    )
-    return samples
-
-
-def assert_same(found: list[Sample], expected: list[Sample]) -> None:
-    assert [s.id for s in found] == [s.id for s in expected]
-    assert [s.label for s in found] == [s.label for s in expected]
-    for a, b in zip(found, expected, strict=True):
-        assert a.views.keys() == b.views.keys()
-        for view in a.views:
-            assert a.views[view].dtype == np.float16
-            assert a.views[view].tobytes() == b.views[view].tobytes() and a.views[view].shape == b.views[view].shape
+from data_sharding.manifest import Manifest
+from data_sharding.shard import END_OF_ARCHIVE, Sample, decompress, pack_sample, parse_frame, scan_frame
 
 
 def members_of(samples: list[Sample]) -> dict[str, bytes]:
@@ -77,12 +29,6 @@ def members_of(samples: list[Sample]) -> dict[str, bytes]:
         record = {"id": s.id, "label": s.label, "class": name, "source": f"{name}/{i}.jpg", "pixels": [300, 400]}
         members[f"{s.id:016x}.json"] = json.dumps(record).encode()
     return members
-
-
-@pytest.fixture(scope="module")
-def stored(tmp_path_factory):
-    path = tmp_path_factory.mktemp("dataset")
-    return path, write_samples(str(path))
 
 
 # what other programs read
@@ -221,131 +167,3 @@ def test_objects_in_an_array_are_refused():
     raw = member.getvalue()[:blocks] + whole
     with pytest.raises(ValueError, match="holds objects"):
         parse_frame(zstandard.ZstdCompressor(write_content_size=True).compress(raw), len(raw))
-
-
-# the manifest
-
-
-def test_manifest_gives_what_was_written(stored):
-    path, samples = stored
-    m = Manifest.load(f"file://{path}/")
-    assert m.digest == hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest()
-    assert m.classes == CLASSES
-    assert m.sample_id.tolist() == [s.id for s in samples] and m.label.tolist() == [s.label for s in samples]
-    assert m.size.tolist() == [[list(hw) for hw in s.size] for s in samples]
-    assert isinstance(m.sample_id, np.memmap)
-    assert m.frame_url(len(m.frame_shard) - 1).endswith("/shard-000002.tar.zst")
-    for name, (dtype, _, _) in COLUMNS.items():
-        assert getattr(m, name).dtype == np.dtype(dtype)
-    shard = (path / m.shards[0].name).read_bytes()
-    frame = shard[: m.frame_bytes[0]]
-    assert [hex(word) for word in m.frame_digest[0].tolist()] == [
-        hex(xxhash.xxh3_128_intdigest(frame) & (1 << 64) - 1), hex(xxhash.xxh3_128_intdigest(frame) >> 64),
-    ]  # fmt: skip
-    assert m.shards[0].xxh3_128 == xxhash.xxh3_128_hexdigest(shard) and m.shards[0].bytes == len(shard)
-
-
-def test_any_fsspec_url_will_do():
-    url = "memory://test_shard_format/set"
-    samples = write_samples(url, (3, 2))
-    manifest = Manifest.load(url)
-    assert_same(read_frame(manifest, 0) + read_frame(manifest, 1), samples)
-    fsspec.filesystem("memory").rm("/test_shard_format", recursive=True)
-
-
-def test_no_dataset_is_one_sentence(tmp_path):
-    with pytest.raises(
-        DataError, match="there is no dataset at .*: write one with `fitv2 shard write` or `fitv2 shard imp"
-    ):
-        Manifest.load(str(tmp_path / "nothing"))
-    (tmp_path / "parts").mkdir()
-    with pytest.raises(DataError, match="unfinished, run the same `fitv2 shard write` or `import` again"):
-        Manifest.load(str(tmp_path))
-
-
-def rewrite(path, **edits):
-    """Rewrites columns, and the header so that its digests agree with them."""
-    header = json.loads((path / "manifest.json").read_bytes())
-    for name, edit in edits.items():
-        file = path / "manifest" / f"{name}.npy"
-        np.save(file, edit(np.load(file)))
-        data = file.read_bytes()
-        header["columns"][file.name] = {"bytes": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)}
-    (path / "manifest.json").write_text(json.dumps(header))
-
-
-def put_at(index, value):
-    def edit(column):
-        column[index] = value
-        return column
-
-    return edit
-
-
-@pytest.fixture
-def copied(stored, tmp_path):
-    shutil.copytree(stored[0], tmp_path / "copy")
-    return tmp_path / "copy"
-
-
-@pytest.mark.parametrize(
-    ("column", "edit", "message"),
-    [
-        ("label", put_at(3, 3), r"labels 0 \.\. 3 do not fit 3 classes"),
-        ("label", lambda c: c[:-1], r"label\.npy is int32\[115\], not int32\[116\]"),
-        ("label", lambda c: c.astype(np.int64), "is int64"),
-        ("size", put_at((0, 0), 0), r"views hold 0 \.\."),
-        ("size", put_at((0, 0), 17), r"289 tokens, not 1 \.\. 256"),
-        ("frame_first", put_at(1, 0), "do not cover the samples"),
-        ("frame_first", put_at(-1, 9), "do not cover the samples"),
-        ("frame_offset", put_at(1, 5), "do not follow one another"),
-        ("frame_bytes", put_at(-1, 1 << 40), "ends behind the end of its shard"),
-        ("frame_shard", put_at(0, 1), "not listed shard by shard"),
-        ("sample_id", put_at(0, -1), "ids are negative"),
-    ],
-)
-def test_contradictions_are_named_with_their_file(copied, column, edit, message):
-    rewrite(copied, **{column: edit})
-    with pytest.raises(DataError, match=message) as error:
-        Manifest.load(str(copied))
-    assert f"{column}.npy" in str(error.value) and "write the dataset anew" in str(error.value)
-
-
-def test_damaged_missing_and_foreign_files_are_named(copied):
-    file = copied / "manifest" / "label.npy"
-    whole = file.read_bytes()
-    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(DataError, match=r"label\.npy does not match its digest"):
-        Manifest.load(str(copied))
-    file.write_bytes(whole[:40])
-    with pytest.raises(DataError, match=r"label\.npy is not a whole"):
-        Manifest.load(str(copied))
-    file.unlink()
-    with pytest.raises(DataError, match=r"label\.npy is missing"):
-        Manifest.load(str(copied))
-    header = json.loads((copied / "manifest.json").read_bytes())
-    for edit, message in (
-        ({"version": 2}, "version 2, this program reads"),
-        ({"class_count": 4}, "contradicts itself"),
-        ({"totals": {**header["totals"], "bytes": 1}}, "contradicts itself"),
-        ({"columns": {}}, "contradicts itself"),
-        ({"shards": [{"name": "x"}]}, "is damaged"),
-    ):
-        (copied / "manifest.json").write_text(json.dumps({**header, **edit}))
-        with pytest.raises(DataError, match=message):
-            Manifest.load(str(copied))
-    (copied / "manifest.json").write_bytes(b'{"format"')
-    with pytest.raises(DataError, match=r"manifest\.json is damaged"):
-        Manifest.load(str(copied))
-
-
-def test_frames_that_disagree_with_the_manifest_are_refused(stored):
-    manifest = Manifest.load(str(stored[0]))
-    for column, value in (("sample_id", 7), ("label", 2), ("size", 3)):
-        other = np.array(getattr(manifest, column))
-        other[0] = value
-        with pytest.raises(DataError, match=rf"shard-000000.tar.zst, frame 0 .*disagree with the manifest's {column}"):
-            read_frame(dataclasses.replace(manifest, **{column: other}), 0)
-    missing = dataclasses.replace(manifest, url=f"{manifest.url}/elsewhere")
-    with pytest.raises(DataError, match=r"elsewhere/shard-000000\.tar\.zst, frame 0 .*the shard is missing"):
-        read_frame(missing, 0)

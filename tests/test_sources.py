@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_write import bytes_of, make_images
+from writing import bytes_of, make_images
 
 from data_sharding.errors import UserError
 from data_sharding.extents import list_tar

@@ -11,7 +11,7 @@ import torch
 from conftest import make_tiny
 from PIL import Image
 from ranks import run_ranks
-from test_write import bytes_of, make_images
+from writing import bytes_of, make_images
 
 from data_sharding import vae as module
 from data_sharding.codec import Draw, codec_of, get_codec

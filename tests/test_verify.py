@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import xxhash
-from test_shard_format import put_at, rewrite, write_samples
+from samples import put_at, rewrite, write_samples
 
 from data_sharding import verify as module
 from data_sharding.inspect import inspect, save_picture, to_text
