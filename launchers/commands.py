@@ -30,13 +30,12 @@ def add_commands(commands: Any, make: Make, show: Print) -> None:
     submit.epilog = "fitv2 submit [CONFIG] --nodes 4 -- shard write SRC DST runs that command in all tasks of one job."
 
     stop = command("stop", _stop, "save, end the attempt that runs, and start no other")
-    stop.add_argument("run", metavar="RUN")
     stop.add_argument("--now", action="store_true", help="without saving")
     save = command("save", _save, "commit now and go on")
-    save.add_argument("run", metavar="RUN")
     logs = command("logs", _logs, "what a rank printed")
-    logs.add_argument("run", metavar="RUN")
-    logs.add_argument("--rank", type=int, default=0)
+    for parser in (stop, save, logs):
+        parser.add_argument("run", metavar="RUN", help="the run's folder, or its s3:// URL")
+    logs.add_argument("--rank", type=int, default=0, help="which one (default 0)")
     logs.add_argument("--lines", type=int, default=100, help="of its end (default 100)")
     doctor = command("doctor", _doctor, "check this machine, or all nodes of this job, before training")
     doctor.add_argument("overrides", nargs="*", metavar="CONFIG key=value", help="also checks its run and its data")

@@ -6,25 +6,25 @@ from dataclasses import asdict
 from typing import Any
 
 from data_sharding.errors import UserError
-from fitv2_scale.commands.parsing import make, show
+from fitv2_scale.commands.parsing import make, run_argument, show
 
 
 def add(commands: Any) -> None:
     checkpoint = commands.add_parser("checkpoint", help="list, verify, sweep, import, export")
     checkpoint = checkpoint.add_subparsers(required=True)
     listing = make(checkpoint, "list", checkpoint_list, "the commits of a run")
-    listing.add_argument("run", metavar="RUN")
+    run_argument(listing)
     check = make(checkpoint, "verify", checkpoint_verify, "check every file of every commit against its digest")
-    check.add_argument("run", metavar="RUN")
+    run_argument(check)
     sweep = make(checkpoint, "sweep", checkpoint_sweep, "say what killed attempts left behind, and delete it")
-    sweep.add_argument("run", metavar="RUN")
+    run_argument(sweep)
     sweep.add_argument("--yes", action="store_true", help="delete it; otherwise it is only listed")
     importing = make(checkpoint, "import", checkpoint_import, "make a run from public weights")
     importing.add_argument("file", metavar="FILE", help=".safetensors or .bin, float32")
     importing.add_argument("run", metavar="RUN", help="folder of the run to make")
     importing.add_argument("--config", required=True, help="config with the weights' model")
     export = make(checkpoint, "export", checkpoint_export, "write a commit's weights under their public names")
-    export.add_argument("run", metavar="RUN")
+    run_argument(export)
     export.add_argument("file", metavar="FILE.safetensors")
     export.add_argument("--ema", action="store_true", help="the averaged weights instead of the raw ones")
     export.add_argument("--step", type=int, help="of this commit instead of the newest")

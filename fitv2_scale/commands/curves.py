@@ -10,7 +10,7 @@ from fitv2_scale.commands.parsing import make, show
 
 def add(commands: Any) -> None:
     curves = make(commands, "curves", curves_of_runs, "scaling curves: a table, fits, pictures, predictions")
-    curves.add_argument("runs", nargs="*", metavar="RUN")
+    curves.add_argument("runs", nargs="*", metavar="RUN", help="folders or s3:// URLs of runs")
     curves.add_argument("--experiment", metavar="NAME", help="all training runs of an MLflow experiment instead")
     curves.add_argument("--uri", help="MLflow's tracking URI (default: that of the first run's config); none: nowhere")
     curves.add_argument("--out", default="curves", metavar="FOLDER", help="for report and pictures (default: curves)")

@@ -18,5 +18,9 @@ def config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as in train.steps=1000")
 
 
+def run_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="the run's folder, or its s3:// URL")
+
+
 def show(args: argparse.Namespace, report: Any, text: str) -> None:
     print(json.dumps(report, indent=2) if args.json else text)

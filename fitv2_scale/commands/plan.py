@@ -10,8 +10,8 @@ from fitv2_scale.commands.parsing import config_arguments, make, show
 def add(commands: Any) -> None:
     plan = make(commands, "plan", plan_run, "say what a run will need before it is started")
     config_arguments(plan)
-    plan.add_argument("--nodes", type=int, default=1)
-    plan.add_argument("--gpus-per-node", type=int, default=1)
+    plan.add_argument("--nodes", type=int, default=1, help="(default 1)")
+    plan.add_argument("--gpus-per-node", type=int, default=1, help="one rank on each (default 1)")
     rests = plan.add_argument_group("what time and goodput rest on; the report names the source of each")
     rests.add_argument(
         "--bench",

@@ -26,10 +26,10 @@ def add(commands: Any) -> None:
     importing.add_argument("--classes", type=int, default=1000, help="number of classes (default 1000)")
     _shard_arguments(importing)
     inspect = make(shard, "inspect", shard_inspect, "say what a dataset holds")
-    inspect.add_argument("url", metavar="URL")
+    inspect.add_argument("url", metavar="URL", help="folder or s3:// URL of a dataset")
     inspect.add_argument("--picture", metavar="FILE", help="also draw the histogram of lengths to FILE.png")
     verify = make(shard, "verify", shard_verify, "check every frame of a dataset against its digest")
-    verify.add_argument("url", metavar="URL")
+    verify.add_argument("url", metavar="URL", help="folder or s3:// URL of a dataset")
 
 
 def _shard_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,13 +5,13 @@ import sys
 import time
 from typing import Any
 
-from fitv2_scale.commands.parsing import make, show
+from fitv2_scale.commands.parsing import make, run_argument, show
 
 
 def add(commands: Any) -> None:
-    track = commands.add_parser("track", help="MLflow").add_subparsers(required=True)
+    track = commands.add_parser("track", help="publish runs to MLflow").add_subparsers(required=True)
     sync = make(track, "sync", track_sync, "publish a run's journal to MLflow, from anywhere")
-    sync.add_argument("run", metavar="RUN")
+    run_argument(sync)
     sync.add_argument("--uri", help="tracking URI (default: the one in the run's config)")
     sync.add_argument("--follow", action="store_true", help="go on until the run is done, or until Ctrl-C")
 

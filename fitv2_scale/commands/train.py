@@ -3,12 +3,17 @@
 import argparse
 from typing import Any
 
-from fitv2_scale.commands.parsing import config_arguments, make, show
+from fitv2_scale.commands.parsing import config_arguments, make, run_argument, show
 from launchers.commands import supervised, watch
 
 
 def add(commands: Any) -> None:
-    train = commands.add_parser("train", help="train in the processes this is started in (plain or torchrun)")
+    train = commands.add_parser(
+        "train",
+        help="train in the processes this is started in (plain, torchrun or srun)",
+        description="Train in the processes this is started in (plain, torchrun or srun). The same command again goes "
+        "on where the run stands.",
+    )
     train.set_defaults(command=train_run)
     config_arguments(train)
     train.add_argument("--fork-from", metavar="RUN@STEP", help="begin a new run at another one's commit")
@@ -16,7 +21,7 @@ def add(commands: Any) -> None:
     train.add_argument("--processes", type=int, metavar="N", help="with --supervise (default: one a GPU, else 1)")
 
     shown = make(commands, "status", status, "attempts and commits of a run")
-    shown.add_argument("run", metavar="RUN")
+    run_argument(shown)
     shown.add_argument("--watch", action="store_true", help="again every 5 seconds, until Ctrl-C")
 
 
