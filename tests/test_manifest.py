@@ -37,11 +37,11 @@ def test_manifest_gives_what_was_written(stored):
 
 
 def test_any_fsspec_url_will_do():
-    url = "memory://test_shard_format/set"
+    url = "memory://test_manifest/set"
     samples = write_samples(url, (3, 2))
     manifest = Manifest.load(url)
     assert_same(read_frame(manifest, 0) + read_frame(manifest, 1), samples)
-    fsspec.filesystem("memory").rm("/test_shard_format", recursive=True)
+    fsspec.filesystem("memory").rm("/test_manifest", recursive=True)
 
 
 def test_no_dataset_is_one_sentence(tmp_path):

@@ -118,10 +118,10 @@ def test_a_digest_of_the_whole_shard_counts_too(dataset):
 
 
 def test_duplicate_ids_are_found(tmp_path, monkeypatch):
-    import test_shard_format
+    import samples
 
-    honest = test_shard_format.make_sample
-    monkeypatch.setattr(test_shard_format, "make_sample", lambda i: honest(i if i != 5 else 4))
+    honest = samples.make_sample
+    monkeypatch.setattr(samples, "make_sample", lambda i: honest(i if i != 5 else 4))
     write_samples(str(tmp_path), (8,))
     problems = verify(str(tmp_path)).problems
     assert len(problems) == 1 and "occurs 2 times" in problems[0] and f"{1000 + (4 << 50):016x}" in problems[0]
