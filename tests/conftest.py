@@ -31,6 +31,7 @@ _S3 = (
     "test_run_s3",
     "test_s3",
     "test_s3_datasets",
+    "test_store",
 )
 
 

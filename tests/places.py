@@ -1,9 +1,9 @@
-"""Where tests of saves have their runs: on local disk, or on the real S3 server."""
+"""Where tests have their runs: on local disk, or on the real S3 server."""
 
 import pytest
 from services.s3 import use
 
-BUCKET = "faults"
+BUCKET = "runs"
 S3 = pytest.param("s3", marks=pytest.mark.services)
 PART = 100 << 10  # bytes of an S3 upload's part, so that a save of 240 kB is several
 

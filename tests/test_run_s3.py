@@ -1,4 +1,4 @@
-"""A run on a real S3 server is the run that it would be on local disk; and the store behind it, on both."""
+"""A run on a real S3 server is the run that it would be on local disk; and what killed attempts leave behind."""
 
 import json
 import os
@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 from held import train_held
 from lineage import commit_bytes, losses
+from places import BUCKET, S3
 from ranks import Ranks, in_environment, run_ranks
 from services.s3 import use
 from waiting import wait
 
 from data_sharding.errors import UserError
 from data_sharding.patience import Patience
-from fitv2_scale import s3_store, scratch
+from fitv2_scale import scratch
 from fitv2_scale.checkpoint.commits import attempt_of, commit_folder, verify_commit
 from fitv2_scale.cli import main
 from fitv2_scale.run import Run
@@ -25,73 +26,11 @@ from fitv2_scale.tracking.launch import Uploader
 from fitv2_scale.tracking.sync import sync
 from fitv2_scale.train import DONE, RETRY, train
 
-BUCKET = "runs"
-S3 = pytest.param("s3", marks=pytest.mark.services)
-
 
 @pytest.fixture
-def on_s3(rgw, client, monkeypatch, tmp_path):
+def on_s3(place):
     """A function that makes URLs of this test's own."""
-    if BUCKET not in [b["Name"] for b in client.list_buckets()["Buckets"]]:
-        client.create_bucket(Bucket=BUCKET)
-    use(monkeypatch, rgw.environment)
-    return lambda name: f"s3://{BUCKET}/{tmp_path.name}/{name}"
-
-
-@pytest.fixture
-def store(request, tmp_path):
-    if request.param == "local":
-        return open_store(str(tmp_path / "store"))
-    return open_store(request.getfixturevalue("on_s3")("store"))
-
-
-both = pytest.mark.parametrize("store", ["local", S3], indirect=True)
-
-
-# ---- the store ----
-
-
-@both
-def test_whole_objects(store):
-    assert not store.exists("a/b") and store.list("") == store.list("a/") == []
-    store.create("a/b", b"first")
-    with pytest.raises(FileExistsError):
-        store.create("a/b", b"second")
-    assert store.read("a/b") == b"first" and store.size("a/b") == 5
-    store.put("a/b", b"third")
-    assert store.read("a/b") == b"third" and store.read_range("a/b", 1, 3, bytes) == b"hi"
-    with pytest.raises(FileNotFoundError):
-        store.read("a/c")
-    with pytest.raises(FileNotFoundError):
-        store.size("a")
-    for path in ("a/10", "a/1/x", "a/1/y"):
-        store.put(path, b"")
-    assert store.read("a/10") == b""
-    assert store.list("a/1") == ["a/1/x", "a/1/y", "a/10"] and store.list("a/1/") == ["a/1/x", "a/1/y"]
-    store.delete_tree("a/1")
-    store.delete_tree("a/1")
-    assert store.list("") == ["a/10", "a/b"]
-
-
-@both
-@pytest.mark.parametrize("size", [0, 1, 5 << 20, (5 << 20) + 1, 17_000_001])
-def test_objects_written_piece_by_piece(store, size, monkeypatch):
-    monkeypatch.setattr(s3_store, "PART", 5 << 20)
-    data = os.urandom(size)
-    with store.writing("x", size) as file:
-        for at in range(0, size, 3_000_001):
-            file.write(memoryview(data)[at : at + 3_000_001])
-    assert store.read("x") == data and not store.uploads()
-
-
-@both
-def test_an_object_that_is_not_finished_is_not_there(store, monkeypatch):
-    monkeypatch.setattr(s3_store, "PART", 5 << 20)
-    store.put("x", b"old")
-    with pytest.raises(KeyboardInterrupt), store.writing("x", 20 << 20) as file:
-        file.write(bytes(12 << 20))
-        raise KeyboardInterrupt
-    assert store.read("x") == b"old" and store.list("") == ["x"] and not store.uploads()
+    return place("s3")[1]
 
 
 @pytest.mark.services
@@ -120,9 +59,6 @@ def test_what_a_user_can_get_wrong(on_s3, monkeypatch, capfd):
     with pytest.raises(UserError, match="access to .* is refused"):
         Run.open(on_s3("none"))
     assert time.monotonic() - began < Patience().deadline / 5  # nothing to wait for: it was never right
-
-
-# ---- the run ----
 
 
 def s3_commit_bytes(run: Run) -> dict[str, bytes]:
