@@ -72,15 +72,15 @@ class RunLedger:
             )
 
 
-def open_ledger(store: Store, manifests: Sequence) -> Ledger:
-    """The run's ledger as it stands. Raises DataError if a page is damaged."""
+def ledger_of(pages: Sequence[dict[str, Any]], manifests: Sequence) -> Ledger:
     ledger = Ledger(manifests)
-    for page in read_pages(store):
+    for page in pages:
         ledger = ledger.turned(page)
     return ledger
 
 
 def read_pages(store: Store) -> list[dict[str, Any]]:
+    """The pages of a run's ledger, in order. Raises DataError if one is damaged."""
     pages: list[dict[str, Any]] = []
     while (page := _read(store, len(pages) + 1)) is not None:
         pages.append(page)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from data_sharding.cache import DiskCache
 from data_sharding.errors import DataError, UserError
 from data_sharding.frames import FrameReader
-from data_sharding.ledger import Ledger
 from data_sharding.patience import Patience
 from data_sharding.plan import Plan
 from data_sharding.stream import Loader
@@ -20,7 +19,7 @@ from fitv2_scale.config import Config
 from fitv2_scale.data import Data
 from fitv2_scale.engines import make_engine
 from fitv2_scale.evaluation import Evaluation
-from fitv2_scale.ledger import RunLedger, read_pages
+from fitv2_scale.ledger import RunLedger, ledger_of, read_pages
 from fitv2_scale.model.counts import parameter_count
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.mesh import Layout
@@ -246,9 +245,7 @@ def _open_ledger(
     run: Run, number: int, data: Data, restored: Restored | None, fork: Fork | None, config: Config, world: World
 ) -> RunLedger:
     """The ledger as the attempts before have left it. A fork begins one of its own."""
-    ledger = Ledger(data.plan.manifests)
-    for page in world.on_first(lambda: read_pages(run.store)):
-        ledger = ledger.turned(page)
+    ledger = ledger_of(world.on_first(lambda: read_pages(run.store)), data.plan.manifests)
     if restored and restored.cursor and restored.cursor.ledger > ledger.version and fork is None:
         raise DataError(
             f"{run.url}/ledger has {ledger.version} pages, but the commit at step {restored.step} was made with "

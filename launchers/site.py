@@ -62,10 +62,6 @@ class SlurmConfig(BaseModel):
         "not-finite, no-progress, gave-up), and when the watchdog ends an attempt (hung)",
     )
 
-    @property
-    def partition_option(self) -> list[str]:
-        return ["--partition", self.partition] if self.partition else []
-
     @field_validator("walltime", "memory", mode="before")
     @classmethod
     def _may_be_written_as_a_number(cls, value: object) -> object:

@@ -4,10 +4,11 @@ import math
 
 import numpy as np
 import pytest
+from daly import lost_share
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fitv2_scale.checkpoint.interval import lost_share, recommended_interval
+from fitv2_scale.checkpoint.interval import recommended_interval
 from fitv2_scale.forecast.goodput import DAY, Schedule, expected_goodput, walltime_seconds
 from fitv2_scale.forecast.run_length import RELEASED_DETECT, RELEASED_RESTART, RELEASED_SAVE, RELEASED_STEPS
 from fitv2_scale.forecast.simulate import play, play_out

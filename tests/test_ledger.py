@@ -21,7 +21,7 @@ from data_sharding.manifest import Manifest
 from data_sharding.plan import CROP, RESIZE, Plan, Segment
 from fitv2_scale.cli import main
 from fitv2_scale.data import Data
-from fitv2_scale.ledger import RunLedger, open_ledger
+from fitv2_scale.ledger import RunLedger, ledger_of, read_pages
 from fitv2_scale.run import Run
 from fitv2_scale.run_log import RunLog, StaleAttempt
 from fitv2_scale.run_status import status
@@ -139,7 +139,7 @@ def test_pages_are_written_once_and_found_again(tmp_path, manifest):
     ledger = book.turn(pages)
     assert book.write([Loss(0, 1, "one")], step=8) == []
     book.turn(book.write([Loss(0, 3, "three")], step=9))
-    again = open_ledger(book.store, [manifest])
+    again = ledger_of(read_pages(book.store), [manifest])
     assert again.version == 2 and again.frames.keys() == {(0, 1), (0, 3)}
     assert np.array_equal(again.frames[0, 1], ledger.frames[0, 1])
 
@@ -149,7 +149,7 @@ def test_a_stale_attempt_writes_nothing(tmp_path, manifest):
     new = make_book(tmp_path, manifest)
     with pytest.raises(StaleAttempt, match="attempt 1 was superseded by attempt 2"):
         old.write([Loss(0, 1, "one")], step=0)
-    assert open_ledger(new.store, [manifest]).version == 0
+    assert ledger_of(read_pages(new.store), [manifest]).version == 0
 
 
 class LossyStore(LocalStore):
@@ -185,7 +185,7 @@ def test_a_damaged_page_is_said(tmp_path, manifest):
     book.write([Loss(0, 1, "one")], 0)
     Path(tmp_path, "ledger/00000001.json").write_text('{"version": 1')
     with pytest.raises(DataError, match="ledger/00000001.json is not a page of the ledger"):
-        open_ledger(book.store, [manifest])
+        ledger_of(read_pages(book.store), [manifest])
 
 
 # The whole way: training on a dataset one of whose five frames is gone.

@@ -29,15 +29,3 @@ def recommended_interval(save_seconds: float, mtbf_hours: float, durable_seconds
         x = w / (2 * m)
         best = math.sqrt(2 * w * m) * (1 + math.sqrt(x) / 3 + x / 9) - w
     return max(min(max(best, SHORTEST), LONGEST), durable_seconds)
-
-
-def lost_share(interval: float, save_seconds: float, mtbf_hours: float, restart_seconds: float = 0.0) -> float:
-    """The share of all time that saves, lost work and restarts take when committing every ``interval`` seconds.
-
-    Exact for failures that come independently at a constant rate: Daly (2006), eq. 20.
-    """
-    m = 3600 * mtbf_hours
-    if math.isinf(m):
-        return save_seconds / (interval + save_seconds)
-    spent = m * math.exp(restart_seconds / m) * math.expm1((interval + save_seconds) / m)
-    return 1 - interval / spent

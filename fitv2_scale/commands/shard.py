@@ -84,7 +84,7 @@ def shard_verify(args: argparse.Namespace) -> int:
     from data_sharding.verify import verify
 
     report = verify(args.url)
-    rate = f"{report.bytes / 1e6:.1f} MB at {report.bytes / 1e6 / report.seconds:.0f} MB/s"
+    rate = f"{report.bytes / 1e6:.1f} MB at {report.mb_per_second:.0f} MB/s"
     good = f"{args.url}: all is well, {rate}"
     show(args, asdict(report), "\n".join(report.problems) or good)
     if report.problems:
