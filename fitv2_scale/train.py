@@ -19,6 +19,7 @@ from fitv2_scale.config import Config
 from fitv2_scale.data import Data
 from fitv2_scale.meter import Meter
 from fitv2_scale.model.flow import flow_losses
+from fitv2_scale.opening import Fork, claim, is_complete, log_to, open_session
 from fitv2_scale.orders import followed
 from fitv2_scale.parallel.engine import StepResult
 from fitv2_scale.parallel.update import telling
@@ -27,7 +28,7 @@ from fitv2_scale.profiling import Profile
 from fitv2_scale.progress import Progress
 from fitv2_scale.run import BAD_INPUT, BUG, DONE, GIVE_UP, RETRY, Attempt, Run
 from fitv2_scale.run_log import StaleAttempt
-from fitv2_scale.session import Fork, Session, claim, is_complete, log_to, open_session
+from fitv2_scale.session import Session
 from fitv2_scale.watch import Watch
 from fitv2_scale.watchdog import Watchdog
 

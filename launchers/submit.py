@@ -170,7 +170,7 @@ def _check_data(config: Config) -> None:
 def _check_training(config: Config, least: int, most: int, fork_from: str | None) -> tuple[str, dict[str, Any] | None]:
     """What training would find out first. Returns the plan's hash and the parent of a fork."""
     from fitv2_scale.data import Data  # only here: torch takes seconds
-    from fitv2_scale.session import Fork
+    from fitv2_scale.opening import Fork
 
     for nodes in {least, most}:
         tasks = config.slurm.tasks_per_node

@@ -1,0 +1,189 @@
+"""Everything an attempt sets up before its first step, in the order in which it can go wrong cheaply."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from data_sharding.errors import DataError, UserError
+from data_sharding.plan import Plan
+from fitv2_scale.audit import Audit
+from fitv2_scale.checkpoint.begin import Source, begin_with
+from fitv2_scale.checkpoint.checkpointer import Checkpointer, Restored
+from fitv2_scale.checkpoint.policy import Cadence
+from fitv2_scale.config import Config
+from fitv2_scale.data import Data
+from fitv2_scale.engines import make_engine
+from fitv2_scale.evaluation import Evaluation
+from fitv2_scale.ledger import RunLedger, ledger_of, read_pages
+from fitv2_scale.model.counts import parameter_count
+from fitv2_scale.parallel.engine import Engine
+from fitv2_scale.parallel.mesh import Layout
+from fitv2_scale.parallel.world import World
+from fitv2_scale.provenance import own_gpu, provenance
+from fitv2_scale.relay import Relay
+from fitv2_scale.run import Attempt, Run
+from fitv2_scale.session import Session
+from fitv2_scale.store import open_store
+from fitv2_scale.totals import Times, Totals
+from fitv2_scale.tracking.journal import Journal
+from fitv2_scale.tracking.launch import Uploader
+from fitv2_scale.tracking.target import why_journal_only
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Fork:
+    """--fork-from RUN@STEP."""
+
+    run: Run
+    step: int
+
+    @classmethod
+    def parse(cls, text: str, child: str) -> "Fork":
+        """``child`` is the URL of the new run. Once that has commits, the parent's may be gone. Raises UserError."""
+        url, at, step = text.rpartition("@")
+        if not at or not step.isdigit():
+            raise UserError(f"--fork-from '{text}': give RUN@STEP, as in runs/first@1000")
+        run = Run.open(url)
+        steps = [entry.fields["step"] for entry in run.log.commits()]
+        begun = open_store(child).exists("run.json") and Run.open(child).log.commits()
+        if int(step) not in steps and not begun:
+            raise UserError(f"--fork-from {text}: {url} has commits at {steps or 'no step'}, choose one of them")
+        return cls(run, int(step))
+
+    def parent(self) -> dict:
+        return {"run": self.run.id, "url": self.run.url, "step": self.step}
+
+
+def is_complete(config: Config) -> bool:
+    """True if the run is there and has committed all of its steps already."""
+    if not open_store(config.run).exists("run.json"):
+        return False
+    commits = Run.open(config.run).log.commits()
+    return bool(commits) and commits[-1].fields["step"] >= config.train.steps
+
+
+def claim(config: Config, plan: Plan, fork: Fork | None, world: World) -> tuple[Run, int]:
+    """Makes or continues the run and begins an attempt, on all ranks. Raises UserError if the run is another one."""
+
+    gpus = world.gather(own_gpu(world.device))
+
+    def first() -> int:
+        parent = fork.parent() if fork else None
+        run = Run.open_or_create(config.run, config.model_dump(mode="json"), config.science(), plan.hash, parent)
+        facts = {"parameters": parameter_count(config.model), "datasets": [m.digest for m in plan.manifests]}
+        return run.claim(provenance() | facts | {"gpus": [gpu for gpu in gpus if gpu]}).number
+
+    number = world.on_first(first)
+    return Run.open(config.run), number
+
+
+def open_session(
+    config: Config, world: World, layout: Layout, data: Data, run: Run, number: int, fork: Fork | None
+) -> Session:
+    """Builds the engine, restores the newest whole commit, starts journal and uploader."""
+    times = Times()
+    engine, relay = make_engine(config, layout, world), Relay(layout, world.rank)
+    attempt = Attempt(number, run) if world.is_first else None
+    checkpoints = Checkpointer(run, attempt, number, world, config.checkpoint)
+    restored, data, notes, forked = _restore(checkpoints, engine, run, data, fork, config, world)
+    if attempt and attempt.changed:
+        notes = [*notes, f"since attempt {number - 1}: {'; '.join(attempt.changed)}"]
+        log.warning("%s", notes[-1])
+    ledger = _open_ledger(run, number, data, restored, fork, config, world)
+    checkpoints.prepare(engine)
+    folder = run.local(f"attempts/{number}")
+    journal = Journal(folder, number, restored.step if restored else 0, attempt.ship) if world.is_first else None
+    evaluation = Evaluation.open(config, world, layout, data, engine, journal, run.store)
+    uploader = _start_uploader(run, config, notes) if world.is_first else None
+    audit = None
+    if config.train.audit and relay.reads:
+        audit = Audit(folder / "audit", layout.data_rank(world.rank), config.flow, config.seed)
+    return Session(
+        config=config,
+        world=world,
+        layout=layout,
+        relay=relay,
+        data=data,
+        run=run,
+        number=number,
+        attempt=attempt,
+        engine=engine,
+        checkpoints=checkpoints,
+        cadence=Cadence(config.checkpoint, restored.step if restored else 0, world.share),
+        restored=restored,
+        journal=journal,
+        uploader=uploader,
+        audit=audit,
+        ledger=ledger,
+        evaluation=evaluation,
+        times=times,
+        totals=Totals.of(restored.accounting, forked) if restored else Totals(),
+        notes=notes,
+    )
+
+
+def _start_uploader(run: Run, config: Config, notes: list[str]) -> Uploader | None:
+    if config.tracking.uri == "none":
+        return None
+    if (why := why_journal_only(run.url, config.tracking.uri)) is not None:
+        notes.append(why)
+        return None
+    return Uploader(run.url, config.tracking.uri, config.tracking.experiment)
+
+
+def _open_ledger(
+    run: Run, number: int, data: Data, restored: Restored | None, fork: Fork | None, config: Config, world: World
+) -> RunLedger:
+    """The ledger as the attempts before have left it. A fork begins one of its own."""
+    ledger = ledger_of(world.on_first(lambda: read_pages(run.store)), data.plan.manifests)
+    if restored and restored.cursor and restored.cursor.ledger > ledger.version and fork is None:
+        raise DataError(
+            f"{run.url}/ledger has {ledger.version} pages, but the commit at step {restored.step} was made with "
+            f"{restored.cursor.ledger}: restore the folder"
+        )
+    return RunLedger(run.store, run.log, number, config.seed, config.data.max_substituted, ledger)
+
+
+def _restore(
+    checkpoints: Checkpointer, engine: Engine, run: Run, data: Data, fork: Fork | None, config: Config, world: World
+) -> tuple[Restored | None, Data, list[str], bool]:
+    """The newest whole commit, the data as it goes on from there, what there is to say, and whether the commit is
+    another run's."""
+    restored = checkpoints.restore(engine, run)
+    forked = restored is None and fork is not None
+    if forked:
+        restored = checkpoints.restore(engine, fork.run, fork.step)
+    if restored is None:
+        if config.init_from:
+            begin_with(Source.parse(config.init_from), engine, config.model, world)
+            return None, data, [f"begins with the weights of {config.init_from}"], False
+        return None, data, [], False
+    # A fork may have other data; it then begins its own plan at the step where it branches off.
+    if restored.cursor is None or (forked and restored.cursor.plan_hash != data.plan.hash):
+        return restored, data, restored.quarantined, forked
+    data, notes = data.continued(restored.cursor, restored.step, config)
+    return restored, data, [*restored.quarantined, *notes], forked
+
+
+@contextmanager
+def log_to(run: Run, number: int, rank: int) -> Iterator[None]:
+    """Appends this rank's log records, tracebacks included, to a file of its own. To a run that is elsewhere it goes at
+    the end, with all else that rank 0's node has of the attempt."""
+    folder = f"attempts/{number}"
+    file = f"{folder}/logs/rank-{rank:05d}.log"
+    run.local(file).parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(run.local(file), delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        try:
+            handler.close()
+            run.ship(folder if rank == 0 else file)
+        except (OSError, UserError) as error:
+            log.warning("%s stays on its node: %s", run.local(folder), error)
