@@ -235,7 +235,11 @@ def test_an_outage_saves_and_asks_for_another_attempt(proxy, on_s3, tiny, tmp_pa
 
 def test_a_signal_during_an_outage_saves_at_once(proxy, on_s3):
     env = environment(proxy.port)
-    changes = {"data__cache_gib": 1e-6, "data__prefetch_gib": 1e-6, "data__deadline_seconds": 10_000}
+    changes = {
+        "data__cache_gib": 1e-6,
+        "data__prefetch_gib": 1e-6,
+        "data__deadline_seconds": 400,
+    }  # longer than we wait
     config = on_s3("run", train__steps=2000, train__log_every=1000, checkpoint__every_steps=1000, **changes)
     ranks = Ranks(2, in_environment, env, train, config)
     reach(config, 7, attempt=1)
