@@ -18,7 +18,7 @@ from typing import Any
 from data_sharding.connect import file_system
 from data_sharding.errors import StorageDown, UserError
 from data_sharding.patience import Exhausted, Patience, patiently
-from fitv2_scale.store import Result, Store, Writable
+from fitv2_scale.store import Bytes, Result, Store, Writable
 
 PART = 16 << 20  # bytes of a part; larger where the object would have more than 10,000 of them, which S3 refuses
 _MOST_PARTS = 10_000
@@ -37,7 +37,14 @@ class S3Store(Store):
             raise UserError(f"{url} names no folder in the bucket: give s3://BUCKET/FOLDER.")
         file_system(self.url)  # says at once if s3fs is not installed
 
-    def read_range(self, path: str, begin: int | None, end: int | None, check: Callable[[bytes], Result]) -> Result:
+    def read_range(
+        self,
+        path: str,
+        begin: int | None,
+        end: int | None,
+        check: Callable[[Bytes], Result],
+        room: bytearray | None = None,
+    ) -> Result:
         # One request: s3fs would ask for the size of a whole object first, and believe its cache.
         return self._ask("cat_file", path, start=begin, end=end, max_concurrency=1, check=check)
 
@@ -136,7 +143,7 @@ class _Buffer:
     def __init__(self) -> None:
         self.data = bytearray()
 
-    def write(self, data: bytes | memoryview) -> None:
+    def write(self, data: Bytes) -> None:
         self.data += data
 
 
@@ -148,7 +155,7 @@ class _Parts:
         self._buffer, self._flying, self._tags = bytearray(), deque[Future[str]](), list[str]()
         self._number = self.bytes = 0
 
-    def write(self, data: bytes | memoryview) -> None:
+    def write(self, data: Bytes) -> None:
         data = memoryview(data)
         self.bytes += len(data)
         while len(data):

@@ -18,12 +18,13 @@ from typing import Protocol, TypeVar
 from data_sharding.errors import UserError
 
 Result = TypeVar("Result")
+Bytes = bytes | memoryview
 
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}
 
 
 class Writable(Protocol):
-    def write(self, data: bytes | memoryview, /) -> object: ...
+    def write(self, data: Bytes, /) -> object: ...
 
 
 class Store(ABC):
@@ -46,8 +47,16 @@ class Store(ABC):
         return self.read_range(path, None, None, lambda data: data)
 
     @abstractmethod
-    def read_range(self, path: str, begin: int | None, end: int | None, check: Callable[[bytes], Result]) -> Result:
-        """``check(bytes [begin, end) of the object)``, which are fewer where the object ends before.
+    def read_range(
+        self,
+        path: str,
+        begin: int | None,
+        end: int | None,
+        check: Callable[[Bytes], Result],
+        room: bytearray | None = None,
+    ) -> Result:
+        """``check(bytes [begin, end) of the object)``, which are fewer where the object ends before. They may lie in
+        ``room``, if that is given and large enough: who reads much need not have new memory for each piece.
 
         ``check`` may raise ``patience.Faulty``: where what came can differ from what is stored, it is read again.
         Raises FileNotFoundError, Faulty.
@@ -126,10 +135,23 @@ class LocalStore(Store):
         self._root = Path(url.removeprefix("file://")).expanduser().absolute()
         self.url = str(self._root)
 
-    def read_range(self, path: str, begin: int | None, end: int | None, check: Callable[[bytes], Result]) -> Result:
+    def read_range(
+        self,
+        path: str,
+        begin: int | None,
+        end: int | None,
+        check: Callable[[Bytes], Result],
+        room: bytearray | None = None,
+    ) -> Result:
         with open(self.path(path), "rb") as file:
             file.seek(begin or 0)
-            return check(file.read() if end is None else file.read(end - (begin or 0)))
+            if end is None:
+                return check(file.read())
+            size = end - (begin or 0)
+            if room is None or len(room) < size:
+                return check(file.read(size))
+            data = memoryview(room)[:size]
+            return check(data[: file.readinto(data)])
 
     def size(self, path: str) -> int:
         if not os.path.isfile(self.path(path)):

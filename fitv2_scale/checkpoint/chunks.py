@@ -1,14 +1,14 @@
 """Digests of a file's chunks: what is read is checked as it is read, whichever part of it is wanted, by any rank."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import xxhash
 
 from data_sharding.patience import Faulty
-from fitv2_scale.store import Store
+from fitv2_scale.store import Bytes, Store
 
 CHUNK = 16 << 20  # bytes that one digest covers
 _AHEAD = 4  # chunks that are fetched while one is used
@@ -25,7 +25,7 @@ class ChunkDigests:
         self._done: list[str] = []
         self._digest, self._room = xxhash.xxh3_128(), CHUNK
 
-    def update(self, data: bytes | memoryview) -> None:
+    def update(self, data: Bytes) -> None:
         data = memoryview(data)
         while len(data):
             head = data[: self._room]
@@ -59,13 +59,13 @@ class ChunkReader:
     def __init__(self, store: Store, folder: str, files: dict[str, dict]) -> None:
         self._store, self._folder, self._files = store, folder, files
 
-    def chunk(self, file: str, index: int) -> bytes:
-        """One chunk, checked. Raises Damaged."""
+    def chunk(self, file: str, index: int, room: bytearray | None = None) -> Bytes:
+        """One chunk, checked; in ``room``, of ``CHUNK`` bytes, if the store can read into it. Raises Damaged."""
         recorded = self._files[file]
         begin = index * CHUNK
         end = min(begin + CHUNK, recorded["bytes"])
 
-        def check(data: bytes) -> bytes:
+        def check(data: Bytes) -> Bytes:
             digest = xxhash.xxh3_128_hexdigest(data)
             if len(data) != end - begin:
                 raise Faulty(f"{file} ends before its {recorded['bytes']} bytes", digest)
@@ -74,7 +74,7 @@ class ChunkReader:
             return data
 
         try:
-            return self._store.read_range(f"{self._folder}/{file}", begin, end, check)
+            return self._store.read_range(f"{self._folder}/{file}", begin, end, check, room)
         except FileNotFoundError:
             raise Damaged(f"{file} is missing") from None
         except Faulty as error:
@@ -90,30 +90,35 @@ class ChunkReader:
         if size != self._files[file]["bytes"]:
             raise Damaged(f"{file} has {size} bytes, not {self._files[file]['bytes']}")
 
-    def spans(self, wanted: Sequence[Span]) -> Iterator[bytearray]:
-        """The bytes of each span, in order; quickest if these are sorted. Raises Damaged.
+    def fill(self, wanted: Sequence[Span], memory: Callable[[int], memoryview]) -> Iterator[int]:
+        """Reads each span into ``memory(its place in wanted)``, in order, and yields that place; quickest if the spans
+        are sorted. Raises Damaged, having written nothing that was not checked.
 
-        Each chunk is fetched once, a few ahead of their use. In memory are the span that is yielded, the chunks ahead,
-        and those that a later span wants again.
+        Each chunk is fetched once, a few ahead of their use, into rooms that are used again and again. In memory are
+        these, and chunks that a later span wants again.
         """
         uses = Counter((span.file, n) for span in wanted for n in span.chunks)
-        ahead, fetched = iter(list(uses)), dict[tuple[str, int], Future[bytes]]()
+        ahead, fetched = iter(list(uses)), dict[tuple[str, int], Future[Bytes]]()
+        rooms: dict[tuple[str, int], bytearray] = {}
+        free: list[bytearray] = []
         with ThreadPoolExecutor(_AHEAD, thread_name_prefix="chunks") as pool:
             try:
-                for span in wanted:
-                    data = bytearray(span.end - span.begin)
+                for place, span in enumerate(wanted):
+                    data = memory(place)
                     for n in span.chunks:
                         key = (span.file, n)
                         while key not in fetched or len(fetched) < _AHEAD:
                             if (following := next(ahead, None)) is None:
                                 break
-                            fetched[following] = pool.submit(self.chunk, *following)
-                        chunk, begin = fetched[key].result(), n * CHUNK
+                            rooms[following] = free.pop() if free else bytearray(CHUNK)
+                            fetched[following] = pool.submit(self.chunk, *following, rooms[following])
+                        chunk, begin = memoryview(fetched[key].result()), n * CHUNK
                         low, high = max(span.begin, begin), min(span.end, begin + len(chunk))
-                        data[low - span.begin : high - span.begin] = memoryview(chunk)[low - begin : high - begin]
+                        data[low - span.begin : high - span.begin] = chunk[low - begin : high - begin]
                         uses[key] -= 1
                         if not uses[key]:
                             del fetched[key]
-                    yield data
+                            free.append(rooms.pop(key))
+                    yield place
             finally:
                 pool.shutdown(cancel_futures=True)

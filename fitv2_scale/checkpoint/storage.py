@@ -142,29 +142,37 @@ class BoxReader(StorageReader):
         self._places = metadata.storage_data
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        jobs = []
+        parts: list[_Part] = []
         for item in plan.items:
-            box = self._places[item.storage_index]
-            jobs += [(span, item, box, rows) for rows, span in _blocks(box, item.storage_offsets, item.lengths)]
-        jobs.sort(key=lambda job: (job[0].file, job[0].begin))
-        for (_, item, box, rows), data in zip(jobs, self._chunks.spans([job[0] for job in jobs]), strict=True):
-            stored = _rows_of(box, rows, data)
-            for dim in range(1, stored.dim()):  # whole rows were read
-                stored = stored.narrow(dim, item.storage_offsets[dim], item.lengths[dim])
-            _narrow(planner.resolve_tensor(item).detach(), rows).copy_(stored)
+            box, target = self._places[item.storage_index], planner.resolve_tensor(item).detach()
+            parts += _parts(box, item.storage_offsets, item.lengths, target)
+        self._fill(parts)
         return _done(None)
 
     def read_tensor(self, name: str) -> Tensor:
         """One logical tensor, whole."""
-        full = torch.empty(self._tensors[name]["shape"])
+        full, parts = torch.empty(self._tensors[name]["shape"]), []
         for box in self._tensors[name]["boxes"]:
-            part = full
+            target = full
             for dim, (start, length) in enumerate(zip(box["offset"], box["shape"], strict=True)):
-                part = part.narrow(dim, start, length)
-            blocks = list(_blocks(box, [0] * part.dim(), box["shape"]))
-            for (rows, _), data in zip(blocks, self._chunks.spans([span for _, span in blocks]), strict=True):
-                _narrow(part, rows).copy_(_rows_of(box, rows, data))
+                target = target.narrow(dim, start, length)
+            parts += _parts(box, [0] * target.dim(), box["shape"], target)
+        self._fill(parts)
         return full
+
+    def _fill(self, parts: list["_Part"]) -> None:
+        parts.sort(key=lambda part: (part.span.file, part.span.begin))
+        scratch: dict[int, Tensor] = {}
+
+        def memory(place: int) -> memoryview:
+            part = parts[place]
+            if not part.is_all_and_flat:
+                scratch[place] = torch.empty(part.rows)
+            return memoryview(scratch.get(place, part.target).flatten().view(torch.uint8).numpy())
+
+        for place in self._chunks.fill([part.span for part in parts], memory):
+            if (rows := scratch.pop(place, None)) is not None:
+                parts[place].take(rows)
 
     def reset(self, checkpoint_id=None) -> None: ...
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
@@ -178,25 +186,39 @@ class BoxReader(StorageReader):
         return True
 
 
-def _blocks(box: dict, offsets: Sequence[int], lengths: Sequence[int]) -> Iterator[tuple[range, Span]]:
-    """The rows (of the first dimension) of a part of a stored box, a block of about a chunk's size after another: its
-    rows, counted from the part's first, and the bytes in which they lie. What has no dimension is one row."""
-    first, count = (offsets[0], lengths[0]) if box["shape"] else (0, 1)
+@dataclass(frozen=True)
+class _Part:
+    """Some rows (of the first dimension) of a stored box, of which ``target`` takes the columns from ``columns`` on."""
+
+    span: Span  # the bytes in which the rows lie
+    rows: torch.Size  # their shape, whole
+    columns: tuple[int, ...]  # offset of what is wanted, in all dimensions but the first
+    target: Tensor  # a view of its place
+
+    @property
+    def is_all_and_flat(self) -> bool:
+        """Whether the bytes can be read straight to their place."""
+        return self.target.shape == self.rows and self.target.is_contiguous() and self.target.device.type == "cpu"
+
+    def take(self, rows: Tensor) -> None:
+        for dim, start in enumerate(self.columns, 1):
+            rows = rows.narrow(dim, start, self.target.shape[dim])
+        self.target.copy_(rows)
+
+
+def _parts(box: dict, offsets: Sequence[int], lengths: Sequence[int], target: Tensor) -> Iterator[_Part]:
+    """A part of a stored box, a block of rows of about a chunk's size after another. What has no dimension is a row."""
+    if not box["shape"]:
+        yield _Part(Span(box["file"], box["begin"], box["begin"] + _ITEM), torch.Size(), (), target)
+        return
     size = math.prod(box["shape"][1:]) * _ITEM  # of a row
     several = max(1, CHUNK // max(1, size))
-    for low in range(0, count, several):
-        rows = range(low, min(low + several, count))
-        begin = box["begin"] + (first + low) * size
-        yield rows, Span(box["file"], begin, begin + len(rows) * size)
-
-
-def _rows_of(box: dict, rows: range, data: bytearray) -> Tensor:
-    flat = torch.frombuffer(data, dtype=torch.float32) if data else torch.empty(0)
-    return flat.view([len(rows), *box["shape"][1:]] if box["shape"] else [])
-
-
-def _narrow(tensor: Tensor, rows: range) -> Tensor:
-    return tensor.narrow(0, rows.start, len(rows)) if tensor.dim() else tensor
+    for low in range(0, lengths[0], several):
+        count = min(several, lengths[0] - low)
+        begin = box["begin"] + (offsets[0] + low) * size
+        span = Span(box["file"], begin, begin + count * size)
+        shape = torch.Size([count, *box["shape"][1:]])
+        yield _Part(span, shape, tuple(offsets[1:]), target.narrow(0, low, count))
 
 
 def _key(index: MetadataIndex) -> str:
