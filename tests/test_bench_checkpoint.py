@@ -47,7 +47,7 @@ def test_the_report_and_what_is_left(tmp_path):
     assert other is None and report["ranks"] == 2 and report["rounds"] == 2 and report["storage"] == "local"
     assert set(report["stall_seconds"]) == {"first", *SPREAD}
     spreads = [value for value in report.values() if isinstance(value, dict) and value.keys() >= SPREAD]
-    assert len(spreads) == 12
+    assert len(spreads) == 14
     assert all(0 < value["lowest"] <= value["median"] <= value["highest"] for value in spreads)
     assert report["stall_seconds"]["lowest"] > 0.3 and report["blocking_seconds"]["lowest"] > 0.3
     assert report["durable_seconds"]["lowest"] > 0.3

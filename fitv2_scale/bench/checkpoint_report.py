@@ -26,6 +26,7 @@ def to_text(report: dict[str, Any]) -> str:
             f"{r['megabytes_per_second']:.0f} MB/s, {r['share_of_plain']:.2f} of plain writers "
             f"({r['plain_megabytes_per_second']:.0f} MB/s)",
             f"load     {r['load_megabytes_per_second']:.0f} MB/s; onto another layout "
-            f"{r['load_other_layout_times_as_long']:.2f} times as long",
+            f"{r['load_other_layout_times_as_long']:.2f} times as long; again "
+            f"{r['cached_load_megabytes_per_second']:.0f} MB/s and {r['cached_load_other_layout_times_as_long']:.2f}",
         ]
     )
