@@ -180,7 +180,8 @@ def test_killed_while_it_writes(tiny):
 
 def test_a_stop_while_it_writes(tiny, tmp_path):
     """The save in flight is committed, then that of the last step: what is said to be saved is."""
-    config, told = tiny(train__steps=10**6, checkpoint__every_steps=3), tmp_path / "told"
+    changes = {"train__steps": 10**6, "checkpoint__every_steps": 10**6, "checkpoint__milestones": [3]}
+    config, told = tiny(**changes), tmp_path / "told"
     ranks = Ranks(2, train_writing, config, 3, str(told))
     reach(config, 4, attempt=1)
     ranks.terminate(1)
