@@ -291,9 +291,8 @@ def test_the_command_with_a_suite_and_with_few_steps(place, run, network, refere
     [
         (["RUN", "NETWORK", "REFERENCE", "--size", "100x100"], "size '100x100': give HEIGHTxWIDTH in pixels"),
         (["RUN", "NETWORK", "REFERENCE", "--size", "32x48", "--images", "12"], "12 images are too few for a"),
-        (["RUN", "NETWORK", "REFERENCE", "--size", "32x48", "--images", "40", "--classes", "0,9"],
-         f"class 9 is out of range: the model has classes 0 to {CLASSES - 1}"),
-        (["RUN", "NETWORK", "REFERENCE", "--size", "32x48", "--classes", "0,x"], "--classes 0,x: give numbers"),
+        (["RUN", "NETWORK", "REFERENCE", "--size", "32x48", "--classes", "0,9"],
+         f"--classes 0,9: give numbers from 0 to {CLASSES - 1}, as in 0,7,42"),
         (["RUN", "NETWORK", "REFERENCE", "--nfe", "5", "--solver", "heun"], "--nfe 5: give numbers .* even ones"),
         (["RUN", "NETWORK", "REFERENCE", "--nfe", "5", "--solver", "dopri5"], "--nfe needs a solver of fixed steps"),
         (["RUN", "NETWORK", "REFERENCE", "--suite", "none"], "there is no suite none: .*hr, in1k256, ood"),

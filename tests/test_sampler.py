@@ -274,17 +274,37 @@ def refused(*words: str) -> None:
     "words, sentence",
     [
         (["--size", "100x100"], "size '100x100': give HEIGHTxWIDTH in pixels, multiples of 16"),
-        (["--classes", "1,5"], "--classes 1,5: give numbers from 0 to 4"),
+        (["--classes", "1,5"], "--classes 1,5: give numbers from 0 to 4, as in 0,7,42"),
+        (["--classes", "0,x"], "--classes 0,x: give numbers from 0 to 4, as in 0,7,42"),
         (["--solver", "rk4"], "solver = 'rk4': Input should be 'euler', 'heun', 'dopri5' or 'sde'"),
         (["--rope", "ntk2"], "rope = 'ntk2': Input should be"),
         (["--npz", "x.npz"], "say how many with --images N"),
         (["--npz", "x.npz", "--images", "2", "--size", "16x16", "--size", "16x32"], "give one --size"),
+        (["--compare", "--images", "2"], "give one of the two"),
+        (["--images", "2", "--folder", "pyproject.toml/in"], "cannot make the folder pyproject.toml/in: Not a"),
         (["model.hidden=64"], "another network than the run's"),
     ],
 )
 def test_bad_input(trained, words, sentence):
     with pytest.raises(SystemExit, match=f"fitv2: .*{sentence}"):
         run_ranks(1, refused, trained, *words)
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--columns", "0"], "--columns: give a whole number, 1 or more, not 0"),
+        (["--images", "-3"], "--images: give a whole number, 1 or more, not -3"),
+        (["--seed", "-1"], "--seed: give a whole number, 0 or more, not -1"),
+        (["--out", "grid.jpg"], "--out: give a name that ends in .png, not grid.jpg"),
+        (["--out", "nowhere/grid.png"], "--out: there is no folder nowhere: make it, or choose another"),
+        (["--images", "2", "--npz", "nowhere/x.npz"], "--npz: there is no folder nowhere"),
+    ],
+)
+def test_what_no_call_could_do_is_refused_at_once(words, sentence, capsys):
+    with pytest.raises(SystemExit, match="^2$"):
+        main(["sample", "RUN", *words])
+    assert f"error: argument {sentence}" in capsys.readouterr().err
 
 
 def test_weights_files_that_cannot_become_pictures(trained, tmp_path):

@@ -15,7 +15,7 @@ from ranks import run_ranks
 from data_sharding import keyed
 from data_sharding.deal import Shape
 from data_sharding.errors import UserError
-from data_sharding.frames import FrameReader, read_frame
+from data_sharding.frames import read_frame
 from data_sharding.keyed import Purpose
 from data_sharding.manifest import Manifest
 from data_sharding.packing import lay_out
@@ -24,7 +24,8 @@ from fitv2_scale.batches import packing_to_torch
 from fitv2_scale.cli import main
 from fitv2_scale.data import Data
 from fitv2_scale.engines import make_engine
-from fitv2_scale.evaluate.validation import Validation, grid_of, held_out
+from fitv2_scale.evaluate.validation import grid_of, held_out
+from fitv2_scale.evaluation import validation_of
 from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.model.init import fill_initial
 from fitv2_scale.parallel.mesh import Layout
@@ -46,15 +47,7 @@ def measured(config) -> tuple[float, float, float]:
             for box in boxed.boxes:
                 box.tensor.add_(SHIFT if name.startswith("param/") else 2 * SHIFT)
         engine.loaded()
-        validation = Validation(
-            held_out(data.plan.manifests, config.validation, config.model.classes),
-            config.validation,
-            cost=data.cost,
-            shape=data.shapes[-1],
-            world=world,
-            layout=layout,
-            reader=FrameReader(),
-        )
+        validation = validation_of(config, data, world, layout)
         raw = validation.loss(engine.network)
         with engine.ema_weights():
             ema = validation.loss(engine.network)

@@ -5,7 +5,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from data_sharding.errors import UserError
-from fitv2_scale.commands.parsing import make, show
+from fitv2_scale.commands.parsing import class_numbers, make, new_file, show, whole
 
 if TYPE_CHECKING:  # torch is imported when there is something to do
     from fitv2_scale.evaluate.assess import Evaluated, Means
@@ -29,17 +29,23 @@ def add(commands: Any) -> None:
     evaluate.add_argument(
         "--reference", metavar="REF", help="an .npz as ADM's, a folder of HxW.npz, or pictures as WHAT"
     )
-    evaluate.add_argument("--reference-images", type=int, default=50_000, metavar="N", help="at most (default 50000)")
-    evaluate.add_argument("--save-statistics", metavar="FILE.npz", help="of the pictures, as a reference")
+    evaluate.add_argument(
+        "--reference-images", type=whole(1), default=50_000, metavar="N", help="at most (default 50000)"
+    )
+    evaluate.add_argument(
+        "--save-statistics", type=new_file(".npz"), metavar="FILE.npz", help="of the pictures, as a reference"
+    )
     evaluate.add_argument("--suite", metavar="NAME", help="in1k256, ood, hr, ablation, or a file like configs/suites/")
     evaluate.add_argument("--size", action="append", metavar="HxW", help="pixels, multiples of 16; may be repeated")
-    evaluate.add_argument("--images", type=int, metavar="N", help="made of each size (default 50000, or the suite's)")
+    evaluate.add_argument(
+        "--images", type=whole(1), metavar="N", help="made of each size (default 50000, or the suite's)"
+    )
     evaluate.add_argument("--nfe", metavar="5,10,…", help="a table and a plot of quality against evaluations")
     evaluate.add_argument("--classes", metavar="A,B,…", help="of the images (default: all)")
     evaluate.add_argument("--cfg", type=float, help="guidance; this and the next five as in `fitv2 sample`")
     for name in _SAMPLING[1:]:
         evaluate.add_argument(f"--{name.replace('_', '-')}", type=int if name == "steps" else str)
-    evaluate.add_argument("--seed", type=int, default=0, help="of classes and noise (default 0)")
+    evaluate.add_argument("--seed", type=whole(0), default=0, help="of classes and noise (default 0)")
     evaluate.add_argument("--config", metavar="FILE", help="the config of a weights file")
     evaluate.add_argument("--vae", default="", metavar="FOLDER", help="that decodes a dataset of sd-vae latents")
     evaluate.add_argument("--out", metavar="FOLDER", help="for the results (default: the run)")
@@ -104,7 +110,8 @@ def _cells(args: argparse.Namespace, weights: "Weights") -> "list[Cell]":
     wanted = [dict(cell) for cell in suite.cells] if suite else [{"size": size} for size in args.size or ["256x256"]]
     asked = {name: getattr(args, name) for name in _SAMPLING if getattr(args, name) is not None}
     images = args.images or (suite.images if suite else 50_000)
-    labels = _labels(args.classes) if args.classes else range(weights.classes)
+    classes = weights.config.model.classes
+    labels = class_numbers(args.classes, classes) if args.classes else range(weights.classes)
     cells = []
     for cell in wanted:
         size = cell.pop("size")
@@ -125,15 +132,9 @@ def _few_steps(nfe: str | None, solver: str | None) -> list[dict]:
     each = {"euler": 1, "sde": 1, "heun": 2}.get(solver or "euler")
     if each is None:
         raise UserError(f"--nfe needs a solver of fixed steps: euler, heun or sde, not {solver}")
-    if not all(count.isdigit() and int(count) >= each and int(count) % each == 0 for count in counts):
+    if not all(count.isdecimal() and int(count) >= each and int(count) % each == 0 for count in counts):
         raise UserError(f"--nfe {nfe}: give numbers as in 4,8,50" + (", even ones for heun" if each == 2 else ""))
     return [{"solver": solver or "euler", "steps": int(count) // each} for count in counts]
-
-
-def _labels(classes: str) -> list[int]:
-    if not all(label.isdigit() for label in classes.split(",")):
-        raise UserError(f"--classes {classes}: give numbers as in 0,1")
-    return [int(label) for label in classes.split(",")]
 
 
 def _report(args: argparse.Namespace, done: "Evaluated") -> None:

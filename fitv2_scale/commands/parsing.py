@@ -3,7 +3,10 @@
 import argparse
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from data_sharding.errors import UserError
 
 
 def make(commands: Any, name: str, run: Callable, text: str) -> argparse.ArgumentParser:
@@ -24,3 +27,35 @@ def run_argument(parser: argparse.ArgumentParser) -> None:
 
 def show(args: argparse.Namespace, report: Any, text: str) -> None:
     print(json.dumps(report, indent=2) if args.json else text)
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """The type of an argument that is a whole number, ``least`` or more and below 2^64."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not least <= int(text) < 1 << 64:
+            raise argparse.ArgumentTypeError(f"give a whole number, {least} or more, not {text}")
+        return int(text)
+
+    return parse
+
+
+def new_file(suffix: str) -> Callable[[str], str]:
+    """The type of an argument that is a file to write. What would fail in the end is refused at once."""
+
+    def parse(text: str) -> str:
+        if not text.endswith(suffix):
+            raise argparse.ArgumentTypeError(f"give a name that ends in {suffix}, not {text}")
+        if not (folder := Path(text).parent).is_dir():
+            raise argparse.ArgumentTypeError(f"there is no folder {folder}: make it, or choose another for {text}")
+        return text
+
+    return parse
+
+
+def class_numbers(text: str, classes: int) -> list[int]:
+    """What --classes asks for, as in "0,7,42". Raises UserError unless all are numbers of a model's ``classes``."""
+    numbers = text.split(",")
+    if not all(number.isdecimal() and int(number) < classes for number in numbers):
+        raise UserError(f"--classes {text}: give numbers from 0 to {classes - 1}, as in 0,7,42")
+    return [int(number) for number in numbers]

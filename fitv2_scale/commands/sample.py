@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_sharding.errors import UserError
-from fitv2_scale.commands.parsing import make, show
+from fitv2_scale.commands.parsing import class_numbers, make, new_file, show, whole
 
 if TYPE_CHECKING:  # torch is imported when there is something to do
     from fitv2_scale.evaluate.from_run import Weights
@@ -19,7 +19,9 @@ def add(commands: Any) -> None:
     sample.add_argument("--config", metavar="FILE", help="the config of a weights file")
     sample.add_argument("--size", action="append", metavar="HxW", help="pixels, multiples of 16; may be repeated")
     sample.add_argument("--classes", metavar="A,B,…", help="class numbers (default: spread evenly over all)")
-    sample.add_argument("--columns", type=int, default=8, help="classes shown where --classes is not given (default 8)")
+    sample.add_argument(
+        "--columns", type=whole(1), default=8, help="classes shown where --classes is not given (default 8)"
+    )
     sample.add_argument("--cfg", type=float, help="guidance scale; 1: none (default: the config's sampling.cfg, 1.5)")
     sample.add_argument("--guided-channels", metavar="all|three", help="three: as released (default all)")
     sample.add_argument("--solver", metavar="euler|heun|dopri5|sde", help="(default: the config's, euler)")
@@ -30,15 +32,24 @@ def add(commands: Any) -> None:
         help="positions of large images: none, pi, ntk, yarn, vision_ntk, vision_yarn (default: as published)",
     )
     sample.add_argument("--attention-scale", metavar="none|paper|released", help="(default: as published)")
-    sample.add_argument("--seed", type=int, default=0, help="of the noise, with each image's index (default 0)")
+    sample.add_argument("--seed", type=whole(0), default=0, help="of the noise, with each image's index (default 0)")
     sample.add_argument(
-        "--out", default="samples.png", metavar="FILE", help="the grid, a row a size and a column a class"
+        "--out",
+        type=new_file(".png"),
+        default="samples.png",
+        metavar="FILE.png",
+        help="the grid, a row a size and a column a class",
     )
     sample.add_argument("--compare", action="store_true", help="all ways of extrapolation at one --size, into --out")
-    sample.add_argument("--images", type=int, metavar="N", help="N single pictures of random classes, into --folder")
+    sample.add_argument(
+        "--images", type=whole(1), metavar="N", help="N single pictures of random classes, into --folder"
+    )
     sample.add_argument("--folder", metavar="DIR", help="of the single pictures; a killed call goes on there")
     sample.add_argument(
-        "--npz", metavar="FILE", help="the single pictures as ADM's evaluator reads them; needs --images"
+        "--npz",
+        type=new_file(".npz"),
+        metavar="FILE.npz",
+        help="the single pictures as ADM's evaluator reads them; needs --images",
     )
 
 
@@ -52,8 +63,8 @@ def sample_pictures(args: argparse.Namespace) -> int:
         raise UserError("--compare shows one size: give one --size")
     if args.npz and args.images is None:
         raise UserError("--npz writes single pictures: say how many with --images N")
-    if args.images is not None and args.images < 1:
-        raise UserError(f"--images {args.images}: give 1 or more")
+    if args.compare and args.images is not None:
+        raise UserError("--compare makes one picture of --size and --images single ones: give one of the two")
     with join() as world, opened(args.weights, world, args.config, args.overrides) as weights:
         sampling = _sampling(args, weights.config.sampling)
         report, text = make_them(args, weights, sampling, sizes)
@@ -104,7 +115,7 @@ def _compare(args: argparse.Namespace, weights: "Weights", sampling: "SamplingCo
 
     found = compare(weights, sampling, sizes[0], _labels(args, weights), args.seed)
     if weights.world.is_first:
-        plot(found, sizes[0], args.out)
+        _write(args.out, plot(found, sizes[0]))
     return {"file": args.out, "ways": [way.report() for way in found]}, f"{to_text(found)}\n{args.out}"
 
 
@@ -113,12 +124,7 @@ def _labels(args: argparse.Namespace, weights: "Weights") -> list[int]:
 
     if args.classes is None:
         return spread_labels(args.columns, weights.classes)
-    labels = args.classes.split(",")
-    if not all(label.isdigit() and int(label) < weights.config.model.classes for label in labels):
-        raise UserError(
-            f"--classes {args.classes}: give numbers from 0 to {weights.config.model.classes - 1}, as in 0,1"
-        )
-    return [int(label) for label in labels]
+    return class_numbers(args.classes, weights.config.model.classes)
 
 
 def _sampling(args: argparse.Namespace, config: "SamplingConfig") -> "SamplingConfig":

@@ -1,5 +1,6 @@
 """All ways of RoPE extrapolation at one size, from the same noise: as figures, and as pictures."""
 
+import io
 from dataclasses import dataclass
 
 import torch
@@ -94,8 +95,8 @@ def to_text(found: list[Way]) -> str:
     return "\n".join([*lines, "* what `fitv2 sample` takes at this size"])
 
 
-def plot(found: list[Way], size: str, file: str) -> None:
-    """A row of pictures a way, below the frequencies of each axis relative to plain RoPE."""
+def plot(found: list[Way], size: str) -> bytes:
+    """A PNG: a row of pictures a way, below the frequencies of each axis relative to plain RoPE."""
     from matplotlib.figure import Figure
 
     count, (width, height) = len(found[0].pictures), found[0].pictures[0].size
@@ -124,4 +125,6 @@ def plot(found: list[Way], size: str, file: str) -> None:
             axes.set_yticks([])
         label = way.name.replace(" + ", "\n+ ") + ("\n(default)" if way.is_default else "")
         row_of_axes[0].set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center")
-    figure.savefig(file, dpi=110)
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=110)
+    return out.getvalue()

@@ -105,7 +105,10 @@ def _missing(weights: Weights, requests: list[Request], sampling: SamplingConfig
     what = {str(r.index): [r.label, r.rows, r.columns] for r in requests}
     record = {"weights": weights.name, "seed": seed, "sampling": how}
     path = Path(folder) / _RECORD
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
     if path.exists():
         there = json.loads(path.read_text())
         shared = {index: there["images"][index] for index in there["images"].keys() & what.keys()}

@@ -53,7 +53,7 @@ class ModelConfig(BaseModel):
 def parse_size(size: str) -> tuple[int, int]:
     """'160x320' (height x width in pixels) as (rows, columns) in tokens. Raises UserError."""
     sides = size.split("x")
-    if len(sides) != 2 or not all(s.isdigit() for s in sides) or any(int(s) % PIXELS_PER_TOKEN for s in sides):
+    if len(sides) != 2 or not all(s.isdecimal() for s in sides) or any(int(s) % PIXELS_PER_TOKEN for s in sides):
         raise UserError(f"size '{size}': give HEIGHTxWIDTH in pixels, multiples of {PIXELS_PER_TOKEN}, as in 160x320")
     rows, columns = (int(s) // PIXELS_PER_TOKEN for s in sides)
     if not rows or not columns:
