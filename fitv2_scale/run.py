@@ -108,7 +108,7 @@ class Run:
         store = open_store(url)
         try:
             record = json.loads(store.read(_IDENTITY))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{store.url} is not a run (it has no {_IDENTITY}); check the path.") from None
         except ValueError as error:
             raise DataError(f"{store.path(_IDENTITY)} is damaged ({error}); restore it from a backup.") from error

@@ -1,12 +1,13 @@
 """The demo's images: crops of the colour photographs that scikit-image and scikit-learn carry in their packages.
 
-    python -m launchers.photographs DST [--crops 2000]
+    python -m launchers.photographs DST [--crops 2000] [--scale 1]
 
     DST/astronaut/astronaut-0000.jpg …   one folder, so one class, for each photograph
     DST/CREDITS.txt                      who made each photograph and under which licence; written last
 
 Each crop covers 55 to 100 % of its photograph, has an aspect ratio of its own and is shrunk to a size of its own, as
-photographs collected from many places would be. Everything is drawn by key: the same crops on every machine.
+photographs collected from many places would be. Everything is drawn by key: the same crops on every machine, and with
+another --scale the same ones, so many times as large, but never enlarged.
 """
 
 import argparse
@@ -69,7 +70,7 @@ PHOTOGRAPHS = (
 )  # fmt: skip
 
 
-def crop(photograph: Image.Image, draws: np.ndarray) -> Image.Image:
+def crop(photograph: Image.Image, draws: np.ndarray, scale: float = 1.0) -> Image.Image:
     """One crop, decided by five draws in [0, 1): area, aspect, place across, place down, size."""
     area, aspect, across, down, size = draws
     pixels = photograph.width * photograph.height * (0.55 + 0.45 * area)
@@ -77,13 +78,13 @@ def crop(photograph: Image.Image, draws: np.ndarray) -> Image.Image:
     width = min(photograph.width, round((pixels * ratio) ** 0.5))
     height = min(photograph.height, round((pixels / ratio) ** 0.5))
     left, top = round(across * (photograph.width - width)), round(down * (photograph.height - height))
-    mean_side = 104 * 2 ** (1.5 * size)  # 104 .. 294 pixels
-    scale = min(1, mean_side / (width * height) ** 0.5)
+    mean_side = scale * 104 * 2 ** (1.5 * size)  # 104 .. 294 pixels at scale 1
+    shrunk = min(1, mean_side / (width * height) ** 0.5)
     box = (left, top, left + width, top + height)
-    return photograph.resize((round(width * scale), round(height * scale)), Image.Resampling.LANCZOS, box=box)
+    return photograph.resize((round(width * shrunk), round(height * shrunk)), Image.Resampling.LANCZOS, box=box)
 
 
-def write_photographs(dst: Path, crops: int) -> None:
+def write_photographs(dst: Path, crops: int, scale: float = 1.0) -> None:
     """Writes ``crops`` crops in all, dealt evenly to the photographs, and their credits."""
     for i, photograph in enumerate(PHOTOGRAPHS):
         image = _open(photograph)
@@ -91,7 +92,7 @@ def write_photographs(dst: Path, crops: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for j in range(i, crops, len(PHOTOGRAPHS)):
             draws = uniform(0, Purpose.VIEW, 0, j, np.arange(5))
-            crop(image, draws).save(folder / f"{photograph.name}-{j // len(PHOTOGRAPHS):04d}.jpg", quality=95)
+            crop(image, draws, scale).save(folder / f"{photograph.name}-{j // len(PHOTOGRAPHS):04d}.jpg", quality=95)
     lines = [f"{p.name}: {p.credit} Ships with {p.package} as {p.file}.\n" for p in PHOTOGRAPHS]
     (dst / "CREDITS.txt").write_text("The photographs, cropped and resized:\n\n" + "\n".join(lines), encoding="utf-8")
 
@@ -108,9 +109,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("dst", type=Path, metavar="DST")
     parser.add_argument("--crops", type=int, default=2000)
+    parser.add_argument("--scale", type=float, default=1.0)
     args = parser.parse_args(argv)
     try:
-        write_photographs(args.dst, args.crops)
+        write_photographs(args.dst, args.crops, args.scale)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

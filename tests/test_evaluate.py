@@ -279,9 +279,10 @@ def test_the_command_with_a_suite_and_with_few_steps(place, run, network, refere
     table = (tmp_path / "out/evaluations/2/small.md").read_text()
     assert "| Other" in table and "| 5M" in table and f"{second['fid']:.2f}" in table.split("## 48x32")[1]
 
-    few = ["--size", "32x48", "--images", "30", "--nfe", "2,6", "--solver", "heun", "--reference", reference]
-    assert main([*common, *few]) == 0
+    few = ["--size", "32x48", "--size", "48x32", "--images", "30", "--nfe", "2,6", "--solver", "heun"]
+    assert main([*common, *few, "--reference", reference]) == 0
     text = capfd.readouterr().out
+    assert text.count("is of pictures of") == text.count(f"{reference} is of pictures of 32x48, ours are 48x32") == 1
     assert "NFE 2" in text and "NFE 6" in text and "nfe.png: FID against NFE" in text
     assert Image.open(tmp_path / "out/evaluations/2/nfe.png").size > (300, 200)
 
@@ -292,13 +293,15 @@ def test_the_command_with_a_suite_and_with_few_steps(place, run, network, refere
         (["RUN", "NETWORK", "REFERENCE", "--size", "100x100"], "size '100x100': give HEIGHTxWIDTH in pixels"),
         (["RUN", "NETWORK", "REFERENCE", "--size", "32x48", "--images", "12"], "12 images are too few for a"),
         (["RUN", "NETWORK", "REFERENCE", "--size", "32x48", "--classes", "0,9"],
-         f"--classes 0,9: give numbers from 0 to {CLASSES - 1}, as in 0,7,42"),
+         f"--classes 0,9: give numbers from 0 to {CLASSES - 1}, commas between them"),
         (["RUN", "NETWORK", "REFERENCE", "--nfe", "5", "--solver", "heun"], "--nfe 5: give numbers .* even ones"),
         (["RUN", "NETWORK", "REFERENCE", "--nfe", "5", "--solver", "dopri5"], "--nfe needs a solver of fixed steps"),
         (["RUN", "NETWORK", "REFERENCE", "--suite", "none"], "there is no suite none: .*hr, in1k256, ood"),
         (["RUN", "NETWORK", "REFERENCE", "--suite", "hr", "--size", "32x48"], "leave --size out"),
         (["RUN", "NETWORK", "--size", "32x48"], "give what to compare with as --reference"),
         (["RUN", "REFERENCE", "--size", "32x48"], "give the network .* as --network"),
+        (["RUN", "NETWORK", "REFERENCE", "--suite", "configs/demo.yaml"], "demo.yaml is no suite: it has no cells"),
+        (["/no/run@7", "NETWORK", "REFERENCE", "--size", "32x48"], "/no/run is not a run"),
         (["RUN@7", "NETWORK", "REFERENCE", "--size", "32x48"], "has no commit at step 7"),
         (["RUN", "NETWORK", "--reference", "/no/ref.npz", "--size", "32x48"], "cannot read the reference /no/ref.npz"),
         (["RUN", "NETWORK", "--reference", "SMALL", "--size", "32x48"], "the network gives 12 features and .* is of 5"),

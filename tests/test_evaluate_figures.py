@@ -143,6 +143,7 @@ REFERENCE = Gaussian.of(GOOD)
         (lambda: precision_recall(GOOD * np.inf, GOOD), "made features: row 0 holds NaN or infinity"),
         (lambda: Gaussian(GOOD[0], GOOD[:6]).check("f.npz"), "f.npz: its covariance is not symmetric"),
         (lambda: Gaussian(GOOD[0], GOOD[:5]).check("f.npz"), "no covariance of"),
+        (lambda: Gaussian(GOOD[0] * np.nan, np.eye(6)).check("f.npz"), "f.npz: its statistics hold NaN or infinity"),
         (lambda: features_file(pool=GOOD, spatial=GOOD[:5]), "spatial has 5 rows and pool 40"),
         (lambda: features_file(pool=GOOD.astype(int)), "file.npz: pool is int64"),
         (lambda: read_npz(b"PK\x03\x04 nothing"), "no whole .npz of plain arrays"),

@@ -274,8 +274,8 @@ def refused(*words: str) -> None:
     "words, sentence",
     [
         (["--size", "100x100"], "size '100x100': give HEIGHTxWIDTH in pixels, multiples of 16"),
-        (["--classes", "1,5"], "--classes 1,5: give numbers from 0 to 4, as in 0,7,42"),
-        (["--classes", "0,x"], "--classes 0,x: give numbers from 0 to 4, as in 0,7,42"),
+        (["--classes", "1,5"], "--classes 1,5: give numbers from 0 to 4, commas between them"),
+        (["--classes", "0,x"], "--classes 0,x: give numbers from 0 to 4, commas between them"),
         (["--solver", "rk4"], "solver = 'rk4': Input should be 'euler', 'heun', 'dopri5' or 'sde'"),
         (["--rope", "ntk2"], "rope = 'ntk2': Input should be"),
         (["--npz", "x.npz"], "say how many with --images N"),
@@ -288,6 +288,11 @@ def refused(*words: str) -> None:
 def test_bad_input(trained, words, sentence):
     with pytest.raises(SystemExit, match=f"fitv2: .*{sentence}"):
         run_ranks(1, refused, trained, *words)
+
+
+def test_a_file_is_no_run():
+    with pytest.raises(SystemExit, match="pyproject.toml is not a run"):
+        run_ranks(1, refused, "pyproject.toml")
 
 
 @pytest.mark.parametrize(

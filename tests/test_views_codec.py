@@ -283,6 +283,11 @@ def test_the_demos_crops_are_the_same_every_time_and_of_natural_lengths(tmp_path
     assert 0.25 < crop.mean() < 0.75 and len(set(sizes)) > 200 and len(set(resize.tolist())) > 15
     aspects = np.array([w / h for w, h in sizes])
     assert (aspects < 1).mean() > 0.1 and (aspects > 1.4).mean() > 0.1
+    draws = np.array([0.5, 0.5, 0.1, 0.9, 0.0])
+    whole = photographs._open(photographs.PHOTOGRAPHS[0])
+    small, large = (photographs.crop(whole, draws, scale) for scale in (1, 2))
+    assert large.size == pytest.approx(2 * np.array(small.size), abs=1)
+    assert np.abs(np.asarray(large.resize(small.size, Image.Resampling.BOX), int) - np.asarray(small)).mean() < 8
     credits = (tmp_path / "a/CREDITS.txt").read_text()
     assert all(f"{p.name}: {p.credit}" in credits for p in photographs.PHOTOGRAPHS)
 

@@ -179,8 +179,8 @@ def _check(file: str, tensors: dict[str, Stored], expected: dict[str, tuple[int,
     if missing or left_over:
         raise WrongWeights(
             f"{file} is not this network: {len(missing)} tensors are missing ({_some(missing)}) and "
-            f"{len(left_over)} are left over ({_some(left_over)}); --json lists them all: choose the config of these "
-            "weights",
+            f"{len(left_over)} are left over ({_some(left_over)}): choose the config of these weights; "
+            "`fitv2 checkpoint import … --json` lists them all",
             missing,
             left_over,
         )

@@ -144,7 +144,8 @@ def _report(args: argparse.Namespace, done: "Evaluated") -> None:
 
     suite = load_suite(args.suite) if args.suite else None
     table = suite_table(suite, done.results) if suite else results_table(done.results)
-    lines = [table, "", f"{done.store.path(f'{FOLDER}/{done.step}.json')}: all that was measured of these weights"]
+    where = done.store.path(f"{FOLDER}/{done.step}.json")
+    lines = [table, "", *_other_sizes(done.results), f"{where}: all that was measured of these weights"]
     if suite:
         done.store.put(f"{FOLDER}/{done.step}/{suite.name}.md", f"{table}\n".encode())
     if args.nfe:
@@ -156,3 +157,13 @@ def _report(args: argparse.Namespace, done: "Evaluated") -> None:
 
         lines.append(publish(done.run, done.results))
     show(args, done.results, "\n".join(lines))
+
+
+def _other_sizes(results: list[dict[str, Any]]) -> list[str]:
+    """A line for each reference that is of pictures of another size: nobody forbids it, but it should be known."""
+    sizes = {(r["reference"]["source"], r["reference"]["size"], r["size"]) for r in results}
+    return [
+        f"{where} is of pictures of {its}, ours are {ours}"
+        for where, its, ours in sorted(sizes)
+        if its not in (None, ours)
+    ]

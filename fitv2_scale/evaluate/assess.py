@@ -80,7 +80,9 @@ def is_network(source: str) -> bool:
     if source.endswith(".npz"):
         return False
     url, at, step = source.rpartition("@")
-    return is_weights(source) or exists(f"{(url if at and step.isdigit() else source).rstrip('/')}/run.json")
+    if at and step.isdecimal() and not exists(source):
+        return True  # and if there is none at url, that is what is to be said
+    return is_weights(source) or exists(f"{source.rstrip('/')}/run.json")
 
 
 def evaluate_weights(

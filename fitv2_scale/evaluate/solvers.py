@@ -2,6 +2,13 @@
 
 State is packed, x (N, C), the tokens of I images end to end. Each solver keeps nothing but the last state, and says how
 often it asked for the velocity at each image (NFE; with guidance an evaluation is two passes through the network).
+
+dopri5 is torchode's, although that brings torchtyping, which is no longer developed, and with it typeguard < 3: of the
+libraries that are looked after, it alone gives each image of a batch its own error norm and steps. torchdiffeq takes
+one step for the whole batch, and scipy's RK45 solves for one state, so that either would call the network for each
+image alone: 846 times for 18 samples of the demo, by scipy, where torchode calls it 68 times for one pack. (An image
+that is done is evaluated along with the rest: on a CPU, where a call costs what it computes, the pack took 25 s and
+scipy 17.)
 """
 
 from collections.abc import Callable

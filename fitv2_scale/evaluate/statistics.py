@@ -47,8 +47,8 @@ class Gaussian:
         size = self.mean.shape[0] if self.mean.ndim == 1 else -1
         if self.covariance.shape != (size, size):
             raise UserError(f"{name}: a mean of shape {self.mean.shape} has no covariance of {self.covariance.shape}")
-        check_finite(self.mean[None], f"{name} mean")
-        check_finite(self.covariance, f"{name} covariance")
+        if not (np.isfinite(self.mean).all() and np.isfinite(self.covariance).all()):
+            raise UserError(f"{name}: its statistics hold NaN or infinity: get the file again, or make it anew")
         if not np.allclose(self.covariance, self.covariance.T, rtol=1e-5, atol=1e-6 * abs(self.covariance).max()):
             raise UserError(f"{name}: its covariance is not symmetric: get the file again")
 

@@ -77,7 +77,9 @@ def load_suite(name: str) -> Suite:
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except KeyError as error:
+        raise UserError(f"{name} is no suite: it has no {error.args[0]}; configs/suites/ has examples") from None
+    except (yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{name} is no suite: {' '.join(str(error).split())}") from error
 
 

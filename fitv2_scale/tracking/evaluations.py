@@ -31,7 +31,10 @@ def publish(run: Run, results: list[dict[str, Any]]) -> str:
     try:
         refused = known_run(resolve_uri(run.url, uri), at).metrics(rows)
     except ServerError as error:
-        return f"MLflow does not take the figures ({error}); the same call again sends them, and makes nothing anew"
+        return (
+            f"MLflow does not take the figures ({error}): `fitv2 track sync {run.url}`, then the same call again sends "
+            "them, and makes nothing anew"
+        )
     return f"MLflow: {len(rows)} figures in run {at}" + "".join(f"; refused {why}" for why in refused)
 
 
