@@ -9,12 +9,10 @@ import platform
 import secrets
 import shutil
 import socket
-import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +23,7 @@ from data_sharding.frames import FrameReader
 from data_sharding.manifest import Manifest
 from data_sharding.patience import Patience
 from data_sharding.presets import is_preset
+from fitv2_scale.compiling import check_compiler, check_deepspeed
 from fitv2_scale.config import Config
 from fitv2_scale.parallel.world import World, join
 from fitv2_scale.provenance import installed
@@ -79,7 +78,9 @@ def _checks(config: Config | None, world: World) -> Iterator[tuple[str, Callable
     yield "packages", lambda: ", ".join(f"{name} {version}" for name, version in installed().items() if version)
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     yield "GPU", lambda: _gpu(local_rank)
-    yield "compiler", _compiler
+    yield "compiler", lambda: check_compiler(config.layout if config else None)
+    if config and config.layout.engine == "zero3":
+        yield "DeepSpeed", check_deepspeed
     yield "temporary folder", _temporary
     if config and config.run:
         yield "run folder", lambda: _run_folder(config.run, world)
@@ -117,18 +118,6 @@ def _gpu(index: int) -> str:
     if len(names) > 1:
         raise UserError(f"this node has GPUs of several types: {', '.join(sorted(names))}")
     return f"{torch.cuda.device_count()} x {names.pop()}, {free / 2**30:.0f} GiB free on GPU {index}"
-
-
-def _compiler() -> str:
-    """Triton compiles a C file against Python's headers when torch.compile first runs."""
-    if not torch.cuda.is_available():
-        return "not needed"
-    compiler = os.environ.get("CC") or next(filter(shutil.which, ("gcc", "cc", "clang")), None)
-    if compiler is None:
-        raise UserError("there is no C compiler, which torch.compile needs: install gcc, or set layout.compile=false")
-    if not Path(sysconfig.get_path("include"), "Python.h").exists():
-        raise UserError("Python.h is missing, which torch.compile needs: install python3-dev, or layout.compile=false")
-    return compiler
 
 
 def _temporary() -> str:

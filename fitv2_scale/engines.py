@@ -9,7 +9,6 @@ from fitv2_scale.parallel.world import World
 
 def make_engine(config: Config, layout: Layout, world: World) -> Engine:
     """A freshly initialised engine; every rank of ``world`` calls this together."""
-    on_cuda = world.device.type == "cuda"
     return _engine_class(config.layout.engine)(
         config.model,
         config.optimizer,
@@ -18,7 +17,7 @@ def make_engine(config: Config, layout: Layout, world: World) -> Engine:
         seed=config.seed,
         groups=layout.groups(world.device.type),
         precision=config.layout.precision,
-        compile_blocks=on_cuda if config.layout.compile == "auto" else config.layout.compile,
+        compile_blocks=config.layout.compiles(world.device.type == "cuda"),
         checkpointing=config.layout.checkpointing,
     )
 

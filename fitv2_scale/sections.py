@@ -91,6 +91,9 @@ class LayoutConfig(Section):
     max_tokens: int = Field(16384, ge=64, description="most tokens in a pack; the planner picks the capacity below it")
     compile: bool | Literal["auto"] = Field("auto", description="torch.compile each block; auto: on CUDA only")
 
+    def compiles(self, on_cuda: bool) -> bool:
+        return on_cuda if self.compile == "auto" else self.compile
+
     def over(self, ranks: int, nodes: int = 1) -> Layout:
         """The layout of ``ranks`` processes on ``nodes`` nodes. Raises UserError if they do not divide."""
         return Layout.of(ranks, self.replicate, self.tensor, nodes if self.engine == "fsdp" else 1)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -9,9 +10,12 @@ import pytest
 import yaml
 from ranks import run_ranks
 
+from data_sharding.errors import UserError
 from fitv2_scale import doctor
 from fitv2_scale.cli import main
+from fitv2_scale.compiling import check_compiler
 from fitv2_scale.doctor import examine
+from fitv2_scale.sections import LayoutConfig
 
 
 def as_rank(change: str, config) -> tuple[list[str], list[str], bool]:
@@ -60,3 +64,36 @@ def test_a_machine_by_itself(tiny, capsys, tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "run")
     assert main(["doctor", str(file), "data.url=/no/such/set"]) == 2
     assert capsys.readouterr().err == "fitv2: not fit for training: data\n"
+
+
+@pytest.mark.parametrize(
+    "compiler,said",
+    [
+        ("echo 'no space left' >&2; exit 1", "fails (no space left), which torch.compile needs: mend it, or set"),
+        ('for made; do :; done; echo junk >"$made"', "cannot be loaded ("),
+    ],
+)
+def test_a_compiler_is_tried(compiler, said, tmp_path, monkeypatch):
+    """One that works, one that does not; none; and a folder for what it makes that is none."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    compiled = LayoutConfig(compile=True)
+    assert check_compiler(LayoutConfig(compile=False)) == "not needed: nothing is compiled"
+    assert "still empty" in check_compiler(compiled) and not any((tmp_path / "cache").glob("doctor-*"))
+    bad = tmp_path / "c++"
+    bad.write_text(f"#!/bin/sh\n{compiler}\n")
+    bad.chmod(0o755)
+    monkeypatch.setenv("CXX", str(bad))
+    with pytest.raises(UserError, match=re.escape(said)):
+        check_compiler(compiled)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(bad / "cache"))
+    with pytest.raises(UserError, match="torch.compile cannot write its cache"):
+        check_compiler(compiled)
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="there is no g[+][+], which torch.compile needs"):
+        check_compiler(compiled)
+
+
+def test_deepspeed_is_looked_at_where_it_is_used(tiny):
+    ((looked_at, faults, _),) = run_ranks(1, as_rank, "", tiny(layout__engine="zero3"))
+    assert looked_at[:4] == ["packages", "GPU", "compiler", "DeepSpeed"] and faults == []

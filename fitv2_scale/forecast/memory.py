@@ -16,7 +16,7 @@ def plan_state(config: Config, layout: Layout) -> StateBytes:
 
 def plan_compute(config: Config, packs: float, tokens: int, on_cuda: bool) -> Compute:
     """How a rank will compute ``packs`` a step, on average, of at most ``tokens``."""
-    compiled = on_cuda if config.layout.compile == "auto" else config.layout.compile
+    compiled = config.layout.compiles(on_cuda)
     return Compute(config.layout.checkpointing, compiled, config.layout.precision, math.ceil(packs), tokens)
 
 
