@@ -1,5 +1,6 @@
 """The life of a chain of jobs on a real Slurm: real slurmctld and slurmd's, real checkpoints, a tiny model."""
 
+import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -9,7 +10,10 @@ from chains import attempts, audited, end_of, queue, reach, running, story, wait
 from conftest import IMAGES
 from lineage import losses, trained
 from ranks import run_ranks
+from services.mlflow_server import MlflowServer
 
+from fitv2_scale.model.config import ModelConfig
+from fitv2_scale.model.counts import parameter_count
 from fitv2_scale.run import Run
 from fitv2_scale.train import DONE, train
 from launchers.control import jobs
@@ -148,20 +152,40 @@ def test_another_command_as_a_job(slurm, fitv2, dataset, job_config, tmp_path, m
     assert output.read_text().count("all is well") == 2
 
 
-def test_a_sweep_is_a_chain_for_each_combination(slurm, fitv2, job_config, tmp_path):
-    """Three sizes are three runs of one MLflow experiment, tagged and with their parameters."""
+@pytest.fixture
+def mlflow(tmp_path):
+    server = MlflowServer(tmp_path)
+    server.start()
+    yield server
+    server.stop()
+
+
+def test_a_sweep_is_a_chain_for_each_combination(slurm, fitv2, job_config, mlflow, tmp_path):
+    """Three sizes are three runs of one experiment on an MLflow server, tagged and with their parameters, and
+    `fitv2 curves` reads them there."""
     from mlflow import MlflowClient
 
-    folder, uri = tmp_path / "sweep", f"sqlite:///{tmp_path}/mlflow.db"
-    options = {"train__steps": 3, "tracking__uri": uri, "tracking__experiment": "sizes"}
+    folder = tmp_path / "sweep"
+    options = {"train__steps": 3, "tracking__uri": mlflow.uri, "tracking__experiment": "sizes"}
+    mlflow.wait()
     fitv2("submit", job_config(**options), f"run={folder}", "--sweep", "model.depth=1,2,3")
     wait_for_the_end(slurm)
     assert {p.name for p in folder.iterdir() if p.is_dir()} == {"depth-1", "depth-2", "depth-3"}
     runs = [Run.open(str(folder / f"depth-{depth}")) for depth in (1, 2, 3)]
     assert [attempts(run.url) for run in runs] == [[(1, 0)]] * 3, story(runs[0].url)
-    client = MlflowClient(uri)
+    client = MlflowClient(mlflow.uri)
     experiment = client.get_experiment_by_name("sizes").experiment_id
     found = client.search_runs([experiment], "tags.`fitv2.run_id` != ''")  # not the attempts, which are their children
-    assert {r.data.tags["fitv2.science_hash"] for r in found} == {run.science_hash for run in runs}
+    sizes = [parameter_count(ModelConfig(**run.config["model"])) for run in runs]
+    tags = ("run_id", "science_hash", "family", "parameters")
+    assert {tuple(r.data.tags[f"fitv2.{tag}"] for tag in tags) for r in found} == {
+        (run.id, run.science_hash, f"{depth}x32", str(size))
+        for depth, run, size in zip((1, 2, 3), runs, sizes, strict=True)
+    }
     assert sorted(r.data.params["model.depth"] for r in found) == ["1", "2", "3"]
     assert all(r.info.status == "FINISHED" and r.data.metrics["loss"] > 0 for r in found)
+
+    words = ["--experiment", "sizes", "--uri", mlflow.uri, "--out", str(tmp_path / "curves"), "--json"]
+    read = json.loads(fitv2("curves", *words))["runs"]
+    expected = {(run.id, size, 3, 36) for run, size in zip(runs, sizes, strict=True)}
+    assert {(r["name"], r["parameters"], r["steps"], r["images"]) for r in read} == expected
