@@ -47,10 +47,11 @@ class StopSignal:
             yield self  # only the main thread may set handlers; nobody can send us a signal to note
             return
         before = {s: signal.signal(s, self._note) for s in _SIGNALS}
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # a launcher holds them back until they can be noted
+        held = signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # by a launcher, until they can be noted
         try:
             yield self
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)  # a repeated one is not to kill a rank that is leaving
             for s, handler in before.items():
                 signal.signal(s, handler)
 

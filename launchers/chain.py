@@ -1,7 +1,8 @@
 """What a job of a chain does before and after training. Run by the batch script, on the first node of the job.
 
     python -m launchers.chain before HOME        prints "train" or "drain"
-    python -m launchers.chain after HOME CODE    exits with what became of it; CODE is srun's
+    python -m launchers.chain after HOME CODE    exits with what became of it; CODE is srun's, or the signal (USR1,
+                                                 TERM) that came before srun was started
 
 It trains nothing and claims nothing. The successor is queued before training, so that it is there when this node dies;
 singleton dependency keeps it waiting until this job is gone. Afterwards it is kept or cancelled, as the records say.
@@ -96,7 +97,7 @@ def before(home: str) -> str:
     return "train"
 
 
-def after(home: str, srun_code: int) -> int:
+def after(home: str, ended: str) -> int:
     """Records how the job ended, and keeps the successor or cancels it. Returns the job's exit code."""
     chain = Chain.load(home)
     run, this = Run.open(chain.run), This.of(os.environ)
@@ -105,9 +106,12 @@ def after(home: str, srun_code: int) -> int:
     if start is None or (start["job"], start["restart"]) != (this.job, this.restart):
         _say("a newer job has taken over")  # this node was believed dead
         return RETRY
-    said = (Path(home) / f"srun-{this.job}.log").read_text()
-    code, reason, clean = outcome_of(run, start["attempt"], srun_code)
-    blamed = hung_nodes(run, start["attempt"]) or ([] if clean else culprits(said, this.nodes))
+    if ended.isdigit():
+        code, reason, clean = outcome_of(run, start["attempt"], int(ended))
+    else:
+        code, reason, clean = RETRY, f"SIG{ended} came before its ranks were started", True
+    srun_log = Path(home) / f"srun-{this.job}.log"
+    blamed = hung_nodes(run, start["attempt"]) or ([] if clean else culprits(srun_log.read_text(), this.nodes))
     history.add("END", job=this.job, restart=this.restart, code=code, reason=reason, blamed=blamed)
     _say(f"ended with {code}: {reason}" + (f"; {', '.join(blamed)} will be avoided" if blamed else ""))
     outcome = chain.judge(run, history)
@@ -169,13 +173,19 @@ def _keep_successor(chain: Chain, history: History, this: This, told: int, anew:
         if kept:
             slurm.set_pending(kept[0].id, nodes, nodes * newest.tasks_per_node, avoid)
         else:
-            options = [f"--nodes={nodes}", f"--signal=USR1@{told}"]
+            options = [f"--nodes={nodes}", *_signal_option(script, told)]
             options += [f"--exclude={','.join(avoid)}"] if avoid else []
             successor = slurm.sbatch(script, *options)
             _say(f"job {successor} is queued to go on, with {nodes} nodes")
         slurm.do_not_requeue(this.job)  # else both would come back when a node dies
     except slurm.SlurmError as error:
         _say(f"no successor: {error}")
+
+
+def _signal_option(script: str, told: int) -> list[str]:
+    """What is signalled in which way, the script says; when, is known better now."""
+    found = re.search(r"^#SBATCH --signal=(\S+)@\d+$", Path(script).read_text(), re.MULTILINE)
+    return [f"--signal={found[1]}@{told}"] if found else []
 
 
 def node_count(usable: int, least: int, most: int) -> int:
@@ -206,7 +216,7 @@ def main() -> int:
         if sys.argv[1] == "before":
             print(before(sys.argv[2]))
             return 0
-        return after(sys.argv[2], int(sys.argv[3]))
+        return after(sys.argv[2], sys.argv[3])
     except UserError as error:
         _say(str(error))
     except Exception:

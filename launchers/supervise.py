@@ -60,6 +60,9 @@ class _Signals:
 
     def _note(self, number: int, frame: object) -> None:
         self.last = number
+        self.tell(number)
+
+    def tell(self, number: int) -> None:
         for rank in self.ranks:
             rank.send_signal(number)
 
@@ -92,6 +95,8 @@ def _attempt(command: Sequence[str], processes: int, signals: _Signals) -> int:
             }
             # A session of its own: Ctrl-C is forwarded, once, and not also sent by the terminal.
             signals.ranks.append(subprocess.Popen(command, env=os.environ | environment, start_new_session=True))
+        if signals.last is not None:  # it came when there were no ranks to tell
+            signals.tell(signals.last)
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
     try:

@@ -141,6 +141,20 @@ def test_crash_loops_end_after_three_jobs(slurm, fitv2, job_config, tmp_path):
     assert attempts(early) == [(1, 0)], story(early)
 
 
+def test_a_signal_before_there_are_ranks_costs_one_job(slurm, fitv2, job_config, tmp_path):
+    """USR1 reaches the first batch script before it has done anything, TERM the second."""
+    tell = "for s in USR1 TERM; do [ -e $home/$s ] || { touch $home/$s; kill -s $s $$; break; }; done"
+    fitv2("submit", job_config(slurm__setup=[tell]))
+    wait_for_the_end(slurm)
+    run = str(tmp_path / "run")
+    assert [(job["code"], job["reason"], job["blamed"]) for job in jobs(Run.open(run))] == [
+        (75, "SIGUSR1 came before its ranks were started", []),
+        (75, "SIGTERM came before its ranks were started", []),
+        (0, "all 6 steps are done", []),
+    ], story(run)
+    assert attempts(run) == [(1, 0)], story(run)
+
+
 def test_a_node_that_is_not_fit_is_avoided(slurm, fitv2, job_config, tmp_path):
     """Its rank is found unfit when the job examines its nodes; the others are well and are not blamed."""
     fitv2("submit", job_config(slurm__doctor=True), "--nodes", "2", wrap("unfit:node1"))

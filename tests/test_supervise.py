@@ -18,7 +18,7 @@ from storm import check_storm
 from fitv2_scale.run import Run
 from fitv2_scale.run_status import status
 from fitv2_scale.train import DONE, train
-from launchers.supervise import supervise
+from launchers.supervise import _attempt, _Signals, supervise
 
 
 @pytest.fixture
@@ -114,6 +114,13 @@ def test_three_attempts_without_a_commit_are_enough(tiny, tmp_path, capfd):
     assert events.read_text().startswith(f"no-progress|{config.run}|3 jobs in a row ended without a new commit")
     assert counter.read_text() == "xxx"
     assert "3 jobs in a row ended without a new commit" in capfd.readouterr().err
+
+
+def test_a_signal_before_there_are_ranks_is_passed_on():
+    signals = _Signals()
+    signals.last = signal.SIGTERM
+    waits = "import signal; raise SystemExit(7 * (signal.sigwait({signal.SIGTERM, signal.SIGUSR1}) == signal.SIGTERM))"
+    assert _attempt([sys.executable, "-c", waits], 2, signals) == 7
 
 
 def test_bad_input_is_not_tried_again(tiny, capfd):
