@@ -35,7 +35,7 @@ def add(commands: Any) -> None:
     evaluate.add_argument(
         "--save-statistics", type=new_file(".npz"), metavar="FILE.npz", help="of the pictures, as a reference"
     )
-    evaluate.add_argument("--suite", metavar="NAME", help="in1k256, ood, hr, ablation, or a file like configs/suites/")
+    evaluate.add_argument("--suite", metavar="NAME", help="in1k256, ood, hr, ablation, or a .yaml file")
     evaluate.add_argument("--size", action="append", metavar="HxW", help="pixels, multiples of 16; may be repeated")
     evaluate.add_argument(
         "--images", type=whole(1), metavar="N", help="made of each size (default 50000, or the suite's)"

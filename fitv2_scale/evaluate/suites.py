@@ -1,4 +1,5 @@
-"""Suites: the published tables as files, and our figures beside theirs. They lie in configs/suites/.
+"""Suites: the published tables as files, and our figures beside theirs. They lie in published/, a part of this
+package: a job that runs a copy of the code has them, wherever it runs.
 
 title: ImageNet at 256 x 256 and at other aspects of the same area (Tab. IV)
 images: 50000
@@ -15,11 +16,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-import fitv2_scale
 from data_sharding.errors import UserError
 from fitv2_scale.evaluate.results import FIGURES
 
-_FOLDER = "configs/suites"
+_FOLDER = Path(__file__).with_name("published")
 _HEADS = {"fid": "FID", "sfid": "sFID", "is": "IS", "precision": "Prec.", "recall": "Rec."}
 
 
@@ -48,17 +48,12 @@ class Suite(BaseModel):
 
 
 def load_suite(name: str) -> Suite:
-    """Of a file, or of the name of one in configs/suites, here or beside the code. Raises UserError."""
+    """Of a file, or of the name of one in published/. Raises UserError."""
     if not name.endswith((".yaml", ".yml")):
-        folders = [Path(_FOLDER), Path(fitv2_scale.__path__[0]).parent / _FOLDER]
-        files = [folder / f"{name}.yaml" for folder in folders]
-        found = next((file for file in files if file.exists()), None)
-        if found is None:
-            known = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
-            raise UserError(
-                f"there is no suite {name}: give the path of a file, or one of {', '.join(known) or 'none'}"
-            )
-        name = str(found)
+        known = {file.stem: file for file in sorted(_FOLDER.glob("*.yaml"))}
+        if name not in known:
+            raise UserError(f"there is no suite {name}: give the path of a .yaml file, or one of {', '.join(known)}")
+        name = str(known[name])
     try:
         tree = yaml.safe_load(Path(name).read_text())
         common, rows = tree.pop("sampling", {}), tree.get("published", [])
