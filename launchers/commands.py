@@ -63,6 +63,10 @@ def _submit(args: argparse.Namespace, show: Print) -> int:
             s.script if args.dry_run else queued + (f"; `fitv2 status {s.run}` tells how it goes" if s.run else "")
         )
     show(args, [asdict(s) for s in done], "\n".join(lines))
+    for s in done:
+        if s.advice:  # not among what is printed: that may be a script
+            source = "by published figures of H100s; `fitv2 plan` names them, and takes yours"
+            print(f"fitv2: {s.name}: {s.advice} ({source})", file=sys.stderr)
     return 0
 
 

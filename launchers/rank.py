@@ -6,7 +6,6 @@ Slurm's variables become torchrun's. Under ``train``, the signals that ask to sa
 one that comes while torch is being imported is delivered when the trainer can note it, not lost and not fatal.
 """
 
-import json
 import os
 import signal
 import sys
@@ -16,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launchers.hostlist import counts, expand
+from launchers.private import of_environment
 
 if TYPE_CHECKING:
     from fitv2_scale.config import Config
 
-PRIVATE = "FITV2_PRIVATE"  # config overrides that are secret, as JSON; a command line shows them to everybody
 HELD = (signal.SIGTERM, signal.SIGUSR1)
 _STRIDE = 16  # ports of a job: one for each time that it is requeued, and as many for examinations
 _EXAMINATION = _STRIDE // 2
@@ -28,7 +27,7 @@ _PORTS = range(10_000, 30_000)  # below those that the system gives to whoever a
 
 
 def main() -> int:
-    arguments, private = sys.argv[1:], json.loads(os.environ.get(PRIVATE, "[]"))
+    arguments, private = sys.argv[1:], of_environment(os.environ)
     if arguments[0] == "train":
         signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
         arguments += private

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -26,9 +26,12 @@ from launchers import slurm
 from launchers.chain import Chain, node_count
 from launchers.control import job_name
 from launchers.history import LEAST_SIGNAL, History, signal_seconds
-from launchers.rank import PRIVATE
+from launchers.private import to_environment
 from launchers.script import command_script, train_script
 from launchers.site import SlurmConfig
+
+if TYPE_CHECKING:
+    from fitv2_scale.data import Data
 
 _PACKAGES = (data_sharding, fitv2_scale, launchers)
 
@@ -42,6 +45,7 @@ class Submission:
     nodes: int
     jobs: list[str]
     script: str
+    advice: str = ""  # on the number of nodes
 
 
 def parse_nodes(text: str) -> tuple[int, int]:
@@ -89,7 +93,7 @@ def submit(config: Config, nodes: str, dry_run: bool, fork_from: str | None = No
     if not dry_run:
         _check_cluster(site)
         _check_data(config)
-    data_plan, parent = _check_training(config, least, most, fork_from)
+    data, parent = _check_training(config, least, most, fork_from)
     usable = len(slurm.usable_nodes(site.partition)) if slurm.available() and not dry_run else most
     count = node_count(usable, least, most)
     url = open_store(config.run).url
@@ -99,10 +103,10 @@ def submit(config: Config, nodes: str, dry_run: bool, fork_from: str | None = No
     if dry_run:
         name = job_name(known.id if known else f"{Path(url).name}-new")
         script = train_script(site, name, count, url, home, 0, told, fork_from)
-        return Submission(url, name, count, [], script)
+        return Submission(url, name, count, [], script, _advice(config, data, most))
     # The name is not known before the run is made: Slurm is asked with another.
     slurm.check(train_script(site, "fitv2", count, url, home, 0, told, fork_from))
-    run = Run.open_or_create(config.run, config.model_dump(mode="json"), config.science(), data_plan, parent)
+    run = Run.open_or_create(config.run, config.model_dump(mode="json"), config.science(), data.plan.hash, parent)
     chain = Chain(
         run=run.url,
         name=job_name(run.id),
@@ -127,11 +131,8 @@ def submit(config: Config, nodes: str, dry_run: bool, fork_from: str | None = No
     older = [job.id for job in slurm.queue(chain.name) if job.state == "PENDING"]
     History(run.store).add("SUBMIT", home=str(home), log=seen, nodes=nodes, git=source()["git"])
     slurm.cancel(older)
-    jobs = [
-        slurm.sbatch(str(home / "job.sh"), environment={PRIVATE: json.dumps(private)})
-        for _ in range(1 + site.successors)
-    ]
-    return Submission(run.url, chain.name, count, jobs, script)
+    jobs = [slurm.sbatch(str(home / "job.sh"), environment=to_environment(private)) for _ in range(1 + site.successors)]
+    return Submission(run.url, chain.name, count, jobs, script, _advice(config, data, most))
 
 
 def submit_command(site: SlurmConfig, nodes: str, command: list[str], dry_run: bool) -> Submission:
@@ -167,8 +168,10 @@ def _check_data(config: Config) -> None:
         raise UserError(f"{presets[0]} has sizes only, for `fitv2 plan` and --dry-run: give a dataset as data.url.")
 
 
-def _check_training(config: Config, least: int, most: int, fork_from: str | None) -> tuple[str, dict[str, Any] | None]:
-    """What training would find out first. Returns the plan's hash and the parent of a fork."""
+def _check_training(
+    config: Config, least: int, most: int, fork_from: str | None
+) -> "tuple[Data, dict[str, Any] | None]":
+    """What training would find out first. Returns its data and the parent of a fork."""
     from fitv2_scale.data import Data  # only here: torch takes seconds
     from fitv2_scale.opening import Fork
 
@@ -176,7 +179,21 @@ def _check_training(config: Config, least: int, most: int, fork_from: str | None
         tasks = config.slurm.tasks_per_node
         layout = config.layout.over(nodes * tasks, nodes)
         data = Data.open(config, layout.nodes([f"n{rank // tasks}" for rank in range(nodes * tasks)]))
-    return data.plan.hash, Fork.parse(fork_from, config.run).parent() if fork_from else None
+    return data, Fork.parse(fork_from, config.run).parent() if fork_from else None
+
+
+def _advice(config: Config, data: "Data", nodes: int) -> str:
+    """What `fitv2 plan` says of the number of nodes, from published figures of GPUs; nothing where none are asked for.
+    No job depends on it, so what it cannot say is said instead."""
+    if config.slurm.gpus == "none":
+        return ""
+    from fitv2_scale.forecast.assumed import Assumed
+    from fitv2_scale.forecast.report import node_advice
+
+    try:
+        return node_advice(config, data, nodes, config.slurm.tasks_per_node, Assumed())
+    except UserError as error:
+        return str(error)
 
 
 def _home(site: SlurmConfig, url: str) -> Path:

@@ -14,7 +14,7 @@ from fitv2_scale.cli import main
 from fitv2_scale.config import load_config
 from fitv2_scale.data import Data
 from fitv2_scale.forecast.assumed import Assumed
-from fitv2_scale.forecast.nodes import Choice, candidates, choose, explain
+from fitv2_scale.forecast.nodes import Choice, candidates, choose, enough, explain
 from fitv2_scale.forecast.pace import exposed_seconds, step_pace, traffic_seconds
 from fitv2_scale.forecast.storage import commit_bytes, kept_for_ever, storage_report
 from fitv2_scale.parallel.mesh import Layout
@@ -144,6 +144,12 @@ def test_nodes_that_are_worth_it():
     assert "the most that leave an image" in explain(tried[:3], choose(tried[:3]), 256)
     with pytest.raises(UserError, match="a rank needs 1 GB at least"):
         choose([choice(1, 8, fits=False)])
+
+
+def test_no_more_are_looked_at_than_it_takes():
+    tried = [choice(1, 8, fits=False), choice(2, 4), choice(4, 2.2), choice(6, 2.1), choice(8, 2.0), choice(16, 1.0)]
+    assert enough(iter(tried)) == tried[:5] and enough(tried[:3]) == tried[:3]
+    assert explain(enough(tried), choose(enough(tried)), 256) == explain(tried, choose(tried), 256)
 
 
 def test_every_rank_needs_an_image():

@@ -1,6 +1,6 @@
 """How many nodes to train on: each added one must be worth its price."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,16 @@ def choose(tried: Sequence[Choice]) -> Choice:
             break
         best = more
     return best
+
+
+def enough(tried: Iterable[Choice]) -> list[Choice]:
+    """Of ``tried``, smallest first: as many as ``choose`` and ``explain`` need to say what they say of all."""
+    taken: list[Choice] = []
+    for choice in tried:
+        taken.append(choice)
+        if choice.fits and choice.nodes >= 2 * choose(taken).nodes:
+            break
+    return taken
 
 
 def explain(tried: Sequence[Choice], best: Choice, images: int) -> str:

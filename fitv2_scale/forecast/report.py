@@ -1,5 +1,6 @@
 """All that `fitv2 plan` says, as plain data and as text."""
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -8,7 +9,7 @@ from fitv2_scale.config import Config
 from fitv2_scale.data import Data
 from fitv2_scale.forecast.assumed import Assumed
 from fitv2_scale.forecast.memory import memory_report
-from fitv2_scale.forecast.nodes import Choice, as_plain, candidates, choose
+from fitv2_scale.forecast.nodes import Choice, as_plain, candidates, choose, enough, explain
 from fitv2_scale.forecast.pace import Pace, step_pace
 from fitv2_scale.forecast.packing import data_figures, packing_on
 from fitv2_scale.forecast.run_length import (
@@ -41,7 +42,7 @@ def forecast(config: Config, nodes: int, gpus_per_node: int, assumed: Assumed) -
         return report | nothing | {"memory": memory_report(config, layout, None, None), "data_missing": str(error)}
     figures = data_figures(config, data, layout.data_parallel)
     pace = step_pace(config, layout, gpus_per_node, figures["flops_a_step"], figures, assumed)
-    tried = _tried(config, data, nodes, gpus_per_node, figures["flops_a_step"], assumed)
+    tried = list(_tried(config, data, nodes, gpus_per_node, figures["flops_a_step"], assumed))
     saving = recommended(config, pace.seconds, nodes, assumed)
     elsewhere = {c.nodes: c.seconds_a_step for c in tried if c.nodes in _BESIDE}
     goodput = goodput_report(config, pace.seconds, nodes, assumed, elsewhere)
@@ -57,6 +58,14 @@ def forecast(config: Config, nodes: int, gpus_per_node: int, assumed: Assumed) -
         "nodes": as_plain(tried, choose(tried), config.batch.images),
         "assumed": assumed.named(),
     }  # fmt: skip
+
+
+def node_advice(config: Config, data: Data, asked: int, gpus_per_node: int, assumed: Assumed) -> str:
+    """How many nodes the plan would choose, and what more of them would buy; by no more than that takes to say, in a
+    second or two. Raises UserError if no number of nodes has the memory."""
+    flops = data_figures(config, data, sum(data.nodes))["flops_a_step"]
+    tried = enough(_tried(config, data, asked, gpus_per_node, flops, assumed))
+    return explain(tried, choose(tried), config.batch.images)
 
 
 def _model(model: ModelConfig, trainable: list[str]) -> dict[str, Any]:
@@ -84,9 +93,10 @@ def _time(config: Config, pace: Pace, flops: float, run: dict[str, float]) -> di
     }
 
 
-def _tried(config: Config, data: Data, asked: int, gpus_per_node: int, flops: float, assumed: Assumed) -> list[Choice]:
+def _tried(
+    config: Config, data: Data, asked: int, gpus_per_node: int, flops: float, assumed: Assumed
+) -> Iterator[Choice]:
     """Each number of nodes by itself: with ``fsdp`` the state sharded within a node and replicated across nodes."""
-    found = []
     tensor = config.layout.tensor if gpus_per_node % config.layout.tensor == 0 else 1
     for nodes in candidates(gpus_per_node, tensor, config.batch.images, asked):
         gpus = nodes * gpus_per_node
@@ -96,21 +106,18 @@ def _tried(config: Config, data: Data, asked: int, gpus_per_node: int, flops: fl
         saving = recommended(config, pace.seconds, nodes, assumed)
         run = length(config.train.steps, pace.seconds, saving, nodes, gpus, assumed)
         peak = memory_report(config, layout, packing["packs_per_rank"], packing["capacity"])["cuda"]["peak_bytes"]
-        found.append(
-            Choice(
-                nodes,
-                gpus,
-                layout.replicate,
-                pace.seconds,
-                pace.exposed,
-                run.goodput,
-                run.days,
-                run.gpu_hours,
-                peak,
-                fits=peak <= assumed.gpu_bytes.value,
-            )
+        yield Choice(
+            nodes,
+            gpus,
+            layout.replicate,
+            pace.seconds,
+            pace.exposed,
+            run.goodput,
+            run.days,
+            run.gpu_hours,
+            peak,
+            fits=peak <= assumed.gpu_bytes.value,
         )
-    return found
 
 
 def to_text(report: dict[str, Any]) -> str:
