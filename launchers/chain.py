@@ -153,7 +153,7 @@ def culprits(srun_said: str, nodes: Sequence[str]) -> list[str]:
 def _keep_successor(chain: Chain, history: History, this: This, told: int, anew: bool = False) -> None:
     """Sees to it that one job is pending, as the newest submission wants it, away from nodes that failed, and that it
     is told to save ``told`` seconds before its time limit. Slurm can't change that of a pending job: if it must, that
-    one is queued ``anew``.
+    one is queued ``anew``. A job that somebody has cancelled queues none: they may have cancelled its successor too.
 
     What Slurm refuses is said and not fatal: this job was submitted with --requeue.
     """
@@ -166,18 +166,21 @@ def _keep_successor(chain: Chain, history: History, this: This, told: int, anew:
         usable = slurm.usable_nodes(newest.partition)
         avoid = excluded(history.records, usable, newest.least, newest.exclude_minutes, now())
         nodes = node_count(len(set(usable) - set(avoid)), newest.least, newest.most)
-        pending = [job for job in slurm.queue(newest.name) if job.state == "PENDING" and job.id != this.job]
+        jobs = slurm.queue(newest.name)
+        cancelled = any(job.id == this.job and job.state == "COMPLETING" for job in jobs)
+        pending = [job for job in jobs if job.state == "PENDING" and job.id != this.job]
         script = f"{newest.home}/job.sh"
-        kept = [] if anew else [job for job in pending if job.script == script][:1]
+        kept = [] if anew and not cancelled else [job for job in pending if job.script == script][:1]
         slurm.cancel([job.id for job in pending if job not in kept])
         if kept:
             slurm.set_pending(kept[0].id, nodes, nodes * newest.tasks_per_node, avoid)
-        else:
+        elif not cancelled:
             options = [f"--nodes={nodes}", *_signal_option(script, told)]
             options += [f"--exclude={','.join(avoid)}"] if avoid else []
             successor = slurm.sbatch(script, *options)
             _say(f"job {successor} is queued to go on, with {nodes} nodes")
-        slurm.do_not_requeue(this.job)  # else both would come back when a node dies
+        if not cancelled:
+            slurm.do_not_requeue(this.job)  # else both would come back when a node dies
     except slurm.SlurmError as error:
         _say(f"no successor: {error}")
 

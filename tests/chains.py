@@ -96,6 +96,12 @@ def ranks_of(job: str) -> dict[int, int]:
     return found
 
 
+def has_pending(process: int, number: int) -> bool:
+    """Whether a signal has been sent to a process that has not taken it yet."""
+    fields = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
+    return any(int(fields[field], 16) >> (number - 1) & 1 for field in ("SigPnd", "ShdPnd"))
+
+
 def running(slurm: Slurm) -> str | None:
     """The one job that runs, if one does."""
     found = [line.split()[0] for line in queue(slurm) if line.endswith("RUNNING")]

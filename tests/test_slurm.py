@@ -1,12 +1,26 @@
 """The life of a chain of jobs on a real Slurm: real slurmctld and slurmd's, real checkpoints, a tiny model."""
 
 import json
+import os
 import re
+import signal
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from chains import attempts, audited, end_of, queue, reach, running, story, wait, wait_for_the_end
+from chains import (
+    attempts,
+    audited,
+    end_of,
+    has_pending,
+    queue,
+    ranks_of,
+    reach,
+    running,
+    story,
+    wait,
+    wait_for_the_end,
+)
 from conftest import IMAGES
 from lineage import losses, trained
 from ranks import run_ranks
@@ -16,7 +30,7 @@ from fitv2_scale.model.config import ModelConfig
 from fitv2_scale.model.counts import parameter_count
 from fitv2_scale.run import Run
 from fitv2_scale.train import DONE, train
-from launchers.control import jobs
+from launchers.control import job_name, jobs
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(900)]
 
@@ -25,7 +39,7 @@ def test_a_chain_moves_from_two_nodes_to_four_to_one(slurm, fitv2, job_config, t
     """The first job reaches its time limit, the second one is asked by TERM, the third one while it imports torch."""
     options = {"train__steps": 100_000, "checkpoint__keep_last": 50, "checkpoint__every_steps": 100_000}
     run = str(tmp_path / "run")
-    fitv2("submit", job_config(**options), "--nodes", "2", "slurm.walltime=1", "slurm.signal_seconds=20")
+    fitv2("submit", job_config(**options), "--nodes", "2", "slurm.walltime=1", "slurm.signal_seconds=10")
     moves = []
 
     def saved(attempt: int, why: str) -> None:
@@ -38,8 +52,8 @@ def test_a_chain_moves_from_two_nodes_to_four_to_one(slurm, fitv2, job_config, t
 
     job = wait("a job", lambda: running(slurm))
     fitv2("submit", job_config(**options), "--nodes", "4")  # while it runs: its successor is replaced
-    reach(run, 3, 1)
-    assert sorted(line.split()[1] for line in queue(slurm)) == ["PENDING", "RUNNING"]
+    both = ["PENDING", "RUNNING"]
+    wait("one to run and one behind it", lambda: sorted(line.split()[1] for line in queue(slurm)) == both)
     saved(1, "SIGUSR1")
 
     job = wait("a job", lambda: running(slurm))
@@ -51,7 +65,11 @@ def test_a_chain_moves_from_two_nodes_to_four_to_one(slurm, fitv2, job_config, t
     job, steps = wait("a job", lambda: running(slurm)), moves[-1] + 60
     fitv2("submit", job_config(**options | {"train__steps": steps}), "--nodes", "1")
     wait("its first line", lambda: any(f"== job {job} task 0" in f.read_text() for f in Path(run).rglob("rank-0.log")))
+    rank = ranks_of(job)[0]
+    os.kill(rank, signal.SIGSTOP)  # else it may be through with that before Slurm gets to it
     slurm.run("scancel", "--signal=USR1", job)
+    wait("the signal", lambda: has_pending(rank, signal.SIGUSR1))
+    os.kill(rank, signal.SIGCONT)
     saved(3, "SIGUSR1")
     assert len(audited(run, 3)) == 1  # it was held back until it could be noted
 
@@ -103,6 +121,13 @@ def test_save_stop_and_stop_now(slurm, fitv2, job_config, tiny):
     assert end is None or "without saving" in end["reason"], story(config.run)
     assert len(run.log.commits()) == commits and len(jobs(run)) == 2
     assert "chain: stopped" in fitv2("status", config.run)
+
+    fitv2("submit", job_config(**options), "--nodes", "1")
+    reach(config.run, run.log.commits()[-1].fields["step"] + 3, 3)
+    slurm.run("scancel", "--name", job_name(run.id))  # what there is of the chain; it saves all the same
+    wait_for_the_end(slurm)
+    assert end_of(config.run, 3)["code"] == 75 and len(jobs(run)) == 3, story(config.run)
+    assert len(run.log.commits()) == commits + 1
 
 
 @pytest.mark.parametrize(
