@@ -20,6 +20,9 @@ from launchers.control import jobs
 pytestmark = [pytest.mark.services, pytest.mark.timeout(900)]
 
 
+PATIENT = [f"watchdog__{section}_seconds" for section in ("compile", "load", "save")]  # half an hour, by default
+
+
 def wrap(fault: str) -> str:
     return f"slurm.wrap={sys.executable} {Path(__file__).with_name('faulty_rank.py')} {fault}"
 
@@ -28,10 +31,11 @@ def test_a_killed_rank_takes_its_step_down_and_the_next_job_avoids_its_node(slur
     options = {"train__steps": 100, "checkpoint__every_steps": 10}
     config = tiny(**options)
     fitv2("submit", job_config(**options), "--nodes", "2")
-    reach(config.run, 12, 1)
+    reach(config.run, 0, 1)
     job = running(slurm)
     ranks = ranks_of(job)
     assert sorted(ranks) == [0, 1]
+    reach(config.run, 12, 1)
     killed = time.monotonic()
     os.kill(ranks[1], signal.SIGKILL)
     wait("the step to go", lambda: not ranks_of(job))
@@ -92,22 +96,25 @@ def test_a_lost_node_costs_one_attempt_and_cannot_commit(slurm, fitv2, job_confi
 
 
 def test_a_stopped_rank_is_named_and_its_node_avoided(slurm, fitv2, job_config, tiny, tmp_path):
-    options = {"train__steps": 400, "checkpoint__every_steps": 50, "watchdog__step_seconds": 15.0}
+    limits = {"watchdog__step_seconds": 15.0} | dict.fromkeys(PATIENT, 60.0)
+    options = {"train__steps": 100_000, "checkpoint__every_steps": 50_000, **limits}
     config, events = tiny(**options), tmp_path / "events"
     fitv2("submit", job_config(**options), "--nodes", "3", f"slurm.on_event=printf '%s|%s|%s\\n' >>{events}")
     reach(config.run, 8, 1)
     job = running(slurm)
-    time.sleep(2)  # in its first steps it may be silent for longer
+    time.sleep(2)  # what it says in its first steps is that it may be silent for longer
     os.kill(ranks_of(job)[1], signal.SIGSTOP)
     end = wait("the watchdog", lambda: end_of(config.run, 1))
+    reach(config.run, 0, 2)
+    fitv2("stop", config.run)
     said = "rank 1 on node2 has not been heard of for"
     assert end["code"] == 75 and end["reason"].startswith(said), story(config.run)
     wait_for_the_end(slurm)
     first, second = jobs(Run.open(config.run))
     assert first["blamed"] == ["node2"] and second["nodes"] == ["node1", "node3", "node4"], story(config.run)
-    assert attempts(config.run) == [(1, 75), (2, 0)]
-    hung, done = events.read_text().splitlines()
-    assert hung.startswith(f"hung|{config.run}|{said}") and done == f"done|{config.run}|all 400 steps are done"
+    assert attempts(config.run) == [(1, 75), (2, 75)]
+    hung, stopped = events.read_text().splitlines()
+    assert hung.startswith(f"hung|{config.run}|{said}") and stopped == f"stopped|{config.run}|fitv2 stop"
 
 
 def test_crash_loops_end_after_three_jobs(slurm, fitv2, job_config, tmp_path):
@@ -191,4 +198,4 @@ def test_a_storm(slurm, fitv2, job_config, tiny):
     assert len(killed) == attempt - 1 and last == 75, story(config.run)
     assert set(killed) <= {None, 1}  # the first rank may get to say that it has lost the other
     print(f"{len(restarts)} kills, restarts took {min(restarts):.1f} to {max(restarts):.1f} s")
-    check_storm(config.run, tiny, 2)
+    check_storm(config.run, tiny, 2, least=0.8)

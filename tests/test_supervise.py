@@ -54,8 +54,10 @@ def ranks_of(config_file: Path) -> dict[int, int]:
 def test_a_killed_rank_costs_one_attempt(supervised, tiny, tmp_path):
     config = tiny(train__steps=120, checkpoint__every_steps=10)
     process = supervised(config)
+    reach(config.run, 0, 1)
+    ranks = ranks_of(tmp_path / "config.yaml")
     reach(config.run, 15, 1)
-    os.kill(ranks_of(tmp_path / "config.yaml")[1], signal.SIGKILL)
+    os.kill(ranks[1], signal.SIGKILL)
     assert process.wait(200) == 0, process.stderr.read()
     assert [a["code"] for a in status(Run.open(config.run))["attempts"]][1:] == [0]
     undisturbed = tiny("undisturbed", train__steps=120, checkpoint__every_steps=10)
