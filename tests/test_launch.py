@@ -9,7 +9,7 @@ from fitv2_scale.store import LocalStore
 from launchers.chain import culprits, node_count
 from launchers.history import History, excluded, signal_seconds, verdict
 from launchers.hostlist import counts, expand
-from launchers.slurm import is_usable
+from launchers.slurm import is_usable, limit_seconds
 from launchers.submit import parse_nodes
 
 
@@ -160,6 +160,12 @@ def test_numbers_of_nodes():
         with pytest.raises(UserError, match="--nodes"):
             parse_nodes(wrong)
     assert [node_count(usable, 2, 4) for usable in (0, 2, 3, 9)] == [2, 2, 3, 4]
+
+
+def test_time_limits():
+    limits = {"90": 5400, "1:30": 90, "2:00:30": 7230, "1-0": 86400, "1-12:30": 131400, "2-00:00:05": 172805}
+    assert {limit: limit_seconds(limit) for limit in limits} == limits
+    assert limit_seconds("UNLIMITED") == float("inf")
 
 
 def test_states_of_nodes():

@@ -87,7 +87,7 @@ def test_scripts_are_bash_and_say_what_was_asked(gpus, nccl, tmp_path):
         assert option in directives
     for option in ("--mem=0", "--time=1-00:00:00", "--exclusive", "--mail-type=END", '--constraint="a&b"'):
         assert option in directives
-    for option in ("--dependency=singleton", "--requeue", "--open-mode=append", "--signal=USR1@300"):
+    for option in ("--dependency=singleton", "--requeue", "--open-mode=append", "--signal=B:USR1@300"):
         assert option in directives
     assert f"python={shlex.quote(sys.executable)}\n" in script  # the batch script is not in the container
     assert "@" not in script.replace("USR1@300", "").replace("$@", "")
@@ -165,15 +165,17 @@ def test_what_a_job_takes_with_it_runs_and_holds_no_secret(tiny, tmp_path):
     for file in (tmp_path / "home").rglob("*"):
         assert not file.is_file() or b"hunter2" not in file.read_bytes(), file
     assert load_config(str(tmp_path / "home/config.yaml"), private) == config
-    there = "import fitv2_scale, launchers.chain; print(fitv2_scale.__file__)"
+    there = "import fitv2_scale, launchers.chain; print(fitv2_scale.__file__); "
+    there += "from fitv2_scale.evaluate.suites import load_suite; print(load_suite('ood').name)"
     done = subprocess.run(
         [sys.executable, "-P", "-c", there],
         env=os.environ | {"PYTHONPATH": str(tmp_path / "home/code")},
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         check=True,
     )
-    assert done.stdout.strip() == str(tmp_path / "home/code/fitv2_scale/__init__.py")
+    assert done.stdout.split() == [str(tmp_path / "home/code/fitv2_scale/__init__.py"), "ood"]
     assert (tmp_path / "home/code/launchers/train.sh.in").is_file()
 
 
@@ -188,8 +190,11 @@ def test_without_slurm(without_slurm, config_file, tmp_path, capfd):
     assert "sbatch is not on this machine" in capfd.readouterr().err
     assert not (tmp_path / "run").exists()
     assert main(["submit", config_file, "--nodes", "2", "slurm.tasks_per_node=2", "--dry-run"]) == 0
-    shown = capfd.readouterr().out
+    shown, advice = capfd.readouterr()
     assert "#SBATCH --nodes=2" in shown and "#SBATCH --ntasks-per-node=2" in shown
+    assert main(["plan", config_file, "--nodes", "2", "--gpus-per-node", "2", "--json"]) == 0
+    chosen = json.loads(capfd.readouterr().out)["nodes"]["why"]
+    assert advice.startswith(f"fitv2: fitv2-run-new: {chosen} (by published figures") and advice.count("\n") == 1
     assert not (tmp_path / "run").exists()
     assert (
         main(
@@ -221,6 +226,7 @@ def test_without_slurm(without_slurm, config_file, tmp_path, capfd):
         (["data.url=/no/such/set"], "there is no dataset at /no/such/set"),
         (["run=''"], "give the run's folder as run=FOLDER"),
         (["layout.replicate=3"], "layout.replicate is 3, which does not divide the 2 processes"),
+        (["slurm.walltime=5"], "slurm.walltime=5 leaves no time to train: 300 s before the limit Slurm asks to save"),
         (["slurm.gpus=typed"], "slurm.gpus=typed needs slurm.gpu_type"),
         (["--nodes", "none"], "--nodes none: give a number"),
         (["slurm.setup=[export PASSWORD=x]"], "slurm.setup holds what looks like a secret"),
