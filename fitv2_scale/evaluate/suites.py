@@ -73,7 +73,7 @@ def load_suite(name: str) -> Suite:
         first = error.errors()[0]
         raise UserError(f"{name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     except KeyError as error:
-        raise UserError(f"{name} is no suite: it has no {error.args[0]}; configs/suites/ has examples") from None
+        raise UserError(f"{name} is no suite: it has no {error.args[0]}; those in {_FOLDER} are examples") from None
     except (yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{name} is no suite: {' '.join(str(error).split())}") from error
 
