@@ -1,5 +1,7 @@
 """What differs from cluster to cluster: the config section ``slurm``. A leaf: it imports nothing of this project."""
 
+import math
+import re
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -61,6 +63,19 @@ class SlurmConfig(BaseModel):
         description="shell command run as COMMAND EVENT RUN REASON when the chain ends (done, stopped, bad-input, "
         "not-finite, no-progress, gave-up), and when the watchdog ends an attempt (hung)",
     )
+
+    @property
+    def walltime_seconds(self) -> float:
+        """Of ``walltime`` as sbatch takes it: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS; endless if it is
+        none of these, since sbatch may know better."""
+        if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", self.walltime):
+            return math.inf
+        days, dash, clock = self.walltime.rpartition("-")
+        parts = [int(part) for part in clock.split(":")]
+        if not dash and len(parts) < 3:
+            parts.insert(0, 0)  # hours
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+        return ((24 * int(days or 0) + hours) * 60 + minutes) * 60 + seconds
 
     @field_validator("walltime", "memory", mode="before")
     @classmethod

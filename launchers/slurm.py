@@ -1,8 +1,6 @@
 """Slurm's programs as functions. Each raises SlurmError with what the program said."""
 
-import math
 import os
-import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -78,19 +76,6 @@ def usable_nodes(partition: str) -> list[str]:
 def is_usable(state: str) -> bool:
     """Whether a node in this state (sinfo's %T) runs jobs, now or when others have ended. ``*``: it does not answer."""
     return not state.endswith("*") and not state.startswith(_UNUSABLE)
-
-
-def limit_seconds(limit: str) -> float:
-    """Of a time limit as sbatch takes it: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS; endless if it is none
-    of these, since sbatch may know better."""
-    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", limit):
-        return math.inf
-    days, dash, clock = limit.rpartition("-")
-    parts = [int(part) for part in clock.split(":")]
-    if not dash and len(parts) < 3:
-        parts.insert(0, 0)  # hours
-    hours, minutes, seconds = (*parts, 0, 0)[:3]
-    return ((24 * int(days or 0) + hours) * 60 + minutes) * 60 + seconds
 
 
 def _run(*command: str, text: str | None = None, extra: Mapping[str, str] | None = None) -> str:

@@ -100,7 +100,7 @@ def submit(config: Config, nodes: str, dry_run: bool, fork_from: str | None = No
     home = _home(site, url) / secrets.token_hex(4)
     known = Run.open(url) if open_store(url).exists("run.json") else None
     told = signal_seconds(known, site.signal_seconds) if known else site.signal_seconds or LEAST_SIGNAL
-    if slurm.limit_seconds(site.walltime) <= told:
+    if site.walltime_seconds <= told:
         raise UserError(
             f"slurm.walltime={site.walltime} leaves no time to train: {told} s before the limit Slurm asks to save. "
             "Raise it, or set slurm.signal_seconds."

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fitv2_scale.checkpoint.interval import recommended_interval
-from fitv2_scale.forecast.goodput import DAY, Schedule, expected_goodput, walltime_seconds
+from fitv2_scale.forecast.goodput import DAY, Schedule, expected_goodput
 from fitv2_scale.forecast.run_length import RELEASED_DETECT, RELEASED_RESTART, RELEASED_SAVE, RELEASED_STEPS
 from fitv2_scale.forecast.simulate import play, play_out
 
@@ -142,12 +142,3 @@ def test_a_run_played_is_the_run_walked(interval, stall, more, detect, restart, 
     draws = iter([np.array([gap]) for gap in gaps])
     seconds, _ = play_out(schedule, 5000.0, 1, lambda n: next(draws, np.array([np.inf])))
     assert seconds[0] == pytest.approx(walk(schedule, 5000.0, gaps), abs=1e-3)
-
-
-@pytest.mark.parametrize(
-    "text,seconds",
-    [("90", 5400), ("90:30", 5430), ("24:00:00", 86400), ("2-0", 172800), ("2-1:30", 178200), ("1-00:00:01", 86401)],
-)
-def test_time_limits(text, seconds):
-    assert walltime_seconds(text) == seconds
-    assert walltime_seconds("") == math.inf

@@ -1,5 +1,7 @@
 """What the launcher decides, without Slurm: tables of cases."""
 
+import math
+
 import pytest
 
 from data_sharding.errors import UserError
@@ -9,7 +11,8 @@ from fitv2_scale.store import LocalStore
 from launchers.chain import culprits, node_count
 from launchers.history import History, excluded, signal_seconds, verdict
 from launchers.hostlist import counts, expand
-from launchers.slurm import is_usable, limit_seconds
+from launchers.site import SlurmConfig
+from launchers.slurm import is_usable
 from launchers.submit import parse_nodes
 
 
@@ -163,9 +166,9 @@ def test_numbers_of_nodes():
 
 
 def test_time_limits():
-    limits = {"90": 5400, "1:30": 90, "2:00:30": 7230, "1-0": 86400, "1-12:30": 131400, "2-00:00:05": 172805}
-    assert {limit: limit_seconds(limit) for limit in limits} == limits
-    assert limit_seconds("UNLIMITED") == float("inf")
+    limits = {"90": 5400, "90:30": 5430, "2:00:30": 7230, "1-0": 86400, "1-12:30": 131400, "2-00:00:05": 172805}
+    limits |= {"": math.inf, "UNLIMITED": math.inf}
+    assert {limit: SlurmConfig(walltime=limit).walltime_seconds for limit in limits} == limits
 
 
 def test_states_of_nodes():

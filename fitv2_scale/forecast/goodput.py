@@ -55,18 +55,3 @@ def expected_goodput(schedule: Schedule, failures_per_day: float) -> float:
         except OverflowError:  # failures come so fast that nothing is ever done
             return 0.0
     return share * max(0.0, 1 - (s.restart + s.durable) / s.walltime)
-
-
-def walltime_seconds(walltime: str) -> float:
-    """Seconds of a time limit as Slurm writes it: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S; "" is none."""
-    if not walltime:
-        return math.inf
-    days, dash, clock = walltime.rpartition("-")
-    parts = [int(part) for part in clock.split(":")]
-    if dash:
-        hours, minutes, seconds = (*parts, 0, 0)[:3]
-    elif len(parts) == 1:
-        hours, minutes, seconds = 0, parts[0], 0
-    else:
-        hours, minutes, seconds = (0, 0, *parts)[-3:]
-    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds

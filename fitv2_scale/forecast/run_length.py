@@ -7,7 +7,7 @@ from fitv2_scale.checkpoint.interval import mtbf_hours, recommended_interval
 from fitv2_scale.checkpoint.policy import CheckpointConfig
 from fitv2_scale.config import Config
 from fitv2_scale.forecast.assumed import Assumed
-from fitv2_scale.forecast.goodput import DAY, Schedule, expected_goodput, walltime_seconds
+from fitv2_scale.forecast.goodput import DAY, Schedule, expected_goodput
 from fitv2_scale.forecast.simulate import play
 
 _PLAYED = 400  # runs
@@ -54,7 +54,7 @@ def released(config: Config, seconds_a_step: float) -> Schedule:
         RELEASED_SAVE,
         RELEASED_DETECT,
         RELEASED_RESTART,
-        walltime_seconds(config.slurm.walltime),
+        config.slurm.walltime_seconds,
     )
 
 
@@ -71,7 +71,7 @@ def _schedule(config: Config, interval: float, assumed: Assumed) -> Schedule:
         assumed.durable_seconds.value,
         assumed.detect_seconds.value,
         assumed.restart_seconds.value,
-        walltime_seconds(config.slurm.walltime),
+        config.slurm.walltime_seconds,
     )
 
 
