@@ -11,8 +11,8 @@ from fitv2_scale.run import Run
 from fitv2_scale.train import DONE, train
 
 
-def check_storm(run: str, tiny, ranks: int, least: float = 0.0) -> None:
-    """It holds the bits of an undisturbed run. Each attempt went on from the newest commit there was, and ``least``
+def check_storm(run: str, tiny, ranks: int) -> None:
+    """It holds the bits of an undisturbed run. Each attempt went on from the newest commit there was, and at least 80 %
     of the steps count that were taken: a restart costs the time that it takes, and little of the rest is done twice.
     """
     log = Run.open(run).log
@@ -27,4 +27,4 @@ def check_storm(run: str, tiny, ranks: int, least: float = 0.0) -> None:
     assert run_ranks(ranks, train, undisturbed, timeout=3000) == [DONE] * ranks
     assert commit_bytes(run) == commit_bytes(undisturbed.run)
     assert trained(run) == trained(undisturbed.run) and losses(run) == losses(undisturbed.run)
-    assert kept >= least * taken
+    assert kept >= 0.8 * taken

@@ -88,10 +88,11 @@ def test_a_frame_out_of_reach_is_lost_at_the_deadline(manifest):
     began = time.monotonic()
     with pytest.raises(FrameLost, match="frame 0 .*SlowDown, tried again for 1 s"):
         fetch_frame(manifest, 0, SHORT)
-    assert time.monotonic() - began > 0.3
+    assert 0.3 < time.monotonic() - began < 1.5
     FakeStore.forever = FOR_EVER  # and if it hangs every time
     with pytest.raises(FrameLost, match="no answer within"):
         fetch_frame(manifest, 0, SHORT)
+    assert time.monotonic() - began < 3
 
 
 def test_if_nothing_answers_no_frame_is_to_blame(manifest, monkeypatch):

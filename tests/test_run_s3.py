@@ -15,7 +15,6 @@ from services.s3 import use
 from waiting import wait
 
 from data_sharding.errors import UserError
-from data_sharding.patience import Patience
 from fitv2_scale import scratch
 from fitv2_scale.checkpoint.commits import attempt_of, commit_folder, verify_commit
 from fitv2_scale.cli import main
@@ -58,7 +57,7 @@ def test_what_a_user_can_get_wrong(on_s3, monkeypatch, capfd):
     began = time.monotonic()
     with pytest.raises(UserError, match="access to .* is refused"):
         Run.open(on_s3("none"))
-    assert time.monotonic() - began < Patience().deadline / 5  # nothing to wait for: it was never right
+    assert time.monotonic() - began < 10  # nothing to wait for: it was never right
 
 
 def s3_commit_bytes(run: Run) -> dict[str, bytes]:

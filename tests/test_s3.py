@@ -108,10 +108,12 @@ def test_batches_are_those_of_the_undisturbed_run(proxy, url, undisturbed, fault
     plan = plan_of(url)
     proxy.rules = [replace(rule) for rule in FAULTS[fault]]
     reader = FrameReader(Patience(deadline=300, attempt=0.7 if fault in ("stalls", "a drip", "everything") else 100))
+    began = time.monotonic()
     with loader(plan, steps=STEPS, reader=reader) as batches:
         for expected, found in zip(undisturbed, batches, strict=True):
             assert same(expected, found)
     assert all(rule.count == 0 for rule in proxy.rules), "not all faults fired"
+    assert time.monotonic() - began < 40
     if fault == "calm":
         assert len(gets(proxy)) == len(plan.manifests[0].frame_shard)  # whole frames, each once
 
@@ -124,7 +126,7 @@ def test_a_frame_out_of_reach_is_lost_at_the_deadline(proxy, url, action):
     began = time.monotonic()
     with pytest.raises(FrameLost, match="tried again for 2 s"):
         fetch_frame(manifest, 0, Patience(deadline=2, attempt=0.5))
-    assert 1 < time.monotonic() - began < 60 and len(gets(proxy)) < 25
+    assert 1 < time.monotonic() - began < 4 and len(gets(proxy)) < 25
     with loader(plan_of(url), steps=STEPS, reader=FrameReader(Patience(deadline=1, attempt=0.5))) as batches:
         with pytest.raises(FramesLost, match="tried again for 1 s"):
             next(batches)
@@ -153,7 +155,7 @@ def test_what_is_stored_wrong_is_said_soon(proxy, url, client, dataset):
     for f, cause in enumerate(("the shard is missing", "5000 of its", "ends before", "do not match their digest")):
         with pytest.raises(FrameLost, match=f"frame {f} .*{cause}"):
             fetch_frame(manifest, f)
-    assert time.monotonic() - began < Patience().deadline / 5  # no cause was waited out
+    assert time.monotonic() - began < 5  # no cause was waited out
 
 
 def test_renewed_credentials_are_seen(proxy, url, dataset, monkeypatch, tmp_path):
@@ -223,7 +225,9 @@ def test_an_outage_saves_and_asks_for_another_attempt(proxy, on_s3, tiny, tmp_pa
     reach(config, 7, attempt=1)
     proxy.rules = [Rule("status", status=status_code, method=method) for method in ("GET", "HEAD")]
     away.touch()
+    began = time.monotonic()
     assert ranks.results() == [RETRY, RETRY]
+    assert time.monotonic() - began < 30
     report = status(Run.open(config.run))
     assert list(losses(config.run)) == list(range(1, report["last_commit"]["step"] + 1))
     assert f"cannot be reached ({cause}, tried again for 5 s)" in report["attempts"][0]["why"]
@@ -246,9 +250,10 @@ def test_a_signal_during_an_outage_saves_at_once(proxy, on_s3):
     proxy.rules = [Rule("stall")]
     wait("a request that hangs", lambda: proxy.fired)
     time.sleep(0.5)  # and training with it
+    began = time.monotonic()
     for rank in range(2):
         ranks.terminate(rank)
-    assert ranks.results() == [RETRY, RETRY]
+    assert ranks.results() == [RETRY, RETRY] and time.monotonic() - began < 20
     attempt = status(Run.open(config.run))["attempts"][0]
     assert attempt["why"].startswith("SIGTERM: saved at step") and attempt["last_step"] >= 7
     assert list(losses(config.run)) == [attempt["last_step"]]  # what was not logged yet is not forgotten

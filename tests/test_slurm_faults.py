@@ -198,4 +198,4 @@ def test_a_storm(slurm, fitv2, job_config, tiny):
     assert len(killed) == attempt - 1 and last == 75, story(config.run)
     assert set(killed) <= {None, 1}  # the first rank may get to say that it has lost the other
     print(f"{len(restarts)} kills, restarts took {min(restarts):.1f} to {max(restarts):.1f} s")
-    check_storm(config.run, tiny, 2, least=0.8)
+    check_storm(config.run, tiny, 2)
