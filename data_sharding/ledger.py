@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from data_sharding.errors import DataError
-from data_sharding.keyed import Purpose, words64
 from data_sharding.manifest import Manifest
 from data_sharding.plan import CROP, RESIZE
+from data_sharding.rng import Purpose, words64
 
 _DRAWS = 4096  # of candidates, before the whole dataset is searched
 _BLOCK = 1 << 20  # rows looked at together in that search

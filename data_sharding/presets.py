@@ -12,8 +12,8 @@ from functools import partial
 import numpy as np
 
 from data_sharding.errors import UserError
-from data_sharding.keyed import Purpose, uniform
 from data_sharding.manifest import Header, Manifest
+from data_sharding.rng import Purpose, uniform
 
 PREFIX = "preset:"
 IMAGENET_IMAGES = 1_281_167

@@ -7,9 +7,9 @@ from typing import NamedTuple, Protocol
 
 from data_sharding.extents import exists
 from data_sharding.manifest import FILE
-from data_sharding.pool import Progress
 from data_sharding.shard import Sample, ShardBuilder
 from data_sharding.storage import put
+from data_sharding.worker_pool import Progress
 
 _CHUNK = 64  # items handed over at once: enough pictures of one size for a batch, few enough to hold in memory
 

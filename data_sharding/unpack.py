@@ -12,8 +12,8 @@ from fsspec.implementations.local import LocalFileSystem
 from data_sharding.connect import file_system
 from data_sharding.errors import UserError
 from data_sharding.extents import exists, list_tar, open_binary
-from data_sharding.pool import Progress, progress_bar, run_tasks, slurm_task
 from data_sharding.storage import put, read
+from data_sharding.worker_pool import Progress, progress_bar, run_tasks, slurm_task
 
 _BLOCK = 1 << 22
 _BEAT = 5.0  # seconds between signs of life

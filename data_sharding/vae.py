@@ -18,8 +18,8 @@ import torch
 
 from data_sharding.codec import SD_VAE, Draw, Latent
 from data_sharding.errors import UserError
-from data_sharding.keyed import Purpose, uniform
-from data_sharding.pool import WORKER
+from data_sharding.rng import Purpose, uniform
+from data_sharding.worker_pool import WORKER
 
 _ARITHMETIC = ("act_fn", "norm_num_groups", "scaling_factor")  # what the names and shapes of the weights do not show
 

@@ -13,8 +13,8 @@ from data_sharding.errors import DataError
 from data_sharding.extents import ask, read_range
 from data_sharding.frames import fetch_frame, open_frame
 from data_sharding.manifest import Manifest
-from data_sharding.pool import run_tasks
 from data_sharding.shard import END_OF_ARCHIVE, decompress, scan_frame
+from data_sharding.worker_pool import run_tasks
 
 _SPAN = 1 << 25  # bytes read at once
 _WORTH_PROCESSES = 1 << 28  # bytes of a dataset; below, starting them takes longer than the work

@@ -15,7 +15,7 @@ import torch
 import xxhash
 
 from data_sharding.batch import Pack, StepBatch
-from data_sharding.keyed import Purpose
+from data_sharding.rng import Purpose
 from fitv2_scale.model.flow import FlowConfig, noise_words, sample_t
 
 

@@ -1,4 +1,4 @@
-"""The torch backend of keyed randomness: the same integers as ``data_sharding.keyed``, on CPU and CUDA alike.
+"""The torch backend of keyed randomness: the same integers as ``data_sharding.rng``, on CPU and CUDA alike.
 
 Torch has no 64-bit unsigned product, so the words live in int64: a product of two 32-bit words wraps modulo 2**64, and
 masking after an arithmetic shift recovers its high word exactly.
@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from data_sharding.keyed import Purpose, check_seed
+from data_sharding.rng import Purpose, check_seed
 
 _MASK = 0xFFFFFFFF
 

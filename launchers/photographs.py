@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from data_sharding.errors import UserError
-from data_sharding.keyed import Purpose, uniform
+from data_sharding.rng import Purpose, uniform
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_model import TINY, build, pack
 
-from data_sharding.keyed import Purpose
+from data_sharding.rng import Purpose
 from fitv2_scale.model.flow import FlowConfig, flow_loss, image_losses, make_flow_batch, noise_words, sample_t
 from fitv2_scale.model.packing import PackedBatch
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from data_sharding import keyed
-from data_sharding.keyed import Purpose
+from data_sharding import rng
+from data_sharding.rng import Purpose
 from fitv2_scale import keyed as keyed_torch
 
 # Random123's published known answers for philox4x32-10: (counter, key, result).
@@ -28,11 +28,11 @@ GOLDEN = [0xD33FB90A, 0x9ED5F21E, 0x9607C863, 0xC16A65CB]
 
 @pytest.mark.parametrize("counter,key,expected", KNOWN)
 def test_philox_gives_the_published_answers(counter, key, expected):
-    assert tuple(int(w) for w in keyed.philox(key, counter)) == expected
+    assert tuple(int(w) for w in rng.philox(key, counter)) == expected
 
 
 def test_golden_vector_on_both_backends():
-    numpy = keyed.words(GOLDEN_SEED, Purpose.NOISE, 7, 2**40 + 5, 36 + np.arange(4))
+    numpy = rng.words(GOLDEN_SEED, Purpose.NOISE, 7, 2**40 + 5, 36 + np.arange(4))
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     assert numpy.tolist() == GOLDEN
     for device in devices:
@@ -43,12 +43,12 @@ def test_golden_vector_on_both_backends():
 @given(
     st.integers(0, 2**64 - 1),
     st.sampled_from(Purpose),
-    st.integers(0, keyed.MAX_EPOCH - 1),
-    st.integers(0, keyed.MAX_ID - 1),
+    st.integers(0, rng.MAX_EPOCH - 1),
+    st.integers(0, rng.MAX_ID - 1),
     st.integers(0, 2**20),
 )
 def test_backends_agree(seed, purpose, epoch, sample_id, block):
-    numpy = keyed.words(seed, purpose, epoch, sample_id, 4 * block + np.arange(4))
+    numpy = rng.words(seed, purpose, epoch, sample_id, 4 * block + np.arange(4))
     assert keyed_torch.words(seed, purpose, epoch, sample_id, torch.tensor(block)).tolist() == numpy.tolist()
 
 
@@ -57,7 +57,7 @@ def test_each_part_of_the_key_matters():
     index = np.arange(64)
     keys = [(1, Purpose.NOISE, 2, 3), (2, Purpose.NOISE, 1, 3), (1, Purpose.NOISE, 3, 2), (1, Purpose.TIMESTEP, 2, 3)]
     keys += [(1 + 2**32, Purpose.NOISE, 2, 3), (1, Purpose.NOISE, 2, 3 + 2**32)]
-    streams = {tuple(keyed.words(*key, index).tolist()) for key in keys}
+    streams = {tuple(rng.words(*key, index).tolist()) for key in keys}
     assert len(streams) == len(keys)
 
 
@@ -66,7 +66,7 @@ def test_uniform_along_every_axis(over):
     """Chi-square of 2**18 draws in 256 bins, and the correlation of neighbours, for a fixed key: p far from 0."""
     n = 1 << 18
     arguments = {"epoch": 3, "ids": 12345, "index": 0} | {"ids" if over == "id" else over: np.arange(n)}
-    u = keyed.uniform(0, Purpose.TIMESTEP, **arguments)
+    u = rng.uniform(0, Purpose.TIMESTEP, **arguments)
     counts = np.bincount((u * 256).astype(int), minlength=256)
     assert stats.chisquare(counts).pvalue > 1e-4
     assert stats.kstest(u, "uniform").pvalue > 1e-4
@@ -89,16 +89,16 @@ def test_extreme_words_give_finite_normals():
 
 def test_a_seed_out_of_range_is_refused():
     with pytest.raises(ValueError, match="seed must lie in"):
-        keyed.words(2**64, Purpose.NOISE, 0, 0)
+        rng.words(2**64, Purpose.NOISE, 0, 0)
 
 
 @given(st.integers(0, 2**32), st.integers(0, 100), st.integers(0, 300))
 def test_keyed_order_is_a_permutation(seed, epoch, n):
-    order = keyed.keyed_order(seed, Purpose.FRAME_ORDER, epoch, np.arange(n))
+    order = rng.keyed_order(seed, Purpose.FRAME_ORDER, epoch, np.arange(n))
     assert sorted(order.tolist()) == list(range(n))
 
 
 def test_a_long_order_is_that_of_all_draws_at_once():
     ids = np.arange(200_001) + (1 << 40)
-    draws = keyed.words64(3, Purpose.FRAME_ORDER, 2, ids)
-    assert np.array_equal(keyed.keyed_order(3, Purpose.FRAME_ORDER, 2, ids), np.argsort(draws, kind="stable"))
+    draws = rng.words64(3, Purpose.FRAME_ORDER, 2, ids)
+    assert np.array_equal(rng.keyed_order(3, Purpose.FRAME_ORDER, 2, ids), np.argsort(draws, kind="stable"))

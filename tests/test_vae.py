@@ -17,8 +17,8 @@ from data_sharding import vae as module
 from data_sharding.codec import Draw, codec_of, get_codec
 from data_sharding.errors import UserError
 from data_sharding.frames import read_frame
-from data_sharding.keyed import Purpose, words
 from data_sharding.manifest import Manifest
+from data_sharding.rng import Purpose, words
 from data_sharding.sources import open_folder
 from data_sharding.tokens import patchify, unpatchify
 from data_sharding.vae import load_vae

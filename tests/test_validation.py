@@ -12,13 +12,13 @@ from conftest import CLASSES, make_pictures
 from lineage import commit_bytes, losses
 from ranks import run_ranks
 
-from data_sharding import keyed
+from data_sharding import rng
 from data_sharding.deal import Shape
 from data_sharding.errors import UserError
 from data_sharding.frames import read_frame
-from data_sharding.keyed import Purpose
 from data_sharding.manifest import Manifest
 from data_sharding.packing import lay_out
+from data_sharding.rng import Purpose
 from data_sharding.write import write_dataset
 from fitv2_scale.batches import packing_to_torch
 from fitv2_scale.cli import main
@@ -64,14 +64,14 @@ def expected(config, shift: float) -> float:
     network, found = network.double(), []
     manifest = Manifest.load(config.validation.url)
     samples = [s for f in range(len(manifest.frame_offset)) for s in read_frame(manifest, f)]
-    order = np.argsort(keyed.words64(0, Purpose.VALIDATION_ORDER, 0, [s.id for s in samples]), kind="stable")
+    order = np.argsort(rng.words64(0, Purpose.VALIDATION_ORDER, 0, [s.id for s in samples]), kind="stable")
     for sample in (samples[i] for i in order[:IMAGES]):
         x1 = torch.from_numpy(sample.views["resize"][0].astype(np.float64)).flatten(0, 1)
         rows, columns = sample.size[0]
         packing = packing_to_torch(lay_out([(rows, columns)], Shape(rows * columns, 1, rows * columns)))
         for k in range(TIMES):
             t = (k + 0.5) / TIMES
-            u = (keyed.words(0, Purpose.VALIDATION_NOISE, k, sample.id, np.arange(x1.numel())) + 0.5) * 2.0**-32
+            u = (rng.words(0, Purpose.VALIDATION_NOISE, k, sample.id, np.arange(x1.numel())) + 0.5) * 2.0**-32
             radius, angle = np.sqrt(-2 * np.log(u[0::2])), 2 * np.pi * u[1::2]
             x0 = torch.from_numpy(np.stack((radius * np.cos(angle), radius * np.sin(angle)), -1).reshape(x1.shape))
             with torch.no_grad():

@@ -10,7 +10,7 @@ import pytest
 from waiting import wait
 from writing import OPTIONS, bytes_of, children, kill_when, make_images
 
-from data_sharding import build, pool, shard_task
+from data_sharding import build, shard_task, worker_pool
 from data_sharding.extents import Extent
 from data_sharding.sources import Entry, open_folder
 from data_sharding.write import write_dataset
@@ -89,11 +89,11 @@ def test_each_task_begins_with_its_own_and_ends_with_the_others_from_behind(monk
     turns = []
     for place in range(3):
         monkeypatch.setenv("SLURM_PROCID", str(place))
-        turns.append(pool.in_turn(list(range(8))))
+        turns.append(worker_pool.in_turn(list(range(8))))
     assert turns == [[0, 3, 6, 7, 4, 1, 5, 2], [1, 4, 7, 5, 2, 6, 3, 0], [2, 5, 6, 3, 0, 7, 4, 1]]
     monkeypatch.delenv("SLURM_PROCID")
     monkeypatch.delenv("SLURM_NTASKS")
-    assert pool.in_turn(list(range(8))) == list(range(8))
+    assert worker_pool.in_turn(list(range(8))) == list(range(8))
 
 
 def test_a_task_that_dies_leaves_its_shards_to_the_others(tmp_path):

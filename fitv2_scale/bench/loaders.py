@@ -19,7 +19,7 @@ from typing import Any
 
 from data_sharding.connect import file_system
 from data_sharding.errors import UserError
-from data_sharding.pool import cores
+from data_sharding.worker_pool import cores
 from fitv2_scale.bench.latents import MAX_TOKENS, PRESET, forget, prepare, upload
 from fitv2_scale.bench.ways import OURS, PEERS, Source, absent
 

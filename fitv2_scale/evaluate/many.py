@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from data_sharding.codec import Codec
 from data_sharding.errors import UserError
-from data_sharding.keyed import Purpose, uniform
+from data_sharding.rng import Purpose, uniform
 from fitv2_scale.evaluate.from_run import Weights
 from fitv2_scale.evaluate.pictures import decode
 from fitv2_scale.evaluate.sampler import Request, sample

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from data_sharding.deal import Shape, spread
 from data_sharding.errors import UserError
-from data_sharding.keyed import Purpose
 from data_sharding.packing import PackLayout, lay_out
+from data_sharding.rng import Purpose
 from fitv2_scale.batches import packing_to_torch
 from fitv2_scale.evaluate.solvers import Images, Velocity, dopri5, euler, heun, sde
 from fitv2_scale.keyed import normal

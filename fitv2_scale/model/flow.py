@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from data_sharding.keyed import Purpose
+from data_sharding.rng import Purpose
 from fitv2_scale.keyed import normal, uniform, words
 from fitv2_scale.model.config import TOKEN_CHANNELS
 from fitv2_scale.model.packing import PackedBatch

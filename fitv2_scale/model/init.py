@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from data_sharding.keyed import Purpose
+from data_sharding.rng import Purpose
 from fitv2_scale.keyed import normal, uniform, words
 from fitv2_scale.model.config import ModelConfig
 
