@@ -6,9 +6,9 @@ import numpy as np
 
 from data_sharding.deal import Cost, Dealt, Shape
 from data_sharding.errors import DataError
+from data_sharding.format.shard import DTYPE
 from data_sharding.packing import PackLayout, lay_out
 from data_sharding.plan import StepSet
-from data_sharding.shard import DTYPE
 
 TOKEN_BYTES = 16 * 2 + 4 * 8  # of a pack: latents, and where the token lies
 

@@ -28,9 +28,9 @@ import numpy as np
 from data_sharding.connect import file_system
 from data_sharding.errors import UserError
 from data_sharding.extents import ask, exists
-from data_sharding.manifest import FILE, Header, Manifest, write_manifest
+from data_sharding.format.manifest import FILE, Header, Manifest, write_manifest
+from data_sharding.format.shard import DTYPE, ShardIndex
 from data_sharding.rng import Purpose, words64
-from data_sharding.shard import DTYPE, ShardIndex
 from data_sharding.shard_task import Item, Maker, ShardTask, write_shard
 from data_sharding.storage import put, read
 from data_sharding.views import square_side

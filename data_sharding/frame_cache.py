@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 
-from data_sharding.shard import RawFrame
+from data_sharding.format.shard import RawFrame
 
 Frame = tuple[int, int]  # (dataset, frame of its manifest)
 

@@ -13,9 +13,9 @@ import xxhash
 
 from data_sharding.cache import DiskCache
 from data_sharding.errors import DataError, StorageDown, UserError
-from data_sharding.manifest import FILE, Manifest, digest_words
+from data_sharding.format.manifest import FILE, Manifest, digest_words
+from data_sharding.format.shard import RawFrame, Sample, parse_frame
 from data_sharding.patience import Exhausted, Faulty, Patience, patiently
-from data_sharding.shard import RawFrame, Sample, parse_frame
 from data_sharding.storage import read
 
 _PROBE = 10.0  # seconds; whether the storage answers at all

@@ -3,8 +3,8 @@
 import numpy as np
 
 from data_sharding.errors import UserError
-from data_sharding.manifest import Manifest
-from data_sharding.shard import VIEWS
+from data_sharding.format.manifest import Manifest
+from data_sharding.format.shard import VIEWS
 
 _BINS = 20
 _BAR = 50  # characters of the longest bar

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from data_sharding.errors import DataError
-from data_sharding.manifest import Manifest
+from data_sharding.format.manifest import Manifest
 from data_sharding.plan import CROP, RESIZE
 from data_sharding.rng import Purpose, words64
 

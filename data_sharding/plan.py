@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 
 from data_sharding.errors import UserError
-from data_sharding.manifest import Manifest
+from data_sharding.format.manifest import Manifest
 from data_sharding.rng import Purpose, keyed_order, words, words64
 from data_sharding.strata import deal_to_steps, order_frames
 

@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 
 from data_sharding.errors import UserError
-from data_sharding.manifest import Header, Manifest
+from data_sharding.format.manifest import Header, Manifest
 from data_sharding.rng import Purpose, uniform
 
 PREFIX = "preset:"

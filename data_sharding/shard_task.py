@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from data_sharding.extents import exists
-from data_sharding.manifest import FILE
-from data_sharding.shard import Sample, ShardBuilder
+from data_sharding.format.manifest import FILE
+from data_sharding.format.shard import Sample, ShardBuilder
 from data_sharding.storage import put
 from data_sharding.worker_pool import Progress
 

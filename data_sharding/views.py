@@ -9,10 +9,10 @@ from math import isqrt
 import numpy as np
 from PIL import Image, ImageOps
 
-from data_sharding.codec import Codec, Draw
 from data_sharding.errors import UserError
-from data_sharding.shard import VIEWS
-from data_sharding.tokens import patchify
+from data_sharding.format.codec import Codec, Draw
+from data_sharding.format.patches import patchify
+from data_sharding.format.shard import VIEWS
 
 TOKEN_PIXELS = 16
 

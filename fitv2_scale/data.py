@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass, replace
 
-from data_sharding.codec import Codec, codec_of
 from data_sharding.deal import Cost, Nodes, Shape
 from data_sharding.errors import UserError
-from data_sharding.manifest import Manifest
+from data_sharding.format.codec import Codec, codec_of
+from data_sharding.format.manifest import Manifest
 from data_sharding.plan import Cursor, Plan, Segment
 from data_sharding.presets import is_preset, open_preset
 from data_sharding.shapes import shapes_of

@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 
 from data_sharding.errors import UserError
+from data_sharding.format.manifest import Manifest
 from data_sharding.frames import FrameReader
-from data_sharding.manifest import Manifest
 from data_sharding.patience import Patience
 from data_sharding.presets import is_preset
 from fitv2_scale.compiling import check_compiler, check_deepspeed

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import xxhash
 
-from data_sharding.manifest import write_manifest
-from data_sharding.shard import Sample, ShardBuilder
+from data_sharding.format.manifest import write_manifest
+from data_sharding.format.shard import Sample, ShardBuilder
 from data_sharding.storage import put
 
 CLASSES = ("cat", "dog", "eel")

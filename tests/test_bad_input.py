@@ -14,7 +14,7 @@ from ranks import run_ranks
 from services.s3 import use
 
 from data_sharding.errors import DataError, UserError
-from data_sharding.manifest import Manifest
+from data_sharding.format.manifest import Manifest
 from fitv2_scale.cli import main
 from fitv2_scale.run import Run
 from fitv2_scale.run_status import status

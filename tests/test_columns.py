@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from samples import write_samples
 
-from data_sharding.columns import COLUMNS, blocks
 from data_sharding.errors import DataError
-from data_sharding.manifest import Manifest
+from data_sharding.format.columns import COLUMNS, blocks
+from data_sharding.format.manifest import Manifest
 from fitv2_scale.bench.scale_figures import LATE, cursor, memory, resuming
 
 URL = "memory://test_columns/set"
@@ -26,7 +26,7 @@ def remote():
 @pytest.fixture
 def fetched(monkeypatch):
     """The URLs whose ranges are read."""
-    from data_sharding import columns
+    from data_sharding.format import columns
 
     urls, plain = [], columns.read_range
     monkeypatch.setattr(columns, "read_range", lambda url, start, end: urls.append(url) or plain(url, start, end))

@@ -12,8 +12,8 @@ from fsspec.registry import _registry
 from data_sharding import patience as patience_module
 from data_sharding.connect import Abandoned, file_system
 from data_sharding.errors import StorageDown, UserError
+from data_sharding.format.manifest import Manifest
 from data_sharding.frames import FrameLost, FrameReader, fetch_frame, read_frame
-from data_sharding.manifest import Manifest
 from data_sharding.patience import Patience
 from data_sharding.storage import put, read
 

@@ -11,10 +11,10 @@ import pytest
 import xxhash
 from samples import CLASSES, assert_same, put_at, rewrite, write_samples
 
-from data_sharding.columns import COLUMNS
 from data_sharding.errors import DataError
+from data_sharding.format.columns import COLUMNS
+from data_sharding.format.manifest import Manifest
 from data_sharding.frames import read_frame
-from data_sharding.manifest import Manifest
 
 
 def test_manifest_gives_what_was_written(stored):

@@ -21,8 +21,8 @@ from waiting import wait
 
 from data_sharding.cache import DiskCache
 from data_sharding.errors import StorageDown, UserError
+from data_sharding.format.manifest import Manifest
 from data_sharding.frames import FrameLost, FrameReader, fetch_frame
-from data_sharding.manifest import Manifest
 from data_sharding.patience import Patience
 from data_sharding.plan import Plan, Segment
 from data_sharding.storage import put, read

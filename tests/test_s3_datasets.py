@@ -13,10 +13,10 @@ from services.rgw import environment
 from services.s3 import use
 
 from data_sharding import extents, storage
-from data_sharding.columns import COLUMNS
 from data_sharding.errors import DataError, StorageDown, UserError
 from data_sharding.extents import list_tar
-from data_sharding.manifest import Manifest
+from data_sharding.format.columns import COLUMNS
+from data_sharding.format.manifest import Manifest
 from data_sharding.sources import open_source
 from data_sharding.verify import verify
 from data_sharding.write import write_dataset

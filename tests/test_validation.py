@@ -15,8 +15,8 @@ from ranks import run_ranks
 from data_sharding import rng
 from data_sharding.deal import Shape
 from data_sharding.errors import UserError
+from data_sharding.format.manifest import Manifest
 from data_sharding.frames import read_frame
-from data_sharding.manifest import Manifest
 from data_sharding.packing import lay_out
 from data_sharding.rng import Purpose
 from data_sharding.write import write_dataset

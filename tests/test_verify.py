@@ -10,8 +10,8 @@ import xxhash
 from samples import put_at, rewrite, write_samples
 
 from data_sharding import verify as module
+from data_sharding.format.manifest import Manifest
 from data_sharding.inspect import inspect, save_picture, to_text
-from data_sharding.manifest import Manifest
 from data_sharding.verify import verify
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from data_sharding.codec import DctCodec, get_codec
 from data_sharding.errors import UserError
-from data_sharding.tokens import patchify, unpatchify
+from data_sharding.format.codec import DctCodec, get_codec
+from data_sharding.format.patches import patchify, unpatchify
 from data_sharding.views import (
     UnreadableImage,
     crop_view,

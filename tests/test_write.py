@@ -9,10 +9,10 @@ import pytest
 from writing import OPTIONS, make_images
 
 from data_sharding import build, sources
-from data_sharding.codec import get_codec
 from data_sharding.errors import UserError
+from data_sharding.format.codec import get_codec
+from data_sharding.format.manifest import Manifest
 from data_sharding.frames import read_frame
-from data_sharding.manifest import Manifest
 from data_sharding.sources import open_folder, sample_id
 from data_sharding.verify import verify
 from data_sharding.write import write_dataset

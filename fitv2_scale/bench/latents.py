@@ -9,8 +9,8 @@ import numpy as np
 
 from data_sharding.connect import file_system
 from data_sharding.errors import UserError
+from data_sharding.format.shard import CHANNELS, DTYPE, VIEWS, Sample
 from data_sharding.presets import open_preset
-from data_sharding.shard import CHANNELS, DTYPE, VIEWS, Sample
 from fitv2_scale.bench.ways import load_way
 
 PRESET = "preset:imagenet256"

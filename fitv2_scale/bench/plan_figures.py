@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from data_sharding.deal import Cost, Nodes, deal, spread, spread_over_nodes
-from data_sharding.manifest import Manifest
+from data_sharding.format.manifest import Manifest
 from data_sharding.plan import MAX_WINDOW_STEPS, Plan, Segment
 from data_sharding.presets import open_preset
 from data_sharding.shapes import shapes_of

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data_sharding.deal import Cost
-from data_sharding.manifest import Manifest
+from data_sharding.format.manifest import Manifest
 from data_sharding.plan import Cursor, Plan, Segment
 from data_sharding.presets import IMAGENET_IMAGES, open_preset
 from data_sharding.shapes import shapes_of

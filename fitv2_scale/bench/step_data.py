@@ -7,8 +7,8 @@ import numpy as np
 
 from data_sharding.batch import StepBatch, make_batch
 from data_sharding.deal import deal
+from data_sharding.format.shard import DTYPE
 from data_sharding.presets import is_preset
-from data_sharding.shard import DTYPE
 from data_sharding.stream import Loader
 from fitv2_scale.config import Config
 from fitv2_scale.data import Data

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from data_sharding.codec import get_codec
-from data_sharding.columns import COLUMNS
-from data_sharding.manifest import FILE, Header, ShardEntry
+from data_sharding.format.codec import get_codec
+from data_sharding.format.columns import COLUMNS
+from data_sharding.format.manifest import FILE, Header, ShardEntry
 from data_sharding.presets import open_preset
 
 _FRAME_IMAGES, _SHARD_FRAMES = 64, 16

@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data_sharding.codec import Codec
 from data_sharding.errors import UserError
+from data_sharding.format.codec import Codec
 from data_sharding.rng import Purpose, uniform
 from fitv2_scale.evaluate.from_run import Weights
 from fitv2_scale.evaluate.pictures import decode

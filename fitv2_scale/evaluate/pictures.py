@@ -5,8 +5,8 @@ import io
 import numpy as np
 from PIL import Image
 
-from data_sharding.codec import Codec
-from data_sharding.tokens import unpatchify
+from data_sharding.format.codec import Codec
+from data_sharding.format.patches import unpatchify
 from fitv2_scale.evaluate.sampler import Request
 from fitv2_scale.model.config import parse_size
 

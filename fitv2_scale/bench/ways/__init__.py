@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_sharding.shard import Sample
+from data_sharding.format.shard import Sample
 
 OURS = "fitv2"
 PEERS = {  # module here -> the distribution it needs, if any

@@ -10,7 +10,7 @@ import torch
 from streaming import MDSWriter, StreamingDataLoader, StreamingDataset
 from streaming.base.util import clean_stale_shared_memory
 
-from data_sharding.shard import Sample
+from data_sharding.format.shard import Sample
 from fitv2_scale.bench.ways import Batch, Source, padded, seen
 
 _COLUMNS = {"id": "int", "label": "int", "resize": "ndarray:float16", "crop": "ndarray:float16"}

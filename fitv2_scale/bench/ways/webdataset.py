@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import webdataset as wds
 
-from data_sharding.shard import Sample
+from data_sharding.format.shard import Sample
 from fitv2_scale.bench.ways import Batch, Source, padded, s3, seen
 
 _SHARDS = 16  # a multiple of the workers of any small machine, else some would have less to do

@@ -22,10 +22,10 @@ from dataclasses import asdict, dataclass, fields
 import numpy as np
 import xxhash
 
-from data_sharding.columns import COLUMNS, blocks, read_column
 from data_sharding.errors import DataError
 from data_sharding.extents import ask
-from data_sharding.shard import ShardIndex
+from data_sharding.format.columns import COLUMNS, blocks, read_column
+from data_sharding.format.shard import ShardIndex
 from data_sharding.storage import put, read
 
 FORMAT = "fitv2-shards"

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_sharding.codec import SD_VAE, Draw, Latent
 from data_sharding.errors import UserError
+from data_sharding.format.codec import SD_VAE, Draw, Latent
 from data_sharding.rng import Purpose, uniform
 from data_sharding.worker_pool import WORKER
 

@@ -96,7 +96,7 @@ SD_VAE = "sd-vae"
 
 
 def _sd_vae(folder: str, latent: Latent):
-    from data_sharding.vae import load_vae
+    from data_sharding.format.sd_vae import load_vae
 
     return load_vae(folder, latent)
 
