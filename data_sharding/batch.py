@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_sharding.deal import Cost, Dealt, Shape
 from data_sharding.errors import DataError
 from data_sharding.format.shard import DTYPE
-from data_sharding.packing import PackLayout, lay_out
-from data_sharding.plan import StepSet
+from data_sharding.plan.balance import Cost, Dealt, Shape
+from data_sharding.plan.pack_layout import PackLayout, lay_out
+from data_sharding.plan.plan import StepSet
 
 TOKEN_BYTES = 16 * 2 + 4 * 8  # of a pack: latents, and where the token lies
 

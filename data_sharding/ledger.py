@@ -21,7 +21,7 @@ import numpy as np
 
 from data_sharding.errors import DataError
 from data_sharding.format.manifest import Manifest
-from data_sharding.plan import CROP, RESIZE
+from data_sharding.plan.plan import CROP, RESIZE
 from data_sharding.rng import Purpose, words64
 
 _DRAWS = 4096  # of candidates, before the whole dataset is searched

@@ -3,7 +3,7 @@
 import torch
 
 from data_sharding.batch import Pack
-from data_sharding.packing import PackLayout
+from data_sharding.plan.pack_layout import PackLayout
 from fitv2_scale.model.packing import PackedBatch, Packing, to_device
 
 

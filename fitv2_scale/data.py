@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass, replace
 
-from data_sharding.deal import Cost, Nodes, Shape
 from data_sharding.errors import UserError
 from data_sharding.format.codec import Codec, codec_of
 from data_sharding.format.manifest import Manifest
-from data_sharding.plan import Cursor, Plan, Segment
-from data_sharding.presets import is_preset, open_preset
-from data_sharding.shapes import shapes_of
+from data_sharding.plan.balance import Cost, Nodes, Shape
+from data_sharding.plan.pack_shapes import shapes_of
+from data_sharding.plan.plan import Cursor, Plan, Segment
+from data_sharding.plan.size_presets import is_preset, open_preset
 from fitv2_scale.config import Config
 
 _WEIGHT_UNIT = 1_000_000  # weights are shares in millionths: the plan is integer arithmetic

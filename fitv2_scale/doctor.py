@@ -22,7 +22,7 @@ from data_sharding.errors import UserError
 from data_sharding.format.manifest import Manifest
 from data_sharding.frames import FrameReader
 from data_sharding.patience import Patience
-from data_sharding.presets import is_preset
+from data_sharding.plan.size_presets import is_preset
 from fitv2_scale.compiling import check_compiler, check_deepspeed
 from fitv2_scale.config import Config
 from fitv2_scale.parallel.world import World, join

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from data_sharding.errors import DataError, UserError
-from data_sharding.plan import Plan
+from data_sharding.plan.plan import Plan
 from fitv2_scale.audit import Audit
 from fitv2_scale.checkpoint.begin import Source, begin_with
 from fitv2_scale.checkpoint.checkpointer import Checkpointer, Restored

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from data_sharding.errors import UserError
-from data_sharding.plan import Views
+from data_sharding.plan.plan import Views
 from fitv2_scale.model.config import parse_size
 from fitv2_scale.model.extrapolation import AttentionScale, Mode
 from fitv2_scale.parallel.engine import Precision

@@ -16,7 +16,7 @@ import data_sharding
 import fitv2_scale
 import launchers
 from data_sharding.errors import UserError
-from data_sharding.presets import is_preset
+from data_sharding.plan.size_presets import is_preset
 from fitv2_scale.config import Config, load_config
 from fitv2_scale.provenance import SOURCE, source
 from fitv2_scale.redact import redact

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_sharding.deal import Shape
-from data_sharding.packing import lay_out
+from data_sharding.plan.balance import Shape
+from data_sharding.plan.pack_layout import lay_out
 from fitv2_scale.batches import packing_to_torch
 from fitv2_scale.config import Config, parse_config
 from fitv2_scale.engines import make_engine

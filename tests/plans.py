@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from data_sharding.deal import Cost
-from data_sharding.plan import CROP, Plan, Segment
+from data_sharding.plan.balance import Cost
+from data_sharding.plan.plan import CROP, Plan, Segment
 
 COST = Cost(linear=960, quadratic=1)
 

@@ -9,7 +9,7 @@ import torch
 
 from data_sharding.connect import disconnect
 from data_sharding.patience import Patience
-from data_sharding.plan import Cursor
+from data_sharding.plan.plan import Cursor
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
 from fitv2_scale.checkpoint.commits import verify_commit
 from fitv2_scale.checkpoint.policy import CheckpointConfig

@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import COST, manifest, plan_of
 
-from data_sharding.deal import Cost, Shape, deal, spread, spread_over_nodes
 from data_sharding.errors import UserError
-from data_sharding.plan import Plan, Segment
-from data_sharding.presets import open_preset
-from data_sharding.shapes import choose_shapes
-from data_sharding.strata import deal_to_steps, order_frames
+from data_sharding.plan.balance import Cost, Shape, deal, spread, spread_over_nodes
+from data_sharding.plan.pack_shapes import choose_shapes
+from data_sharding.plan.plan import Plan, Segment
+from data_sharding.plan.size_presets import open_preset
+from data_sharding.plan.stratify import deal_to_steps, order_frames
 from fitv2_scale.bench.plan_figures import over_nodes
 
 lengths = st.lists(st.integers(1, 64), min_size=1, max_size=120).map(lambda x: np.array(x, np.int64))

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_sharding.deal import Shape
-from data_sharding.packing import lay_out
+from data_sharding.plan.balance import Shape
+from data_sharding.plan.pack_layout import lay_out
 from fitv2_scale.batches import packing_to_torch
 from fitv2_scale.model.config import ModelConfig
 from fitv2_scale.model.extrapolation import RopeConfig, extrapolated_table

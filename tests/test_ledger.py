@@ -14,11 +14,11 @@ from ranks import Ranks, run_ranks
 from test_resume import reach
 from test_stream import loader
 
-from data_sharding.deal import deal
 from data_sharding.errors import DataError
 from data_sharding.format.manifest import Manifest
 from data_sharding.ledger import Ledger, Loss, frame_of
-from data_sharding.plan import CROP, RESIZE, Plan, Segment
+from data_sharding.plan.balance import deal
+from data_sharding.plan.plan import CROP, RESIZE, Plan, Segment
 from fitv2_scale.cli import main
 from fitv2_scale.data import Data
 from fitv2_scale.ledger import RunLedger, ledger_of, read_pages

@@ -14,8 +14,8 @@ from PIL import Image
 from ranks import Ranks, run_ranks
 from test_resume import reach
 
-from data_sharding.deal import Shape
-from data_sharding.packing import lay_out
+from data_sharding.plan.balance import Shape
+from data_sharding.plan.pack_layout import lay_out
 from data_sharding.write import write_dataset
 from fitv2_scale.batches import packing_to_torch
 from fitv2_scale.breakdown import NAMES, by_group, tally

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_sharding.deal import Cost, Shape
 from data_sharding.format.manifest import Manifest, write_manifest
 from data_sharding.format.shard import DTYPE, Sample, ShardBuilder
-from data_sharding.plan import Plan, Segment
+from data_sharding.plan.balance import Cost, Shape
+from data_sharding.plan.plan import Plan, Segment
 from data_sharding.stream import Loader
 
 IMAGES, BATCH = 2000, 8

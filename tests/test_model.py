@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data_sharding.deal import Shape
-from data_sharding.packing import lay_out
+from data_sharding.plan.balance import Shape
+from data_sharding.plan.pack_layout import lay_out
 from fitv2_scale.batches import packing_to_torch
 from fitv2_scale.config import load_config
 from fitv2_scale.model.attention import padded_sdpa

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from plans import manifest, plan_of
 
 from data_sharding.errors import UserError
-from data_sharding.plan import CROP, Plan, Segment
-from data_sharding.presets import open_preset
+from data_sharding.plan.plan import CROP, Plan, Segment
+from data_sharding.plan.size_presets import open_preset
 from fitv2_scale.bench.bias_figures import bias
 
 

@@ -24,7 +24,7 @@ from data_sharding.errors import StorageDown, UserError
 from data_sharding.format.manifest import Manifest
 from data_sharding.frames import FrameLost, FrameReader, fetch_frame
 from data_sharding.patience import Patience
-from data_sharding.plan import Plan, Segment
+from data_sharding.plan.plan import Plan, Segment
 from data_sharding.storage import put, read
 from data_sharding.stream import FramesLost
 from fitv2_scale.run import Run

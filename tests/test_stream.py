@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from waiting import wait
 
-from data_sharding.deal import Cost, Shape
 from data_sharding.errors import DataError
 from data_sharding.format.manifest import Manifest
 from data_sharding.frame_cache import FrameCache
 from data_sharding.frames import FrameLost, FrameReader, read_frame
 from data_sharding.ledger import Ledger, frame_of
-from data_sharding.plan import Plan, Segment
+from data_sharding.plan.balance import Cost, Shape
+from data_sharding.plan.plan import Plan, Segment
 from data_sharding.stream import FramesLost, Loader
 
 COST, SHAPE = Cost(192, 1), Shape(128, 12, 16)

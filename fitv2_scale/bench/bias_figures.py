@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from data_sharding.plan import Plan
+from data_sharding.plan.plan import Plan
 
 _LEVEL = 1e-3  # of each one-sided test
 

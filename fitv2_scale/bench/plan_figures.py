@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from data_sharding.deal import Cost, Nodes, deal, spread, spread_over_nodes
 from data_sharding.format.manifest import Manifest
-from data_sharding.plan import MAX_WINDOW_STEPS, Plan, Segment
-from data_sharding.presets import open_preset
-from data_sharding.shapes import shapes_of
+from data_sharding.plan.balance import Cost, Nodes, deal, spread, spread_over_nodes
+from data_sharding.plan.pack_shapes import shapes_of
+from data_sharding.plan.plan import MAX_WINDOW_STEPS, Plan, Segment
+from data_sharding.plan.size_presets import open_preset
 from fitv2_scale.bench.bias_figures import bias
 
 PARTS = ("balance", "any_ranks", "nodes", "bias", "planning")

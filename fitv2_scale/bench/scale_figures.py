@@ -17,11 +17,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data_sharding.deal import Cost
 from data_sharding.format.manifest import Manifest
-from data_sharding.plan import Cursor, Plan, Segment
-from data_sharding.presets import IMAGENET_IMAGES, open_preset
-from data_sharding.shapes import shapes_of
+from data_sharding.plan.balance import Cost
+from data_sharding.plan.pack_shapes import shapes_of
+from data_sharding.plan.plan import Cursor, Plan, Segment
+from data_sharding.plan.size_presets import IMAGENET_IMAGES, open_preset
 from data_sharding.stream import Loader
 from fitv2_scale.bench.synthetic import write_columns
 

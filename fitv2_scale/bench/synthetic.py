@@ -10,7 +10,7 @@ import xxhash
 from data_sharding.format.codec import get_codec
 from data_sharding.format.columns import COLUMNS
 from data_sharding.format.manifest import FILE, Header, ShardEntry
-from data_sharding.presets import open_preset
+from data_sharding.plan.size_presets import open_preset
 
 _FRAME_IMAGES, _SHARD_FRAMES = 64, 16
 _FRAME_BYTES = 1 << 20

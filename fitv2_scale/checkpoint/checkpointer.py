@@ -20,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from data_sharding.errors import UserError
-from data_sharding.plan import Cursor
+from data_sharding.plan.plan import Cursor
 from fitv2_scale.checkpoint.boxed import BoxedTensor
 from fitv2_scale.checkpoint.chunks import Damaged
 from fitv2_scale.checkpoint.commits import (

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_sharding.deal import Shape, spread
 from data_sharding.errors import UserError
-from data_sharding.packing import PackLayout, lay_out
+from data_sharding.plan.balance import Shape, spread
+from data_sharding.plan.pack_layout import PackLayout, lay_out
 from data_sharding.rng import Purpose
 from fitv2_scale.batches import packing_to_torch
 from fitv2_scale.evaluate.solvers import Images, Velocity, dopri5, euler, heun, sde

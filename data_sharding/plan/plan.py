@@ -22,8 +22,8 @@ import numpy as np
 
 from data_sharding.errors import UserError
 from data_sharding.format.manifest import Manifest
+from data_sharding.plan.stratify import deal_to_steps, order_frames
 from data_sharding.rng import Purpose, keyed_order, words, words64
-from data_sharding.strata import deal_to_steps, order_frames
 
 PLANNER_VERSION = 2
 RESIZE, CROP = 0, 1  # the view axis of Manifest.size

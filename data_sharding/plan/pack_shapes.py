@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_sharding.deal import Cost, Nodes, Shape, spread, spread_over_nodes
 from data_sharding.errors import UserError
-from data_sharding.plan import Plan
+from data_sharding.plan.balance import Cost, Nodes, Shape, spread, spread_over_nodes
+from data_sharding.plan.plan import Plan
 
 _ROUND = 8  # capacities are multiples of this
 _HEADROOM = 64  # the roomiest capacity has a part of so many more than the steps looked at need, at least

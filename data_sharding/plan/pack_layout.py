@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from data_sharding.deal import Shape
+from data_sharding.plan.balance import Shape
 
 
 @dataclass(frozen=True)
