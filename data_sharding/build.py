@@ -25,14 +25,14 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from data_sharding.connect import file_system
 from data_sharding.errors import UserError
-from data_sharding.extents import ask, exists
 from data_sharding.format.manifest import FILE, Header, Manifest, write_manifest
 from data_sharding.format.shard import DTYPE, ShardIndex
 from data_sharding.rng import Purpose, words64
 from data_sharding.shard_task import Item, Maker, ShardTask, write_shard
-from data_sharding.storage import put, read
+from data_sharding.storage.byte_ranges import ask, exists
+from data_sharding.storage.files import put, read
+from data_sharding.storage.filesystems import file_system
 from data_sharding.views import square_side
 from data_sharding.worker_pool import cores, in_turn, progress_bar, run_tasks
 

@@ -23,8 +23,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from data_sharding.connect import Abandoned
-from data_sharding.patience import Faulty, Patience
+from data_sharding.storage.filesystems import Abandoned
+from data_sharding.storage.retry import Faulty, Patience
 
 _NAME = re.compile(r"[0-9a-f]{32}\.(frame|tmp|lock)")
 _FREE = 0.1  # share of the cache that an eviction frees

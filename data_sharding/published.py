@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from data_sharding.connect import file_system
 from data_sharding.errors import UserError
-from data_sharding.extents import Extent, ask, list_tar
 from data_sharding.sources import refuse_collisions, sample_id
+from data_sharding.storage.byte_ranges import Extent, ask, list_tar
+from data_sharding.storage.filesystems import file_system
 
 _NAME = re.compile(
     r"(from_16_to|greater_than)_(\d+)(_resize|_crop)?"

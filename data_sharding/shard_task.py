@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from data_sharding.extents import exists
 from data_sharding.format.manifest import FILE
 from data_sharding.format.shard import Sample, ShardBuilder
-from data_sharding.storage import put
+from data_sharding.storage.byte_ranges import exists
+from data_sharding.storage.files import put
 from data_sharding.worker_pool import Progress
 
 _CHUNK = 64  # items handed over at once: enough pictures of one size for a batch, few enough to hold in memory

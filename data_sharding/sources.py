@@ -27,9 +27,9 @@ from hashlib import blake2b
 from itertools import islice
 from types import SimpleNamespace
 
-from data_sharding.connect import file_system
 from data_sharding.errors import UserError
-from data_sharding.extents import Extent, Member, ask, list_tar
+from data_sharding.storage.byte_ranges import Extent, Member, ask, list_tar
+from data_sharding.storage.filesystems import file_system
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 _LISTERS = 16  # tars listed side by side: it is all waiting for the storage

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 
 from fsspec.implementations.local import LocalFileSystem
 
-from data_sharding.connect import file_system
 from data_sharding.errors import UserError
-from data_sharding.extents import exists, list_tar, open_binary
-from data_sharding.storage import put, read
+from data_sharding.storage.byte_ranges import exists, list_tar, open_binary
+from data_sharding.storage.files import put, read
+from data_sharding.storage.filesystems import file_system
 from data_sharding.worker_pool import Progress, progress_bar, run_tasks, slurm_task
 
 _BLOCK = 1 << 22

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from data_sharding.errors import StorageDown
 from data_sharding.frames import FrameReader
-from data_sharding.patience import Patience
+from data_sharding.storage.retry import Patience
+from data_sharding.storage.store import Store
 from fitv2_scale.config import Config
 from fitv2_scale.data import Data
 from fitv2_scale.evaluate.pictures import decode, grid_png, grid_requests, spread_labels
@@ -15,7 +16,6 @@ from fitv2_scale.evaluate.validation import Validation, held_out
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.world import World
-from fitv2_scale.store import Store
 from fitv2_scale.tracking.journal import Journal
 
 log = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from typing import Any
 
 from data_sharding.errors import DataError, StorageDown
 from data_sharding.ledger import Ledger, Loss
+from data_sharding.storage.store import Store
 from fitv2_scale.run_log import RunLog, StaleAttempt, newest_attempt, now
-from fitv2_scale.store import Store
 
 log = logging.getLogger(__name__)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from data_sharding.errors import DataError, UserError
 from data_sharding.plan.plan import Plan
+from data_sharding.storage.store import open_store
 from fitv2_scale.audit import Audit
 from fitv2_scale.checkpoint.begin import Source, begin_with
 from fitv2_scale.checkpoint.checkpointer import Checkpointer, Restored
@@ -24,7 +25,6 @@ from fitv2_scale.provenance import own_gpu, provenance
 from fitv2_scale.relay import Relay
 from fitv2_scale.run import Attempt, Run
 from fitv2_scale.session import Session
-from fitv2_scale.store import open_store
 from fitv2_scale.totals import Times, Totals
 from fitv2_scale.tracking.journal import Journal
 from fitv2_scale.tracking.launch import Uploader

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from data_sharding.errors import DataError, StorageDown, UserError
+from data_sharding.storage.store import Store, open_store
 from fitv2_scale import scratch
 from fitv2_scale.redact import redact
 from fitv2_scale.run_log import Entry, RunLog, now
-from fitv2_scale.store import Store, open_store
 
 # How an attempt ends: exit codes of `fitv2 train`, and codes in end.json. The README says what launchers make of them.
 DONE, RETRY, GIVE_UP, BAD_INPUT, BUG = 0, 75, 93, 2, 1

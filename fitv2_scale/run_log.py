@@ -28,7 +28,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from data_sharding.errors import DataError, StorageDown
-from fitv2_scale.store import Store
+from data_sharding.storage.store import Store
 
 _REQUIRED = {"CLAIM": (), "COMMIT": ("step", "path", "manifest"), "RETIRE": ("entry",), "STOP": ()}
 

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from data_sharding.errors import UserError
-from fitv2_scale.store import LocalStore, Store
+from data_sharding.storage.store import LocalStore, Store
 
 
 def local(store: Store, run_id: str, rel: str) -> Path:

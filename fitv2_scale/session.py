@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from data_sharding.cache import DiskCache
 from data_sharding.frames import FrameReader
-from data_sharding.patience import Patience
+from data_sharding.storage.retry import Patience
 from data_sharding.stream import Loader
 from fitv2_scale.audit import Audit
 from fitv2_scale.checkpoint.checkpointer import Checkpointer, Restored

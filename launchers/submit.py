@@ -17,11 +17,11 @@ import fitv2_scale
 import launchers
 from data_sharding.errors import UserError
 from data_sharding.plan.size_presets import is_preset
+from data_sharding.storage.store import LocalStore, open_store
 from fitv2_scale.config import Config, load_config
 from fitv2_scale.provenance import SOURCE, source
 from fitv2_scale.redact import redact
 from fitv2_scale.run import Run, flatten
-from fitv2_scale.store import LocalStore, open_store
 from launchers import slurm
 from launchers.chain import Chain, node_count
 from launchers.control import job_name

@@ -8,7 +8,7 @@ import xxhash
 
 from data_sharding.format.manifest import write_manifest
 from data_sharding.format.shard import Sample, ShardBuilder
-from data_sharding.storage import put
+from data_sharding.storage.files import put
 
 CLASSES = ("cat", "dog", "eel")
 

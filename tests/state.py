@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import torch
 
-from data_sharding.connect import disconnect
-from data_sharding.patience import Patience
 from data_sharding.plan.plan import Cursor
+from data_sharding.storage.filesystems import disconnect
+from data_sharding.storage.retry import Patience
+from data_sharding.storage.s3_store import S3Store
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
 from fitv2_scale.checkpoint.commits import verify_commit
 from fitv2_scale.checkpoint.policy import CheckpointConfig
@@ -18,7 +19,6 @@ from fitv2_scale.parallel.boxes import Box, LogicalTensor
 from fitv2_scale.parallel.world import World, join
 from fitv2_scale.run import Run
 from fitv2_scale.run_log import RunLog
-from fitv2_scale.s3_store import S3Store
 
 CURSOR = Cursor("plan", 0, [[0, 1, [1]]], [0], 0, [0])
 

@@ -12,7 +12,7 @@ from ranks import run_ranks
 from state import State, opened, saver
 from test_bench_step import SMALL
 
-from data_sharding.connect import disconnect
+from data_sharding.storage.filesystems import disconnect
 from fitv2_scale.bench import checkpoint
 from fitv2_scale.bench.checkpoint_report import to_text
 from fitv2_scale.bench.relaid import lay_out_anew

@@ -11,8 +11,8 @@ from services.rgw import environment
 from services.s3 import use
 from state import State, opened, recover, saver
 
-from data_sharding.patience import Patience
-from fitv2_scale import s3_store
+from data_sharding.storage import s3_store
+from data_sharding.storage.retry import Patience
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
 from fitv2_scale.run import Run
 

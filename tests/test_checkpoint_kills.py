@@ -11,7 +11,7 @@ from ranks import Ranks, run_ranks
 from state import State, opened, recover, saver
 from waiting import wait
 
-from fitv2_scale import s3_store
+from data_sharding.storage import s3_store
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
 from fitv2_scale.run import Run
 from fitv2_scale.run_log import StaleAttempt

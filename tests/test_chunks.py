@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_sharding.storage.store import LocalStore
 from fitv2_scale.checkpoint import chunks
 from fitv2_scale.checkpoint.chunks import ChunkDigests, ChunkReader, Damaged, Span
-from fitv2_scale.store import LocalStore
 
 SMALL = 8  # bytes of a chunk here
 

@@ -9,13 +9,13 @@ import pytest
 from fake_store import FakeStore, serve
 from fsspec.registry import _registry
 
-from data_sharding import patience as patience_module
-from data_sharding.connect import Abandoned, file_system
 from data_sharding.errors import StorageDown, UserError
 from data_sharding.format.manifest import Manifest
 from data_sharding.frames import FrameLost, FrameReader, fetch_frame, read_frame
-from data_sharding.patience import Patience
-from data_sharding.storage import put, read
+from data_sharding.storage import retry as patience_module
+from data_sharding.storage.files import put, read
+from data_sharding.storage.filesystems import Abandoned, file_system
+from data_sharding.storage.retry import Patience
 
 SHORT = Patience(deadline=0.6, attempt=0.2)
 FOR_EVER = 1e6  # seconds that a test would hang if a read was not given up
@@ -139,6 +139,6 @@ def test_unknown_urls_and_missing_packages_are_said_in_a_sentence(monkeypatch):
     # As where s3fs is not installed: fsspec remembers its class once any test has used it.
     monkeypatch.setitem(sys.modules, "s3fs", None)
     monkeypatch.delitem(_registry, "s3", raising=False)
-    monkeypatch.setattr("data_sharding.connect._connected", {})
+    monkeypatch.setattr("data_sharding.storage.filesystems._connected", {})
     with pytest.raises(UserError, match=r"s3://b/x needs a package .*pip install 'fitv2-scale\[s3\]'"):
         file_system("s3://b/x")

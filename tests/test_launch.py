@@ -5,9 +5,9 @@ import math
 import pytest
 
 from data_sharding.errors import UserError
+from data_sharding.storage.store import LocalStore
 from fitv2_scale.run import NOT_FINITE, Run
 from fitv2_scale.run_log import Entry
-from fitv2_scale.store import LocalStore
 from launchers.chain import culprits, node_count
 from launchers.history import History, excluded, signal_seconds, verdict
 from launchers.hostlist import counts, expand

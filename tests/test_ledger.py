@@ -19,13 +19,13 @@ from data_sharding.format.manifest import Manifest
 from data_sharding.ledger import Ledger, Loss, frame_of
 from data_sharding.plan.balance import deal
 from data_sharding.plan.plan import CROP, RESIZE, Plan, Segment
+from data_sharding.storage.store import LocalStore
 from fitv2_scale.cli import main
 from fitv2_scale.data import Data
 from fitv2_scale.ledger import RunLedger, ledger_of, read_pages
 from fitv2_scale.run import Run
 from fitv2_scale.run_log import RunLog, StaleAttempt
 from fitv2_scale.run_status import status
-from fitv2_scale.store import LocalStore
 from fitv2_scale.train import BAD_INPUT, DONE, train
 
 

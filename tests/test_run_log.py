@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_sharding.errors import DataError, UserError
+from data_sharding.storage.store import LocalStore, open_store
 from fitv2_scale.run_log import RunLog, StaleAttempt
-from fitv2_scale.store import LocalStore, open_store
 
 DIGEST = "sha256:00"
 

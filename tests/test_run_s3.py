@@ -15,12 +15,12 @@ from services.s3 import use
 from waiting import wait
 
 from data_sharding.errors import UserError
+from data_sharding.storage.store import open_store
 from fitv2_scale import scratch
 from fitv2_scale.checkpoint.commits import attempt_of, commit_folder, verify_commit
 from fitv2_scale.cli import main
 from fitv2_scale.run import Run
 from fitv2_scale.run_status import status
-from fitv2_scale.store import open_store
 from fitv2_scale.tracking.launch import Uploader
 from fitv2_scale.tracking.sync import sync
 from fitv2_scale.train import DONE, RETRY, train

@@ -23,9 +23,9 @@ from data_sharding.cache import DiskCache
 from data_sharding.errors import StorageDown, UserError
 from data_sharding.format.manifest import Manifest
 from data_sharding.frames import FrameLost, FrameReader, fetch_frame
-from data_sharding.patience import Patience
 from data_sharding.plan.plan import Plan, Segment
-from data_sharding.storage import put, read
+from data_sharding.storage.files import put, read
+from data_sharding.storage.retry import Patience
 from data_sharding.stream import FramesLost
 from fitv2_scale.run import Run
 from fitv2_scale.run_status import status

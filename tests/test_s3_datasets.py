@@ -12,12 +12,12 @@ from services.faultproxy import FaultProxy, Rule
 from services.rgw import environment
 from services.s3 import use
 
-from data_sharding import extents, storage
 from data_sharding.errors import DataError, StorageDown, UserError
-from data_sharding.extents import list_tar
 from data_sharding.format.columns import COLUMNS
 from data_sharding.format.manifest import Manifest
 from data_sharding.sources import open_source
+from data_sharding.storage import byte_ranges, files
+from data_sharding.storage.byte_ranges import list_tar
 from data_sharding.verify import verify
 from data_sharding.write import write_dataset
 
@@ -45,8 +45,8 @@ def bucket(client) -> str:
 
 @pytest.fixture
 def proxy(rgw, bucket, monkeypatch):
-    monkeypatch.setattr(extents, "_PATIENCE", replace(extents._PATIENCE, deadline=300, attempt=0.7))
-    monkeypatch.setattr(storage, "_START", replace(storage._START, deadline=300, attempt=0.7))
+    monkeypatch.setattr(byte_ranges, "_PATIENCE", replace(byte_ranges._PATIENCE, deadline=300, attempt=0.7))
+    monkeypatch.setattr(files, "_START", replace(files._START, deadline=300, attempt=0.7))
     with FaultProxy(rgw.port) as proxy:
         use(monkeypatch, environment(proxy.port))
         yield proxy
@@ -103,10 +103,10 @@ def test_an_outage_ends_the_writing_and_the_next_one_goes_on(
     url = f"{bucket}/{outage[0].action}"
     proxy.rules = [replace(rule) for rule in outage]
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "_START", replace(storage._START, deadline=5))
+        patch.setattr(files, "_START", replace(files._START, deadline=5))
         with pytest.raises(StorageDown, match="cannot be reached: .*, tried again for 5 s; check"):
             write(pictures, url)
-    monkeypatch.setattr(storage, "_START", replace(storage._START, attempt=100))
+    monkeypatch.setattr(files, "_START", replace(files._START, attempt=100))
     proxy.rules, proxy.requests[:] = [], []
     write(pictures, url)
     assert objects(client, outage[0].action) == files(local)
@@ -141,7 +141,7 @@ def test_verifying_through_faults_finds_what_there_is(proxy, bucket, client, loc
 
 def test_verifying_in_an_outage_is_one_sentence(proxy, bucket, client, local, monkeypatch):
     upload(client, local, "away")
-    monkeypatch.setattr(extents, "_PATIENCE", replace(extents._PATIENCE, deadline=2))
+    monkeypatch.setattr(byte_ranges, "_PATIENCE", replace(byte_ranges._PATIENCE, deadline=2))
     proxy.rules = [Rule("status", path="tar.zst")]
     began = time.monotonic()
     with pytest.raises(StorageDown, match="cannot be reached: 503 SlowDown, tried again for 2 s; check the storage"):
@@ -176,7 +176,7 @@ def test_a_source_on_s3_is_listed_through_faults(proxy, bucket, client, pictures
     """A tar of class tars, read in pieces smaller than itself."""
     import tarfile
 
-    monkeypatch.setattr(extents, "_BUFFER", 10_000)
+    monkeypatch.setattr(byte_ranges, "_BUFFER", 10_000)
     with tarfile.open(tmp_path / "all.tar", "w") as outer:
         for folder in sorted(pictures.iterdir()):
             with tarfile.open(tmp_path / f"{folder.name}.tar", "w") as inner:

@@ -5,8 +5,8 @@ import os
 import pytest
 from places import S3
 
-from fitv2_scale import s3_store
-from fitv2_scale.store import open_store
+from data_sharding.storage import s3_store
+from data_sharding.storage.store import open_store
 
 
 @pytest.fixture

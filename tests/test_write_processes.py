@@ -11,8 +11,8 @@ from waiting import wait
 from writing import OPTIONS, bytes_of, children, kill_when, make_images
 
 from data_sharding import build, shard_task, worker_pool
-from data_sharding.extents import Extent
 from data_sharding.sources import Entry, open_folder
+from data_sharding.storage.byte_ranges import Extent
 from data_sharding.write import write_dataset
 
 

@@ -16,9 +16,9 @@ from contextlib import suppress
 import numpy as np
 import xxhash
 
-from data_sharding.connect import file_system, is_local
 from data_sharding.errors import DataError
-from data_sharding.extents import read_range
+from data_sharding.storage.byte_ranges import read_range
+from data_sharding.storage.filesystems import file_system, is_local
 
 # column: (dtype, rows counted in, shape of a row). F frames, F+1 their boundaries, N samples.
 COLUMNS: dict[str, tuple[str, str, tuple[int, ...]]] = {

@@ -23,10 +23,10 @@ import numpy as np
 import xxhash
 
 from data_sharding.errors import DataError
-from data_sharding.extents import ask
 from data_sharding.format.columns import COLUMNS, blocks, read_column
 from data_sharding.format.shard import ShardIndex
-from data_sharding.storage import put, read
+from data_sharding.storage.byte_ranges import ask
+from data_sharding.storage.files import put, read
 
 FORMAT = "fitv2-shards"
 VERSION = 1  # tick when a reader of the old version would misread the new one

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 from data_sharding.batch import StepBatch
-from data_sharding.connect import file_system
 from data_sharding.errors import UserError
+from data_sharding.storage.filesystems import file_system
+from data_sharding.storage.store import LocalStore, Store, open_store
 from fitv2_scale.bench.checkpoint_report import spread
 from fitv2_scale.bench.latents import forget
 from fitv2_scale.bench.relaid import lay_out_anew
@@ -36,7 +37,6 @@ from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.world import World, join
 from fitv2_scale.run import Run
 from fitv2_scale.run_log import Entry
-from fitv2_scale.store import LocalStore, Store, open_store
 from fitv2_scale.train import train_step
 
 _FOLDER = "fitv2-bench-checkpoint"  # below what the user gives: all that is written, and deleted, is in it

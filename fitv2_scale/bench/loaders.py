@@ -17,8 +17,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from data_sharding.connect import file_system
 from data_sharding.errors import UserError
+from data_sharding.storage.filesystems import file_system
 from data_sharding.worker_pool import cores
 from fitv2_scale.bench.latents import MAX_TOKENS, PRESET, forget, prepare, upload
 from fitv2_scale.bench.ways import OURS, PEERS, Source, absent

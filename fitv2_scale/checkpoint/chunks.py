@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import xxhash
 
-from data_sharding.patience import Faulty
-from fitv2_scale.store import Bytes, Store
+from data_sharding.storage.retry import Faulty
+from data_sharding.storage.store import Bytes, Store
 
 CHUNK = 16 << 20  # bytes that one digest covers
 _AHEAD = 4  # chunks that are fetched while one is used

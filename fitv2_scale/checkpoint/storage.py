@@ -30,9 +30,9 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
+from data_sharding.storage.store import Store
 from fitv2_scale.checkpoint.chunks import CHUNK, ChunkReader, Span
 from fitv2_scale.checkpoint.safetensors_file import Entry, Written, write_safetensors
-from fitv2_scale.store import Store
 
 FORMAT = 2
 MANIFEST = "manifest.json"

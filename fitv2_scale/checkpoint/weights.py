@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data_sharding.errors import UserError
+from data_sharding.storage.store import open_store
 from fitv2_scale.checkpoint.chunks import Damaged
 from fitv2_scale.checkpoint.commits import commit_folder, read_manifest
 from fitv2_scale.checkpoint.safetensors_file import Entry, write_safetensors
@@ -23,7 +24,6 @@ from fitv2_scale.model.config import ModelConfig
 from fitv2_scale.model.counts import logical_shapes
 from fitv2_scale.provenance import provenance
 from fitv2_scale.run import Run
-from fitv2_scale.store import open_store
 
 
 class WrongWeights(UserError):

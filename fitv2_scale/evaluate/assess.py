@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from data_sharding.errors import UserError
-from data_sharding.extents import exists
+from data_sharding.storage.byte_ranges import exists
+from data_sharding.storage.store import Store, open_store
 from fitv2_scale.checkpoint.begin import is_weights
 from fitv2_scale.evaluate.features import Features, npz_bytes, read_npz
 from fitv2_scale.evaluate.from_run import Weights, opened
@@ -33,7 +34,6 @@ from fitv2_scale.model.config import PIXELS_PER_TOKEN, parse_size
 from fitv2_scale.parallel.world import join
 from fitv2_scale.run import Run
 from fitv2_scale.run_log import now
-from fitv2_scale.store import Store, open_store
 
 
 @dataclass(frozen=True)

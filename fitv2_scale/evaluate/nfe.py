@@ -4,7 +4,7 @@ import io
 from typing import Any
 
 from data_sharding.errors import UserError
-from fitv2_scale.store import Store
+from data_sharding.storage.store import Store
 
 
 def save_plot(results: list[dict[str, Any]], store: Store, path: str) -> None:

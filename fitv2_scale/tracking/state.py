@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from fitv2_scale.store import Store
+from data_sharding.storage.store import Store
 
 
 def get(store: Store, path: str) -> dict[str, Any] | None:

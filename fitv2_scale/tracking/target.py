@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from data_sharding.errors import UserError
-from fitv2_scale.store import LocalStore, open_store
+from data_sharding.storage.store import LocalStore, open_store
 
 _MOUNTS = Path("/proc/self/mountinfo")
 _SHARED = {"nfs", "nfs4", "lustre", "gpfs", "beegfs", "beegfs_nodev", "cifs", "smb3", "ceph", "glusterfs", "panfs"} | {

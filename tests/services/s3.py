@@ -6,7 +6,7 @@ import botocore.session
 import pytest
 from services.rgw import KEY, SECRET, Rgw, missing
 
-from data_sharding import connect
+from data_sharding.storage import filesystems
 
 
 @pytest.fixture(scope="session")
@@ -35,4 +35,4 @@ def use(monkeypatch, env: dict[str, str]) -> None:
         monkeypatch.delenv(name)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(connect, "_connected", {})
+    monkeypatch.setattr(filesystems, "_connected", {})

@@ -14,7 +14,7 @@ from data_sharding.frames import FrameReader
 from data_sharding.plan.balance import Cost, Nodes, Shape
 from data_sharding.plan.pack_shapes import choose_shapes
 from data_sharding.plan.plan import Plan, Segment
-from data_sharding.storage import put
+from data_sharding.storage.files import put
 from data_sharding.stream import Loader
 from fitv2_scale.batches import pack_to_torch
 from fitv2_scale.bench.ways import Batch, Source

@@ -17,10 +17,10 @@ import numpy as np
 from pydantic import ValidationError
 
 from data_sharding.errors import UserError
+from data_sharding.storage.store import Store
 from fitv2_scale.model.config import ModelConfig
 from fitv2_scale.model.counts import forward_flops, parameter_count
 from fitv2_scale.run import Run
-from fitv2_scale.store import Store
 from fitv2_scale.tracking import journal
 
 AXES = ("steps", "images", "flops", "gpu_hours")

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, NamedTuple
 
-from data_sharding.connect import file_system, is_local
 from data_sharding.errors import DataError, StorageDown, UserError
-from data_sharding.patience import Exhausted, Faulty, Patience, patiently
-from data_sharding.storage import read
+from data_sharding.storage.files import read
+from data_sharding.storage.filesystems import file_system, is_local
+from data_sharding.storage.retry import Exhausted, Faulty, Patience, patiently
 
 _PATIENCE = Patience(deadline=120, attempt=40)  # an attempt brings up to 32 MB
 _BUFFER = 1 << 23

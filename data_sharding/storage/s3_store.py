@@ -1,6 +1,6 @@
 """A RUN's store in a bucket: conditional creates by single-part PUT, large objects by multipart upload.
 
-All requests go through ``data_sharding.patience``, the one place that tries again. Each part carries its MD5, which
+All requests go through ``data_sharding.storage.retry``, the one place that tries again. Each part carries its MD5, which
 every S3 server checks (the checksums of newer clients are ignored by some), so that what was acknowledged is what was
 sent; what comes back is checked by the digests that the reader brings.
 """
@@ -15,10 +15,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from data_sharding.connect import file_system
 from data_sharding.errors import StorageDown, UserError
-from data_sharding.patience import Exhausted, Patience, patiently
-from fitv2_scale.store import Bytes, Result, Store, Writable
+from data_sharding.storage.filesystems import file_system
+from data_sharding.storage.retry import Exhausted, Patience, patiently
+from data_sharding.storage.store import Bytes, Result, Store, Writable
 
 PART = 16 << 20  # bytes of a part; larger where the object would have more than 10,000 of them, which S3 refuses
 _MOST_PARTS = 10_000

@@ -4,9 +4,9 @@ import os
 import uuid
 from dataclasses import replace
 
-from data_sharding.connect import file_system, is_local
 from data_sharding.errors import StorageDown, UserError
-from data_sharding.patience import Exhausted, Patience, patiently
+from data_sharding.storage.filesystems import file_system, is_local
+from data_sharding.storage.retry import Exhausted, Patience, patiently
 
 _START = Patience(deadline=120, attempt=40, refused=False)  # whole files take longer than frames
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from data_sharding.connect import Abandoned, Method, attempt, file_system, is_local
+from data_sharding.storage.filesystems import Abandoned, Method, attempt, file_system, is_local
 
 Result = TypeVar("Result")
 

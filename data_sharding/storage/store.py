@@ -117,7 +117,7 @@ class Store(ABC):
 def open_store(url: str) -> Store:
     """The store at a local path, file:// or s3:// URL, which need not hold anything yet. Raises UserError."""
     if url.startswith("s3://"):
-        from fitv2_scale.s3_store import S3Store  # only here: s3fs is an extra
+        from data_sharding.storage.s3_store import S3Store  # only here: s3fs is an extra
 
         return S3Store(url)
     if "://" in url and not url.startswith("file:///"):
