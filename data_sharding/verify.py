@@ -12,8 +12,8 @@ import xxhash
 from data_sharding.errors import DataError
 from data_sharding.format.manifest import Manifest
 from data_sharding.format.shard import END_OF_ARCHIVE, decompress, scan_frame
-from data_sharding.frames import fetch_frame, open_frame
 from data_sharding.storage.byte_ranges import ask, read_range
+from data_sharding.stream.frames import fetch_frame, open_frame
 from data_sharding.worker_pool import run_tasks
 
 _SPAN = 1 << 25  # bytes read at once

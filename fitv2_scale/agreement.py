@@ -12,10 +12,10 @@ from contextlib import contextmanager
 
 import torch
 
-from data_sharding.batch import StepBatch
 from data_sharding.errors import StorageDown
-from data_sharding.ledger import Loss
-from data_sharding.stream import FramesLost, Loader
+from data_sharding.stream.batch import StepBatch
+from data_sharding.stream.loader import FramesLost, Loader
+from data_sharding.stream.substitutes import Loss
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
 from fitv2_scale.ledger import RunLedger
 from fitv2_scale.orders import Orders

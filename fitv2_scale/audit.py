@@ -14,8 +14,8 @@ import numpy as np
 import torch
 import xxhash
 
-from data_sharding.batch import Pack, StepBatch
 from data_sharding.rng import Purpose
+from data_sharding.stream.batch import Pack, StepBatch
 from fitv2_scale.model.flow import FlowConfig, noise_words, sample_t
 
 

@@ -2,8 +2,8 @@
 
 import torch
 
-from data_sharding.batch import Pack
 from data_sharding.plan.pack_layout import PackLayout
+from data_sharding.stream.batch import Pack
 from fitv2_scale.model.packing import PackedBatch, Packing, to_device
 
 

@@ -20,10 +20,10 @@ import torch.distributed as dist
 
 from data_sharding.errors import UserError
 from data_sharding.format.manifest import Manifest
-from data_sharding.frames import FrameReader
 from data_sharding.plan.size_presets import is_preset
 from data_sharding.storage.retry import Patience
 from data_sharding.storage.store import LocalStore, open_store
+from data_sharding.stream.frames import FrameReader
 from fitv2_scale.compiling import check_compiler, check_deepspeed
 from fitv2_scale.config import Config
 from fitv2_scale.parallel.world import World, join

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from data_sharding.errors import StorageDown
-from data_sharding.frames import FrameReader
 from data_sharding.storage.retry import Patience
 from data_sharding.storage.store import Store
+from data_sharding.stream.frames import FrameReader
 from fitv2_scale.config import Config
 from fitv2_scale.data import Data
 from fitv2_scale.evaluate.pictures import decode, grid_png, grid_requests, spread_labels

@@ -1,4 +1,4 @@
-"""The ledger of a run: RUN/ledger/00000001.json …, one page a version (see ``data_sharding.ledger`` for a sample).
+"""The ledger of a run: RUN/ledger/00000001.json …, one page a version (see ``data_sharding.stream.substitutes`` for a sample).
 
 A page is written once, by conditional create, by rank 0 of the attempt that holds the newest CLAIM, before any rank
 trains on a substitute. Pages are never changed, so a run that is started again finds the same substitutes.
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_sharding.errors import DataError, StorageDown
-from data_sharding.ledger import Ledger, Loss
 from data_sharding.storage.store import Store
+from data_sharding.stream.substitutes import Ledger, Loss
 from fitv2_scale.run_log import RunLog, StaleAttempt, newest_attempt, now
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from datetime import datetime
 import numpy as np
 import torch
 
-from data_sharding.batch import StepBatch
+from data_sharding.stream.batch import StepBatch
 from fitv2_scale.breakdown import NAMES, by_group
 from fitv2_scale.device_use import DeviceUse
 from fitv2_scale.model.config import ModelConfig

@@ -2,7 +2,7 @@
 
 import torch.distributed as dist
 
-from data_sharding.batch import StepBatch
+from data_sharding.stream.batch import StepBatch
 from fitv2_scale.parallel.mesh import Layout
 
 

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
-from data_sharding.cache import DiskCache
-from data_sharding.frames import FrameReader
 from data_sharding.storage.retry import Patience
-from data_sharding.stream import Loader
+from data_sharding.stream.disk_cache import DiskCache
+from data_sharding.stream.frames import FrameReader
+from data_sharding.stream.loader import Loader
 from fitv2_scale.audit import Audit
 from fitv2_scale.checkpoint.checkpointer import Checkpointer, Restored
 from fitv2_scale.checkpoint.policy import Cadence

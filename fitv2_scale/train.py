@@ -9,9 +9,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from data_sharding.batch import StepBatch
 from data_sharding.errors import StorageDown, UserError
 from data_sharding.plan.size_presets import is_preset
+from data_sharding.stream.batch import StepBatch
 from fitv2_scale.agreement import Agreement, StopSignal
 from fitv2_scale.batches import pack_to_torch
 from fitv2_scale.breakdown import NAMES, tally

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_sharding.batch import StepBatch
+from data_sharding.stream.batch import StepBatch
 from fitv2_scale.meter import Meter, StepNumbers
 from fitv2_scale.parallel.engine import StepResult
 from fitv2_scale.progress import Progress

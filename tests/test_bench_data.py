@@ -9,7 +9,7 @@ import pytest
 
 from data_sharding.errors import UserError
 from data_sharding.format.manifest import Manifest
-from data_sharding.frames import FrameReader, read_frame
+from data_sharding.stream.frames import FrameReader, read_frame
 from fitv2_scale.bench import loaders
 from fitv2_scale.bench.latents import MAX_TOKENS, make_samples, prepare
 from fitv2_scale.bench.ways import OURS, PEERS, Source, absent, load_way

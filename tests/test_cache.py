@@ -17,9 +17,9 @@ import pytest
 import xxhash
 from waiting import wait
 
-from data_sharding.cache import DiskCache, _acquire
 from data_sharding.storage.filesystems import Abandoned
 from data_sharding.storage.retry import Faulty, Patience
+from data_sharding.stream.disk_cache import DiskCache, _acquire
 
 SIZE = 4000
 FOR_EVER = Patience(attempt=1e6)  # who waited for a holder would hang

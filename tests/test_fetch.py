@@ -11,11 +11,11 @@ from fsspec.registry import _registry
 
 from data_sharding.errors import StorageDown, UserError
 from data_sharding.format.manifest import Manifest
-from data_sharding.frames import FrameLost, FrameReader, fetch_frame, read_frame
 from data_sharding.storage import retry as patience_module
 from data_sharding.storage.files import put, read
 from data_sharding.storage.filesystems import Abandoned, file_system
 from data_sharding.storage.retry import Patience
+from data_sharding.stream.frames import FrameLost, FrameReader, fetch_frame, read_frame
 
 SHORT = Patience(deadline=0.6, attempt=0.2)
 FOR_EVER = 1e6  # seconds that a test would hang if a read was not given up
@@ -96,7 +96,7 @@ def test_a_frame_out_of_reach_is_lost_at_the_deadline(manifest):
 
 
 def test_if_nothing_answers_no_frame_is_to_blame(manifest, monkeypatch):
-    monkeypatch.setattr("data_sharding.frames._PROBE", 0.2)
+    monkeypatch.setattr("data_sharding.stream.frames._PROBE", 0.2)
     FakeStore.forever, FakeStore.only = ConnectionRefusedError("refused"), ""
     with pytest.raises(StorageDown, match="fake://set cannot be reached .refused, tried again for 1 s.: check"):
         fetch_frame(manifest, 0, SHORT)

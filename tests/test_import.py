@@ -12,10 +12,10 @@ from writing import bytes_of, kill_when
 
 from data_sharding import unpack
 from data_sharding.format.manifest import Manifest
-from data_sharding.frames import read_frame
 from data_sharding.import_latents import import_dataset
 from data_sharding.sources import sample_id
 from data_sharding.storage.byte_ranges import exists
+from data_sharding.stream.frames import read_frame
 from data_sharding.verify import verify
 
 

@@ -16,10 +16,10 @@ from test_stream import loader
 
 from data_sharding.errors import DataError
 from data_sharding.format.manifest import Manifest
-from data_sharding.ledger import Ledger, Loss, frame_of
 from data_sharding.plan.balance import deal
 from data_sharding.plan.plan import CROP, RESIZE, Plan, Segment
 from data_sharding.storage.store import LocalStore
+from data_sharding.stream.substitutes import Ledger, Loss, frame_of
 from fitv2_scale.cli import main
 from fitv2_scale.data import Data
 from fitv2_scale.ledger import RunLedger, ledger_of, read_pages
@@ -73,9 +73,9 @@ def test_choice_depends_on_the_key_alone(manifest):
 
 
 def test_a_rare_length_is_found_in_a_search_of_everything(manifest, monkeypatch):
-    monkeypatch.setattr("data_sharding.ledger._DRAWS", 1)
+    monkeypatch.setattr("data_sharding.stream.substitutes._DRAWS", 1)
     ledger = Ledger([manifest]).turned(page_of(Ledger([manifest]), 2))
-    monkeypatch.setattr("data_sharding.ledger._BLOCK", 17)
+    monkeypatch.setattr("data_sharding.stream.substitutes._BLOCK", 17)
     test_substitutes_are_as_long_or_the_nearest_shorter(manifest)
     for row in range(*manifest.frame_first[2:4]):
         assert frame_of(manifest, ledger.row(0, row, RESIZE)) != 2
@@ -240,7 +240,7 @@ def test_every_planned_id_counts_and_substitutes_are_counted(damaged, dataset, t
 
 def lose_on_one_rank(config, rank: int) -> int:
     """Frame 4 cannot be had on one rank alone; the others have it, perhaps in a batch that waits already."""
-    from data_sharding.frames import FrameLost, FrameReader
+    from data_sharding.stream.frames import FrameLost, FrameReader
 
     read = FrameReader.read
     if int(os.environ["RANK"]) == rank:

@@ -14,7 +14,7 @@ from samples import CLASSES, assert_same, put_at, rewrite, write_samples
 from data_sharding.errors import DataError
 from data_sharding.format.columns import COLUMNS
 from data_sharding.format.manifest import Manifest
-from data_sharding.frames import read_frame
+from data_sharding.stream.frames import read_frame
 
 
 def test_manifest_gives_what_was_written(stored):

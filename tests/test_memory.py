@@ -11,7 +11,7 @@ from data_sharding.format.manifest import Manifest, write_manifest
 from data_sharding.format.shard import DTYPE, Sample, ShardBuilder
 from data_sharding.plan.balance import Cost, Shape
 from data_sharding.plan.plan import Plan, Segment
-from data_sharding.stream import Loader
+from data_sharding.stream.loader import Loader
 
 IMAGES, BATCH = 2000, 8
 CACHE, PREFETCH = 16 << 20, 24 << 20

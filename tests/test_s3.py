@@ -19,14 +19,14 @@ from test_resume import reach
 from test_stream import loader, same
 from waiting import wait
 
-from data_sharding.cache import DiskCache
 from data_sharding.errors import StorageDown, UserError
 from data_sharding.format.manifest import Manifest
-from data_sharding.frames import FrameLost, FrameReader, fetch_frame
 from data_sharding.plan.plan import Plan, Segment
 from data_sharding.storage.files import put, read
 from data_sharding.storage.retry import Patience
-from data_sharding.stream import FramesLost
+from data_sharding.stream.disk_cache import DiskCache
+from data_sharding.stream.frames import FrameLost, FrameReader, fetch_frame
+from data_sharding.stream.loader import FramesLost
 from fitv2_scale.run import Run
 from fitv2_scale.run_status import status
 from fitv2_scale.train import DONE, RETRY, train
@@ -134,7 +134,7 @@ def test_a_frame_out_of_reach_is_lost_at_the_deadline(proxy, url, action):
 
 
 def test_an_outage_blames_no_frame(proxy, url, monkeypatch):
-    monkeypatch.setattr("data_sharding.frames._PROBE", 0.5)
+    monkeypatch.setattr("data_sharding.stream.frames._PROBE", 0.5)
     manifest = Manifest.load(url)
     for rule in (Rule("status"), Rule("reset"), Rule("stall"), Rule("status", status=403)):
         proxy.rules = [rule]

@@ -15,7 +15,7 @@ from samples import CLASSES, assert_same, make_sample
 from data_sharding.errors import DataError
 from data_sharding.format.manifest import Manifest
 from data_sharding.format.shard import END_OF_ARCHIVE, Sample, decompress, pack_sample, parse_frame, scan_frame
-from data_sharding.frames import fetch_frame, open_frame, read_frame
+from data_sharding.stream.frames import fetch_frame, open_frame, read_frame
 
 
 def members_of(samples: list[Sample]) -> dict[str, bytes]:

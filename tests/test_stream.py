@@ -9,12 +9,12 @@ from waiting import wait
 
 from data_sharding.errors import DataError
 from data_sharding.format.manifest import Manifest
-from data_sharding.frame_cache import FrameCache
-from data_sharding.frames import FrameLost, FrameReader, read_frame
-from data_sharding.ledger import Ledger, frame_of
 from data_sharding.plan.balance import Cost, Shape
 from data_sharding.plan.plan import Plan, Segment
-from data_sharding.stream import FramesLost, Loader
+from data_sharding.stream.frames import FrameLost, FrameReader, read_frame
+from data_sharding.stream.loader import FramesLost, Loader
+from data_sharding.stream.memory_cache import FrameCache
+from data_sharding.stream.substitutes import Ledger, frame_of
 
 COST, SHAPE = Cost(192, 1), Shape(128, 12, 16)
 

@@ -19,9 +19,9 @@ from data_sharding.format.codec import Draw, codec_of, get_codec
 from data_sharding.format.manifest import Manifest
 from data_sharding.format.patches import patchify, unpatchify
 from data_sharding.format.sd_vae import load_vae
-from data_sharding.frames import read_frame
 from data_sharding.rng import Purpose, words
 from data_sharding.sources import open_folder
+from data_sharding.stream.frames import read_frame
 from data_sharding.verify import verify
 from data_sharding.views import encode_views, load_rgb, views_of
 from data_sharding.write import write_dataset

@@ -15,10 +15,10 @@ from ranks import run_ranks
 from data_sharding import rng
 from data_sharding.errors import UserError
 from data_sharding.format.manifest import Manifest
-from data_sharding.frames import read_frame
 from data_sharding.plan.balance import Shape
 from data_sharding.plan.pack_layout import lay_out
 from data_sharding.rng import Purpose
+from data_sharding.stream.frames import read_frame
 from data_sharding.write import write_dataset
 from fitv2_scale.batches import packing_to_torch
 from fitv2_scale.cli import main

@@ -12,8 +12,8 @@ from data_sharding import build, sources
 from data_sharding.errors import UserError
 from data_sharding.format.codec import get_codec
 from data_sharding.format.manifest import Manifest
-from data_sharding.frames import read_frame
 from data_sharding.sources import open_folder, sample_id
+from data_sharding.stream.frames import read_frame
 from data_sharding.verify import verify
 from data_sharding.write import write_dataset
 

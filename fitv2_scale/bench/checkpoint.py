@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from data_sharding.batch import StepBatch
 from data_sharding.errors import UserError
 from data_sharding.storage.filesystems import file_system
 from data_sharding.storage.store import LocalStore, Store, open_store
+from data_sharding.stream.batch import StepBatch
 from fitv2_scale.bench.checkpoint_report import spread
 from fitv2_scale.bench.latents import forget
 from fitv2_scale.bench.relaid import lay_out_anew

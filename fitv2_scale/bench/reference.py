@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from data_sharding.batch import StepBatch
 from data_sharding.errors import UserError
+from data_sharding.stream.batch import StepBatch
 from fitv2_scale.config import Config
 from fitv2_scale.model.config import TOKEN_CHANNELS
 from fitv2_scale.model.fitv2 import Block, FiTv2, layer_norm

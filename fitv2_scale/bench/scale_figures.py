@@ -22,7 +22,7 @@ from data_sharding.plan.balance import Cost
 from data_sharding.plan.pack_shapes import shapes_of
 from data_sharding.plan.plan import Cursor, Plan, Segment
 from data_sharding.plan.size_presets import IMAGENET_IMAGES, open_preset
-from data_sharding.stream import Loader
+from data_sharding.stream.loader import Loader
 from fitv2_scale.bench.synthetic import write_columns
 
 LATE = 1_999_000

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_sharding.batch import StepBatch
 from data_sharding.errors import UserError
+from data_sharding.stream.batch import StepBatch
 from fitv2_scale.batches import pack_to_torch
 from fitv2_scale.bench.reference import Reference
 from fitv2_scale.bench.step_data import open_steps

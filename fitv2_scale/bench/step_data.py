@@ -5,11 +5,11 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from data_sharding.batch import StepBatch, make_batch
 from data_sharding.format.shard import DTYPE
 from data_sharding.plan.balance import deal
 from data_sharding.plan.size_presets import is_preset
-from data_sharding.stream import Loader
+from data_sharding.stream.batch import StepBatch, make_batch
+from data_sharding.stream.loader import Loader
 from fitv2_scale.config import Config
 from fitv2_scale.data import Data
 from fitv2_scale.model.config import TOKEN_CHANNELS

@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_sharding.batch import make_batch
 from data_sharding.errors import UserError
 from data_sharding.format.manifest import Manifest
 from data_sharding.format.shard import VIEWS
-from data_sharding.frames import FrameReader
-from data_sharding.ledger import frames_of
 from data_sharding.plan.balance import Cost, Shape, deal
 from data_sharding.plan.plan import RESIZE, StepSet, sample_ids
 from data_sharding.rng import Purpose, keyed_order
+from data_sharding.stream.batch import make_batch
+from data_sharding.stream.frames import FrameReader
+from data_sharding.stream.substitutes import frames_of
 from fitv2_scale.batches import pack_to_torch
 from fitv2_scale.model.flow import noised, velocity_losses
 from fitv2_scale.parallel.mesh import Layout

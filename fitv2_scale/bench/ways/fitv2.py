@@ -6,16 +6,16 @@ from pathlib import Path
 
 import torch
 
-from data_sharding.batch import Pack
-from data_sharding.cache import DiskCache
 from data_sharding.format.manifest import Manifest, write_manifest
 from data_sharding.format.shard import DTYPE, Sample, ShardBuilder
-from data_sharding.frames import FrameReader
 from data_sharding.plan.balance import Cost, Nodes, Shape
 from data_sharding.plan.pack_shapes import choose_shapes
 from data_sharding.plan.plan import Plan, Segment
 from data_sharding.storage.files import put
-from data_sharding.stream import Loader
+from data_sharding.stream.batch import Pack
+from data_sharding.stream.disk_cache import DiskCache
+from data_sharding.stream.frames import FrameReader
+from data_sharding.stream.loader import Loader
 from fitv2_scale.batches import pack_to_torch
 from fitv2_scale.bench.ways import Batch, Source
 

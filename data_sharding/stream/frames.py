@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import xxhash
 
-from data_sharding.cache import DiskCache
 from data_sharding.errors import DataError, StorageDown, UserError
 from data_sharding.format.manifest import FILE, Manifest, digest_words
 from data_sharding.format.shard import RawFrame, Sample, parse_frame
 from data_sharding.storage.files import read
 from data_sharding.storage.retry import Exhausted, Faulty, Patience, patiently
+from data_sharding.stream.disk_cache import DiskCache
 
 _PROBE = 10.0  # seconds; whether the storage answers at all
 

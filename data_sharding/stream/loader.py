@@ -13,15 +13,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from data_sharding.batch import TOKEN_BYTES, StepBatch, make_batch
 from data_sharding.errors import DataError, StorageDown
 from data_sharding.format.shard import VIEWS, RawFrame
-from data_sharding.frame_cache import Frame, FrameCache
-from data_sharding.frames import FrameLost, FrameReader
-from data_sharding.ledger import Ledger, Loss, frames_of
 from data_sharding.plan.balance import Cost, Dealt, Nodes, Shape, deal
 from data_sharding.plan.plan import Plan, StepSet
 from data_sharding.storage.filesystems import Abandoned
+from data_sharding.stream.batch import TOKEN_BYTES, StepBatch, make_batch
+from data_sharding.stream.frames import FrameLost, FrameReader
+from data_sharding.stream.memory_cache import Frame, FrameCache
+from data_sharding.stream.substitutes import Ledger, Loss, frames_of
 
 _READERS = 8  # frames read at once
 _AHEAD = 16  # most steps prepared ahead; as a rule their bytes end it sooner
