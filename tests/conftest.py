@@ -16,7 +16,7 @@ from samples import stored  # noqa: F401 - fixture
 from services.s3 import client, rgw  # noqa: F401 - fixtures
 from writing import images, written  # noqa: F401 - fixtures
 
-from data_sharding.write import write_dataset
+from data_sharding.write.images import write_dataset
 from fitv2_scale.config import Config, parse_config
 
 # The same examples on every machine, however slow it is; --hypothesis-profile=default looks for others.

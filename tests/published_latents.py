@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from data_sharding.import_latents import import_dataset
+from data_sharding.write.import_latents import import_dataset
 
 GROUPS = ("from_16_to_16", "greater_than_16_resize", "greater_than_16_crop")
 OPTIONS = {"images_per_shard": 6, "workers": 1, "progress": False}

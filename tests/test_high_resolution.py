@@ -11,7 +11,7 @@ from PIL import Image
 from ranks import run_ranks
 
 from data_sharding.errors import UserError
-from data_sharding.write import write_dataset
+from data_sharding.write.images import write_dataset
 from fitv2_scale.checkpoint.commits import read_manifest
 from fitv2_scale.checkpoint.storage import BoxReader
 from fitv2_scale.checkpoint.weights import export_weights

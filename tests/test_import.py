@@ -10,13 +10,13 @@ import pytest
 from published_latents import GROUPS, OPTIONS, latent, published, shards_of, write_layout
 from writing import bytes_of, kill_when
 
-from data_sharding import unpack
 from data_sharding.format.manifest import Manifest
-from data_sharding.import_latents import import_dataset
-from data_sharding.sources import sample_id
 from data_sharding.storage.byte_ranges import exists
 from data_sharding.stream.frames import read_frame
 from data_sharding.verify import verify
+from data_sharding.write import archives
+from data_sharding.write.image_sources import sample_id
+from data_sharding.write.import_latents import import_dataset
 
 
 def test_every_image_is_there_with_both_views_and_both_flips(whole):
@@ -78,13 +78,13 @@ def test_killed_while_unpacking_and_while_writing_it_writes_the_same_bytes(tmp_p
         "class Slow(unpack._Joined):\n"
         "    def read(self, *a): time.sleep(0.2); return super().read(*a)\n"
         "unpack._BLOCK = 1 << 12\nunpack._Joined = Slow\n"
-        "from data_sharding.import_latents import import_dataset\n"
+        "from data_sharding.write.import_latents import import_dataset\n"
         f"import_dataset({str(src)!r}, {str(dst)!r}, **{options | {'workers': 1}})"
     )
     kill_when(lambda: list(dst.rglob("*.tmp")), start(call))
     assert list(dst.rglob("*.tmp")) and not (dst / "manifest.json").exists()
     call = (
-        "from data_sharding.import_latents import import_dataset\n"
+        "from data_sharding.write.import_latents import import_dataset\n"
         f"import_dataset({str(src)!r}, {str(dst)!r}, **{options})"
     )
     kill_when(lambda: len(list(dst.rglob("shard-*.json"))) > 3, start(call))
@@ -92,7 +92,7 @@ def test_killed_while_unpacking_and_while_writing_it_writes_the_same_bytes(tmp_p
     assert len(unpacked) == 3 and not (dst / "manifest.json").exists()
     monkey = pytest.MonkeyPatch()
     with monkey.context() as patch:
-        patch.setattr(unpack, "run_tasks", lambda *_: pytest.fail("it unpacks again"))
+        patch.setattr(archives, "run_tasks", lambda *_: pytest.fail("it unpacks again"))
         report = import_dataset(str(src), str(dst), **OPTIONS | {"images_per_shard": 2})
     assert 0 < report.encoded < 342
     assert bytes_of(dst) == bytes_of(tmp_path / "whole")
@@ -107,19 +107,19 @@ def test_slurm_tasks_share_the_unpacking_and_take_over_what_one_leaves(whole, tm
     src, dst = write_layout(tmp_path / "src", "gz"), str(tmp_path / "set")
     monkeypatch.setenv("SLURM_PROCID", "1")
     monkeypatch.setenv("SLURM_NTASKS", "2")
-    monkeypatch.setattr(unpack, "_PATIENCE", 0.5)
+    monkeypatch.setattr(archives, "_PATIENCE", 0.5)
     waited = []
-    honest = unpack._others_work
-    monkeypatch.setattr(unpack, "_others_work", lambda archive: waited.append(archive.name) or honest(archive))
+    honest = archives._others_work
+    monkeypatch.setattr(archives, "_others_work", lambda archive: waited.append(archive.name) or honest(archive))
     import_dataset(str(src), dst, **OPTIONS)
     assert waited == [GROUPS[0], GROUPS[2]]
     assert shards_of(tmp_path / "set") == shards_of(whole[1])
 
 
 def test_waiting_for_an_archive_ends_when_it_is_there(tmp_path):
-    archive = unpack.Archive("x", (("x", 1),), str(tmp_path / "x.tar"), mine=False)
+    archive = archives.Archive("x", (("x", 1),), str(tmp_path / "x.tar"), mine=False)
     (tmp_path / "x.tar").write_bytes(b"unpacked by another")
-    unpack._unpack(archive, lambda *_: None)
+    archives._unpack(archive, lambda *_: None)
     assert (tmp_path / "x.tar").read_bytes() == b"unpacked by another"
 
 

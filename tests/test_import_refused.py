@@ -9,8 +9,8 @@ import pytest
 from published_latents import GROUPS, OPTIONS, latent, published, shards_of, write_layout
 
 from data_sharding.errors import UserError
-from data_sharding.import_latents import import_dataset
 from data_sharding.verify import verify
+from data_sharding.write.import_latents import import_dataset
 
 
 @pytest.mark.parametrize(

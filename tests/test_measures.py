@@ -16,7 +16,7 @@ from test_resume import reach
 
 from data_sharding.plan.balance import Shape
 from data_sharding.plan.pack_layout import lay_out
-from data_sharding.write import write_dataset
+from data_sharding.write.images import write_dataset
 from fitv2_scale.batches import packing_to_torch
 from fitv2_scale.breakdown import NAMES, by_group, tally
 from fitv2_scale.data import Data

@@ -15,11 +15,11 @@ from services.s3 import use
 from data_sharding.errors import DataError, StorageDown, UserError
 from data_sharding.format.columns import COLUMNS
 from data_sharding.format.manifest import Manifest
-from data_sharding.sources import open_source
 from data_sharding.storage import byte_ranges, files
 from data_sharding.storage.byte_ranges import list_tar
 from data_sharding.verify import verify
-from data_sharding.write import write_dataset
+from data_sharding.write.image_sources import open_source
+from data_sharding.write.images import write_dataset
 
 pytestmark = pytest.mark.services
 

@@ -13,11 +13,11 @@ from writing import bytes_of, make_images
 
 from data_sharding.errors import UserError
 from data_sharding.format.manifest import Manifest
-from data_sharding.sources import open_source, sample_id
 from data_sharding.storage.byte_ranges import list_tar
 from data_sharding.stream.frames import read_frame
 from data_sharding.verify import verify
-from data_sharding.write import write_dataset
+from data_sharding.write.image_sources import open_source, sample_id
+from data_sharding.write.images import write_dataset
 
 OPTIONS = {"max_tokens": 16, "images_per_shard": 7, "workers": 1, "progress": False}
 

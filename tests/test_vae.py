@@ -20,11 +20,11 @@ from data_sharding.format.manifest import Manifest
 from data_sharding.format.patches import patchify, unpatchify
 from data_sharding.format.sd_vae import load_vae
 from data_sharding.rng import Purpose, words
-from data_sharding.sources import open_folder
 from data_sharding.stream.frames import read_frame
 from data_sharding.verify import verify
-from data_sharding.views import encode_views, load_rgb, views_of
-from data_sharding.write import write_dataset
+from data_sharding.write.image_sources import open_folder
+from data_sharding.write.images import write_dataset
+from data_sharding.write.views import encode_views, load_rgb, views_of
 from fitv2_scale.run import Run
 from fitv2_scale.train import train
 
@@ -185,7 +185,7 @@ def test_pictures_come_from_the_header_and_a_folder(folder, written, tmp_path):
     other = save_vae(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match="was written with the VAE .*, and .* holds"):
         codec_of(header.codec, other)
-    from data_sharding.import_latents import CODEC
+    from data_sharding.write.import_latents import CODEC
 
     assert codec_of(CODEC, other).scale == 0.18215  # the published latents say no digest
     assert codec_of(get_codec("dct").record).name == "dct"
@@ -262,7 +262,7 @@ def test_folders_that_will_not_do_are_one_sentence_each(tmp_path, folder, monkey
 
 def test_torch_is_imported_for_this_codec_alone(images, tmp_path):
     call = (
-        "import sys\nfrom data_sharding.write import write_dataset\nimport data_sharding.import_latents\n"
+        "import sys\nfrom data_sharding.write.images import write_dataset\nimport data_sharding.write.import_latents\n"
         "import data_sharding.verify, data_sharding.inspect\n"
         f"write_dataset({images!r}, {str(tmp_path / 'set')!r}, max_tokens=16, workers=1, progress=False)\n"
         "assert not {'torch', 'diffusers', 'webdataset'} & sys.modules.keys()"

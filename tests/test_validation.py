@@ -19,7 +19,7 @@ from data_sharding.plan.balance import Shape
 from data_sharding.plan.pack_layout import lay_out
 from data_sharding.rng import Purpose
 from data_sharding.stream.frames import read_frame
-from data_sharding.write import write_dataset
+from data_sharding.write.images import write_dataset
 from fitv2_scale.batches import packing_to_torch
 from fitv2_scale.cli import main
 from fitv2_scale.data import Data

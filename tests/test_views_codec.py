@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from data_sharding.errors import UserError
 from data_sharding.format.codec import DctCodec, get_codec
 from data_sharding.format.patches import patchify, unpatchify
-from data_sharding.views import (
+from data_sharding.write.views import (
     UnreadableImage,
     crop_view,
     encode_views,

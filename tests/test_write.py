@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from writing import OPTIONS, make_images
 
-from data_sharding import build, sources
 from data_sharding.errors import UserError
 from data_sharding.format.codec import get_codec
 from data_sharding.format.manifest import Manifest
-from data_sharding.sources import open_folder, sample_id
 from data_sharding.stream.frames import read_frame
 from data_sharding.verify import verify
-from data_sharding.write import write_dataset
+from data_sharding.write import build, image_sources
+from data_sharding.write.image_sources import open_folder, sample_id
+from data_sharding.write.images import write_dataset
 
 
 def ids_of(url) -> list[int]:
@@ -38,7 +38,7 @@ def test_every_image_is_there_once_with_its_label(images, written):
 
 
 def test_views_and_flips_are_those_of_the_pixels(images, written):
-    from data_sharding.views import encode_views, load_rgb, views_of
+    from data_sharding.write.views import encode_views, load_rgb, views_of
 
     entries = {entry.id: entry for entry in open_folder(images).entries}
     manifest = Manifest.load(str(written[0]))
@@ -167,6 +167,6 @@ def test_labels_follow_all_class_folders_and_ids_only_the_key(tmp_path):
 
 
 def test_colliding_ids_are_an_error(images, monkeypatch):
-    monkeypatch.setattr(sources, "sample_id", lambda key: 1)
+    monkeypatch.setattr(image_sources, "sample_id", lambda key: 1)
     with pytest.raises(UserError, match=r"ant/000\.jpg and ant/003\.jpg have the same id by chance"):
         open_folder(images)

@@ -10,10 +10,11 @@ import pytest
 from waiting import wait
 from writing import OPTIONS, bytes_of, children, kill_when, make_images
 
-from data_sharding import build, shard_task, worker_pool
-from data_sharding.sources import Entry, open_folder
+from data_sharding import worker_pool
 from data_sharding.storage.byte_ranges import Extent
-from data_sharding.write import write_dataset
+from data_sharding.write import build, shard_task
+from data_sharding.write.image_sources import Entry, open_folder
+from data_sharding.write.images import write_dataset
 
 
 def test_two_processes_write_the_same_bytes_as_one(images, written, tmp_path):
@@ -28,7 +29,7 @@ def test_killed_twice_and_started_again_it_writes_the_same_bytes(tmp_path):
     options = {**OPTIONS, "images_per_shard": 3}
     write_dataset(src, str(tmp_path / "whole"), workers=1, **options)
     arguments = f"{src!r}, {str(dst)!r}, workers=2, **{options}"
-    call = f"from data_sharding.write import write_dataset; write_dataset({arguments})"
+    call = f"from data_sharding.write.images import write_dataset; write_dataset({arguments})"
     kept = 0
     for _ in range(2):
         process = subprocess.Popen([sys.executable, "-c", call], cwd=Path(__file__).parents[1])
@@ -48,7 +49,7 @@ def test_a_worker_that_is_killed_is_reported_and_nothing_hangs(tmp_path):
     make_images(tmp_path / "images", 24, side=200)
     src, dst = str(tmp_path / "images"), str(tmp_path / "set")
     call = (
-        "from data_sharding.errors import UserError\nfrom data_sharding.write import write_dataset\n"
+        "from data_sharding.errors import UserError\nfrom data_sharding.write.images import write_dataset\n"
         f"try: write_dataset({src!r}, {dst!r}, workers=2, images_per_shard=12, progress=False)\n"
         "except UserError as error: print(error)"
     )
@@ -81,7 +82,7 @@ def start_task(call: str, place: int, count: int) -> subprocess.Popen:
 
 def slurm_call(src, dst, **options) -> str:
     arguments = f"{str(src)!r}, {str(dst)!r}, **{options}"
-    return f"from data_sharding.write import write_dataset; write_dataset({arguments})"
+    return f"from data_sharding.write.images import write_dataset; write_dataset({arguments})"
 
 
 def test_each_task_begins_with_its_own_and_ends_with_the_others_from_behind(monkeypatch):

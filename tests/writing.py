@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from waiting import wait
 
-from data_sharding.write import write_dataset
+from data_sharding.write.images import write_dataset
 
 
 def make_images(root: Path, count: int, side: int = 40) -> None:

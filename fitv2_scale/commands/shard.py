@@ -39,14 +39,14 @@ def _shard_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def shard_write(args: argparse.Namespace) -> int:
-    from data_sharding.write import write_dataset
+    from data_sharding.write.images import write_dataset
 
     options = {"holdout": args.holdout, "workers": args.workers, "vae": args.vae, "latent": args.latent}
     return _written(args, write_dataset(args.src, args.dst, args.codec, args.max_tokens, **options))
 
 
 def shard_import(args: argparse.Namespace) -> int:
-    from data_sharding.import_latents import import_dataset
+    from data_sharding.write.import_latents import import_dataset
 
     return _written(
         args,

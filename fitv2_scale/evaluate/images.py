@@ -15,10 +15,10 @@ import numpy as np
 from data_sharding.errors import UserError
 from data_sharding.format.codec import codec_of
 from data_sharding.format.manifest import FILE, Manifest
-from data_sharding.sources import IMAGE_SUFFIXES, open_source
 from data_sharding.storage.byte_ranges import exists
 from data_sharding.stream.frames import read_frame
-from data_sharding.views import UnreadableImage, cover_crop, load_rgb
+from data_sharding.write.image_sources import IMAGE_SUFFIXES, open_source
+from data_sharding.write.views import UnreadableImage, cover_crop, load_rgb
 from fitv2_scale.evaluate.features import read_npz
 from fitv2_scale.evaluate.pictures import decode
 

@@ -1,5 +1,5 @@
 """One file an image, as FiTv2 was released: a map-style dataset over the folders of published latents (the layout of
-``data_sharding.published``), a random view and flip at each access, padded, default collation.
+``data_sharding.write.published_latents``), a random view and flip at each access, padded, default collation.
 
 Two differences, both in its favour: float16 instead of float32 in the files, and on S3, which the released code does
 not know, one GET an image over a connection that each worker keeps.

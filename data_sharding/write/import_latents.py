@@ -19,16 +19,16 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from data_sharding.build import Options, WriteReport, build, is_finished, report
 from data_sharding.errors import UserError
 from data_sharding.format.codec import SD_VAE
 from data_sharding.format.shard import CHANNELS, DTYPE, Sample
-from data_sharding.published import LatentEntry, Published, list_entries, open_published
-from data_sharding.shard_task import Made, Skipped
 from data_sharding.storage.byte_ranges import read_all
-from data_sharding.unpack import Archive, unpack
 from data_sharding.worker_pool import cores
-from data_sharding.write import refuse_inside
+from data_sharding.write.archives import Archive, unpack
+from data_sharding.write.build import Options, WriteReport, build, is_finished, report
+from data_sharding.write.images import refuse_inside
+from data_sharding.write.published_latents import LatentEntry, Published, list_entries, open_published
+from data_sharding.write.shard_task import Made, Skipped
 
 # Its weights came without a digest, and each flip is one draw of the posterior.
 CODEC = {"name": SD_VAE, "digest": "published sd-vae-ft-ema latents", "scale": 0.18215, "latent": "sample"}

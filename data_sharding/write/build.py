@@ -29,12 +29,12 @@ from data_sharding.errors import UserError
 from data_sharding.format.manifest import FILE, Header, Manifest, write_manifest
 from data_sharding.format.shard import DTYPE, ShardIndex
 from data_sharding.rng import Purpose, words64
-from data_sharding.shard_task import Item, Maker, ShardTask, write_shard
 from data_sharding.storage.byte_ranges import ask, exists
 from data_sharding.storage.files import put, read
 from data_sharding.storage.filesystems import file_system
-from data_sharding.views import square_side
 from data_sharding.worker_pool import cores, in_turn, progress_bar, run_tasks
+from data_sharding.write.shard_task import Item, Maker, ShardTask, write_shard
+from data_sharding.write.views import square_side
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from data_sharding.build import Options, WriteReport, build, is_finished, report
 from data_sharding.errors import UserError
 from data_sharding.format.codec import SD_VAE, Latent, get_codec
 from data_sharding.format.shard import Sample
-from data_sharding.shard_task import Made, Skipped
-from data_sharding.sources import Entry, open_source
 from data_sharding.storage.byte_ranges import read_all
 from data_sharding.storage.filesystems import file_system
-from data_sharding.views import UnreadableImage, encode_views, load_rgb, views_of
 from data_sharding.worker_pool import cores
+from data_sharding.write.build import Options, WriteReport, build, is_finished, report
+from data_sharding.write.image_sources import Entry, open_source
+from data_sharding.write.shard_task import Made, Skipped
+from data_sharding.write.views import UnreadableImage, encode_views, load_rgb, views_of
 
 
 @dataclass(frozen=True)

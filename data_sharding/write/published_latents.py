@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 from data_sharding.errors import UserError
-from data_sharding.sources import refuse_collisions, sample_id
 from data_sharding.storage.byte_ranges import Extent, ask, list_tar
 from data_sharding.storage.filesystems import file_system
+from data_sharding.write.image_sources import refuse_collisions, sample_id
 
 _NAME = re.compile(
     r"(from_16_to|greater_than)_(\d+)(_resize|_crop)?"
