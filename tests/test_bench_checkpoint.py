@@ -15,7 +15,7 @@ from test_bench_step import SMALL
 from data_sharding.storage.filesystems import disconnect
 from fitv2_scale.bench import checkpoint
 from fitv2_scale.bench.checkpoint_report import to_text
-from fitv2_scale.bench.relaid import lay_out_anew
+from fitv2_scale.bench.reshard import lay_out_anew
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
 from fitv2_scale.checkpoint.commits import verify_commit
 from fitv2_scale.checkpoint.staging import Staging

@@ -10,7 +10,7 @@ import pytest
 from data_sharding.errors import UserError
 from data_sharding.format.manifest import Manifest
 from data_sharding.stream.frames import FrameReader, read_frame
-from fitv2_scale.bench import loaders
+from fitv2_scale.bench import compare_loaders
 from fitv2_scale.bench.latents import MAX_TOKENS, make_samples, prepare
 from fitv2_scale.bench.ways import OURS, PEERS, Source, absent, load_way
 from fitv2_scale.cli import main
@@ -118,13 +118,13 @@ def test_the_report_is_of_what_was_measured(capsys, tmp_path):
 
 def test_what_is_not_installed_is_left_out_in_a_sentence(monkeypatch, capsys):
     monkeypatch.setitem(PEERS, "other", "no-such-distribution")
-    ways, left_out = loaders.choose(["all"])
+    ways, left_out = compare_loaders.choose(["all"])
     assert "other" not in ways and {OURS, "files"} <= set(ways)
     assert "other is left out, no-such-distribution is not installed: pip install 'fitv2-scale[peers]'" in left_out
     assert main(["bench", "data", "--against", "files", "other"]) == 2
     assert "other cannot be measured, no-such-distribution is not installed" in capsys.readouterr().err
     with pytest.raises(UserError, match="there is no loader 'wids' to compare with: choose webdataset, streaming, fi"):
-        loaders.choose(["wids"])
+        compare_loaders.choose(["wids"])
 
 
 def test_latents_that_are_there_are_kept(tmp_path):
@@ -138,5 +138,7 @@ def test_latents_that_are_there_are_kept(tmp_path):
 
 
 def test_peers_are_never_imported_unasked():
-    code = "import sys, fitv2_scale.bench.loaders; sys.exit(bool({'webdataset', 'streaming'} & set(sys.modules)))"
+    code = (
+        "import sys, fitv2_scale.bench.compare_loaders; sys.exit(bool({'webdataset', 'streaming'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

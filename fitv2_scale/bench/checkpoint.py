@@ -25,7 +25,7 @@ from data_sharding.storage.store import LocalStore, Store, open_store
 from data_sharding.stream.batch import StepBatch
 from fitv2_scale.bench.checkpoint_report import spread
 from fitv2_scale.bench.latents import forget
-from fitv2_scale.bench.relaid import lay_out_anew
+from fitv2_scale.bench.reshard import lay_out_anew
 from fitv2_scale.bench.step_data import open_steps
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
 from fitv2_scale.checkpoint.commits import read_manifest

@@ -38,10 +38,10 @@ def add(commands: Any) -> None:
 
 def bench_data(args: argparse.Namespace) -> int:
     if args.against is not None:
-        from fitv2_scale.bench import loaders
+        from fitv2_scale.bench import compare_loaders
 
-        report = loaders.measure(args.against, args.images, args.repeats, args.seconds, args.folder, args.s3)
-        show(args, report, loaders.to_text(report))
+        report = compare_loaders.measure(args.against, args.images, args.repeats, args.seconds, args.folder, args.s3)
+        show(args, report, compare_loaders.to_text(report))
         return 0
     from fitv2_scale.bench import data_figures
 
