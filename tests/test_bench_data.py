@@ -12,7 +12,7 @@ from data_sharding.format.manifest import Manifest
 from data_sharding.stream.frames import FrameReader, read_frame
 from fitv2_scale.bench import compare_loaders
 from fitv2_scale.bench.latents import MAX_TOKENS, make_samples, prepare
-from fitv2_scale.bench.ways import OURS, PEERS, Source, absent, load_way
+from fitv2_scale.bench.loaders import OURS, PEERS, Source, absent, load_way
 from fitv2_scale.cli import main
 
 IMAGES = 96

@@ -21,7 +21,7 @@ from data_sharding.errors import UserError
 from data_sharding.storage.filesystems import file_system
 from data_sharding.worker_pool import cores
 from fitv2_scale.bench.latents import MAX_TOKENS, PRESET, forget, prepare, upload
-from fitv2_scale.bench.ways import OURS, PEERS, Source, absent
+from fitv2_scale.bench.loaders import OURS, PEERS, Source, absent
 
 ALL = "all"
 BATCH = 256

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from fitv2_scale.bench.ways import Batch, Source, load_way
+from fitv2_scale.bench.loaders import Batch, Source, load_way
 
 _PAGE = 1024  # float32 in a page of memory
 

@@ -11,7 +11,7 @@ from data_sharding.errors import UserError
 from data_sharding.format.shard import CHANNELS, DTYPE, VIEWS, Sample
 from data_sharding.plan.size_presets import open_preset
 from data_sharding.storage.filesystems import file_system
-from fitv2_scale.bench.ways import load_way
+from fitv2_scale.bench.loaders import load_way
 
 PRESET = "preset:imagenet256"
 MAX_TOKENS = 256

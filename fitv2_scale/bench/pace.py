@@ -10,8 +10,8 @@ import sys
 import time
 from typing import Any
 
-from fitv2_scale.bench.ways import Source
-from fitv2_scale.bench.ways.fitv2 import open_loader, open_plan, open_reader, to_batch
+from fitv2_scale.bench.loaders import Source
+from fitv2_scale.bench.loaders.fitv2 import open_loader, open_plan, open_reader, to_batch
 
 
 def pace(source: Source, ranks: int, rate: float) -> dict[str, Any]:

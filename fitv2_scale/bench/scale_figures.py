@@ -83,7 +83,7 @@ def resuming() -> dict[str, Any]:
     and its step planned and dealt; then a batch of as many images read from a real dataset, small, but at the end of as
     many steps."""
     from fitv2_scale.bench.latents import prepare  # torch, which the fresh processes are not to load
-    from fitv2_scale.bench.ways import OURS
+    from fitv2_scale.bench.loaders import OURS
 
     with tempfile.TemporaryDirectory() as folder:
         write_columns(f"{folder}/large", IMAGENET_IMAGES)

@@ -15,7 +15,7 @@ from safetensors.numpy import load, load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 
 from data_sharding.format.shard import Sample
-from fitv2_scale.bench.ways import Batch, Source, padded, s3, seen
+from fitv2_scale.bench.loaders import Batch, Source, padded, s3, seen
 
 _ENDING = ".safetensors"
 

@@ -11,7 +11,7 @@ from streaming import MDSWriter, StreamingDataLoader, StreamingDataset
 from streaming.base.util import clean_stale_shared_memory
 
 from data_sharding.format.shard import Sample
-from fitv2_scale.bench.ways import Batch, Source, padded, seen
+from fitv2_scale.bench.loaders import Batch, Source, padded, seen
 
 _COLUMNS = {"id": "int", "label": "int", "resize": "ndarray:float16", "crop": "ndarray:float16"}
 _NONE = np.zeros(1, np.float16)  # a column can neither be left out nor be empty

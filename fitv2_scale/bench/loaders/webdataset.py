@@ -14,7 +14,7 @@ import torch
 import webdataset as wds
 
 from data_sharding.format.shard import Sample
-from fitv2_scale.bench.ways import Batch, Source, padded, s3, seen
+from fitv2_scale.bench.loaders import Batch, Source, padded, s3, seen
 
 _SHARDS = 16  # a multiple of the workers of any small machine, else some would have less to do
 _SHUFFLE = 1000
