@@ -9,8 +9,8 @@ from data_sharding.errors import DataError, UserError
 from data_sharding.plan.plan import Plan
 from data_sharding.storage.store import open_store
 from fitv2_scale.audit import Audit
-from fitv2_scale.checkpoint.begin import Source, begin_with
 from fitv2_scale.checkpoint.checkpointer import Checkpointer, Restored
+from fitv2_scale.checkpoint.init_from import Source, begin_with
 from fitv2_scale.checkpoint.policy import Cadence
 from fitv2_scale.config import Config
 from fitv2_scale.data import Data

@@ -12,9 +12,9 @@ from data_sharding.storage.filesystems import disconnect
 from data_sharding.storage.retry import Patience
 from data_sharding.storage.s3_store import S3Store
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
-from fitv2_scale.checkpoint.commits import verify_commit
+from fitv2_scale.checkpoint.cleanup import leftovers, remove
+from fitv2_scale.checkpoint.commit import verify_commit
 from fitv2_scale.checkpoint.policy import CheckpointConfig
-from fitv2_scale.checkpoint.sweep import leftovers, remove
 from fitv2_scale.parallel.boxes import Box, LogicalTensor
 from fitv2_scale.parallel.world import World, join
 from fitv2_scale.run import Run

@@ -17,7 +17,7 @@ from fitv2_scale.bench import checkpoint
 from fitv2_scale.bench.checkpoint_report import to_text
 from fitv2_scale.bench.reshard import lay_out_anew
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
-from fitv2_scale.checkpoint.commits import verify_commit
+from fitv2_scale.checkpoint.commit import verify_commit
 from fitv2_scale.checkpoint.staging import Staging
 from fitv2_scale.cli import main
 from fitv2_scale.config import load_config

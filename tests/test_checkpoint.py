@@ -16,9 +16,9 @@ from state import CURSOR, State, opened, saver
 
 from data_sharding.errors import UserError
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
-from fitv2_scale.checkpoint.chunks import CHUNK
-from fitv2_scale.checkpoint.commits import verify_commit
-from fitv2_scale.checkpoint.storage import BoxReader
+from fitv2_scale.checkpoint.checksums import CHUNK
+from fitv2_scale.checkpoint.commit import verify_commit
+from fitv2_scale.checkpoint.dcp_storage import BoxReader
 from fitv2_scale.model.counts import logical_shapes
 from fitv2_scale.parallel.world import World
 from fitv2_scale.run import Run

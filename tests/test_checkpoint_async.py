@@ -17,8 +17,8 @@ from waiting import wait
 
 import fitv2_scale.train as module
 from fitv2_scale.checkpoint import checkpointer
+from fitv2_scale.checkpoint.dcp_storage import BoxWriter
 from fitv2_scale.checkpoint.staging import Staging
-from fitv2_scale.checkpoint.storage import BoxWriter
 from fitv2_scale.parallel.boxes import Box, LogicalTensor
 from fitv2_scale.run import Run
 from fitv2_scale.run_status import status

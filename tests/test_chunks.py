@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_sharding.storage.store import LocalStore
-from fitv2_scale.checkpoint import chunks
-from fitv2_scale.checkpoint.chunks import ChunkDigests, ChunkReader, Damaged, Span
+from fitv2_scale.checkpoint import checksums
+from fitv2_scale.checkpoint.checksums import ChunkDigests, ChunkReader, Damaged, Span
 
 SMALL = 8  # bytes of a chunk here
 
@@ -18,7 +18,7 @@ SMALL = 8  # bytes of a chunk here
 @pytest.fixture(autouse=True, scope="module")
 def small_chunks():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunks, "CHUNK", SMALL)
+        patch.setattr(checksums, "CHUNK", SMALL)
         yield
 
 

@@ -12,8 +12,8 @@ from ranks import run_ranks
 
 from data_sharding.errors import UserError
 from data_sharding.write.images import write_dataset
-from fitv2_scale.checkpoint.commits import read_manifest
-from fitv2_scale.checkpoint.storage import BoxReader
+from fitv2_scale.checkpoint.commit import read_manifest
+from fitv2_scale.checkpoint.dcp_storage import BoxReader
 from fitv2_scale.checkpoint.weights import export_weights
 from fitv2_scale.config import load_config
 from fitv2_scale.engines import make_engine

@@ -17,7 +17,7 @@ from waiting import wait
 from data_sharding.errors import UserError
 from data_sharding.storage.store import open_store
 from fitv2_scale import scratch
-from fitv2_scale.checkpoint.commits import attempt_of, commit_folder, verify_commit
+from fitv2_scale.checkpoint.commit import attempt_of, commit_folder, verify_commit
 from fitv2_scale.cli import main
 from fitv2_scale.run import Run
 from fitv2_scale.run_status import status

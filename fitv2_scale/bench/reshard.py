@@ -5,9 +5,9 @@ from collections.abc import Iterator
 
 import torch
 
-from fitv2_scale.checkpoint.commits import commit_folder
+from fitv2_scale.checkpoint.commit import commit_folder
+from fitv2_scale.checkpoint.dcp_storage import MANIFEST, BoxReader, box_record, write_manifest
 from fitv2_scale.checkpoint.safetensors_file import Entry, Written, write_safetensors
-from fitv2_scale.checkpoint.storage import MANIFEST, BoxReader, box_record, write_manifest
 from fitv2_scale.run import Attempt, Run
 from fitv2_scale.run_log import Entry as LogEntry
 

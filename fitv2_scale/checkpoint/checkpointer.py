@@ -21,9 +21,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from data_sharding.errors import UserError
 from data_sharding.plan.plan import Cursor
-from fitv2_scale.checkpoint.boxed import BoxedTensor
-from fitv2_scale.checkpoint.chunks import Damaged
-from fitv2_scale.checkpoint.commits import (
+from fitv2_scale.checkpoint.checksums import Damaged
+from fitv2_scale.checkpoint.commit import (
     MOMENTS,
     commit_folder,
     glance,
@@ -32,9 +31,10 @@ from fitv2_scale.checkpoint.commits import (
     quarantined,
     write_commit,
 )
+from fitv2_scale.checkpoint.dcp_storage import BoxReader
+from fitv2_scale.checkpoint.dcp_tensor import BoxedTensor
 from fitv2_scale.checkpoint.policy import CheckpointConfig, to_retire
 from fitv2_scale.checkpoint.staging import Staging
-from fitv2_scale.checkpoint.storage import BoxReader
 from fitv2_scale.parallel.boxes import LogicalTensor
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.world import World

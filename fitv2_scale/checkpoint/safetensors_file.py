@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data_sharding.storage.store import Store
-from fitv2_scale.checkpoint.chunks import ChunkDigests
+from fitv2_scale.checkpoint.checksums import ChunkDigests
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from data_sharding.errors import UserError
 from data_sharding.storage.store import open_store
-from fitv2_scale.checkpoint.chunks import Damaged
-from fitv2_scale.checkpoint.commits import commit_folder, read_manifest
+from fitv2_scale.checkpoint.checksums import Damaged
+from fitv2_scale.checkpoint.commit import commit_folder, read_manifest
+from fitv2_scale.checkpoint.dcp_storage import BoxReader, box_record, write_manifest
 from fitv2_scale.checkpoint.safetensors_file import Entry, write_safetensors
-from fitv2_scale.checkpoint.storage import BoxReader, box_record, write_manifest
 from fitv2_scale.config import Config
 from fitv2_scale.model.config import ModelConfig
 from fitv2_scale.model.counts import logical_shapes

@@ -42,7 +42,7 @@ def checkpoint_list(args: argparse.Namespace) -> int:
 
 
 def checkpoint_verify(args: argparse.Namespace) -> int:
-    from fitv2_scale.checkpoint.commits import verify_commit
+    from fitv2_scale.checkpoint.commit import verify_commit
     from fitv2_scale.run import Run
 
     run = Run.open(args.run)
@@ -54,7 +54,7 @@ def checkpoint_verify(args: argparse.Namespace) -> int:
 
 
 def checkpoint_sweep(args: argparse.Namespace) -> int:
-    from fitv2_scale.checkpoint.sweep import leftovers, remove
+    from fitv2_scale.checkpoint.cleanup import leftovers, remove
     from fitv2_scale.run import Run
 
     run = Run.open(args.run)

@@ -14,7 +14,7 @@ import torch
 from data_sharding.errors import UserError
 from data_sharding.storage.byte_ranges import exists
 from data_sharding.storage.store import Store, open_store
-from fitv2_scale.checkpoint.begin import is_weights
+from fitv2_scale.checkpoint.init_from import is_weights
 from fitv2_scale.evaluate.features import Features, npz_bytes, read_npz
 from fitv2_scale.evaluate.from_run import Weights, opened
 from fitv2_scale.evaluate.generate import Cell, collect_features, make_features

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from fitv2_scale.checkpoint.commits import attempt_of
+from fitv2_scale.checkpoint.commit import attempt_of
 from fitv2_scale.run import Attempt, Run
 from fitv2_scale.run_log import newest_attempt
 

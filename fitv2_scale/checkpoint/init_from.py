@@ -11,10 +11,10 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from data_sharding.errors import UserError
-from fitv2_scale.checkpoint.boxed import BoxedTensor
-from fitv2_scale.checkpoint.chunks import Damaged
-from fitv2_scale.checkpoint.commits import read_manifest
-from fitv2_scale.checkpoint.storage import BoxReader
+from fitv2_scale.checkpoint.checksums import Damaged
+from fitv2_scale.checkpoint.commit import read_manifest
+from fitv2_scale.checkpoint.dcp_storage import BoxReader
+from fitv2_scale.checkpoint.dcp_tensor import BoxedTensor
 from fitv2_scale.checkpoint.weights import SUFFIXES, open_weights
 from fitv2_scale.model.config import ModelConfig
 from fitv2_scale.parallel.engine import Engine

@@ -10,9 +10,9 @@ from typing import Any
 import torch.distributed.checkpoint as dcp
 
 from data_sharding.errors import UserError
-from fitv2_scale.checkpoint.boxed import BoxedTensor
-from fitv2_scale.checkpoint.chunks import CHUNK, ChunkReader, Damaged
-from fitv2_scale.checkpoint.storage import FORMAT, MANIFEST, BoxWriter
+from fitv2_scale.checkpoint.checksums import CHUNK, ChunkReader, Damaged
+from fitv2_scale.checkpoint.dcp_storage import FORMAT, MANIFEST, BoxWriter
+from fitv2_scale.checkpoint.dcp_tensor import BoxedTensor
 from fitv2_scale.parallel.boxes import LogicalTensor
 from fitv2_scale.run import Run
 from fitv2_scale.run_log import Entry

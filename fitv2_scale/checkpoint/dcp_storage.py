@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from data_sharding.storage.store import Store
-from fitv2_scale.checkpoint.chunks import CHUNK, ChunkReader, Span
+from fitv2_scale.checkpoint.checksums import CHUNK, ChunkReader, Span
 from fitv2_scale.checkpoint.safetensors_file import Entry, Written, write_safetensors
 
 FORMAT = 2
