@@ -36,7 +36,7 @@ def main() -> int:
     print(f"== job {os.environ['SLURM_JOB_ID']} task {os.environ['RANK']} on {node}", flush=True)
 
     # Not at the top: signals are held back before anything that takes time.
-    from fitv2_scale.cli import main as fitv2
+    from fitv2_scale.cli.__main__ import main as fitv2
     from fitv2_scale.config import load_config
     from fitv2_scale.run import GIVE_UP, RETRY
 

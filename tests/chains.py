@@ -13,7 +13,7 @@ import yaml
 from services.slurm import Slurm, missing
 from waiting import PATIENCE, wait
 
-from fitv2_scale.cli import main
+from fitv2_scale.cli.__main__ import main
 from fitv2_scale.run import Run
 from fitv2_scale.run_status import status
 

@@ -19,7 +19,7 @@ from fitv2_scale.bench.reshard import lay_out_anew
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
 from fitv2_scale.checkpoint.commit import verify_commit
 from fitv2_scale.checkpoint.staging import Staging
-from fitv2_scale.cli import main
+from fitv2_scale.cli.__main__ import main
 from fitv2_scale.config import load_config
 from fitv2_scale.run import Run
 

@@ -13,7 +13,7 @@ from data_sharding.stream.frames import FrameReader, read_frame
 from fitv2_scale.bench import compare_loaders
 from fitv2_scale.bench.latents import MAX_TOKENS, make_samples, prepare
 from fitv2_scale.bench.loaders import OURS, PEERS, Source, absent, load_way
-from fitv2_scale.cli import main
+from fitv2_scale.cli.__main__ import main
 
 IMAGES = 96
 

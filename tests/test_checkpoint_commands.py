@@ -11,7 +11,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from state import State, opened, saver
 
-from fitv2_scale.cli import main
+from fitv2_scale.cli.__main__ import main
 from fitv2_scale.config import load_config
 from fitv2_scale.model.counts import logical_shapes
 from fitv2_scale.run import Run

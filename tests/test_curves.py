@@ -9,7 +9,7 @@ from curve_runs import BATCH, TOKENS, TRUTH, WARMUP, config, make_run, parameter
 from PIL import Image
 
 from data_sharding.errors import UserError
-from fitv2_scale.cli import main
+from fitv2_scale.cli.__main__ import main
 from fitv2_scale.config import parse_config
 from fitv2_scale.model.counts import forward_flops
 from fitv2_scale.tracking.curves.analysis import law_of_run, law_of_sizes

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fitv2_scale.cli import _parse
+from fitv2_scale.cli.__main__ import _parse
 from fitv2_scale.config import Config
 
 ROOT = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ from ranks import run_ranks
 
 from data_sharding.errors import UserError
 from fitv2_scale import doctor
-from fitv2_scale.cli import main
+from fitv2_scale.cli.__main__ import main
 from fitv2_scale.compiling import check_compiler
 from fitv2_scale.doctor import examine
 from fitv2_scale.sections import LayoutConfig

@@ -16,7 +16,7 @@ from scipy.linalg import sqrtm
 
 from data_sharding.errors import UserError
 from fitv2_scale.checkpoint.weights import export_weights
-from fitv2_scale.cli import main
+from fitv2_scale.cli.__main__ import main
 from fitv2_scale.evaluate.assess import Means, evaluate_pictures, evaluate_weights
 from fitv2_scale.evaluate.features import read_npz
 from fitv2_scale.evaluate.generate import Cell

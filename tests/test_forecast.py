@@ -20,7 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention.varlen import varlen_attn
 
 from fitv2_scale.bench import step
-from fitv2_scale.cli import main
+from fitv2_scale.cli.__main__ import main
 from fitv2_scale.config import Config, load_config
 from fitv2_scale.engines import make_engine
 from fitv2_scale.forecast.report import to_text

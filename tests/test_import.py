@@ -124,7 +124,7 @@ def test_waiting_for_an_archive_ends_when_it_is_there(tmp_path):
 
 
 def test_the_command(tmp_path, capsys):
-    from fitv2_scale.cli import main
+    from fitv2_scale.cli.__main__ import main
 
     files = published()
     files[GROUPS[0]]["bad.safetensors"] = b"\x00"

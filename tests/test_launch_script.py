@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from data_sharding.errors import UserError
-from fitv2_scale.cli import main
+from fitv2_scale.cli.__main__ import main
 from fitv2_scale.config import load_config
 from launchers.rank import cache_environment, rank_environment
 from launchers.script import train_script

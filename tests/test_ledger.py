@@ -20,7 +20,7 @@ from data_sharding.plan.balance import deal
 from data_sharding.plan.plan import CROP, RESIZE, Plan, Segment
 from data_sharding.storage.store import LocalStore
 from data_sharding.stream.substitutes import Ledger, Loss, frame_of
-from fitv2_scale.cli import main
+from fitv2_scale.cli.__main__ import main
 from fitv2_scale.data import Data
 from fitv2_scale.ledger import RunLedger, ledger_of, read_pages
 from fitv2_scale.run import Run

@@ -11,7 +11,7 @@ from lineage import commit_bytes
 from ranks import run_ranks
 
 from data_sharding.errors import UserError
-from fitv2_scale.cli import main
+from fitv2_scale.cli.__main__ import main
 from fitv2_scale.config import load_config
 from fitv2_scale.train import DONE, train
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ranks import run_ranks
 
-from fitv2_scale.cli import main
+from fitv2_scale.cli.__main__ import main
 from fitv2_scale.provenance import SOURCE, provenance
 from fitv2_scale.run import Run
 from fitv2_scale.run_status import status

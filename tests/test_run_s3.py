@@ -18,7 +18,7 @@ from data_sharding.errors import UserError
 from data_sharding.storage.store import open_store
 from fitv2_scale import scratch
 from fitv2_scale.checkpoint.commit import attempt_of, commit_folder, verify_commit
-from fitv2_scale.cli import main
+from fitv2_scale.cli.__main__ import main
 from fitv2_scale.run import Run
 from fitv2_scale.run_status import status
 from fitv2_scale.tracking.launch import Uploader

@@ -13,7 +13,7 @@ from PIL import Image
 from ranks import run_ranks
 
 from data_sharding.errors import UserError
-from fitv2_scale.cli import main
+from fitv2_scale.cli.__main__ import main
 from fitv2_scale.config import Config
 from fitv2_scale.engines import make_engine
 from fitv2_scale.evaluate.pictures import grid_png, grid_requests

@@ -271,7 +271,7 @@ def test_torch_is_imported_for_this_codec_alone(images, tmp_path):
 
 
 def test_the_command(images, folder, tmp_path, capsys):
-    from fitv2_scale.cli import main
+    from fitv2_scale.cli.__main__ import main
 
     command = ["shard", "write", images, str(tmp_path / "set"), "--codec", "sd-vae", "--max-tokens", "16"]
     assert main([*command, "--workers", "1"]) == 2

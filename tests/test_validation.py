@@ -21,7 +21,7 @@ from data_sharding.rng import Purpose
 from data_sharding.stream.frames import read_frame
 from data_sharding.write.images import write_dataset
 from fitv2_scale.batches import packing_to_torch
-from fitv2_scale.cli import main
+from fitv2_scale.cli.__main__ import main
 from fitv2_scale.data import Data
 from fitv2_scale.engines import make_engine
 from fitv2_scale.evaluate.validation import grid_of, held_out

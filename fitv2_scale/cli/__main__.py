@@ -5,20 +5,8 @@ import os
 import sys
 
 from data_sharding.errors import UserError
-from fitv2_scale.commands import (
-    bench,
-    checkpoint,
-    curves,
-    evaluate,
-    parsing,
-    plan,
-    sample,
-    shard,
-    track,
-    train,
-    validate,
-)
-from launchers.commands import add_commands
+from fitv2_scale.cli import bench, checkpoint, common, curves, evaluate, plan, sample, shard, track, train, validate
+from fitv2_scale.cli.cluster import add_commands
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
 
     for part in (shard, plan, train):
         part.add(commands)
-    add_commands(commands, parsing.make, parsing.show)
+    add_commands(commands, common.make, common.show)
     for part in (checkpoint, track, curves, bench, sample, validate, evaluate):
         part.add(commands)
     return parser

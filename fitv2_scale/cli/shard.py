@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from data_sharding.errors import UserError
-from fitv2_scale.commands.parsing import make, show
+from fitv2_scale.cli.common import make, show
 
 
 def add(commands: Any) -> None:

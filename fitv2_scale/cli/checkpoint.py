@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from data_sharding.errors import UserError
-from fitv2_scale.commands.parsing import make, run_argument, show
+from fitv2_scale.cli.common import make, run_argument, show
 
 
 def add(commands: Any) -> None:

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from data_sharding.errors import UserError
-from fitv2_scale.commands.parsing import config_arguments, make, show
+from fitv2_scale.cli.common import config_arguments, make, show
 
 
 def add(commands: Any) -> None:

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from fitv2_scale.commands.parsing import make, show
+from fitv2_scale.cli.common import make, show
 
 
 def add(commands: Any) -> None:

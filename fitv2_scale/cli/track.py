@@ -5,7 +5,7 @@ import sys
 import time
 from typing import Any
 
-from fitv2_scale.commands.parsing import make, run_argument, show
+from fitv2_scale.cli.common import make, run_argument, show
 
 
 def add(commands: Any) -> None:

@@ -3,8 +3,8 @@
 import argparse
 from typing import Any
 
-from fitv2_scale.commands.parsing import config_arguments, make, run_argument, show
-from launchers.commands import supervised, watch
+from fitv2_scale.cli.cluster import supervised, watch
+from fitv2_scale.cli.common import config_arguments, make, run_argument, show
 
 
 def add(commands: Any) -> None:
