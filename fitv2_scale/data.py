@@ -9,7 +9,7 @@ from data_sharding.plan.balance import Cost, Nodes, Shape
 from data_sharding.plan.pack_shapes import shapes_of
 from data_sharding.plan.plan import Cursor, Plan, Segment
 from data_sharding.plan.size_presets import is_preset, open_preset
-from fitv2_scale.config import Config
+from fitv2_scale.config.schema import Config
 
 _WEIGHT_UNIT = 1_000_000  # weights are shares in millionths: the plan is integer arithmetic
 

@@ -25,7 +25,7 @@ from data_sharding.storage.retry import Patience
 from data_sharding.storage.store import LocalStore, open_store
 from data_sharding.stream.frames import FrameReader
 from fitv2_scale.compiling import check_compiler, check_deepspeed
-from fitv2_scale.config import Config
+from fitv2_scale.config.schema import Config
 from fitv2_scale.parallel.world import World, join
 from fitv2_scale.provenance import installed
 

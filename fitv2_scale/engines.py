@@ -1,6 +1,6 @@
 """The engine that a config asks for."""
 
-from fitv2_scale.config import Config
+from fitv2_scale.config.schema import Config
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.fsdp import FSDPEngine
 from fitv2_scale.parallel.mesh import Layout

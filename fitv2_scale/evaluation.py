@@ -8,7 +8,7 @@ from data_sharding.errors import StorageDown
 from data_sharding.storage.retry import Patience
 from data_sharding.storage.store import Store
 from data_sharding.stream.frames import FrameReader
-from fitv2_scale.config import Config
+from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
 from fitv2_scale.evaluate.pictures import decode, grid_png, grid_requests, spread_labels
 from fitv2_scale.evaluate.sampler import sample

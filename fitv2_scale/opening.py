@@ -12,7 +12,7 @@ from fitv2_scale.audit import Audit
 from fitv2_scale.checkpoint.checkpointer import Checkpointer, Restored
 from fitv2_scale.checkpoint.init_from import Source, begin_with
 from fitv2_scale.checkpoint.policy import Cadence
-from fitv2_scale.config import Config
+from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
 from fitv2_scale.engines import make_engine
 from fitv2_scale.evaluation import Evaluation

@@ -11,7 +11,7 @@ from data_sharding.stream.loader import Loader
 from fitv2_scale.audit import Audit
 from fitv2_scale.checkpoint.checkpointer import Checkpointer, Restored
 from fitv2_scale.checkpoint.policy import Cadence
-from fitv2_scale.config import Config
+from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
 from fitv2_scale.evaluation import Evaluation
 from fitv2_scale.ledger import RunLedger

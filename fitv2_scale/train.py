@@ -15,7 +15,7 @@ from data_sharding.stream.batch import StepBatch
 from fitv2_scale.agreement import Agreement, StopSignal
 from fitv2_scale.batches import pack_to_torch
 from fitv2_scale.breakdown import NAMES, tally
-from fitv2_scale.config import Config
+from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
 from fitv2_scale.meter import Meter
 from fitv2_scale.model.flow import flow_losses

@@ -18,7 +18,7 @@ from launchers.hostlist import counts, expand
 from launchers.private import of_environment
 
 if TYPE_CHECKING:
-    from fitv2_scale.config import Config
+    from fitv2_scale.config.schema import Config
 
 HELD = (signal.SIGTERM, signal.SIGUSR1)
 _STRIDE = 16  # ports of a job: one for each time that it is requeued, and as many for examinations
@@ -37,7 +37,7 @@ def main() -> int:
 
     # Not at the top: signals are held back before anything that takes time.
     from fitv2_scale.cli.__main__ import main as fitv2
-    from fitv2_scale.config import load_config
+    from fitv2_scale.config.schema import load_config
     from fitv2_scale.run import GIVE_UP, RETRY
 
     if arguments[0] == "train":

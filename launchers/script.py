@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 from data_sharding.errors import UserError
+from fitv2_scale.config.slurm import NCCL_PROFILES, SlurmConfig
 from fitv2_scale.redact import redact
-from launchers.site import NCCL_PROFILES, SlurmConfig
 
 _FOLDER = Path(__file__).parent
 _MARK = re.compile(r"@([A-Z]+)@")

@@ -18,7 +18,8 @@ import launchers
 from data_sharding.errors import UserError
 from data_sharding.plan.size_presets import is_preset
 from data_sharding.storage.store import LocalStore, open_store
-from fitv2_scale.config import Config, load_config
+from fitv2_scale.config.schema import Config, load_config
+from fitv2_scale.config.slurm import SlurmConfig
 from fitv2_scale.provenance import SOURCE, source
 from fitv2_scale.redact import redact
 from fitv2_scale.run import Run, flatten
@@ -28,7 +29,6 @@ from launchers.control import job_name
 from launchers.history import LEAST_SIGNAL, History, signal_seconds
 from launchers.private import to_environment
 from launchers.script import command_script, train_script
-from launchers.site import SlurmConfig
 
 if TYPE_CHECKING:
     from fitv2_scale.data import Data

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from data_sharding.storage.store import open_store
-from fitv2_scale.config import Config
+from fitv2_scale.config.schema import Config
 from fitv2_scale.run import BAD_INPUT, GIVE_UP, RETRY, Run
 from fitv2_scale.run_log import newest_attempt
 from launchers.events import HUNG, tell, was_hung

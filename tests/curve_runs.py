@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fitv2_scale.config import parse_config
+from fitv2_scale.config.schema import parse_config
 from fitv2_scale.model.counts import parameter_count
 from fitv2_scale.run import Run
 from fitv2_scale.tracking.curves.fits import SurfaceFit

@@ -15,7 +15,7 @@ from torch import Tensor
 from data_sharding.plan.balance import Shape
 from data_sharding.plan.pack_layout import lay_out
 from fitv2_scale.batches import packing_to_torch
-from fitv2_scale.config import Config, parse_config
+from fitv2_scale.config.schema import Config, parse_config
 from fitv2_scale.engines import make_engine
 from fitv2_scale.model.counts import logical_shapes
 from fitv2_scale.model.fitv2 import FiTv2

@@ -16,7 +16,7 @@ from ranks import run_ranks
 from state import CURSOR
 
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
-from fitv2_scale.config import Config
+from fitv2_scale.config.schema import Config
 from fitv2_scale.engines import make_engine
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.mesh import Layout

@@ -8,7 +8,7 @@ from test_model import SWITCHES, TINY, build, pack
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fitv2_scale.model.config import ModelConfig
+from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.parallel.blocks import prepare_blocks
 from fitv2_scale.parallel.mesh import Layout

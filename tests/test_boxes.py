@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fitv2_scale.model.config import ModelConfig
+from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.model.counts import logical_shapes
 from fitv2_scale.parallel.boxes import LogicalTensor, Piece, flat_boxes, rows_boxes
 from fitv2_scale.parallel.tensor import TensorGroup, is_replicated, local_pieces

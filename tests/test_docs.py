@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fitv2_scale.cli.__main__ import _parse
-from fitv2_scale.config import Config
+from fitv2_scale.config.schema import Config
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"```bash\n(.*?)```", re.DOTALL)

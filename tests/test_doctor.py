@@ -14,8 +14,8 @@ from data_sharding.errors import UserError
 from fitv2_scale import doctor
 from fitv2_scale.cli.__main__ import main
 from fitv2_scale.compiling import check_compiler
+from fitv2_scale.config.sections import LayoutConfig
 from fitv2_scale.doctor import examine
-from fitv2_scale.sections import LayoutConfig
 
 
 def as_rank(change: str, config) -> tuple[list[str], list[str], bool]:

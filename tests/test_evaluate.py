@@ -17,12 +17,12 @@ from scipy.linalg import sqrtm
 from data_sharding.errors import UserError
 from fitv2_scale.checkpoint.weights import export_weights
 from fitv2_scale.cli.__main__ import main
+from fitv2_scale.config.sections import SamplingConfig
 from fitv2_scale.evaluate.assess import Means, evaluate_pictures, evaluate_weights
 from fitv2_scale.evaluate.features import read_npz
 from fitv2_scale.evaluate.generate import Cell
 from fitv2_scale.evaluate.images import open_pictures
 from fitv2_scale.evaluate.suites import load_suite, suite_table
-from fitv2_scale.sections import SamplingConfig
 from fitv2_scale.train import train
 
 

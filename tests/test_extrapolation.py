@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from data_sharding.plan.balance import Shape
 from data_sharding.plan.pack_layout import lay_out
 from fitv2_scale.batches import packing_to_torch
-from fitv2_scale.model.config import ModelConfig
+from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.model.extrapolation import RopeConfig, extrapolated_table
 from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.model.rope import rope_table

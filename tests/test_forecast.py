@@ -21,11 +21,11 @@ from torch.nn.attention.varlen import varlen_attn
 
 from fitv2_scale.bench import step
 from fitv2_scale.cli.__main__ import main
-from fitv2_scale.config import Config, load_config
+from fitv2_scale.config.model import ModelConfig
+from fitv2_scale.config.schema import Config, load_config
 from fitv2_scale.engines import make_engine
 from fitv2_scale.forecast.report import to_text
 from fitv2_scale.model import fitv2
-from fitv2_scale.model.config import ModelConfig
 from fitv2_scale.model.counts import forward_flops
 from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.model.packing import Packing

@@ -6,12 +6,12 @@ import pytest
 
 from data_sharding.errors import UserError
 from data_sharding.storage.store import LocalStore
+from fitv2_scale.config.slurm import SlurmConfig
 from fitv2_scale.run import NOT_FINITE, Run
 from fitv2_scale.run_log import Entry
 from launchers.chain import culprits, node_count
 from launchers.history import History, excluded, signal_seconds, verdict
 from launchers.hostlist import counts, expand
-from launchers.site import SlurmConfig
 from launchers.slurm import is_usable
 from launchers.submit import parse_nodes
 

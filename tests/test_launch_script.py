@@ -14,10 +14,10 @@ import yaml
 
 from data_sharding.errors import UserError
 from fitv2_scale.cli.__main__ import main
-from fitv2_scale.config import load_config
+from fitv2_scale.config.schema import load_config
+from fitv2_scale.config.slurm import NCCL_PROFILES, SlurmConfig
 from launchers.rank import cache_environment, rank_environment
 from launchers.script import train_script
-from launchers.site import NCCL_PROFILES, SlurmConfig
 from launchers.submit import sweep, write_home
 
 ROOT = Path(__file__).parents[1]

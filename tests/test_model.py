@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from data_sharding.plan.balance import Shape
 from data_sharding.plan.pack_layout import lay_out
 from fitv2_scale.batches import packing_to_torch
-from fitv2_scale.config import load_config
+from fitv2_scale.config.model import ModelConfig
+from fitv2_scale.config.schema import load_config
 from fitv2_scale.model.attention import padded_sdpa
-from fitv2_scale.model.config import ModelConfig
 from fitv2_scale.model.counts import logical_shapes, parameter_count
 from fitv2_scale.model.fitv2 import FiTv2, Role
 from fitv2_scale.model.gather import to_tokens

@@ -11,7 +11,7 @@ from ranks import run_ranks
 from data_sharding.errors import UserError
 from data_sharding.format.manifest import Manifest
 from fitv2_scale.cli.__main__ import main
-from fitv2_scale.config import load_config
+from fitv2_scale.config.schema import load_config
 from fitv2_scale.data import Data
 from fitv2_scale.forecast.assumed import Assumed
 from fitv2_scale.forecast.nodes import Choice, candidates, choose, enough, explain

@@ -14,17 +14,17 @@ from ranks import run_ranks
 
 from data_sharding.errors import UserError
 from fitv2_scale.cli.__main__ import main
-from fitv2_scale.config import Config
+from fitv2_scale.config.model import ModelConfig, parse_size
+from fitv2_scale.config.schema import Config
+from fitv2_scale.config.sections import SamplingConfig
 from fitv2_scale.engines import make_engine
 from fitv2_scale.evaluate.pictures import grid_png, grid_requests
 from fitv2_scale.evaluate.sampler import Request, rope_of, sample
-from fitv2_scale.model.config import ModelConfig, parse_size
 from fitv2_scale.model.extrapolation import RopeConfig
 from fitv2_scale.parallel.boxes import Box
 from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.world import join
 from fitv2_scale.run import Run
-from fitv2_scale.sections import SamplingConfig
 from fitv2_scale.train import train
 
 # Eight of each; at a train_side of 4, seven of them are extrapolated, each by its own scales.

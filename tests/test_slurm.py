@@ -26,7 +26,7 @@ from lineage import losses, trained
 from ranks import run_ranks
 from services.mlflow_server import MlflowServer
 
-from fitv2_scale.model.config import ModelConfig
+from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.model.counts import parameter_count
 from fitv2_scale.run import Run
 from fitv2_scale.train import DONE, train

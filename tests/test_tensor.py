@@ -15,13 +15,13 @@ from ranks import run_ranks
 
 import fitv2_scale.parallel.fsdp
 from data_sharding.errors import UserError
-from fitv2_scale.config import Config
+from fitv2_scale.config.schema import Config
+from fitv2_scale.config.sections import LayoutConfig, SamplingConfig
 from fitv2_scale.engines import make_engine
 from fitv2_scale.evaluate.sampler import Request, sample
 from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.tensor import TensorGroup, tensor_linear
 from fitv2_scale.parallel.world import join
-from fitv2_scale.sections import LayoutConfig, SamplingConfig
 from fitv2_scale.train import train
 
 ENGINES = ["fsdp", "zero3"]

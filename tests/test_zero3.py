@@ -29,7 +29,7 @@ from test_tensor import assert_the_same, run_cell
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fitv2_scale.config import Config
+from fitv2_scale.config.schema import Config
 from fitv2_scale.engines import make_engine
 from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.model.flow import flow_loss, make_flow_batch

@@ -29,7 +29,7 @@ from fitv2_scale.bench.reshard import lay_out_anew
 from fitv2_scale.bench.step_data import open_steps
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
 from fitv2_scale.checkpoint.commit import read_manifest
-from fitv2_scale.config import Config
+from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
 from fitv2_scale.engines import make_engine
 from fitv2_scale.parallel.engine import Engine

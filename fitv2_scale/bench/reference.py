@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from data_sharding.errors import UserError
 from data_sharding.stream.batch import StepBatch
-from fitv2_scale.config import Config
-from fitv2_scale.model.config import TOKEN_CHANNELS
+from fitv2_scale.config.model import TOKEN_CHANNELS
+from fitv2_scale.config.schema import Config
 from fitv2_scale.model.fitv2 import Block, FiTv2, layer_norm
 from fitv2_scale.model.init import fill_initial
 from fitv2_scale.model.rope import rope_table, rotate

@@ -21,7 +21,7 @@ from data_sharding.stream.batch import StepBatch
 from fitv2_scale.batches import pack_to_torch
 from fitv2_scale.bench.reference import Reference
 from fitv2_scale.bench.step_data import open_steps
-from fitv2_scale.config import Config
+from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
 from fitv2_scale.engines import make_engine
 from fitv2_scale.forecast.memory import plan_compute, plan_state

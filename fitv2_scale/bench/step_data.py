@@ -10,9 +10,9 @@ from data_sharding.plan.balance import deal
 from data_sharding.plan.size_presets import is_preset
 from data_sharding.stream.batch import StepBatch, make_batch
 from data_sharding.stream.loader import Loader
-from fitv2_scale.config import Config
+from fitv2_scale.config.model import TOKEN_CHANNELS
+from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
-from fitv2_scale.model.config import TOKEN_CHANNELS
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from fitv2_scale.checkpoint.commit import read_manifest
 from fitv2_scale.checkpoint.dcp_storage import BoxReader
 from fitv2_scale.checkpoint.dcp_tensor import BoxedTensor
 from fitv2_scale.checkpoint.weights import SUFFIXES, open_weights
-from fitv2_scale.model.config import ModelConfig
+from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.world import World
 from fitv2_scale.run import Run

@@ -19,8 +19,8 @@ from fitv2_scale.checkpoint.checksums import Damaged
 from fitv2_scale.checkpoint.commit import commit_folder, read_manifest
 from fitv2_scale.checkpoint.dcp_storage import BoxReader, box_record, write_manifest
 from fitv2_scale.checkpoint.safetensors_file import Entry, write_safetensors
-from fitv2_scale.config import Config
-from fitv2_scale.model.config import ModelConfig
+from fitv2_scale.config.model import ModelConfig
+from fitv2_scale.config.schema import Config
 from fitv2_scale.model.counts import logical_shapes
 from fitv2_scale.provenance import provenance
 from fitv2_scale.run import Run

@@ -98,11 +98,11 @@ def _pictures(args: argparse.Namespace, means: "Means") -> int:
 
 
 def _cells(args: argparse.Namespace, weights: "Weights") -> "list[Cell]":
+    from fitv2_scale.config.model import parse_size
+    from fitv2_scale.config.sections import with_changes
     from fitv2_scale.evaluate.generate import Cell
     from fitv2_scale.evaluate.sampler import rope_of
     from fitv2_scale.evaluate.suites import load_suite
-    from fitv2_scale.model.config import parse_size
-    from fitv2_scale.sections import with_changes
 
     suite = load_suite(args.suite) if args.suite else None
     if suite and args.size:

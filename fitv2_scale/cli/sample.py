@@ -8,8 +8,8 @@ from data_sharding.errors import UserError
 from fitv2_scale.cli.common import class_numbers, make, new_file, show, whole
 
 if TYPE_CHECKING:  # torch is imported when there is something to do
+    from fitv2_scale.config.sections import SamplingConfig
     from fitv2_scale.evaluate.from_run import Weights
-    from fitv2_scale.sections import SamplingConfig
 
 
 def add(commands: Any) -> None:
@@ -128,7 +128,7 @@ def _labels(args: argparse.Namespace, weights: "Weights") -> list[int]:
 
 
 def _sampling(args: argparse.Namespace, config: "SamplingConfig") -> "SamplingConfig":
-    from fitv2_scale.sections import with_changes
+    from fitv2_scale.config.sections import with_changes
 
     names = ("cfg", "guided_channels", "solver", "steps", "rope", "attention_scale")
     return with_changes(config, {name: getattr(args, name) for name in names if getattr(args, name) is not None})

@@ -15,6 +15,7 @@ from data_sharding.errors import UserError
 from data_sharding.storage.byte_ranges import exists
 from data_sharding.storage.store import Store, open_store
 from fitv2_scale.checkpoint.init_from import is_weights
+from fitv2_scale.config.model import PIXELS_PER_TOKEN, parse_size
 from fitv2_scale.evaluate.features import Features, npz_bytes, read_npz
 from fitv2_scale.evaluate.from_run import Weights, opened
 from fitv2_scale.evaluate.generate import Cell, collect_features, make_features
@@ -30,7 +31,6 @@ from fitv2_scale.evaluate.references import (
     save_statistics,
 )
 from fitv2_scale.evaluate.results import FOLDER, measure, read_result, write_result
-from fitv2_scale.model.config import PIXELS_PER_TOKEN, parse_size
 from fitv2_scale.parallel.world import join
 from fitv2_scale.run import Run
 from fitv2_scale.run_log import now

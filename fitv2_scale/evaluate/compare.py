@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
+from fitv2_scale.config.model import ModelConfig, parse_size
+from fitv2_scale.config.sections import SamplingConfig
 from fitv2_scale.evaluate.from_run import Weights
 from fitv2_scale.evaluate.pictures import decode
 from fitv2_scale.evaluate.sampler import Request, rope_of, sample
-from fitv2_scale.model.config import ModelConfig, parse_size
 from fitv2_scale.model.extrapolation import RopeConfig, turns
-from fitv2_scale.sections import SamplingConfig
 
 _WAYS = (
     ("none", "none"),

@@ -16,12 +16,12 @@ from tqdm import tqdm
 from data_sharding.errors import UserError
 from data_sharding.format.codec import Codec
 from data_sharding.rng import Purpose, uniform
+from fitv2_scale.config.model import parse_size
+from fitv2_scale.config.sections import SamplingConfig
 from fitv2_scale.evaluate.from_run import Weights
 from fitv2_scale.evaluate.pictures import decode
 from fitv2_scale.evaluate.sampler import Request, sample
-from fitv2_scale.model.config import parse_size
 from fitv2_scale.run import differences
-from fitv2_scale.sections import SamplingConfig
 
 _RECORD = "request.json"
 _MAX_IMAGES = 256  # of one rank at once: the more, the more a killed call makes again

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from data_sharding.storage.store import Store
+from fitv2_scale.config.model import parse_size
 from fitv2_scale.evaluate.features import Features
 from fitv2_scale.evaluate.manifold import NEIGHBOURS, precision_recall
 from fitv2_scale.evaluate.references import NEIGHBOUR_IMAGES, Reference
 from fitv2_scale.evaluate.statistics import IS_SPLIT, Gaussian, frechet_distance, inception_score
-from fitv2_scale.model.config import parse_size
 
 FIGURES = ("fid", "sfid", "is", "precision", "recall")
 FOLDER = "evaluations"

@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from fitv2_scale.config import Config
+from fitv2_scale.config.schema import Config
 from fitv2_scale.parallel.memory import Compute, StateBytes, cuda_peak, saved_bytes, state_bytes
 from fitv2_scale.parallel.mesh import Layout
 

@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 
 from data_sharding.errors import UserError
-from fitv2_scale.config import Config
+from fitv2_scale.config.schema import Config
 from fitv2_scale.forecast.assumed import Assumed, Figure
 from fitv2_scale.model.counts import parameter_count
 from fitv2_scale.parallel.mesh import Layout

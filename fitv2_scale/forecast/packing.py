@@ -7,7 +7,7 @@ import numpy as np
 
 from data_sharding.plan.balance import Nodes, deal
 from data_sharding.plan.pack_shapes import shapes_of
-from fitv2_scale.config import Config
+from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
 from fitv2_scale.model.counts import forward_flops
 

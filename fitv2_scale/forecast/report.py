@@ -5,7 +5,8 @@ from dataclasses import asdict
 from typing import Any
 
 from data_sharding.errors import DataError
-from fitv2_scale.config import Config
+from fitv2_scale.config.model import ModelConfig
+from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
 from fitv2_scale.forecast.assumed import Assumed
 from fitv2_scale.forecast.memory import memory_report
@@ -22,7 +23,6 @@ from fitv2_scale.forecast.run_length import (
     recommended,
 )
 from fitv2_scale.forecast.storage import storage_report
-from fitv2_scale.model.config import ModelConfig
 from fitv2_scale.model.counts import forward_flops, logical_shapes, parameter_count
 from fitv2_scale.parallel.mesh import Layout
 

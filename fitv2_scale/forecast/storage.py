@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from fitv2_scale.checkpoint.policy import CheckpointConfig
-from fitv2_scale.config import Config
+from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
 from fitv2_scale.parallel.memory import state_bytes
 from fitv2_scale.parallel.mesh import Layout

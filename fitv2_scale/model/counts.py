@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 import torch
 
-from fitv2_scale.model.config import TIMESTEP_CHANNELS, TOKEN_CHANNELS, ModelConfig
+from fitv2_scale.config.model import TIMESTEP_CHANNELS, TOKEN_CHANNELS, ModelConfig
 from fitv2_scale.model.fitv2 import FiTv2
 
 

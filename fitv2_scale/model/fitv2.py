@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fitv2_scale.config.model import TIMESTEP_CHANNELS, TOKEN_CHANNELS, ModelConfig
 from fitv2_scale.model.attention import attention
-from fitv2_scale.model.config import TIMESTEP_CHANNELS, TOKEN_CHANNELS, ModelConfig
 from fitv2_scale.model.extrapolation import extrapolated_table
 from fitv2_scale.model.gather import to_tokens
 from fitv2_scale.model.packing import Packing

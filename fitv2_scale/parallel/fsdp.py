@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from fitv2_scale.model.config import ModelConfig
+from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.model.counts import logical_shapes
 from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.model.init import fill_initial

@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from fitv2_scale.model.config import ModelConfig
+from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.model.counts import logical_shapes
 from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.parallel.blocks import Checkpointing

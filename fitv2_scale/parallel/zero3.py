@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fitv2_scale.model.config import ModelConfig
+from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.model.counts import logical_shapes
 from fitv2_scale.model.fitv2 import FiTv2, LinearFactory, Role
 from fitv2_scale.model.init import fill_initial

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from data_sharding.errors import UserError
-from fitv2_scale.config import Config, load_config
-from fitv2_scale.model.config import ModelConfig
+from fitv2_scale.config.model import ModelConfig
+from fitv2_scale.config.schema import Config, load_config
 from fitv2_scale.model.counts import parameter_count
 from fitv2_scale.run_log import now
 from fitv2_scale.tracking.curves.analysis import RunLaw, SurfaceLaw

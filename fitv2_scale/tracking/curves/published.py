@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fitv2_scale.model.config import ModelConfig
+from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.model.counts import forward_flops
 from fitv2_scale.tracking.curves.reading import Curve, Series, is_fid
 

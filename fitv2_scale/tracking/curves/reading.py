@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from data_sharding.errors import UserError
 from data_sharding.storage.store import Store
-from fitv2_scale.model.config import ModelConfig
+from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.model.counts import forward_flops, parameter_count
 from fitv2_scale.run import Run
 from fitv2_scale.tracking import journal

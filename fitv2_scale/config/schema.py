@@ -15,10 +15,8 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from data_sharding.errors import UserError
 from fitv2_scale.checkpoint.policy import CheckpointConfig
-from fitv2_scale.model.config import ModelConfig
-from fitv2_scale.model.flow import FlowConfig
-from fitv2_scale.parallel.engine import OptimizerConfig
-from fitv2_scale.sections import (
+from fitv2_scale.config.model import ModelConfig
+from fitv2_scale.config.sections import (
     BatchConfig,
     DataConfig,
     EMAConfig,
@@ -30,8 +28,10 @@ from fitv2_scale.sections import (
     TrainConfig,
     ValidationConfig,
 )
+from fitv2_scale.config.slurm import SlurmConfig
+from fitv2_scale.model.flow import FlowConfig
+from fitv2_scale.parallel.engine import OptimizerConfig
 from fitv2_scale.watchdog import WatchdogConfig
-from launchers.site import SlurmConfig
 
 SCIENCE = ("model", "flow", "data", "optimizer", "ema", "trainable", "seed")
 _READING = ("cache_gib", "prefetch_gib", "cache_dir", "cache_disk_gib", "deadline_seconds", "max_substituted")

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from data_sharding.errors import UserError
 from data_sharding.plan.plan import Views
-from fitv2_scale.model.config import parse_size
+from fitv2_scale.config.model import parse_size
 from fitv2_scale.model.extrapolation import AttentionScale, Mode
 from fitv2_scale.parallel.engine import Precision
 from fitv2_scale.parallel.mesh import Layout
