@@ -18,10 +18,10 @@ from data_sharding.errors import UserError
 from fitv2_scale.checkpoint.weights import export_weights
 from fitv2_scale.cli.__main__ import main
 from fitv2_scale.config.sections import SamplingConfig
-from fitv2_scale.evaluate.assess import Means, evaluate_pictures, evaluate_weights
+from fitv2_scale.evaluate.evaluate import Means, evaluate_pictures, evaluate_weights
 from fitv2_scale.evaluate.features import read_npz
-from fitv2_scale.evaluate.generate import Cell
-from fitv2_scale.evaluate.images import open_pictures
+from fitv2_scale.evaluate.generated_features import Cell
+from fitv2_scale.evaluate.image_sets import open_pictures
 from fitv2_scale.evaluate.suites import load_suite, suite_table
 from fitv2_scale.train import train
 
@@ -157,10 +157,10 @@ class Killed(Exception):
 
 def test_an_evaluation_goes_on_where_it_was_killed(place, run, network, reference, monkeypatch):
     """And is not made again when it is there, but for another reference."""
-    from fitv2_scale.evaluate import generate
+    from fitv2_scale.evaluate import generated_features
 
     out, means = str(place / "killed"), Means(**network, reference=reference)
-    made, real = [], generate.sample
+    made, real = [], generated_features.sample
 
     def counted(network, requests, *, kill_at=99, **options):
         if len(made) >= kill_at:
@@ -171,11 +171,11 @@ def test_an_evaluation_goes_on_where_it_was_killed(place, run, network, referenc
     def some(requests, weights, sampling):
         return [requests[i : i + 15] for i in range(0, len(requests), 15)]
 
-    monkeypatch.setattr(generate, "chunks", some)
-    monkeypatch.setattr(generate, "sample", partial(counted, kill_at=2))
+    monkeypatch.setattr(generated_features, "chunks", some)
+    monkeypatch.setattr(generated_features, "sample", partial(counted, kill_at=2))
     with pytest.raises(Killed):
         evaluated(run, means, out)
-    monkeypatch.setattr(generate, "sample", counted)
+    monkeypatch.setattr(generated_features, "sample", counted)
     results = evaluated(run, means, out)
     assert made[:3] == [list(range(15)), list(range(15, 30)), list(range(30, 40))]
     assert sum(map(len, made)) == 80  # two cells of 40

@@ -10,11 +10,11 @@ from scipy.linalg import sqrtm
 from torch import nn
 
 from data_sharding.errors import UserError
+from fitv2_scale.evaluate.feature_network import FeatureNetwork
 from fitv2_scale.evaluate.features import Features, npz_bytes, read_npz
-from fitv2_scale.evaluate.manifold import precision_recall
-from fitv2_scale.evaluate.network import FeatureNetwork
+from fitv2_scale.evaluate.fid import Gaussian, frechet_distance, inception_score
+from fitv2_scale.evaluate.precision_recall import precision_recall
 from fitv2_scale.evaluate.results import measure
-from fitv2_scale.evaluate.statistics import Gaussian, frechet_distance, inception_score
 
 rng = np.random.default_rng
 

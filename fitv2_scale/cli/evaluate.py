@@ -8,9 +8,9 @@ from data_sharding.errors import UserError
 from fitv2_scale.cli.common import class_numbers, make, new_file, show, whole
 
 if TYPE_CHECKING:  # torch is imported when there is something to do
-    from fitv2_scale.evaluate.assess import Evaluated, Means
+    from fitv2_scale.evaluate.evaluate import Evaluated, Means
     from fitv2_scale.evaluate.from_run import Weights
-    from fitv2_scale.evaluate.generate import Cell
+    from fitv2_scale.evaluate.generated_features import Cell
 
 _SAMPLING = ("cfg", "guided_channels", "solver", "steps", "rope", "attention_scale")
 
@@ -53,7 +53,7 @@ def add(commands: Any) -> None:
 
 
 def evaluate_it(args: argparse.Namespace) -> int:
-    from fitv2_scale.evaluate.assess import Means, evaluate_weights, is_network
+    from fitv2_scale.evaluate.evaluate import Means, evaluate_weights, is_network
 
     means = Means(
         network=args.network,
@@ -81,7 +81,7 @@ def evaluate_it(args: argparse.Namespace) -> int:
 
 
 def _pictures(args: argparse.Namespace, means: "Means") -> int:
-    from fitv2_scale.evaluate.assess import evaluate_pictures
+    from fitv2_scale.evaluate.evaluate import evaluate_pictures
     from fitv2_scale.evaluate.results import FIGURES
 
     if int(os.environ.get("RANK", 0)) > 0:
@@ -100,7 +100,7 @@ def _pictures(args: argparse.Namespace, means: "Means") -> int:
 def _cells(args: argparse.Namespace, weights: "Weights") -> "list[Cell]":
     from fitv2_scale.config.model import parse_size
     from fitv2_scale.config.sections import with_changes
-    from fitv2_scale.evaluate.generate import Cell
+    from fitv2_scale.evaluate.generated_features import Cell
     from fitv2_scale.evaluate.sampler import rope_of
     from fitv2_scale.evaluate.suites import load_suite
 
@@ -138,7 +138,7 @@ def _few_steps(nfe: str | None, solver: str | None) -> list[dict]:
 
 
 def _report(args: argparse.Namespace, done: "Evaluated") -> None:
-    from fitv2_scale.evaluate.nfe import save_plot
+    from fitv2_scale.evaluate.nfe_sweep import save_plot
     from fitv2_scale.evaluate.results import FOLDER
     from fitv2_scale.evaluate.suites import load_suite, results_table, suite_table
 
@@ -153,7 +153,7 @@ def _report(args: argparse.Namespace, done: "Evaluated") -> None:
         save_plot(done.results, done.store, path)
         lines.append(f"{done.store.path(path)}: FID against NFE")
     if done.run is not None:
-        from fitv2_scale.tracking.evaluations import publish
+        from fitv2_scale.evaluate.mlflow_upload import publish
 
         lines.append(publish(done.run, done.results))
     show(args, done.results, "\n".join(lines))

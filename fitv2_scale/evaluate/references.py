@@ -17,10 +17,10 @@ import numpy as np
 from tqdm import tqdm
 
 from data_sharding.errors import UserError
+from fitv2_scale.evaluate.feature_network import FeatureNetwork
 from fitv2_scale.evaluate.features import Features, npz_bytes, read_npz
-from fitv2_scale.evaluate.images import ARRAY, Pictures, open_pictures, pictures_of_array, spread_rows
-from fitv2_scale.evaluate.network import FeatureNetwork
-from fitv2_scale.evaluate.statistics import Gaussian
+from fitv2_scale.evaluate.fid import Gaussian
+from fitv2_scale.evaluate.image_sets import ARRAY, Pictures, open_pictures, pictures_of_array, spread_rows
 
 NEIGHBOUR_IMAGES = 10_000  # real images for precision and recall, as in the published references
 _BATCH = 50

@@ -18,9 +18,9 @@ import torch
 from data_sharding.storage.store import Store
 from fitv2_scale.config.model import parse_size
 from fitv2_scale.evaluate.features import Features
-from fitv2_scale.evaluate.manifold import NEIGHBOURS, precision_recall
+from fitv2_scale.evaluate.fid import IS_SPLIT, Gaussian, frechet_distance, inception_score
+from fitv2_scale.evaluate.precision_recall import NEIGHBOURS, precision_recall
 from fitv2_scale.evaluate.references import NEIGHBOUR_IMAGES, Reference
-from fitv2_scale.evaluate.statistics import IS_SPLIT, Gaussian, frechet_distance, inception_score
 
 FIGURES = ("fid", "sfid", "is", "precision", "recall")
 FOLDER = "evaluations"

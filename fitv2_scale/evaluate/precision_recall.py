@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data_sharding.errors import UserError
-from fitv2_scale.evaluate.statistics import check_finite
+from fitv2_scale.evaluate.fid import check_finite
 
 NEIGHBOURS = 3
 _BLOCK = 4096  # a side of the distances held at once: 128 MiB

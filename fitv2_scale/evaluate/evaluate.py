@@ -16,11 +16,11 @@ from data_sharding.storage.byte_ranges import exists
 from data_sharding.storage.store import Store, open_store
 from fitv2_scale.checkpoint.init_from import is_weights
 from fitv2_scale.config.model import PIXELS_PER_TOKEN, parse_size
+from fitv2_scale.evaluate.feature_network import FeatureNetwork
 from fitv2_scale.evaluate.features import Features, npz_bytes, read_npz
 from fitv2_scale.evaluate.from_run import Weights, opened
-from fitv2_scale.evaluate.generate import Cell, collect_features, make_features
-from fitv2_scale.evaluate.images import open_pictures
-from fitv2_scale.evaluate.network import FeatureNetwork
+from fitv2_scale.evaluate.generated_features import Cell, collect_features, make_features
+from fitv2_scale.evaluate.image_sets import open_pictures
 from fitv2_scale.evaluate.references import (
     Reference,
     check_reference,

@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 from data_sharding.storage.store import Store
 from fitv2_scale.config.sections import SamplingConfig
+from fitv2_scale.evaluate.feature_network import FeatureNetwork
 from fitv2_scale.evaluate.features import Features, npz_bytes, read_npz
 from fitv2_scale.evaluate.from_run import Weights
 from fitv2_scale.evaluate.many import chunks, random_requests
-from fitv2_scale.evaluate.network import FeatureNetwork
 from fitv2_scale.evaluate.pictures import decode
 from fitv2_scale.evaluate.sampler import Request, sample
 

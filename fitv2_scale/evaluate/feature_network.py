@@ -92,7 +92,9 @@ class FeatureNetwork:
         if isinstance(output, Tensor):
             output = {"pool": output}
         if not isinstance(output, dict) or "pool" not in output:
-            raise UserError("the network must return a tensor, or a dict with `pool`: fitv2_scale/evaluate/network.py")
+            raise UserError(
+                "the network must return a tensor, or a dict with `pool`: fitv2_scale/evaluate/feature_network.py"
+            )
         pool = output["pool"]
         named = {"pool": pool.flatten(1) if pool.ndim > 2 else pool}
         if (spatial := output.get("spatial")) is not None:
