@@ -9,7 +9,7 @@ import torchode
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
-from fitv2_scale.evaluate.solvers import LAST_STEP, Images, dopri5, euler, heun, sde
+from fitv2_scale.evaluate.sampling.solvers import LAST_STEP, Images, dopri5, euler, heun, sde
 
 LENGTHS = torch.tensor([3, 7, 1])
 

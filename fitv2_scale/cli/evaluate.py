@@ -9,8 +9,8 @@ from fitv2_scale.cli.common import class_numbers, make, new_file, show, whole
 
 if TYPE_CHECKING:  # torch is imported when there is something to do
     from fitv2_scale.evaluate.evaluate import Evaluated, Means
-    from fitv2_scale.evaluate.from_run import Weights
     from fitv2_scale.evaluate.generated_features import Cell
+    from fitv2_scale.evaluate.sampling.load_weights import Weights
 
 _SAMPLING = ("cfg", "guided_channels", "solver", "steps", "rope", "attention_scale")
 
@@ -101,7 +101,7 @@ def _cells(args: argparse.Namespace, weights: "Weights") -> "list[Cell]":
     from fitv2_scale.config.model import parse_size
     from fitv2_scale.config.sections import with_changes
     from fitv2_scale.evaluate.generated_features import Cell
-    from fitv2_scale.evaluate.sampler import rope_of
+    from fitv2_scale.evaluate.sampling.sampler import rope_of
     from fitv2_scale.evaluate.suites import load_suite
 
     suite = load_suite(args.suite) if args.suite else None

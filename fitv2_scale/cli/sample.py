@@ -9,7 +9,7 @@ from fitv2_scale.cli.common import class_numbers, make, new_file, show, whole
 
 if TYPE_CHECKING:  # torch is imported when there is something to do
     from fitv2_scale.config.sections import SamplingConfig
-    from fitv2_scale.evaluate.from_run import Weights
+    from fitv2_scale.evaluate.sampling.load_weights import Weights
 
 
 def add(commands: Any) -> None:
@@ -54,7 +54,7 @@ def add(commands: Any) -> None:
 
 
 def sample_pictures(args: argparse.Namespace) -> int:
-    from fitv2_scale.evaluate.from_run import opened
+    from fitv2_scale.evaluate.sampling.load_weights import opened
     from fitv2_scale.parallel.world import join
 
     make_them = _compare if args.compare else _many if args.images is not None else _grid
@@ -74,8 +74,8 @@ def sample_pictures(args: argparse.Namespace) -> int:
 
 
 def _grid(args: argparse.Namespace, weights: "Weights", sampling: "SamplingConfig", sizes: list[str]) -> tuple:
-    from fitv2_scale.evaluate.pictures import decode, grid_png, grid_requests
-    from fitv2_scale.evaluate.sampler import sample
+    from fitv2_scale.evaluate.sampling.image_grid import decode, grid_png, grid_requests
+    from fitv2_scale.evaluate.sampling.sampler import sample
 
     codec, requests = weights.codec(), grid_requests(sizes, _labels(args, weights))
     made = sample(
@@ -95,7 +95,7 @@ def _grid(args: argparse.Namespace, weights: "Weights", sampling: "SamplingConfi
 
 
 def _many(args: argparse.Namespace, weights: "Weights", sampling: "SamplingConfig", sizes: list[str]) -> tuple:
-    from fitv2_scale.evaluate.many import make_pictures, random_requests, write_npz
+    from fitv2_scale.evaluate.sampling.png_folder import make_pictures, random_requests, write_npz
 
     if args.npz and len(sizes) > 1:
         raise UserError("an .npz for ADM's evaluator holds pictures of one size: give one --size")
@@ -111,7 +111,7 @@ def _many(args: argparse.Namespace, weights: "Weights", sampling: "SamplingConfi
 
 
 def _compare(args: argparse.Namespace, weights: "Weights", sampling: "SamplingConfig", sizes: list[str]) -> tuple:
-    from fitv2_scale.evaluate.compare import compare, plot, to_text
+    from fitv2_scale.evaluate.sampling.rope_comparison import compare, plot, to_text
 
     found = compare(weights, sampling, sizes[0], _labels(args, weights), args.seed)
     if weights.world.is_first:
@@ -120,7 +120,7 @@ def _compare(args: argparse.Namespace, weights: "Weights", sampling: "SamplingCo
 
 
 def _labels(args: argparse.Namespace, weights: "Weights") -> list[int]:
-    from fitv2_scale.evaluate.pictures import spread_labels
+    from fitv2_scale.evaluate.sampling.image_grid import spread_labels
 
     if args.classes is None:
         return spread_labels(args.columns, weights.classes)

@@ -15,7 +15,7 @@ def add(commands: Any) -> None:
 
 def validate_weights(args: argparse.Namespace) -> int:
     from fitv2_scale.data import Data
-    from fitv2_scale.evaluate.from_run import opened
+    from fitv2_scale.evaluate.sampling.load_weights import opened
     from fitv2_scale.evaluation import validation_of
     from fitv2_scale.parallel.world import join
 

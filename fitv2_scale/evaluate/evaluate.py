@@ -18,7 +18,6 @@ from fitv2_scale.checkpoint.init_from import is_weights
 from fitv2_scale.config.model import PIXELS_PER_TOKEN, parse_size
 from fitv2_scale.evaluate.feature_network import FeatureNetwork
 from fitv2_scale.evaluate.features import Features, npz_bytes, read_npz
-from fitv2_scale.evaluate.from_run import Weights, opened
 from fitv2_scale.evaluate.generated_features import Cell, collect_features, make_features
 from fitv2_scale.evaluate.image_sets import open_pictures
 from fitv2_scale.evaluate.references import (
@@ -31,6 +30,7 @@ from fitv2_scale.evaluate.references import (
     save_statistics,
 )
 from fitv2_scale.evaluate.results import FOLDER, measure, read_result, write_result
+from fitv2_scale.evaluate.sampling.load_weights import Weights, opened
 from fitv2_scale.parallel.world import join
 from fitv2_scale.run import Run
 from fitv2_scale.run_log import now

@@ -16,10 +16,10 @@ from data_sharding.storage.store import Store
 from fitv2_scale.config.sections import SamplingConfig
 from fitv2_scale.evaluate.feature_network import FeatureNetwork
 from fitv2_scale.evaluate.features import Features, npz_bytes, read_npz
-from fitv2_scale.evaluate.from_run import Weights
-from fitv2_scale.evaluate.many import chunks, random_requests
-from fitv2_scale.evaluate.pictures import decode
-from fitv2_scale.evaluate.sampler import Request, sample
+from fitv2_scale.evaluate.sampling.image_grid import decode
+from fitv2_scale.evaluate.sampling.load_weights import Weights
+from fitv2_scale.evaluate.sampling.png_folder import chunks, random_requests
+from fitv2_scale.evaluate.sampling.sampler import Request, sample
 
 _PATIENCE = 3  # times that parts which the storage does not show are made again
 

@@ -20,7 +20,7 @@ from data_sharding.stream.frames import read_frame
 from data_sharding.write.image_sources import IMAGE_SUFFIXES, open_source
 from data_sharding.write.views import UnreadableImage, cover_crop, load_rgb
 from fitv2_scale.evaluate.features import read_npz
-from fitv2_scale.evaluate.pictures import decode
+from fitv2_scale.evaluate.sampling.image_grid import decode
 
 ARRAY = "arr_0"  # of pictures, in ADM's .npz
 

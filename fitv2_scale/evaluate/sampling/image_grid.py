@@ -8,7 +8,7 @@ from PIL import Image
 from data_sharding.format.codec import Codec
 from data_sharding.format.patches import unpatchify
 from fitv2_scale.config.model import parse_size
-from fitv2_scale.evaluate.sampler import Request
+from fitv2_scale.evaluate.sampling.sampler import Request
 
 _GAP = 4  # pixels between the pictures of a grid
 

@@ -8,9 +8,9 @@ from PIL import Image
 
 from fitv2_scale.config.model import ModelConfig, parse_size
 from fitv2_scale.config.sections import SamplingConfig
-from fitv2_scale.evaluate.from_run import Weights
-from fitv2_scale.evaluate.pictures import decode
-from fitv2_scale.evaluate.sampler import Request, rope_of, sample
+from fitv2_scale.evaluate.sampling.image_grid import decode
+from fitv2_scale.evaluate.sampling.load_weights import Weights
+from fitv2_scale.evaluate.sampling.sampler import Request, rope_of, sample
 from fitv2_scale.model.extrapolation import RopeConfig, turns
 
 _WAYS = (

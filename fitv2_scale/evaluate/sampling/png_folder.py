@@ -18,9 +18,9 @@ from data_sharding.format.codec import Codec
 from data_sharding.rng import Purpose, uniform
 from fitv2_scale.config.model import parse_size
 from fitv2_scale.config.sections import SamplingConfig
-from fitv2_scale.evaluate.from_run import Weights
-from fitv2_scale.evaluate.pictures import decode
-from fitv2_scale.evaluate.sampler import Request, sample
+from fitv2_scale.evaluate.sampling.image_grid import decode
+from fitv2_scale.evaluate.sampling.load_weights import Weights
+from fitv2_scale.evaluate.sampling.sampler import Request, sample
 from fitv2_scale.run import differences
 
 _RECORD = "request.json"
