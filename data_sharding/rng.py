@@ -2,7 +2,7 @@
 
 There is no generator state to save or to hand out to ranks. The integers are Philox4x32-10 (Salmon et al., "Parallel
 random numbers: as easy as 1, 2, 3", SC'11); the layout of key and counter is fixed here, for this NumPy backend and
-for the torch backend in ``fitv2_scale/keyed.py``, which gives the same integers on CPU and CUDA:
+for the torch backend in ``fitv2_scale/model/rng.py``, which gives the same integers on CPU and CUDA:
 
     key     = (seed low word, seed high word)
     counter = (index // 4, id low word, id high word, purpose << 24 | epoch)

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from data_sharding.stream.batch import StepBatch
-from fitv2_scale.breakdown import NAMES, by_group
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.device_use import DeviceUse
 from fitv2_scale.model.counts import forward_flops
+from fitv2_scale.model.loss_groups import NAMES, by_group
 from fitv2_scale.parallel.world import World
 from fitv2_scale.spikes import SpikeDetector
 from fitv2_scale.totals import Moment, Times, Totals

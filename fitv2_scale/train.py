@@ -13,12 +13,12 @@ from data_sharding.errors import StorageDown, UserError
 from data_sharding.plan.size_presets import is_preset
 from data_sharding.stream.batch import StepBatch
 from fitv2_scale.agreement import Agreement, StopSignal
-from fitv2_scale.batches import pack_to_torch
-from fitv2_scale.breakdown import NAMES, tally
 from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
 from fitv2_scale.meter import Meter
 from fitv2_scale.model.flow import flow_losses
+from fitv2_scale.model.loss_groups import NAMES, tally
+from fitv2_scale.model.to_torch import pack_to_torch
 from fitv2_scale.opening import Fork, claim, is_complete, log_to, open_session
 from fitv2_scale.orders import followed
 from fitv2_scale.parallel.engine import StepResult

@@ -8,7 +8,6 @@ import torch
 from test_model import build
 
 from data_sharding.errors import UserError
-from fitv2_scale.batches import pack_to_torch
 from fitv2_scale.bench import reference, step
 from fitv2_scale.bench.reference import Reference
 from fitv2_scale.bench.step_data import open_steps
@@ -17,6 +16,7 @@ from fitv2_scale.config.schema import Config, load_config
 from fitv2_scale.data import Data
 from fitv2_scale.model.counts import forward_flops
 from fitv2_scale.model.flow import image_losses
+from fitv2_scale.model.to_torch import pack_to_torch
 
 SMALL = ["model.depth=2", "model.hidden=32", "model.heads=2", "model.classes=1000", "layout.precision=fp32"]
 PRESET = [*SMALL, "data.url=preset:imagenet256", "batch.images=5", "layout.max_tokens=512"]

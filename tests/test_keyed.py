@@ -9,7 +9,7 @@ from scipy import stats
 
 from data_sharding import rng
 from data_sharding.rng import Purpose
-from fitv2_scale import keyed as keyed_torch
+from fitv2_scale.model import rng as keyed_torch
 
 # Random123's published known answers for philox4x32-10: (counter, key, result).
 KNOWN = [

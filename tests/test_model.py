@@ -7,7 +7,6 @@ import torch.nn.functional as F
 
 from data_sharding.plan.balance import Shape
 from data_sharding.plan.pack_layout import lay_out
-from fitv2_scale.batches import packing_to_torch
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.config.schema import load_config
 from fitv2_scale.model.attention import padded_sdpa
@@ -17,6 +16,7 @@ from fitv2_scale.model.gather import to_tokens
 from fitv2_scale.model.init import fill_initial
 from fitv2_scale.model.packing import Packing
 from fitv2_scale.model.rope import rope_table, rotate
+from fitv2_scale.model.to_torch import packing_to_torch
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 TINY = ModelConfig(depth=2, hidden=32, heads=2, classes=5)

@@ -11,8 +11,8 @@ import torch
 from ranks import run_ranks
 
 import fitv2_scale.train as module
-from fitv2_scale.breakdown import NAMES
 from fitv2_scale.model.flow import FlowLosses
+from fitv2_scale.model.loss_groups import NAMES
 from fitv2_scale.parallel.engine import StepResult
 from fitv2_scale.run import Run
 from fitv2_scale.run_status import status

@@ -126,7 +126,7 @@ class SdVae:
 
 
 def _noise(draws: list[Draw], shape: tuple[int, ...]) -> np.ndarray:
-    """Standard normals float32 (B, *shape), by Box and Muller on neighbouring draws, as ``fitv2_scale.keyed``."""
+    """Standard normals float32 (B, *shape), by Box and Muller on neighbouring draws, as ``fitv2_scale.model.rng``."""
     count = int(np.prod(shape))
     ids, pictures = (np.array(column)[:, None] for column in zip(*draws, strict=True))
     u = uniform(0, Purpose.POSTERIOR, pictures, ids, np.arange(count)) + 2.0**-33  # of the open interval (0, 1)

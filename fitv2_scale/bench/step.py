@@ -18,7 +18,6 @@ from torch import Tensor
 
 from data_sharding.errors import UserError
 from data_sharding.stream.batch import StepBatch
-from fitv2_scale.batches import pack_to_torch
 from fitv2_scale.bench.reference import Reference
 from fitv2_scale.bench.step_data import open_steps
 from fitv2_scale.config.schema import Config
@@ -28,6 +27,7 @@ from fitv2_scale.forecast.memory import plan_compute, plan_state
 from fitv2_scale.meter import known_peak
 from fitv2_scale.model.counts import forward_flops
 from fitv2_scale.model.flow import flow_loss
+from fitv2_scale.model.to_torch import pack_to_torch
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.memory import cuda_peak
 from fitv2_scale.parallel.mesh import Layout

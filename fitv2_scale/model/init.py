@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data_sharding.rng import Purpose
 from fitv2_scale.config.model import ModelConfig
-from fitv2_scale.keyed import normal, uniform, words
+from fitv2_scale.model.rng import normal, uniform, words
 
 _CHUNK = 1 << 20  # elements drawn at once: bounds the int64 temporaries
 _EMBEDDING_STD = 0.02

@@ -16,8 +16,8 @@ from data_sharding.stream.batch import Pack
 from data_sharding.stream.disk_cache import DiskCache
 from data_sharding.stream.frames import FrameReader
 from data_sharding.stream.loader import Loader
-from fitv2_scale.batches import pack_to_torch
 from fitv2_scale.bench.loaders import Batch, Source
+from fitv2_scale.model.to_torch import pack_to_torch
 
 _COST = Cost(linear=6 * 2304, quadratic=1)  # of FiTv2-3B/2
 _PACK_TOKENS = 16384
