@@ -53,7 +53,7 @@ def check_compiler(layout: LayoutConfig | None) -> str:
 
 def check_deepspeed() -> str:
     """Imports DeepSpeed, which on some machines fails. Raises UserError if it is not installed."""
-    from fitv2_scale.parallel import stage3
+    from fitv2_scale.parallel import deepspeed_setup
 
     return f"{stage3.deepspeed.__version__}: AdamW is torch's, and no operator of DeepSpeed is compiled before step 1"
 

@@ -14,10 +14,10 @@ from fitv2_scale.checkpoint.init_from import Source, begin_with
 from fitv2_scale.checkpoint.policy import Cadence
 from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
-from fitv2_scale.engines import make_engine
 from fitv2_scale.evaluation import Evaluation
 from fitv2_scale.ledger import RunLedger, ledger_of, read_pages
 from fitv2_scale.model.counts import parameter_count
+from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.world import World

@@ -22,7 +22,7 @@ from fitv2_scale.model.to_torch import pack_to_torch
 from fitv2_scale.opening import Fork, claim, is_complete, log_to, open_session
 from fitv2_scale.orders import followed
 from fitv2_scale.parallel.engine import StepResult
-from fitv2_scale.parallel.update import telling
+from fitv2_scale.parallel.optimizer import telling
 from fitv2_scale.parallel.world import World, join
 from fitv2_scale.profiling import Profile
 from fitv2_scale.progress import Progress

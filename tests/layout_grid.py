@@ -15,7 +15,6 @@ from torch import Tensor
 from data_sharding.plan.balance import Shape
 from data_sharding.plan.pack_layout import lay_out
 from fitv2_scale.config.schema import Config, parse_config
-from fitv2_scale.engines import make_engine
 from fitv2_scale.model.counts import logical_shapes
 from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.model.flow import flow_loss
@@ -23,6 +22,7 @@ from fitv2_scale.model.init import fill_initial
 from fitv2_scale.model.packing import PackedBatch
 from fitv2_scale.model.to_torch import packing_to_torch
 from fitv2_scale.parallel.boxes import LogicalTensor
+from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.engine import freeze
 from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.world import World, join

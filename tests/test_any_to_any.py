@@ -17,7 +17,7 @@ from state import CURSOR
 
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
 from fitv2_scale.config.schema import Config
-from fitv2_scale.engines import make_engine
+from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.world import World, join

@@ -14,7 +14,7 @@ from fitv2_scale.data import Data
 from fitv2_scale.opening import claim, open_session
 from fitv2_scale.parallel.engine import OptimizerConfig
 from fitv2_scale.parallel.mesh import Layout
-from fitv2_scale.parallel.update import AdamW, global_norm, judge, telling, update_ema
+from fitv2_scale.parallel.optimizer import AdamW, global_norm, judge, telling, update_ema
 from fitv2_scale.parallel.world import join
 from fitv2_scale.train import train_step
 

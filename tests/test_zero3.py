@@ -30,10 +30,10 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fitv2_scale.config.schema import Config
-from fitv2_scale.engines import make_engine
 from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.model.flow import flow_loss, make_flow_batch
 from fitv2_scale.model.packing import PackedBatch
+from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.world import World, join
@@ -137,7 +137,7 @@ def test_bf16_gradients_are_added_in_fp32():
 
 
 def train_in_small_pieces(config: Config, cell: Cell):
-    import fitv2_scale.parallel.stage3 as stage3
+    import fitv2_scale.parallel.deepspeed_setup as stage3
 
     for name, elements in {"ZERO3_BUCKET": 5_000, "_SUB_GROUP": 3_000}.items():
         assert hasattr(stage3, name)

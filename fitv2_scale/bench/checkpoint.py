@@ -31,7 +31,7 @@ from fitv2_scale.checkpoint.checkpointer import Checkpointer
 from fitv2_scale.checkpoint.commit import read_manifest
 from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
-from fitv2_scale.engines import make_engine
+from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.world import World, join

@@ -18,9 +18,9 @@ from fitv2_scale.model.fitv2 import FiTv2, LinearFactory, Role
 from fitv2_scale.model.init import fill_initial
 from fitv2_scale.parallel.blocks import Checkpointing, prepare_blocks
 from fitv2_scale.parallel.boxes import LogicalTensor, flat_boxes
+from fitv2_scale.parallel.deepspeed_setup import GatheredLinear, partition
 from fitv2_scale.parallel.engine import OptimizerConfig, Precision, StepResult, freeze
 from fitv2_scale.parallel.mesh import Groups
-from fitv2_scale.parallel.stage3 import GatheredLinear, partition
 from fitv2_scale.parallel.tensor import is_replicated, local_pieces, same_on_group, tensor_linear
 
 
