@@ -23,7 +23,6 @@ from fitv2_scale.bench import step
 from fitv2_scale.cli.__main__ import main
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.config.schema import Config, load_config
-from fitv2_scale.forecast.report import to_text
 from fitv2_scale.model import fitv2
 from fitv2_scale.model.counts import forward_flops
 from fitv2_scale.model.fitv2 import FiTv2
@@ -34,6 +33,7 @@ from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.memory import Compute, StateBytes, cuda_peak, saved_bytes, state_bytes
 from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.world import join
+from fitv2_scale.planning.forecast.report import to_text
 
 COUNTED = (torch.float32, torch.bfloat16)  # of state; DeepSpeed keeps the last norm, a float64
 PACKING = pack([(3, 4), (4, 4)], 32, 3, 16)

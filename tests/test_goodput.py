@@ -8,10 +8,10 @@ from daly import lost_share
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fitv2_scale.checkpoint.interval import recommended_interval
-from fitv2_scale.forecast.goodput import DAY, Schedule, expected_goodput
-from fitv2_scale.forecast.run_length import RELEASED_DETECT, RELEASED_RESTART, RELEASED_SAVE, RELEASED_STEPS
-from fitv2_scale.forecast.simulate import play, play_out
+from fitv2_scale.planning.forecast.goodput import DAY, Schedule, expected_goodput
+from fitv2_scale.planning.forecast.run_length import RELEASED_DETECT, RELEASED_RESTART, RELEASED_SAVE, RELEASED_STEPS
+from fitv2_scale.planning.forecast.save_interval import recommended_interval
+from fitv2_scale.planning.forecast.simulate import play, play_out
 
 
 def ours(failures_per_day: float, **changes) -> Schedule:

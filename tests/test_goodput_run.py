@@ -12,8 +12,8 @@ import pytest
 import yaml
 from test_supervise import ranks_of
 
-from fitv2_scale.forecast.goodput import DAY, Schedule, expected_goodput
-from fitv2_scale.forecast.simulate import play_out
+from fitv2_scale.planning.forecast.goodput import DAY, Schedule, expected_goodput
+from fitv2_scale.planning.forecast.simulate import play_out
 from fitv2_scale.run import Run
 from fitv2_scale.run_status import status
 from fitv2_scale.tracking.journal import read

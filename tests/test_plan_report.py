@@ -13,11 +13,11 @@ from data_sharding.format.manifest import Manifest
 from fitv2_scale.cli.__main__ import main
 from fitv2_scale.config.schema import load_config
 from fitv2_scale.data import Data
-from fitv2_scale.forecast.assumed import Assumed
-from fitv2_scale.forecast.nodes import Choice, candidates, choose, enough, explain
-from fitv2_scale.forecast.pace import exposed_seconds, step_pace, traffic_seconds
-from fitv2_scale.forecast.storage import commit_bytes, kept_for_ever, storage_report
 from fitv2_scale.parallel.mesh import Layout
+from fitv2_scale.planning.forecast.assumptions import Assumed
+from fitv2_scale.planning.forecast.node_count import Choice, candidates, choose, enough, explain
+from fitv2_scale.planning.forecast.step_time import exposed_seconds, step_pace, traffic_seconds
+from fitv2_scale.planning.forecast.storage import commit_bytes, kept_for_ever, storage_report
 from fitv2_scale.train import DONE, train
 
 BIG = load_config("configs/fitv2_3b2.yaml", ["data.url=none"])

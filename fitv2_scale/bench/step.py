@@ -22,7 +22,6 @@ from fitv2_scale.bench.reference import Reference
 from fitv2_scale.bench.step_data import open_steps
 from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
-from fitv2_scale.forecast.memory import plan_compute, plan_state
 from fitv2_scale.meter import known_peak
 from fitv2_scale.model.counts import forward_flops
 from fitv2_scale.model.flow import flow_loss
@@ -33,6 +32,7 @@ from fitv2_scale.parallel.memory import cuda_peak
 from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.optimizer import update_ema
 from fitv2_scale.parallel.world import World, join
+from fitv2_scale.planning.forecast.memory import plan_compute, plan_state
 from fitv2_scale.train import train_step
 
 

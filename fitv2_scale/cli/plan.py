@@ -33,9 +33,9 @@ def add(commands: Any) -> None:
 
 def plan_run(args: argparse.Namespace) -> int:
     from fitv2_scale.config.schema import load_config
-    from fitv2_scale.forecast.assumed import Assumed
-    from fitv2_scale.forecast.report import forecast, to_text
-    from fitv2_scale.forecast.storage import commit_bytes
+    from fitv2_scale.planning.forecast.assumptions import Assumed
+    from fitv2_scale.planning.forecast.report import forecast, to_text
+    from fitv2_scale.planning.forecast.storage import commit_bytes
 
     if args.nodes < 1 or args.gpus_per_node < 1:
         raise UserError("give at least 1 as --nodes and --gpus-per-node")

@@ -3,12 +3,12 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fitv2_scale.checkpoint.interval import mtbf_hours, recommended_interval
 from fitv2_scale.checkpoint.policy import CheckpointConfig
 from fitv2_scale.config.schema import Config
-from fitv2_scale.forecast.assumed import Assumed
-from fitv2_scale.forecast.goodput import DAY, Schedule, expected_goodput
-from fitv2_scale.forecast.simulate import play
+from fitv2_scale.planning.forecast.assumptions import Assumed
+from fitv2_scale.planning.forecast.goodput import DAY, Schedule, expected_goodput
+from fitv2_scale.planning.forecast.save_interval import mtbf_hours, recommended_interval
+from fitv2_scale.planning.forecast.simulate import play
 
 _PLAYED = 400  # runs
 

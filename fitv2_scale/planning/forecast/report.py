@@ -8,12 +8,13 @@ from data_sharding.errors import DataError
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
-from fitv2_scale.forecast.assumed import Assumed
-from fitv2_scale.forecast.memory import memory_report
-from fitv2_scale.forecast.nodes import Choice, as_plain, candidates, choose, enough, explain
-from fitv2_scale.forecast.pace import Pace, step_pace
-from fitv2_scale.forecast.packing import data_figures, packing_on
-from fitv2_scale.forecast.run_length import (
+from fitv2_scale.model.counts import forward_flops, logical_shapes, parameter_count
+from fitv2_scale.parallel.mesh import Layout
+from fitv2_scale.planning.forecast.assumptions import Assumed
+from fitv2_scale.planning.forecast.memory import memory_report
+from fitv2_scale.planning.forecast.node_count import Choice, as_plain, candidates, choose, enough, explain
+from fitv2_scale.planning.forecast.packing import data_figures, packing_on
+from fitv2_scale.planning.forecast.run_length import (
     RELEASED_DETECT,
     RELEASED_RESTART,
     RELEASED_SAVE,
@@ -22,9 +23,8 @@ from fitv2_scale.forecast.run_length import (
     length,
     recommended,
 )
-from fitv2_scale.forecast.storage import storage_report
-from fitv2_scale.model.counts import forward_flops, logical_shapes, parameter_count
-from fitv2_scale.parallel.mesh import Layout
+from fitv2_scale.planning.forecast.step_time import Pace, step_pace
+from fitv2_scale.planning.forecast.storage import storage_report
 
 _BESIDE = (4, 16)  # nodes on which FiT's own schedule and ours are compared
 

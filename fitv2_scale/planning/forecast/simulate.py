@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fitv2_scale.forecast.goodput import DAY, Schedule
+from fitv2_scale.planning.forecast.goodput import DAY, Schedule
 
 Draw = Callable[[int], np.ndarray]  # seconds to the next failure, for so many runs
 
