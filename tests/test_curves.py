@@ -12,9 +12,9 @@ from data_sharding.errors import UserError
 from fitv2_scale.cli.__main__ import main
 from fitv2_scale.config.schema import parse_config
 from fitv2_scale.model.counts import forward_flops
-from fitv2_scale.tracking.curves.analysis import law_of_run, law_of_sizes
-from fitv2_scale.tracking.curves.published import published, steps_to
-from fitv2_scale.tracking.curves.reading import Series, common_loss, from_journal, thinned
+from fitv2_scale.planning.scaling.analysis import law_of_run, law_of_sizes
+from fitv2_scale.planning.scaling.published import published, steps_to
+from fitv2_scale.planning.scaling.reading import Series, common_loss, from_journal, thinned
 
 STEPS = np.geomspace(1000, 400_000, 60).astype(int)
 

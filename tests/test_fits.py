@@ -6,9 +6,9 @@ from curve_runs import TRUTH, parameters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fitv2_scale.tracking.curves.analysis import SurfaceLaw
-from fitv2_scale.tracking.curves.fits import CurveFit, SurfaceFit, fit_curve, fit_surface, refit_curve, refit_surface
-from fitv2_scale.tracking.curves.intervals import Residuals, interval, redrawn
+from fitv2_scale.planning.scaling.analysis import SurfaceLaw
+from fitv2_scale.planning.scaling.fits import CurveFit, SurfaceFit, fit_curve, fit_surface, refit_curve, refit_surface
+from fitv2_scale.planning.scaling.intervals import Residuals, interval, redrawn
 
 POINTS, NOISE = 8, 0.002
 SIZES = ("s2", "b2", "l2", "xl2")

@@ -28,9 +28,9 @@ def add(commands: Any) -> None:
 
 
 def curves_of_runs(args: argparse.Namespace) -> int:
-    from fitv2_scale.tracking.curves import reading
-    from fitv2_scale.tracking.curves.keep import draw, publish, write
-    from fitv2_scale.tracking.curves.report import TARGET, Asked, as_plain, look_at, to_text
+    from fitv2_scale.planning.scaling import reading
+    from fitv2_scale.planning.scaling.keep import draw, publish, write
+    from fitv2_scale.planning.scaling.report import TARGET, Asked, as_plain, look_at, to_text
 
     if args.runs and args.experiment:
         raise UserError("give runs or --experiment, not both")

@@ -21,10 +21,10 @@ from data_sharding.errors import UserError
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.config.schema import Config, load_config
 from fitv2_scale.model.counts import parameter_count
+from fitv2_scale.planning.scaling.analysis import RunLaw, SurfaceLaw
+from fitv2_scale.planning.scaling.intervals import LEVEL, interval
+from fitv2_scale.planning.scaling.reading import Curve
 from fitv2_scale.run_log import now
-from fitv2_scale.tracking.curves.analysis import RunLaw, SurfaceLaw
-from fitv2_scale.tracking.curves.intervals import LEVEL, interval
-from fitv2_scale.tracking.curves.reading import Curve
 
 KEPT = "predictions.jsonl"
 _AROUND = 0.02  # a prediction of step s is scored by the mean over the steps this share around it
