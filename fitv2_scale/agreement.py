@@ -17,10 +17,10 @@ from data_sharding.stream.batch import StepBatch
 from data_sharding.stream.loader import FramesLost, Loader
 from data_sharding.stream.substitutes import Loss
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
-from fitv2_scale.ledger import RunLedger
-from fitv2_scale.orders import Orders
 from fitv2_scale.parallel.world import World
 from fitv2_scale.relay import Relay
+from fitv2_scale.run.requests import Orders
+from fitv2_scale.run.substitutions import RunLedger
 
 _POLL = 0.2  # seconds until a rank that waits for data looks for a signal
 _STOP_PATIENCE = 5.0  # seconds that data may take once a stop is asked for; what was done so far can still be saved

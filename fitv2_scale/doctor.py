@@ -27,7 +27,7 @@ from data_sharding.stream.frames import FrameReader
 from fitv2_scale.compiling import check_compiler, check_deepspeed
 from fitv2_scale.config.schema import Config
 from fitv2_scale.parallel.world import World, join
-from fitv2_scale.provenance import installed
+from fitv2_scale.run.provenance import installed
 
 _USED_BYTES = 2 << 30  # of a GPU, before training: somebody else is on it
 _TEMPORARY_BYTES = 1 << 30

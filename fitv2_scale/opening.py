@@ -15,15 +15,15 @@ from fitv2_scale.checkpoint.policy import Cadence
 from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
 from fitv2_scale.evaluation import Evaluation
-from fitv2_scale.ledger import RunLedger, ledger_of, read_pages
 from fitv2_scale.model.counts import parameter_count
 from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.world import World
-from fitv2_scale.provenance import own_gpu, provenance
 from fitv2_scale.relay import Relay
-from fitv2_scale.run import Attempt, Run
+from fitv2_scale.run.provenance import own_gpu, provenance
+from fitv2_scale.run.run import Attempt, Run
+from fitv2_scale.run.substitutions import RunLedger, ledger_of, read_pages
 from fitv2_scale.session import Session
 from fitv2_scale.totals import Times, Totals
 from fitv2_scale.tracking.journal import Journal

@@ -14,12 +14,12 @@ from fitv2_scale.checkpoint.policy import Cadence
 from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
 from fitv2_scale.evaluation import Evaluation
-from fitv2_scale.ledger import RunLedger
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.world import World
 from fitv2_scale.relay import Relay
-from fitv2_scale.run import Attempt, Run
+from fitv2_scale.run.run import Attempt, Run
+from fitv2_scale.run.substitutions import RunLedger
 from fitv2_scale.totals import Times, Totals
 from fitv2_scale.tracking.journal import Journal
 from fitv2_scale.tracking.launch import Uploader

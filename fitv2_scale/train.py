@@ -20,14 +20,14 @@ from fitv2_scale.model.flow import flow_losses
 from fitv2_scale.model.loss_groups import NAMES, tally
 from fitv2_scale.model.to_torch import pack_to_torch
 from fitv2_scale.opening import Fork, claim, is_complete, log_to, open_session
-from fitv2_scale.orders import followed
 from fitv2_scale.parallel.engine import StepResult
 from fitv2_scale.parallel.optimizer import telling
 from fitv2_scale.parallel.world import World, join
 from fitv2_scale.profiling import Profile
 from fitv2_scale.progress import Progress
-from fitv2_scale.run import BAD_INPUT, BUG, DONE, GIVE_UP, RETRY, Attempt, Run
-from fitv2_scale.run_log import StaleAttempt
+from fitv2_scale.run.log import StaleAttempt
+from fitv2_scale.run.requests import followed
+from fitv2_scale.run.run import BAD_INPUT, BUG, DONE, GIVE_UP, RETRY, Attempt, Run
 from fitv2_scale.session import Session
 from fitv2_scale.watch import Watch
 from fitv2_scale.watchdog import Watchdog

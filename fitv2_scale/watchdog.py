@@ -30,7 +30,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from fitv2_scale.parallel.world import World
-from fitv2_scale.run import RETRY, Attempt, Run
+from fitv2_scale.run.run import RETRY, Attempt, Run
 
 Section = Literal["load", "data", "step", "compile", "save", "evaluate"]
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from data_sharding.errors import UserError
-from fitv2_scale.run import RETRY, Run
-from fitv2_scale.run_log import newest_attempt, now
+from fitv2_scale.run.log import newest_attempt, now
+from fitv2_scale.run.run import RETRY, Run
 from launchers import slurm
 from launchers.events import HUNG, publish, tell, was_hung
 from launchers.history import History, Verdict, excluded, outcome_of, signal_seconds, verdict

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from data_sharding.errors import UserError
-from fitv2_scale.orders import save_path
-from fitv2_scale.run import Attempt, Run
-from fitv2_scale.run_log import newest_attempt, now
+from fitv2_scale.run.log import newest_attempt, now
+from fitv2_scale.run.requests import save_path
+from fitv2_scale.run.run import Attempt, Run
 from launchers import slurm
 from launchers.chain import Chain
 from launchers.history import History

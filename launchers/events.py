@@ -3,8 +3,8 @@
 import subprocess
 import sys
 
-from fitv2_scale.run import Run
-from fitv2_scale.run_log import newest_attempt
+from fitv2_scale.run.log import newest_attempt
+from fitv2_scale.run.run import Run
 
 _EVENT_SECONDS, _SYNC_SECONDS = 60, 180
 HUNG = "hung"  # besides the events of ``history.Verdict``, which end a chain: the watchdog ended an attempt

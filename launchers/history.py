@@ -19,8 +19,8 @@ from datetime import datetime
 from typing import Any
 
 from data_sharding.storage.store import Store
-from fitv2_scale.run import BAD_INPUT, DONE, GIVE_UP, NOT_FINITE, RETRY, Attempt, Run
-from fitv2_scale.run_log import Entry, newest_attempt, now
+from fitv2_scale.run.log import Entry, newest_attempt, now
+from fitv2_scale.run.run import BAD_INPUT, DONE, GIVE_UP, NOT_FINITE, RETRY, Attempt, Run
 
 LEAST_SIGNAL = 300  # seconds
 FINAL = (DONE, BAD_INPUT, GIVE_UP)

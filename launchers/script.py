@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_sharding.errors import UserError
 from fitv2_scale.config.slurm import NCCL_PROFILES, SlurmConfig
-from fitv2_scale.redact import redact
+from fitv2_scale.run.redact import redact
 
 _FOLDER = Path(__file__).parent
 _MARK = re.compile(r"@([A-Z]+)@")

@@ -20,9 +20,9 @@ from data_sharding.plan.size_presets import is_preset
 from data_sharding.storage.store import LocalStore, open_store
 from fitv2_scale.config.schema import Config, load_config
 from fitv2_scale.config.slurm import SlurmConfig
-from fitv2_scale.provenance import SOURCE, source
-from fitv2_scale.redact import redact
-from fitv2_scale.run import Run, flatten
+from fitv2_scale.run.provenance import SOURCE, source
+from fitv2_scale.run.redact import redact
+from fitv2_scale.run.run import Run, flatten
 from launchers import slurm
 from launchers.chain import Chain, node_count
 from launchers.control import job_name

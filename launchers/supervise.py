@@ -12,8 +12,8 @@ from contextlib import contextmanager
 
 from data_sharding.storage.store import open_store
 from fitv2_scale.config.schema import Config
-from fitv2_scale.run import BAD_INPUT, GIVE_UP, RETRY, Run
-from fitv2_scale.run_log import newest_attempt
+from fitv2_scale.run.log import newest_attempt
+from fitv2_scale.run.run import BAD_INPUT, GIVE_UP, RETRY, Run
 from launchers.events import HUNG, tell, was_hung
 from launchers.history import outcome_of, verdict
 

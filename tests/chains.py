@@ -14,8 +14,8 @@ from services.slurm import Slurm, missing
 from waiting import PATIENCE, wait
 
 from fitv2_scale.cli.__main__ import main
-from fitv2_scale.run import Run
-from fitv2_scale.run_status import status
+from fitv2_scale.run.run import Run
+from fitv2_scale.run.status import status
 
 
 @pytest.fixture(scope="session")

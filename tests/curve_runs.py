@@ -9,7 +9,7 @@ import numpy as np
 from fitv2_scale.config.schema import parse_config
 from fitv2_scale.model.counts import parameter_count
 from fitv2_scale.planning.scaling.fits import SurfaceFit
-from fitv2_scale.run import Run
+from fitv2_scale.run.run import Run
 
 TRUTH = SurfaceFit(E=0.45, A=0.12 * 128e6**0.28, alpha=0.28, B=0.08 * 1e8**0.3, beta=0.3)
 SIZES = {"s2": (15, 384, 6), "b2": (15, 768, 12), "l2": (28, 1024, 16), "xl2": (36, 1152, 16), "3b2": (40, 2304, 24)}

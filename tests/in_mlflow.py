@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fitv2_scale.run import Run
+from fitv2_scale.run.run import Run
 from fitv2_scale.tracking.uploader import Patience
 
 QUICK = Patience(poll=0.02, backoff=0.02, backoff_most=0.1, last_pass=300.0)

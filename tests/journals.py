@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from fitv2_scale.run import Attempt, Run
+from fitv2_scale.run.run import Attempt, Run
 from fitv2_scale.tracking import journal
 from fitv2_scale.tracking.journal import Journal, Position
 

@@ -9,7 +9,7 @@ p99 in µs: most steps have none. One that hangs goes 500 steps further, commits
 import sys
 import time
 
-from fitv2_scale.run import Run
+from fitv2_scale.run.run import Run
 from fitv2_scale.tracking.journal import Journal
 from fitv2_scale.tracking.launch import Uploader
 

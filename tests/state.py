@@ -17,8 +17,8 @@ from fitv2_scale.checkpoint.commit import verify_commit
 from fitv2_scale.checkpoint.policy import CheckpointConfig
 from fitv2_scale.parallel.boxes import Box, LogicalTensor
 from fitv2_scale.parallel.world import World, join
-from fitv2_scale.run import Run
-from fitv2_scale.run_log import RunLog
+from fitv2_scale.run.log import RunLog
+from fitv2_scale.run.run import Run
 
 CURSOR = Cursor("plan", 0, [[0, 1, [1]]], [0], 0, [0])
 

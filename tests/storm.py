@@ -7,7 +7,7 @@ from chains import audited
 from lineage import commit_bytes, losses, trained
 from ranks import run_ranks
 
-from fitv2_scale.run import Run
+from fitv2_scale.run.run import Run
 from fitv2_scale.train import DONE, train
 
 

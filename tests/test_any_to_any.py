@@ -21,7 +21,7 @@ from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.world import World, join
-from fitv2_scale.run import Run
+from fitv2_scale.run.run import Run
 
 Where = tuple[str, Cell]  # engine and layout
 CELLS = [Cell(w, t) for w in (1, 2, 3, 4, 6) for t in (1, 2, 3) if w % t == 0]

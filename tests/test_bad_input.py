@@ -16,8 +16,8 @@ from services.s3 import use
 from data_sharding.errors import DataError, UserError
 from data_sharding.format.manifest import Manifest
 from fitv2_scale.cli.__main__ import main
-from fitv2_scale.run import Run
-from fitv2_scale.run_status import status
+from fitv2_scale.run.run import Run
+from fitv2_scale.run.status import status
 from fitv2_scale.train import BAD_INPUT, train
 
 

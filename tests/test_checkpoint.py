@@ -21,7 +21,7 @@ from fitv2_scale.checkpoint.commit import verify_commit
 from fitv2_scale.checkpoint.dcp_storage import BoxReader
 from fitv2_scale.model.counts import logical_shapes
 from fitv2_scale.parallel.world import World
-from fitv2_scale.run import Run
+from fitv2_scale.run.run import Run
 from fitv2_scale.train import train
 
 

@@ -20,8 +20,8 @@ from fitv2_scale.checkpoint import checkpointer
 from fitv2_scale.checkpoint.dcp_storage import BoxWriter
 from fitv2_scale.checkpoint.staging import Staging
 from fitv2_scale.parallel.boxes import Box, LogicalTensor
-from fitv2_scale.run import Run
-from fitv2_scale.run_status import status
+from fitv2_scale.run.run import Run
+from fitv2_scale.run.status import status
 from fitv2_scale.session import Session
 from fitv2_scale.tracking import journal as journal_module
 from fitv2_scale.tracking.journal import Journal, read

@@ -14,7 +14,7 @@ from state import State, opened, saver
 from fitv2_scale.cli.__main__ import main
 from fitv2_scale.config.schema import load_config
 from fitv2_scale.model.counts import logical_shapes
-from fitv2_scale.run import Run
+from fitv2_scale.run.run import Run
 
 CONFIG = "configs/demo.yaml"
 

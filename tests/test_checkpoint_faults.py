@@ -14,7 +14,7 @@ from state import State, opened, recover, saver
 from data_sharding.storage import s3_store
 from data_sharding.storage.retry import Patience
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
-from fitv2_scale.run import Run
+from fitv2_scale.run.run import Run
 
 SECOND = r"steps/00000002"
 LOG = r"/log/"

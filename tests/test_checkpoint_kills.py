@@ -13,8 +13,8 @@ from waiting import wait
 
 from data_sharding.storage import s3_store
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
-from fitv2_scale.run import Run
-from fitv2_scale.run_log import StaleAttempt
+from fitv2_scale.run.log import StaleAttempt
+from fitv2_scale.run.run import Run
 
 AT_ONCE = 4  # groups of ranks, of which most wait for the storage
 

@@ -11,7 +11,7 @@ import pytest
 from lineage import losses
 from waiting import wait
 
-from fitv2_scale.run import Run
+from fitv2_scale.run.run import Run
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

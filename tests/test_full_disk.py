@@ -11,8 +11,8 @@ from lineage import commit_bytes
 from ranks import run_ranks
 from state import opened, recover, saver
 
-from fitv2_scale.run import Run
-from fitv2_scale.run_status import status
+from fitv2_scale.run.run import Run
+from fitv2_scale.run.status import status
 from fitv2_scale.train import DONE, RETRY, train
 
 

@@ -14,8 +14,8 @@ from test_supervise import ranks_of
 
 from fitv2_scale.planning.forecast.goodput import DAY, Schedule, expected_goodput
 from fitv2_scale.planning.forecast.simulate import play_out
-from fitv2_scale.run import Run
-from fitv2_scale.run_status import status
+from fitv2_scale.run.run import Run
+from fitv2_scale.run.status import status
 from fitv2_scale.tracking.journal import read
 
 EVERY, LOGGED = 100, 10  # steps

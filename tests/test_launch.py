@@ -7,8 +7,8 @@ import pytest
 from data_sharding.errors import UserError
 from data_sharding.storage.store import LocalStore
 from fitv2_scale.config.slurm import SlurmConfig
-from fitv2_scale.run import NOT_FINITE, Run
-from fitv2_scale.run_log import Entry
+from fitv2_scale.run.log import Entry
+from fitv2_scale.run.run import NOT_FINITE, Run
 from launchers.chain import culprits, node_count
 from launchers.history import History, excluded, signal_seconds, verdict
 from launchers.hostlist import counts, expand

@@ -22,10 +22,10 @@ from data_sharding.storage.store import LocalStore
 from data_sharding.stream.substitutes import Ledger, Loss, frame_of
 from fitv2_scale.cli.__main__ import main
 from fitv2_scale.data import Data
-from fitv2_scale.ledger import RunLedger, ledger_of, read_pages
-from fitv2_scale.run import Run
-from fitv2_scale.run_log import RunLog, StaleAttempt
-from fitv2_scale.run_status import status
+from fitv2_scale.run.log import RunLog, StaleAttempt
+from fitv2_scale.run.run import Run
+from fitv2_scale.run.status import status
+from fitv2_scale.run.substitutions import RunLedger, ledger_of, read_pages
 from fitv2_scale.train import BAD_INPUT, DONE, train
 
 

@@ -14,8 +14,8 @@ import fitv2_scale.train as module
 from fitv2_scale.model.flow import FlowLosses
 from fitv2_scale.model.loss_groups import NAMES
 from fitv2_scale.parallel.engine import StepResult
-from fitv2_scale.run import Run
-from fitv2_scale.run_status import status
+from fitv2_scale.run.run import Run
+from fitv2_scale.run.status import status
 from fitv2_scale.tracking.journal import read
 from fitv2_scale.train import DONE, GIVE_UP, train
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from fitv2_scale.checkpoint.policy import Cadence, CheckpointConfig, to_retire
 from fitv2_scale.planning.forecast.save_interval import LONGEST, SHORTEST, mtbf_hours, recommended_interval
-from fitv2_scale.run_log import Entry
+from fitv2_scale.run.log import Entry
 
 
 def commits(*steps: int) -> list[Entry]:

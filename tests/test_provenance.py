@@ -9,9 +9,9 @@ from pathlib import Path
 from ranks import run_ranks
 
 from fitv2_scale.cli.__main__ import main
-from fitv2_scale.provenance import SOURCE, provenance
-from fitv2_scale.run import Run
-from fitv2_scale.run_status import status
+from fitv2_scale.run.provenance import SOURCE, provenance
+from fitv2_scale.run.run import Run
+from fitv2_scale.run.status import status
 from fitv2_scale.train import DONE, train
 from launchers.submit import write_home
 
@@ -50,7 +50,7 @@ def test_a_copy_of_the_code_knows_where_it_came_from(tiny, tmp_path):
     write_home(tmp_path / "home", config, config.run)
     copy = tmp_path / "home/code"
     (copy / SOURCE).write_text(json.dumps({"git": "4f0c-dirty", "diff": "+ line"}))
-    program = "import json; from fitv2_scale.provenance import provenance; print(json.dumps(provenance()))"
+    program = "import json; from fitv2_scale.run.provenance import provenance; print(json.dumps(provenance()))"
 
     def of_copy() -> dict:
         command = [sys.executable, "-P", "-c", program]
@@ -77,7 +77,7 @@ def test_what_git_does_not_know_is_kept(tmp_path):
         return subprocess.run(["git", "-C", str(tmp_path), *identity, *words], check=True, capture_output=True).stdout
 
     def source() -> dict:
-        program = "import json; from fitv2_scale.provenance import source; print(json.dumps(source()))"
+        program = "import json; from fitv2_scale.run.provenance import source; print(json.dumps(source()))"
         done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True,
                               env={"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"})  # fmt: skip
         return json.loads(done.stdout)

@@ -15,8 +15,8 @@ from waiting import wait
 
 from data_sharding.errors import UserError
 from fitv2_scale.data import Data
-from fitv2_scale.run import Run
-from fitv2_scale.run_status import status
+from fitv2_scale.run.run import Run
+from fitv2_scale.run.status import status
 from fitv2_scale.train import DONE, RETRY, train
 
 EPOCH = IMAGES // 12  # steps

@@ -8,10 +8,10 @@ import threading
 import pytest
 
 from data_sharding.errors import DataError, UserError
-from fitv2_scale.redact import redact
-from fitv2_scale.run import Run, differences, flatten, science_hash
-from fitv2_scale.run_log import StaleAttempt
-from fitv2_scale.run_status import status
+from fitv2_scale.run.log import StaleAttempt
+from fitv2_scale.run.redact import redact
+from fitv2_scale.run.run import Run, differences, flatten, science_hash
+from fitv2_scale.run.status import status
 
 SCIENCE = {"model": {"depth": 4, "dim": 64}, "optim": {"lr": 1e-4}, "data": {"urls": ["a", "b"]}}
 CONFIG = {**SCIENCE, "log": {"every": 10}}
@@ -137,7 +137,7 @@ def test_status_of_a_run_never_started(tmp_path):
 
 
 def test_reports_need_no_torch():
-    check = "import sys, fitv2_scale.run; assert not {'torch', 'mlflow'} & sys.modules.keys()"
+    check = "import sys, fitv2_scale.run.run; assert not {'torch', 'mlflow'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", check], check=True)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from data_sharding.errors import DataError, UserError
 from data_sharding.storage.store import LocalStore, open_store
-from fitv2_scale.run_log import RunLog, StaleAttempt
+from fitv2_scale.run.log import RunLog, StaleAttempt
 
 DIGEST = "sha256:00"
 

@@ -16,11 +16,11 @@ from waiting import wait
 
 from data_sharding.errors import UserError
 from data_sharding.storage.store import open_store
-from fitv2_scale import scratch
 from fitv2_scale.checkpoint.commit import attempt_of, commit_folder, verify_commit
 from fitv2_scale.cli.__main__ import main
-from fitv2_scale.run import Run
-from fitv2_scale.run_status import status
+from fitv2_scale.run import local_files
+from fitv2_scale.run.run import Run
+from fitv2_scale.run.status import status
 from fitv2_scale.tracking.launch import Uploader
 from fitv2_scale.tracking.sync import sync
 from fitv2_scale.train import DONE, RETRY, train
@@ -134,7 +134,7 @@ def test_an_uploader_follows_a_run_on_s3(rgw, on_s3, tmp_path):
     run = Run.open_or_create(on_s3("run"), {"model": {"dim": 8}}, {}, "plan")
     attempt = run.claim({})
     journal = Journal(attempt.folder, 1, 0, attempt.ship)
-    assert attempt.folder.is_relative_to(scratch.local(run.store, run.id, ""))
+    assert attempt.folder.is_relative_to(local_files.local(run.store, run.id, ""))
     uploader = Uploader(run.url, f"sqlite:///{tmp_path}/mlflow.db", "test")
     for step in range(1, 11):
         journal.metrics(step, {"loss": 1 / step})

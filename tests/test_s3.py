@@ -27,8 +27,8 @@ from data_sharding.storage.retry import Patience
 from data_sharding.stream.disk_cache import DiskCache
 from data_sharding.stream.frames import FrameLost, FrameReader, fetch_frame
 from data_sharding.stream.loader import FramesLost
-from fitv2_scale.run import Run
-from fitv2_scale.run_status import status
+from fitv2_scale.run.run import Run
+from fitv2_scale.run.status import status
 from fitv2_scale.train import DONE, RETRY, train
 
 pytestmark = pytest.mark.services

@@ -24,7 +24,7 @@ from fitv2_scale.parallel.boxes import Box
 from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.world import join
-from fitv2_scale.run import Run
+from fitv2_scale.run.run import Run
 from fitv2_scale.train import train
 
 # Eight of each; at a train_side of 4, seven of them are extrapolated, each by its own scales.

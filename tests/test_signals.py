@@ -15,8 +15,8 @@ from conftest import make_tiny
 from lineage import commit_bytes, losses, trained
 from ranks import run_ranks
 
-from fitv2_scale.run import Run
-from fitv2_scale.run_status import status
+from fitv2_scale.run.run import Run
+from fitv2_scale.run.status import status
 from fitv2_scale.train import DONE, RETRY, train
 
 BEGUN, WHOLE = 4, 30  # steps

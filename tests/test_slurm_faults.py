@@ -13,7 +13,7 @@ from lineage import commit_bytes, trained
 from ranks import run_ranks
 from storm import check_storm
 
-from fitv2_scale.run import Run
+from fitv2_scale.run.run import Run
 from fitv2_scale.train import DONE, train
 from launchers.control import jobs
 

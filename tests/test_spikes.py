@@ -6,7 +6,7 @@ from ranks import run_ranks
 
 import fitv2_scale.train as module
 from fitv2_scale.progress import Progress
-from fitv2_scale.run import Run
+from fitv2_scale.run.run import Run
 from fitv2_scale.spikes import SpikeDetector
 from fitv2_scale.tracking.journal import read
 from fitv2_scale.train import DONE, train

@@ -15,8 +15,8 @@ from lineage import commit_bytes, trained
 from ranks import run_ranks
 from storm import check_storm
 
-from fitv2_scale.run import Run
-from fitv2_scale.run_status import status
+from fitv2_scale.run.run import Run
+from fitv2_scale.run.status import status
 from fitv2_scale.train import DONE, train
 from launchers.supervise import _attempt, _Signals, supervise
 

@@ -15,7 +15,7 @@ from journals import DIGEST, make, train
 from waiting import wait
 
 from data_sharding.errors import UserError
-from fitv2_scale.run import Run
+from fitv2_scale.run.run import Run
 from fitv2_scale.tracking import journal
 from fitv2_scale.tracking.journal import Journal
 from fitv2_scale.tracking.launch import Uploader

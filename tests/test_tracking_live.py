@@ -9,7 +9,7 @@ import yaml
 from in_mlflow import contents, published, steps
 from journals import make, train
 
-from fitv2_scale.run import Run
+from fitv2_scale.run.run import Run
 from fitv2_scale.tracking.journal import Journal
 from fitv2_scale.tracking.live import KEYS
 from fitv2_scale.tracking.publisher import Publisher

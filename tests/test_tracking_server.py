@@ -18,7 +18,7 @@ from services.tls_proxy import TlsProxy
 from waiting import wait
 
 from data_sharding.errors import UserError
-from fitv2_scale.run import Run
+from fitv2_scale.run.run import Run
 from fitv2_scale.tracking import journal
 from fitv2_scale.tracking.journal import Journal
 from fitv2_scale.tracking.sync import sync

@@ -30,7 +30,7 @@ from fitv2_scale.model.to_torch import packing_to_torch
 from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.world import join
-from fitv2_scale.run import Run
+from fitv2_scale.run.run import Run
 from fitv2_scale.tracking.journal import read
 from fitv2_scale.train import DONE, train
 

@@ -11,8 +11,8 @@ from conftest import make_tiny
 from ranks import Ranks
 from test_resume import reach
 
-from fitv2_scale.run import Run
-from fitv2_scale.run_status import status
+from fitv2_scale.run.run import Run
+from fitv2_scale.run.status import status
 from fitv2_scale.train import train
 from fitv2_scale.watchdog import Beat, blame
 

@@ -35,8 +35,8 @@ from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.world import World, join
-from fitv2_scale.run import Run
-from fitv2_scale.run_log import Entry
+from fitv2_scale.run.log import Entry
+from fitv2_scale.run.run import Run
 from fitv2_scale.train import train_step
 
 _FOLDER = "fitv2-bench-checkpoint"  # below what the user gives: all that is written, and deleted, is in it

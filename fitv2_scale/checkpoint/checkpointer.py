@@ -38,8 +38,8 @@ from fitv2_scale.checkpoint.staging import Staging
 from fitv2_scale.parallel.boxes import LogicalTensor
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.world import World
-from fitv2_scale.run import Attempt, Run
-from fitv2_scale.run_log import Entry
+from fitv2_scale.run.log import Entry
+from fitv2_scale.run.run import Attempt, Run
 
 _TIMEOUT = timedelta(minutes=30)  # for which a rank that has written waits for the others
 

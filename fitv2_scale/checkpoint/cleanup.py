@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 
 from fitv2_scale.checkpoint.commit import attempt_of
-from fitv2_scale.run import Attempt, Run
-from fitv2_scale.run_log import newest_attempt
+from fitv2_scale.run.log import newest_attempt
+from fitv2_scale.run.run import Attempt, Run
 
 
 @dataclass(frozen=True)

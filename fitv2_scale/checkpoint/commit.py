@@ -14,8 +14,8 @@ from fitv2_scale.checkpoint.checksums import CHUNK, ChunkReader, Damaged
 from fitv2_scale.checkpoint.dcp_storage import FORMAT, MANIFEST, BoxWriter
 from fitv2_scale.checkpoint.dcp_tensor import BoxedTensor
 from fitv2_scale.parallel.boxes import LogicalTensor
-from fitv2_scale.run import Run
-from fitv2_scale.run_log import Entry
+from fitv2_scale.run.log import Entry
+from fitv2_scale.run.run import Run
 
 MOMENTS = ("exp_avg/", "exp_avg_sq/")
 

@@ -19,7 +19,7 @@ from fitv2_scale.checkpoint.weights import SUFFIXES, open_weights
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.world import World
-from fitv2_scale.run import Run
+from fitv2_scale.run.run import Run
 
 
 @dataclass(frozen=True)

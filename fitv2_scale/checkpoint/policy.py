@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from fitv2_scale.run_log import Entry
+from fitv2_scale.run.log import Entry
 
 _SAFE = 2  # so many of the newest sound commits are never deleted, whatever the config says
 

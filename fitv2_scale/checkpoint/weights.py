@@ -22,8 +22,8 @@ from fitv2_scale.checkpoint.safetensors_file import Entry, write_safetensors
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.config.schema import Config
 from fitv2_scale.model.counts import logical_shapes
-from fitv2_scale.provenance import provenance
-from fitv2_scale.run import Run
+from fitv2_scale.run.provenance import provenance
+from fitv2_scale.run.run import Run
 
 
 class WrongWeights(UserError):

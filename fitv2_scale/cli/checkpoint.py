@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
 
 
 def checkpoint_list(args: argparse.Namespace) -> int:
-    from fitv2_scale.run import Run
+    from fitv2_scale.run.run import Run
 
     commits = Run.open(args.run).log.commits()
     report = [
@@ -43,7 +43,7 @@ def checkpoint_list(args: argparse.Namespace) -> int:
 
 def checkpoint_verify(args: argparse.Namespace) -> int:
     from fitv2_scale.checkpoint.commit import verify_commit
-    from fitv2_scale.run import Run
+    from fitv2_scale.run.run import Run
 
     run = Run.open(args.run)
     report = [{"step": entry.fields["step"], "problems": verify_commit(run, entry)} for entry in run.log.commits()]
@@ -55,7 +55,7 @@ def checkpoint_verify(args: argparse.Namespace) -> int:
 
 def checkpoint_sweep(args: argparse.Namespace) -> int:
     from fitv2_scale.checkpoint.cleanup import leftovers, remove
-    from fitv2_scale.run import Run
+    from fitv2_scale.run.run import Run
 
     run = Run.open(args.run)
     found = leftovers(run)

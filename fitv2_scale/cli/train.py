@@ -41,8 +41,8 @@ def status(args: argparse.Namespace) -> int:
 
 
 def _status_once(args: argparse.Namespace) -> int:
-    from fitv2_scale.run import Run
-    from fitv2_scale.run_status import status
+    from fitv2_scale.run.run import Run
+    from fitv2_scale.run.status import status
     from launchers.control import chain, jobs
 
     run = Run.open(args.run)

@@ -32,8 +32,8 @@ from fitv2_scale.evaluate.references import (
 from fitv2_scale.evaluate.results import FOLDER, measure, read_result, write_result
 from fitv2_scale.evaluate.sampling.load_weights import Weights, opened
 from fitv2_scale.parallel.world import join
-from fitv2_scale.run import Run
-from fitv2_scale.run_log import now
+from fitv2_scale.run.log import now
+from fitv2_scale.run.run import Run
 
 
 @dataclass(frozen=True)

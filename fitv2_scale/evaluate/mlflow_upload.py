@@ -5,7 +5,7 @@ from datetime import datetime
 from typing import Any
 
 from fitv2_scale.evaluate.results import FIGURES
-from fitv2_scale.run import Run
+from fitv2_scale.run.run import Run
 from fitv2_scale.tracking.target import resolve_uri
 
 _PLACE = "tracking/mlflow.json"  # which the uploader writes

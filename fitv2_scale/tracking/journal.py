@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from data_sharding.storage.store import fsync_folder
-from fitv2_scale.run import Run
-from fitv2_scale.run_log import Entry
+from fitv2_scale.run.log import Entry
+from fitv2_scale.run.run import Run
 
 _FLUSH_EVERY_S = 1.0
 log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 
-from fitv2_scale.run import Run
+from fitv2_scale.run.run import Run
 from fitv2_scale.tracking.target import resolve_uri
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"

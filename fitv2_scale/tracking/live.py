@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
 
-from fitv2_scale.run import Attempt, Run
-from fitv2_scale.run_log import Entry, newest_attempt, now
+from fitv2_scale.run.log import Entry, newest_attempt, now
+from fitv2_scale.run.run import Attempt, Run
 from fitv2_scale.tracking import journal, tags
 from fitv2_scale.tracking.mlflow_sink import Row, Server, ServerRun
 from fitv2_scale.tracking.state import get, put

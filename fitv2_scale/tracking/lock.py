@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 
 from data_sharding.errors import UserError
-from fitv2_scale.run import Run
+from fitv2_scale.run.run import Run
 from fitv2_scale.tracking.target import database, shared_file_system
 
 # Lustre without -o flock, NFS without a lock daemon.

@@ -28,7 +28,7 @@ from mlflow.utils.validation import (
     MAX_TAG_VAL_LENGTH,
 )
 
-from fitv2_scale.redact import redact
+from fitv2_scale.run.redact import redact
 from fitv2_scale.tracking.sqlite_file import alone
 
 Row = tuple[str, float, int, int]  # name, value, time in ms, step

@@ -13,9 +13,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 
-from fitv2_scale.redact import redact
-from fitv2_scale.run import Attempt, Run, flatten
-from fitv2_scale.run_log import Entry, newest_attempt
+from fitv2_scale.run.log import Entry, newest_attempt
+from fitv2_scale.run.redact import redact
+from fitv2_scale.run.run import Attempt, Run, flatten
 from fitv2_scale.tracking import journal, tags
 from fitv2_scale.tracking.live import Live, final_status, ms
 from fitv2_scale.tracking.mlflow_sink import MAX_METRICS_PER_BATCH, Server, ServerError, ServerRun

@@ -7,9 +7,9 @@ from typing import Any
 
 from data_sharding.errors import UserError
 from data_sharding.storage.store import LocalStore
-from fitv2_scale.redact import redact
-from fitv2_scale.run import Attempt, Run
-from fitv2_scale.run_log import newest_attempt
+from fitv2_scale.run.log import newest_attempt
+from fitv2_scale.run.redact import redact
+from fitv2_scale.run.run import Attempt, Run
 from fitv2_scale.tracking.lock import Lock, Writer
 from fitv2_scale.tracking.publisher import Publisher, ServerError
 from fitv2_scale.tracking.state import get

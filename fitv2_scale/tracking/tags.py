@@ -13,7 +13,7 @@ run.json and start.json, which are redacted.
 from collections import Counter
 from typing import Any
 
-from fitv2_scale.run import Run
+from fitv2_scale.run.run import Run
 
 RUN_ID = "fitv2.run_id"  # the canonical run
 LIVE_ID = "fitv2.live_id"  # the run id, a slash and the attempt: the child that shows it live

@@ -21,9 +21,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from data_sharding.errors import StorageDown, UserError
-from fitv2_scale.redact import redact
-from fitv2_scale.run import RETRY, Attempt, Run
-from fitv2_scale.run_log import newest_attempt, now
+from fitv2_scale.run.log import newest_attempt, now
+from fitv2_scale.run.redact import redact
+from fitv2_scale.run.run import RETRY, Attempt, Run
 from fitv2_scale.tracking.launch import URI_VARIABLE
 from fitv2_scale.tracking.lock import Lock, Writer
 from fitv2_scale.tracking.publisher import Publisher, ServerError

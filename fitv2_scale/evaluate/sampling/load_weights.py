@@ -16,7 +16,7 @@ from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.world import World
-from fitv2_scale.run import Run
+from fitv2_scale.run.run import Run
 
 # Pictures need none of what the training was spread over; packs come in many shapes, each of which would be compiled.
 _LAYOUT = {"engine": "fsdp", "replicate": 1, "tensor": 1, "checkpointing": "none", "compile": False}

@@ -21,7 +21,7 @@ from fitv2_scale.config.sections import SamplingConfig
 from fitv2_scale.evaluate.sampling.image_grid import decode
 from fitv2_scale.evaluate.sampling.load_weights import Weights
 from fitv2_scale.evaluate.sampling.sampler import Request, sample
-from fitv2_scale.run import differences
+from fitv2_scale.run.run import differences
 
 _RECORD = "request.json"
 _MAX_IMAGES = 256  # of one rank at once: the more, the more a killed call makes again

@@ -12,7 +12,7 @@ from data_sharding.errors import UserError
 from fitv2_scale.planning.scaling.plots import fid_picture, frontier_picture, loss_picture
 from fitv2_scale.planning.scaling.predictions import KEPT
 from fitv2_scale.planning.scaling.report import Asked, Curves
-from fitv2_scale.redact import redact
+from fitv2_scale.run.redact import redact
 
 CURVES_ID = "fitv2.curves_id"  # the tag of such a run: no training run has it
 _COLUMNS = ("name", "parameters", "batch", "steps", "images", "flops", "gpu_hours", "value", "points")

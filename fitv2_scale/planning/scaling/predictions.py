@@ -24,7 +24,7 @@ from fitv2_scale.model.counts import parameter_count
 from fitv2_scale.planning.scaling.analysis import RunLaw, SurfaceLaw
 from fitv2_scale.planning.scaling.intervals import LEVEL, interval
 from fitv2_scale.planning.scaling.reading import Curve
-from fitv2_scale.run_log import now
+from fitv2_scale.run.log import now
 
 KEPT = "predictions.jsonl"
 _AROUND = 0.02  # a prediction of step s is scored by the mean over the steps this share around it

@@ -20,7 +20,7 @@ from data_sharding.errors import UserError
 from data_sharding.storage.store import Store
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.model.counts import forward_flops, parameter_count
-from fitv2_scale.run import Run
+from fitv2_scale.run.run import Run
 from fitv2_scale.tracking import journal
 
 AXES = ("steps", "images", "flops", "gpu_hours")

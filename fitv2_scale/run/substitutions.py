@@ -14,7 +14,7 @@ from typing import Any
 from data_sharding.errors import DataError, StorageDown
 from data_sharding.storage.store import Store
 from data_sharding.stream.substitutes import Ledger, Loss
-from fitv2_scale.run_log import RunLog, StaleAttempt, newest_attempt, now
+from fitv2_scale.run.log import RunLog, StaleAttempt, newest_attempt, now
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fitv2_scale.redact import redact
+from fitv2_scale.run.redact import redact
 
 if TYPE_CHECKING:
     import torch

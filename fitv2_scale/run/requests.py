@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from data_sharding.errors import StorageDown
-from fitv2_scale.run import RETRY, Attempt, Run
+from fitv2_scale.run.run import RETRY, Attempt, Run
 
 LOG_SEEN = "FITV2_LOG_SEEN"  # set by a launcher: a STOP behind this entry of the log is meant for its attempts
 _POLL = 5.0  # seconds

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from fitv2_scale.ledger import summary
-from fitv2_scale.run import Attempt, Run
-from fitv2_scale.run_log import Entry, newest_attempt
+from fitv2_scale.run.log import Entry, newest_attempt
+from fitv2_scale.run.run import Attempt, Run
+from fitv2_scale.run.substitutions import summary
 
 
 def status(run: Run) -> dict[str, Any]:

@@ -22,9 +22,9 @@ from typing import Any
 
 from data_sharding.errors import DataError, StorageDown, UserError
 from data_sharding.storage.store import Store, open_store
-from fitv2_scale import scratch
-from fitv2_scale.redact import redact
-from fitv2_scale.run_log import Entry, RunLog, now
+from fitv2_scale.run import local_files
+from fitv2_scale.run.log import Entry, RunLog, now
+from fitv2_scale.run.redact import redact
 
 # How an attempt ends: exit codes of `fitv2 train`, and codes in end.json. The README says what launchers make of them.
 DONE, RETRY, GIVE_UP, BAD_INPUT, BUG = 0, 75, 93, 2, 1
@@ -123,15 +123,15 @@ class Run:
 
     def local(self, rel: str) -> Path:
         """Where the file ``rel`` grows: in the run if that is local, else on this node (see ``scratch``)."""
-        return scratch.local(self.store, self.id, rel)
+        return local_files.local(self.store, self.id, rel)
 
     def ship(self, rel: str) -> None:
         """Brings the file ``rel``, or all files below it, from this node to a run that is elsewhere."""
-        scratch.ship(self.store, self.id, rel)
+        local_files.ship(self.store, self.id, rel)
 
     def fetch(self, rel: str) -> Path:
         """The object ``rel`` as a file on this node. Raises FileNotFoundError."""
-        return scratch.fetch(self.store, self.id, rel)
+        return local_files.fetch(self.store, self.id, rel)
 
     def claim(self, provenance: dict[str, Any]) -> "Attempt":
         """Begins an attempt, which makes every older one stale; writes its start.json, and code.diff if git does not
