@@ -26,9 +26,9 @@ from fitv2_scale.run.run import Attempt, Run
 from fitv2_scale.run.substitutions import RunLedger, ledger_of, read_pages
 from fitv2_scale.session import Session
 from fitv2_scale.totals import Times, Totals
+from fitv2_scale.tracking.destination import why_journal_only
 from fitv2_scale.tracking.journal import Journal
-from fitv2_scale.tracking.launch import Uploader
-from fitv2_scale.tracking.target import why_journal_only
+from fitv2_scale.tracking.uploader_process import Uploader
 
 log = logging.getLogger(__name__)
 

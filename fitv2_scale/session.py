@@ -22,7 +22,7 @@ from fitv2_scale.run.run import Attempt, Run
 from fitv2_scale.run.substitutions import RunLedger
 from fitv2_scale.totals import Times, Totals
 from fitv2_scale.tracking.journal import Journal
-from fitv2_scale.tracking.launch import Uploader
+from fitv2_scale.tracking.uploader_process import Uploader
 
 
 @dataclass(frozen=True)

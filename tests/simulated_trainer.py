@@ -11,7 +11,7 @@ import time
 
 from fitv2_scale.run.run import Run
 from fitv2_scale.tracking.journal import Journal
-from fitv2_scale.tracking.launch import Uploader
+from fitv2_scale.tracking.uploader_process import Uploader
 
 WINDOW, COMMIT = 50, 1000
 

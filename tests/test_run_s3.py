@@ -21,8 +21,8 @@ from fitv2_scale.cli.__main__ import main
 from fitv2_scale.run import local_files
 from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
-from fitv2_scale.tracking.launch import Uploader
 from fitv2_scale.tracking.sync import sync
+from fitv2_scale.tracking.uploader_process import Uploader
 from fitv2_scale.train import DONE, RETRY, train
 
 

@@ -17,11 +17,11 @@ from waiting import wait
 from data_sharding.errors import UserError
 from fitv2_scale.run.run import Run
 from fitv2_scale.tracking import journal
+from fitv2_scale.tracking.destination import resolve_uri
 from fitv2_scale.tracking.journal import Journal
-from fitv2_scale.tracking.launch import Uploader
 from fitv2_scale.tracking.lock import Lock
 from fitv2_scale.tracking.sync import sync
-from fitv2_scale.tracking.target import resolve_uri
+from fitv2_scale.tracking.uploader_process import Uploader
 
 
 def test_everything_arrives_once_with_its_times(folder, monkeypatch):
@@ -141,7 +141,7 @@ def test_one_uploader_at_a_time(folder):
 def test_the_process_follows_training_and_ignores_its_signals(folder):
     """The real thing: started by a trainer that is then killed with SIGKILL; a second one lets its attempt end."""
     trainer = (
-        "import sys, time; from fitv2_scale.tracking.launch import Uploader\n"
+        "import sys, time; from fitv2_scale.tracking.uploader_process import Uploader\n"
         "print(Uploader(sys.argv[1], 'auto', 'test').process.pid, flush=True); time.sleep(600)"
     )
     run = make(folder)

@@ -10,12 +10,12 @@ from in_mlflow import contents, published, steps
 from journals import make, train
 
 from fitv2_scale.run.run import Run
+from fitv2_scale.tracking.destination import resolve_uri
 from fitv2_scale.tracking.journal import Journal
-from fitv2_scale.tracking.live import KEYS
+from fitv2_scale.tracking.live_run import KEYS
 from fitv2_scale.tracking.publisher import Publisher
 from fitv2_scale.tracking.sync import sync
 from fitv2_scale.tracking.tags import family
-from fitv2_scale.tracking.target import resolve_uri
 
 
 def children(folder: Path) -> list[dict]:
@@ -62,9 +62,9 @@ def test_a_child_run_shows_what_is_live(folder):
 
 def test_a_child_run_goes_on_where_it_was(folder, monkeypatch):
     """Killed before or after it wrote down what it sent, its uploader repeats no point and skips none."""
-    from fitv2_scale.tracking import live
+    from fitv2_scale.tracking import live_run
 
-    run, real = make(folder), live.put
+    run, real = make(folder), live_run.put
     attempt = run.claim({})
     log = Journal(attempt.folder, 1, 0)
     for step in range(1, 101):
@@ -72,10 +72,10 @@ def test_a_child_run_goes_on_where_it_was(folder, monkeypatch):
         if step % 7 == 0:
             log.seal()  # the live reader sees sealed segments and growing ones alike
         if step in (33, 66):
-            monkeypatch.setattr(live, "put", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            monkeypatch.setattr(live_run, "put", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 sync(str(folder), "auto", "test")
-            monkeypatch.setattr(live, "put", real)
+            monkeypatch.setattr(live_run, "put", real)
         if step in (34, 90):
             sync(str(folder), "auto", "test")
     log.seal()

@@ -12,11 +12,11 @@ from journals import DIGEST, make, train
 from waiting import wait
 
 from data_sharding.errors import UserError
-from fitv2_scale.tracking import target
+from fitv2_scale.tracking import destination
+from fitv2_scale.tracking.destination import resolve_uri, shared_file_system, why_journal_only
 from fitv2_scale.tracking.journal import Journal
 from fitv2_scale.tracking.publisher import Publisher, ServerError
 from fitv2_scale.tracking.sync import sync
-from fitv2_scale.tracking.target import resolve_uri, shared_file_system, why_journal_only
 from fitv2_scale.tracking.uploader import Patience, attempt_has_ended, follow, run_is_over
 
 
@@ -81,10 +81,10 @@ def test_a_run_deleted_on_the_server_is_made_anew(folder):
 
 def test_what_mlflow_refuses_holds_up_nothing_else(folder, monkeypatch):
     """Names and values that are sent as they are, as if this MLflow were stricter than we know."""
-    from fitv2_scale.tracking import mlflow_sink
+    from fitv2_scale.tracking import mlflow_writer
 
-    monkeypatch.setattr(mlflow_sink, "_name", lambda name: name)
-    monkeypatch.setattr(mlflow_sink, "MAX_PARAM_VAL_LENGTH", 10_000)
+    monkeypatch.setattr(mlflow_writer, "_name", lambda name: name)
+    monkeypatch.setattr(mlflow_writer, "MAX_PARAM_VAL_LENGTH", 10_000)
     monkeypatch.setenv("MLFLOW_TRUNCATE_LONG_VALUES", "false")
     run = make(folder, {"model": {"dim": 8}, "note": "n" * 7000, "seed": 3})
     attempt = run.claim({})
@@ -143,7 +143,7 @@ def test_shared_file_systems_are_known_by_their_type(path, kind):
 def test_on_a_shared_file_system_sync_is_the_one_writer(folder, runs, tmp_path, monkeypatch):
     mounts = tmp_path / "mountinfo"
     mounts.write_text(f"21 1 8:1 / / rw - ext4 /dev/sda1 rw\n22 21 0:9 / {runs} rw - nfs4 filer:/x rw\n")
-    monkeypatch.setattr(target, "_MOUNTS", mounts)
+    monkeypatch.setattr(destination, "_MOUNTS", mounts)
     run = make(folder, {"tracking": {"uri": "auto"}})
     attempt = train(run, 0, 5, commits=(5,))
     assert "stay in the journal; `fitv2 track sync" in why_journal_only(run.url, "auto")

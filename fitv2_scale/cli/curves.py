@@ -56,7 +56,7 @@ def curves_of_runs(args: argparse.Namespace) -> int:
 def _place(args: argparse.Namespace) -> tuple[str, str] | None:
     """MLflow's URI and experiment for the report; None: nowhere."""
     from fitv2_scale.run.run import Run
-    from fitv2_scale.tracking.target import resolve_uri
+    from fitv2_scale.tracking.destination import resolve_uri
 
     if args.uri == "none" or not (args.experiment or args.runs):
         return None

@@ -18,8 +18,8 @@ def add(commands: Any) -> None:
 
 def track_sync(args: argparse.Namespace) -> int:
     from fitv2_scale.run.run import Run
+    from fitv2_scale.tracking.destination import resolve_uri
     from fitv2_scale.tracking.sync import sync
-    from fitv2_scale.tracking.target import resolve_uri
     from fitv2_scale.tracking.uploader import Patience, follow, run_is_over
 
     run = Run.open(args.run)

@@ -6,7 +6,7 @@ from typing import Any
 
 from fitv2_scale.evaluate.results import FIGURES
 from fitv2_scale.run.run import Run
-from fitv2_scale.tracking.target import resolve_uri
+from fitv2_scale.tracking.destination import resolve_uri
 
 _PLACE = "tracking/mlflow.json"  # which the uploader writes
 
@@ -19,7 +19,7 @@ def publish(run: Run, results: list[dict[str, Any]]) -> str:
     if not run.store.exists(_PLACE):
         return f"MLflow does not know the run yet: `fitv2 track sync {run.url}`, then the same call again sends them"
     # Only here: mlflow takes seconds to import, and training never does.
-    from fitv2_scale.tracking.mlflow_sink import ServerError, known_run
+    from fitv2_scale.tracking.mlflow_writer import ServerError, known_run
 
     at = json.loads(run.store.read(_PLACE))["mlflow_run"]
     rows = [

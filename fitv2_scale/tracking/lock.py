@@ -9,7 +9,7 @@ from types import TracebackType
 
 from data_sharding.errors import UserError
 from fitv2_scale.run.run import Run
-from fitv2_scale.tracking.target import database, shared_file_system
+from fitv2_scale.tracking.destination import database, shared_file_system
 
 # Lustre without -o flock, NFS without a lock daemon.
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 # First: it sets MLflow's environment before mlflow is imported.
-from fitv2_scale.tracking.mlflow_sink import ServerError, server  # isort: skip
+from fitv2_scale.tracking.mlflow_writer import ServerError, server  # isort: skip
 
 from mlflow import MlflowClient
 

@@ -17,10 +17,10 @@ from fitv2_scale.run.log import Entry, newest_attempt
 from fitv2_scale.run.redact import redact
 from fitv2_scale.run.run import Attempt, Run, flatten
 from fitv2_scale.tracking import journal, tags
-from fitv2_scale.tracking.live import Live, final_status, ms
-from fitv2_scale.tracking.mlflow_sink import MAX_METRICS_PER_BATCH, Server, ServerError, ServerRun
+from fitv2_scale.tracking.destination import artifact_root
+from fitv2_scale.tracking.live_run import Live, final_status, ms
+from fitv2_scale.tracking.mlflow_writer import MAX_METRICS_PER_BATCH, Server, ServerError, ServerRun
 from fitv2_scale.tracking.state import get, put
-from fitv2_scale.tracking.target import artifact_root
 
 __all__ = ["Publisher", "ServerError"]
 

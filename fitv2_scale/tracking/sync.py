@@ -10,10 +10,10 @@ from data_sharding.storage.store import LocalStore
 from fitv2_scale.run.log import newest_attempt
 from fitv2_scale.run.redact import redact
 from fitv2_scale.run.run import Attempt, Run
+from fitv2_scale.tracking.destination import resolve_uri, why_journal_only
 from fitv2_scale.tracking.lock import Lock, Writer
 from fitv2_scale.tracking.publisher import Publisher, ServerError
 from fitv2_scale.tracking.state import get
-from fitv2_scale.tracking.target import resolve_uri, why_journal_only
 from fitv2_scale.tracking.uploader import Patience, Process, attempt_has_ended
 
 _SILENT_S = 900.0  # a trainer on another node whose journal has not grown for so long is taken for dead

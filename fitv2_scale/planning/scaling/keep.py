@@ -52,8 +52,8 @@ def publish(report: dict[str, Any], files: Sequence[Path], uri: str, experiment:
     """Makes an MLflow run of its own, which has the files, and what was fitted and predicted as metrics. Returns its id
     and where it is. Raises UserError if MLflow does not take it."""
     # Not at the top: what reads journals and draws needs no mlflow.
-    from fitv2_scale.tracking.mlflow_sink import Server, ServerError
-    from fitv2_scale.tracking.target import artifact_root
+    from fitv2_scale.tracking.destination import artifact_root
+    from fitv2_scale.tracking.mlflow_writer import Server, ServerError
 
     now_ms, own = time.time_ns() // 1_000_000, secrets.token_hex(4)
     try:

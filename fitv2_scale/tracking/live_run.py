@@ -18,7 +18,7 @@ from datetime import datetime
 from fitv2_scale.run.log import Entry, newest_attempt, now
 from fitv2_scale.run.run import Attempt, Run
 from fitv2_scale.tracking import journal, tags
-from fitv2_scale.tracking.mlflow_sink import Row, Server, ServerRun
+from fitv2_scale.tracking.mlflow_writer import Row, Server, ServerRun
 from fitv2_scale.tracking.state import get, put
 
 KEYS = ("loss", "grad_norm", "lr", "images_per_second", "mfu")

@@ -7,7 +7,7 @@ import sys
 import time
 
 from fitv2_scale.run.run import Run
-from fitv2_scale.tracking.target import resolve_uri
+from fitv2_scale.tracking.destination import resolve_uri
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 600.0
