@@ -10,7 +10,7 @@ import shutil
 import sys
 from types import SimpleNamespace
 
-import fitv2_scale.train
+import fitv2_scale.train.loop
 from launchers import rank
 
 kind, _, which = sys.argv[1].partition(":")
@@ -18,12 +18,12 @@ sys.argv = sys.argv[sys.argv.index("launchers.rank") :]
 if kind == "unfit" and os.environ["SLURMD_NODENAME"] == which:
     shutil.disk_usage = lambda folder: SimpleNamespace(free=0)
 if kind == "step":
-    train_step = fitv2_scale.train.train_step
+    train_step = fitv2_scale.train.loop.train_step
 
     def fail(session, batch):
         if batch.step == int(which):
             raise RuntimeError(f"planned failure at step {which}")
         return train_step(session, batch)
 
-    fitv2_scale.train.train_step = fail
+    fitv2_scale.train.loop.train_step = fail
 sys.exit(rank.main())

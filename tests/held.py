@@ -5,8 +5,8 @@ from pathlib import Path
 
 from waiting import wait
 
-import fitv2_scale.train as module
-from fitv2_scale.train import train
+import fitv2_scale.train.loop as module
+from fitv2_scale.train.loop import train
 
 
 def train_held(config, taken: int, until: str = "") -> int:

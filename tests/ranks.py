@@ -25,7 +25,7 @@ _context.set_forkserver_preload(
     [
         "torch",
         "torch.distributed.fsdp",
-        "fitv2_scale.train",
+        "fitv2_scale.train.loop",
         "fitv2_scale.parallel.megatron",
         "fitv2_scale.parallel.deepspeed_setup",
         "deepspeed.runtime.zero.muon.muon_optimizer",  # DeepSpeed imports it in time, and with it torch's compiler

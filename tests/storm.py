@@ -8,7 +8,7 @@ from lineage import commit_bytes, losses, trained
 from ranks import run_ranks
 
 from fitv2_scale.run.run import Run
-from fitv2_scale.train import DONE, train
+from fitv2_scale.train.loop import DONE, train
 
 
 def check_storm(run: str, tiny, ranks: int) -> None:

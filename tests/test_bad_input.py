@@ -18,7 +18,7 @@ from data_sharding.format.manifest import Manifest
 from fitv2_scale.cli.__main__ import main
 from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
-from fitv2_scale.train import BAD_INPUT, train
+from fitv2_scale.train.loop import BAD_INPUT, train
 
 
 @pytest.fixture
@@ -179,7 +179,7 @@ def test_gradients_that_stay_infinite_end_the_run(tiny):
 
 
 def train_on_nan(config) -> int:
-    import fitv2_scale.train as module
+    import fitv2_scale.train.loop as module
 
     flow_losses = module.flow_losses
 

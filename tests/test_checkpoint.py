@@ -22,7 +22,7 @@ from fitv2_scale.checkpoint.dcp_storage import BoxReader
 from fitv2_scale.model.counts import logical_shapes
 from fitv2_scale.parallel.world import World
 from fitv2_scale.run.run import Run
-from fitv2_scale.train import train
+from fitv2_scale.train.loop import train
 
 
 def newest(run: str) -> Path:

@@ -15,17 +15,17 @@ from test_nonfinite import all_commits
 from test_resume import reach
 from waiting import wait
 
-import fitv2_scale.train as module
+import fitv2_scale.train.loop as module
 from fitv2_scale.checkpoint import checkpointer
 from fitv2_scale.checkpoint.dcp_storage import BoxWriter
 from fitv2_scale.checkpoint.staging import Staging
 from fitv2_scale.parallel.boxes import Box, LogicalTensor
 from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
-from fitv2_scale.session import Session
 from fitv2_scale.tracking import journal as journal_module
 from fitv2_scale.tracking.journal import Journal, read
-from fitv2_scale.train import DONE, GIVE_UP, RETRY, train
+from fitv2_scale.train.loop import DONE, GIVE_UP, RETRY, train
+from fitv2_scale.train.session import Session
 
 EVERY_COMMIT = {"checkpoint__keep_last": 99, "train__audit": False}
 

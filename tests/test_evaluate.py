@@ -23,7 +23,7 @@ from fitv2_scale.evaluate.features import read_npz
 from fitv2_scale.evaluate.generated_features import Cell
 from fitv2_scale.evaluate.image_sets import open_pictures
 from fitv2_scale.evaluate.suites import load_suite, suite_table
-from fitv2_scale.train import train
+from fitv2_scale.train.loop import train
 
 
 @pytest.fixture(scope="module")

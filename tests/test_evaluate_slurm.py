@@ -8,7 +8,7 @@ from chains import wait, wait_for_the_end
 from feature_networks import Tiny, save_network
 from ranks import run_ranks
 
-from fitv2_scale.train import train
+from fitv2_scale.train.loop import train
 
 pytestmark = [pytest.mark.services, pytest.mark.long]
 

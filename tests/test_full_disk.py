@@ -13,7 +13,7 @@ from state import opened, recover, saver
 
 from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
-from fitv2_scale.train import DONE, RETRY, train
+from fitv2_scale.train.loop import DONE, RETRY, train
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_a_full_disk_costs_saves_and_nothing_else(small_disk, leave):
 
 def train_on_a_full_disk(config, folder: str, full: tuple[int, int]) -> int:
     """The disk is full from the save after step ``full[0]`` until that after ``full[1]``."""
-    from fitv2_scale.session import Session
+    from fitv2_scale.train.session import Session
 
     save = Session.save
 

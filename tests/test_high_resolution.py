@@ -22,7 +22,7 @@ from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.world import join
 from fitv2_scale.planning.forecast.memory import plan_state
 from fitv2_scale.run.run import Run
-from fitv2_scale.train import train
+from fitv2_scale.train.loop import train
 
 TRAINED = ["x_embedder.*", "*.bias", "*adaLN_modulation*", "final_layer.*"]
 STEPS = 60

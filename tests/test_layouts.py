@@ -4,7 +4,7 @@ import pytest
 from lineage import losses, trained
 from ranks import run_ranks
 
-from fitv2_scale.train import train
+from fitv2_scale.train.loop import train
 
 STEPS = 50
 

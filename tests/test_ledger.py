@@ -26,7 +26,7 @@ from fitv2_scale.run.log import RunLog, StaleAttempt
 from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
 from fitv2_scale.run.substitutions import RunLedger, ledger_of, read_pages
-from fitv2_scale.train import BAD_INPUT, DONE, train
+from fitv2_scale.train.loop import BAD_INPUT, DONE, train
 
 
 @pytest.fixture

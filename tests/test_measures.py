@@ -27,7 +27,7 @@ from fitv2_scale.model.to_torch import packing_to_torch
 from fitv2_scale.run.run import Run
 from fitv2_scale.totals import Times, Totals
 from fitv2_scale.tracking.journal import read
-from fitv2_scale.train import DONE, train
+from fitv2_scale.train.loop import DONE, train
 
 
 def metrics(run: str) -> dict[int, dict[str, float]]:

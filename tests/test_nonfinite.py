@@ -10,14 +10,14 @@ import pytest
 import torch
 from ranks import run_ranks
 
-import fitv2_scale.train as module
+import fitv2_scale.train.loop as module
 from fitv2_scale.model.flow import FlowLosses
 from fitv2_scale.model.loss_groups import NAMES
 from fitv2_scale.parallel.engine import StepResult
 from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
 from fitv2_scale.tracking.journal import read
-from fitv2_scale.train import DONE, GIVE_UP, train
+from fitv2_scale.train.loop import DONE, GIVE_UP, train
 
 BAD = {2, 4, 5, 7}  # steps, counted from 0; commits come right after 2, 5 and 7
 ENGINES = ["fsdp", "zero3"]

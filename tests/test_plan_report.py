@@ -18,7 +18,7 @@ from fitv2_scale.planning.forecast.assumptions import Assumed
 from fitv2_scale.planning.forecast.node_count import Choice, candidates, choose, enough, explain
 from fitv2_scale.planning.forecast.step_time import exposed_seconds, step_pace, traffic_seconds
 from fitv2_scale.planning.forecast.storage import commit_bytes, kept_for_ever, storage_report
-from fitv2_scale.train import DONE, train
+from fitv2_scale.train.loop import DONE, train
 
 BIG = load_config("configs/fitv2_3b2.yaml", ["data.url=none"])
 NUMBERS = 2_971_928_080

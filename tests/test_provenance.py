@@ -12,7 +12,7 @@ from fitv2_scale.cli.__main__ import main
 from fitv2_scale.run.provenance import SOURCE, provenance
 from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
-from fitv2_scale.train import DONE, train
+from fitv2_scale.train.loop import DONE, train
 from launchers.submit import write_home
 
 ROOT = Path(__file__).parents[1]
@@ -60,7 +60,7 @@ def test_a_copy_of_the_code_knows_where_it_came_from(tiny, tmp_path):
     made_of = of_copy()
     assert (made_of["git"], made_of["diff"]) == ("4f0c-dirty", "+ line")
     assert made_of["code"] == provenance()["code"]
-    (copy / "fitv2_scale/train.py").write_text("changed = True\n")
+    (copy / "fitv2_scale/train/loop.py").write_text("changed = True\n")
     assert of_copy()["code"] != made_of["code"]
     attempt = Run.open_or_create(config.run, {}, {}, None).claim(made_of)
     assert Path(config.run, attempt.path, "code.diff").read_text() == "+ line"
@@ -88,6 +88,6 @@ def test_what_git_does_not_know_is_kept(tmp_path):
     git("commit", "-qm", "x")
     head = git("rev-parse", "HEAD").decode().strip()
     assert source() == {"git": head, "diff": ""}
-    (tmp_path / "fitv2_scale/train.py").write_text("changed = True\n")
+    (tmp_path / "fitv2_scale/train/loop.py").write_text("changed = True\n")
     said = source()
     assert said["git"] == f"{head}-dirty" and "+changed = True" in said["diff"]

@@ -17,7 +17,7 @@ from data_sharding.errors import UserError
 from fitv2_scale.data import Data
 from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
-from fitv2_scale.train import DONE, RETRY, train
+from fitv2_scale.train.loop import DONE, RETRY, train
 
 EPOCH = IMAGES // 12  # steps
 

@@ -23,7 +23,7 @@ from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
 from fitv2_scale.tracking.sync import sync
 from fitv2_scale.tracking.uploader_process import Uploader
-from fitv2_scale.train import DONE, RETRY, train
+from fitv2_scale.train.loop import DONE, RETRY, train
 
 
 @pytest.fixture

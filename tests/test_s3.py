@@ -29,7 +29,7 @@ from data_sharding.stream.frames import FrameLost, FrameReader, fetch_frame
 from data_sharding.stream.loader import FramesLost
 from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
-from fitv2_scale.train import DONE, RETRY, train
+from fitv2_scale.train.loop import DONE, RETRY, train
 
 pytestmark = pytest.mark.services
 

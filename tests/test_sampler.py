@@ -25,7 +25,7 @@ from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.world import join
 from fitv2_scale.run.run import Run
-from fitv2_scale.train import train
+from fitv2_scale.train.loop import train
 
 # Eight of each; at a train_side of 4, seven of them are extrapolated, each by its own scales.
 SIZES = ["64x64", "32x96", "80x32", "96x96", "16x112", "80x80", "128x48", "48x128"]

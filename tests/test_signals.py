@@ -17,7 +17,7 @@ from ranks import run_ranks
 
 from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
-from fitv2_scale.train import DONE, RETRY, train
+from fitv2_scale.train.loop import DONE, RETRY, train
 
 BEGUN, WHOLE = 4, 30  # steps
 PICTURES = {"sampling__every_steps": 7, "sampling__sizes": ["32x32"], "sampling__columns": 2, "sampling__steps": 2}
@@ -41,9 +41,9 @@ def train_until_told(config, moment: str, number: int, rank: int) -> int:
 
 def tell_in_the_middle(moment: str, number: int, told: Path) -> None:
     import fitv2_scale.checkpoint.checkpointer as checkpointer
-    import fitv2_scale.evaluation as evaluation
-    import fitv2_scale.train as trainer
-    from fitv2_scale.agreement import Agreement
+    import fitv2_scale.train.in_loop_eval as evaluation
+    import fitv2_scale.train.loop as trainer
+    from fitv2_scale.train.coordination import Agreement
 
     place, name = {
         "loading": (checkpointer.Checkpointer, "restore"),

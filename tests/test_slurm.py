@@ -29,7 +29,7 @@ from services.mlflow_server import MlflowServer
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.model.counts import parameter_count
 from fitv2_scale.run.run import Run
-from fitv2_scale.train import DONE, train
+from fitv2_scale.train.loop import DONE, train
 from launchers.control import job_name, jobs
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(900)]

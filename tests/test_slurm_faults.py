@@ -14,7 +14,7 @@ from ranks import run_ranks
 from storm import check_storm
 
 from fitv2_scale.run.run import Run
-from fitv2_scale.train import DONE, train
+from fitv2_scale.train.loop import DONE, train
 from launchers.control import jobs
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(900)]

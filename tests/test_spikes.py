@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from ranks import run_ranks
 
-import fitv2_scale.train as module
-from fitv2_scale.progress import Progress
+import fitv2_scale.train.loop as module
 from fitv2_scale.run.run import Run
 from fitv2_scale.spikes import SpikeDetector
 from fitv2_scale.tracking.journal import read
-from fitv2_scale.train import DONE, train
+from fitv2_scale.train.loop import DONE, train
+from fitv2_scale.train.progress_bar import Progress
 
 SPIKE = 40  # counted from 0
 

@@ -17,7 +17,7 @@ from storm import check_storm
 
 from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
-from fitv2_scale.train import DONE, train
+from fitv2_scale.train.loop import DONE, train
 from launchers.supervise import _attempt, _Signals, supervise
 
 

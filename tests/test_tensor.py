@@ -22,7 +22,7 @@ from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.tensor import TensorGroup, tensor_linear
 from fitv2_scale.parallel.world import join
-from fitv2_scale.train import train
+from fitv2_scale.train.loop import train
 
 ENGINES = ["fsdp", "zero3"]
 ALL = [Cell(w, t) for w in (1, 2, 3, 4, 6) for t in (1, 2, 3) if w % t == 0]

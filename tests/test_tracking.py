@@ -166,7 +166,7 @@ def test_the_process_follows_training_and_ignores_its_signals(folder):
 
 
 def test_training_never_loads_mlflow_and_bad_input_is_one_sentence(tmp_path):
-    check = "import sys, fitv2_scale.opening; assert 'mlflow' not in sys.modules"
+    check = "import sys, fitv2_scale.train.setup; assert 'mlflow' not in sys.modules"
     subprocess.run([sys.executable, "-c", check], check=True)
     command = [
         sys.executable,

@@ -26,7 +26,7 @@ from data_sharding.write.image_sources import open_folder
 from data_sharding.write.images import write_dataset
 from data_sharding.write.views import encode_views, load_rgb, views_of
 from fitv2_scale.run.run import Run
-from fitv2_scale.train import train
+from fitv2_scale.train.loop import train
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -23,7 +23,6 @@ from data_sharding.write.images import write_dataset
 from fitv2_scale.cli.__main__ import main
 from fitv2_scale.data import Data
 from fitv2_scale.evaluate.validation import grid_of, held_out
-from fitv2_scale.evaluation import validation_of
 from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.model.init import fill_initial
 from fitv2_scale.model.to_torch import packing_to_torch
@@ -32,7 +31,8 @@ from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.world import join
 from fitv2_scale.run.run import Run
 from fitv2_scale.tracking.journal import read
-from fitv2_scale.train import DONE, train
+from fitv2_scale.train.in_loop_eval import validation_of
+from fitv2_scale.train.loop import DONE, train
 
 IMAGES, TIMES = 13, 3
 SHIFT = 0.02  # on all weights: the initial ones give zero velocity

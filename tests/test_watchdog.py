@@ -13,8 +13,8 @@ from test_resume import reach
 
 from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
-from fitv2_scale.train import train
-from fitv2_scale.watchdog import Beat, blame
+from fitv2_scale.train.loop import train
+from fitv2_scale.train.watchdog import Beat, blame
 
 LIMITS = {"step": 8.0, "compile": 30.0, "load": 60.0, "save": 60.0}  # all shorter than a test waits
 STRICT = {f"watchdog__{section}_seconds": seconds for section, seconds in LIMITS.items()}
@@ -123,7 +123,7 @@ def test_a_rank_that_never_returns_from_a_step_is_named(dataset, tmp_path):
 
 
 def train_to_a_standstill(config) -> int:
-    import fitv2_scale.train as module
+    import fitv2_scale.train.loop as module
 
     step = module.train_step
 

@@ -19,7 +19,7 @@ from fitv2_scale.cli.__main__ import main
 from fitv2_scale.config.schema import load_config
 from fitv2_scale.model.counts import logical_shapes
 from fitv2_scale.run.run import Run
-from fitv2_scale.train import train
+from fitv2_scale.train.loop import train
 
 
 def public(config) -> dict[str, torch.Tensor]:

@@ -37,7 +37,7 @@ from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.world import World, join
-from fitv2_scale.train import DONE, train
+from fitv2_scale.train.loop import DONE, train
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 (PACK,) = packs_of(STEPS, 0, 1, 1, 1)  # no step's

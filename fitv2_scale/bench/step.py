@@ -33,7 +33,7 @@ from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.optimizer import update_ema
 from fitv2_scale.parallel.world import World, join
 from fitv2_scale.planning.forecast.memory import plan_compute, plan_state
-from fitv2_scale.train import train_step
+from fitv2_scale.train.loop import train_step
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ def add(commands: Any) -> None:
 def validate_weights(args: argparse.Namespace) -> int:
     from fitv2_scale.data import Data
     from fitv2_scale.evaluate.sampling.load_weights import opened
-    from fitv2_scale.evaluation import validation_of
     from fitv2_scale.parallel.world import join
+    from fitv2_scale.train.in_loop_eval import validation_of
 
     with join() as world, opened(args.weights, world, args.config, args.overrides) as weights:
         config, layout = weights.config, weights.layout

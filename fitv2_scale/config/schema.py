@@ -31,7 +31,7 @@ from fitv2_scale.config.sections import (
 from fitv2_scale.config.slurm import SlurmConfig
 from fitv2_scale.model.flow import FlowConfig
 from fitv2_scale.parallel.engine import OptimizerConfig
-from fitv2_scale.watchdog import WatchdogConfig
+from fitv2_scale.train.watchdog import WatchdogConfig
 
 SCIENCE = ("model", "flow", "data", "optimizer", "ema", "trainable", "seed")
 _READING = ("cache_gib", "prefetch_gib", "cache_dir", "cache_disk_gib", "deadline_seconds", "max_substituted")

@@ -18,9 +18,9 @@ from data_sharding.stream.loader import FramesLost, Loader
 from data_sharding.stream.substitutes import Loss
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
 from fitv2_scale.parallel.world import World
-from fitv2_scale.relay import Relay
 from fitv2_scale.run.requests import Orders
 from fitv2_scale.run.substitutions import RunLedger
+from fitv2_scale.train.batch_broadcast import Relay
 
 _POLL = 0.2  # seconds until a rank that waits for data looks for a signal
 _STOP_PATIENCE = 5.0  # seconds that data may take once a stop is asked for; what was done so far can still be saved

@@ -12,25 +12,25 @@ from torch import Tensor
 from data_sharding.errors import StorageDown, UserError
 from data_sharding.plan.size_presets import is_preset
 from data_sharding.stream.batch import StepBatch
-from fitv2_scale.agreement import Agreement, StopSignal
 from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
 from fitv2_scale.meter import Meter
 from fitv2_scale.model.flow import flow_losses
 from fitv2_scale.model.loss_groups import NAMES, tally
 from fitv2_scale.model.to_torch import pack_to_torch
-from fitv2_scale.opening import Fork, claim, is_complete, log_to, open_session
 from fitv2_scale.parallel.engine import StepResult
 from fitv2_scale.parallel.optimizer import telling
 from fitv2_scale.parallel.world import World, join
-from fitv2_scale.profiling import Profile
-from fitv2_scale.progress import Progress
 from fitv2_scale.run.log import StaleAttempt
 from fitv2_scale.run.requests import followed
 from fitv2_scale.run.run import BAD_INPUT, BUG, DONE, GIVE_UP, RETRY, Attempt, Run
-from fitv2_scale.session import Session
-from fitv2_scale.watch import Watch
-from fitv2_scale.watchdog import Watchdog
+from fitv2_scale.train.coordination import Agreement, StopSignal
+from fitv2_scale.train.monitor import Watch
+from fitv2_scale.train.profiler import Profile
+from fitv2_scale.train.progress_bar import Progress
+from fitv2_scale.train.session import Session
+from fitv2_scale.train.setup import Fork, claim, is_complete, log_to, open_session
+from fitv2_scale.train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from data_sharding.stream.batch import StepBatch
 from fitv2_scale.meter import Meter, StepNumbers
 from fitv2_scale.parallel.engine import StepResult
-from fitv2_scale.progress import Progress
 from fitv2_scale.run.run import NOT_FINITE
-from fitv2_scale.session import Session
 from fitv2_scale.totals import Moment, Times
+from fitv2_scale.train.progress_bar import Progress
+from fitv2_scale.train.session import Session
 
 
 class Watch:

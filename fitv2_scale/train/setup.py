@@ -8,27 +8,27 @@ from dataclasses import dataclass
 from data_sharding.errors import DataError, UserError
 from data_sharding.plan.plan import Plan
 from data_sharding.storage.store import open_store
-from fitv2_scale.audit import Audit
 from fitv2_scale.checkpoint.checkpointer import Checkpointer, Restored
 from fitv2_scale.checkpoint.init_from import Source, begin_with
 from fitv2_scale.checkpoint.policy import Cadence
 from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
-from fitv2_scale.evaluation import Evaluation
 from fitv2_scale.model.counts import parameter_count
 from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.world import World
-from fitv2_scale.relay import Relay
 from fitv2_scale.run.provenance import own_gpu, provenance
 from fitv2_scale.run.run import Attempt, Run
 from fitv2_scale.run.substitutions import RunLedger, ledger_of, read_pages
-from fitv2_scale.session import Session
 from fitv2_scale.totals import Times, Totals
 from fitv2_scale.tracking.destination import why_journal_only
 from fitv2_scale.tracking.journal import Journal
 from fitv2_scale.tracking.uploader_process import Uploader
+from fitv2_scale.train.batch_audit import Audit
+from fitv2_scale.train.batch_broadcast import Relay
+from fitv2_scale.train.in_loop_eval import Evaluation
+from fitv2_scale.train.session import Session
 
 log = logging.getLogger(__name__)
 

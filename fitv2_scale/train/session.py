@@ -8,21 +8,21 @@ from data_sharding.storage.retry import Patience
 from data_sharding.stream.disk_cache import DiskCache
 from data_sharding.stream.frames import FrameReader
 from data_sharding.stream.loader import Loader
-from fitv2_scale.audit import Audit
 from fitv2_scale.checkpoint.checkpointer import Checkpointer, Restored
 from fitv2_scale.checkpoint.policy import Cadence
 from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
-from fitv2_scale.evaluation import Evaluation
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.world import World
-from fitv2_scale.relay import Relay
 from fitv2_scale.run.run import Attempt, Run
 from fitv2_scale.run.substitutions import RunLedger
 from fitv2_scale.totals import Times, Totals
 from fitv2_scale.tracking.journal import Journal
 from fitv2_scale.tracking.uploader_process import Uploader
+from fitv2_scale.train.batch_audit import Audit
+from fitv2_scale.train.batch_broadcast import Relay
+from fitv2_scale.train.in_loop_eval import Evaluation
 
 
 @dataclass(frozen=True)
