@@ -18,16 +18,16 @@ from data_sharding.plan.balance import Shape
 from data_sharding.plan.pack_layout import lay_out
 from data_sharding.write.images import write_dataset
 from fitv2_scale.data import Data
-from fitv2_scale.device_use import over_nodes
 from fitv2_scale.model.counts import forward_flops
 from fitv2_scale.model.flow import FlowLosses
 from fitv2_scale.model.loss_groups import NAMES, by_group, tally
 from fitv2_scale.model.packing import PackedBatch
 from fitv2_scale.model.to_torch import packing_to_torch
 from fitv2_scale.run.run import Run
-from fitv2_scale.totals import Times, Totals
 from fitv2_scale.tracking.journal import read
 from fitv2_scale.train.loop import DONE, train
+from fitv2_scale.train.metrics.accounting import Times, Totals
+from fitv2_scale.train.metrics.gpu_stats import over_nodes
 
 
 def metrics(run: str) -> dict[int, dict[str, float]]:

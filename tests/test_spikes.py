@@ -6,9 +6,9 @@ from ranks import run_ranks
 
 import fitv2_scale.train.loop as module
 from fitv2_scale.run.run import Run
-from fitv2_scale.spikes import SpikeDetector
 from fitv2_scale.tracking.journal import read
 from fitv2_scale.train.loop import DONE, train
+from fitv2_scale.train.metrics.loss_spikes import SpikeDetector
 from fitv2_scale.train.progress_bar import Progress
 
 SPIKE = 40  # counted from 0

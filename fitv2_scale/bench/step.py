@@ -22,7 +22,6 @@ from fitv2_scale.bench.reference import Reference
 from fitv2_scale.bench.step_data import open_steps
 from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
-from fitv2_scale.meter import known_peak
 from fitv2_scale.model.counts import forward_flops
 from fitv2_scale.model.flow import flow_loss
 from fitv2_scale.model.to_torch import pack_to_torch
@@ -34,6 +33,7 @@ from fitv2_scale.parallel.optimizer import update_ema
 from fitv2_scale.parallel.world import World, join
 from fitv2_scale.planning.forecast.memory import plan_compute, plan_state
 from fitv2_scale.train.loop import train_step
+from fitv2_scale.train.metrics.meter import known_peak
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from data_sharding.plan.size_presets import is_preset
 from data_sharding.stream.batch import StepBatch
 from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
-from fitv2_scale.meter import Meter
 from fitv2_scale.model.flow import flow_losses
 from fitv2_scale.model.loss_groups import NAMES, tally
 from fitv2_scale.model.to_torch import pack_to_torch
@@ -25,6 +24,7 @@ from fitv2_scale.run.log import StaleAttempt
 from fitv2_scale.run.requests import followed
 from fitv2_scale.run.run import BAD_INPUT, BUG, DONE, GIVE_UP, RETRY, Attempt, Run
 from fitv2_scale.train.coordination import Agreement, StopSignal
+from fitv2_scale.train.metrics.meter import Meter
 from fitv2_scale.train.monitor import Watch
 from fitv2_scale.train.profiler import Profile
 from fitv2_scale.train.progress_bar import Progress

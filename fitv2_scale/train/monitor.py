@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from data_sharding.stream.batch import StepBatch
-from fitv2_scale.meter import Meter, StepNumbers
 from fitv2_scale.parallel.engine import StepResult
 from fitv2_scale.run.run import NOT_FINITE
-from fitv2_scale.totals import Moment, Times
+from fitv2_scale.train.metrics.accounting import Moment, Times
+from fitv2_scale.train.metrics.meter import Meter, StepNumbers
 from fitv2_scale.train.progress_bar import Progress
 from fitv2_scale.train.session import Session
 

@@ -17,12 +17,12 @@ from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.world import World
 from fitv2_scale.run.run import Attempt, Run
 from fitv2_scale.run.substitutions import RunLedger
-from fitv2_scale.totals import Times, Totals
 from fitv2_scale.tracking.journal import Journal
 from fitv2_scale.tracking.uploader_process import Uploader
 from fitv2_scale.train.batch_audit import Audit
 from fitv2_scale.train.batch_broadcast import Relay
 from fitv2_scale.train.in_loop_eval import Evaluation
+from fitv2_scale.train.metrics.accounting import Times, Totals
 
 
 @dataclass(frozen=True)

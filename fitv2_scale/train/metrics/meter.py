@@ -10,12 +10,12 @@ import torch
 
 from data_sharding.stream.batch import StepBatch
 from fitv2_scale.config.model import ModelConfig
-from fitv2_scale.device_use import DeviceUse
 from fitv2_scale.model.counts import forward_flops
 from fitv2_scale.model.loss_groups import NAMES, by_group
 from fitv2_scale.parallel.world import World
-from fitv2_scale.spikes import SpikeDetector
-from fitv2_scale.totals import Moment, Times, Totals
+from fitv2_scale.train.metrics.accounting import Moment, Times, Totals
+from fitv2_scale.train.metrics.gpu_stats import DeviceUse
+from fitv2_scale.train.metrics.loss_spikes import SpikeDetector
 
 _PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}  # dense bf16, of the SXM boards; from the data sheets
 
