@@ -22,9 +22,9 @@ from data_sharding.errors import UserError
 from fitv2_scale.run.log import newest_attempt, now
 from fitv2_scale.run.run import RETRY, Run
 from launchers import slurm
-from launchers.events import HUNG, publish, tell, was_hung
-from launchers.history import History, Verdict, excluded, outcome_of, signal_seconds, verdict
+from launchers.chain_log import History, Verdict, excluded, outcome_of, signal_seconds, verdict
 from launchers.hostlist import expand
+from launchers.notify import HUNG, publish, tell, was_hung
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from fitv2_scale.run.requests import save_path
 from fitv2_scale.run.run import Attempt, Run
 from launchers import slurm
 from launchers.chain import Chain
-from launchers.history import History
+from launchers.chain_log import History
 
 
 def stop(url: str, at_once: bool) -> list[str]:

@@ -36,7 +36,7 @@ end_training() {
 make_venv demo
 
 say "Cutting 2,000 crops out of the photographs that scikit-image and scikit-learn ship"
-[ -f data/crops/CREDITS.txt ] || .venv/bin/python -m launchers.photographs data/crops --crops 2000
+[ -f data/crops/CREDITS.txt ] || .venv/bin/python -m launchers.demo_images data/crops --crops 2000
 
 say "Encoding them to shards: fitv2 shard write"
 .venv/bin/fitv2 shard write data/crops data/photographs --max-tokens 100 --holdout 0.02

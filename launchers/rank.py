@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launchers.hostlist import counts, expand
-from launchers.private import of_environment
+from launchers.secret_overrides import of_environment
 
 if TYPE_CHECKING:
     from fitv2_scale.config.schema import Config
@@ -53,7 +53,7 @@ def main() -> int:
 def _examine(config: "Config", node: str | None) -> int | None:
     """None if all nodes are fit for training, else this rank's exit code. The ranks of healthy nodes end with 0, so
     that srun names one that is not."""
-    from fitv2_scale.doctor import examine, to_text
+    from launchers.preflight import examine, to_text
 
     port = int(os.environ["MASTER_PORT"])
     os.environ["MASTER_PORT"] = str(port + _EXAMINATION)  # training's own is not to meet what is left of it

@@ -24,11 +24,11 @@ from fitv2_scale.run.provenance import SOURCE, source
 from fitv2_scale.run.redact import redact
 from fitv2_scale.run.run import Run, flatten
 from launchers import slurm
+from launchers.batch_script import command_script, train_script
 from launchers.chain import Chain, node_count
+from launchers.chain_log import LEAST_SIGNAL, History, signal_seconds
 from launchers.control import job_name
-from launchers.history import LEAST_SIGNAL, History, signal_seconds
-from launchers.private import to_environment
-from launchers.script import command_script, train_script
+from launchers.secret_overrides import to_environment
 
 if TYPE_CHECKING:
     from fitv2_scale.data import Data

@@ -14,8 +14,8 @@ from data_sharding.storage.store import open_store
 from fitv2_scale.config.schema import Config
 from fitv2_scale.run.log import newest_attempt
 from fitv2_scale.run.run import BAD_INPUT, GIVE_UP, RETRY, Run
-from launchers.events import HUNG, tell, was_hung
-from launchers.history import outcome_of, verdict
+from launchers.chain_log import outcome_of, verdict
+from launchers.notify import HUNG, tell, was_hung
 
 _POLL = 0.2  # seconds
 _GRACE = 10.0  # seconds that the others get when a rank has failed; they can no longer save without it

@@ -11,11 +11,11 @@ import yaml
 from ranks import run_ranks
 
 from data_sharding.errors import UserError
-from fitv2_scale import doctor
 from fitv2_scale.cli.__main__ import main
-from fitv2_scale.compiling import check_compiler
 from fitv2_scale.config.sections import LayoutConfig
-from fitv2_scale.doctor import examine
+from launchers import preflight
+from launchers.compiler_check import check_compiler
+from launchers.preflight import examine
 
 
 def as_rank(change: str, config) -> tuple[list[str], list[str], bool]:
@@ -28,11 +28,11 @@ def as_rank(change: str, config) -> tuple[list[str], list[str], bool]:
 
 def make_worse(change: str) -> None:
     if change == "version":
-        doctor.installed = lambda: {"torch": "0.1"}
+        preflight.installed = lambda: {"torch": "0.1"}
     if change == "disk":
-        doctor.shutil.disk_usage = lambda folder: type("usage", (), {"free": 5})
+        preflight.shutil.disk_usage = lambda folder: type("usage", (), {"free": 5})
     if change == "clock":
-        doctor._clock_skew = lambda store, path: 7.0
+        preflight._clock_skew = lambda store, path: 7.0
 
 
 def test_two_ranks_that_are_well(tiny):

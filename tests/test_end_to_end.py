@@ -44,7 +44,7 @@ def kill_all(run: Path) -> None:
 @pytest.mark.services
 def test_photographs_to_pictures_through_a_kill(tmp_path):
     crops, data, run = tmp_path / "crops", tmp_path / "data", tmp_path / "runs" / "first"
-    subprocess.run([sys.executable, "-m", "launchers.photographs", str(crops), "--crops", "90"], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-m", "launchers.demo_images", str(crops), "--crops", "90"], check=True, cwd=ROOT)
     fitv2("shard", "write", str(crops), str(data), "--max-tokens", "100", "--holdout", "0.1")
     assert json.loads(fitv2("shard", "verify", str(data), "--json"))["problems"] == []
     plan = json.loads(fitv2("plan", str(ROOT / "configs/demo.yaml"), f"data.url={data}", *SMALL, "--json"))

@@ -58,7 +58,7 @@ def steps_done(run: Path) -> int:
 
 def crops(folder: Path, scale: int) -> Path:
     words = ("--crops", "2000", "--scale", str(scale))
-    subprocess.run([sys.executable, "-m", "launchers.photographs", folder, *words], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-m", "launchers.demo_images", folder, *words], cwd=ROOT, check=True)
     return folder
 
 

@@ -10,7 +10,7 @@ from fitv2_scale.config.slurm import SlurmConfig
 from fitv2_scale.run.log import Entry
 from fitv2_scale.run.run import NOT_FINITE, Run
 from launchers.chain import culprits, node_count
-from launchers.history import History, excluded, signal_seconds, verdict
+from launchers.chain_log import History, excluded, signal_seconds, verdict
 from launchers.hostlist import counts, expand
 from launchers.slurm import is_usable
 from launchers.submit import parse_nodes

@@ -20,7 +20,7 @@ from data_sharding.write.views import (
     square_side,
     views_of,
 )
-from launchers import photographs
+from launchers import demo_images
 
 
 def noise(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -188,7 +188,7 @@ def test_patchify_is_channels_then_rows_then_columns():
 def pictures():
     pytest.importorskip("skimage")
     pytest.importorskip("sklearn")
-    return {p.name: resize_view(photographs._open(p), 100) for p in photographs.PHOTOGRAPHS}
+    return {p.name: resize_view(demo_images._open(p), 100) for p in demo_images.PHOTOGRAPHS}
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -270,10 +270,10 @@ def test_codecs_by_name():
 
 
 def test_the_demos_crops_are_the_same_every_time_and_of_natural_lengths(tmp_path, pictures):
-    assert photographs.main([str(tmp_path / "a"), "--crops", "240"]) == 0
-    photographs.write_photographs(tmp_path / "b", 240)
+    assert demo_images.main([str(tmp_path / "a"), "--crops", "240"]) == 0
+    demo_images.write_photographs(tmp_path / "b", 240)
     files = sorted(f.relative_to(tmp_path / "a") for f in (tmp_path / "a").rglob("*.jpg"))
-    assert len(files) == 240 and len({f.parent for f in files}) == len(photographs.PHOTOGRAPHS)
+    assert len(files) == 240 and len({f.parent for f in files}) == len(demo_images.PHOTOGRAPHS)
     for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     sizes = [Image.open(tmp_path / "a" / file).size for file in files]
@@ -284,15 +284,15 @@ def test_the_demos_crops_are_the_same_every_time_and_of_natural_lengths(tmp_path
     aspects = np.array([w / h for w, h in sizes])
     assert (aspects < 1).mean() > 0.1 and (aspects > 1.4).mean() > 0.1
     draws = np.array([0.5, 0.5, 0.1, 0.9, 0.0])
-    whole = photographs._open(photographs.PHOTOGRAPHS[0])
-    small, large = (photographs.crop(whole, draws, scale) for scale in (1, 2))
+    whole = demo_images._open(demo_images.PHOTOGRAPHS[0])
+    small, large = (demo_images.crop(whole, draws, scale) for scale in (1, 2))
     assert large.size == pytest.approx(2 * np.array(small.size), abs=1)
     assert np.abs(np.asarray(large.resize(small.size, Image.Resampling.BOX), int) - np.asarray(small)).mean() < 8
     credits = (tmp_path / "a/CREDITS.txt").read_text()
-    assert all(f"{p.name}: {p.credit}" in credits for p in photographs.PHOTOGRAPHS)
+    assert all(f"{p.name}: {p.credit}" in credits for p in demo_images.PHOTOGRAPHS)
 
 
 def test_missing_packages_are_one_sentence(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(photographs, "PHOTOGRAPHS", (photographs.Photograph("x", "no_such_package", "x.png", ""),))
-    assert photographs.main([str(tmp_path)]) == 2
+    monkeypatch.setattr(demo_images, "PHOTOGRAPHS", (demo_images.Photograph("x", "no_such_package", "x.png", ""),))
+    assert demo_images.main([str(tmp_path)]) == 2
     assert "pip install 'fitv2-scale[demo]'" in capsys.readouterr().err

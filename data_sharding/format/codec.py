@@ -103,7 +103,7 @@ def _sd_vae(folder: str, latent: Latent):
 
 _CELL = 8
 # Levels (of 255) that make one unit of latent: the standard deviations of the five coefficients over the resize views
-# (max_tokens 100) of the 2,000 crops that `launchers/photographs.py` makes, rounded.
+# (max_tokens 100) of the 2,000 crops that `launchers/demo_images.py` makes, rounded.
 _UNIT = {"y": 58.0, "y_across": 18.0, "y_down": 18.0, "cb": 19.0, "cr": 24.0}
 # JPEG's YCbCr and the slope cos((2k+1)pi/16) of the 8-point DCT, as integers: sums of their products with pixels stay
 # below 2**53, so float64 adds them exactly and the latents do not depend on the order of summation (BLAS, threads).

@@ -103,7 +103,7 @@ def _logs(args: argparse.Namespace, show: Print) -> int:
 
 def _doctor(args: argparse.Namespace, show: Print) -> int:
     from fitv2_scale.config.schema import load_config
-    from fitv2_scale.doctor import as_report, examine, to_text
+    from launchers.preflight import as_report, examine, to_text
 
     words = args.overrides
     found = examine(load_config(words[0], words[1:]) if words else None)

@@ -24,10 +24,10 @@ from data_sharding.plan.size_presets import is_preset
 from data_sharding.storage.retry import Patience
 from data_sharding.storage.store import LocalStore, open_store
 from data_sharding.stream.frames import FrameReader
-from fitv2_scale.compiling import check_compiler, check_deepspeed
 from fitv2_scale.config.schema import Config
 from fitv2_scale.parallel.world import World, join
 from fitv2_scale.run.provenance import installed
+from launchers.compiler_check import check_compiler, check_deepspeed
 
 _USED_BYTES = 2 << 30  # of a GPU, before training: somebody else is on it
 _TEMPORARY_BYTES = 1 << 30

@@ -1,6 +1,6 @@
 """The demo's images: crops of the colour photographs that scikit-image and scikit-learn carry in their packages.
 
-    python -m launchers.photographs DST [--crops 2000] [--scale 1]
+    python -m launchers.demo_images DST [--crops 2000] [--scale 1]
 
     DST/astronaut/astronaut-0000.jpg …   one folder, so one class, for each photograph
     DST/CREDITS.txt                      who made each photograph and under which licence; written last
