@@ -55,7 +55,8 @@ def check_deepspeed() -> str:
     """Imports DeepSpeed, which on some machines fails. Raises UserError if it is not installed."""
     from fitv2_scale.parallel import deepspeed_setup
 
-    return f"{stage3.deepspeed.__version__}: AdamW is torch's, and no operator of DeepSpeed is compiled before step 1"
+    version = deepspeed_setup.deepspeed.__version__
+    return f"{version}: AdamW is torch's, and no operator of DeepSpeed is compiled before step 1"
 
 
 def _cache(on_cuda: bool) -> Path:

@@ -9,7 +9,7 @@ from scipy import stats
 
 from data_sharding import rng
 from data_sharding.rng import Purpose
-from fitv2_scale.model import rng as keyed_torch
+from fitv2_scale.model import rng as torch_rng
 
 # Random123's published known answers for philox4x32-10: (counter, key, result).
 KNOWN = [
@@ -37,7 +37,7 @@ def test_golden_vector_on_both_backends():
     assert numpy.tolist() == GOLDEN
     for device in devices:
         block = torch.tensor([9], device=device)
-        assert keyed_torch.words(GOLDEN_SEED, Purpose.NOISE, 7, 2**40 + 5, block).cpu()[0].tolist() == GOLDEN
+        assert torch_rng.words(GOLDEN_SEED, Purpose.NOISE, 7, 2**40 + 5, block).cpu()[0].tolist() == GOLDEN
 
 
 @given(
@@ -49,7 +49,7 @@ def test_golden_vector_on_both_backends():
 )
 def test_backends_agree(seed, purpose, epoch, sample_id, block):
     numpy = rng.words(seed, purpose, epoch, sample_id, 4 * block + np.arange(4))
-    assert keyed_torch.words(seed, purpose, epoch, sample_id, torch.tensor(block)).tolist() == numpy.tolist()
+    assert torch_rng.words(seed, purpose, epoch, sample_id, torch.tensor(block)).tolist() == numpy.tolist()
 
 
 def test_each_part_of_the_key_matters():
@@ -74,8 +74,8 @@ def test_uniform_along_every_axis(over):
 
 
 def test_normals_are_normal_and_pairs_independent():
-    words = keyed_torch.words(0, Purpose.NOISE, 0, 7, torch.arange(1 << 16))
-    z = keyed_torch.normal(words).flatten().numpy()
+    words = torch_rng.words(0, Purpose.NOISE, 0, 7, torch.arange(1 << 16))
+    z = torch_rng.normal(words).flatten().numpy()
     assert stats.kstest(z, "norm").pvalue > 1e-4
     assert abs(np.corrcoef(z[0::2], z[1::2])[0, 1]) < 5 / np.sqrt(len(z) / 2)
     assert abs(np.corrcoef(z[0::2] ** 2, z[1::2] ** 2)[0, 1]) < 5 / np.sqrt(len(z) / 2)
@@ -84,7 +84,7 @@ def test_normals_are_normal_and_pairs_independent():
 
 def test_extreme_words_give_finite_normals():
     extreme = torch.tensor([0, 0, 2**32 - 1, 2**32 - 1])
-    assert torch.isfinite(keyed_torch.normal(extreme)).all()
+    assert torch.isfinite(torch_rng.normal(extreme)).all()
 
 
 def test_a_seed_out_of_range_is_refused():

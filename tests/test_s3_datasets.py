@@ -15,7 +15,8 @@ from services.s3 import use
 from data_sharding.errors import DataError, StorageDown, UserError
 from data_sharding.format.columns import COLUMNS
 from data_sharding.format.manifest import Manifest
-from data_sharding.storage import byte_ranges, files
+from data_sharding.storage import byte_ranges
+from data_sharding.storage import files as storage_files
 from data_sharding.storage.byte_ranges import list_tar
 from data_sharding.verify import verify
 from data_sharding.write.image_sources import open_source
@@ -46,7 +47,7 @@ def bucket(client) -> str:
 @pytest.fixture
 def proxy(rgw, bucket, monkeypatch):
     monkeypatch.setattr(byte_ranges, "_PATIENCE", replace(byte_ranges._PATIENCE, deadline=300, attempt=0.7))
-    monkeypatch.setattr(files, "_START", replace(files._START, deadline=300, attempt=0.7))
+    monkeypatch.setattr(storage_files, "_START", replace(storage_files._START, deadline=300, attempt=0.7))
     with FaultProxy(rgw.port) as proxy:
         use(monkeypatch, environment(proxy.port))
         yield proxy
@@ -103,10 +104,10 @@ def test_an_outage_ends_the_writing_and_the_next_one_goes_on(
     url = f"{bucket}/{outage[0].action}"
     proxy.rules = [replace(rule) for rule in outage]
     with monkeypatch.context() as patch:
-        patch.setattr(files, "_START", replace(files._START, deadline=5))
+        patch.setattr(storage_files, "_START", replace(storage_files._START, deadline=5))
         with pytest.raises(StorageDown, match="cannot be reached: .*, tried again for 5 s; check"):
             write(pictures, url)
-    monkeypatch.setattr(files, "_START", replace(files._START, attempt=100))
+    monkeypatch.setattr(storage_files, "_START", replace(storage_files._START, attempt=100))
     proxy.rules, proxy.requests[:] = [], []
     write(pictures, url)
     assert objects(client, outage[0].action) == files(local)

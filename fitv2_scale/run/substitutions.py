@@ -1,4 +1,4 @@
-"""The ledger of a run: RUN/ledger/00000001.json …, one page a version (see ``data_sharding.stream.substitutes`` for a sample).
+"""The ledger of a run: RUN/ledger/00000001.json …, one page a version (a sample: ``stream.substitutes``).
 
 A page is written once, by conditional create, by rank 0 of the attempt that holds the newest CLAIM, before any rank
 trains on a substitute. Pages are never changed, so a run that is started again finds the same substitutes.
