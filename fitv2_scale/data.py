@@ -3,7 +3,8 @@
 from dataclasses import dataclass, replace
 
 from data_sharding.errors import UserError
-from data_sharding.format.codec import Codec, codec_of
+from data_sharding.format.codec import Codec
+from data_sharding.format.codecs import codec_of
 from data_sharding.format.manifest import Manifest
 from data_sharding.plan.balance import Cost, Nodes, Shape
 from data_sharding.plan.pack_shapes import shapes_of

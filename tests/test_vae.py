@@ -15,7 +15,8 @@ from writing import bytes_of, make_images
 
 from data_sharding.errors import UserError
 from data_sharding.format import sd_vae as module
-from data_sharding.format.codec import Draw, codec_of, get_codec
+from data_sharding.format.codec import Draw
+from data_sharding.format.codecs import codec_of, get_codec
 from data_sharding.format.manifest import Manifest
 from data_sharding.format.patches import patchify, unpatchify
 from data_sharding.format.sd_vae import load_vae

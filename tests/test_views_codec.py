@@ -8,7 +8,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from data_sharding.errors import UserError
-from data_sharding.format.codec import DctCodec, get_codec
+from data_sharding.format.codecs import get_codec
+from data_sharding.format.dct import DctCodec
 from data_sharding.format.patches import patchify, unpatchify
 from data_sharding.write.views import (
     UnreadableImage,

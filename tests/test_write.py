@@ -9,7 +9,7 @@ import pytest
 from writing import OPTIONS, make_images
 
 from data_sharding.errors import UserError
-from data_sharding.format.codec import get_codec
+from data_sharding.format.codecs import get_codec
 from data_sharding.format.manifest import Manifest
 from data_sharding.stream.frames import read_frame
 from data_sharding.verify import verify

@@ -1,7 +1,8 @@
 """A RUN's store in a bucket: conditional creates by single-part PUT, large objects by multipart upload.
 
-All requests go through ``retry``, the one place that tries again. Each part carries its MD5, which every S3 server checks (the checksums of newer clients are ignored by some), so that what was acknowledged is what was
-sent; what comes back is checked by the digests that the reader brings.
+All requests go through ``retry``, the one place that tries again. Each part carries its MD5, which every S3 server
+checks (the checksums of newer clients are ignored by some), so that what was acknowledged is what was sent; what comes
+back is checked by the digests that the reader brings.
 """
 
 import base64

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from data_sharding.errors import UserError
-from data_sharding.format.codec import SD_VAE, Latent, get_codec
+from data_sharding.format.codec import SD_VAE, Latent
+from data_sharding.format.codecs import get_codec
 from data_sharding.format.shard import Sample
 from data_sharding.storage.byte_ranges import read_all
 from data_sharding.storage.filesystems import file_system

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from data_sharding.format.codec import get_codec
+from data_sharding.format.codecs import get_codec
 from data_sharding.format.columns import COLUMNS
 from data_sharding.format.manifest import FILE, Header, ShardEntry
 from data_sharding.plan.size_presets import open_preset

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from data_sharding.errors import UserError
-from data_sharding.format.codec import codec_of
+from data_sharding.format.codecs import codec_of
 from data_sharding.format.manifest import FILE, Manifest
 from data_sharding.storage.byte_ranges import exists
 from data_sharding.stream.frames import read_frame

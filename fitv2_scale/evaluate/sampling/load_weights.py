@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from data_sharding.errors import DataError, UserError
-from data_sharding.format.codec import SD_VAE, Codec, codec_of, get_codec
+from data_sharding.format.codec import SD_VAE, Codec
+from data_sharding.format.codecs import codec_of, get_codec
 from data_sharding.format.manifest import Manifest
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
 from fitv2_scale.checkpoint.init_from import Source, begin_with, is_weights

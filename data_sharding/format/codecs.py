@@ -1,0 +1,50 @@
+"""Chooses a codec: by the name that a user gives, or by the record in a dataset's manifest."""
+
+from data_sharding.errors import UserError
+from data_sharding.format.codec import SD_VAE, Codec, Latent
+from data_sharding.format.dct import DctCodec
+
+
+def get_codec(name: str, vae: str = "", latent: Latent = "mean") -> Codec:
+    """The codec to write with; ``vae`` is the folder of sd-vae's weights, ``latent`` what to keep of its posterior.
+
+    Raises:
+        UserError: there is no such codec, its weights or packages are missing, or it takes no weights.
+    """
+    if name == DctCodec.name:
+        if vae or latent != "mean":
+            raise UserError("the codec dct has neither weights nor a posterior: leave --vae and --latent out")
+        return DctCodec()
+    if name != SD_VAE:
+        raise UserError(f"there is no codec '{name}': use 'dct' or 'sd-vae'")
+    if not vae:
+        raise UserError("the codec sd-vae needs its weights: give --vae FOLDER, a diffusers AutoencoderKL")
+    return _sd_vae(vae, latent)
+
+
+def codec_of(record: dict[str, str | float], vae: str = "") -> Codec:
+    """The codec that decodes a dataset whose header holds ``record``; ``vae`` as for ``get_codec``.
+
+    Raises:
+        UserError: as ``get_codec``, or ``vae`` holds other weights than the dataset was written with.
+    """
+    if record["name"] != SD_VAE:
+        return get_codec(str(record["name"]))
+    if not vae:
+        raise UserError(
+            "pictures of these latents need the VAE that they were made with: set sampling.vae to the folder of its "
+            "diffusers AutoencoderKL"
+        )
+    codec = _sd_vae(vae, "mean")
+    if record.get("vae", codec.weights) != codec.weights:  # the published latents come without a digest
+        raise UserError(
+            f"the dataset was written with the VAE {record['vae']:.16}, and {vae} holds {codec.weights:.16}: give the "
+            "folder of the former"
+        )
+    return codec
+
+
+def _sd_vae(folder: str, latent: Latent):
+    from data_sharding.format.sd_vae import load_vae
+
+    return load_vae(folder, latent)
