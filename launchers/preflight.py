@@ -21,8 +21,9 @@ import torch.distributed as dist
 from data_sharding.errors import UserError
 from data_sharding.format.manifest import Manifest
 from data_sharding.plan.size_presets import is_preset
+from data_sharding.storage.local_store import LocalStore
+from data_sharding.storage.open_store import open_store
 from data_sharding.storage.retry import Patience
-from data_sharding.storage.store import LocalStore, open_store
 from data_sharding.stream.frames import FrameReader
 from fitv2_scale.config.schema import Config
 from fitv2_scale.parallel.world import World, join

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from data_sharding.storage.store import open_store
+from data_sharding.storage.open_store import open_store
 from fitv2_scale.config.schema import Config
 from fitv2_scale.run.log import newest_attempt
 from fitv2_scale.run.run import BAD_INPUT, GIVE_UP, RETRY, Run

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import data_sharding.storage.store as store_module
+import data_sharding.storage.local_store as store_module
 
 _CHANGES = ("mkdir", "fsync", "link", "replace", "unlink", "rmdir")
 _READS = ("get_", "head_", "list_")

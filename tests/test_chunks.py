@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_sharding.storage.store import LocalStore
+from data_sharding.storage.local_store import LocalStore
 from fitv2_scale.checkpoint import checksums
 from fitv2_scale.checkpoint.checksums import ChunkDigests, ChunkReader, Damaged, Span
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from data_sharding.errors import UserError
-from data_sharding.storage.store import LocalStore
+from data_sharding.storage.local_store import LocalStore
 from fitv2_scale.config.slurm import SlurmConfig
 from fitv2_scale.run.log import Entry
 from fitv2_scale.run.run import NOT_FINITE, Run

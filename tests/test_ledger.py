@@ -18,7 +18,7 @@ from data_sharding.errors import DataError
 from data_sharding.format.manifest import Manifest
 from data_sharding.plan.balance import deal
 from data_sharding.plan.plan import CROP, RESIZE, Plan, Segment
-from data_sharding.storage.store import LocalStore
+from data_sharding.storage.local_store import LocalStore
 from data_sharding.stream.substitutes import Ledger, Loss, frame_of
 from fitv2_scale.cli.__main__ import main
 from fitv2_scale.data import Data

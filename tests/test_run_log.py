@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_sharding.errors import DataError, UserError
-from data_sharding.storage.store import LocalStore, open_store
+from data_sharding.storage.local_store import LocalStore
+from data_sharding.storage.open_store import open_store
 from fitv2_scale.run.log import RunLog, StaleAttempt
 
 DIGEST = "sha256:00"

@@ -15,7 +15,7 @@ from services.s3 import use
 from waiting import wait
 
 from data_sharding.errors import UserError
-from data_sharding.storage.store import open_store
+from data_sharding.storage.open_store import open_store
 from fitv2_scale.checkpoint.commit import attempt_of, commit_folder, verify_commit
 from fitv2_scale.cli.__main__ import main
 from fitv2_scale.run import local_files

@@ -6,7 +6,7 @@ import pytest
 from places import S3
 
 from data_sharding.storage import s3_store
-from data_sharding.storage.store import open_store
+from data_sharding.storage.open_store import open_store
 
 
 @pytest.fixture

@@ -76,7 +76,7 @@ def test_attempts_of_one_run_are_one_mlflow_run(folder):
 @pytest.mark.parametrize("died", ["before", "after"])
 def test_an_uploader_killed_at_its_acknowledgement_repeats_nothing(folder, monkeypatch, died):
     """Killed when MLflow has the second batch, before or after that is written down: it is sent again, or is not."""
-    from data_sharding.storage.store import LocalStore
+    from data_sharding.storage.local_store import LocalStore
     from fitv2_scale.tracking import publisher
 
     monkeypatch.setattr(publisher, "MAX_METRICS_PER_BATCH", 10)

@@ -21,7 +21,9 @@ import torch
 
 from data_sharding.errors import UserError
 from data_sharding.storage.filesystems import file_system
-from data_sharding.storage.store import LocalStore, Store, open_store
+from data_sharding.storage.local_store import LocalStore
+from data_sharding.storage.open_store import open_store
+from data_sharding.storage.store import Store
 from data_sharding.stream.batch import StepBatch
 from fitv2_scale.bench.checkpoint_report import spread
 from fitv2_scale.bench.latents import forget

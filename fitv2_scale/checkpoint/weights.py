@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data_sharding.errors import UserError
-from data_sharding.storage.store import open_store
+from data_sharding.storage.open_store import open_store
 from fitv2_scale.checkpoint.checksums import Damaged
 from fitv2_scale.checkpoint.commit import commit_folder, read_manifest
 from fitv2_scale.checkpoint.dcp_storage import BoxReader, box_record, write_manifest

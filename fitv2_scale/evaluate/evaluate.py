@@ -13,7 +13,8 @@ import torch
 
 from data_sharding.errors import UserError
 from data_sharding.storage.byte_ranges import exists
-from data_sharding.storage.store import Store, open_store
+from data_sharding.storage.open_store import open_store
+from data_sharding.storage.store import Store
 from fitv2_scale.checkpoint.init_from import is_weights
 from fitv2_scale.config.model import PIXELS_PER_TOKEN, parse_size
 from fitv2_scale.evaluate.feature_network import FeatureNetwork

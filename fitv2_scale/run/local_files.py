@@ -10,7 +10,8 @@ import tempfile
 from pathlib import Path
 
 from data_sharding.errors import UserError
-from data_sharding.storage.store import LocalStore, Store
+from data_sharding.storage.local_store import LocalStore
+from data_sharding.storage.store import Store
 
 
 def local(store: Store, run_id: str, rel: str) -> Path:

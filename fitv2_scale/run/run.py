@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from data_sharding.errors import DataError, StorageDown, UserError
-from data_sharding.storage.store import Store, open_store
+from data_sharding.storage.open_store import open_store
+from data_sharding.storage.store import Store
 from fitv2_scale.run import local_files
 from fitv2_scale.run.log import Entry, RunLog, now
 from fitv2_scale.run.redact import redact

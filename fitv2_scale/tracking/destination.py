@@ -9,7 +9,8 @@ import re
 from pathlib import Path
 
 from data_sharding.errors import UserError
-from data_sharding.storage.store import LocalStore, open_store
+from data_sharding.storage.local_store import LocalStore
+from data_sharding.storage.open_store import open_store
 
 _MOUNTS = Path("/proc/self/mountinfo")
 _SHARED = {"nfs", "nfs4", "lustre", "gpfs", "beegfs", "beegfs_nodev", "cifs", "smb3", "ceph", "glusterfs", "panfs"} | {

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from data_sharding.errors import UserError
-from data_sharding.storage.store import LocalStore
+from data_sharding.storage.local_store import LocalStore
 from fitv2_scale.run.log import newest_attempt
 from fitv2_scale.run.redact import redact
 from fitv2_scale.run.run import Attempt, Run

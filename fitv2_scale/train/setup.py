@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from data_sharding.errors import DataError, UserError
 from data_sharding.plan.plan import Plan
-from data_sharding.storage.store import open_store
+from data_sharding.storage.open_store import open_store
 from fitv2_scale.checkpoint.checkpointer import Checkpointer, Restored
 from fitv2_scale.checkpoint.init_from import Source, begin_with
 from fitv2_scale.checkpoint.policy import Cadence
