@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from data_sharding.errors import UserError
-from fitv2_scale.config.sections import LayoutConfig
+from fitv2_scale.config.layout import LayoutConfig
 
 _OFF = "or set layout.compile=false"
 _SECONDS = 60

@@ -37,7 +37,7 @@ def main() -> int:
 
     # Not at the top: signals are held back before anything that takes time.
     from fitv2_scale.cli.__main__ import main as fitv2
-    from fitv2_scale.config.schema import load_config
+    from fitv2_scale.config.load import load_config
     from fitv2_scale.run.run import GIVE_UP, RETRY
 
     if arguments[0] == "train":

@@ -19,7 +19,8 @@ from data_sharding.errors import UserError
 from data_sharding.plan.size_presets import is_preset
 from data_sharding.storage.local_store import LocalStore
 from data_sharding.storage.open_store import open_store
-from fitv2_scale.config.schema import Config, load_config
+from fitv2_scale.config.load import load_config
+from fitv2_scale.config.schema import Config
 from fitv2_scale.config.slurm import SlurmConfig
 from fitv2_scale.run.provenance import SOURCE, source
 from fitv2_scale.run.redact import redact

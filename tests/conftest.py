@@ -17,7 +17,8 @@ from services.s3 import client, rgw  # noqa: F401 - fixtures
 from writing import images, written  # noqa: F401 - fixtures
 
 from data_sharding.write.images import write_dataset
-from fitv2_scale.config.schema import Config, parse_config
+from fitv2_scale.config.load import parse_config
+from fitv2_scale.config.schema import Config
 
 # The same examples on every machine, however slow it is; --hypothesis-profile=default looks for others.
 settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fitv2_scale.config.schema import parse_config
+from fitv2_scale.config.load import parse_config
 from fitv2_scale.model.counts import parameter_count
 from fitv2_scale.planning.scaling.fits import SurfaceFit
 from fitv2_scale.run.run import Run

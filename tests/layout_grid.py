@@ -14,7 +14,9 @@ from torch import Tensor
 
 from data_sharding.plan.balance import Shape
 from data_sharding.plan.pack_layout import lay_out
-from fitv2_scale.config.schema import Config, parse_config
+from fitv2_scale.config.layout import Layout
+from fitv2_scale.config.load import parse_config
+from fitv2_scale.config.schema import Config
 from fitv2_scale.model.counts import logical_shapes
 from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.model.flow import flow_loss
@@ -24,7 +26,6 @@ from fitv2_scale.model.to_torch import packing_to_torch
 from fitv2_scale.parallel.boxes import LogicalTensor
 from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.engine import freeze
-from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.world import World, join
 
 STEPS, IMAGES, CLASSES, LONGEST = 20, 12, 5, 16

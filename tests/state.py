@@ -14,7 +14,7 @@ from data_sharding.storage.s3_store import S3Store
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
 from fitv2_scale.checkpoint.cleanup import leftovers, remove
 from fitv2_scale.checkpoint.commit import verify_commit
-from fitv2_scale.checkpoint.policy import CheckpointConfig
+from fitv2_scale.config.sections import CheckpointConfig
 from fitv2_scale.parallel.boxes import Box, LogicalTensor
 from fitv2_scale.parallel.world import World, join
 from fitv2_scale.run.log import RunLog

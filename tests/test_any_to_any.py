@@ -16,10 +16,10 @@ from ranks import run_ranks
 from state import CURSOR
 
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
+from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.schema import Config
 from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.engine import Engine
-from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.world import World, join
 from fitv2_scale.run.run import Run
 

@@ -20,7 +20,7 @@ from fitv2_scale.checkpoint.checkpointer import Checkpointer
 from fitv2_scale.checkpoint.commit import verify_commit
 from fitv2_scale.checkpoint.staging import Staging
 from fitv2_scale.cli.__main__ import main
-from fitv2_scale.config.schema import load_config
+from fitv2_scale.config.load import load_config
 from fitv2_scale.run.run import Run
 
 ARGUMENTS = [*SMALL, "data.url=preset:imagenet256", "batch.images=5", "layout.max_tokens=512"]

@@ -12,7 +12,8 @@ from fitv2_scale.bench import reference, step
 from fitv2_scale.bench.reference import Reference
 from fitv2_scale.bench.step_data import open_steps
 from fitv2_scale.cli.__main__ import main
-from fitv2_scale.config.schema import Config, load_config
+from fitv2_scale.config.load import load_config
+from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
 from fitv2_scale.model.counts import forward_flops
 from fitv2_scale.model.flow import image_losses

@@ -8,10 +8,11 @@ from test_model import SWITCHES, TINY, build, pack
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.parallel.blocks import prepare_blocks
-from fitv2_scale.parallel.mesh import Layout
+from fitv2_scale.parallel.mesh import make_groups
 from fitv2_scale.parallel.tensor import tensor_linear
 from fitv2_scale.parallel.world import join
 
@@ -55,7 +56,7 @@ def test_compiled_blocks_have_the_same_gradients_and_are_compiled_once(checkpoin
 
 def gradients_on_a_tensor_rank(checkpointing: str, compile_blocks: bool = False) -> dict[str, np.ndarray]:
     with join() as world:
-        group = Layout.of(world.size, 1, world.size).groups("cpu").tensor
+        group = make_groups(Layout.of(world.size, 1, world.size), "cpu").tensor
         network = FiTv2(TINY, tensor_linear(group))
         with torch.no_grad():
             for i, p in enumerate(network.parameters()):

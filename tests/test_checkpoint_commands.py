@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from state import State, opened, saver
 
 from fitv2_scale.cli.__main__ import main
-from fitv2_scale.config.schema import load_config
+from fitv2_scale.config.load import load_config
 from fitv2_scale.model.counts import logical_shapes
 from fitv2_scale.run.run import Run
 

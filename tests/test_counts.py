@@ -6,8 +6,8 @@ from test_model import pack
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from fitv2_scale.config.load import load_config
 from fitv2_scale.config.model import ModelConfig
-from fitv2_scale.config.schema import load_config
 from fitv2_scale.model.counts import forward_flops
 from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.model.packing import Packing

@@ -10,7 +10,7 @@ from PIL import Image
 
 from data_sharding.errors import UserError
 from fitv2_scale.cli.__main__ import main
-from fitv2_scale.config.schema import parse_config
+from fitv2_scale.config.load import parse_config
 from fitv2_scale.model.counts import forward_flops
 from fitv2_scale.planning.scaling.analysis import law_of_run, law_of_sizes
 from fitv2_scale.planning.scaling.published import published, steps_to

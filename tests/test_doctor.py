@@ -12,7 +12,7 @@ from ranks import run_ranks
 
 from data_sharding.errors import UserError
 from fitv2_scale.cli.__main__ import main
-from fitv2_scale.config.sections import LayoutConfig
+from fitv2_scale.config.layout import LayoutConfig
 from launchers import preflight
 from launchers.compiler_check import check_compiler
 from launchers.preflight import examine

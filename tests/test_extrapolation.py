@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from data_sharding.plan.balance import Shape
 from data_sharding.plan.pack_layout import lay_out
-from fitv2_scale.config.model import ModelConfig
-from fitv2_scale.model.extrapolation import RopeConfig, extrapolated_table
+from fitv2_scale.config.model import ModelConfig, RopeConfig
+from fitv2_scale.model.extrapolation import extrapolated_table
 from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.model.rope import rope_table
 from fitv2_scale.model.to_torch import packing_to_torch

@@ -6,7 +6,8 @@ import torch
 from test_model import TINY, build, pack
 
 from data_sharding.rng import Purpose
-from fitv2_scale.model.flow import FlowConfig, flow_loss, image_losses, make_flow_batch, noise_words, sample_t
+from fitv2_scale.config.model import FlowConfig
+from fitv2_scale.model.flow import flow_loss, image_losses, make_flow_batch, noise_words, sample_t
 from fitv2_scale.model.packing import PackedBatch
 
 SIZES = [(3, 4), (2, 2), (4, 4)]

@@ -21,8 +21,10 @@ from torch.nn.attention.varlen import varlen_attn
 
 from fitv2_scale.bench import step
 from fitv2_scale.cli.__main__ import main
+from fitv2_scale.config.layout import Layout
+from fitv2_scale.config.load import load_config
 from fitv2_scale.config.model import ModelConfig
-from fitv2_scale.config.schema import Config, load_config
+from fitv2_scale.config.schema import Config
 from fitv2_scale.model import fitv2
 from fitv2_scale.model.counts import forward_flops
 from fitv2_scale.model.fitv2 import FiTv2
@@ -31,7 +33,6 @@ from fitv2_scale.model.rope import rope_table
 from fitv2_scale.parallel.blocks import prepare_blocks
 from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.memory import Compute, StateBytes, cuda_peak, saved_bytes, state_bytes
-from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.world import join
 from fitv2_scale.planning.forecast.report import to_text
 

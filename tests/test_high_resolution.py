@@ -15,10 +15,10 @@ from data_sharding.write.images import write_dataset
 from fitv2_scale.checkpoint.commit import read_manifest
 from fitv2_scale.checkpoint.dcp_storage import BoxReader
 from fitv2_scale.checkpoint.weights import export_weights
-from fitv2_scale.config.schema import load_config
+from fitv2_scale.config.layout import Layout
+from fitv2_scale.config.load import load_config
 from fitv2_scale.model.counts import logical_shapes, parameter_count
 from fitv2_scale.parallel.build import make_engine
-from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.world import join
 from fitv2_scale.planning.forecast.memory import plan_state
 from fitv2_scale.run.run import Run

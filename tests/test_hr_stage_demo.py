@@ -19,7 +19,7 @@ from test_forecast import measure
 from test_high_resolution import is_trained, stored
 from test_supervise import ranks_of
 
-from fitv2_scale.config.schema import load_config
+from fitv2_scale.config.load import load_config
 from fitv2_scale.run.run import Run
 from fitv2_scale.tracking.journal import read
 

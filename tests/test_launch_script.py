@@ -14,7 +14,7 @@ import yaml
 
 from data_sharding.errors import UserError
 from fitv2_scale.cli.__main__ import main
-from fitv2_scale.config.schema import load_config
+from fitv2_scale.config.load import load_config
 from fitv2_scale.config.slurm import NCCL_PROFILES, SlurmConfig
 from launchers.batch_script import train_script
 from launchers.rank import cache_environment, rank_environment

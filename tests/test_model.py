@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from data_sharding.plan.balance import Shape
 from data_sharding.plan.pack_layout import lay_out
+from fitv2_scale.config.load import load_config
 from fitv2_scale.config.model import ModelConfig
-from fitv2_scale.config.schema import load_config
 from fitv2_scale.model.attention import padded_sdpa
 from fitv2_scale.model.counts import logical_shapes, parameter_count
 from fitv2_scale.model.fitv2 import FiTv2, Role

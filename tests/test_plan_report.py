@@ -11,9 +11,9 @@ from ranks import run_ranks
 from data_sharding.errors import UserError
 from data_sharding.format.manifest import Manifest
 from fitv2_scale.cli.__main__ import main
-from fitv2_scale.config.schema import load_config
+from fitv2_scale.config.layout import Layout
+from fitv2_scale.config.load import load_config
 from fitv2_scale.data import Data
-from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.planning.forecast.assumptions import Assumed
 from fitv2_scale.planning.forecast.node_count import Choice, candidates, choose, enough, explain
 from fitv2_scale.planning.forecast.step_time import exposed_seconds, step_pace, traffic_seconds

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fitv2_scale.checkpoint.policy import Cadence, CheckpointConfig, to_retire
+from fitv2_scale.checkpoint.policy import Cadence, to_retire
+from fitv2_scale.config.sections import CheckpointConfig
 from fitv2_scale.planning.forecast.save_interval import LONGEST, SHORTEST, mtbf_hours, recommended_interval
 from fitv2_scale.run.log import Entry
 

@@ -12,7 +12,7 @@ from ranks import run_ranks
 
 from data_sharding.errors import UserError
 from fitv2_scale.cli.__main__ import main
-from fitv2_scale.config.schema import load_config
+from fitv2_scale.config.load import load_config
 from fitv2_scale.train.loop import DONE, train
 
 BASE = {"model": {"depth": 2, "hidden": 32, "heads": 2}, "data": {"url": "set"}, "train": {"steps": 1}}

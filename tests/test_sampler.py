@@ -14,15 +14,14 @@ from ranks import run_ranks
 
 from data_sharding.errors import UserError
 from fitv2_scale.cli.__main__ import main
-from fitv2_scale.config.model import ModelConfig, parse_size
+from fitv2_scale.config.layout import Layout
+from fitv2_scale.config.model import ModelConfig, RopeConfig, parse_size
 from fitv2_scale.config.schema import Config
 from fitv2_scale.config.sections import SamplingConfig
 from fitv2_scale.evaluate.sampling.image_grid import grid_png, grid_requests
 from fitv2_scale.evaluate.sampling.sampler import Request, rope_of, sample
-from fitv2_scale.model.extrapolation import RopeConfig
 from fitv2_scale.parallel.boxes import Box
 from fitv2_scale.parallel.build import make_engine
-from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.world import join
 from fitv2_scale.run.run import Run
 from fitv2_scale.train.loop import train

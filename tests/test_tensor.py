@@ -15,11 +15,11 @@ from ranks import run_ranks
 
 import fitv2_scale.parallel.fsdp
 from data_sharding.errors import UserError
+from fitv2_scale.config.layout import Layout, LayoutConfig
 from fitv2_scale.config.schema import Config
-from fitv2_scale.config.sections import LayoutConfig, SamplingConfig
+from fitv2_scale.config.sections import SamplingConfig
 from fitv2_scale.evaluate.sampling.sampler import Request, sample
 from fitv2_scale.parallel.build import make_engine
-from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.tensor import TensorGroup, tensor_linear
 from fitv2_scale.parallel.world import join
 from fitv2_scale.train.loop import train

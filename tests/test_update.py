@@ -10,9 +10,9 @@ import torch.distributed as dist
 from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fitv2_scale.config.layout import Layout
+from fitv2_scale.config.sections import OptimizerConfig
 from fitv2_scale.data import Data
-from fitv2_scale.parallel.engine import OptimizerConfig
-from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.optimizer import AdamW, global_norm, judge, telling, update_ema
 from fitv2_scale.parallel.world import join
 from fitv2_scale.train.loop import train_step

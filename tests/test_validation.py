@@ -21,13 +21,13 @@ from data_sharding.rng import Purpose
 from data_sharding.stream.frames import read_frame
 from data_sharding.write.images import write_dataset
 from fitv2_scale.cli.__main__ import main
+from fitv2_scale.config.layout import Layout
 from fitv2_scale.data import Data
 from fitv2_scale.evaluate.validation import grid_of, held_out
 from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.model.init import fill_initial
 from fitv2_scale.model.to_torch import packing_to_torch
 from fitv2_scale.parallel.build import make_engine
-from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.world import join
 from fitv2_scale.run.run import Run
 from fitv2_scale.tracking.journal import read

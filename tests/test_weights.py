@@ -16,7 +16,7 @@ from test_checkpoint import Touch, logical
 from data_sharding.errors import UserError
 from fitv2_scale.checkpoint.weights import export_weights, import_weights
 from fitv2_scale.cli.__main__ import main
-from fitv2_scale.config.schema import load_config
+from fitv2_scale.config.load import load_config
 from fitv2_scale.model.counts import logical_shapes
 from fitv2_scale.run.run import Run
 from fitv2_scale.train.loop import train

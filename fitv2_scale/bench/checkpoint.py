@@ -31,11 +31,11 @@ from fitv2_scale.bench.reshard import lay_out_anew
 from fitv2_scale.bench.step_data import open_steps
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
 from fitv2_scale.checkpoint.commit import read_manifest
+from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
 from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.engine import Engine
-from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.world import World, join
 from fitv2_scale.run.log import Entry
 from fitv2_scale.run.run import Run

@@ -20,6 +20,7 @@ from data_sharding.errors import UserError
 from data_sharding.stream.batch import StepBatch
 from fitv2_scale.bench.reference import Reference
 from fitv2_scale.bench.step_data import open_steps
+from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
 from fitv2_scale.model.counts import forward_flops
@@ -28,7 +29,6 @@ from fitv2_scale.model.to_torch import pack_to_torch
 from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.memory import cuda_peak
-from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.optimizer import update_ema
 from fitv2_scale.parallel.world import World, join
 from fitv2_scale.planning.forecast.memory import plan_compute, plan_state

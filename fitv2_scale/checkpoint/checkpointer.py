@@ -33,8 +33,9 @@ from fitv2_scale.checkpoint.commit import (
 )
 from fitv2_scale.checkpoint.dcp_storage import BoxReader
 from fitv2_scale.checkpoint.dcp_tensor import BoxedTensor
-from fitv2_scale.checkpoint.policy import CheckpointConfig, to_retire
+from fitv2_scale.checkpoint.policy import to_retire
 from fitv2_scale.checkpoint.staging import Staging
+from fitv2_scale.config.sections import CheckpointConfig
 from fitv2_scale.parallel.boxes import LogicalTensor
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.world import World

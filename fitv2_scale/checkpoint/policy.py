@@ -3,32 +3,8 @@
 import time
 from collections.abc import Callable, Collection, Sequence
 
-from pydantic import BaseModel, ConfigDict, Field
-
+from fitv2_scale.config.sections import CheckpointConfig
 from fitv2_scale.run.log import Entry
-
-_SAFE = 2  # so many of the newest sound commits are never deleted, whatever the config says
-
-
-class CheckpointConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    every_steps: int = Field(1000, ge=1, description="steps between commits")
-    every_minutes: float | None = Field(
-        None, gt=0, description="minutes between commits, instead of every_steps; `fitv2 plan` recommends a value"
-    )
-    keep_last: int = Field(2, ge=_SAFE, description="newest commits to keep; older ones are retired, then deleted")
-    keep_every: int = Field(0, ge=0, description="commits at its multiples are made and kept for ever; 0: none")
-    milestones: list[int] = Field([], description="commits at these steps are made and kept for ever")
-    max_failed: int = Field(
-        3,
-        ge=1,
-        description="saves in a row that may fail until training ends with 75; the next is made when it is due",
-    )
-
-    def keeps(self, step: int) -> bool:
-        """Whether the commit at ``step`` is kept for ever."""
-        return step in self.milestones or (self.keep_every > 0 and step % self.keep_every == 0)
 
 
 def to_retire(commits: Sequence[Entry], quarantined: Collection[int], config: CheckpointConfig) -> list[Entry]:

@@ -52,7 +52,7 @@ def bench_data(args: argparse.Namespace) -> int:
 
 def bench_step(args: argparse.Namespace) -> int:
     from fitv2_scale.bench import step
-    from fitv2_scale.config.schema import load_config
+    from fitv2_scale.config.load import load_config
 
     config = load_config(args.config, args.overrides)
     report = step.measure(config, args.steps, args.repeats, args.against == "reference")
@@ -64,7 +64,7 @@ def bench_step(args: argparse.Namespace) -> int:
 def bench_checkpoint(args: argparse.Namespace) -> int:
     from fitv2_scale.bench import checkpoint
     from fitv2_scale.bench.checkpoint_report import to_text
-    from fitv2_scale.config.schema import load_config
+    from fitv2_scale.config.load import load_config
 
     if args.s3 and not args.s3.startswith("s3://"):
         raise UserError(f"--s3 {args.s3}: give s3://BUCKET/FOLDER")

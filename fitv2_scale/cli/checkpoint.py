@@ -72,7 +72,7 @@ def checkpoint_sweep(args: argparse.Namespace) -> int:
 
 def checkpoint_import(args: argparse.Namespace) -> int:
     from fitv2_scale.checkpoint.weights import WrongWeights, import_weights
-    from fitv2_scale.config.schema import load_config
+    from fitv2_scale.config.load import load_config
 
     try:
         run = import_weights(args.file, args.run, load_config(args.config))

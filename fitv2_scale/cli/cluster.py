@@ -42,7 +42,7 @@ def add_commands(commands: Any, make: Make, show: Print) -> None:
 
 
 def _submit(args: argparse.Namespace, show: Print) -> int:
-    from fitv2_scale.config.schema import load_config
+    from fitv2_scale.config.load import load_config
     from launchers.submit import submit, submit_command, sweep
 
     words = args.overrides
@@ -71,7 +71,7 @@ def _submit(args: argparse.Namespace, show: Print) -> int:
 
 
 def _site(config: str | None, overrides: list[str]):
-    from fitv2_scale.config.schema import load_config, load_slurm
+    from fitv2_scale.config.load import load_config, load_slurm
 
     return load_config(config, overrides).slurm if config else load_slurm(overrides)
 
@@ -102,7 +102,7 @@ def _logs(args: argparse.Namespace, show: Print) -> int:
 
 
 def _doctor(args: argparse.Namespace, show: Print) -> int:
-    from fitv2_scale.config.schema import load_config
+    from fitv2_scale.config.load import load_config
     from launchers.preflight import as_report, examine, to_text
 
     words = args.overrides

@@ -32,7 +32,7 @@ def add(commands: Any) -> None:
 
 
 def plan_run(args: argparse.Namespace) -> int:
-    from fitv2_scale.config.schema import load_config
+    from fitv2_scale.config.load import load_config
     from fitv2_scale.planning.forecast.assumptions import Assumed
     from fitv2_scale.planning.forecast.report import forecast, to_text
     from fitv2_scale.planning.forecast.storage import commit_bytes
@@ -53,7 +53,7 @@ def plan_run(args: argparse.Namespace) -> int:
 
 
 def config_show(args: argparse.Namespace) -> int:
-    from fitv2_scale.config.schema import explain, load_config
+    from fitv2_scale.config.load import explain, load_config
 
     keys = list(explain(load_config(args.config, args.overrides)))
     width = max(len(f"{key} = {value}") for key, value, _ in keys if len(str(value)) < 30)

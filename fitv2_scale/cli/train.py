@@ -26,7 +26,7 @@ def add(commands: Any) -> None:
 
 
 def train_run(args: argparse.Namespace) -> int:
-    from fitv2_scale.config.schema import load_config
+    from fitv2_scale.config.load import load_config
     from fitv2_scale.train.loop import train
 
     config = load_config(args.config, args.overrides)

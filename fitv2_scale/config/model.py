@@ -2,19 +2,35 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from data_sharding.errors import UserError
-from fitv2_scale.model.extrapolation import RopeConfig
+from fitv2_scale.config.section import Section
 
 TOKEN_CHANNELS = 16  # 4 latent channels in patches of 2 x 2
 TIMESTEP_CHANNELS = 256
 PIXELS_PER_TOKEN = 16  # a side: patches of 2 latents of 8 pixels
 
+Mode = Literal["none", "pi", "ntk", "yarn", "vision_ntk", "vision_yarn"]
+AttentionScale = Literal["none", "paper", "released"]
 
-class ModelConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
+class RopeConfig(Section):
+    mode: Mode = Field(
+        "none",
+        description="positions beyond train_side: none (as they come), pi, ntk, yarn, or with a scale of its own for "
+        "each axis vision_ntk (as the high-resolution stage is trained), vision_yarn",
+    )
+    attention_scale: AttentionScale = Field(
+        "none",
+        description="of q k by the number of tokens, in the paper's form or the released code's, which differ",
+    )
+    train_side: int = Field(
+        16, ge=2, description="side in tokens of a square image as large as those trained on before any extrapolation"
+    )
+
+
+class ModelConfig(Section):
     depth: int = Field(ge=1, description="number of transformer blocks")
     hidden: int = Field(ge=8, description="width of the residual stream")
     heads: int = Field(ge=1, description="attention heads; hidden / heads must be divisible by 4 for 2-D RoPE")
@@ -59,3 +75,10 @@ def parse_size(size: str) -> tuple[int, int]:
     if not rows or not columns:
         raise UserError(f"size '{size}': each side needs at least {PIXELS_PER_TOKEN} pixels")
     return rows, columns
+
+
+class FlowConfig(Section):
+    t_sampler: Literal["logit_normal", "uniform"] = Field(
+        "logit_normal", description="density of training times; logit_normal is sigmoid(N(0, 1)), as released"
+    )
+    label_dropout: float = Field(0.1, ge=0, le=1, description="share of images trained without their class, for CFG")

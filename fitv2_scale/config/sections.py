@@ -1,20 +1,13 @@
 """The sections of a run's configuration that belong to no other room; ``config`` puts all of them together."""
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from data_sharding.errors import UserError
 from data_sharding.plan.plan import Views
-from fitv2_scale.config.model import parse_size
-from fitv2_scale.model.extrapolation import AttentionScale, Mode
-from fitv2_scale.parallel.engine import Precision
-from fitv2_scale.parallel.mesh import Layout
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+from fitv2_scale.config.model import AttentionScale, Mode, parse_size
+from fitv2_scale.config.section import Section
 
 S = TypeVar("S", bound=Section)
 
@@ -71,32 +64,6 @@ class TrainConfig(Section):
     spike_sigma: float = Field(
         6.0, ge=0, description="a loss this many deviations above its running mean is reported, no more; 0: none is"
     )
-
-
-class LayoutConfig(Section):
-    engine: Literal["fsdp", "zero3"] = Field(
-        "fsdp", description="fsdp: PyTorch FSDP2, HSDP when replicate > 1; zero3: DeepSpeed's ZeRO stage 3"
-    )
-    replicate: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        "auto",
-        description="copies of the sharded state, a divisor of the number of processes; auto: one a node with fsdp",
-    )
-    tensor: int = Field(
-        1, ge=1, description="processes that share the work on one pack (tensor parallelism); must divide model.heads"
-    )
-    checkpointing: Literal["none", "selective", "full"] = Field(
-        "none", description="what is computed again in the backward pass instead of kept: nothing, cheap parts, blocks"
-    )
-    precision: Precision = Field("bf16", description="of compute; master weights and reductions stay float32")
-    max_tokens: int = Field(16384, ge=64, description="most tokens in a pack; the planner picks the capacity below it")
-    compile: bool | Literal["auto"] = Field("auto", description="torch.compile each block; auto: on CUDA only")
-
-    def compiles(self, on_cuda: bool) -> bool:
-        return on_cuda if self.compile == "auto" else self.compile
-
-    def over(self, ranks: int, nodes: int = 1) -> Layout:
-        """The layout of ``ranks`` processes on ``nodes`` nodes. Raises UserError if they do not divide."""
-        return Layout.of(ranks, self.replicate, self.tensor, nodes if self.engine == "fsdp" else 1)
 
 
 class TrackingConfig(Section):
@@ -180,3 +147,53 @@ def with_changes(section: S, changes: dict[str, Any]) -> S:
         first = error.errors()[0]
         key, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
         raise UserError(f"{key} = {first['input']!r}: {message}") from None
+
+
+_SAFE = 2  # so many of the newest sound commits are never deleted, whatever the config says
+
+
+class CheckpointConfig(Section):
+    every_steps: int = Field(1000, ge=1, description="steps between commits")
+    every_minutes: float | None = Field(
+        None, gt=0, description="minutes between commits, instead of every_steps; `fitv2 plan` recommends a value"
+    )
+    keep_last: int = Field(2, ge=_SAFE, description="newest commits to keep; older ones are retired, then deleted")
+    keep_every: int = Field(0, ge=0, description="commits at its multiples are made and kept for ever; 0: none")
+    milestones: list[int] = Field([], description="commits at these steps are made and kept for ever")
+    max_failed: int = Field(
+        3,
+        ge=1,
+        description="saves in a row that may fail until training ends with 75; the next is made when it is due",
+    )
+
+    def keeps(self, step: int) -> bool:
+        """Whether the commit at ``step`` is kept for ever."""
+        return step in self.milestones or (self.keep_every > 0 and step % self.keep_every == 0)
+
+
+class WatchdogConfig(Section):
+    step_factor: float = Field(3.0, gt=1, description="a step may take so many times the longest of the last ones")
+    step_seconds: float = Field(
+        30.0, gt=0, description="and always as long as this; also how long a rank may be silent"
+    )
+    compile_seconds: float = Field(1800.0, gt=0, description="limit of each of the first steps")
+    load_seconds: float = Field(1800.0, gt=0, description="limit of building the model and reading a commit")
+    data_seconds: float = Field(900.0, gt=0, description="limit of waiting for a batch; over data.deadline_seconds")
+    save_seconds: float = Field(1800.0, gt=0, description="limit of a commit")
+    evaluate_seconds: float = Field(1800.0, gt=0, description="limit of making pictures")
+
+
+class OptimizerConfig(Section):
+    """AdamW, with linear warm-up to a constant learning rate."""
+
+    lr: float = Field(1e-4, gt=0, description="learning rate after warm-up; never scaled by the batch or the ranks")
+    warmup_steps: int = Field(5000, ge=0, description="optimizer steps of linear warm-up")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
+    beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+    max_norm: float = Field(1.0, gt=0, description="gradients are clipped to this global norm")
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of step ``step``, counted from 0."""
+        return self.lr * min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else self.lr

@@ -1,10 +1,12 @@
-"""What differs from cluster to cluster: the config section ``slurm``. A leaf: it imports nothing of this project."""
+"""What differs from cluster to cluster: the config section ``slurm``."""
 
 import math
 import re
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
+
+from fitv2_scale.config.section import Section
 
 # Environment for NCCL by the network between nodes. Starting points: a site's own settings go into slurm.setup.
 NCCL_PROFILES: dict[str, dict[str, str]] = {
@@ -16,9 +18,7 @@ NCCL_PROFILES: dict[str, dict[str, str]] = {
 }
 
 
-class SlurmConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class SlurmConfig(Section):
     partition: str = Field("", description="where jobs run; empty: the cluster's default partition")
     account: str = Field("", description="whom they are charged to; empty: your default account")
     qos: str = Field("", description="quality of service; empty: your default")

@@ -20,10 +20,10 @@ from data_sharding.rng import Purpose, keyed_order
 from data_sharding.stream.batch import make_batch
 from data_sharding.stream.frames import FrameReader
 from data_sharding.stream.substitutes import frames_of
+from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.sections import ValidationConfig
 from fitv2_scale.model.flow import noised, velocity_losses
 from fitv2_scale.model.to_torch import pack_to_torch
-from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.world import World
 
 _SEED = 0  # of the grid, in every run

@@ -20,35 +20,15 @@ All of it is plain RoPE, bit for bit, for an image within L x L, the released at
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from fitv2_scale.config.model import RopeConfig
 from fitv2_scale.model.packing import Packing
 from fitv2_scale.model.rope import axis_frequencies, table
 
-Mode = Literal["none", "pi", "ntk", "yarn", "vision_ntk", "vision_yarn"]
-AttentionScale = Literal["none", "paper", "released"]
 _FASTEST, _SLOWEST = 32, 1  # YaRN's beta: turns over L above which, and below which, the ramp ends
-
-
-class RopeConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    mode: Mode = Field(
-        "none",
-        description="positions beyond train_side: none (as they come), pi, ntk, yarn, or with a scale of its own for "
-        "each axis vision_ntk (as the high-resolution stage is trained), vision_yarn",
-    )
-    attention_scale: AttentionScale = Field(
-        "none",
-        description="of q k by the number of tokens, in the paper's form or the released code's, which differ",
-    )
-    train_side: int = Field(
-        16, ge=2, description="side in tokens of a square image as large as those trained on before any extrapolation"
-    )
 
 
 # Of the released commands (README of whlzy/FiT), at L = 16: what the general rule below would not give.

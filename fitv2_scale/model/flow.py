@@ -7,27 +7,16 @@ the global batch, so that every image weighs the same however many tokens it has
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from data_sharding.rng import Purpose
-from fitv2_scale.config.model import TOKEN_CHANNELS
+from fitv2_scale.config.model import TOKEN_CHANNELS, FlowConfig
 from fitv2_scale.model.packing import PackedBatch
 from fitv2_scale.model.rng import normal, uniform, words
 
 _BLOCKS = TOKEN_CHANNELS // 4  # blocks of four words a token's noise takes
-
-
-class FlowConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    t_sampler: Literal["logit_normal", "uniform"] = Field(
-        "logit_normal", description="density of training times; logit_normal is sigmoid(N(0, 1)), as released"
-    )
-    label_dropout: float = Field(0.1, ge=0, le=1, description="share of images trained without their class, for CFG")
 
 
 @dataclass(frozen=True)

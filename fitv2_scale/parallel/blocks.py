@@ -6,13 +6,13 @@ gather the block's weights) stay outside of what is compiled or computed again.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-Checkpointing = Literal["none", "selective", "full"]
+from fitv2_scale.config.layout import Checkpointing
 
 
 def prepare_blocks(network: nn.Module, checkpointing: Checkpointing, compile_blocks: bool) -> None:

@@ -1,9 +1,10 @@
 """The engine that a config asks for."""
 
+from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.schema import Config
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.fsdp import FSDPEngine
-from fitv2_scale.parallel.mesh import Layout
+from fitv2_scale.parallel.mesh import make_groups
 from fitv2_scale.parallel.world import World
 
 
@@ -15,7 +16,7 @@ def make_engine(config: Config, layout: Layout, world: World) -> Engine:
         ema_decay=config.ema.decay,
         trainable=config.trainable,
         seed=config.seed,
-        groups=layout.groups(world.device.type),
+        groups=make_groups(layout, world.device.type),
         precision=config.layout.precision,
         compile_blocks=config.layout.compiles(world.device.type == "cuda"),
         checkpointing=config.layout.checkpointing,

@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data_sharding.errors import UserError
+from fitv2_scale.config.layout import Precision
+from fitv2_scale.config.sections import OptimizerConfig
 from fitv2_scale.model.fitv2 import FiTv2
-from fitv2_scale.parallel.engine import OptimizerConfig, Precision
 from fitv2_scale.parallel.memory import ZERO3_BUCKET
 from fitv2_scale.parallel.mesh import Groups
 

@@ -4,34 +4,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal, Protocol
+from typing import Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from data_sharding.errors import UserError
 from fitv2_scale.parallel.boxes import LogicalTensor
-
-
-class OptimizerConfig(BaseModel):
-    """AdamW, with linear warm-up to a constant learning rate."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    lr: float = Field(1e-4, gt=0, description="learning rate after warm-up; never scaled by the batch or the ranks")
-    warmup_steps: int = Field(5000, ge=0, description="optimizer steps of linear warm-up")
-    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
-    beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment")
-    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
-    max_norm: float = Field(1.0, gt=0, description="gradients are clipped to this global norm")
-
-    def lr_at(self, step: int) -> float:
-        """Learning rate of step ``step``, counted from 0."""
-        return self.lr * min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else self.lr
-
-
-Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,15 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from fitv2_scale.config.layout import Checkpointing, Precision
 from fitv2_scale.config.model import ModelConfig
+from fitv2_scale.config.sections import OptimizerConfig
 from fitv2_scale.model.counts import logical_shapes
 from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.model.init import fill_initial
-from fitv2_scale.parallel.blocks import Checkpointing, prepare_blocks
+from fitv2_scale.parallel.blocks import prepare_blocks
 from fitv2_scale.parallel.boxes import LogicalTensor, rows_boxes
-from fitv2_scale.parallel.engine import OptimizerConfig, Precision, StepResult, freeze
+from fitv2_scale.parallel.engine import StepResult, freeze
 from fitv2_scale.parallel.mesh import Groups
 from fitv2_scale.parallel.optimizer import AdamW, global_norm, judge, update_ema
 from fitv2_scale.parallel.tensor import is_replicated, local_pieces, same_on_group, tensor_linear

@@ -11,12 +11,11 @@ from functools import partial
 
 import torch
 
+from fitv2_scale.config.layout import Checkpointing, Layout, Precision
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.model.counts import logical_shapes
 from fitv2_scale.model.fitv2 import FiTv2
-from fitv2_scale.parallel.blocks import Checkpointing
-from fitv2_scale.parallel.engine import Precision, freeze
-from fitv2_scale.parallel.mesh import Layout
+from fitv2_scale.parallel.engine import freeze
 from fitv2_scale.parallel.tensor import TensorGroup, local_pieces
 
 ZERO3_BUCKET = 50_000_000  # elements that DeepSpeed reduces at once, and gathers ahead of their use

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-from fitv2_scale.parallel.engine import OptimizerConfig, StepResult
+from fitv2_scale.config.sections import OptimizerConfig
+from fitv2_scale.parallel.engine import StepResult
 
 # torch 2.13 has a new name for it, and warns of the old one
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

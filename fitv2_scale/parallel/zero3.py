@@ -12,14 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fitv2_scale.config.layout import Checkpointing, Precision
 from fitv2_scale.config.model import ModelConfig
+from fitv2_scale.config.sections import OptimizerConfig
 from fitv2_scale.model.counts import logical_shapes
 from fitv2_scale.model.fitv2 import FiTv2, LinearFactory, Role
 from fitv2_scale.model.init import fill_initial
-from fitv2_scale.parallel.blocks import Checkpointing, prepare_blocks
+from fitv2_scale.parallel.blocks import prepare_blocks
 from fitv2_scale.parallel.boxes import LogicalTensor, flat_boxes
 from fitv2_scale.parallel.deepspeed_setup import GatheredLinear, partition
-from fitv2_scale.parallel.engine import OptimizerConfig, Precision, StepResult, freeze
+from fitv2_scale.parallel.engine import StepResult, freeze
 from fitv2_scale.parallel.mesh import Groups
 from fitv2_scale.parallel.tensor import is_replicated, local_pieces, same_on_group, tensor_linear
 

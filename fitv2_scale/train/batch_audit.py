@@ -16,7 +16,8 @@ import xxhash
 
 from data_sharding.rng import Purpose
 from data_sharding.stream.batch import Pack, StepBatch
-from fitv2_scale.model.flow import FlowConfig, noise_words, sample_t
+from fitv2_scale.config.model import FlowConfig
+from fitv2_scale.model.flow import noise_words, sample_t
 
 
 class Audit:

@@ -3,7 +3,7 @@
 import torch.distributed as dist
 
 from data_sharding.stream.batch import StepBatch
-from fitv2_scale.parallel.mesh import Layout
+from fitv2_scale.config.layout import Layout
 
 
 class Relay:

@@ -8,13 +8,13 @@ from data_sharding.errors import StorageDown
 from data_sharding.storage.retry import Patience
 from data_sharding.storage.store import Store
 from data_sharding.stream.frames import FrameReader
+from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
 from fitv2_scale.evaluate.sampling.image_grid import decode, grid_png, grid_requests, spread_labels
 from fitv2_scale.evaluate.sampling.sampler import sample
 from fitv2_scale.evaluate.validation import Validation, held_out
 from fitv2_scale.parallel.engine import Engine
-from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.world import World
 from fitv2_scale.tracking.journal import Journal
 

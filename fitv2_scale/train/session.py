@@ -10,10 +10,10 @@ from data_sharding.stream.frames import FrameReader
 from data_sharding.stream.loader import Loader
 from fitv2_scale.checkpoint.checkpointer import Checkpointer, Restored
 from fitv2_scale.checkpoint.policy import Cadence
+from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
 from fitv2_scale.parallel.engine import Engine
-from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.world import World
 from fitv2_scale.run.run import Attempt, Run
 from fitv2_scale.run.substitutions import RunLedger

@@ -11,12 +11,12 @@ from data_sharding.storage.open_store import open_store
 from fitv2_scale.checkpoint.checkpointer import Checkpointer, Restored
 from fitv2_scale.checkpoint.init_from import Source, begin_with
 from fitv2_scale.checkpoint.policy import Cadence
+from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
 from fitv2_scale.model.counts import parameter_count
 from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.engine import Engine
-from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.world import World
 from fitv2_scale.run.provenance import own_gpu, provenance
 from fitv2_scale.run.run import Attempt, Run

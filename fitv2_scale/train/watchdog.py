@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 
+from fitv2_scale.config.sections import WatchdogConfig
 from fitv2_scale.parallel.world import World
 from fitv2_scale.run.run import RETRY, Attempt, Run
 
@@ -42,20 +42,6 @@ _RANKS_PER_SECOND = 128  # that a rank tells; on larger worlds each is told less
 _WRITER_GRACE, _OTHERS_GRACE = 2.0, 10.0  # seconds between stacks and end: the first that ends takes all others with it
 
 log = logging.getLogger(__name__)
-
-
-class WatchdogConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    step_factor: float = Field(3.0, gt=1, description="a step may take so many times the longest of the last ones")
-    step_seconds: float = Field(
-        30.0, gt=0, description="and always as long as this; also how long a rank may be silent"
-    )
-    compile_seconds: float = Field(1800.0, gt=0, description="limit of each of the first steps")
-    load_seconds: float = Field(1800.0, gt=0, description="limit of building the model and reading a commit")
-    data_seconds: float = Field(900.0, gt=0, description="limit of waiting for a batch; over data.deadline_seconds")
-    save_seconds: float = Field(1800.0, gt=0, description="limit of a commit")
-    evaluate_seconds: float = Field(1800.0, gt=0, description="limit of making pictures")
 
 
 @dataclass(frozen=True)

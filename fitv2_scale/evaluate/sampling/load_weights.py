@@ -11,11 +11,12 @@ from data_sharding.format.codecs import codec_of, get_codec
 from data_sharding.format.manifest import Manifest
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
 from fitv2_scale.checkpoint.init_from import Source, begin_with, is_weights
-from fitv2_scale.config.schema import Config, load_config, parse_config
+from fitv2_scale.config.layout import Layout
+from fitv2_scale.config.load import load_config, parse_config
+from fitv2_scale.config.schema import Config
 from fitv2_scale.model.counts import logical_shapes
 from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.engine import Engine
-from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.parallel.world import World
 from fitv2_scale.run.run import Run
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
-from fitv2_scale.config.model import ModelConfig, parse_size
+from fitv2_scale.config.model import ModelConfig, RopeConfig, parse_size
 from fitv2_scale.config.sections import SamplingConfig
 from fitv2_scale.evaluate.sampling.image_grid import decode
 from fitv2_scale.evaluate.sampling.load_weights import Weights
 from fitv2_scale.evaluate.sampling.sampler import Request, rope_of, sample
-from fitv2_scale.model.extrapolation import RopeConfig, turns
+from fitv2_scale.model.extrapolation import turns
 
 _WAYS = (
     ("none", "none"),

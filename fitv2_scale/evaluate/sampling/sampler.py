@@ -16,10 +16,10 @@ from data_sharding.errors import UserError
 from data_sharding.plan.balance import Shape, spread
 from data_sharding.plan.pack_layout import PackLayout, lay_out
 from data_sharding.rng import Purpose
-from fitv2_scale.config.model import TOKEN_CHANNELS, ModelConfig
+from fitv2_scale.config.model import TOKEN_CHANNELS, ModelConfig, RopeConfig
 from fitv2_scale.config.sections import SamplingConfig
 from fitv2_scale.evaluate.sampling.solvers import Images, Velocity, dopri5, euler, heun, sde
-from fitv2_scale.model.extrapolation import RopeConfig, default_rope, extrapolated_table
+from fitv2_scale.model.extrapolation import default_rope, extrapolated_table
 from fitv2_scale.model.flow import noise_words
 from fitv2_scale.model.packing import Packing, to_device
 from fitv2_scale.model.rng import normal

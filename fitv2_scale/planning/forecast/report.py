@@ -5,11 +5,11 @@ from dataclasses import asdict
 from typing import Any
 
 from data_sharding.errors import DataError
+from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
 from fitv2_scale.model.counts import forward_flops, logical_shapes, parameter_count
-from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.planning.forecast.assumptions import Assumed
 from fitv2_scale.planning.forecast.memory import memory_report
 from fitv2_scale.planning.forecast.node_count import Choice, as_plain, candidates, choose, enough, explain

@@ -3,8 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fitv2_scale.checkpoint.policy import CheckpointConfig
 from fitv2_scale.config.schema import Config
+from fitv2_scale.config.sections import CheckpointConfig
 from fitv2_scale.planning.forecast.assumptions import Assumed
 from fitv2_scale.planning.forecast.goodput import DAY, Schedule, expected_goodput
 from fitv2_scale.planning.forecast.save_interval import mtbf_hours, recommended_interval

@@ -13,9 +13,9 @@ import math
 from dataclasses import dataclass
 
 from data_sharding.errors import UserError
+from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.schema import Config
 from fitv2_scale.model.counts import parameter_count
-from fitv2_scale.parallel.mesh import Layout
 from fitv2_scale.planning.forecast.assumptions import Assumed, Figure
 
 _FLOAT32 = 4

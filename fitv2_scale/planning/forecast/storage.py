@@ -4,11 +4,11 @@ from typing import Any
 
 import numpy as np
 
-from fitv2_scale.checkpoint.policy import CheckpointConfig
+from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.schema import Config
+from fitv2_scale.config.sections import CheckpointConfig
 from fitv2_scale.data import Data
 from fitv2_scale.parallel.memory import state_bytes
-from fitv2_scale.parallel.mesh import Layout
 
 _LATENT_BYTES = 2  # float16, the default of `fitv2 shard write`
 _TOKEN = 16  # numbers

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from data_sharding.errors import UserError
+from fitv2_scale.config.load import load_config
 from fitv2_scale.config.model import ModelConfig
-from fitv2_scale.config.schema import Config, load_config
+from fitv2_scale.config.schema import Config
 from fitv2_scale.model.counts import parameter_count
 from fitv2_scale.planning.scaling.analysis import RunLaw, SurfaceLaw
 from fitv2_scale.planning.scaling.intervals import LEVEL, interval

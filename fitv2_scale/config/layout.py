@@ -1,0 +1,85 @@
+"""Which rank does what: a description that can be computed and tested without any process. Plain data, no torch.
+
+Vocabulary: a mesh has axes, a tensor has dims. ``replicate`` copies of the sharded state, each spread over ``shard``
+ranks, each of which is a group of ``tensor`` ranks that compute one rank's work together. The replicate x shard groups
+are data-parallel. Ranks are numbered with ``tensor`` running fastest, then ``shard``: what talks most lies on
+neighbouring ranks, which are those of one node.
+"""
+
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from data_sharding.errors import UserError
+from fitv2_scale.config.section import Section
+
+Precision = Literal["fp32", "bf16"]
+Checkpointing = Literal["none", "selective", "full"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    replicate: int
+    shard: int
+    tensor: int = 1
+
+    @classmethod
+    def of(cls, world_size: int, replicate: int | Literal["auto"], tensor: int = 1, nodes: int = 1) -> "Layout":
+        """``auto`` is one copy on each of ``nodes`` nodes, so that gathering weights needs no network, or a single one
+        where the processes do not divide. Raises UserError if ``replicate`` x ``tensor`` does not divide their number.
+        """
+        if replicate == "auto":
+            replicate = nodes if world_size % (nodes * tensor) == 0 else 1
+        if world_size % (replicate * tensor):
+            asked = {"layout.replicate": replicate, "layout.tensor": tensor}
+            keys = " x ".join(key for key, size in asked.items() if size > 1)
+            raise UserError(
+                f"{keys} is {replicate * tensor}, which does not divide the {world_size} processes started: "
+                "choose a divisor"
+            )
+        return cls(replicate, world_size // (replicate * tensor), tensor)
+
+    @property
+    def data_parallel(self) -> int:
+        return self.replicate * self.shard
+
+    def data_rank(self, rank: int) -> int:
+        return rank // self.tensor
+
+    def tensor_rank(self, rank: int) -> int:
+        return rank % self.tensor
+
+    def nodes(self, hosts: list[str]) -> tuple[int, ...]:
+        """Data-parallel ranks of each node, in order, from the node's name of each rank; all as if on one node where
+        the ranks of a node are no neighbours."""
+        runs = [(name, len(list(run))) for name, run in groupby(hosts[:: self.tensor])]
+        scattered = len({name for name, _ in runs}) < len(runs)
+        return (self.data_parallel,) if scattered else tuple(ranks for _, ranks in runs)
+
+
+class LayoutConfig(Section):
+    engine: Literal["fsdp", "zero3"] = Field(
+        "fsdp", description="fsdp: PyTorch FSDP2, HSDP when replicate > 1; zero3: DeepSpeed's ZeRO stage 3"
+    )
+    replicate: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="copies of the sharded state, a divisor of the number of processes; auto: one a node with fsdp",
+    )
+    tensor: int = Field(
+        1, ge=1, description="processes that share the work on one pack (tensor parallelism); must divide model.heads"
+    )
+    checkpointing: Checkpointing = Field(
+        "none", description="what is computed again in the backward pass instead of kept: nothing, cheap parts, blocks"
+    )
+    precision: Precision = Field("bf16", description="of compute; master weights and reductions stay float32")
+    max_tokens: int = Field(16384, ge=64, description="most tokens in a pack; the planner picks the capacity below it")
+    compile: bool | Literal["auto"] = Field("auto", description="torch.compile each block; auto: on CUDA only")
+
+    def compiles(self, on_cuda: bool) -> bool:
+        return on_cuda if self.compile == "auto" else self.compile
+
+    def over(self, ranks: int, nodes: int = 1) -> Layout:
+        """The layout of ``ranks`` processes on ``nodes`` nodes. Raises UserError if they do not divide."""
+        return Layout.of(ranks, self.replicate, self.tensor, nodes if self.engine == "fsdp" else 1)
