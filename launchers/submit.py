@@ -180,7 +180,7 @@ def _check_training(
 ) -> "tuple[Data, dict[str, Any] | None]":
     """What training would find out first. Returns its data and the parent of a fork."""
     from fitv2_scale.data import Data  # only here: torch takes seconds
-    from fitv2_scale.train.setup import Fork
+    from fitv2_scale.run.fork import Fork
 
     for nodes in {least, most}:
         tasks = config.slurm.tasks_per_node

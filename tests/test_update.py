@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.sections import OptimizerConfig
 from fitv2_scale.data import Data
-from fitv2_scale.parallel.optimizer import AdamW, global_norm, judge, telling, update_ema
+from fitv2_scale.parallel.optimizer import AdamW, global_norm, judge, update_ema
 from fitv2_scale.parallel.world import join
-from fitv2_scale.train.loop import train_step
 from fitv2_scale.train.setup import claim, open_session
+from fitv2_scale.train.step import telling, train_step
 
 CONFIG = OptimizerConfig(beta2=0.99, weight_decay=0.01)
 SHAPES = {"matrix": (7, 5), "vector": (11,), "empty": (0, 5)}

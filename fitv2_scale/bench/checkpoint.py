@@ -39,7 +39,7 @@ from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.world import World, join
 from fitv2_scale.run.log import Entry
 from fitv2_scale.run.run import Run
-from fitv2_scale.train.loop import train_step
+from fitv2_scale.train.step import train_step
 
 _FOLDER = "fitv2-bench-checkpoint"  # below what the user gives: all that is written, and deleted, is in it
 _BATCHES = 4  # different ones that are trained on, in turn

@@ -32,8 +32,8 @@ from fitv2_scale.parallel.memory import cuda_peak
 from fitv2_scale.parallel.optimizer import update_ema
 from fitv2_scale.parallel.world import World, join
 from fitv2_scale.planning.forecast.memory import plan_compute, plan_state
-from fitv2_scale.train.loop import train_step
 from fitv2_scale.train.metrics.meter import known_peak
+from fitv2_scale.train.step import train_step
 
 
 @dataclass(frozen=True)

@@ -46,14 +46,6 @@ def judge(norm: Tensor) -> StepResult:
     return StepResult(norm, norm.isfinite().logical_not().float())
 
 
-def telling(loss: Tensor) -> Tensor:
-    """``loss``; but if it is not finite, neither is any gradient that flows from it.
-
-    So the norm of the gradient, which every rank learns anyway, also tells whether any rank's loss was not finite.
-    """
-    return loss * (1.0 + 0.0 * loss.detach())  # the factor is exactly 1, or NaN
-
-
 class AdamW:
     """AdamW with its state by tensor name; ``steps`` counts the steps that were not skipped."""
 

@@ -5,10 +5,7 @@ One small all-reduce a step on the CPU group. A rank that cannot go on says so i
 wait for it in a collective for ever.
 """
 
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 
@@ -21,39 +18,10 @@ from fitv2_scale.parallel.world import World
 from fitv2_scale.run.requests import Orders
 from fitv2_scale.run.substitutions import RunLedger
 from fitv2_scale.train.batch_broadcast import Relay
+from fitv2_scale.train.signals import StopSignal
 
 _POLL = 0.2  # seconds until a rank that waits for data looks for a signal
 _STOP_PATIENCE = 5.0  # seconds that data may take once a stop is asked for; what was done so far can still be saved
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-
-class StopSignal:
-    """Notes SIGTERM, SIGUSR1 (which Slurm sends before a time limit) and Ctrl-C instead of dying of them.
-
-    A second Ctrl-C interrupts at once, without saving.
-    """
-
-    def __init__(self) -> None:
-        self.name: str | None = None
-
-    def _note(self, number: int, frame: object) -> None:
-        self.name = signal.Signals(number).name
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    @contextmanager
-    def caught(self) -> Iterator["StopSignal"]:
-        if threading.current_thread() is not threading.main_thread():
-            yield self  # only the main thread may set handlers; nobody can send us a signal to note
-            return
-        before = {s: signal.signal(s, self._note) for s in _SIGNALS}
-        held = signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # by a launcher, until they can be noted
-        try:
-            yield self
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, held)  # a repeated one is not to kill a rank that is leaving
-            for s, handler in before.items():
-                signal.signal(s, handler)
 
 
 class Agreement:

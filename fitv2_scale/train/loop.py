@@ -6,30 +6,24 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-from torch import Tensor
-
 from data_sharding.errors import StorageDown, UserError
 from data_sharding.plan.size_presets import is_preset
-from data_sharding.stream.batch import StepBatch
 from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
-from fitv2_scale.model.flow import flow_losses
-from fitv2_scale.model.loss_groups import NAMES, tally
-from fitv2_scale.model.to_torch import pack_to_torch
-from fitv2_scale.parallel.engine import StepResult
-from fitv2_scale.parallel.optimizer import telling
 from fitv2_scale.parallel.world import World, join
+from fitv2_scale.run.fork import Fork
 from fitv2_scale.run.log import StaleAttempt
 from fitv2_scale.run.requests import followed
 from fitv2_scale.run.run import BAD_INPUT, BUG, DONE, GIVE_UP, RETRY, Attempt, Run
-from fitv2_scale.train.coordination import Agreement, StopSignal
+from fitv2_scale.train.coordination import Agreement
 from fitv2_scale.train.metrics.meter import Meter
 from fitv2_scale.train.monitor import Watch
 from fitv2_scale.train.profiler import Profile
 from fitv2_scale.train.progress_bar import Progress
 from fitv2_scale.train.session import Session
-from fitv2_scale.train.setup import Fork, claim, is_complete, log_to, open_session
+from fitv2_scale.train.setup import claim, is_complete, log_to, open_session
+from fitv2_scale.train.signals import StopSignal
+from fitv2_scale.train.step import train_step
 from fitv2_scale.train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -114,24 +108,6 @@ def _loop(s: Session, agreement: Agreement, watchdog: Watchdog) -> tuple[int, st
                 progress.say(reason := f"{stop}: saved at step {done}")
                 return RETRY, reason
     return DONE, f"all {steps} steps are done"
-
-
-def train_step(s: Session, batch: StepBatch) -> tuple[Tensor, StepResult]:
-    """One optimizer step, handed to the device; nothing is waited for.
-
-    Returns this rank's share of the loss by group, on the device (see ``breakdown.tally``): the data-parallel ranks'
-    shares add up to it.
-    """
-    config, total = s.config, torch.zeros((2, len(NAMES)), device=s.world.device)
-    for i, pack in enumerate(batch.packs):
-        packed = pack_to_torch(pack, s.world.device)
-        losses = flow_losses(s.engine.network, packed, config.flow, config.model.classes, config.seed)
-        s.engine.backward(telling(losses.share(packed)), last=i == len(batch.packs) - 1)
-        total += tally(losses, packed)
-    if s.audit:
-        s.audit.record(batch)
-    s.staged()
-    return total, s.engine.step(config.optimizer.lr_at(batch.step), config.optimizer.max_norm)
 
 
 def _meter(s: Session) -> Meter:

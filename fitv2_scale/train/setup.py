@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from data_sharding.errors import DataError, UserError
 from data_sharding.plan.plan import Plan
@@ -18,6 +17,7 @@ from fitv2_scale.model.counts import parameter_count
 from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.world import World
+from fitv2_scale.run.fork import Fork
 from fitv2_scale.run.provenance import own_gpu, provenance
 from fitv2_scale.run.run import Attempt, Run
 from fitv2_scale.run.substitutions import RunLedger, ledger_of, read_pages
@@ -31,30 +31,6 @@ from fitv2_scale.train.metrics.accounting import Times, Totals
 from fitv2_scale.train.session import Session
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Fork:
-    """--fork-from RUN@STEP."""
-
-    run: Run
-    step: int
-
-    @classmethod
-    def parse(cls, text: str, child: str) -> "Fork":
-        """``child`` is the URL of the new run. Once that has commits, the parent's may be gone. Raises UserError."""
-        url, at, step = text.rpartition("@")
-        if not at or not step.isdigit():
-            raise UserError(f"--fork-from '{text}': give RUN@STEP, as in runs/first@1000")
-        run = Run.open(url)
-        steps = [entry.fields["step"] for entry in run.log.commits()]
-        begun = open_store(child).exists("run.json") and Run.open(child).log.commits()
-        if int(step) not in steps and not begun:
-            raise UserError(f"--fork-from {text}: {url} has commits at {steps or 'no step'}, choose one of them")
-        return cls(run, int(step))
-
-    def parent(self) -> dict:
-        return {"run": self.run.id, "url": self.run.url, "step": self.step}
 
 
 def is_complete(config: Config) -> bool:
