@@ -6,19 +6,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from chains import cluster, fitv2, job_config, slurm  # noqa: F401 - fixtures
 from hypothesis import HealthCheck, settings
-from in_mlflow import folder, runs  # noqa: F401 - fixtures
 from PIL import Image
-from places import place  # noqa: F401 - fixture
-from published_latents import whole  # noqa: F401 - fixture
-from samples import stored  # noqa: F401 - fixture
-from services.s3 import client, rgw  # noqa: F401 - fixtures
-from writing import images, written  # noqa: F401 - fixtures
 
 from data_sharding.write.images import write_dataset
 from fitv2_scale.config.load import parse_config
 from fitv2_scale.config.schema import Config
+from tests.services.s3 import client, rgw  # noqa: F401 - fixtures
+from tests.support.mlflow_queries import folder, runs  # noqa: F401 - fixtures
+from tests.support.published_latents import whole  # noqa: F401 - fixture
+from tests.support.run_locations import place  # noqa: F401 - fixture
+from tests.support.samples import stored  # noqa: F401 - fixture
+from tests.support.slurm_jobs import cluster, fitv2, job_config, slurm  # noqa: F401 - fixtures
+from tests.support.written_datasets import images, written  # noqa: F401 - fixtures
 
 # The same examples on every machine, however slow it is; --hypothesis-profile=default looks for others.
 settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -26,13 +26,13 @@ settings.load_profile("same")
 
 IMAGES, CLASSES = 240, 5
 _S3 = (
-    "test_bench_checkpoint",
-    "test_checkpoint_faults",
-    "test_checkpoint_kills",
-    "test_run_s3",
-    "test_s3",
-    "test_s3_datasets",
-    "test_store",
+    "fitv2_scale/bench/test_checkpoint.py",
+    "fitv2_scale/checkpoint/test_faults.py",
+    "system/test_checkpoint_kills.py",
+    "fitv2_scale/run/test_run_s3.py",
+    "data_sharding/stream/test_s3.py",
+    "data_sharding/storage/test_s3_datasets.py",
+    "data_sharding/storage/test_store.py",
 )
 
 
@@ -44,7 +44,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
 
     class ByServer(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = Path(nodeid.partition("::")[0]).stem
+            file = nodeid.partition("::")[0].removeprefix("tests/")
             return "s3" if file in _S3 else "slurm" if "slurm" in file else file
 
     return ByServer(config, log)

@@ -9,7 +9,7 @@ import urllib.request
 from contextlib import suppress
 from pathlib import Path
 
-from services.ports import free_port
+from tests.services.ports import free_port
 
 
 class MlflowServer:

@@ -14,7 +14,7 @@ import time
 import uuid
 from pathlib import Path
 
-from services.ports import free_port
+from tests.services.ports import free_port
 
 NEEDS = ("radosgw", "radosgw-admin", "ceph-mon", "ceph-osd", "ceph", "setpriv")
 KEY, SECRET = "testkey", "testsecret"

@@ -4,9 +4,9 @@ import os
 
 import botocore.session
 import pytest
-from services.rgw import KEY, SECRET, Rgw, missing
 
 from data_sharding.storage import filesystems
+from tests.services.rgw import KEY, SECRET, Rgw, missing
 
 
 @pytest.fixture(scope="session")

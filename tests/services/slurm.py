@@ -14,7 +14,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from services.ports import free_port
+from tests.services.ports import free_port
 
 NEEDS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "setpriv")
 _PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"

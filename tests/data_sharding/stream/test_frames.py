@@ -1,0 +1,144 @@
+"""Fetching frames: what may heal is tried again until one deadline, what cannot is said at once, and no byte is used
+that does not match its digest."""
+
+import sys
+import threading
+import time
+
+import pytest
+from fsspec.registry import _registry
+
+from data_sharding.errors import StorageDown, UserError
+from data_sharding.format.manifest import Manifest
+from data_sharding.storage import retry as patience_module
+from data_sharding.storage.files import put, read
+from data_sharding.storage.filesystems import Abandoned, file_system
+from data_sharding.storage.retry import Patience
+from data_sharding.stream.frames import FrameLost, FrameReader, fetch_frame, read_frame
+from tests.support.fake_object_store import FakeStore, serve
+
+SHORT = Patience(deadline=0.6, attempt=0.2)
+FOR_EVER = 1e6  # seconds that a test would hang if a read was not given up
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(patience_module, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(patience_module, "_LONGEST_PAUSE", 0.05)
+
+
+@pytest.fixture
+def manifest(dataset):
+    manifest = Manifest.load(serve(dataset))
+    FakeStore.reads = []
+    return manifest
+
+
+def test_one_ranged_read_fetches_a_frame(manifest):
+    samples = read_frame(manifest, 1)
+    assert [s.id for s in samples] == manifest.sample_id[slice(*manifest.frame_first[1:3])].tolist()
+    ((path, start, end),) = FakeStore.reads
+    assert path.endswith(".tar.zst") and end - start == manifest.frame_bytes[1]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        OSError(16, "SlowDown"),
+        ConnectionResetError(),
+        PermissionError("ExpiredToken"),
+        TimeoutError(),
+        lambda body: body[:100],
+        lambda body: body[:-1],
+        lambda body: body + b"x",
+        lambda body: body[:50] + bytes([body[50] ^ 1]) + body[51:],
+        lambda body: b"",
+        FOR_EVER,  # a stall
+    ],
+    ids=["busy", "reset", "refused", "timeout", "short", "a byte short", "long", "flipped", "empty", "stall"],
+)
+def test_what_may_heal_is_tried_again(manifest, fault):
+    FakeStore.faults = [fault, fault]
+    patience = Patience(deadline=300, attempt=1.0 if fault is FOR_EVER else 100)
+    whole = FakeStore.objects["set/shard-000000.tar.zst"][: int(manifest.frame_bytes[0])]
+    assert fetch_frame(manifest, 0, patience) == whole
+    assert len(FakeStore.reads) == 3
+
+
+def test_what_cannot_heal_is_not(manifest):
+    del FakeStore.objects["set/shard-000002.tar.zst"]
+    with pytest.raises(FrameLost, match="shard-000002.tar.zst, frame 2 .*the shard is missing"):
+        fetch_frame(manifest, 2)
+    assert len(FakeStore.reads) == 1
+
+
+def test_the_same_wrong_bytes_three_times_are_stored_so(manifest):
+    FakeStore.forever = lambda body: bytes([body[0] ^ 1]) + body[1:]
+    with pytest.raises(FrameLost, match="frame 0 .*its bytes do not match their digest"):
+        fetch_frame(manifest, 0)
+    assert len(FakeStore.reads) == 3
+    FakeStore.reads, FakeStore.forever = [], lambda body: body[:10]
+    with pytest.raises(FrameLost, match="frame 1 .*: 10 of its .* bytes were read"):
+        fetch_frame(manifest, 1)
+    assert len(FakeStore.reads) == 3
+
+
+def test_a_frame_out_of_reach_is_lost_at_the_deadline(manifest):
+    FakeStore.forever = OSError(16, "SlowDown")
+    began = time.monotonic()
+    with pytest.raises(FrameLost, match="frame 0 .*SlowDown, tried again for 1 s"):
+        fetch_frame(manifest, 0, SHORT)
+    assert 0.3 < time.monotonic() - began < 1.5
+    FakeStore.forever = FOR_EVER  # and if it hangs every time
+    with pytest.raises(FrameLost, match="no answer within"):
+        fetch_frame(manifest, 0, SHORT)
+    assert time.monotonic() - began < 3
+
+
+def test_if_nothing_answers_no_frame_is_to_blame(manifest, monkeypatch):
+    monkeypatch.setattr("data_sharding.stream.frames._PROBE", 0.2)
+    FakeStore.forever, FakeStore.only = ConnectionRefusedError("refused"), ""
+    with pytest.raises(StorageDown, match="fake://set cannot be reached .refused, tried again for 1 s.: check"):
+        fetch_frame(manifest, 0, SHORT)
+
+
+def test_bugs_are_not_retried(manifest):
+    FakeStore.faults = [TypeError("ours")]
+    with pytest.raises(TypeError, match="ours"):
+        fetch_frame(manifest, 0)
+    assert len(FakeStore.reads) == 1
+
+
+def test_who_no_longer_wants_it_need_not_wait(manifest):
+    FakeStore.forever = FOR_EVER
+    patience = Patience(deadline=FOR_EVER, attempt=FOR_EVER)
+    threading.Timer(0.2, patience.abandoned.set).start()
+    with pytest.raises(Abandoned):
+        FrameReader(patience).read(manifest, 0)
+
+
+def test_a_refused_login_is_an_error_at_the_start(manifest):
+    FakeStore.forever, FakeStore.only = PermissionError("InvalidAccessKeyId"), "manifest.json"
+    with pytest.raises(UserError, match="access to fake://set/manifest.json is refused .InvalidAccessKeyId"):
+        Manifest.load("fake://set")
+    assert len(FakeStore.reads) == 1
+
+
+def test_whole_files_are_tried_again_too(manifest, tmp_path):
+    FakeStore.faults, FakeStore.only = [OSError(16, "SlowDown")] * 3, ""
+    assert read("fake://set/manifest.json") == FakeStore.objects["set/manifest.json"]
+    put(f"{tmp_path}/a/b", b"data")
+    assert read(f"{tmp_path}/a/b") == b"data"
+    with pytest.raises(FileNotFoundError):
+        read(f"{tmp_path}/none")
+
+
+def test_unknown_urls_and_missing_packages_are_said_in_a_sentence(monkeypatch):
+    with pytest.raises(UserError, match="nope://x cannot be opened .*give a local path or an s3:// URL"):
+        file_system("nope://x")
+    # As where s3fs is not installed: fsspec remembers its class once any test has used it.
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(_registry, "s3", raising=False)
+    monkeypatch.setattr("data_sharding.storage.filesystems._connected", {})
+    with pytest.raises(UserError, match=r"s3://b/x needs a package .*pip install 'fitv2-scale\[s3\]'"):
+        file_system("s3://b/x")

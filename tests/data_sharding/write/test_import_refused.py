@@ -1,0 +1,150 @@
+"""Importing what is damaged, contradicts itself or is not whole: it is named and left out, or there is one sentence."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_sharding.errors import UserError
+from data_sharding.verify import verify
+from data_sharding.write.import_latents import import_dataset
+from tests.support.published_latents import GROUPS, OPTIONS, latent, published, shards_of, write_layout
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"feature": None}, "it holds no 'feature'"),
+        ({"label": None}, "it holds no 'label'"),
+        ({"feature": np.zeros((3, 4, 16), np.float32)}, r"feature is float32\[3, 4, 16\], not float32\[2, h, w, 16\]"),
+        ({"feature": np.zeros((2, 3, 4, 16), np.int32)}, "feature is int32"),
+        ({"feature": np.full((2, 3, 4, 16), np.nan, np.float32)}, "not finite in float16"),
+        ({"feature": np.full((2, 3, 4, 16), 7e4, np.float32)}, "not finite in float16"),
+        ({"size": np.array([4, 3])}, r"size \[4, 3\] is not that of the feature, \[3, 4\]"),
+        ({"grid": np.zeros((2, 12))}, "grid does not count"),
+        ({"grid": np.mgrid[:3, :4].reshape(2, -1)}, "grid does not count"),  # rows first
+        ({"grid": np.zeros((2, 11))}, "grid does not count"),
+        ({"label": np.array(1000)}, r"label \[1000\] is not one of 0 \.\. 999"),
+        ({"label": np.array(0.5)}, r"label \[0\.5\]"),
+    ],
+)
+def test_a_file_that_is_not_as_described_is_named_and_left_out(tmp_path, changes, reason):
+    files = {group: {} for group in GROUPS} | {GROUPS[0]: {"good.safetensors": latent("good", 3, 4, 0)}}
+    files[GROUPS[1]] = {"bad.safetensors": latent("bad", 3, 4, 0, **changes)}
+    files[GROUPS[2]] = {"bad.safetensors": latent("bad", 4, 4, 0)}
+    check_skipped(tmp_path, files, reason)
+
+
+def check_skipped(tmp_path, files, reason):
+    report = import_dataset(str(write_layout(tmp_path / "src", "tar", files)), str(tmp_path / "set"), **OPTIONS)
+    assert (report.images, report.skipped) == (1, 1)
+    (entry,) = json.loads((tmp_path / "set/skipped.json").read_bytes())
+    assert entry["source"] == "bad.safetensors"
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError(entry["reason"])
+    assert verify(str(tmp_path / "set")).problems == ()
+
+
+@pytest.mark.parametrize(
+    ("resize", "crop", "reason"),
+    [
+        (latent("r", 3, 4, 0)[:-7], None, "no whole .safetensors"),
+        (b"", None, "no whole .safetensors"),
+        (latent("r", 3, 4, 1), latent("c", 4, 4, 2), "different labels"),
+        (None, latent("c", 4, 4, 2), "a crop view, but no resize view"),
+        (latent("r", 4, 5, 1), None, "4x5 are more than 16 tokens"),
+    ],
+)
+def test_damaged_or_contradicting_files_are_named_and_left_out(tmp_path, resize, crop, reason):
+    files = {GROUPS[0]: {"good.safetensors": latent("good", 3, 4, 0)}}
+    files[GROUPS[1]] = {"bad.safetensors": resize} if resize is not None else {}
+    files[GROUPS[2]] = {"bad.safetensors": crop} if crop is not None else {}
+    check_skipped(tmp_path, files, reason)
+
+
+def test_sources_that_lack_something_are_one_sentence_each(tmp_path):
+    dst = str(tmp_path / "set")
+
+    def refused(name: str, layout: str, match: str, change) -> None:
+        src = write_layout(tmp_path / name, layout)
+        change(src)
+        with pytest.raises(UserError, match=match):
+            import_dataset(str(src), dst, **OPTIONS)
+        assert not Path(dst, "manifest.json").exists()
+        shutil.rmtree(dst, ignore_errors=True)
+
+    first = "from_16_to_16.tar.gz.part_"
+    refused("group", "folders", "lacks greater_than_16_crop", lambda src: shutil.rmtree(src / GROUPS[2]))
+    refused("none", "parts", "of from_16_to_16 the part before ac", lambda src: (src / f"{first}ab").unlink())
+    refused("first", "parts", "the part before ab", lambda src: (src / f"{first}aa").unlink())
+    refused("last", "parts", "from_16_to_16 ends too early: its last part", lambda src: (src / f"{first}ac").unlink())
+    both = GROUPS[1] + ".tar"
+    refused("both", "folders", "both as a folder and packed", lambda src: (src / both).write_bytes(b""))
+
+    def flip(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+
+    refused("flip", "gz", f"{GROUPS[1]} is damaged", lambda src: flip(src / f"{GROUPS[1]}.tar.gz"))
+    cut = GROUPS[2] + ".tar"
+    refused("cut", "tar", "greater_than_16_crop.tar is cut short|no whole tar", lambda src: shorten(src / cut, 10240))
+    refused("cut2", "tar", "no whole tar", lambda src: shorten(src / cut, 15000))
+    refused("not", "tar", "no whole tar", lambda src: (src / cut).write_bytes(b"x" * 2000))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no latents as published"):
+        import_dataset(str(tmp_path / "empty"), dst)
+    with pytest.raises(UserError, match="is not a folder"):
+        import_dataset(str(tmp_path / "nowhere"), dst)
+
+
+def test_what_was_unpacked_from_a_bad_download_is_not_kept(whole, tmp_path):
+    """The second download has the name and size of the first, and a cut tar has no checksum as gzip has."""
+    src = write_layout(tmp_path / "src", "tar")
+    data = bytearray((src / f"{GROUPS[0]}.tar").read_bytes())
+    (src / f"{GROUPS[0]}.tar").unlink()
+    first, second = src / f"{GROUPS[0]}.tar.part_aa", src / f"{GROUPS[0]}.tar.part_ab"
+    second.write_bytes(data[5000:])
+    data[100] ^= 1
+    first.write_bytes(data[:5000])
+    with pytest.raises(UserError, match="no whole tar"):
+        import_dataset(str(src), str(tmp_path / "set"), **OPTIONS)
+    data[100] ^= 1
+    first.write_bytes(data[:5000])
+    import_dataset(str(src), str(tmp_path / "set"), **OPTIONS)
+    assert shards_of(tmp_path / "set") == shards_of(whole[1])
+
+
+def shorten(path: Path, by: int) -> None:
+    path.write_bytes(path.read_bytes()[:-by])
+
+
+def test_which_set_must_be_said_where_there_are_two(tmp_path, whole):
+    src = write_layout(tmp_path / "src", "folders")
+    for group in GROUPS:
+        (src / group.replace("16", "25").replace("from_25", "from_16")).mkdir()
+    with pytest.raises(UserError, match="at most 16, 25 tokens: choose with --max-tokens"):
+        import_dataset(str(src), str(tmp_path / "set"), **OPTIONS)
+    import_dataset(str(src), str(tmp_path / "set"), max_tokens=16, **OPTIONS)
+    assert shards_of(tmp_path / "set") == shards_of(whole[1])
+    with pytest.raises(UserError, match="choose"):
+        import_dataset(str(src), str(tmp_path / "other"), max_tokens=36, **OPTIONS)
+
+
+def test_an_image_in_two_groups_is_refused(tmp_path):
+    files = published()
+    files[GROUPS[0]]["l3.safetensors"] = files[GROUPS[1]]["l3.safetensors"]
+    with pytest.raises(UserError, match="the resize view of l3.safetensors occurs twice"):
+        import_dataset(str(write_layout(tmp_path / "src", "folders", files)), str(tmp_path / "set"), **OPTIONS)
+
+
+def test_another_source_or_option_is_refused(whole, tmp_path):
+    files = published()
+    del files[GROUPS[0]]["s3.safetensors"]
+    src = write_layout(tmp_path / "src", "folders", files)
+    with pytest.raises(UserError, match="was begun with another source"):
+        import_dataset(str(src), str(whole[1]), **OPTIONS)
+    with pytest.raises(UserError, match="was begun with another images_per_shard"):
+        import_dataset(str(whole[0]), str(whole[1]), **OPTIONS | {"images_per_shard": 7})

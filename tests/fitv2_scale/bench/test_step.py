@@ -1,0 +1,121 @@
+"""`fitv2 bench step`: the reference computes what we compute, and the report holds what it promises."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from data_sharding.errors import UserError
+from fitv2_scale.bench import reference, step
+from fitv2_scale.bench.reference import Reference
+from fitv2_scale.bench.step_data import open_steps
+from fitv2_scale.cli.__main__ import main
+from fitv2_scale.config.load import load_config
+from fitv2_scale.config.schema import Config
+from fitv2_scale.data import Data
+from fitv2_scale.model.counts import forward_flops
+from fitv2_scale.model.flow import image_losses
+from fitv2_scale.model.to_torch import pack_to_torch
+from tests.fitv2_scale.model.test_fitv2 import build
+
+SMALL = ["model.depth=2", "model.hidden=32", "model.heads=2", "model.classes=1000", "layout.precision=fp32"]
+PRESET = [*SMALL, "data.url=preset:imagenet256", "batch.images=5", "layout.max_tokens=512"]
+
+
+def config_of(*overrides: str) -> Config:
+    return load_config("configs/demo.yaml", [*PRESET, *overrides])
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_the_reference_has_our_loss_and_our_gradient(checkpointing, monkeypatch):
+    """The same images, noise and times, padded with a dense mask and packed: losses to 1e-6, gradients to 1e-5."""
+    monkeypatch.setattr(reference, "_MICRO_BATCH", 5)
+    config = config_of("layout.max_tokens=4096", f"layout.checkpointing={checkpointing}")
+    with open_steps(config, Data.open(config, (1,)), 0, 1) as stream:
+        (batch,) = stream
+    theirs = Reference(config, torch.device("cpu"))
+    theirs.network.load_state_dict(build(config.model).state_dict())
+    (padded,) = theirs.micro_batches(batch)
+    x1, position, mask, label = padded
+    x0, t = torch.randn_like(x1), torch.rand(len(label))
+    expected = theirs.loss(x1, x0, t, label, position, mask)
+    expected.backward()
+
+    # The packed order of the same images, found by their latents.
+    packed = pack_to_torch(batch.packs[0], torch.device("cpu"))
+    cu = packed.packing.cu_seqlens_I1.tolist()
+    first = {tuple(x1[row, 0].tolist()): row for row in range(len(label))}
+    rows = [first[tuple(packed.latents_TC[cu[i]].tolist())] for i in range(len(label))]
+    noise = torch.zeros_like(packed.latents_TC)
+    noise[: cu[len(rows)]] = torch.cat([x0[row, : mask[row].sum()] for row in rows])
+    spare = len(packed.label_I) - len(rows)
+    t_I = torch.cat((t[rows], torch.rand(spare)))
+    ours = build(config.model)
+    t_T1 = t_I[packed.packing.image_T][:, None]
+    x_TC = t_T1 * packed.latents_TC + (1 - t_T1) * noise
+    velocity = ours(x_TC, t_I, packed.label_I, packed.packing)
+    loss = (image_losses(velocity, packed.latents_TC - noise, packed) * packed.weight_I).sum()
+    loss.backward()
+
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for (name, p), q in zip(ours.named_parameters(), theirs.network.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_a_reference_step_adds_up_its_micro_batches(monkeypatch):
+    """Three micro-batches of 2, 2 and 1 images move weights and EMA as one of five does."""
+    config = config_of("flow.label_dropout=0", "optimizer.warmup_steps=0")
+    with open_steps(config, Data.open(config, (1,)), 0, 1) as stream:
+        (batch,) = stream
+    found = []
+    for size in (5, 2):
+        monkeypatch.setattr(reference, "_MICRO_BATCH", size)
+        monkeypatch.setattr(torch, "randn_like", torch.zeros_like)  # no noise, one time: nothing depends on the order
+        monkeypatch.setattr(torch, "randn", lambda *size: torch.zeros(*size))
+        trainer = Reference(config, torch.device("cpu"))
+        trainer.network.load_state_dict(build(config.model).state_dict())
+        loss = trainer.step(batch)
+        found.append((loss, trainer.network.state_dict(), trainer._ema))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    for name in found[0][1]:
+        torch.testing.assert_close(found[0][1][name], found[1][1][name], rtol=1e-4, atol=2e-4, msg=name)
+
+
+def test_a_preset_has_latents_of_its_sizes():
+    config = config_of()
+    data = Data.open(config, (1, 1))
+    for rank in range(2):
+        with open_steps(config, data, rank, 2) as stream:
+            batches = list(stream)
+        for batch in batches:
+            images = [n for pack in batch.packs for n in np.diff(pack.layout.cu_seqlens)[pack.weight > 0].tolist()]
+            assert sorted(batch.step_lengths.tolist()) == sorted(data.plan.step(batch.step).tokens.tolist())
+            assert set(images) <= set(batch.step_lengths.tolist())
+            assert all(np.abs(pack.latents[: pack.layout.tokens]).min(1).max() > 0 for pack in batch.packs)
+
+
+def test_the_report(capsys):
+    config = config_of()
+    arguments = ["bench", "step", "configs/demo.yaml", *PRESET, "tracking.peak_tflops=2"]
+    assert main([*arguments, "--json", "--steps", "2", "--repeats", "2", "--against", "reference"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    plan = Data.open(config, (1,)).plan
+    lengths = [plan.step(k).tokens.tolist() for k in range(2)]
+    flops = sum(3 * forward_flops(config.model, n) for step in lengths for n in step) / 2
+    seconds = report["seconds_a_step"]["median"]
+    assert report["flops_a_step"] == flops
+    assert report["images_per_second"] == pytest.approx(5 / seconds)
+    assert report["tokens_per_second"] == pytest.approx(sum(map(sum, lengths)) / 2 / seconds)
+    assert report["mfu"] == pytest.approx(flops / seconds / 2e12) and report["peak_tflops"] == 2
+    assert list(report["seconds_by_part"]) == ["data", "forward", "backward", "reduce", "optimizer", "ema"]
+    times = report["reference"]["times_as_long"]
+    assert times["lowest"] <= times["median"] <= times["highest"]
+    assert report["syncs_in_a_step"] is None and report["peak_bytes"] is None  # no GPU
+    assert main([*arguments, "--steps", "1", "--repeats", "1"]) == 0
+    assert "MFU" in capsys.readouterr().out
+
+
+def test_the_reference_is_the_released_network_alone():
+    with pytest.raises(UserError, match="qk_norm"):
+        step.measure(config_of("model.qk_norm=none"), 1, 1, against_reference=True)

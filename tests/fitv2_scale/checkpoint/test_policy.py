@@ -1,0 +1,132 @@
+"""Which commits stay, when one is due, and how often one should be: compared with the plain definitions."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from fitv2_scale.checkpoint.policy import Cadence, to_retire
+from fitv2_scale.config.sections import CheckpointConfig
+from fitv2_scale.planning.forecast.save_interval import LONGEST, SHORTEST, mtbf_hours, recommended_interval
+from fitv2_scale.run.log import Entry
+from tests.support.save_costs import lost_share
+
+
+def commits(*steps: int) -> list[Entry]:
+    return [Entry(n, "COMMIT", 1, "", "", {"step": step}) for n, step in enumerate(steps, 1)]
+
+
+def retired(steps: list[int], bad: set[int] = frozenset(), **config) -> list[int]:
+    return [e.fields["step"] for e in to_retire(commits(*steps), bad, CheckpointConfig(**config))]
+
+
+@pytest.mark.parametrize(
+    "steps,bad,config,expected",
+    [
+        ([], set(), {}, []),
+        ([10, 20], set(), {}, []),
+        ([10, 20, 30, 40], set(), {}, [10, 20]),
+        ([10, 20, 30, 40], set(), {"keep_last": 3}, [10]),
+        ([10, 20, 30, 40], {4}, {}, [10]),  # the damaged one does not count as kept
+        ([10, 20, 30, 40], {1, 3}, {}, []),  # nor is one ever deleted
+        ([10, 20, 30, 40, 50, 60], set(), {"keep_every": 30}, [10, 20, 40]),
+        ([10, 20, 30, 40, 50, 60], set(), {"milestones": [20, 35]}, [10, 30, 40]),
+    ],
+)
+def test_what_is_retired(steps, bad, config, expected):
+    assert retired(steps, bad, **config) == expected
+
+
+@given(st.lists(st.integers(0, 50), max_size=20), st.sets(st.integers(1, 20)), st.integers(2, 6))
+def test_the_newest_two_sound_commits_always_stay(steps, bad, keep_last):
+    entries = commits(*steps)
+    gone = to_retire(entries, bad, CheckpointConfig(keep_last=keep_last, keep_every=7))
+    sound = [e for e in entries if e.n not in bad]
+    assert not {e.n for e in gone} & ({e.n for e in sound[-2:]} | bad)
+    assert all(e.fields["step"] % 7 for e in gone)
+    assert len(sound) - len(gone) >= min(len(sound), keep_last)
+
+
+def test_fewer_than_two_cannot_be_asked_for():
+    with pytest.raises(ValidationError, match="keep_last"):
+        CheckpointConfig(keep_last=1)
+
+
+def due_steps(config: CheckpointConfig, paces: list[float], start: int = 0, ranks: int = 1) -> list[int]:
+    """The steps after which a run commits whose steps take ``paces`` seconds; each rank's own clock is off."""
+    now, shared = [0.0], []
+    own = [Cadence(config, start, lambda value: shared[-1], lambda r=r: now[0] + 1e4 * r) for r in range(ranks)]
+    own[0]._share = lambda value: shared.append(value) or value
+    found = []
+    for step, seconds in enumerate(paces, start + 1):
+        now[0] += seconds
+        said = {cadence.due(step) for cadence in own}
+        assert len(said) == 1, "the ranks disagree"
+        if said.pop():
+            found.append(step)
+            now[0] += 3
+            for cadence in own:
+                cadence.saved(step)
+    due_steps.asked = len(shared)
+    return found
+
+
+def test_by_steps():
+    config = CheckpointConfig(every_steps=10, keep_every=25, milestones=[3, 17])
+    assert due_steps(config, [1.0] * 50, ranks=2) == [3, 10, 17, 20, 25, 30, 40, 50]
+    assert due_steps(config, [1.0] * 10, start=14) == [17, 20]
+
+
+def test_by_minutes_the_ranks_agree_and_rarely_talk():
+    config = CheckpointConfig(every_minutes=1)
+    assert due_steps(config, [0.125] * 4800, ranks=3) == [480 * n for n in range(1, 11)]
+    assert due_steps.asked < 150  # of 4800 steps
+    assert due_steps(config, [100.0] * 5) == [1, 2, 3, 4, 5]  # never between steps
+    assert due_steps(CheckpointConfig(every_minutes=1, milestones=[7]), [10.0] * 14) == [6, 7, 13]
+
+
+def test_by_minutes_a_slower_pace_is_noticed():
+    """Steps that suddenly take four times as long: the interval grows by less than that."""
+    first, *_ = due_steps(CheckpointConfig(every_minutes=1), [0.1] * 100 + [0.4] * 900)
+    assert 60 <= 10 + (first - 100) * 0.4 < 130
+
+
+@pytest.mark.parametrize("save", [0.1, 1.0, 10.0, 120.0])
+@pytest.mark.parametrize("mtbf", [0.05, 0.5, 5.0, 50.0])
+def test_the_interval_is_the_best_one(save, mtbf):
+    """Against a search over the exact cost: no interval in the allowed range loses noticeably less."""
+    chosen = recommended_interval(save, mtbf)
+    assert SHORTEST <= chosen <= LONGEST
+    candidates = [SHORTEST * (LONGEST / SHORTEST) ** (i / 2000) for i in range(2001)]
+    best = min(lost_share(t, save, mtbf) for t in candidates)
+    assert lost_share(chosen, save, mtbf) <= best + 1e-3 * (1 - best)
+
+
+def test_the_cost_is_that_of_many_simulated_failures():
+    """Exponential failures drawn one by one, against the formula."""
+    import numpy as np
+
+    rng, interval, save, mtbf, restart = np.random.default_rng(0), 300.0, 20.0, 0.5, 60.0
+    spent = useful = 0.0
+    left = rng.exponential(3600 * mtbf)
+    while useful < 3e6:
+        if left >= interval + save:
+            left -= interval + save
+            spent, useful = spent + interval + save, useful + interval
+            continue
+        spent, left = spent + left, rng.exponential(3600 * mtbf)
+        while left < restart:
+            spent, left = spent + left, rng.exponential(3600 * mtbf)
+        spent, left = spent + restart, left - restart
+    assert lost_share(interval, save, mtbf, restart) == pytest.approx(1 - useful / spent, abs=0.01)
+
+
+def test_the_ends_of_the_range():
+    assert recommended_interval(1.0, math.inf) == LONGEST == recommended_interval(1.0, 1e6)
+    assert recommended_interval(0.001, 0.1) == SHORTEST
+    assert recommended_interval(1.0, 0.5, durable_seconds=400.0) == 400.0
+    assert recommended_interval(1e5, 0.2) == 720.0  # saving takes longer than a failure is away
+    assert mtbf_hours(16, 1.0) == 1.5 and mtbf_hours(4, 0.0) == math.inf
+    assert lost_share(95.0, 5.0, math.inf) == pytest.approx(0.05)

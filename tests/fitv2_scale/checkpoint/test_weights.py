@@ -1,0 +1,140 @@
+"""Public weights in and out: unchanged, complete, nothing unpickled, in memory that does not grow with the file."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from data_sharding.errors import UserError
+from fitv2_scale.checkpoint.weights import export_weights, import_weights
+from fitv2_scale.cli.__main__ import main
+from fitv2_scale.config.load import load_config
+from fitv2_scale.model.counts import logical_shapes
+from fitv2_scale.run.run import Run
+from fitv2_scale.train.loop import train
+from tests.fitv2_scale.checkpoint.test_checkpointer import Touch, logical
+from tests.support.ranks import run_ranks
+from tests.support.repository import ROOT
+
+
+def public(config) -> dict[str, torch.Tensor]:
+    torch.manual_seed(7)
+    return {name: torch.randn(shape) for name, shape in logical_shapes(config.model).items()}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_public_weights_go_in_and_out_unchanged(tiny, tmp_path, suffix):
+    config, weights = tiny(), public(tiny())
+    file = str(tmp_path / f"weights{suffix}")
+    save_file(weights, file) if suffix == ".safetensors" else torch.save(weights, file)
+    import_weights(file, config.run, config)
+    for ema in (False, True):
+        out = str(tmp_path / "out.safetensors")
+        assert export_weights(config.run, out, ema=ema) == 0
+        found = load_file(out)
+        assert found.keys() == weights.keys()
+        assert all(found[n].numpy().tobytes() == weights[n].numpy().tobytes() for n in weights)
+
+
+def test_training_goes_on_from_imported_weights(tiny, tmp_path):
+    config, file = tiny(train__steps=3), str(tmp_path / "weights.safetensors")
+    weights = public(config)
+    save_file(weights, file)
+    import_weights(file, config.run, config)
+    assert run_ranks(2, train, config) == [0, 0]
+    found = logical(config.run)
+    for name, value in weights.items():
+        moved = (found[f"param/{name}"] - value).abs().max()
+        assert moved < 3e-3, name  # three warm-up steps at lr <= 3e-4
+    assert Run.open(config.run).log.commits()[-1].fields["step"] == 3
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (
+            lambda w: w.pop("final_layer.linear.bias"),
+            "1 tensors are missing .final_layer.linear.bias. and 0 are left over",
+        ),
+        (lambda w: w.update(extra=torch.zeros(1)), "0 tensors are missing .none. and 1 are left over .extra."),
+        (
+            lambda w: w.update({"x_embedder.proj.bias": torch.zeros(7)}),
+            r"x_embedder.proj.bias is \(7,\), the config wants",
+        ),
+        (lambda w: w.update({"x_embedder.proj.bias": torch.zeros(32).half()}), "only float32"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(tiny, tmp_path, change, message):
+    config, file = tiny(), str(tmp_path / "weights.safetensors")
+    weights = public(config)
+    change(weights)
+    save_file(weights, file)
+    with pytest.raises(UserError, match=message):
+        import_weights(file, config.run, config)
+    assert not Path(config.run).exists()
+
+
+def test_a_malicious_or_damaged_weights_file_is_refused(tiny, tmp_path):
+    config, planted = tiny(), tmp_path / "planted"
+    bad = tmp_path / "bad.bin"
+    torch.save({"x": Touch(str(planted))}, bad)
+    with pytest.raises(UserError, match="does not load as plain tensors"):
+        import_weights(str(bad), config.run, config)
+    assert not planted.exists()
+    cut = tmp_path / "cut.safetensors"
+    save_file(public(config), cut)
+    cut.write_bytes(cut.read_bytes()[:1000])
+    with pytest.raises(UserError, match="not a whole .safetensors file"):
+        import_weights(str(cut), config.run, config)
+    with pytest.raises(UserError, match="there is no weights file"):
+        import_weights(str(tmp_path / "none.bin"), config.run, config)
+
+
+def test_the_names_that_do_not_fit_are_listed(tiny, tmp_path, capfd):
+    config, file = tiny(), tmp_path / "weights.safetensors"
+    weights = public(config)
+    gone = sorted(weights)[:5]
+    save_file({name: t for name, t in weights.items() if name not in gone} | {"extra": torch.zeros(1)}, file)
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert main(["checkpoint", "import", str(file), config.run, "--config", str(path), "--json"]) == 2
+    said = capfd.readouterr()
+    assert json.loads(said.out) == {"missing": gone, "left_over": ["extra"]} and "5 tensors are missing" in said.err
+
+
+_MEASURED = """
+import sys
+from fitv2_scale.checkpoint.weights import export_weights, import_weights
+from fitv2_scale.config import load_config
+
+config = load_config(sys.argv[1], ["data.url=none", "train.steps=1"])
+# Not getrusage: its peak goes over from the process that started this one.
+peak = lambda: next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmHWM:"))
+before = peak()
+import_weights(sys.argv[2], sys.argv[3], config)
+export_weights(sys.argv[3], sys.argv[4], ema=True)
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize("name", ["fitv2_b2", pytest.param("fitv2_xl2", marks=pytest.mark.long)])
+def test_memory_does_not_grow_with_the_file(tmp_path, name):
+    """0.5 GB of weights, and 2.7 GB, in and out in the same extra memory: chunks under way, a tensor or two."""
+    config = ROOT / "configs" / f"{name}.yaml"
+    shapes = logical_shapes(load_config(str(config), ["data.url=none", "train.steps=1"]).model)
+    weights = {n: torch.full(shape, float(i)) for i, (n, shape) in enumerate(shapes.items())}
+    torch.save(weights, tmp_path / "in.bin")
+    for come, go in (("in.bin", "out.safetensors"), ("out.safetensors", "again.safetensors")):
+        files = [str(tmp_path / file) for file in (come, f"run-{come}", go)]
+        command = [sys.executable, "-c", _MEASURED, str(config), *files]
+        extra = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        assert extra < 250e6
+        (tmp_path / come).unlink()
+    with safe_open(tmp_path / "again.safetensors", framework="pt") as opened:
+        assert all(torch.equal(opened.get_tensor(n), weights[n]) for n in shapes)

@@ -1,0 +1,252 @@
+"""`fitv2 curves` on journals that follow a known law, in folders and in a real MLflow."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_sharding.errors import UserError
+from fitv2_scale.cli.__main__ import main
+from fitv2_scale.config.load import parse_config
+from fitv2_scale.model.counts import forward_flops
+from fitv2_scale.planning.scaling.analysis import law_of_run, law_of_sizes
+from fitv2_scale.planning.scaling.published import published, steps_to
+from fitv2_scale.planning.scaling.reading import Series, common_loss, from_journal, thinned
+from tests.support.curve_runs import BATCH, TOKENS, TRUTH, WARMUP, config, make_run, parameters
+
+STEPS = np.geomspace(1000, 400_000, 60).astype(int)
+
+
+def curves(capsys, *words: str) -> dict:
+    capsys.readouterr()
+    assert main(["curves", *map(str, words), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def refused(capsys, *words: str) -> str:
+    assert main(["curves", *map(str, words)]) == 2
+    return capsys.readouterr().err
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Of runs that publish nothing."""
+    return tmp_path
+
+
+# ---- reading ----
+
+
+def test_abandoned_branches_are_not_read(folder):
+    """What an attempt measured behind its last commit is done again by the next one."""
+    run = make_run(folder / "run", "s2", [1000, 2000, 3000])
+    lost = run.claim({})
+    journal = lost.folder / "journal"
+    journal.mkdir(parents=True)
+    lines = [{"step": step, "time_ms": 1, "metrics": {"loss": 9.0}} for step in (4000, 5000)]
+    (journal / "00000.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    series = from_journal(run.url).series["loss"]
+    assert series.steps.tolist() == [1000, 2000, 3000] and series.values.max() < 2
+
+
+def test_axes(folder):
+    told = {"images": STEPS * 300.0, "flops": STEPS * 7e12, "gpu_hours": STEPS / 100.0}
+    plain, full = (from_journal(make_run(folder / n, "b2", STEPS, **m).url) for n, m in (("a", {}), ("b", told)))
+    at = np.array([2000.0, 100_000.0])
+    a_step = 3 * forward_flops(plain.model, TOKENS) * BATCH
+    assert plain.along("images", at) == pytest.approx(at * BATCH)
+    assert plain.along("flops", at) == pytest.approx(at * a_step)
+    assert plain.along("gpu_hours", at) is None
+    assert full.along("images", at) == pytest.approx(at * 300)
+    assert full.along("flops", at) == pytest.approx(at * 7e12)
+    assert full.along("gpu_hours", at) == pytest.approx(at / 100)
+
+
+def test_the_best_loss_that_all_runs_have(folder):
+    better = {"val_loss_ema": np.full(len(STEPS), 0.5)}
+    one, both = (from_journal(make_run(folder / n, "s2", STEPS, **m).url) for n, m in (("a", {}), ("b", better)))
+    assert common_loss([both]) == "val_loss_ema" and common_loss([one, both]) == "loss"
+
+
+def test_points_that_are_not_finite_are_left_out(folder):
+    broken = np.where(np.arange(len(STEPS)) % 2, np.nan, 0.7)
+    curve = from_journal(make_run(folder / "run", "s2", STEPS, val_loss=broken).url)
+    assert len(curve.series["val_loss"].steps) == len(STEPS) / 2
+
+
+def test_thinning_keeps_means():
+    steps = np.arange(1, 10_001)
+    found = thinned(Series(steps, steps**-0.5), after=100, bins=20)
+    assert len(found.steps) == 20 and found.steps[0] > 100
+    assert found.values == pytest.approx(found.steps**-0.5, rel=0.01)
+
+
+# ---- laws ----
+
+
+def test_the_law_of_a_run_begins_behind_its_warmup(folder):
+    warming = np.where(STEPS <= WARMUP, 5.0, 0.0)
+    truth = TRUTH(parameters("b2"), STEPS * BATCH)
+    curve = from_journal(make_run(folder / "run", "b2", STEPS, val_loss=truth + warming).url)
+    law = law_of_run(curve, "val_loss", draws=10)
+    assert law.fit(2e6) == pytest.approx(TRUTH(parameters("b2"), 2e6 * BATCH), rel=1e-3)
+    short = from_journal(make_run(folder / "short", "b2", [1000, 2000]).url)
+    assert law_of_run(short, "loss").why == "its 2000 steps are no more than its warm-up of 5000"
+
+
+def test_three_sizes_make_a_law_without_an_interval_and_four_one_with(folder):
+    runs = [from_journal(make_run(folder / s, s, STEPS, noise=0.001, seed=i).url) for i, s in enumerate(
+        ("s2", "b2", "l2", "xl2")
+    )]  # fmt: skip
+    three = law_of_sizes(runs[:3], "loss", draws=5)
+    assert three.redrawn == () and "no degree of freedom" in three.why_no_interval
+    four = law_of_sizes(runs, "loss", draws=5)
+    assert len(four.redrawn) == 5 and four.why_no_interval is None
+    assert four.grows == pytest.approx(1, abs=0.1)
+    with pytest.raises(UserError, match="needs runs of 3 sizes at least, .*; there are 2"):
+        law_of_sizes(runs[:2], "loss")
+
+
+def test_two_seeds_of_a_size_widen_the_interval(folder):
+    def width(offset: float) -> float:
+        names = ("s2", "b2", "l2", "xl2", "xl2")
+        runs = [
+            make_run(folder / f"{offset}-{i}", s, STEPS, noise=1e-4, seed=i, offset=offset * (i == 4))
+            for i, s in enumerate(names)
+        ]
+        law = law_of_sizes([from_journal(run.url) for run in runs], "loss", draws=40)
+        return float(np.std([f(3e9, 5e8) for f in law.redrawn]))
+
+    assert width(0.01) > 5 * width(0.0)
+
+
+# ---- the published points ----
+
+
+def test_steps_to_a_target():
+    points = Series(np.array([100, 1000]), np.array([40.0, 10.0]))
+    assert steps_to(20.0, points) == (pytest.approx(10**2.5), False)
+    assert steps_to(10.0, points) == (pytest.approx(1000), False)
+    assert steps_to(50.0, points) == (100, True) and steps_to(5.0, points) == (None, False)
+
+
+def test_the_papers_points_alone(capsys, folder):
+    report = curves(capsys, "--published", "--out", folder / "out")
+    rows = {(row["name"], row["guidance"]): row for row in report["fid"]["rows"]}
+    ours = rows["FiTv2-B/2", "1"]
+    assert [p["fid"] for p in ours["points"]] == [26.03, 19.02, 17.70, 16.52]
+    assert [p["step"] for p in ours["points"]] == [400_000, 1_000_000, 1_500_000, 2_000_000]
+    model = parse_config(config("b2"), "b2").model
+    assert ours["points"][0]["flops"] == pytest.approx(4e5 * 256 * 3 * forward_flops(model, 256))
+    # FiTv2-B/2 is at 400K where FiT-B/2 is at 1,500K.
+    assert ours["steps_to_target"] == 400_000 and ours["at_most"]
+    assert rows["FiT-B/2", "1"]["steps_to_target"] == pytest.approx(1_500_000)
+    assert 10 < ours["fit"]["E"]["value"] < 16.52 and ours["fit"]["E"]["low"] < ours["fit"]["E"]["high"]
+    assert rows["FiT-B/2", "1"]["fit"] is None  # three points: no degree of freedom over
+    assert {c.name for c in published()} >= {"FiTv2-XL/2", "FiTv2-3B/2"}
+    assert (folder / "out" / "fid.png").exists() and report["runs"] == []
+
+
+# ---- the command ----
+
+
+def test_four_sizes_to_a_prediction_that_is_scored_later(capsys, folder):
+    hours = {"gpu_hours": STEPS / 50.0, "fid": 300 * (STEPS[-6:] / 1000) ** -0.4}
+    runs = [
+        make_run(folder / "runs" / s, s, STEPS, noise=0.001, seed=i, **hours).url
+        for i, s in enumerate(("s2", "b2", "l2", "xl2"))
+    ]
+    out = ["--out", folder / "out", "--uri", "none"]
+    report = curves(capsys, *runs, *out, "--published", "--predict", "fitv2_3b2@2000000")
+    assert report["metric"] == "loss" and report["mlflow"] is None
+    truth = float(TRUTH(2_971_928_080, 2e6 * 256))
+    (prediction,) = report["predictions"]
+    assert prediction["value"] == pytest.approx(truth, rel=0.01)
+    assert prediction["low"] < prediction["high"] and prediction["measured"] is None
+    assert report["surface"]["fit"]["E"]["low"] < 0.45 < report["surface"]["fit"]["E"]["high"]
+    ours = [row for row in report["fid"]["rows"] if row["ours"]]
+    assert len(ours) == 4 and all(row["guidance"] == "evaluate/256x256_cfg1/fid" for row in ours)
+    assert ours[0]["points"][-1] == {
+        "step": 4e5,
+        "flops": pytest.approx(ours[0]["points"][-1]["flops"]),
+        "fid": pytest.approx(300 * 400**-0.4),
+    }
+    for row in report["surface"]["frontier"]:
+        assert row["loss"] > 0.45
+    pictures = [Image.open(file) for file in report["files"] if file.endswith(".png")]
+    assert len(pictures) == 3 and all(p.size[0] == 1320 for p in pictures)
+    assert {Path(f).name for f in report["files"]} >= {"curves.json", "curves.txt", "runs.csv"}
+    assert (folder / "out" / "runs.csv").read_text().count("\n") == 5
+
+    # Then somebody has measured it.
+    big = make_run(folder / "runs" / "3b2", "3b2", np.geomspace(1000, 2_000_000, 500).astype(int)).url
+    (scored,) = curves(capsys, big, *out)["scored"]
+    assert scored["measured"] == pytest.approx(truth, rel=1e-3)
+    assert scored["error"] == pytest.approx(prediction["value"] / scored["measured"] - 1)
+    assert scored["inside"] == (prediction["low"] <= scored["measured"] <= prediction["high"])
+
+
+def test_a_runs_own_law_predicts_it_where_there_is_no_other(capsys, folder):
+    run = make_run(folder / "run", "b2", STEPS, noise=0.001).url
+    report = curves(capsys, run, "--out", folder / "out", "--uri", "none", "--predict", "fitv2_b2@2000000")
+    assert report["surface"] is None and "train another size" in report["why_no_surface"]
+    (prediction,) = report["predictions"]
+    assert prediction["by"] == "run"
+    assert prediction["value"] == pytest.approx(float(TRUTH(parameters("b2"), 2e6 * BATCH)), rel=0.01)
+
+
+def test_what_cannot_be_done_is_said(capsys, folder):
+    run = make_run(folder / "run", "b2", STEPS).url
+    out = ("--out", folder / "out", "--uri", "none")
+    assert "give runs, --experiment NAME, or --published" in refused(capsys, *out)
+    assert "give runs or --experiment, not both" in refused(capsys, run, "--experiment", "x")
+    assert "say with --uri which MLflow" in refused(capsys, "--experiment", "x")
+    assert "is not a run" in refused(capsys, folder / "nothing")
+    assert "give CONFIG@STEP" in refused(capsys, run, *out, "--predict", "fitv2_3b2")
+    assert "cannot read the config configs/no.yaml" in refused(capsys, run, *out, "--predict", "no@5")
+    assert "fitv2_3b2@5 cannot be predicted: there are no three sizes" in refused(
+        capsys, run, *out, "--predict", "fitv2_3b2@5"
+    )
+    empty = make_run(folder / "empty", "b2", [100], loss=np.array([np.nan])).url
+    assert "has no committed loss yet" in refused(capsys, empty, *out)
+    (folder / "out").mkdir(exist_ok=True)
+    (folder / "out" / "predictions.jsonl").write_text("nonsense\n")
+    assert "holds a line that is no prediction" in refused(capsys, run, *out)
+
+
+# ---- MLflow ----
+
+
+def test_through_mlflow_and_back(capsys, folder):
+    """Runs published to a real MLflow are read there as from their journals; the report becomes a run of its own, which
+    the next call does not take for training."""
+    mlflow = pytest.importorskip("mlflow")
+    urls = [
+        make_run(folder / "runs" / s, s, STEPS[::3], gpu_hours=STEPS[::3] / 50.0).url for s in ("s2", "b2", "l2", "xl2")
+    ]
+    for url in urls:
+        assert main(["track", "sync", url]) == 0
+    uri = f"sqlite:///{folder}/runs/mlflow.db"
+    by_journal = curves(capsys, *urls, "--out", folder / "one", "--predict", "fitv2_3b2@2000000")
+    assert by_journal["mlflow"]["uri"] == uri
+    by_mlflow = curves(capsys, "--experiment", "fitv2", "--uri", uri, "--out", folder / "two")
+    assert sorted(by_mlflow["runs"], key=lambda r: r["name"]) == sorted(by_journal["runs"], key=lambda r: r["name"])
+    assert by_mlflow["surface"]["fit"]["E"]["value"] == pytest.approx(by_journal["surface"]["fit"]["E"]["value"])
+
+    client = mlflow.MlflowClient(uri)
+    run = client.get_run(by_journal["mlflow"]["run"])
+    assert run.info.status == "FINISHED" and run.data.tags["fitv2.kind"] == "curves"
+    assert run.data.metrics["surface/E"] == by_journal["surface"]["fit"]["E"]["value"]
+    prediction = by_journal["predictions"][0]
+    (point,) = client.get_metric_history(run.info.run_id, "prediction/fitv2_3b2/value")
+    assert (point.value, point.step) == (prediction["value"], 2_000_000)
+    kept = {Path(a.path).name for a in client.list_artifacts(run.info.run_id, "curves")}
+    assert kept == {"loss.png", "frontier.png", "curves.json", "curves.txt", "runs.csv", "predictions.jsonl"}
+
+    assert "has no training run yet" in refused(capsys, "--experiment", "other", "--uri", uri)
+    said = refused(capsys, "--experiment", "fitv2", "--uri", "http://me:hidden@127.0.0.1:9")
+    assert "MLflow does not answer" in said and "hidden" not in said
+    said = refused(capsys, urls[0], "--out", folder / "three", "--uri", "http://127.0.0.1:9")
+    assert "does not take the report" in said and (folder / "three" / "curves.json").exists()

@@ -1,0 +1,306 @@
+"""The ledger: a frame that cannot be had is replaced alike on all ranks, and nothing but its own images changes."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_sharding.errors import DataError
+from data_sharding.format.manifest import Manifest
+from data_sharding.plan.balance import deal
+from data_sharding.plan.plan import CROP, RESIZE, Plan, Segment
+from data_sharding.storage.local_store import LocalStore
+from data_sharding.stream.substitutes import Ledger, Loss, frame_of
+from fitv2_scale.cli.__main__ import main
+from fitv2_scale.data import Data
+from fitv2_scale.run.log import RunLog, StaleAttempt
+from fitv2_scale.run.run import Run
+from fitv2_scale.run.status import status
+from fitv2_scale.run.substitutions import RunLedger, ledger_of, read_pages
+from fitv2_scale.train.loop import BAD_INPUT, DONE, train
+from tests.conftest import make_tiny
+from tests.data_sharding.stream.test_loader import loader
+from tests.support.paused_training import train_held
+from tests.support.ranks import Ranks, run_ranks
+from tests.support.run_history import commit_bytes, losses, trained
+from tests.system.test_resume import reach
+
+
+@pytest.fixture
+def manifest(dataset):
+    return Manifest.load(dataset)
+
+
+def page_of(ledger: Ledger, *frames: int, seed: int = 0) -> dict:
+    return json.loads(json.dumps(ledger.page([Loss(0, f, f"frame {f}") for f in frames], seed)))  # as it is stored
+
+
+def tokens(m, row, view):
+    return int(m.size[row, view].astype(int).prod())
+
+
+def test_substitutes_are_as_long_or_the_nearest_shorter(manifest):
+    ledger = Ledger([manifest]).turned(page_of(Ledger([manifest]), 1, 3))
+    lost = {1, 3}
+    rows = [r for f in lost for r in range(*manifest.frame_first[f : f + 2])]
+    readable = [r for r in range(len(manifest.sample_id)) if frame_of(manifest, r) not in lost]
+    assert ledger.images == len(rows) and ledger.share() == len(rows) / 240
+    exact = 0
+    for row in rows:
+        for view in (RESIZE, CROP):
+            wanted = tokens(manifest, row, view)
+            if not wanted:
+                continue
+            stand_in = ledger.row(0, row, view)
+            assert stand_in in readable
+            possible = [n for r in readable if 0 < (n := tokens(manifest, r, view)) <= wanted]
+            assert tokens(manifest, stand_in, view) == max(possible)
+            exact += tokens(manifest, stand_in, view) == wanted
+    assert exact > len(rows) / 2
+    assert all(ledger.row(0, row, RESIZE) == row for row in readable)
+    # Different images get different substitutes, as far as lengths allow.
+    assert len({ledger.row(0, row, RESIZE) for row in rows}) > len(rows) / 3
+
+
+def test_choice_depends_on_the_key_alone(manifest):
+    empty = Ledger([manifest])
+    a, b, other = page_of(empty, 1, 3), page_of(empty, 3, 1), page_of(empty, 1, 3, seed=1)
+    assert a == b and a != other
+    assert page_of(empty.turned(a), 1, 3)["frames"] == []  # what is there is not asked for again
+
+
+def test_a_rare_length_is_found_in_a_search_of_everything(manifest, monkeypatch):
+    monkeypatch.setattr("data_sharding.stream.substitutes._DRAWS", 1)
+    ledger = Ledger([manifest]).turned(page_of(Ledger([manifest]), 2))
+    monkeypatch.setattr("data_sharding.stream.substitutes._BLOCK", 17)
+    test_substitutes_are_as_long_or_the_nearest_shorter(manifest)
+    for row in range(*manifest.frame_first[2:4]):
+        assert frame_of(manifest, ledger.row(0, row, RESIZE)) != 2
+
+
+def test_a_substitute_that_is_lost_in_turn_is_replaced(manifest):
+    first = Ledger([manifest])
+    first = first.turned(page_of(first, 0))
+    rows = range(*manifest.frame_first[:2])
+    hit = next(r for r in rows if frame_of(manifest, first.row(0, r, RESIZE)) == 4)
+    then = first.turned(page_of(first, 4))
+    assert frame_of(manifest, then.row(0, hit, RESIZE)) not in (0, 4)
+    unmoved = next(r for r in rows if frame_of(manifest, first.row(0, r, RESIZE)) not in (0, 4))
+    assert then.row(0, unmoved, RESIZE) == first.row(0, unmoved, RESIZE)
+
+
+def test_no_image_as_short_is_said(manifest):
+    frames = len(manifest.frame_shard)
+    with pytest.raises(DataError, match="cannot be read, and no readable one is as short"):
+        page_of(Ledger([manifest]), *range(frames))
+
+
+def test_all_other_images_are_untouched(dataset, manifest):
+    plan = Plan([manifest], 5, "mixed", [Segment(0, 12, (1,))])
+    ledger = Ledger([manifest]).turned(page_of(Ledger([manifest]), 2))
+    with loader(plan, steps=range(25)) as plain, loader(plan, steps=range(25), ledger=ledger) as replaced:
+        counted = 0
+        for a, b in zip(plain, replaced, strict=True):
+            images = plan.step(a.step)
+            lost = dict(
+                zip(images.sample_id.tolist(), ledger.is_lost(images.dataset, images.row).tolist(), strict=True)
+            )
+            assert b.step_substituted == sum(lost.values()) and a.step_substituted == 0
+            assert (a.id_sum, a.step_id_sum) == (b.id_sum, b.step_id_sum)
+            assert a.step_cost_max == b.step_cost_max and len(a.packs) == len(b.packs)
+            for p, q in zip(a.packs, b.packs, strict=True):
+                assert np.array_equal(p.sample_id, q.sample_id) and np.array_equal(p.epoch, q.epoch)
+                assert np.array_equal(p.weight, q.weight)
+                for slot in np.flatnonzero(p.weight):
+                    if p.layout.tokens == q.layout.tokens:
+                        assert np.array_equal(p.layout.cu_seqlens, q.layout.cu_seqlens)
+                    x, y = (k.latents[slice(*k.layout.cu_seqlens[slot : slot + 2])] for k in (p, q))
+                    if lost[int(p.sample_id[slot])]:
+                        counted += 1
+                        assert not np.array_equal(x, y) and len(y) <= len(x)
+                    else:
+                        assert np.array_equal(x, y) and p.label[slot] == q.label[slot]
+    assert counted > 20
+
+
+def make_book(folder: Path, manifest, share: float = 0.5) -> RunLedger:
+    store = LocalStore(str(folder))
+    log = RunLog(store)
+    return RunLedger(store, log, log.claim().attempt, 0, share, Ledger([manifest]))
+
+
+def test_pages_are_written_once_and_found_again(tmp_path, manifest):
+    book = make_book(tmp_path, manifest)
+    pages = book.write([Loss(0, 1, "one"), Loss(0, 1, "said by another rank")], step=7)
+    assert [f["frame"] for page in pages for f in page["frames"]] == [1] and pages[0]["step"] == 7
+    ledger = book.turn(pages)
+    assert book.write([Loss(0, 1, "one")], step=8) == []
+    book.turn(book.write([Loss(0, 3, "three")], step=9))
+    again = ledger_of(read_pages(book.store), [manifest])
+    assert again.version == 2 and again.frames.keys() == {(0, 1), (0, 3)}
+    assert np.array_equal(again.frames[0, 1], ledger.frames[0, 1])
+
+
+def test_a_stale_attempt_writes_nothing(tmp_path, manifest):
+    old = make_book(tmp_path, manifest)
+    new = make_book(tmp_path, manifest)
+    with pytest.raises(StaleAttempt, match="attempt 1 was superseded by attempt 2"):
+        old.write([Loss(0, 1, "one")], step=0)
+    assert ledger_of(read_pages(new.store), [manifest]).version == 0
+
+
+class LossyStore(LocalStore):
+    """``create`` does its work and loses the reply, or finds that another attempt's page has just got there."""
+
+    mode = "lost"
+
+    def create(self, path: str, data: bytes) -> None:
+        if self.mode == "lost":
+            super().create(path, data)
+            raise ConnectionResetError("the reply was lost")
+        if self.mode == "taken":
+            self.mode = "plain"
+            page = json.loads(data)
+            page |= {"nonce": "another", "frames": [f | {"cause": "theirs"} for f in page["frames"]]}
+            super().create(path, json.dumps(page).encode())
+            raise FileExistsError(path)
+        super().create(path, data)
+
+
+def test_a_lost_reply_and_a_page_of_an_older_attempt(tmp_path, manifest):
+    book = make_book(tmp_path, manifest)
+    book.store = LossyStore(str(tmp_path))
+    assert [p["version"] for p in book.write([Loss(0, 1, "one")], 0)] == [1]
+    book.turn([json.loads(Path(tmp_path, "ledger/00000001.json").read_text())])
+    book.store.mode = "taken"
+    pages = book.write([Loss(0, 2, "ours")], 0)  # theirs says the same: nothing is left to write
+    assert [p["frames"][0]["cause"] for p in pages] == ["theirs"] and book.turn(pages).version == 2
+
+
+def test_a_damaged_page_is_said(tmp_path, manifest):
+    book = make_book(tmp_path, manifest)
+    book.write([Loss(0, 1, "one")], 0)
+    Path(tmp_path, "ledger/00000001.json").write_text('{"version": 1')
+    with pytest.raises(DataError, match="ledger/00000001.json is not a page of the ledger"):
+        ledger_of(read_pages(book.store), [manifest])
+
+
+# The whole way: training on a dataset one of whose five frames is gone.
+
+
+@pytest.fixture
+def damaged(dataset, tmp_path) -> str:
+    copy = tmp_path / "damaged"
+    shutil.copytree(dataset, copy)
+    (copy / Manifest.load(dataset).shards[-1].name).unlink()  # 40 of 240 images
+    return str(copy)
+
+
+def damaged_config(damaged, folder, name, **changes):
+    return make_tiny(damaged, folder, name, **{"data__max_substituted": 0.2, "train__steps": 24} | changes)
+
+
+def test_training_goes_on_with_substitutes_whatever_the_layout(damaged, tmp_path, capsys):
+    runs = {size: damaged_config(damaged, tmp_path, f"on{size}") for size in (1, 3)}
+    for size, config in runs.items():
+        assert run_ranks(size, train, config) == [DONE] * size
+    one, three = runs[1].run, runs[3].run
+    assert losses(one) == pytest.approx(losses(three), rel=1e-5)
+    assert trained(one) == trained(three)  # ids, times and noise are the planned ones
+    pages = [json.loads(Path(run, "ledger/00000001.json").read_text()) for run in (one, three)]
+    assert pages[0]["frames"] == pages[1]["frames"] and pages[0]["step"] == pages[1]["step"]
+    assert not Path(one, "ledger/00000002.json").exists()
+
+    substituted = status(Run.open(one))["substituted"]
+    assert (substituted["version"], substituted["frames"], substituted["images"]) == (1, 1, 40)
+    assert main(["status", one]) == 0
+    assert "40 images of 1 frames are replaced: " in capsys.readouterr().out
+    manifest_json = next(Path(one, "steps").glob("00000024*/manifest.json"))
+    assert json.loads(manifest_json.read_text())["cursor"]["ledger"] == 1
+
+
+def test_every_planned_id_counts_and_substitutes_are_counted(damaged, dataset, tmp_path):
+    from fitv2_scale.tracking.journal import read
+
+    with_loss, whole = damaged_config(damaged, tmp_path, "lost"), make_tiny(dataset, tmp_path, "whole", train__steps=24)
+    assert run_ranks(2, train, with_loss) == run_ranks(2, train, whole) == [DONE, DONE]
+    assert trained(with_loss.run) == trained(whole.run)
+    plan = Plan([Manifest.load(dataset)], 0, "mixed", [Segment(0, 12, (1,))])
+    expected = {k + 1: int((plan.step(k).row >= 200).sum()) for k in range(24)}
+    counted = {r.step: r.metrics["substituted_images"] for r in read(Run.open(with_loss.run)) if r.metrics}
+    assert counted == expected
+    first = min(step for step, count in expected.items() if count)
+    a, b = losses(with_loss.run), losses(whole.run)
+    assert {k: v for k, v in a.items() if k < first} == {k: v for k, v in b.items() if k < first}
+    assert a[first] != b[first]
+
+
+def lose_on_one_rank(config, rank: int) -> int:
+    """Frame 4 cannot be had on one rank alone; the others have it, perhaps in a batch that waits already."""
+    from data_sharding.stream.frames import FrameLost, FrameReader
+
+    read = FrameReader.read
+    if int(os.environ["RANK"]) == rank:
+        FrameReader.read = lambda self, m, f: read(self, m, f) if f != 4 else _raise(FrameLost("the shard is missing"))
+    return train(config)
+
+
+def _raise(error: Exception):
+    raise error
+
+
+def _both_ranks_need_it_first_in_one_step(config) -> bool:
+    """Of frame 4, whose images are rows 200 and up, on two ranks."""
+    data = Data.open(config, (2,))
+    for k in range(24):
+        images = data.plan.step(k)
+        packs = deal(images.tokens, data.cost, data.nodes, data.shapes).packs
+        needs = [(images.row[np.concatenate(rank)] >= 200).any() for rank in packs]
+        if any(needs):
+            return all(needs)
+    return False
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_one_rank_loses_is_lost_to_all(damaged, dataset, tmp_path, rank):
+    """The run is the same as if no rank could read it, from the step on that met the loss."""
+    seed = next(s for s in range(99) if _both_ranks_need_it_first_in_one_step(make_tiny(dataset, tmp_path, seed=s)))
+    for_all = damaged_config(damaged, tmp_path, "for_all", seed=seed)
+    for_one = damaged_config(dataset, tmp_path, "for_one", seed=seed)
+    assert run_ranks(2, train, for_all) == run_ranks(2, lose_on_one_rank, for_one, rank) == [DONE, DONE]
+    pages = [json.loads(Path(c.run, "ledger/00000001.json").read_text()) for c in (for_all, for_one)]
+    assert pages[0]["step"] == pages[1]["step"]
+    assert pages[0]["frames"][0]["images"] == pages[1]["frames"][0]["images"]
+    assert commit_bytes(for_all.run) == commit_bytes(for_one.run)
+
+
+def test_a_run_killed_in_between_ends_bit_equal(damaged, tmp_path):
+    undisturbed, killed = (damaged_config(damaged, tmp_path, name) for name in ("undisturbed", "killed"))
+    assert run_ranks(2, train, undisturbed) == [DONE, DONE]
+    ranks = Ranks(2, train_held, killed, 18)
+    reach(killed, 14, attempt=1)
+    ranks.kill()
+    page = Path(killed.run, "ledger/00000001.json").read_bytes()
+    assert run_ranks(2, train, killed) == [DONE, DONE]
+    assert Path(killed.run, "ledger/00000001.json").read_bytes() == page
+    assert commit_bytes(killed.run) == commit_bytes(undisturbed.run)
+    # The ledger is part of what a commit stands on.
+    Path(killed.run, "ledger/00000001.json").unlink()
+    longer = damaged_config(damaged, tmp_path, "killed", train__steps=30)
+    with pytest.raises(DataError, match="ledger has 0 pages, but the commit at step 24 was made with 1"):
+        run_ranks(2, train, longer)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1])
+def test_more_than_the_allowed_share_stops_the_run(damaged, tmp_path, share):
+    config = make_tiny(damaged, tmp_path, train__steps=24, data__max_substituted=share)
+    with pytest.raises(
+        DataError, match=rf"40 images cannot be read, more than data.max_substituted = {share:g} allows"
+    ):
+        run_ranks(2, train, config)
+    attempt = status(Run.open(config.run))["attempts"][0]
+    assert attempt["code"] == BAD_INPUT and "the shard is missing" in attempt["why"]
+    assert not Path(config.run, "ledger").exists()

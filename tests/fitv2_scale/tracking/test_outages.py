@@ -1,0 +1,180 @@
+"""What goes wrong on the way to MLflow: outages, refusals, deletions, file systems without locks. Nothing is lost."""
+
+import sqlite3
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from data_sharding.errors import UserError
+from fitv2_scale.tracking import destination
+from fitv2_scale.tracking.destination import resolve_uri, shared_file_system, why_journal_only
+from fitv2_scale.tracking.journal import Journal
+from fitv2_scale.tracking.publisher import Publisher, ServerError
+from fitv2_scale.tracking.sync import sync
+from fitv2_scale.tracking.uploader import Patience, attempt_has_ended, follow, run_is_over
+from tests.support.journal_writers import DIGEST, make, train
+from tests.support.mlflow_queries import QUICK, published, steps
+from tests.support.waiting import wait
+
+
+def test_an_outage_is_waited_for(folder, runs):
+    """The database loses a table while the uploader follows, gets it back, and nothing is lost."""
+    run = make(folder)
+    train(run, 0, 5, commits=(5,))
+    uri = resolve_uri(str(folder), "auto")
+    sync(str(folder), "auto", "test")
+    follower = threading.Thread(target=follow, args=(run, uri, "test", lambda: attempt_has_ended(run), QUICK))
+    log = folder / "tracking" / "uploader.log"
+    with sqlite3.connect(runs / "mlflow.db", timeout=60) as db:
+        db.execute("alter table metrics rename to away")
+    try:
+        follower.start()
+        attempt = train(run, 5, 10, commits=(10,))
+        said = "the journal keeps it, next try in 0.04 s"
+        wait("an outage", lambda: log.exists() and said in log.read_text())
+    finally:
+        with sqlite3.connect(runs / "mlflow.db", timeout=60) as db:
+            db.execute("alter table away rename to metrics")
+    attempt.end(0, "done")
+    follower.join(300)
+    assert not follower.is_alive()
+    assert steps(folder) == list(range(1, 11)) and published(folder)["status"] == "FINISHED"
+    assert all(line[:4].isdigit() for line in log.read_text().splitlines())
+
+
+def test_a_dead_server_never_holds_up_the_end_and_sync_brings_the_rest(folder):
+    run = make(folder)
+    train(run, 0, 5, commits=(5,)).end(0, "done")
+    nobody = "http://me:hunter2@127.0.0.1:9"
+    follow(run, nobody, "test", lambda: True, Patience(poll=0.02, backoff=0.1, last_pass=0.2))
+    log = (folder / "tracking" / "uploader.log").read_text()
+    assert f"waits for `fitv2 track sync {folder}`" in log and "hunter2" not in log
+    with pytest.raises(
+        UserError, match=r"MLflow at http://\[redacted\]@127.0.0.1:9 does not take .* nothing is lost"
+    ) as said:
+        sync(str(folder), nobody, "test")
+    assert "hunter2" not in str(said.value)
+    assert sync(str(folder), "auto", "test")["metrics"] == 5
+
+
+def test_a_run_deleted_on_the_server_is_made_anew(folder):
+    from mlflow import MlflowClient
+
+    run, uri = make(folder), resolve_uri(str(folder), "auto")
+    train(run, 0, 5, commits=(5,))
+    said = []
+    publisher = Publisher(run, uri, "test", said.append)
+    publisher.publish()
+    first = publisher.mlflow_run
+    MlflowClient(uri).delete_run(first)
+    train(run, 5, 10, commits=(10,))
+    with pytest.raises(ServerError, match="must be in the 'active' state"):
+        publisher.publish()
+    assert publisher.publish()["metrics"] == 10
+    assert said == [f"MLflow's run {first} is gone: everything is sent again, to a new one ({publisher.mlflow_run})"]
+    MlflowClient(uri).restore_run(first)  # two with one tag: the one that was written down stays
+    assert sync(str(folder), "auto", "test")["mlflow_run"] == publisher.mlflow_run != first
+
+
+def test_what_mlflow_refuses_holds_up_nothing_else(folder, monkeypatch):
+    """Names and values that are sent as they are, as if this MLflow were stricter than we know."""
+    from fitv2_scale.tracking import mlflow_writer
+
+    monkeypatch.setattr(mlflow_writer, "_name", lambda name: name)
+    monkeypatch.setattr(mlflow_writer, "MAX_PARAM_VAL_LENGTH", 10_000)
+    monkeypatch.setenv("MLFLOW_TRUNCATE_LONG_VALUES", "false")
+    run = make(folder, {"model": {"dim": 8}, "note": "n" * 7000, "seed": 3})
+    attempt = run.claim({})
+    log = Journal(attempt.folder, 1, 0)
+    for step in range(1, 301):
+        log.metrics(step, {"loss": float(step), "odd@name": 1.0, "b": 1.0, "x" * 251: 1.0})
+    log.seal()
+    attempt.commit(300, "steps/300", DIGEST)
+    attempt.end(0, "done")
+    said = []
+    counts = sync(str(folder), "auto", "test", say=said.append)
+    assert counts["refused"] == 2 and len(said) == 3
+    assert said[0].startswith("MLflow refuses a parameter, the run goes without: note: ")
+    assert said[1].startswith("MLflow refuses a metric, which stays in the journal only: odd@name: ")
+    there = published(folder)
+    assert [(row[0], row[1]) for row in there["metrics"]] == [(s, key) for s in range(1, 301) for key in ("b", "loss")]
+    assert there["params"] == {"model.dim": "8", "seed": "3"}
+
+
+@pytest.mark.parametrize("uri", ["nonsense://mlflow", "/runs/mlruns", "sqlite:////proc/none/mlflow.db"])
+def test_a_wrong_uri_is_said_and_training_goes_on(folder, uri):
+    run = make(folder)
+    train(run, 0, 5, commits=(5,)).end(0, "done")
+    follow(run, uri, "test", lambda: True, Patience(poll=0.02, backoff=0.05, last_pass=0.1))
+    log = (folder / "tracking" / "uploader.log").read_text()
+    assert f"MLflow at {uri} does not take it, the journal keeps it, next try in 0.05 s: " in log
+    assert f"waits for `fitv2 track sync {folder}`" in log and "Traceback" not in log
+    assert sync(str(folder), "auto", "test")["metrics"] == 5
+
+
+# ---- shared file systems ----
+
+MOUNTS = """\
+21 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
+22 21 0:5 / /proc rw - proc proc rw
+30 21 0:40 / /home rw,relatime shared:2 - nfs4 filer:/home rw,vers=4.2
+31 30 8:2 / /home/me/local rw - xfs /dev/sdb rw
+32 21 0:41 / /scratch rw shared:3 - lustre mds@o2ib:/scratch rw,flock
+33 21 0:42 / /my\\040data rw - fuse.sshfs me@host: rw
+34 21 0:43 / /over rw - nfs filer:/over rw
+35 34 0:44 / /over rw - tmpfs tmpfs rw
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/runs", None), ("/home/me/runs", "nfs4"), ("/home/me/local/runs", None), ("/scratch", "lustre"),
+        ("/scratchy", None), ("/my data/x", "fuse.sshfs"), ("/over/x", None), ("/home", "nfs4"),
+    ],
+)  # fmt: skip
+def test_shared_file_systems_are_known_by_their_type(path, kind):
+    assert shared_file_system(Path(path), MOUNTS) == kind
+
+
+def test_on_a_shared_file_system_sync_is_the_one_writer(folder, runs, tmp_path, monkeypatch):
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(f"21 1 8:1 / / rw - ext4 /dev/sda1 rw\n22 21 0:9 / {runs} rw - nfs4 filer:/x rw\n")
+    monkeypatch.setattr(destination, "_MOUNTS", mounts)
+    run = make(folder, {"tracking": {"uri": "auto"}})
+    attempt = train(run, 0, 5, commits=(5,))
+    assert "stay in the journal; `fitv2 track sync" in why_journal_only(run.url, "auto")
+    assert why_journal_only(run.url, "http://mlflow:5000") is None
+
+    uri = resolve_uri(run.url, "auto")
+    other = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print('process 7 on n1', file=f, flush=True); print(flush=True); sys.stdin.read()"  # noqa: E501
+    command = [sys.executable, "-c", other, str(runs / "mlflow.db.writer")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        with pytest.raises(UserError, match=r"process 7 on n1 writes to .*mlflow.db; try again when it is done"):
+            sync(run.url, uri, "test", Patience(last_pass=0.2))
+        process.stdin.close()
+    sync(run.url, uri, "test")
+    assert published(folder)["status"] == "RUNNING"  # no uploader there would hold the lock
+    attempt.end(75, "SIGTERM")
+    sync(run.url, uri, "test")
+    assert published(folder)["status"] == "KILLED"
+
+
+def test_sync_follows_a_run_until_it_is_done(folder):
+    """From another machine, over several attempts, without a process to watch."""
+    run = make(folder)
+    follower = threading.Thread(target=follow, args=(run, resolve_uri(str(folder), "auto"), "test"), kwargs={
+        "over": lambda: run_is_over(run), "patience": QUICK,
+    })  # fmt: skip
+    follower.start()
+    train(run, 0, 5, commits=(5,)).end(75, "SIGUSR1")
+    wait("what is sent", (folder / "tracking" / "ack.json").exists)
+    assert follower.is_alive()
+    train(run, 5, 10, commits=(10,)).end(0, "done")
+    follower.join(300)
+    assert not follower.is_alive()
+    assert steps(folder) == list(range(1, 11)) and published(folder)["status"] == "FINISHED"

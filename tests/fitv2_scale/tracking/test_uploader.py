@@ -1,0 +1,194 @@
+"""The way of a run's journal to a real MLflow on SQLite: nothing twice, nothing lost, no secret."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from data_sharding.errors import UserError
+from fitv2_scale.run.run import Run
+from fitv2_scale.tracking import journal
+from fitv2_scale.tracking.destination import resolve_uri
+from fitv2_scale.tracking.journal import Journal
+from fitv2_scale.tracking.lock import Lock
+from fitv2_scale.tracking.sync import sync
+from fitv2_scale.tracking.uploader_process import Uploader
+from tests.support.journal_writers import DIGEST, make, train
+from tests.support.mlflow_queries import QUICK, published, steps
+from tests.support.waiting import wait
+
+
+def test_everything_arrives_once_with_its_times(folder, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRUNCATE_LONG_VALUES", "false")  # some servers do not
+    run = make(folder, {"model": {"dim": 8, "blocks": [1, 2]}, "note": "n" * 7000, "mlflow": {"password": "hunter2"}})
+    (folder / "samples").mkdir()
+    (folder / "samples" / "00000002.png").write_bytes(b"picture")
+    attempt = run.claim({})
+    log = Journal(attempt.folder, 1, 0)
+    log.metrics(1, {"loss": 0.5, "odd@name": 1})
+    log.metrics(2, {"loss": math.nan})
+    log.picture(2, "samples/00000002.png")
+    log.picture(2, "samples/gone.png")
+    log.seal()
+    attempt.commit(2, "steps/2", DIGEST)
+    attempt.end(0, "done")
+
+    counts = sync(str(folder), "auto", "test")
+    assert (counts["metrics"], counts["pictures"], counts["missing"]) == (3, 1, 1)
+    there = published(folder)
+    times = [r.time_ms for r in journal.read(run)]
+    assert there["metrics"] == [
+        (1, "loss", 0.5, 0, times[0]), (1, "odd_name", 1.0, 0, times[0]), (2, "loss", 0.0, 1, times[1]),
+    ]  # fmt: skip
+    assert there["params"] == {
+        "model.dim": "8", "model.blocks": "[1, 2]", "note": "n" * 6000, "mlflow.password": "[redacted]",
+    }  # fmt: skip
+    assert there["tags"]["fitv2.science_hash"] == run.science_hash and there["tags"]["fitv2.attempt"] == "1"
+    assert there["status"] == "FINISHED" and there["start"] < there["end"] < time.time() * 1000
+    assert there["artifacts"].is_relative_to(folder.parent / "mlartifacts")
+    assert (there["artifacts"] / "samples" / "00000002.png").read_bytes() == b"picture"
+    place = json.loads((folder / "tracking" / "mlflow.json").read_bytes())
+    assert place == {"uri": resolve_uri(str(folder), "auto"), "experiment": "test", "mlflow_run": counts["mlflow_run"]}
+
+    again = sync(str(folder), "auto", "test")
+    assert again["metrics"] == again["pictures"] == 0 and again["mlflow_run"] == counts["mlflow_run"]
+    assert published(folder) == there
+
+
+def test_attempts_of_one_run_are_one_mlflow_run(folder):
+    run = make(folder)
+    train(run, 0, 12, commits=(5, 10)).end(75, "SIGUSR1")
+    sync(str(folder), "auto", "test")
+    assert published(folder)["status"] == "KILLED"
+    train(run, 5, 20, commits=(10, 15, 20)).end(1, "a bug")
+    sync(str(folder), "auto", "test")
+    there = published(folder)
+    assert there["status"] == "FAILED" and there["tags"]["fitv2.attempt"] == "2"
+    assert [(row[0], int(row[2])) for row in there["metrics"]] == [(s, 1 if s <= 10 else 2) for s in range(1, 21)]
+
+
+@pytest.mark.parametrize("died", ["before", "after"])
+def test_an_uploader_killed_at_its_acknowledgement_repeats_nothing(folder, monkeypatch, died):
+    """Killed when MLflow has the second batch, before or after that is written down: it is sent again, or is not."""
+    from data_sharding.storage.local_store import LocalStore
+    from fitv2_scale.tracking import publisher
+
+    monkeypatch.setattr(publisher, "MAX_METRICS_PER_BATCH", 10)
+    run = make(folder)
+    train(run, 0, 35, commits=(35,)).end(0, "done")
+    real, acks = LocalStore.put, []
+
+    def put(store: LocalStore, path: str, data: bytes) -> None:
+        acks.extend([path] if path.endswith("ack.json") else [])
+        if len(acks) == 2 and died == "before":
+            raise KeyboardInterrupt
+        real(store, path, data)
+        if len(acks) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(LocalStore, "put", put)
+    with pytest.raises(KeyboardInterrupt):
+        sync(str(folder), "auto", "test")
+    assert steps(folder) == list(range(1, 21))
+    monkeypatch.setattr(LocalStore, "put", real)
+    assert sync(str(folder), "auto", "test")["metrics"] == (25 if died == "before" else 15)
+    assert steps(folder) == list(range(1, 36))
+
+
+def test_an_edited_config_neither_fails_nor_leaks(folder):
+    """MLflow refuses to change a param; run.json could have been written by a version that hid less."""
+    run = make(folder, {"model": {"dim": 8}})
+    train(run, 0, 5, commits=(5,)).end(0, "done")
+    sync(str(folder), "auto", "test")
+    record = json.loads((folder / "run.json").read_bytes())
+    record["config"] = {"model": {"dim": 16}, "mlflow": {"password": "hunter2"}}
+    (folder / "run.json").write_text(json.dumps(record))
+    sync(str(folder), "auto", "test")
+    assert published(folder)["params"] == {"model.dim": "8", "mlflow.password": "[redacted]"}
+
+
+def test_another_server_gets_everything(folder):
+    run = Run.open_or_create(str(folder), {}, {}, None, {"run": "first-0f", "step": 7})  # imported: no plan yet
+    train(run, 0, 5, commits=(5,)).end(0, "done")
+    sync(str(folder), "auto", "test")
+    tags = published(folder)["tags"]
+    assert (tags["fitv2.parent_run"], tags["fitv2.branch_step"]) == ("first-0f", "7") and "fitv2.plan_hash" not in tags
+    assert sync(str(folder), "auto", "second experiment")["metrics"] == 5
+
+
+def test_one_uploader_at_a_time(folder):
+    run = make(folder)
+    attempt = train(run, 0, 5, commits=(5,))
+    with Lock(run) as lock:
+        assert lock.held()
+        with pytest.raises(UserError, match="published by another uploader"):
+            sync(str(folder), "auto", "test", QUICK)
+        attempt.end(0, "done")  # the other is about to finish: worth waiting for
+        waiting = threading.Thread(target=sync, args=(str(folder), "auto", "test", QUICK))
+        waiting.start()
+        time.sleep(0.1)
+        assert waiting.is_alive()
+    waiting.join(300)
+    assert steps(folder) == list(range(1, 6))
+
+
+def test_the_process_follows_training_and_ignores_its_signals(folder):
+    """The real thing: started by a trainer that is then killed with SIGKILL; a second one lets its attempt end."""
+    trainer = (
+        "import sys, time; from fitv2_scale.tracking.uploader_process import Uploader\n"
+        "print(Uploader(sys.argv[1], 'auto', 'test').process.pid, flush=True); time.sleep(600)"
+    )
+    run = make(folder)
+    train(run, 0, 5, commits=(5,))
+    process = subprocess.Popen([sys.executable, "-c", trainer, str(folder)], stdout=subprocess.PIPE, text=True)
+    uploader = int(process.stdout.readline())
+    wait("what is sent", (folder / "tracking" / "ack.json").exists)
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        os.kill(uploader, number)
+    process.kill()  # and not yet reaped: a zombie must count as gone
+    wait("the end", lambda: published(folder)["status"] == "KILLED")
+    process.wait()
+    process.stdout.close()
+
+    attempt = train(run, 5, 10, commits=(10,))
+    child = Uploader(str(folder), "auto", "test").process
+    wait("10 steps", lambda: published(folder)["status"] == "RUNNING" and len(steps(folder)) == 10)
+    attempt.end(0, "done")
+    assert child.wait(300) == 0
+    assert published(folder)["status"] == "FINISHED" and steps(folder) == list(range(1, 11))
+    assert (folder / "tracking" / "uploader.log").read_text() == ""
+
+
+def test_training_never_loads_mlflow_and_bad_input_is_one_sentence(tmp_path):
+    check = "import sys, fitv2_scale.train.setup; assert 'mlflow' not in sys.modules"
+    subprocess.run([sys.executable, "-c", check], check=True)
+    command = [
+        sys.executable,
+        "-m",
+        "fitv2_scale.tracking.uploader",
+        str(tmp_path / "none"),
+        "--experiment",
+        "x",
+        "--follow",
+        "1",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "is not a run" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("run", "uri", "means"),
+    [
+        ("/runs/demo", "auto", "sqlite:////runs/mlflow.db"),
+        ("file:///runs/demo/", "auto", "sqlite:////runs/mlflow.db"),
+        ("/runs/demo", "http://mlflow:5000", "http://mlflow:5000"),
+    ],
+)
+def test_resolve_uri(run, uri, means):
+    assert resolve_uri(run, uri) == means

@@ -1,0 +1,136 @@
+"""A rank that gets no further is named, and the attempt ends with 75: real ranks, really stopped."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from fitv2_scale.run.run import Run
+from fitv2_scale.run.status import status
+from fitv2_scale.train.loop import train
+from fitv2_scale.train.watchdog import Beat, blame
+from tests.conftest import make_tiny
+from tests.support.ranks import Ranks
+from tests.system.test_resume import reach
+
+LIMITS = {"step": 8.0, "compile": 30.0, "load": 60.0, "save": 60.0}  # all shorter than a test waits
+STRICT = {f"watchdog__{section}_seconds": seconds for section, seconds in LIMITS.items()}
+STRICT |= {"train__steps": 100_000, "checkpoint__every_steps": 50_000}
+
+
+def beat(rank: int, section: str = "step", step: int = 7, patience: float = 30.0, where: str = "a.py:1") -> Beat:
+    return Beat(rank, f"n{rank}", section, step, 40.0, patience, where)
+
+
+@pytest.mark.parametrize(
+    "beats,unheard,guilty",
+    [
+        ([beat(0), beat(1), beat(2)], [0, 31, 1], [1]),  # silent
+        ([beat(0), beat(1, "save", patience=1800), beat(2)], [0, 31, 1], [1]),  # patient, but in another section
+        ([beat(0), beat(1, step=6), beat(2)], [0, 1, 1], [1]),  # behind
+        ([beat(0), beat(1, "data"), beat(2)], [0, 1, 1], [1]),  # in another section
+        ([beat(0), beat(1, where="b.py:1"), beat(2)], [0, 1, 1], [1]),  # at another line
+        ([beat(0), beat(1, where="b.py:1")], [0, 1], [0, 1]),  # which of two cannot be told
+        ([beat(0, "save"), beat(1, "save")], [0, 1], [0, 1]),  # all wait for something outside
+        ([beat(0, step=6), beat(1)], [0, 31], [1]),  # silence counts first
+    ],
+)
+def test_who_is_to_blame(beats, unheard, guilty):
+    found = blame({b.rank: b for b in beats}, dict(enumerate(map(float, unheard))))
+    assert [h.rank for h in found] == guilty
+
+
+def test_what_is_said():
+    (hung,) = blame({0: beat(0), 1: beat(1)}, {0: 0.0, 1: 31.4})
+    assert str(hung) == "rank 1 on n1 has not been heard of for 31 s, at step 7, in a.py:1"
+    (hung,) = blame({0: beat(0), 1: beat(1, "data", 6)}, {0: 0.0, 1: 0.4})
+    assert str(hung) == "rank 1 on n1 has been in section data for 40 s, at step 6, in a.py:1"
+
+
+def end_of(run: str, seconds: float = 120) -> dict:
+    file, deadline = Path(run, "attempts/1/end.json"), time.monotonic() + seconds
+    while not file.exists():
+        assert time.monotonic() < deadline, "the watchdog has not barked"
+        time.sleep(0.1)
+    return json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("stopped", [0, 2])
+def test_a_stopped_rank_is_named(tiny, stopped):
+    config = tiny(**STRICT)
+    ranks = Ranks(3, train, config)
+    try:
+        reach(config, 5, attempt=1)
+        time.sleep(3)  # what it says in its first steps is that it compiles, and may be silent for long
+        ranks.signal(stopped, signal.SIGSTOP)
+        end = end_of(config.run)
+        assert end["code"] == 75 and end["reason"].startswith(f"rank {stopped} on "), end
+        assert "has not been heard of" in end["reason"]
+        (hung,) = json.loads(Path(config.run, "attempts/1/hung.json").read_text())
+        assert (hung["rank"], hung["silent"]) == (stopped, True)
+        stacks = sorted(p.name for p in Path(config.run, "attempts/1/logs").glob("*.stacks"))
+        assert stacks == [f"rank-{rank:05d}.stacks" for rank in range(3) if rank != stopped]
+        text = Path(config.run, "attempts/1/logs", stacks[0]).read_text()
+        recorded = json.loads(
+            Path(config.run, "attempts/1/logs", stacks[0].replace(".stacks", ".gloo.json")).read_text()
+        )
+        assert recorded["entries"][-1]["profiling_name"].startswith("gloo:")  # what it waits for
+        assert "in _loop" in text and "watchdog.py" in text  # the main thread and this one
+        ranks.signal(stopped, signal.SIGCONT)  # as srun does to what it ends: it must not accuse the others now
+        codes = [ranks.exit_code(rank, 30) for rank in range(3) if rank != stopped]
+        assert codes == [75, 75] and ranks.exit_code(stopped, 30) == 75
+        assert end_of(config.run) == end
+        assert status(Run.open(config.run))["attempts"][0]["code"] == 75
+    finally:
+        ranks.kill()
+
+
+def test_ranks_that_are_suspended_together_go_on(tiny):
+    """As by `scontrol suspend`, for longer than a step may take."""
+    config = tiny(**STRICT)
+    ranks = Ranks(2, train, config)
+    try:
+        reach(config, 5, attempt=1)
+        time.sleep(3)
+        for number, pause in ((signal.SIGSTOP, 12), (signal.SIGCONT, 0)):
+            for rank in range(2):
+                ranks.signal(rank, number)
+            time.sleep(pause)
+        file = Path(config.run, "attempts/1/audit/rank-00000.jsonl")
+        reach(config, json.loads(file.read_text().splitlines()[-2])["step"] + 50, attempt=1)
+        time.sleep(10)
+        ranks.terminate(0)
+        assert ranks.results() == [75, 75]
+        assert end_of(config.run)["reason"].startswith("SIGTERM: saved at step")
+    finally:
+        ranks.kill()
+
+
+def test_a_rank_that_never_returns_from_a_step_is_named(dataset, tmp_path):
+    """It lives and is heard, and the others wait for it in the same section of the same step; but at another line."""
+    config = make_tiny(dataset, tmp_path, **STRICT)
+    ranks = Ranks(3, train_to_a_standstill, config)
+    try:
+        end = end_of(config.run)
+        assert end["code"] == 75 and end["reason"].startswith("rank 1 on "), end
+        assert "has been in section step" in end["reason"] and "at step 6, in train.py:" in end["reason"]
+        assert "train_to_a_standstill" in Path(config.run, "attempts/1/logs/rank-00001.stacks").read_text()
+    finally:
+        ranks.kill()
+
+
+def train_to_a_standstill(config) -> int:
+    import fitv2_scale.train.loop as module
+
+    step = module.train_step
+
+    def sleep(session, batch):
+        if batch.step == 6 and os.environ["RANK"] == "1":
+            time.sleep(1000)
+        return step(session, batch)
+
+    module.train_step = sleep
+    return train(config)

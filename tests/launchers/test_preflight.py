@@ -1,0 +1,99 @@
+"""The doctor finds what is wrong with a machine, and with one of several, before training does."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data_sharding.errors import UserError
+from fitv2_scale.cli.__main__ import main
+from fitv2_scale.config.layout import LayoutConfig
+from launchers import preflight
+from launchers.compiler_check import check_compiler
+from launchers.preflight import examine
+from tests.support.ranks import run_ranks
+
+
+def as_rank(change: str, config) -> tuple[list[str], list[str], bool]:
+    """Examines with a second rank that is made worse: what was looked at, the faults, whether this rank is guilty."""
+    if os.environ["RANK"] == "1" and change:
+        make_worse(change)
+    found = examine(config)
+    return [f.what for f in found.findings], found.faults, found.guilty
+
+
+def make_worse(change: str) -> None:
+    if change == "version":
+        preflight.installed = lambda: {"torch": "0.1"}
+    if change == "disk":
+        preflight.shutil.disk_usage = lambda folder: type("usage", (), {"free": 5})
+    if change == "clock":
+        preflight._clock_skew = lambda store, path: 7.0
+
+
+def test_two_ranks_that_are_well(tiny):
+    config = tiny()
+    everything = ["packages", "GPU", "compiler", "temporary folder", "run folder", "data", "nodes alike", "collectives"]
+    assert run_ranks(2, as_rank, "", config) == [(everything, [], False)] * 2
+    assert list(Path(config.run).iterdir()) == []  # nothing is left
+
+
+@pytest.mark.parametrize(
+    "change,said,guilty",
+    [
+        ("version", "nodes alike: nodes differ in torch: 0.1, ", [True, True]),
+        ("disk", "temporary folder: rank 1: ", [False, True]),
+        ("clock", "run folder: rank 1: the clock of ", [False, True]),
+    ],
+)
+def test_one_of_two_that_is_not(tiny, change, said, guilty):
+    (_, first, first_guilty), (_, second, second_guilty) = run_ranks(2, as_rank, change, tiny())
+    assert first == second and len(first) == 1 and first[0].startswith(said)
+    assert [first_guilty, second_guilty] == guilty
+
+
+def test_a_machine_by_itself(tiny, capsys, tmp_path, monkeypatch):
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(tiny().model_dump(mode="json")))
+    assert main(["doctor", str(file), "--json"]) == 0
+    assert [f["fault"] for f in json.loads(capsys.readouterr().out)] == [""] * 6
+    shutil.rmtree(tmp_path / "run")
+    assert main(["doctor", str(file), "data.url=/no/such/set"]) == 2
+    assert capsys.readouterr().err == "fitv2: not fit for training: data\n"
+
+
+@pytest.mark.parametrize(
+    "compiler,said",
+    [
+        ("echo 'no space left' >&2; exit 1", "fails (no space left), which torch.compile needs: mend it, or set"),
+        ('for made; do :; done; echo junk >"$made"', "cannot be loaded ("),
+    ],
+)
+def test_a_compiler_is_tried(compiler, said, tmp_path, monkeypatch):
+    """One that works, one that does not; none; and a folder for what it makes that is none."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    compiled = LayoutConfig(compile=True)
+    assert check_compiler(LayoutConfig(compile=False)) == "not needed: nothing is compiled"
+    assert "still empty" in check_compiler(compiled) and not any((tmp_path / "cache").glob("doctor-*"))
+    bad = tmp_path / "c++"
+    bad.write_text(f"#!/bin/sh\n{compiler}\n")
+    bad.chmod(0o755)
+    monkeypatch.setenv("CXX", str(bad))
+    with pytest.raises(UserError, match=re.escape(said)):
+        check_compiler(compiled)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(bad / "cache"))
+    with pytest.raises(UserError, match="torch.compile cannot write its cache"):
+        check_compiler(compiled)
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="there is no g[+][+], which torch.compile needs"):
+        check_compiler(compiled)
+
+
+def test_deepspeed_is_looked_at_where_it_is_used(tiny):
+    ((looked_at, faults, _),) = run_ranks(1, as_rank, "", tiny(layout__engine="zero3"))
+    assert looked_at[:4] == ["packages", "GPU", "compiler", "DeepSpeed"] and faults == []

@@ -1,0 +1,129 @@
+"""Attempt after attempt on one machine, without Slurm: real processes, really killed."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fitv2_scale.run.run import Run
+from fitv2_scale.run.status import status
+from fitv2_scale.train.loop import DONE, train
+from launchers.supervise import _attempt, _Signals, supervise
+from tests.support.kill_storm import check_storm
+from tests.support.ranks import run_ranks
+from tests.support.run_history import commit_bytes, trained
+from tests.support.slurm_jobs import audited, reach, wait
+
+
+@pytest.fixture
+def supervised(tiny, tmp_path):
+    """Starts `fitv2 train --supervise` with two processes; kills what is left of it at the end."""
+    started = []
+
+    def start(config) -> subprocess.Popen:
+        file = tmp_path / "config.yaml"
+        file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+        command = [sys.executable, "-m", "fitv2_scale.cli", "train", str(file), "--supervise", "--processes", "2"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        started.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+def ranks_of(config_file: Path) -> dict[int, int]:
+    """Process id by rank of the trainers that were started with this config."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            words = (process / "cmdline").read_text().split("\0")
+            if str(config_file) in words and "--supervise" not in words:
+                environment = dict(e.split("=", 1) for e in (process / "environ").read_text().split("\0") if "=" in e)
+                found[int(environment["RANK"])] = int(process.name)
+    return found
+
+
+def test_a_killed_rank_costs_one_attempt(supervised, tiny, tmp_path):
+    config = tiny(train__steps=120, checkpoint__every_steps=10)
+    process = supervised(config)
+    reach(config.run, 0, 1)
+    ranks = ranks_of(tmp_path / "config.yaml")
+    reach(config.run, 15, 1)
+    os.kill(ranks[1], signal.SIGKILL)
+    assert process.wait(200) == 0, process.stderr.read()
+    assert [a["code"] for a in status(Run.open(config.run))["attempts"]][1:] == [0]
+    undisturbed = tiny("undisturbed", train__steps=120, checkpoint__every_steps=10)
+    assert run_ranks(2, train, undisturbed) == [DONE] * 2
+    assert trained(config.run) == trained(undisturbed.run)
+    assert commit_bytes(config.run) == commit_bytes(undisturbed.run)
+
+
+def test_a_storm(supervised, tiny, tmp_path):
+    """A random rank is killed, three times over; each attempt gets to do a hundred steps and some. The full figure, of
+    fifteen minutes, is in test_slurm_faults."""
+    config, rng = tiny(train__steps=1_000_000, checkpoint__every_steps=10), random.Random(0)
+    process, done = supervised(config), 0
+    for attempt in (1, 2, 3):
+        reach(config.run, done + rng.randrange(100, 200), attempt)
+        os.kill(rng.choice(list(ranks_of(tmp_path / "config.yaml").values())), signal.SIGKILL)
+        wait("the next attempt", lambda following=attempt + 1: audited(config.run, following))
+        done = audited(config.run, attempt + 1)[0]
+    reach(config.run, done + 100, 4)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == 75, process.stderr.read()
+    check_storm(config.run, tiny, 2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_to_the_supervisor_saves_and_ends(supervised, tiny, number):
+    config = tiny(train__steps=100_000, checkpoint__every_steps=50_000)
+    process = supervised(config)
+    reach(config.run, 3, 1)
+    process.send_signal(number)
+    assert process.wait(120) == 75, process.stderr.read()
+    report = status(Run.open(config.run))
+    (attempt,) = report["attempts"]
+    assert attempt["code"] == 75 and attempt["why"].startswith(f"{signal.Signals(number).name}: saved at step")
+    assert report["last_commit"]["step"] >= 3
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_stop_ends_the_attempt_and_the_supervisor(supervised, tiny, at_once):
+    config = tiny(train__steps=100_000, checkpoint__every_steps=50_000)
+    process = supervised(config)
+    reach(config.run, 3, 1)
+    Run.open(config.run).log.stop(at_once)
+    assert process.wait(120) == 75, process.stderr.read()
+    report = status(Run.open(config.run))
+    (attempt,) = report["attempts"]
+    assert attempt["why"].startswith("STOP: at once" if at_once else "STOP: saved at step")
+    assert (report["last_commit"] is None) == at_once
+
+
+def test_three_attempts_without_a_commit_are_enough(tiny, tmp_path, capfd):
+    counter, events = tmp_path / "count", tmp_path / "events"
+    command = [sys.executable, "-c", f"open({str(counter)!r}, 'a').write('x'); raise SystemExit(1)"]
+    config = tiny(slurm__on_event=f"printf '%s|%s|%s\\n' >>{events}")
+    assert supervise(config, command, 1) == 93
+    assert events.read_text().startswith(f"no-progress|{config.run}|3 jobs in a row ended without a new commit")
+    assert counter.read_text() == "xxx"
+    assert "3 jobs in a row ended without a new commit" in capfd.readouterr().err
+
+
+def test_a_signal_before_there_are_ranks_is_passed_on():
+    signals = _Signals()
+    signals.last = signal.SIGTERM
+    waits = "import signal; raise SystemExit(7 * (signal.sigwait({signal.SIGTERM, signal.SIGUSR1}) == signal.SIGTERM))"
+    assert _attempt([sys.executable, "-c", waits], 2, signals) == 7
+
+
+def test_bad_input_is_not_tried_again(tiny, capfd):
+    assert supervise(tiny(), [sys.executable, "-c", "raise SystemExit(2)"], 2) == 2

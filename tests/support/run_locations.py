@@ -1,0 +1,25 @@
+"""Where tests have their runs: on local disk, or on the real S3 server."""
+
+import pytest
+
+from tests.services.s3 import use
+
+BUCKET = "runs"
+S3 = pytest.param("s3", marks=pytest.mark.services)
+PART = 100 << 10  # bytes of an S3 upload's part, so that a save of 240 kB is several
+
+
+@pytest.fixture
+def place(request, tmp_path, monkeypatch):
+    """``place("local")`` or ``place("s3")``: (environment, a function that makes URLs)."""
+
+    def make(kind: str):
+        if kind == "local":
+            return {}, lambda name: str(tmp_path / name)
+        rgw, client = request.getfixturevalue("rgw"), request.getfixturevalue("client")
+        if BUCKET not in [b["Name"] for b in client.list_buckets()["Buckets"]]:
+            client.create_bucket(Bucket=BUCKET)
+        use(monkeypatch, rgw.environment)
+        return rgw.environment, lambda name: f"s3://{BUCKET}/{tmp_path.name}/{name}"
+
+    return make

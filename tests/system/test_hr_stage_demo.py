@@ -1,0 +1,149 @@
+"""The high-resolution stage from the run that launchers/demo.sh leaves, by the commands that a user gives.
+
+It takes the repository's newest finished demo; where there is none, it trains one first, as the demo does.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fitv2_scale.config.load import load_config
+from fitv2_scale.run.run import Run
+from fitv2_scale.tracking.journal import read
+from tests.fitv2_scale.planning.test_memory_and_nodes import measure
+from tests.launchers.test_supervise import ranks_of
+from tests.support.ranks import run_ranks
+from tests.support.repository import ROOT
+from tests.support.run_history import commit_bytes
+from tests.system.test_high_resolution import is_trained, stored
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(3600)]
+
+FIRST, STAGE = ROOT / "configs/demo.yaml", ROOT / "configs/demo_hr.yaml"
+QUIET = ("validation.every_steps=0", "sampling.every_steps=0")
+
+
+def start(*words: object) -> subprocess.Popen:
+    command = [sys.executable, "-m", "fitv2_scale.cli", *map(str, words)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True
+    )
+
+
+def fitv2(*words: object) -> str:
+    """What the command prints; it must end well."""
+    process = start(*words)
+    out, _ = process.communicate()
+    assert process.returncode == 0, words
+    return out
+
+
+def trained(config: Path, run: Path, *overrides: str) -> Path:
+    fitv2("train", config, f"run={run}", *overrides, "--supervise", "--processes", 2)
+    return run
+
+
+def steps_done(run: Path) -> int:
+    if not (run / "run.json").exists():
+        return 0
+    return max((entry.fields["step"] for entry in Run.open(str(run)).log.commits()), default=0)
+
+
+def crops(folder: Path, scale: int) -> Path:
+    words = ("--crops", "2000", "--scale", str(scale))
+    subprocess.run([sys.executable, "-m", "launchers.demo_images", folder, *words], cwd=ROOT, check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    """A run that has done all steps of configs/demo.yaml."""
+    steps = load_config(str(FIRST)).train.steps
+    finished = [run for run in sorted((ROOT / "runs").glob("demo-2*")) if steps_done(run) == steps]
+    if finished:
+        return finished[-1]
+    folder = tmp_path_factory.mktemp("demo")
+    fitv2("shard", "write", crops(folder / "crops", 1), folder / "set", "--max-tokens", 100, "--holdout", 0.02)
+    return trained(FIRST, folder / "run", f"data.url={folder / 'set'}", "tracking.uri=none", *QUIET)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> str:
+    """The demo's crops at twice the side, up to 400 tokens; the same ones are held out."""
+    folder = tmp_path_factory.mktemp("large")
+    fitv2("shard", "write", crops(folder / "crops", 2), folder / "set", "--max-tokens", 400, "--holdout", 0.02)
+    return str(folder / "set")
+
+
+@pytest.fixture(scope="module")
+def options(demo, large) -> list[str]:
+    return [f"init_from={demo}@{steps_done(demo)}", f"data.url={large}", "tracking.uri=none"]
+
+
+@pytest.fixture(scope="module")
+def stage(options, tmp_path_factory) -> Path:
+    return trained(STAGE, tmp_path_factory.mktemp("stage") / "undisturbed", *options, "sampling.every_steps=0")
+
+
+def test_only_the_named_tensors_change(demo, stage):
+    before = stored(str(demo), "ema/")
+    named = {name for name in before if is_trained(name)}
+    for kind in ("param/", "ema/"):
+        after = stored(str(stage), kind)
+        assert after.keys() == before.keys()
+        for name, tensor in after.items():
+            assert torch.equal(tensor, before[name]) == (name not in named), name
+    assert stored(str(stage), "exp_avg/").keys() == named
+    print(f"\n{len(named)} tensors differ, {len(before) - len(named)} are equal bit for bit")
+
+
+def test_the_loss_on_larger_images_falls(demo, large, stage):
+    """Of held-out crops, which neither stage was trained on, on one grid."""
+
+    def loss(weights: object, *overrides: str) -> float:
+        return json.loads(fitv2("validate", weights, f"data.url={large}", *overrides, "--json"))["val_loss_ema"]
+
+    rope = ("model.rope.mode=vision_ntk", "model.rope.train_side=10")
+    plain, before, after = loss(demo), loss(demo, *rope), loss(stage)
+    curve = {r.step: r.metrics["val_loss_ema"] for r in read(Run.open(str(stage))) if "val_loss_ema" in r.metrics}
+    print(f"\nbefore, plain RoPE {plain:.4f}, VisionNTK {before:.4f}; in the stage {curve}; after {after:.4f}")
+    assert after == pytest.approx(curve[max(curve)], rel=1e-6)
+    assert after < 0.95 * before and after < plain
+
+
+def test_memory_is_as_planned(options):
+    """Of each of two ranks, persistent state and what a step adds; full training of the same network beside it."""
+    held = {}
+    for name, changes in (("stage", []), ("full", ['trainable=["*"]'])):
+        report = json.loads(fitv2("plan", STAGE, *options, *changes, "--gpus-per-node", 2, "--json"))
+        state = report["memory"]["state_bytes_per_rank"]
+        found = run_ranks(2, measure, load_config(str(STAGE), [*options, *changes]))
+        assert found[0][0] == found[0][3] == state["held"]
+        assert found[0][2] - found[0][0] == state["gradients"]
+        assert all(other <= most for other, most in zip(found[1], found[0], strict=True))
+        held[name] = state
+    assert held["stage"]["moments"] < 0.3 * held["full"]["moments"]
+    assert held["stage"]["gradients"] < 0.3 * held["full"]["gradients"]
+    print(f"\n{held}")
+
+
+def test_killed_and_resumed_it_equals_the_undisturbed_one(options, stage, tmp_path):
+    run = tmp_path / "killed"
+    process = start("train", STAGE, f"run={run}", *options, *QUIET, "--supervise", "--processes", 2)
+    while not steps_done(run):
+        assert process.poll() is None
+        time.sleep(0.5)
+    time.sleep(3)
+    for pid in ranks_of(STAGE).values():
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == 0
+    assert len(list((run / "attempts").iterdir())) == 2
+    assert commit_bytes(str(run)) == commit_bytes(str(stage))

@@ -1,0 +1,141 @@
+"""Killed at any moment, a run goes on from its last commit and ends as if nothing had happened."""
+
+import json
+import random
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from data_sharding.errors import UserError
+from fitv2_scale.data import Data
+from fitv2_scale.run.run import Run
+from fitv2_scale.run.status import status
+from fitv2_scale.train.loop import DONE, RETRY, train
+from tests.conftest import IMAGES
+from tests.support.paused_training import train_held
+from tests.support.ranks import Ranks, run_ranks
+from tests.support.run_history import commit_bytes, losses, trained
+from tests.support.waiting import wait
+
+EPOCH = IMAGES // 12  # steps
+
+
+def reach(config, step: int, attempt: int) -> None:
+    """Waits until rank 0 of the attempt has begun the step after ``step``."""
+    audit = Path(config.run, f"attempts/{attempt}/audit/rank-00000.jsonl")
+    wait(f"attempt {attempt} to reach step {step}", lambda: audit.exists() and _last_step(audit) >= step)
+
+
+def _last_step(audit: Path) -> int:
+    lines = [line for line in audit.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return json.loads(lines[-1])["step"] if lines else -1
+
+
+@pytest.mark.parametrize("size,seed", [(1, 0), (2, 1), (3, 2)])
+def test_a_run_killed_twice_ends_bit_equal(tiny, size, seed):
+    steps = 3 * EPOCH
+    undisturbed = tiny("undisturbed", train__steps=steps)
+    assert run_ranks(size, train, undisturbed) == [DONE] * size
+
+    killed, rng = tiny("killed", train__steps=steps), random.Random(seed)
+    first, second = sorted(rng.sample(range(2, steps - 1), 2))
+    for attempt, step in enumerate((first, second), 1):
+        ranks = Ranks(size, train_held, killed, min(step + 5, steps - 1))  # or it could end before it is killed
+        reach(killed, step, attempt)
+        time.sleep(rng.uniform(0, 0.05))
+        ranks.kill()
+    assert run_ranks(size, train, killed) == [DONE] * size
+
+    assert commit_bytes(killed.run) == commit_bytes(undisturbed.run)
+    assert losses(killed.run) == losses(undisturbed.run)
+    assert trained(killed.run) == trained(undisturbed.run)
+    attempts = status(Run.open(killed.run))["attempts"]
+    assert [a["code"] for a in attempts] == [None, None, DONE]
+    # Every image exactly once an epoch, counted from what was trained on, for three epochs.
+    seen = Counter((epoch, image) for images in trained(killed.run).values() for epoch, image, _, _ in images)
+    assert set(seen.values()) == {1}
+    assert Counter(epoch for epoch, _ in seen) == {0: IMAGES, 1: IMAGES, 2: IMAGES}
+
+
+def test_a_run_goes_on_with_other_ranks(tiny):
+    """Ten steps each on 1, 3 and 2 ranks against thirty on one."""
+    whole, moved = tiny("whole", train__steps=30), tiny("moved", train__steps=30)
+    assert run_ranks(1, train, whole) == [DONE]
+    for size, steps in ((1, 10), (3, 20), (2, 30)):
+        assert run_ranks(size, train, tiny("moved", train__steps=steps)) == [DONE] * size
+    assert trained(moved.run) == trained(whole.run)
+    assert losses(moved.run) == pytest.approx(losses(whole.run), rel=1e-6)
+
+
+def test_a_signal_saves_and_asks_for_another_attempt(tiny):
+    config = tiny(train__steps=2000, checkpoint__every_steps=1000)
+    ranks = Ranks(2, train, config)
+    reach(config, 3, attempt=1)
+    ranks.terminate(1)  # any rank: all agree
+    assert ranks.results() == [RETRY, RETRY]
+    report = status(Run.open(config.run))
+    assert report["attempts"][0]["code"] == RETRY and report["attempts"][0]["why"].startswith("SIGTERM: saved at step")
+    assert report["last_commit"]["step"] == _last_step(Path(config.run, "attempts/1/audit/rank-00000.jsonl")) + 1
+
+
+def test_a_changed_batch_begins_at_the_next_window(tiny):
+    """Windows are 20 steps of 12 images, an epoch; then 24 images a step, and every image once an epoch still."""
+    assert run_ranks(2, train, tiny(train__steps=13)) == [DONE] * 2
+    changed = tiny(train__steps=30, batch__images=24)
+    assert run_ranks(3, train, changed) == [DONE] * 3
+    begun, cursor = Data.open(tiny(), (1,)), Data.open(tiny(), (1,)).plan.cursor(13)
+    said = Data.open(changed, (1,)).continued(cursor, 13, changed)[1]
+    assert said == ["from step 20, the next window boundary: 24 images a step"]
+    assert begun.continued(cursor, 13, tiny())[1] == []
+    steps = trained(changed.run)
+    assert [len(images) for images in steps.values()] == [12] * 20 + [24] * 10
+    seen = Counter((epoch, image) for images in steps.values() for epoch, image, _, _ in images)
+    assert set(seen.values()) == {1} and Counter(epoch for epoch, _ in seen) == {0: IMAGES, 1: IMAGES}
+
+
+def test_two_datasets_are_mixed_by_weight(tiny, dataset):
+    """One part of the first to three of the second, the same images under ids of their own, on one rank and on two."""
+    changes = {"data__url": [dataset, dataset], "data__weights": [1.0, 3.0], "train__steps": 40}
+    one, two = tiny("one", **changes), tiny("two", **changes)
+    assert run_ranks(1, train, one) == [DONE]
+    assert run_ranks(2, train, two) == [DONE] * 2
+    assert trained(one.run) == trained(two.run)
+    assert losses(two.run) == pytest.approx(losses(one.run), rel=1e-6)
+    epochs = Counter(epoch for images in trained(one.run).values() for epoch, _, _, _ in images)
+    assert epochs == {0: 120 + 240, 1: 120}  # of 480 images 120 from the first set, 360 from the second
+
+
+def test_a_finished_run_is_left_alone_and_can_be_extended(tiny):
+    config = tiny(train__steps=5)
+    assert run_ranks(1, train, config) == [DONE]
+    assert run_ranks(1, train, config) == [DONE]
+    assert len(status(Run.open(config.run))["attempts"]) == 1
+    assert run_ranks(1, train, tiny(train__steps=7)) == [DONE]
+    assert [e.fields["step"] for e in Run.open(config.run).log.commits()] == [5, 7]
+
+
+def test_other_science_is_refused_with_the_difference(tiny):
+    assert run_ranks(1, train, tiny(train__steps=2)) == [DONE]
+    with pytest.raises(UserError, match=r"optimizer\.lr: 0\.001 -> 0\.002.*--fork-from"):
+        run_ranks(1, train, tiny(optimizer__lr=2e-3))
+    with pytest.raises(UserError, match=r"plan_hash|seed: 0 -> 1"):
+        run_ranks(1, train, tiny(seed=1))
+    # Operations are free: another capacity, another interval.
+    assert run_ranks(2, train, tiny(train__steps=4, layout__max_tokens=64, checkpoint__every_steps=1)) == [DONE] * 2
+
+
+def test_a_fork_begins_at_the_parents_commit(tiny):
+    parent = tiny("parent", train__steps=10)
+    assert run_ranks(1, train, parent) == [DONE]
+    child = tiny("child", train__steps=12, optimizer__lr=5e-4)
+    assert run_ranks(1, train, child, f"{parent.run}@5") == [DONE]
+    run = Run.open(child.run)
+    assert run.parent == {"run": Run.open(parent.run).id, "url": Run.open(parent.run).url, "step": 5}
+    assert list(losses(child.run)) == list(range(6, 13))
+    same = tiny("same", train__steps=10)
+    assert run_ranks(1, train, same, f"{parent.run}@5") == [DONE]
+    assert commit_bytes(same.run) == commit_bytes(parent.run)  # the same science, the same rest of the way
+    with pytest.raises(UserError, match="choose one of them"):
+        run_ranks(1, train, tiny("none"), f"{parent.run}@7")
