@@ -13,9 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lineage import losses, trained
 from PIL import Image
-from ranks import run_ranks
 
 from data_sharding.errors import UserError
 from fitv2_scale.cli.__main__ import main
@@ -24,8 +22,10 @@ from fitv2_scale.config.schema import Config
 from fitv2_scale.run.run import Run
 from fitv2_scale.tracking.journal import read
 from fitv2_scale.train.loop import train
+from tests.support.ranks import run_ranks
+from tests.support.run_history import losses, trained
 
-OLD = Path(__file__).parent / "fixtures" / "made_by_a2e80d5"
+OLD = Path(__file__).parents[1] / "fixtures" / "made_by_a2e80d5"
 CLOSE = 1e-6  # of losses, relative: what another CPU's rounding comes to in a few steps is a tenth of it
 
 
