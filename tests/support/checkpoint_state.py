@@ -75,12 +75,12 @@ def opened(env: dict[str, str], url: str, patience: Patience | None = None) -> I
         yield world, run
 
 
-def saver(world: World, run: Run, **config) -> Callable[..., str | None]:
-    """``save(step)`` of a new attempt."""
+def saver(world: World, run: Run, kind: type[State] = State, **config) -> Callable[..., str | None]:
+    """``save(step)`` of a new attempt, for states of class ``kind``."""
     attempt = run.claim({}) if world.is_first else None
     number = world.share(attempt.number if attempt else None)
     checkpoints = Checkpointer(run, attempt, number, world, CheckpointConfig(**config))
-    return lambda step, **size: checkpoints.save(State(step, world, **size), step, CURSOR)
+    return lambda step, **size: checkpoints.save(kind(step, world, **size), step, CURSOR)
 
 
 def recover(env: dict[str, str], *urls: str, rows: int = 50) -> list[dict]:

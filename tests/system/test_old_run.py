@@ -1,7 +1,7 @@
-"""A dataset and a run that commit a2e80d5 wrote still open, verify, sample, and train on as they did then.
+"""A dataset and a run that commit a2e80d5 wrote still open, verify, sample and continue.
 
-The files, and the figures that the code of then gave, are in fixtures/made_by_a2e80d5 (its README says how they came
-about). The numbers of this test are theirs, never those of the code under test.
+The files, and the numbers that the code of that commit measured, are in tests/fixtures/made_by_a2e80d5; its README says
+how they were made. Every expected number here comes from there, none from the code under test.
 """
 
 import contextlib
@@ -39,15 +39,15 @@ def recorded() -> dict:
 
 
 @pytest.fixture
-def place(tmp_path) -> Path:
+def copies(tmp_path) -> Path:
     """A folder with copies of run/ and dataset/, which are elsewhere than when they were made."""
     for part in ("run", "dataset"):
         shutil.copytree(OLD / part, tmp_path / part)
     return tmp_path
 
 
-def config_of(place: Path, *changes: str) -> Config:
-    return load_config(str(OLD / "config.yaml"), [f"run={place}/run", f"data.url={place}/dataset", *changes])
+def config_of(copies: Path, *changes: str) -> Config:
+    return load_config(str(OLD / "config.yaml"), [f"run={copies}/run", f"data.url={copies}/dataset", *changes])
 
 
 def said(*command: str) -> dict | list:
@@ -63,53 +63,62 @@ def digest_of(images: list[tuple]) -> str:
     return hashlib.sha256(json.dumps(images).encode()).hexdigest()[:16]
 
 
-def test_the_run_opens(place):
-    report = said("status", str(place / "run"))
+def manifest(folder: Path) -> dict:
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def newest(run: str) -> Path:
+    """The folder of the newest commit."""
+    return Path(run, Run.open(run).log.commits()[-1].fields["path"])
+
+
+def test_the_run_opens(copies):
+    report = said("status", str(copies / "run"))
     assert [(a["code"], a["why"], a["last_step"]) for a in report["attempts"]] == [
         (75, "SIGTERM: saved at step 7", 7),
         (None, "killed or still running", None),
     ]
     assert report["last_commit"]["step"] == recorded()["commit"] and report["stop_requested"] is False
-    (commit,) = said("checkpoint", "list", str(place / "run"))
+    (commit,) = said("checkpoint", "list", str(copies / "run"))
     assert commit == {
         "step": 7,
         "time": "2026-11-30T09:01:10.724405+00:00",
         "attempt": 1,
         "path": "steps/00000007.0001",
     }
-    assert list(losses(str(place / "run"))) == [1, 2, 3, 4, 5, 6, 7]
+    assert list(losses(str(copies / "run"))) == [1, 2, 3, 4, 5, 6, 7]
 
 
-def test_commit_and_dataset_are_whole(place):
-    assert said("checkpoint", "verify", str(place / "run")) == [{"step": 7, "problems": []}]
-    for url in (place / "dataset", place / "dataset" / "holdout"):
+def test_commit_and_dataset_are_whole(copies):
+    assert said("checkpoint", "verify", str(copies / "run")) == [{"step": 7, "problems": []}]
+    for url in (copies / "dataset", copies / "dataset" / "holdout"):
         assert said("shard", "verify", str(url))["problems"] == []
-    file = place / "run" / "steps" / "00000007.0001" / "rank-00001.safetensors"
+    file = copies / "run" / "steps" / "00000007.0001" / "rank-00001.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\0")
-    assert main(["checkpoint", "verify", str(place / "run")]) == 2
+    assert main(["checkpoint", "verify", str(copies / "run")]) == 2
 
 
-def test_the_commit_gives_the_pictures_of_then(place):
-    out = place / "sample.png"
+def test_sampling_gives_the_recorded_pictures(copies):
+    out = copies / "sample.png"
     words = ["--size", "32x32", "--size", "16x48", "--classes", "0,3", "--steps", "6", "--cfg", "2", "--seed", "5"]
-    words += [f"data.url={place}/dataset", "--out", str(out)]
-    (report,) = run_ranks(1, said, "sample", str(place / "run"), *words)
+    words += [f"data.url={copies}/dataset", "--out", str(out)]
+    (report,) = run_ranks(1, said, "sample", str(copies / "run"), *words)
     assert report["step"] == 7 and report["nfe"] == 6
     now, then = (np.asarray(Image.open(file)).astype(int) for file in (out, OLD / "sample.png"))
     assert now.shape == then.shape and np.abs(now - then).max() <= 1 and (now != then).mean() < 0.01
 
 
-def test_the_commit_has_the_validation_loss_of_then(place):
-    (report,) = run_ranks(1, said, "validate", str(place / "run"), f"data.url={place}/dataset")
+def test_validation_gives_the_recorded_loss(copies):
+    (report,) = run_ranks(1, said, "validate", str(copies / "run"), f"data.url={copies}/dataset")
     assert report["images"] == 4 and report["val_loss_ema"] == pytest.approx(recorded()["val_loss_ema"], rel=CLOSE)
 
 
-def test_the_run_continues_as_then(place):
+def test_the_run_continues_with_the_recorded_losses(copies):
     """In two more attempts, of which the second begins with a commit that the code under test has written."""
-    run, identity = str(place / "run"), (place / "run" / "run.json").read_bytes()
+    run, identity = str(copies / "run"), (copies / "run" / "run.json").read_bytes()
     begun = losses(run)
-    assert run_ranks(1, train, config_of(place, "train.steps=12")) == [0]
-    assert run_ranks(1, train, config_of(place)) == [0]
+    assert run_ranks(1, train, config_of(copies, "train.steps=12")) == [0]
+    assert run_ranks(1, train, config_of(copies)) == [0]
 
     assert losses(run) == pytest.approx(begun | numbers("losses"), rel=CLOSE)
     assert {step: begun[step] for step in begun} == {step: losses(run)[step] for step in begun}
@@ -123,20 +132,26 @@ def test_the_run_continues_as_then(place):
         assert validated[step] == pytest.approx(expected[step], rel=CLOSE)
     assert {k + 1: digest_of(images) for k, images in trained(run).items()} == numbers("trained")
 
-    assert (place / "run" / "run.json").read_bytes() == identity
-    assert [c["step"] for c in said("checkpoint", "list", run)] == [12, 18]  # the old one was retired like any other
+    assert (copies / "run" / "run.json").read_bytes() == identity
+    assert [c["step"] for c in said("checkpoint", "list", run)] == [12, 18]  # that of step 7 was retired like any other
     assert [c["problems"] for c in said("checkpoint", "verify", run)] == [[], []]
     assert [a["code"] for a in said("status", run)["attempts"]] == [75, None, 0, 0]
+    then, now = manifest(OLD / "run" / "steps" / "00000007.0001"), manifest(newest(run))
+    assert list(now) == list(then) and list(now["cursor"]) == list(then["cursor"])
+    assert list(now["accounting"]) == list(then["accounting"])
+    assert {name: tensor["shape"] for name, tensor in now["tensors"].items()} == {
+        name: tensor["shape"] for name, tensor in then["tensors"].items()
+    }
 
 
-def test_the_run_still_knows_what_it_trains(place):
-    """The half of the config in its run.json is compared: what is refused is named, what is free is not."""
+def test_another_recipe_is_refused_and_another_runtime_is_not(copies):
+    """Its run.json names that half of the config by a word of its own time; it is compared all the same."""
     for change, difference in (
         ("optimizer.lr=0.001", r"optimizer\.lr: 0\.005 -> 0\.001"),
         ("seed=1", r"seed: 12345678901 -> 1"),
         ("data.views=crop", r'data\.views: "mixed" -> "crop"'),
     ):
         with pytest.raises(UserError, match=difference):
-            run_ranks(1, train, config_of(place, change))
+            run_ranks(1, train, config_of(copies, change))
     free = ["batch.images=12", "train.log_every=5", "layout.max_tokens=128", "train.steps=8"]
-    assert run_ranks(1, train, config_of(place, *free)) == [0]
+    assert run_ranks(1, train, config_of(copies, *free)) == [0]
