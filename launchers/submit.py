@@ -195,7 +195,7 @@ def _advice(config: Config, data: "Data", nodes: int) -> str:
     if config.slurm.gpus == "none":
         return ""
     from fitv2_scale.planning.forecast.assumptions import Assumed
-    from fitv2_scale.planning.forecast.report import node_advice
+    from fitv2_scale.planning.forecast.plan_report import node_advice
 
     try:
         return node_advice(config, data, nodes, config.slurm.tasks_per_node, Assumed())

@@ -66,7 +66,7 @@ def measure(
         for repeat in range(repeats):
             for way in ways:
                 forget(root / way)
-                made = _start("consume", f"{url}/{way}", way=way, seconds=seconds)
+                made = _start("measure_loader", f"{url}/{way}", way=way, seconds=seconds)
                 runs.append({"way": way, "repeat": repeat, **made})
         return {
             "data": f"{images} images of {PRESET}",
@@ -75,7 +75,7 @@ def measure(
             "batch": BATCH,
             "repeats": repeats,
             "loaders": [_summary(way, runs) for way in ways],
-            "rank": _start("pace", f"{url}/{OURS}", ranks=GPU_RANKS, rate=GPU_RATE),
+            "rank": _start("loading_overhead", f"{url}/{OURS}", ranks=GPU_RANKS, rate=GPU_RATE),
             "left_out": left_out,
             "runs": runs,
         }

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data_sharding.errors import UserError
 from data_sharding.stream.batch import StepBatch
-from fitv2_scale.bench.reference import Reference
+from fitv2_scale.bench.released_recipe import Reference
 from fitv2_scale.bench.step_data import open_steps
 from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.schema import Config
@@ -31,7 +31,7 @@ from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.memory import cuda_peak
 from fitv2_scale.parallel.optimizer import update_ema
 from fitv2_scale.parallel.world import World, join
-from fitv2_scale.planning.forecast.memory import plan_compute, plan_state
+from fitv2_scale.planning.forecast.memory_per_rank import plan_compute, plan_state
 from fitv2_scale.train.metrics.meter import known_peak
 from fitv2_scale.train.step import train_step
 

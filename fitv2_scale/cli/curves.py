@@ -28,18 +28,18 @@ def add(commands: Any) -> None:
 
 
 def curves_of_runs(args: argparse.Namespace) -> int:
-    from fitv2_scale.planning.scaling import reading
-    from fitv2_scale.planning.scaling.keep import draw, publish, write
-    from fitv2_scale.planning.scaling.report import TARGET, Asked, as_plain, look_at, to_text
+    from fitv2_scale.planning.scaling import read_curves
+    from fitv2_scale.planning.scaling.curves_report import TARGET, Asked, as_plain, look_at, to_text
+    from fitv2_scale.planning.scaling.save_report import draw, publish, write
 
     if args.runs and args.experiment:
         raise UserError("give runs or --experiment, not both")
     if args.experiment and not args.uri:
         raise UserError("say with --uri which MLflow has the experiment, as in --uri sqlite:////runs/mlflow.db")
     if args.experiment:
-        curves = reading.from_mlflow(args.uri, args.experiment)
+        curves = read_curves.from_mlflow(args.uri, args.experiment)
     else:
-        curves = [reading.from_journal(url) for url in args.runs]
+        curves = [read_curves.from_journal(url) for url in args.runs]
     asked = Asked(Path(args.out), args.published, args.target or TARGET, tuple(args.predict))
     found = look_at(curves, asked)
     report = as_plain(found, asked)

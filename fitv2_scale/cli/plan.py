@@ -34,8 +34,8 @@ def add(commands: Any) -> None:
 def plan_run(args: argparse.Namespace) -> int:
     from fitv2_scale.config.load import load_config
     from fitv2_scale.planning.forecast.assumptions import Assumed
-    from fitv2_scale.planning.forecast.report import forecast, to_text
-    from fitv2_scale.planning.forecast.storage import commit_bytes
+    from fitv2_scale.planning.forecast.disk_usage import commit_bytes
+    from fitv2_scale.planning.forecast.plan_report import forecast, to_text
 
     if args.nodes < 1 or args.gpus_per_node < 1:
         raise UserError("give at least 1 as --nodes and --gpus-per-node")

@@ -21,7 +21,7 @@ from fitv2_scale.evaluate.feature_network import FeatureNetwork
 from fitv2_scale.evaluate.features import Features, npz_bytes, read_npz
 from fitv2_scale.evaluate.generated_features import Cell, collect_features, make_features
 from fitv2_scale.evaluate.image_sets import open_pictures
-from fitv2_scale.evaluate.references import (
+from fitv2_scale.evaluate.reference_statistics import (
     Reference,
     check_reference,
     measure_pictures,

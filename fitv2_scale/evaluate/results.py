@@ -20,7 +20,7 @@ from fitv2_scale.config.model import parse_size
 from fitv2_scale.evaluate.features import Features
 from fitv2_scale.evaluate.fid import IS_SPLIT, Gaussian, frechet_distance, inception_score
 from fitv2_scale.evaluate.precision_recall import NEIGHBOURS, precision_recall
-from fitv2_scale.evaluate.references import NEIGHBOUR_IMAGES, Reference
+from fitv2_scale.evaluate.reference_statistics import NEIGHBOUR_IMAGES, Reference
 
 FIGURES = ("fid", "sfid", "is", "precision", "recall")
 FOLDER = "evaluations"

@@ -17,7 +17,7 @@ from fitv2_scale.config.load import load_config
 from fitv2_scale.model.counts import logical_shapes, parameter_count
 from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.world import join
-from fitv2_scale.planning.forecast.memory import plan_state
+from fitv2_scale.planning.forecast.memory_per_rank import plan_state
 from fitv2_scale.run.run import Run
 from fitv2_scale.train.loop import train
 from tests.conftest import make_tiny

@@ -7,9 +7,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fitv2_scale.planning.scaling.analysis import RunLaw, SurfaceLaw
-from fitv2_scale.planning.scaling.published import FidCurve
-from fitv2_scale.planning.scaling.reading import AXES, Curve, thinned
+from fitv2_scale.planning.scaling.laws import RunLaw, SurfaceLaw
+from fitv2_scale.planning.scaling.published_fid import FidCurve
+from fitv2_scale.planning.scaling.read_curves import AXES, Curve, thinned
 
 _LABELS = {"steps": "steps", "images": "images", "flops": "FLOPs", "gpu_hours": "GPU-hours"}
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's

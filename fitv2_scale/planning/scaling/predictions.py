@@ -22,9 +22,9 @@ from fitv2_scale.config.load import load_config
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.config.schema import Config
 from fitv2_scale.model.counts import parameter_count
-from fitv2_scale.planning.scaling.analysis import RunLaw, SurfaceLaw
-from fitv2_scale.planning.scaling.intervals import LEVEL, interval
-from fitv2_scale.planning.scaling.reading import Curve
+from fitv2_scale.planning.scaling.bootstrap import LEVEL, interval
+from fitv2_scale.planning.scaling.laws import RunLaw, SurfaceLaw
+from fitv2_scale.planning.scaling.read_curves import Curve
 from fitv2_scale.run.log import now
 
 KEPT = "predictions.jsonl"

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from data_sharding.errors import UserError
-from fitv2_scale.bench import reference, step
-from fitv2_scale.bench.reference import Reference
+from fitv2_scale.bench import released_recipe, step
+from fitv2_scale.bench.released_recipe import Reference
 from fitv2_scale.bench.step_data import open_steps
 from fitv2_scale.cli.__main__ import main
 from fitv2_scale.config.load import load_config
@@ -30,7 +30,7 @@ def config_of(*overrides: str) -> Config:
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 def test_the_reference_has_our_loss_and_our_gradient(checkpointing, monkeypatch):
     """The same images, noise and times, padded with a dense mask and packed: losses to 1e-6, gradients to 1e-5."""
-    monkeypatch.setattr(reference, "_MICRO_BATCH", 5)
+    monkeypatch.setattr(released_recipe, "_MICRO_BATCH", 5)
     config = config_of("layout.max_tokens=4096", f"layout.checkpointing={checkpointing}")
     with open_steps(config, Data.open(config, (1,)), 0, 1) as stream:
         (batch,) = stream
@@ -70,7 +70,7 @@ def test_a_reference_step_adds_up_its_micro_batches(monkeypatch):
         (batch,) = stream
     found = []
     for size in (5, 2):
-        monkeypatch.setattr(reference, "_MICRO_BATCH", size)
+        monkeypatch.setattr(released_recipe, "_MICRO_BATCH", size)
         monkeypatch.setattr(torch, "randn_like", torch.zeros_like)  # no noise, one time: nothing depends on the order
         monkeypatch.setattr(torch, "randn", lambda *size: torch.zeros(*size))
         trainer = Reference(config, torch.device("cpu"))

@@ -213,7 +213,7 @@ def test_no_torchscript(tmp_path):
 
 
 def test_figures_that_cannot_be_had_are_none(tmp_path):
-    from fitv2_scale.evaluate.references import Reference
+    from fitv2_scale.evaluate.reference_statistics import Reference
 
     real = Features(GOOD, GOOD, None)
     without = measure(Features(GOOD + 1), Reference("r", REFERENCE, Gaussian.of(real.spatial), None, None))

@@ -11,9 +11,9 @@ from data_sharding.errors import UserError
 from fitv2_scale.cli.__main__ import main
 from fitv2_scale.config.load import parse_config
 from fitv2_scale.model.counts import forward_flops
-from fitv2_scale.planning.scaling.analysis import law_of_run, law_of_sizes
-from fitv2_scale.planning.scaling.published import published, steps_to
-from fitv2_scale.planning.scaling.reading import Series, common_loss, from_journal, thinned
+from fitv2_scale.planning.scaling.laws import law_of_run, law_of_sizes
+from fitv2_scale.planning.scaling.published_fid import published, steps_to
+from fitv2_scale.planning.scaling.read_curves import Series, common_loss, from_journal, thinned
 from tests.support.curve_runs import BATCH, TOKENS, TRUTH, WARMUP, config, make_run, parameters
 
 STEPS = np.geomspace(1000, 400_000, 60).astype(int)

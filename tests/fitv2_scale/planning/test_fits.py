@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fitv2_scale.planning.scaling.analysis import SurfaceLaw
+from fitv2_scale.planning.scaling.bootstrap import Residuals, interval, redrawn
 from fitv2_scale.planning.scaling.fits import CurveFit, SurfaceFit, fit_curve, fit_surface, refit_curve, refit_surface
-from fitv2_scale.planning.scaling.intervals import Residuals, interval, redrawn
+from fitv2_scale.planning.scaling.laws import SurfaceLaw
 from tests.support.curve_runs import TRUTH, parameters
 
 POINTS, NOISE = 8, 0.002

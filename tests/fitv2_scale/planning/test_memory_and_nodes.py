@@ -30,7 +30,7 @@ from fitv2_scale.parallel.blocks import prepare_blocks
 from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.memory import Compute, StateBytes, cuda_peak, saved_bytes, state_bytes
 from fitv2_scale.parallel.world import join
-from fitv2_scale.planning.forecast.report import to_text
+from fitv2_scale.planning.forecast.plan_report import to_text
 from tests.fitv2_scale.model.test_fitv2 import pack
 from tests.fitv2_scale.parallel.test_blocks import Results
 from tests.support.layout_grid import CLASSES, make_config

@@ -12,7 +12,7 @@ import numpy as np
 
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.model.counts import forward_flops
-from fitv2_scale.planning.scaling.reading import Curve, Series, is_fid
+from fitv2_scale.planning.scaling.read_curves import Curve, Series, is_fid
 
 BATCH = 256
 _STEPS = (400_000, 1_000_000, 1_500_000, 2_000_000)

@@ -1,6 +1,6 @@
 """One measurement: a process of its own that opens one way's data and takes batches, as a trainer would.
 
-    python -m fitv2_scale.bench.consume '{"way": "files", "source": {…}, "seconds": 3.0}'
+    python -m fitv2_scale.bench.measure_loader '{"way": "files", "source": {…}, "seconds": 3.0}'
 
 Prints a JSON object as its last line. A process each, so that no way finds threads, memory or workers of another.
 """

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from data_sharding.errors import UserError
+from fitv2_scale.planning.scaling.curves_report import Asked, Curves
 from fitv2_scale.planning.scaling.plots import fid_picture, frontier_picture, loss_picture
 from fitv2_scale.planning.scaling.predictions import KEPT
-from fitv2_scale.planning.scaling.report import Asked, Curves
 from fitv2_scale.run.redact import redact
 
 CURVES_ID = "fitv2.curves_id"  # the tag of such a run: no training run has it

@@ -14,9 +14,9 @@ from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.load import load_config
 from fitv2_scale.data import Data
 from fitv2_scale.planning.forecast.assumptions import Assumed
+from fitv2_scale.planning.forecast.disk_usage import commit_bytes, kept_for_ever, storage_report
 from fitv2_scale.planning.forecast.node_count import Choice, candidates, choose, enough, explain
 from fitv2_scale.planning.forecast.step_time import exposed_seconds, step_pace, traffic_seconds
-from fitv2_scale.planning.forecast.storage import commit_bytes, kept_for_ever, storage_report
 from fitv2_scale.train.loop import DONE, train
 from tests.support.ranks import run_ranks
 

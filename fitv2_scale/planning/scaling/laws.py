@@ -6,9 +6,9 @@ from dataclasses import asdict, astuple, dataclass, fields
 import numpy as np
 
 from data_sharding.errors import UserError
+from fitv2_scale.planning.scaling.bootstrap import DRAWS, Residuals, as_rows, interval, redrawn
 from fitv2_scale.planning.scaling.fits import CurveFit, SurfaceFit, fit_curve, fit_surface, refit_curve, refit_surface
-from fitv2_scale.planning.scaling.intervals import DRAWS, Residuals, as_rows, interval, redrawn
-from fitv2_scale.planning.scaling.reading import Curve, Series, thinned
+from fitv2_scale.planning.scaling.read_curves import Curve, Series, thinned
 
 _CURVE_PARAMETERS, _SURFACE_PARAMETERS = len(fields(CurveFit)), len(fields(SurfaceFit))
 _SIZES = 3  # a floor, a factor and an exponent for N

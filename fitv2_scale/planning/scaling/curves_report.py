@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from data_sharding.errors import UserError
-from fitv2_scale.planning.scaling.analysis import (
+from fitv2_scale.planning.scaling.laws import (
     RunLaw,
     SurfaceLaw,
     law_of_points,
@@ -17,8 +17,8 @@ from fitv2_scale.planning.scaling.analysis import (
     with_intervals,
 )
 from fitv2_scale.planning.scaling.predictions import Kept, Question, predict, score
-from fitv2_scale.planning.scaling.published import FidCurve, beside, of_run, published
-from fitv2_scale.planning.scaling.reading import AXES, Curve, common_loss, thinned
+from fitv2_scale.planning.scaling.published_fid import FidCurve, beside, of_run, published
+from fitv2_scale.planning.scaling.read_curves import AXES, Curve, common_loss, thinned
 
 TARGET = 26.08  # FID of FiT-B/2 at its last point, 1,500K steps
 _FRONTIER = 6  # rows

@@ -1,6 +1,6 @@
 """What loading costs a rank that trains: its loader alone, at the pace of a GPU.
 
-    python -m fitv2_scale.bench.pace '{"source": {…}, "ranks": 8, "rate": 114.0}'
+    python -m fitv2_scale.bench.loading_overhead '{"source": {…}, "ranks": 8, "rate": 114.0}'
 
 Prints a JSON object as its last line.
 """

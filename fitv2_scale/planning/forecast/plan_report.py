@@ -11,9 +11,10 @@ from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
 from fitv2_scale.model.counts import forward_flops, logical_shapes, parameter_count
 from fitv2_scale.planning.forecast.assumptions import Assumed
-from fitv2_scale.planning.forecast.memory import memory_report
+from fitv2_scale.planning.forecast.disk_usage import storage_report
+from fitv2_scale.planning.forecast.memory_per_rank import memory_report
 from fitv2_scale.planning.forecast.node_count import Choice, as_plain, candidates, choose, enough, explain
-from fitv2_scale.planning.forecast.packing import data_figures, packing_on
+from fitv2_scale.planning.forecast.pack_statistics import data_figures, packing_on
 from fitv2_scale.planning.forecast.run_length import (
     RELEASED_DETECT,
     RELEASED_RESTART,
@@ -24,7 +25,6 @@ from fitv2_scale.planning.forecast.run_length import (
     recommended,
 )
 from fitv2_scale.planning.forecast.step_time import Pace, step_pace
-from fitv2_scale.planning.forecast.storage import storage_report
 
 _BESIDE = (4, 16)  # nodes on which FiT's own schedule and ours are compared
 
