@@ -84,9 +84,9 @@ def test_an_outage_of_ten_minutes(server, tmp_path):
 
 STEPS = """
 import os, sys, time, torch
-from fitv2_scale.run import Run
+from fitv2_scale.run.run import Run
 from fitv2_scale.tracking.journal import Journal
-from fitv2_scale.tracking.launch import Uploader
+from fitv2_scale.tracking.uploader_process import Uploader
 
 run = Run.open(sys.argv[1])
 attempt = run.claim({})
