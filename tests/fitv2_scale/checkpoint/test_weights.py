@@ -111,7 +111,7 @@ def test_the_names_that_do_not_fit_are_listed(tiny, tmp_path, capfd):
 _MEASURED = """
 import sys
 from fitv2_scale.checkpoint.weights import export_weights, import_weights
-from fitv2_scale.config import load_config
+from fitv2_scale.config.load import load_config
 
 config = load_config(sys.argv[1], ["data.url=none", "train.steps=1"])
 # Not getrusage: its peak goes over from the process that started this one.
