@@ -2,7 +2,7 @@
 
 `auto` is one SQLite file for all runs that lie side by side. SQLite rests on locks that network file systems do not
 keep well, and there each run's uploader may be on another node. So on a shared file system `auto` means that training
-writes its journal alone, and `fitv2 track sync` is the one writer (see ``lock.Writer``).
+writes its journal alone, and `fitv2 track sync` is the one writer (see ``locks.Writer``).
 """
 
 import re

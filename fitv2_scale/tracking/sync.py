@@ -11,7 +11,7 @@ from fitv2_scale.run.log import newest_attempt
 from fitv2_scale.run.redact import redact
 from fitv2_scale.run.run import Attempt, Run
 from fitv2_scale.tracking.destination import resolve_uri, why_journal_only
-from fitv2_scale.tracking.lock import Lock, Writer
+from fitv2_scale.tracking.locks import Lock, Writer
 from fitv2_scale.tracking.publisher import Publisher, ServerError
 from fitv2_scale.tracking.state import get
 from fitv2_scale.tracking.uploader import Patience, Process, attempt_has_ended

@@ -24,7 +24,7 @@ from data_sharding.errors import StorageDown, UserError
 from fitv2_scale.run.log import newest_attempt, now
 from fitv2_scale.run.redact import redact
 from fitv2_scale.run.run import RETRY, Attempt, Run
-from fitv2_scale.tracking.lock import Lock, Writer
+from fitv2_scale.tracking.locks import Lock, Writer
 from fitv2_scale.tracking.publisher import Publisher, ServerError
 from fitv2_scale.tracking.uploader_process import URI_VARIABLE
 

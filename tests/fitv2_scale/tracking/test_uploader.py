@@ -16,7 +16,7 @@ from fitv2_scale.run.run import Run
 from fitv2_scale.tracking import journal
 from fitv2_scale.tracking.destination import resolve_uri
 from fitv2_scale.tracking.journal import Journal
-from fitv2_scale.tracking.lock import Lock
+from fitv2_scale.tracking.locks import Lock
 from fitv2_scale.tracking.sync import sync
 from fitv2_scale.tracking.uploader_process import Uploader
 from tests.support.journal_writers import DIGEST, make, train
