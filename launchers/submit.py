@@ -113,7 +113,7 @@ def submit(config: Config, nodes: str, dry_run: bool, fork_from: str | None = No
         return Submission(url, name, count, [], script, _advice(config, data, most))
     # The name is not known before the run is made: Slurm is asked with another.
     slurm.check(train_script(site, "fitv2", count, url, home, 0, told, fork_from))
-    run = Run.open_or_create(config.run, config.model_dump(mode="json"), config.science(), data.plan.hash, parent)
+    run = Run.open_or_create(config.run, config.model_dump(mode="json"), config.recipe(), data.plan.hash, parent)
     chain = Chain(
         run=run.url,
         name=job_name(run.id),

@@ -64,7 +64,7 @@ def import_weights(file: str, run_url: str, config: Config) -> Run:
         UserError: not a weights file, or names or shapes that are not exactly those of ``config.model``.
     """
     tensors = open_weights(file, config.model)
-    run = Run.open_or_create(run_url, config.model_dump(mode="json"), config.science(), plan_hash=None)
+    run = Run.open_or_create(run_url, config.model_dump(mode="json"), config.recipe(), plan_hash=None)
     if run.log.commits():
         raise UserError(f"{run_url} has commits already: import into a new run folder")
     attempt = run.claim(provenance())

@@ -1,7 +1,7 @@
 """The run's configuration: typed, frozen, read from YAML and ``key=value`` overrides.
 
-It has two halves. *Science* (model, flow, data, optimizer, ema, trainable, seed, init_from) defines what the run
-computes and is compared when a run is continued; everything else is *operations* and may differ in every attempt.
+It has two halves. The *recipe* (model, flow, data, optimizer, ema, trainable, seed, init_from) defines what the run
+computes and is compared when a run is continued; everything else is *runtime* and may differ in every attempt.
 """
 
 from typing import Any
@@ -26,11 +26,11 @@ from fitv2_scale.config.sections import (
 )
 from fitv2_scale.config.slurm import SlurmConfig
 
-SCIENCE = ("model", "flow", "data", "optimizer", "ema", "trainable", "seed")
+RECIPE = ("model", "flow", "data", "optimizer", "ema", "trainable", "seed")
 _READING = ("cache_gib", "prefetch_gib", "cache_dir", "cache_disk_gib", "deadline_seconds", "max_substituted")
 # Where the data lies is free: which data it is, the plan hash says. Batch and weights may change during a run; the
 # cursor in each commit keeps their history.
-_NOT_SCIENCE = {"data": ("url", "weights", *_READING)}
+_RUNTIME = {"data": ("url", "weights", *_READING)}
 
 
 class Config(Section):
@@ -67,10 +67,10 @@ class Config(Section):
             )
         return self
 
-    def science(self) -> dict[str, Any]:
-        """The half that defines the run, as plain data."""
-        plain = self.model_dump(mode="json", include={*SCIENCE, *(["init_from"] if self.init_from else [])})
+    def recipe(self) -> dict[str, Any]:
+        """The half that defines the run, as plain data; ``run.run.recipe_hash`` is its digest."""
+        plain = self.model_dump(mode="json", include={*RECIPE, *(["init_from"] if self.init_from else [])})
         return {
-            key: {k: v for k, v in value.items() if k not in _NOT_SCIENCE[key]} if key in _NOT_SCIENCE else value
+            key: {k: v for k, v in value.items() if k not in _RUNTIME[key]} if key in _RUNTIME else value
             for key, value in plain.items()
         }

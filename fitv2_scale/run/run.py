@@ -6,8 +6,8 @@
     ledger/               images that cannot be read, and what replaces them (see ``ledger``)
     tracking/             what the uploader keeps (see ``tracking.publisher``)
 
-The config has two halves. *Science* decides what is learned; it is hashed, and a run keeps it for life. *Operations*
-(layout, logging, storage) may differ from attempt to attempt.
+The config has two halves. The *recipe* decides what is learned; it is hashed, and a run keeps it for life. The
+*runtime* half (layout, logging, storage) may differ from attempt to attempt.
 """
 
 import hashlib
@@ -32,6 +32,8 @@ DONE, RETRY, GIVE_UP, BAD_INPUT, BUG = 0, 75, 93, 2, 1
 NOT_FINITE = "loss or gradient was not finite"  # how the reason of a GIVE_UP begins, if that is why
 
 _IDENTITY = "run.json"
+# Versions up to a2e80d5 wrote these keys of run.json under other names. Such runs continue, so both are read.
+_FORMER_KEYS = {"science": "recipe", "science_hash": "recipe_hash"}
 # Of a start.json: what results may depend on. Not the layout, on which they do not depend.
 _COMPARED = ("python", "packages", "cuda", "nccl", "driver", "git", "code", "gpus")
 
@@ -42,10 +44,10 @@ log = logging.getLogger(__name__)
 class Run:
     """One training run. The identity, a sample of run.json:
 
-    {"id": "demo-5f1c09ab", "created": "2025-06-01T12:00:00.000000+00:00", "config": {…}, "science": {…},
-     "science_hash": "0c9d…", "plan_hash": "77e1…", "parent": {"run": "/runs/first", "step": 1000} or null}
+    {"id": "demo-5f1c09ab", "created": "2025-06-01T12:00:00.000000+00:00", "config": {…}, "recipe": {…},
+     "recipe_hash": "0c9d…", "plan_hash": "77e1…", "parent": {"run": "/runs/first", "step": 1000} or null}
 
-    ``config`` (as resolved when the run was made) and ``science`` are free of secrets; ``science_hash`` is the sha256
+    ``config`` (as resolved when the run was made) and ``recipe`` are free of secrets; ``recipe_hash`` is the sha256
     of the latter as canonical JSON; ``plan_hash`` says which data, in which order (null for imported weights, whose
     commits then say); ``parent`` is where a fork left.
     """
@@ -53,8 +55,8 @@ class Run:
     id: str
     created: str  # ISO 8601, UTC
     config: dict[str, Any]
-    science: dict[str, Any]
-    science_hash: str
+    recipe: dict[str, Any]
+    recipe_hash: str
     plan_hash: str | None
     parent: dict[str, Any] | None
     store: Store = field(compare=False, repr=False)
@@ -64,23 +66,23 @@ class Run:
     def open_or_create(
         url: str,
         config: dict[str, Any],
-        science: dict[str, Any],
+        recipe: dict[str, Any],
         plan_hash: str | None,
         parent: dict[str, Any] | None = None,
     ) -> "Run":
         """Makes the run at ``url``, or continues the one that is there.
 
-        Raises UserError, with every difference shown, if that one has other science, other data or another parent. A
+        Raises UserError, with every difference shown, if that one has another recipe, other data or another parent. A
         continuation may leave ``parent`` out.
         """
         store = open_store(url)
-        science = redact(science)  # before it is hashed: a changed password is no change of science
+        recipe = redact(recipe)  # before it is hashed: a changed password does not change the recipe
         new = {
             "id": f"{re.sub(r'[^A-Za-z0-9_.-]', '_', Path(store.url).name)}-{secrets.token_hex(4)}",
             "created": now(),
             "config": redact(config),
-            "science": science,
-            "science_hash": science_hash(science),
+            "recipe": recipe,
+            "recipe_hash": recipe_hash(recipe),
             "plan_hash": plan_hash,
             "parent": redact(parent),
         }
@@ -89,9 +91,9 @@ class Run:
                 store.create(_IDENTITY, _json(new))
                 _check_exclusive(store, _json(new))
         run = Run.open(url)
-        changes = differences(run.science, json.loads(_json(science)))
-        if run.science_hash != new["science_hash"] and not changes:
-            raise DataError(f"{store.path(_IDENTITY)} was edited: its science does not match its hash; restore it.")
+        changes = differences(run.recipe, json.loads(_json(recipe)))
+        if run.recipe_hash != new["recipe_hash"] and not changes:
+            raise DataError(f"{store.path(_IDENTITY)} was edited: its recipe does not match its hash; restore it.")
         if None not in (run.plan_hash, plan_hash) and run.plan_hash != plan_hash:
             changes.append(f"plan_hash: {run.plan_hash} -> {plan_hash}")
         if parent is not None and run.parent != new["parent"]:
@@ -114,7 +116,8 @@ class Run:
         except ValueError as error:
             raise DataError(f"{store.path(_IDENTITY)} is damaged ({error}); restore it from a backup.") from error
         try:
-            return Run(**record, store=store, log=RunLog(store))
+            identity = {_FORMER_KEYS.get(key, key): value for key, value in record.items()}
+            return Run(**identity, store=store, log=RunLog(store))
         except TypeError as error:
             raise DataError(f"{store.path(_IDENTITY)} is not what this version writes ({error}).") from error
 
@@ -229,9 +232,9 @@ def _check_exclusive(store: Store, data: bytes) -> None:
         )
 
 
-def science_hash(science: dict[str, Any]) -> str:
-    """sha256, in hex, of ``science`` as canonical JSON: sorted keys, no spaces, no NaN."""
-    text = json.dumps(science, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+def recipe_hash(recipe: dict[str, Any]) -> str:
+    """sha256, in hex, of ``recipe`` as canonical JSON: sorted keys, no spaces, no NaN."""
+    text = json.dumps(recipe, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

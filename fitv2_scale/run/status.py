@@ -10,7 +10,7 @@ from fitv2_scale.run.substitutions import summary
 def status(run: Run) -> dict[str, Any]:
     """What `fitv2 status` shows, ready for JSON. A sample:
 
-    {"id": …, "url": …, "created": …, "science_hash": …, "plan_hash": …, "parent": null, "stop_requested": false,
+    {"id": …, "url": …, "created": …, "recipe_hash": …, "plan_hash": …, "parent": null, "stop_requested": false,
      "last_commit": {"step": 200, "time": …, "attempt": 1, "path": "steps/200"} or null,
      "substituted": {"version": 1, "frames": 1, "images": 64, "causes": ["…"]},
      "attempts": [{"attempt": 1, "started": …, "ended": … or null, "code": 75 or null, "why": "SIGUSR1", "changed": [],
@@ -44,7 +44,7 @@ def status(run: Run) -> dict[str, Any]:
             "path": last.fields["path"],
         }
     return {
-        **{key: getattr(run, key) for key in ("id", "url", "created", "science_hash", "plan_hash", "parent")},
+        **{key: getattr(run, key) for key in ("id", "url", "created", "recipe_hash", "plan_hash", "parent")},
         "stop_requested": run.log.stop_requested(),
         "last_commit": last_commit,
         "substituted": summary(run.store),

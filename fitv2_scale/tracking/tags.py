@@ -4,7 +4,7 @@ run.json and start.json, which are redacted.
     fitv2.family      "S/2", "B/2", "L/2", "XL/2", "3B/2"; "6x160" (depth x hidden) for any other network
     fitv2.parameters  "2971928080"
     fitv2.dataset     the digest of the dataset's manifest; of several, with commas between
-    fitv2.seed, fitv2.plan_hash, fitv2.science_hash
+    fitv2.seed, fitv2.plan_hash, fitv2.recipe_hash
     fitv2.parent_run, fitv2.branch_step   the run id and step where a fork left
     fitv2.attempt, fitv2.git, fitv2.gpu   of the newest attempt; gpu is "8 x NVIDIA H200" on its first node, or "none"
     fitv2.lag         "120 steps: 1120 measured, 1000 committed"
@@ -27,7 +27,7 @@ def run_tags(run: Run) -> dict[str, str]:
     tags = {
         "fitv2.family": family(model),
         "fitv2.seed": run.config.get("seed"),
-        "fitv2.science_hash": run.science_hash,
+        "fitv2.recipe_hash": run.recipe_hash,
         "fitv2.plan_hash": run.plan_hash,
         "fitv2.parent_run": parent.get("run"),
         "fitv2.branch_step": parent.get("step"),

@@ -48,7 +48,7 @@ def claim(config: Config, plan: Plan, fork: Fork | None, world: World) -> tuple[
 
     def first() -> int:
         parent = fork.parent() if fork else None
-        run = Run.open_or_create(config.run, config.model_dump(mode="json"), config.science(), plan.hash, parent)
+        run = Run.open_or_create(config.run, config.model_dump(mode="json"), config.recipe(), plan.hash, parent)
         facts = {"parameters": parameter_count(config.model), "datasets": [m.digest for m in plan.manifests]}
         return run.claim(provenance() | facts | {"gpus": [gpu for gpu in gpus if gpu]}).number
 

@@ -202,9 +202,9 @@ def test_a_sweep_is_a_chain_for_each_combination(slurm, fitv2, job_config, mlflo
     experiment = client.get_experiment_by_name("sizes").experiment_id
     found = client.search_runs([experiment], "tags.`fitv2.run_id` != ''")  # not the attempts, which are their children
     sizes = [parameter_count(ModelConfig(**run.config["model"])) for run in runs]
-    tags = ("run_id", "science_hash", "family", "parameters")
+    tags = ("run_id", "recipe_hash", "family", "parameters")
     assert {tuple(r.data.tags[f"fitv2.{tag}"] for tag in tags) for r in found} == {
-        (run.id, run.science_hash, f"{depth}x32", str(size))
+        (run.id, run.recipe_hash, f"{depth}x32", str(size))
         for depth, run, size in zip((1, 2, 3), runs, sizes, strict=True)
     }
     assert sorted(r.data.params["model.depth"] for r in found) == ["1", "2", "3"]

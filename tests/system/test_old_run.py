@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_sharding.errors import UserError
+from data_sharding.errors import DataError, UserError
 from fitv2_scale.cli.__main__ import main
 from fitv2_scale.config.load import load_config
 from fitv2_scale.config.schema import Config
@@ -145,7 +145,7 @@ def test_the_run_continues_with_the_recorded_losses(copies):
 
 
 def test_another_recipe_is_refused_and_another_runtime_is_not(copies):
-    """Its run.json names that half of the config by a word of its own time; it is compared all the same."""
+    """Its run.json calls the recipe "science", the word of its time; it is compared all the same."""
     for change, difference in (
         ("optimizer.lr=0.001", r"optimizer\.lr: 0\.005 -> 0\.001"),
         ("seed=1", r"seed: 12345678901 -> 1"),
@@ -155,3 +155,25 @@ def test_another_recipe_is_refused_and_another_runtime_is_not(copies):
             run_ranks(1, train, config_of(copies, change))
     free = ["batch.images=12", "train.log_every=5", "layout.max_tokens=128", "train.steps=8"]
     assert run_ranks(1, train, config_of(copies, *free)) == [0]
+
+
+def test_an_edited_recipe_is_found_out(copies):
+    """Also when the config was changed along with it, so that the two agree and only the hash tells."""
+    file = copies / "run" / "run.json"
+    identity = json.loads(file.read_text())
+    assert "recipe" not in identity and identity["science"]["optimizer"]["lr"] == 0.005
+    identity["science"]["optimizer"]["lr"] = 0.001
+    file.write_text(json.dumps(identity))
+    config = config_of(copies, "optimizer.lr=0.001")
+    with pytest.raises(DataError, match=r"run\.json was edited"):
+        Run.open_or_create(config.run, config.model_dump(mode="json"), config.recipe(), identity["plan_hash"])
+
+
+def test_a_fork_continues_with_the_recorded_loss(copies):
+    child = f"run={copies}/child"
+    assert run_ranks(1, train, config_of(copies, child, "train.steps=8"), f"{copies}/run@7") == [0]
+    assert losses(f"{copies}/child") == pytest.approx({8: numbers("losses")[8]}, rel=CLOSE)
+    written = json.loads((copies / "child" / "run.json").read_text())
+    parent = json.loads((OLD / "run" / "run.json").read_text())
+    assert (written["recipe"], written["recipe_hash"]) == (parent["science"], parent["science_hash"])
+    assert written["parent"]["run"] == parent["id"] and "science" not in written

@@ -116,13 +116,13 @@ def test_a_finished_run_is_left_alone_and_can_be_extended(tiny):
     assert [e.fields["step"] for e in Run.open(config.run).log.commits()] == [5, 7]
 
 
-def test_other_science_is_refused_with_the_difference(tiny):
+def test_another_recipe_is_refused_with_the_difference(tiny):
     assert run_ranks(1, train, tiny(train__steps=2)) == [DONE]
     with pytest.raises(UserError, match=r"optimizer\.lr: 0\.001 -> 0\.002.*--fork-from"):
         run_ranks(1, train, tiny(optimizer__lr=2e-3))
     with pytest.raises(UserError, match=r"plan_hash|seed: 0 -> 1"):
         run_ranks(1, train, tiny(seed=1))
-    # Operations are free: another capacity, another interval.
+    # The runtime half is free: another capacity, another interval.
     assert run_ranks(2, train, tiny(train__steps=4, layout__max_tokens=64, checkpoint__every_steps=1)) == [DONE] * 2
 
 
@@ -136,6 +136,6 @@ def test_a_fork_begins_at_the_parents_commit(tiny):
     assert list(losses(child.run)) == list(range(6, 13))
     same = tiny("same", train__steps=10)
     assert run_ranks(1, train, same, f"{parent.run}@5") == [DONE]
-    assert commit_bytes(same.run) == commit_bytes(parent.run)  # the same science, the same rest of the way
+    assert commit_bytes(same.run) == commit_bytes(parent.run)  # the same recipe, the same rest of the way
     with pytest.raises(UserError, match="choose one of them"):
         run_ranks(1, train, tiny("none"), f"{parent.run}@7")

@@ -101,8 +101,8 @@ def test_the_identity_of_a_run_is_frozen(tmp_path):
         id="run-DRAWN",
         created="TIME",
         config=whole,
-        science=half,
-        science_hash="b960ae8984d968a238561ef3c7eaa3fc79d2bdeec45604f1f2692396b47ab4d4",
+        recipe=half,
+        recipe_hash="b960ae8984d968a238561ef3c7eaa3fc79d2bdeec45604f1f2692396b47ab4d4",
         plan_hash="77e1",
         parent=parent,
     )

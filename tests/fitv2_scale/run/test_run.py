@@ -1,4 +1,4 @@
-"""What a RUN is: made once, continued with the same science only, one record for each attempt, no secret in it."""
+"""What a RUN is: made once, continued with the same recipe only, one record for each attempt, no secret in it."""
 
 import json
 import subprocess
@@ -10,15 +10,15 @@ import pytest
 from data_sharding.errors import DataError, UserError
 from fitv2_scale.run.log import StaleAttempt
 from fitv2_scale.run.redact import redact
-from fitv2_scale.run.run import Run, differences, flatten, science_hash
+from fitv2_scale.run.run import Run, differences, flatten, recipe_hash
 from fitv2_scale.run.status import status
 
-SCIENCE = {"model": {"depth": 4, "dim": 64}, "optim": {"lr": 1e-4}, "data": {"urls": ["a", "b"]}}
-CONFIG = {**SCIENCE, "log": {"every": 10}}
+RECIPE = {"model": {"depth": 4, "dim": 64}, "optim": {"lr": 1e-4}, "data": {"urls": ["a", "b"]}}
+CONFIG = {**RECIPE, "log": {"every": 10}}
 
 
-def make(folder, science=SCIENCE, config=CONFIG, plan="plan-1", parent=None) -> Run:
-    return Run.open_or_create(str(folder), config, science, plan, parent)
+def make(folder, recipe=RECIPE, config=CONFIG, plan="plan-1", parent=None) -> Run:
+    return Run.open_or_create(str(folder), config, recipe, plan, parent)
 
 
 def test_a_run_is_made_once_and_continued(tmp_path):
@@ -27,15 +27,15 @@ def test_a_run_is_made_once_and_continued(tmp_path):
     assert again == first == Run.open(str(tmp_path / "demo"))
     assert first.id.startswith("demo-") and first.id != make(tmp_path / "other").id
     record = json.loads((tmp_path / "demo" / "run.json").read_bytes())
-    assert record["config"] == CONFIG and record["science"] == SCIENCE and record["plan_hash"] == "plan-1"
-    assert record["science_hash"] == science_hash(SCIENCE) and record["parent"] is None
+    assert record["config"] == CONFIG and record["recipe"] == RECIPE and record["plan_hash"] == "plan-1"
+    assert record["recipe_hash"] == recipe_hash(RECIPE) and record["parent"] is None
 
 
-def test_other_science_is_refused_with_every_difference(tmp_path):
+def test_another_recipe_is_refused_with_every_difference(tmp_path):
     make(tmp_path)
-    science = {"model": {"depth": 4, "dim": 128}, "optim": {}, "data": {"urls": ["a"]}, "seed": 1}
+    recipe = {"model": {"depth": 4, "dim": 128}, "optim": {}, "data": {"urls": ["a"]}, "seed": 1}
     with pytest.raises(UserError) as caught:
-        make(tmp_path, science=science, plan="plan-2")
+        make(tmp_path, recipe=recipe, plan="plan-2")
     said = str(caught.value)
     for difference in (
         'data.urls: ["a", "b"] -> ["a"]',
@@ -50,15 +50,15 @@ def test_other_science_is_refused_with_every_difference(tmp_path):
     assert "depth" not in said
 
 
-def test_tuples_and_key_order_are_not_science(tmp_path):
+def test_tuples_and_key_order_do_not_change_the_recipe(tmp_path):
     make(tmp_path)
-    make(tmp_path, science={"data": {"urls": ("a", "b")}, "optim": {"lr": 1e-4}, "model": {"dim": 64, "depth": 4}})
+    make(tmp_path, recipe={"data": {"urls": ("a", "b")}, "optim": {"lr": 1e-4}, "model": {"dim": 64, "depth": 4}})
 
 
-def test_a_changed_password_is_not_science_and_is_stored_nowhere(tmp_path):
+def test_a_changed_password_is_no_change_of_recipe_and_is_stored_nowhere(tmp_path):
     for password in ("hunter2", "hunter3"):
-        science = {"data": f"https://me:{password}@host/shards"}
-        run = make(tmp_path, science=science, config={**science, "mlflow": {"token": password}})
+        recipe = {"data": f"https://me:{password}@host/shards"}
+        run = make(tmp_path, recipe=recipe, config={**recipe, "mlflow": {"token": password}})
     run.claim({"argv": ["fitv2", "--password", "hunter2", "uri=http://me:hunter3@h"]}).end(
         1, "http://me:hunter2@h failed"
     )

@@ -49,7 +49,7 @@ def test_everything_arrives_once_with_its_times(folder, monkeypatch):
     assert there["params"] == {
         "model.dim": "8", "model.blocks": "[1, 2]", "note": "n" * 6000, "mlflow.password": "[redacted]",
     }  # fmt: skip
-    assert there["tags"]["fitv2.science_hash"] == run.science_hash and there["tags"]["fitv2.attempt"] == "1"
+    assert there["tags"]["fitv2.recipe_hash"] == run.recipe_hash and there["tags"]["fitv2.attempt"] == "1"
     assert there["status"] == "FINISHED" and there["start"] < there["end"] < time.time() * 1000
     assert there["artifacts"].is_relative_to(folder.parent / "mlartifacts")
     assert (there["artifacts"] / "samples" / "00000002.png").read_bytes() == b"picture"
