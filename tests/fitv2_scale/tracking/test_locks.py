@@ -8,7 +8,7 @@ from mlflow import MlflowClient
 PROGRAM = """
 import sys
 import mlflow
-from fitv2_scale.tracking.mlflow_sink import Server
+from fitv2_scale.tracking.mlflow_writer import Server
 
 uri, name = sys.argv[1:]
 print("ready", flush=True)
