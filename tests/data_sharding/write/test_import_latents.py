@@ -74,10 +74,10 @@ def test_killed_while_unpacking_and_while_writing_it_writes_the_same_bytes(tmp_p
     import_dataset(str(src), str(tmp_path / "whole"), **options)
     # Slow enough to be killed in the middle: in the first process only, so the second one is as shipped.
     call = (
-        "import time\nfrom data_sharding import unpack\n"
-        "class Slow(unpack._Joined):\n"
+        "import time\nfrom data_sharding.write import archives\n"
+        "class Slow(archives._Joined):\n"
         "    def read(self, *a): time.sleep(0.2); return super().read(*a)\n"
-        "unpack._BLOCK = 1 << 12\nunpack._Joined = Slow\n"
+        "archives._BLOCK = 1 << 12\narchives._Joined = Slow\n"
         "from data_sharding.write.import_latents import import_dataset\n"
         f"import_dataset({str(src)!r}, {str(dst)!r}, **{options | {'workers': 1}})"
     )
