@@ -103,7 +103,7 @@ def test_the_readme_shows_the_script_as_it_is():
     home = Path("/runs/first/jobs/1a2b3c4d")
     script = train_script(site, "fitv2-first-new", 4, "/runs/first", home, 0, 300)
     shown = script.replace(shlex.quote(sys.executable), "/home/me/fitv2/.venv/bin/python")
-    assert f"```bash\n{shown}```" in (ROOT / "README.md").read_text()
+    assert f"```bash\n{shown}```" in (ROOT / "launchers" / "README.md").read_text()
 
 
 def test_a_template_of_ones_own(tmp_path):
