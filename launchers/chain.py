@@ -22,7 +22,7 @@ from data_sharding.errors import UserError
 from fitv2_scale.run.log import newest_attempt, now
 from fitv2_scale.run.run import RETRY, Run
 from launchers import slurm
-from launchers.chain_log import History, Verdict, excluded, outcome_of, signal_seconds, verdict
+from launchers.chain_log import ChainLog, Verdict, excluded, outcome_of, signal_seconds, verdict
 from launchers.hostlist import expand
 from launchers.notify import HUNG, publish, tell, was_hung
 
@@ -52,7 +52,7 @@ class Chain:
     def save(self) -> None:
         (Path(self.home) / "chain.json").write_text(json.dumps(asdict(self), indent=1))
 
-    def judge(self, run: Run, history: History) -> Verdict:
+    def judge(self, run: Run, history: ChainLog) -> Verdict:
         return verdict(history.since_submit, run.log.entries(), self.steps, self.fruitless)
 
 
@@ -74,7 +74,7 @@ def before(home: str) -> str:
     """ "train", with a START on record and a successor in the queue; or "drain"."""
     chain = Chain.load(home)
     run, this = Run.open(chain.run), This.of(os.environ)
-    history = History(run.store)
+    history = ChainLog(run.store)
     outcome = chain.judge(run, history)
     if outcome.event:
         _say(f"{outcome.reason}: nothing to do")
@@ -101,7 +101,7 @@ def after(home: str, ended: str) -> int:
     """Records how the job ended, and keeps the successor or cancels it. Returns the job's exit code."""
     chain = Chain.load(home)
     run, this = Run.open(chain.run), This.of(os.environ)
-    history = History(run.store)
+    history = ChainLog(run.store)
     start = history.newest_start
     if start is None or (start["job"], start["restart"]) != (this.job, this.restart):
         _say("a newer job has taken over")  # this node was believed dead
@@ -150,14 +150,14 @@ def culprits(srun_said: str, nodes: Sequence[str]) -> list[str]:
     return []
 
 
-def _keep_successor(chain: Chain, history: History, this: This, told: int, anew: bool = False) -> None:
+def _keep_successor(chain: Chain, history: ChainLog, this: This, told: int, anew: bool = False) -> None:
     """Sees to it that one job is pending, as the newest submission wants it, away from nodes that failed, and that it
     is told to save ``told`` seconds before its time limit. Slurm can't change that of a pending job: if it must, that
     one is queued ``anew``. A job that somebody has cancelled queues none: they may have cancelled its successor too.
 
     What Slurm refuses is said and not fatal: this job was submitted with --requeue.
     """
-    history.read_on()  # a person may have submitted again meanwhile
+    history.refresh()  # a person may have submitted again meanwhile
     assert history.submit is not None
     newest = Chain.load(history.submit["home"])
     if not slurm.available():

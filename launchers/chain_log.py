@@ -1,8 +1,8 @@
 """What a chain of jobs remembers, in the run: chain/00000001, 00000002, …, each written once, never changed.
 
-    {"kind": "SUBMIT", "time": "2025-06-01T12:00:00.000000+00:00", "home": "/runs/x/jobs/1a2b3c4d", "log": 0, …}
-    {"kind": "START", "time": "…", "job": "17", "restart": 0, "nodes": ["n1", "n2"], "commits": 0, "attempt": 0, …}
-    {"kind": "END", "time": "…", "job": "17", "restart": 0, "code": 75, "reason": "…", "blamed": ["n2"]}
+    {"kind": "SUBMIT", "time": "2025-06-01T12:00:00.000000+00:00", "nonce": "9f0c…", "home": "/runs/x/jobs/1a2b3c4d", …}
+    {"kind": "START", "time": "…", "nonce": "…", "job": "17", "restart": 0, "nodes": ["n1"], "commits": 0, "attempt": 0}
+    {"kind": "END", "time": "…", "nonce": "…", "job": "17", "restart": 0, "code": 75, "reason": "…", "blamed": ["n2"]}
 
 SUBMIT: a person asked for a chain; ``home`` has its script, code and config, ``log`` is the length of the run's log.
 START: a job begins, when the run has had ``commits`` COMMITs and ``attempt`` was its newest one; its successor is told
@@ -10,19 +10,19 @@ to save ``signal`` seconds before its time limit. END: it has ended,
 with ``code`` as ``fitv2 train`` means it, and ``blamed`` are nodes that failed. A killed job leaves no END.
 """
 
-import json
 import math
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from data_sharding.storage.numbered_log import NumberedLog
 from data_sharding.storage.store import Store
 from fitv2_scale.run.log import Entry, newest_attempt, now
 from fitv2_scale.run.run import BAD_INPUT, DONE, GIVE_UP, NOT_FINITE, RETRY, Attempt, Run
 
 LEAST_SIGNAL = 300  # seconds
+_REQUIRED = {"SUBMIT": ("log",), "START": ("job", "restart"), "END": ("job", "restart", "code", "reason", "blamed")}
 FINAL = (DONE, BAD_INPUT, GIVE_UP)
 
 
@@ -35,22 +35,21 @@ class Verdict:
     reason: str
 
 
-class History:
-    """The records of ``store``, as they were when this was made; ``add`` extends both."""
+class ChainLog:
+    """The records of ``store``, as they were when this was made, or at the last ``add`` or ``refresh``."""
 
     def __init__(self, store: Store) -> None:
-        self._store = store
-        self.records: list[dict[str, Any]] = []
-        self.read_on()
+        remedy = f"restore it from a backup, or delete {store.path('chain')} and submit again."
+        self._log = NumberedLog(store, "chain", _parse, noun="record of the chain of jobs", remedy=remedy)
+        self.records = self._log.entries()
 
     def add(self, kind: str, **fields: Any) -> None:
-        record = {"kind": kind, "time": now(), **fields}
-        while True:
-            with suppress(FileExistsError):
-                self._store.create(_path(len(self.records) + 1), json.dumps(record).encode())
-                self.records.append(record)
-                return
-            self.read_on()
+        """Appends a record and reads those that others have added."""
+        self.records = self._log.append(lambda before, nonce: {"kind": kind, "time": now(), "nonce": nonce, **fields})
+
+    def refresh(self) -> None:
+        """Reads the records that others have added."""
+        self.records = self._log.entries()
 
     @property
     def submit(self) -> dict[str, Any] | None:
@@ -68,12 +67,6 @@ class History:
     @property
     def newest_start(self) -> dict[str, Any] | None:
         return next((r for r in reversed(self.records) if r["kind"] == "START"), None)
-
-    def read_on(self) -> None:
-        """Extends the records by what others have added."""
-        with suppress(FileNotFoundError):
-            while True:
-                self.records.append(json.loads(self._store.read(_path(len(self.records) + 1))))
 
 
 def outcome_of(run: Run, before: int, code: int) -> tuple[int, str, bool]:
@@ -143,5 +136,9 @@ def _minutes(earlier: str, later: str) -> float:
     return (datetime.fromisoformat(later) - datetime.fromisoformat(earlier)).total_seconds() / 60
 
 
-def _path(n: int) -> str:
-    return f"chain/{n:08d}"
+def _parse(number: int, record: dict[str, Any]) -> dict[str, Any]:
+    if (kind := record["kind"]) not in _REQUIRED:
+        raise ValueError(f"it says kind={kind!r}")
+    if missing := [key for key in _REQUIRED[kind] if key not in record]:
+        raise ValueError(f"this {kind} has no {missing[0]}")
+    return record

@@ -13,7 +13,7 @@ from fitv2_scale.run.requests import save_path
 from fitv2_scale.run.run import Attempt, Run
 from launchers import slurm
 from launchers.chain import Chain
-from launchers.chain_log import History
+from launchers.chain_log import ChainLog
 
 
 def stop(url: str, at_once: bool) -> list[str]:
@@ -52,7 +52,7 @@ def save(url: str) -> str:
 def log_file(url: str, rank: int) -> Path:
     """What that rank printed: in the newest chain of jobs, else in the newest attempt. Raises UserError."""
     run = Run.open(url)
-    newest, submit = newest_attempt(run.log.entries()), History(run.store).submit
+    newest, submit = newest_attempt(run.log.entries()), ChainLog(run.store).submit
     files = [run.local(f"attempts/{newest}/logs/rank-{rank:05d}.log")]
     if submit:
         files.insert(0, Path(submit["home"]) / f"rank-{rank}.log")
@@ -65,7 +65,7 @@ def log_file(url: str, rank: int) -> Path:
 def jobs(run: Run) -> list[dict[str, Any]]:
     """The run's jobs, oldest first: [{"job": "17", "restart": 0, "nodes": ["n1"], "started": …, "ended": … or null,
     "code": 75 or null, "reason": "…" or null, "blamed": []}]."""
-    records = History(run.store).records
+    records = ChainLog(run.store).records
     ends = {(r["job"], r["restart"]): r for r in records if r["kind"] == "END"}
     report = []
     for start in (r for r in records if r["kind"] == "START"):
@@ -79,7 +79,7 @@ def jobs(run: Run) -> list[dict[str, Any]]:
 def chain(run: Run) -> dict[str, Any] | None:
     """What became of the run's newest chain of jobs: {"event": "no-progress", "code": 93, "reason": …}; ``event`` is
     null while it goes on. None if it never had one."""
-    history = History(run.store)
+    history = ChainLog(run.store)
     if history.submit is None or not (Path(history.submit["home"]) / "chain.json").exists():
         return None
     return asdict(Chain.load(history.submit["home"]).judge(run, history))

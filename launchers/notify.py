@@ -7,7 +7,7 @@ from fitv2_scale.run.log import newest_attempt
 from fitv2_scale.run.run import Run
 
 _EVENT_SECONDS, _SYNC_SECONDS = 60, 180
-HUNG = "hung"  # besides the events of ``history.Verdict``, which end a chain: the watchdog ended an attempt
+HUNG = "hung"  # besides those of ``chain_log.Verdict``, which end a chain: the watchdog ended an attempt
 
 
 def publish(url: str) -> str | None:

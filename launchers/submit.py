@@ -28,7 +28,7 @@ from fitv2_scale.run.run import Run, flatten
 from launchers import slurm
 from launchers.batch_script import command_script, train_script
 from launchers.chain import Chain, node_count
-from launchers.chain_log import LEAST_SIGNAL, History, signal_seconds
+from launchers.chain_log import LEAST_SIGNAL, ChainLog, signal_seconds
 from launchers.control import job_name
 from launchers.secret_overrides import to_environment
 
@@ -136,7 +136,7 @@ def submit(config: Config, nodes: str, dry_run: bool, fork_from: str | None = No
     (home / "job.sh").write_text(script)
     _keep_copy(run, home)
     older = [job.id for job in slurm.queue(chain.name) if job.state == "PENDING"]
-    History(run.store).add("SUBMIT", home=str(home), log=seen, nodes=nodes, git=source()["git"])
+    ChainLog(run.store).add("SUBMIT", home=str(home), log=seen, nodes=nodes, git=source()["git"])
     slurm.cancel(older)
     jobs = [slurm.sbatch(str(home / "job.sh"), environment=to_environment(private)) for _ in range(1 + site.successors)]
     return Submission(run.url, chain.name, count, jobs, script, _advice(config, data, most))

@@ -19,15 +19,12 @@ Why an old attempt cannot commit: an append goes to the first free number, after
 finds a newer CLAIM among those stops; and if one lands in between, the number is taken and the append looks again.
 """
 
-import json
-import secrets
-import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from data_sharding.errors import DataError, StorageDown
+from data_sharding.storage.numbered_log import NumberedLog
 from data_sharding.storage.store import Store
 
 _REQUIRED = {"CLAIM": (), "COMMIT": ("step", "path", "manifest"), "RETIRE": ("entry",), "STOP": ()}
@@ -55,23 +52,15 @@ def now() -> str:
 
 
 class RunLog:
-    """Reads and extends the log in ``store``. Safe to share between threads.
-
-    The store is never asked for a listing, which may lag: the end is found by reading forward to the first missing
-    number. Entries never change, so each is read once.
-    """
+    """Reads and extends the log in ``store``. Safe to share between threads."""
 
     def __init__(self, store: Store) -> None:
-        self._store = store
-        self._seen: list[Entry] = []
-        self._lock = threading.Lock()
+        remedy = "restore it from a backup, or begin a new run folder with --fork-from."
+        self._log = NumberedLog(store, "log", _parse, noun="log entry", remedy=remedy)
 
     def entries(self) -> list[Entry]:
-        """All entries as of now, oldest first. Raises DataError if one is not what this module writes."""
-        with self._lock:
-            while (entry := self._read(len(self._seen) + 1)) is not None:
-                self._seen.append(entry)
-            return list(self._seen)
+        """All entries as of now, oldest first. Raises DataError if one is damaged."""
+        return self._log.entries()
 
     def claim(self) -> Entry:
         """Begins an attempt. A claim that meets another on its number becomes the newer attempt."""
@@ -83,13 +72,13 @@ class RunLog:
         Raises StaleAttempt, with nothing written, if a newer attempt has claimed the run.
         """
         fields = {"step": step, "path": path, "manifest": manifest}
-        return self._append("COMMIT", lambda before: _still_newest(attempt, before), fields)
+        return self._append("COMMIT", lambda before: require_newest(attempt, before), fields)
 
     def retire(self, attempt: int, entry: int) -> Entry:
         """Withdraws the COMMIT numbered ``entry``; raises StaleAttempt as ``commit`` does, ValueError if it is none."""
         if not any(e.n == entry and e.kind == "COMMIT" for e in self.entries()):
             raise ValueError(f"log entry {entry} is not a COMMIT")
-        return self._append("RETIRE", lambda before: _still_newest(attempt, before), {"entry": entry})
+        return self._append("RETIRE", lambda before: require_newest(attempt, before), {"entry": entry})
 
     def stop(self, at_once: bool = False) -> Entry:
         """Asks the running attempt to save and end, and the chain to end with it; ``at_once``: without saving. Anyone
@@ -109,34 +98,13 @@ class RunLog:
 
     def _append(self, kind: str, writer: Callable[[Sequence[Entry]], int], fields: dict[str, Any]) -> Entry:
         """Creates the next entry. ``writer`` names its attempt, given every entry before it, or raises StaleAttempt."""
-        nonce = secrets.token_hex(8)
-        while True:
-            before = self.entries()
-            entry = Entry(len(before) + 1, kind, writer(before), nonce, now(), fields)
-            try:
-                self._store.create(_path(entry.n), _encode(entry))
-                return entry
-            except (OSError, StorageDown) as error:
-                # "Exists" may be our own create, sent again below us because its reply was lost; any other error may
-                # hide a success. Only what stands there now decides.
-                found = self._read(entry.n)
-                if found is not None and found.nonce == nonce:
-                    return found
-                if found is None:
-                    raise error
 
-    def _read(self, n: int) -> Entry | None:
-        try:
-            data = self._store.read(_path(n))
-        except FileNotFoundError:
-            return None
-        try:
-            return _decode(n, data)
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{self._store.path(_path(n))} is not a log entry ({error}); restore it from a backup, "
-                "or begin a new run folder with --fork-from."
-            ) from error
+        def build(before: Sequence[Entry], nonce: str) -> dict[str, Any]:
+            attempt = writer(before)
+            head = {"n": len(before) + 1, "kind": kind, "attempt": attempt, "nonce": nonce, "time": now()}
+            return head | fields
+
+        return self._log.append(build)[-1]
 
 
 def newest_attempt(entries: Sequence[Entry]) -> int:
@@ -144,23 +112,14 @@ def newest_attempt(entries: Sequence[Entry]) -> int:
     return max((e.attempt for e in entries if e.kind == "CLAIM"), default=0)
 
 
-def _still_newest(attempt: int, entries: Sequence[Entry]) -> int:
+def require_newest(attempt: int, entries: Sequence[Entry]) -> int:
+    """Returns ``attempt``. Raises StaleAttempt if a newer attempt has claimed the run."""
     if (newest := newest_attempt(entries)) != attempt:
         raise StaleAttempt(f"attempt {attempt} was superseded by attempt {newest}; it must stop")
     return attempt
 
 
-def _path(n: int) -> str:
-    return f"log/{n:08d}"
-
-
-def _encode(entry: Entry) -> bytes:
-    record = asdict(entry)
-    return json.dumps(record | record.pop("fields")).encode()
-
-
-def _decode(n: int, data: bytes) -> Entry:
-    record = json.loads(data)
+def _parse(n: int, record: dict[str, Any]) -> Entry:
     entry = Entry(*(record.pop(key) for key in ("n", "kind", "attempt", "nonce", "time")), fields=record)
     if entry.n != n or entry.kind not in _REQUIRED or not isinstance(entry.attempt, int):
         raise ValueError(f"it says n={entry.n!r} kind={entry.kind!r} attempt={entry.attempt!r}")

@@ -20,7 +20,7 @@ from fitv2_scale.parallel.world import World
 from fitv2_scale.run.fork import Fork
 from fitv2_scale.run.provenance import own_gpu, provenance
 from fitv2_scale.run.run import Attempt, Run
-from fitv2_scale.run.substitutions import RunLedger, ledger_of, read_pages
+from fitv2_scale.run.substitutions import RunLedger, ledger_of, page_log
 from fitv2_scale.tracking.destination import why_journal_only
 from fitv2_scale.tracking.journal import Journal
 from fitv2_scale.tracking.uploader_process import Uploader
@@ -114,13 +114,14 @@ def _open_ledger(
     run: Run, number: int, data: Data, restored: Restored | None, fork: Fork | None, config: Config, world: World
 ) -> RunLedger:
     """The ledger as the attempts before have left it. A fork begins one of its own."""
-    ledger = ledger_of(world.on_first(lambda: read_pages(run.store)), data.plan.manifests)
+    pages = page_log(run.store)
+    ledger = ledger_of(world.on_first(pages.entries), data.plan.manifests)
     if restored and restored.cursor and restored.cursor.ledger > ledger.version and fork is None:
         raise DataError(
             f"{run.url}/ledger has {ledger.version} pages, but the commit at step {restored.step} was made with "
             f"{restored.cursor.ledger}: restore the folder"
         )
-    return RunLedger(run.store, run.log, number, config.seed, config.data.max_substituted, ledger)
+    return RunLedger(pages, run.log, number, config.seed, config.data.max_substituted, ledger)
 
 
 def _restore(

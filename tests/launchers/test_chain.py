@@ -10,7 +10,7 @@ from fitv2_scale.config.slurm import SlurmConfig
 from fitv2_scale.run.log import Entry
 from fitv2_scale.run.run import NOT_FINITE, Run
 from launchers.chain import culprits, node_count
-from launchers.chain_log import History, excluded, signal_seconds, verdict
+from launchers.chain_log import ChainLog, excluded, signal_seconds, verdict
 from launchers.hostlist import counts, expand
 from launchers.slurm import is_usable
 from launchers.submit import parse_nodes
@@ -86,25 +86,25 @@ def log(*kinds: str) -> list[Entry]:
     ],
 )
 def test_what_becomes_of_a_chain(records, entries, event, tmp_path):
-    history = History(LocalStore(str(tmp_path)))
+    history = ChainLog(LocalStore(str(tmp_path)))
     for record in records:
         history.add(**record | {"kind": record["kind"]})
     assert verdict(history.since_submit, log(*entries), steps=100, fruitless=3).event == event
-    assert History(LocalStore(str(tmp_path))).records == history.records  # as the next job reads it
+    assert ChainLog(LocalStore(str(tmp_path))).records == history.records  # as the next job reads it
 
 
 def test_the_end_of_an_older_job_is_not_the_new_chains(tmp_path):
-    history = History(LocalStore(str(tmp_path)))
+    history = ChainLog(LocalStore(str(tmp_path)))
     for record in (SUBMIT, start(0, "1"), SUBMIT, end(93, job="1")):
         history.add(**record)
     assert verdict(history.since_submit, log("CLAIM"), steps=100, fruitless=3).event is None
 
 
 def test_two_writers_of_the_history_lose_nothing(tmp_path):
-    first, second = History(LocalStore(str(tmp_path))), History(LocalStore(str(tmp_path)))
+    first, second = ChainLog(LocalStore(str(tmp_path))), ChainLog(LocalStore(str(tmp_path)))
     first.add("START", job="1", restart=0)
     second.add("START", job="2", restart=0)
-    assert [r["job"] for r in second.records] == [r["job"] for r in History(LocalStore(str(tmp_path))).records]
+    assert [r["job"] for r in second.records] == [r["job"] for r in ChainLog(LocalStore(str(tmp_path))).records]
     assert len(second.records) == 2
 
 

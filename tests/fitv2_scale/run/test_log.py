@@ -12,44 +12,9 @@ from data_sharding.errors import DataError, UserError
 from data_sharding.storage.local_store import LocalStore
 from data_sharding.storage.open_store import open_store
 from fitv2_scale.run.log import RunLog, StaleAttempt
+from tests.support.scripted_store import ScriptedStore
 
 DIGEST = "sha256:00"
-
-
-class FakeStore(LocalStore):
-    """Objects in memory, with a listing that fails. ``script`` says what the next creates do:
-
-    "ok", "lost" (done, but an error comes back), "resent" (done, but "exists" comes back), "failed" (not done), or
-    "raced" (``rival`` runs first).
-    """
-
-    def __init__(self, script: list[str] = ()) -> None:
-        super().__init__("/nowhere")
-        self.objects: dict[str, bytes] = {}
-        self.script = list(script)
-        self.rival = lambda: None
-
-    def read(self, path: str) -> bytes:
-        if path not in self.objects:
-            raise FileNotFoundError(path)
-        return self.objects[path]
-
-    def create(self, path: str, data: bytes) -> None:
-        act = self.script.pop(0) if self.script else "ok"
-        if act == "raced":
-            self.rival()
-        if act == "failed":
-            raise TimeoutError("request not sent")
-        if path in self.objects:
-            raise FileExistsError(path)
-        self.objects[path] = data
-        if act == "lost":
-            raise TimeoutError("reply lost")
-        if act == "resent":
-            raise FileExistsError(path)
-
-    def list(self, prefix: str) -> list[str]:
-        raise AssertionError("a listing may lag; the log must not ask for one")
 
 
 def kinds(log: RunLog) -> list[tuple[int, str, int]]:
@@ -57,7 +22,7 @@ def kinds(log: RunLog) -> list[tuple[int, str, int]]:
 
 
 def test_entries_are_numbered_objects_as_documented():
-    store = FakeStore()
+    store = ScriptedStore()
     log = RunLog(store)
     attempt = log.claim().attempt
     log.commit(attempt, 100, "steps/100", DIGEST)
@@ -69,18 +34,8 @@ def test_entries_are_numbered_objects_as_documented():
     assert RunLog(store).entries() == log.entries()
 
 
-@pytest.mark.parametrize("how", ["lost", "resent"])
-def test_a_lost_reply_is_found_to_be_a_success(how):
-    store = FakeStore([how, "ok", how])
-    log = RunLog(store)
-    assert log.claim().attempt == 1
-    log.stop()
-    assert log.commit(1, 10, "steps/10", DIGEST).n == 3
-    assert kinds(log) == [(1, "CLAIM", 1), (2, "STOP", 1), (3, "COMMIT", 1)]
-
-
 def test_a_request_that_failed_is_an_error_and_leaves_nothing():
-    store = FakeStore(["ok", "failed"])
+    store = ScriptedStore(["ok", "failed"])
     log = RunLog(store)
     log.claim()
     with pytest.raises(TimeoutError, match="not sent"):
@@ -89,14 +44,14 @@ def test_a_request_that_failed_is_an_error_and_leaves_nothing():
 
 
 def test_a_claim_that_loses_its_number_becomes_the_newer_attempt():
-    store = FakeStore(["raced"])
+    store = ScriptedStore(["raced"])
     store.rival = lambda: RunLog(store).claim()
     assert RunLog(store).claim().attempt == 2
     assert kinds(RunLog(store)) == [(1, "CLAIM", 1), (2, "CLAIM", 2)]
 
 
 def test_a_commit_that_races_a_newer_claim_is_stale_and_writes_nothing():
-    store = FakeStore(["ok", "raced"])
+    store = ScriptedStore(["ok", "raced"])
     store.rival = lambda: RunLog(store).claim()
     log = RunLog(store)
     log.claim()
@@ -106,7 +61,7 @@ def test_a_commit_that_races_a_newer_claim_is_stale_and_writes_nothing():
 
 
 def test_a_newer_claim_is_found_behind_entries_of_outsiders():
-    store = FakeStore()
+    store = ScriptedStore()
     old, new = RunLog(store), RunLog(store)
     old.claim()
     RunLog(store).stop()
@@ -120,7 +75,7 @@ def test_a_newer_claim_is_found_behind_entries_of_outsiders():
 
 
 def test_a_stop_that_takes_the_number_is_stepped_over():
-    store = FakeStore(["ok", "raced"])
+    store = ScriptedStore(["ok", "raced"])
     store.rival = lambda: RunLog(store).stop()
     log = RunLog(store)
     log.claim()
@@ -128,7 +83,7 @@ def test_a_stop_that_takes_the_number_is_stepped_over():
 
 
 def test_stop_is_in_force_until_the_next_claim():
-    log = RunLog(FakeStore())
+    log = RunLog(ScriptedStore())
     assert not log.stop_requested()
     log.claim()
     assert not log.stop_requested()
@@ -140,7 +95,7 @@ def test_stop_is_in_force_until_the_next_claim():
 
 
 def test_commits_leaves_out_the_retired():
-    log = RunLog(FakeStore())
+    log = RunLog(ScriptedStore())
     log.claim()
     first, second = (log.commit(1, step, f"steps/{step}", DIGEST) for step in (10, 20))
     log.retire(1, second.n)
@@ -154,7 +109,7 @@ def test_commits_leaves_out_the_retired():
     "junk", [b"", b"{", b"[]", b'{"n": 7}', b'{"n":1,"kind":"COMMIT","attempt":1,"nonce":"0","time":""}']
 )
 def test_a_damaged_entry_is_named(junk):
-    store = FakeStore()
+    store = ScriptedStore()
     store.objects["log/00000001"] = junk
     with pytest.raises(DataError, match="log/00000001 is not a log entry"):
         RunLog(store).entries()
@@ -177,7 +132,7 @@ def assert_sound(log: RunLog) -> None:
     st.lists(st.sampled_from(["ok", "ok", "lost", "resent", "failed"]), max_size=40),
 )
 def test_any_interleaving_with_any_faults_is_sound(acts, script):
-    store = FakeStore(script)
+    store = ScriptedStore(script)
     logs, attempts = [RunLog(store) for _ in range(3)], [0, 0, 0]
     acknowledged = []
     for who, act in acts:

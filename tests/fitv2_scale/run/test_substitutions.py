@@ -13,19 +13,21 @@ from data_sharding.format.manifest import Manifest
 from data_sharding.plan.balance import deal
 from data_sharding.plan.plan import CROP, RESIZE, Plan, Segment
 from data_sharding.storage.local_store import LocalStore
+from data_sharding.storage.store import Store
 from data_sharding.stream.substitutes import Ledger, Loss, frame_of
 from fitv2_scale.cli.__main__ import main
 from fitv2_scale.data import Data
 from fitv2_scale.run.log import RunLog, StaleAttempt
 from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
-from fitv2_scale.run.substitutions import RunLedger, ledger_of, read_pages
+from fitv2_scale.run.substitutions import RunLedger, ledger_of, page_log
 from fitv2_scale.train.loop import BAD_INPUT, DONE, train
 from tests.conftest import make_tiny
 from tests.data_sharding.stream.test_loader import loader
 from tests.support.paused_training import train_held
 from tests.support.ranks import Ranks, run_ranks
 from tests.support.run_history import commit_bytes, losses, trained
+from tests.support.scripted_store import ScriptedStore
 from tests.system.test_resume import reach
 
 
@@ -126,66 +128,55 @@ def test_all_other_images_are_untouched(dataset, manifest):
     assert counted > 20
 
 
-def make_book(folder: Path, manifest, share: float = 0.5) -> RunLedger:
-    store = LocalStore(str(folder))
+def make_book(store: Store, manifest, share: float = 0.5) -> RunLedger:
     log = RunLog(store)
-    return RunLedger(store, log, log.claim().attempt, 0, share, Ledger([manifest]))
+    return RunLedger(page_log(store), log, log.claim().attempt, 0, share, Ledger([manifest]))
 
 
-def test_pages_are_written_once_and_found_again(tmp_path, manifest):
-    book = make_book(tmp_path, manifest)
+@pytest.fixture
+def store(tmp_path) -> LocalStore:
+    return LocalStore(str(tmp_path))
+
+
+def test_pages_are_written_once_and_found_again(store, manifest):
+    book = make_book(store, manifest)
     pages = book.write([Loss(0, 1, "one"), Loss(0, 1, "said by another rank")], step=7)
     assert [f["frame"] for page in pages for f in page["frames"]] == [1] and pages[0]["step"] == 7
     ledger = book.turn(pages)
     assert book.write([Loss(0, 1, "one")], step=8) == []
     book.turn(book.write([Loss(0, 3, "three")], step=9))
-    again = ledger_of(read_pages(book.store), [manifest])
+    again = ledger_of(page_log(store).entries(), [manifest])
     assert again.version == 2 and again.frames.keys() == {(0, 1), (0, 3)}
     assert np.array_equal(again.frames[0, 1], ledger.frames[0, 1])
 
 
-def test_a_stale_attempt_writes_nothing(tmp_path, manifest):
-    old = make_book(tmp_path, manifest)
-    new = make_book(tmp_path, manifest)
+def test_a_stale_attempt_writes_nothing(store, manifest):
+    old = make_book(store, manifest)
+    make_book(store, manifest)
     with pytest.raises(StaleAttempt, match="attempt 1 was superseded by attempt 2"):
         old.write([Loss(0, 1, "one")], step=0)
-    assert ledger_of(read_pages(new.store), [manifest]).version == 0
+    assert ledger_of(page_log(store).entries(), [manifest]).version == 0
 
 
-class LossyStore(LocalStore):
-    """``create`` does its work and loses the reply, or finds that another attempt's page has just got there."""
+def test_a_page_of_an_older_attempt(manifest):
+    store = ScriptedStore(["ok", "raced"])
+    book = make_book(store, manifest)
 
-    mode = "lost"
+    def write_the_same_frame():
+        page = Ledger([manifest]).page([Loss(0, 2, "theirs")], 0)
+        store.create("ledger/00000001.json", json.dumps(page | {"nonce": "another"}).encode())
 
-    def create(self, path: str, data: bytes) -> None:
-        if self.mode == "lost":
-            super().create(path, data)
-            raise ConnectionResetError("the reply was lost")
-        if self.mode == "taken":
-            self.mode = "plain"
-            page = json.loads(data)
-            page |= {"nonce": "another", "frames": [f | {"cause": "theirs"} for f in page["frames"]]}
-            super().create(path, json.dumps(page).encode())
-            raise FileExistsError(path)
-        super().create(path, data)
+    store.rival = write_the_same_frame
+    pages = book.write([Loss(0, 2, "ours")], 0)  # nothing is left to write
+    assert [p["frames"][0]["cause"] for p in pages] == ["theirs"] and book.turn(pages).version == 1
 
 
-def test_a_lost_reply_and_a_page_of_an_older_attempt(tmp_path, manifest):
-    book = make_book(tmp_path, manifest)
-    book.store = LossyStore(str(tmp_path))
-    assert [p["version"] for p in book.write([Loss(0, 1, "one")], 0)] == [1]
-    book.turn([json.loads(Path(tmp_path, "ledger/00000001.json").read_text())])
-    book.store.mode = "taken"
-    pages = book.write([Loss(0, 2, "ours")], 0)  # theirs says the same: nothing is left to write
-    assert [p["frames"][0]["cause"] for p in pages] == ["theirs"] and book.turn(pages).version == 2
-
-
-def test_a_damaged_page_is_said(tmp_path, manifest):
-    book = make_book(tmp_path, manifest)
+def test_a_damaged_page_is_said(store, manifest):
+    book = make_book(store, manifest)
     book.write([Loss(0, 1, "one")], 0)
-    Path(tmp_path, "ledger/00000001.json").write_text('{"version": 1')
+    store.put("ledger/00000001.json", b'{"version": 1')
     with pytest.raises(DataError, match="ledger/00000001.json is not a page of the ledger"):
-        ledger_of(read_pages(book.store), [manifest])
+        ledger_of(page_log(store).entries(), [manifest])
 
 
 # The whole way: training on a dataset one of whose five frames is gone.
