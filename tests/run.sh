@@ -49,6 +49,14 @@ say "ruff"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 
+say "Types, with the optional extras and without them"
+.venv/bin/pyrefly check
+extras=(botocore deepspeed diffusers megatron pynvml s3fs skimage sklearn streaming webdataset)
+.venv/bin/pyrefly check $(printf -- '--replace-imports-with-any %s.* ' "${extras[@]}")
+
+say "Import order of the rooms"
+.venv/bin/lint-imports
+
 say "pytest"
 # One thread a process: tests start several ranks on few cores. Two tests at once, since many of them wait a lot.
 OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -m "$marks" --durations 40 "$@"

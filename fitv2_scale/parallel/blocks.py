@@ -53,7 +53,7 @@ def saved_ops() -> list[Any]:
 
 
 def _varlen_ops() -> list[Any]:
-    import torch.nn.attention.varlen  # noqa: F401  (registers the operator)
+    import torch.nn.attention.varlen
 
     return [torch.ops.torch_attn._varlen_attn.default]
 

@@ -167,7 +167,7 @@ def spans(entries: Sequence[Entry]) -> list[Span]:
     return found
 
 
-def read(run: Run, after: Position = Position()) -> Iterator[Record]:  # noqa: B008 - immutable
+def read(run: Run, after: Position = Position()) -> Iterator[Record]:
     """The canonical curve of ``run`` as of now, from ``after`` on.
 
     What is read later, after more COMMITs, only continues what was read before: ``Record.end`` of the last one read is

@@ -27,7 +27,7 @@ class Lock:
 
     def __enter__(self) -> "Lock":
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._path, "ab")  # noqa: SIM115 - __exit__ closes it
+        self._file = open(self._path, "ab")
         return self
 
     def held(self) -> bool:
@@ -57,7 +57,7 @@ class Writer:
         if self._path is None:
             return self
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._path, "a+")  # noqa: SIM115 - __exit__ closes it
+        self._file = open(self._path, "a+")
         deadline = time.monotonic() + self._seconds
         while (error := self._refusal()) is not None:
             if error.errno in _NO_LOCKS:

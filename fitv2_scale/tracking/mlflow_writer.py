@@ -1,5 +1,4 @@
 """The one place that talks to MLflow. Only the uploader's process imports it; training never does."""
-# ruff: noqa: E402 - the environment is set first
 
 import os
 

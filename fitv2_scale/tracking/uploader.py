@@ -44,7 +44,7 @@ def follow(
     uri: str,
     experiment: str,
     over: Callable[[], bool],
-    patience: Patience = Patience(),  # noqa: B008 - immutable
+    patience: Patience = Patience(),
     say: Callable[[str], None] | None = None,
 ) -> None:
     """Publishes as the run grows, until ``over()``; then what is left.
