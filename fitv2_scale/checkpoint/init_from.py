@@ -19,6 +19,7 @@ from fitv2_scale.checkpoint.weights import SUFFIXES, open_weights
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.world import World
+from fitv2_scale.run.reference import parse_reference
 from fitv2_scale.run.run import Run
 
 
@@ -34,12 +35,8 @@ class Source:
         """Raises UserError unless it is one of both; whether it exists is not looked at."""
         if is_weights(text):
             return cls(text, None)
-        url, at, step = text.rpartition("@")
-        if not at or not step.isdigit():
-            raise UserError(
-                f"init_from '{text}': give RUN@STEP, as in runs/first@1000, or a weights file ({', '.join(SUFFIXES)})"
-            )
-        return cls(url, int(step))
+        wanted = f"RUN@STEP, as in runs/first@1000, or a weights file ({', '.join(SUFFIXES)})"
+        return cls(*parse_reference(text, "init_from", wanted))
 
 
 def is_weights(text: str) -> bool:

@@ -34,6 +34,7 @@ from fitv2_scale.evaluate.results import FOLDER, measure, read_result, write_res
 from fitv2_scale.evaluate.sampling.load_weights import Weights, opened
 from fitv2_scale.parallel.world import join
 from fitv2_scale.run.log import now
+from fitv2_scale.run.reference import split_reference
 from fitv2_scale.run.run import Run
 
 
@@ -80,9 +81,8 @@ def is_network(source: str) -> bool:
     """Whether ``source`` is a run or a file of weights, and not pictures or features."""
     if source.endswith(".npz"):
         return False
-    url, at, step = source.rpartition("@")
-    if at and step.isdecimal() and not exists(source):
-        return True  # and if there is none at url, that is what is to be said
+    if split_reference(source)[1] is not None and not exists(source):
+        return True  # and if there is no such run, that is the error to report
     return is_weights(source) or exists(f"{source.rstrip('/')}/run.json")
 
 
@@ -101,7 +101,7 @@ def evaluate_weights(
         UserError: see ``opened``, ``FeatureNetwork.load``, ``check_reference``, ``measure``.
     """
     with join() as world, opened(source, world, config_file, overrides) as weights:
-        run = None if weights.step is None else Run.open(weights.name.rpartition("@")[0])
+        run = None if weights.step is None else Run.open(split_reference(weights.name)[0])
         if run is None and not out:
             raise UserError(f"{source} is no run that could keep the figures: give a folder as --out")
         store, step = (open_store(out) if out else run.store), Path(source).stem if run is None else str(weights.step)

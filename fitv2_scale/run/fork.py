@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from data_sharding.errors import UserError
 from data_sharding.storage.open_store import open_store
+from fitv2_scale.run.reference import parse_reference
 from fitv2_scale.run.run import Run
 
 
@@ -17,15 +18,13 @@ class Fork:
     @classmethod
     def parse(cls, text: str, child: str) -> "Fork":
         """``child`` is the URL of the new run. Once that has commits, the parent's may be gone. Raises UserError."""
-        url, at, step = text.rpartition("@")
-        if not at or not step.isdigit():
-            raise UserError(f"--fork-from '{text}': give RUN@STEP, as in runs/first@1000")
+        url, step = parse_reference(text, "--fork-from")
         run = Run.open(url)
         steps = [entry.fields["step"] for entry in run.log.commits()]
         begun = open_store(child).exists("run.json") and Run.open(child).log.commits()
-        if int(step) not in steps and not begun:
+        if step not in steps and not begun:
             raise UserError(f"--fork-from {text}: {url} has commits at {steps or 'no step'}, choose one of them")
-        return cls(run, int(step))
+        return cls(run, step)
 
     def parent(self) -> dict:
         return {"run": self.run.id, "url": self.run.url, "step": self.step}

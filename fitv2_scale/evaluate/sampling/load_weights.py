@@ -18,6 +18,7 @@ from fitv2_scale.model.counts import logical_shapes
 from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.world import World
+from fitv2_scale.run.reference import split_reference
 from fitv2_scale.run.run import Run
 
 # Pictures need none of what the training was spread over; packs come in many shapes, each of which would be compiled.
@@ -85,17 +86,16 @@ def opened(
     else:
         if config_file is not None:
             raise UserError(f"{source} is a run, which has its config: leave --config out")
-        url, at, step = source.rpartition("@")
-        pinned = at and step.isdigit()
-        run = Run.open(url if pinned else source)
+        url, step = split_reference(source)
+        run = Run.open(url)
         tree = run.config | {"layout": run.config["layout"] | _LAYOUT}
         config = parse_config(tree, f"{run.url}/run.json", overrides)
         if logical_shapes(config.model) != logical_shapes(parse_config(tree, run.url).model):
             raise UserError(f"{source}: these overrides make another network than the run's; leave model.… out")
         engine, layout = _engine(config, world)
-        restored = Checkpointer(run, None, 0, world).restore(engine, run, int(step) if pinned else None)
+        restored = Checkpointer(run, None, 0, world).restore(engine, run, step)
         if restored is None:
-            raise UserError(f"{run.url} has no commit" + (f" at step {step}" if pinned else " yet"))
+            raise UserError(f"{run.url} has no commit" + (" yet" if step is None else f" at step {step}"))
         weights = Weights(f"{run.url}@{restored.step}", restored.step, config, engine, layout, world)
     with weights.engine.ema_weights():
         yield weights

@@ -26,6 +26,7 @@ from fitv2_scale.planning.scaling.bootstrap import LEVEL, interval
 from fitv2_scale.planning.scaling.laws import RunLaw, SurfaceLaw
 from fitv2_scale.planning.scaling.read_curves import Curve
 from fitv2_scale.run.log import now
+from fitv2_scale.run.reference import parse_reference
 
 KEPT = "predictions.jsonl"
 _AROUND = 0.02  # a prediction of step s is scored by the mean over the steps this share around it
@@ -42,11 +43,11 @@ class Question:
     @classmethod
     def parse(cls, text: str) -> "Question":
         """Raises UserError. The config is a file, or the name of one in configs/."""
-        name, at, step = text.rpartition("@")
-        if not at or not step.isdigit() or int(step) < 1:
-            raise UserError(f"--predict '{text}': give CONFIG@STEP, as in fitv2_3b2@2000000")
+        name, step = parse_reference(text, "--predict", wanted := "CONFIG@STEP, as in fitv2_3b2@2000000")
+        if step < 1:
+            raise UserError(f"--predict '{text}': give {wanted}")
         path = name if Path(name).exists() else f"configs/{name}.yaml"
-        return cls(f"{Path(name).stem}@{step}", load_config(path), int(step))
+        return cls(f"{Path(name).stem}@{step}", load_config(path), step)
 
 
 def predict(
