@@ -27,10 +27,10 @@ settings.load_profile("same")
 IMAGES, CLASSES = 240, 5
 _S3 = (
     "fitv2_scale/bench/test_checkpoint.py",
-    "fitv2_scale/checkpoint/test_faults.py",
+    "fitv2_scale/checkpoint/test_s3_faults.py",
     "system/test_checkpoint_kills.py",
     "fitv2_scale/run/test_run_s3.py",
-    "data_sharding/stream/test_s3.py",
+    "data_sharding/stream/test_loader_s3.py",
     "data_sharding/storage/test_s3_datasets.py",
     "data_sharding/storage/test_store.py",
 )

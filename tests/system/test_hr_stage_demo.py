@@ -17,7 +17,7 @@ import torch
 from fitv2_scale.config.load import load_config
 from fitv2_scale.run.run import Run
 from fitv2_scale.tracking.journal import read
-from tests.fitv2_scale.planning.test_memory_and_nodes import measure
+from tests.fitv2_scale.planning.forecast.test_memory_per_rank import measure
 from tests.launchers.test_supervise import ranks_of
 from tests.support.ranks import run_ranks
 from tests.support.repository import ROOT

@@ -12,7 +12,13 @@ import urllib.request
 
 import pytest
 
-from tests.fitv2_scale.tracking.test_server import Database, check_child, check_curves, start_trainer, uploader_of
+from tests.fitv2_scale.tracking.test_mlflow_server import (
+    Database,
+    check_child,
+    check_curves,
+    start_trainer,
+    uploader_of,
+)
 from tests.services.mlflow_server import MlflowServer
 from tests.support.journal_writers import make
 from tests.support.waiting import wait

@@ -14,7 +14,7 @@ _LATENT_BYTES = 2  # float16, the default of `fitv2 shard write`
 _TOKEN = 16  # numbers
 _FLIPS = 2
 _SHARD_IMAGES = 1000  # by default
-_JOURNAL_ENTRY = 600  # bytes; tests/test_storage_forecast.py holds it against a real one
+_JOURNAL_ENTRY = 600  # bytes; tests/fitv2_scale/planning/forecast/test_plan_report.py holds it against a real one
 
 
 def commit_bytes(config: Config) -> int:
