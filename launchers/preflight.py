@@ -23,7 +23,7 @@ from data_sharding.format.manifest import Manifest
 from data_sharding.plan.size_presets import is_preset
 from data_sharding.storage.local_store import LocalStore
 from data_sharding.storage.open_store import open_store
-from data_sharding.storage.retry import Patience
+from data_sharding.storage.retry import RetryPolicy
 from data_sharding.stream.frames import FrameReader
 from fitv2_scale.config.schema import Config
 from fitv2_scale.parallel.world import World, join
@@ -181,7 +181,7 @@ def _clock_skew(store: Any, path: str) -> float:
 
 def _data(url: str, cache: str) -> str:
     manifest = Manifest.load(url, cache)
-    FrameReader(Patience(deadline=20.0)).read(manifest, 0)
+    FrameReader(RetryPolicy(deadline=20.0)).read(manifest, 0)
     return f"{url}: {len(manifest.sample_id)} images, its first frame is whole"
 
 

@@ -9,9 +9,9 @@ from typing import Any, BinaryIO, NamedTuple
 from data_sharding.errors import DataError, StorageDown, UserError
 from data_sharding.storage.files import read
 from data_sharding.storage.filesystems import file_system, is_local
-from data_sharding.storage.retry import Exhausted, Faulty, Patience, patiently
+from data_sharding.storage.retry import CorruptRead, RetriesExhausted, RetryPolicy, call_with_retry
 
-_PATIENCE = Patience(deadline=120, attempt=40)  # an attempt brings up to 32 MB
+_POLICY = RetryPolicy(deadline=120, attempt=40)  # an attempt brings up to 32 MB
 _BUFFER = 1 << 23
 _READERS = 8  # requests in flight: a network file system or an object store answers them side by side
 
@@ -35,23 +35,23 @@ def read_range(url: str, start: int, end: int) -> bytes:
 
     def whole(data: bytes) -> bytes:
         if len(data) != end - start:
-            raise Faulty(f"{len(data)} of {end - start} bytes were read", str(len(data)))
+            raise CorruptRead(f"{len(data)} of {end - start} bytes were read", str(len(data)))
         return data
 
     try:
         return ask(url, "cat_file", whole, start=start, end=end) if start < end else b""
-    except Faulty as error:
+    except CorruptRead as error:
         raise DataError(f"{url} ends before byte {end}: it has changed, start again") from error
 
 
 def ask(url: str, method: str, check: Callable[[Any], Any] = lambda result: result, **options) -> Any:
     """``method`` of the file system of ``url`` on its path, tried again where that may help.
 
-    Raises StorageDown, what the method raises where no trying helps, and Faulty if ``check`` goes on raising it.
+    Raises StorageDown, what the method raises where no trying helps, and CorruptRead if ``check`` goes on raising it.
     """
     try:
-        return patiently(_PATIENCE, url, method, check=check, **options)
-    except Exhausted as error:
+        return call_with_retry(_POLICY, url, method, check=check, **options)
+    except RetriesExhausted as error:
         raise StorageDown(f"{url} cannot be reached: {error}; check the storage, then start again") from error
 
 
@@ -88,7 +88,7 @@ def open_binary(url: str) -> BinaryIO:
 
 
 class _Remote(io.RawIOBase):
-    """A file on an object store, read by ranges, each patiently."""
+    """A file on an object store, read by ranges, each with retries."""
 
     def __init__(self, url: str):
         self._url, self._size, self._at = url, int(ask(url, "size")), 0

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from data_sharding.errors import StorageDown, UserError
 from data_sharding.storage.filesystems import file_system, is_local
-from data_sharding.storage.retry import Exhausted, Patience, patiently
+from data_sharding.storage.retry import RetriesExhausted, RetryPolicy, call_with_retry
 
-_START = Patience(deadline=120, attempt=40, refused=False)  # whole files take longer than frames
+_START = RetryPolicy(deadline=120, attempt=40, refused=False)  # whole files take longer than frames
 
 
 def put(url: str, data: bytes) -> None:
@@ -18,7 +18,7 @@ def put(url: str, data: bytes) -> None:
     """
     fs, path = file_system(url)
     if not is_local(fs):
-        _patiently(_START, url, "pipe_file", data)
+        _with_retry(_START, url, "pipe_file", data)
         return
     fs.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"  # two writers of one file must not share it
@@ -31,13 +31,13 @@ def put(url: str, data: bytes) -> None:
 
 def read(url: str, deadline: float = _START.deadline) -> bytes:
     """A whole file, tried again until ``deadline`` (seconds). Raises FileNotFoundError, and as ``put``."""
-    return _patiently(replace(_START, deadline=deadline), url, "cat_file")
+    return _with_retry(replace(_START, deadline=deadline), url, "cat_file")
 
 
-def _patiently(patience: Patience, url: str, method: str, *args):
+def _with_retry(policy: RetryPolicy, url: str, method: str, *args):
     try:
-        return patiently(patience, url, method, *args, check=lambda result: result)
-    except Exhausted as error:
+        return call_with_retry(policy, url, method, *args, check=lambda result: result)
+    except RetriesExhausted as error:
         raise StorageDown(f"{url} cannot be reached: {error}; check AWS_ENDPOINT_URL and the storage") from error
     except PermissionError as error:
         raise UserError(f"access to {url} is refused ({error}): check the credentials and their rights") from error

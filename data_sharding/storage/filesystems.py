@@ -2,7 +2,7 @@
 
 ``s3://`` is s3fs, with the usual chain of credentials, AWS_ENDPOINT_URL and AWS_REGION. Its own retries are off: s3fs
 and botocore both retry, which multiplies (30 requests and 90 s, measured, until a 503 comes through), and neither knows
-our deadline or our digests. ``patience.py`` is the one place that tries again.
+our deadline or our digests. ``retry.py`` is the one place that tries again.
 
 s3fs runs an event loop in a thread of its own: a process that has used it must not fork.
 """
@@ -28,7 +28,7 @@ _CONNECTIONS = 64  # of one process; more readers than that would wait for one a
 _POLL = 0.1  # seconds until a waiting attempt notices that it is no longer wanted
 
 
-class Abandoned(Exception):
+class Cancelled(Exception):
     """Whoever asked has left: not a failure of the storage."""
 
 
@@ -92,23 +92,23 @@ def attempt(
     method: Method,
     *args: Any,
     seconds: float,
-    abandoned: threading.Event | None = None,
+    cancelled: threading.Event | None = None,
     **kw: Any,
 ) -> Any:
     """Calls ``fs.method`` once. Remote calls are given up after ``seconds``, however slowly bytes still drip in.
 
-    Raises what the method raises; TimeoutError; Abandoned as soon as ``abandoned`` is set.
+    Raises what the method raises; TimeoutError; Cancelled as soon as ``cancelled`` is set.
     """
     if isinstance(method, str) and not _is_async(fs, method):
         return getattr(fs, method)(*args, **kw)
     coroutine = getattr(fs, f"_{method}") if isinstance(method, str) else partial(method, fs)
     future: Future = asyncio.run_coroutine_threadsafe(coroutine(*args, **kw), fs.loop)
     give_up = time.monotonic() + seconds
-    while not wait([future], timeout=_POLL if abandoned else seconds).done:
-        gone = abandoned is not None and abandoned.is_set()
+    while not wait([future], timeout=_POLL if cancelled else seconds).done:
+        gone = cancelled is not None and cancelled.is_set()
         if gone or time.monotonic() >= give_up:
             future.cancel()
-            raise Abandoned if gone else TimeoutError(f"no answer within {seconds:.0f} s")
+            raise Cancelled if gone else TimeoutError(f"no answer within {seconds:.0f} s")
     return future.result()
 
 

@@ -3,7 +3,7 @@
     missing (404)                         cannot heal: raised at once
     refused (401, 403, no credentials)    may heal: credentials are renewed while a run goes on; each try logs in anew
     busy, cut, reset, stalled, no answer  may heal
-    a wrong or short body (``Faulty``)    may heal, unless the same wrong bytes come three times running
+    a wrong or short body (``CorruptRead``)    may heal, unless the same wrong bytes come three times running
 
 A local disk answers the same twice: there only EIO and its like are tried again.
 """
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from data_sharding.storage.filesystems import Abandoned, Method, attempt, file_system, is_local
+from data_sharding.storage.filesystems import Cancelled, Method, attempt, file_system, is_local
 
 Result = TypeVar("Result")
 
@@ -31,7 +31,7 @@ _NO_LOGIN = {"NoCredentialsError", "PartialCredentialsError", "TokenRetrievalErr
 log = logging.getLogger(__name__)
 
 
-class Faulty(Exception):
+class CorruptRead(Exception):
     """What was read is not what was stored. ``fingerprint`` tells one wrong body from another."""
 
     def __init__(self, cause: str, fingerprint: str):
@@ -39,38 +39,38 @@ class Faulty(Exception):
         self.fingerprint = fingerprint
 
 
-class Exhausted(Exception):
+class RetriesExhausted(Exception):
     """The deadline has passed. The message says what the last attempt met."""
 
 
 @dataclass(frozen=True)
-class Patience:
-    """How long to try. Setting ``abandoned`` ends all waiting at once, with Abandoned."""
+class RetryPolicy:
+    """How long to try. Setting ``cancelled`` ends all waiting at once, with Cancelled."""
 
     deadline: float = 300.0  # seconds, all attempts and pauses together
     attempt: float = 20.0  # seconds, one attempt
     refused: bool = True  # whether a refusal is waited out; else PermissionError at once
-    abandoned: threading.Event = field(default_factory=threading.Event)
+    cancelled: threading.Event = field(default_factory=threading.Event)
 
 
-def patiently(
-    patience: Patience, url: str, method: Method, *args: Any, check: Callable[[Any], Result], **kw: Any
+def call_with_retry(
+    policy: RetryPolicy, url: str, method: Method, *args: Any, check: Callable[[Any], Result], **kw: Any
 ) -> Result:
     """``check(result)`` of the file system's ``method(path, *args)``, tried until ``check`` accepts it.
 
     Raises:
-        FileNotFoundError, PermissionError (see ``Patience.refused``), Faulty, Exhausted: see above.
-        Abandoned: nobody wants it any more.
+        FileNotFoundError, PermissionError (see ``RetryPolicy.refused``), CorruptRead, RetriesExhausted: see above.
+        Cancelled: nobody wants it any more.
     """
-    give_up, pause, faults = time.monotonic() + patience.deadline, _FIRST_PAUSE, []
+    give_up, pause, faults = time.monotonic() + policy.deadline, _FIRST_PAUSE, []
     refused_by, cause = None, ""
     while True:
         fs, path = file_system(url, instead_of=refused_by)
-        seconds = max(_FIRST_PAUSE, min(patience.attempt, give_up - time.monotonic()))
+        seconds = max(_FIRST_PAUSE, min(policy.attempt, give_up - time.monotonic()))
         refused_by = None
         try:
-            return check(_attempt(fs, method, path, *args, seconds=seconds, abandoned=patience.abandoned, **kw))
-        except Faulty as error:
+            return check(_attempt(fs, method, path, *args, seconds=seconds, cancelled=policy.cancelled, **kw))
+        except CorruptRead as error:
             faults.append(error.fingerprint)
             if is_local(fs) or faults[-_SAME_FAULT:] == _SAME_FAULT * [error.fingerprint]:
                 raise
@@ -79,19 +79,19 @@ def patiently(
             if not _may_heal(error, is_local(fs)):
                 raise
             # An attempt that the deadline cut short says less than the one before it.
-            if not (cause and isinstance(error, TimeoutError) and seconds < patience.attempt):
+            if not (cause and isinstance(error, TimeoutError) and seconds < policy.attempt):
                 cause = _sentence(error)
             faults.clear()
             if _is_refusal(error):
-                if not patience.refused:
+                if not policy.refused:
                     raise PermissionError(cause) from error
                 refused_by = fs
         wanted = random.uniform(pause / 2, pause)
         if time.monotonic() + wanted >= give_up:
-            raise Exhausted(f"{cause}, tried again for {patience.deadline:.0f} s")
+            raise RetriesExhausted(f"{cause}, tried again for {policy.deadline:.0f} s")
         log.info("%s: %s; trying again", url, cause)
-        if patience.abandoned.wait(wanted):
-            raise Abandoned
+        if policy.cancelled.wait(wanted):
+            raise Cancelled
         pause = min(2 * pause, _LONGEST_PAUSE)
 
 
@@ -100,7 +100,7 @@ def _attempt(*args: Any, **kw: Any) -> Any:
         return attempt(*args, **kw)
     except OSError as error:
         if _status(error) == 416:
-            raise Faulty("what is stored ends before it", "416") from error
+            raise CorruptRead("what is stored ends before it", "416") from error
         if _status(error) == 412:  # a conditional create; the file systems differ in what they make of it
             raise FileExistsError(str(error)) from error
         raise
@@ -108,7 +108,7 @@ def _attempt(*args: Any, **kw: Any) -> Any:
 
 def _may_heal(error: Exception, local: bool) -> bool:
     """Whether this is a passing trouble of the storage, not a mistake in the program or a final answer."""
-    if isinstance(error, Abandoned | FileNotFoundError | NotADirectoryError | IsADirectoryError | FileExistsError):
+    if isinstance(error, Cancelled | FileNotFoundError | NotADirectoryError | IsADirectoryError | FileExistsError):
         return False
     if local:
         return isinstance(error, OSError) and error.errno in _DISK_MAY_HEAL

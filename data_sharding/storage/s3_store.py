@@ -17,7 +17,7 @@ from typing import Any
 
 from data_sharding.errors import StorageDown, UserError
 from data_sharding.storage.filesystems import file_system
-from data_sharding.storage.retry import Exhausted, Patience, patiently
+from data_sharding.storage.retry import RetriesExhausted, RetryPolicy, call_with_retry
 from data_sharding.storage.store import Bytes, Result, Store, Writable
 
 PART = 16 << 20  # bytes of a part; larger where the object would have more than 10,000 of them, which S3 refuses
@@ -27,12 +27,12 @@ _SINGLE = 1 << 40  # s3fs splits what is larger; a conditional create must be on
 
 
 class S3Store(Store):
-    """``patience`` is for each request. A refusal is waited out (credentials get renewed while a run goes on), but not
+    """``policy`` is for each request. A refusal is waited out (credentials get renewed while a run goes on), but not
     before the first answer: then they are simply wrong."""
 
-    def __init__(self, url: str, patience: Patience = Patience(deadline=120, attempt=30)) -> None:  # noqa: B008
+    def __init__(self, url: str, policy: RetryPolicy = RetryPolicy(deadline=120, attempt=30)) -> None:  # noqa: B008
         self.url = url.rstrip("/")
-        self._patience, self._welcome = patience, False
+        self._policy, self._welcome = policy, False
         if not self.url.removeprefix("s3://").partition("/")[2]:
             raise UserError(f"{url} names no folder in the bucket: give s3://BUCKET/FOLDER.")
         file_system(self.url)  # says at once if s3fs is not installed
@@ -78,7 +78,7 @@ class S3Store(Store):
             except BaseException:
                 parts.cancel()
                 with suppress(Exception):  # `sweep` aborts what this leaves
-                    self._ask(_abort, path, upload, patience=replace(self._patience, deadline=5))
+                    self._ask(_abort, path, upload, policy=replace(self._policy, deadline=5))
                 raise
 
     def _complete(self, path: str, upload: str, tags: list[str], size: int) -> None:
@@ -121,13 +121,13 @@ class S3Store(Store):
         path: str,
         *args: Any,
         check: Callable[[Any], Any] = lambda result: result,
-        patience: Patience | None = None,
+        policy: RetryPolicy | None = None,
         **kw: Any,
     ) -> Any:
-        patience = replace(patience or self._patience, refused=self._welcome)
+        policy = replace(policy or self._policy, refused=self._welcome)
         try:
-            result = patiently(patience, self.path(path), method, *args, check=check, **kw)
-        except Exhausted as error:
+            result = call_with_retry(policy, self.path(path), method, *args, check=check, **kw)
+        except RetriesExhausted as error:
             raise StorageDown(
                 f"{self.path(path)} cannot be reached: {error}; check AWS_ENDPOINT_URL and the storage"
             ) from error

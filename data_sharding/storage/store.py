@@ -51,8 +51,8 @@ class Store(ABC):
         """``check(bytes [begin, end) of the object)``, which are fewer where the object ends before. They may lie in
         ``room``, if that is given and large enough: who reads much need not have new memory for each piece.
 
-        ``check`` may raise ``patience.Faulty``: where what came can differ from what is stored, it is read again.
-        Raises FileNotFoundError, Faulty.
+        ``check`` may raise ``retry.CorruptRead``: where what came can differ from what is stored, it is read again.
+        Raises FileNotFoundError, CorruptRead.
         """
 
     @abstractmethod

@@ -37,7 +37,7 @@ class StepBatch:
     step_room: int  # tokens that the packs of all ranks have room for
     step_cost_max: int  # of the slowest rank, in the units of Cost
     step_cost_mean: float
-    step_substituted: int  # images that the ledger replaced
+    step_substituted: int  # images of the step that were replaced
 
     @property
     def step_images(self) -> int:

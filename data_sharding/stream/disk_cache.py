@@ -23,8 +23,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from data_sharding.storage.filesystems import Abandoned
-from data_sharding.storage.retry import Faulty, Patience
+from data_sharding.storage.filesystems import Cancelled
+from data_sharding.storage.retry import CorruptRead, RetryPolicy
 
 _NAME = re.compile(r"[0-9a-f]{32}\.(frame|tmp|lock)")
 _FREE = 0.1  # share of the cache that an eviction frees
@@ -41,16 +41,16 @@ class DiskCache:
         self._complained = False
 
     def get(
-        self, digest: str, *, check: Callable[[bytes], None], fetch: Callable[[], bytes], patience: Patience
+        self, digest: str, *, check: Callable[[bytes], None], fetch: Callable[[], bytes], policy: RetryPolicy
     ) -> bytes:
         """The frame of this digest; on a miss ``fetch`` brings it, on one rank while the others wait.
 
         Who waits longer than three attempts last fetches by itself, in case the fetching process was stopped. Raises
-        what ``fetch`` raises, and Abandoned. ``check`` raises Faulty.
+        what ``fetch`` raises, and Cancelled. ``check`` raises CorruptRead.
         """
         if (data := self._read(digest, check)) is not None:
             return data
-        with self._claimed(digest, 3 * patience.attempt, patience) as mine:
+        with self._claimed(digest, 3 * policy.attempt, policy) as mine:
             if not mine:
                 return fetch()
             if (data := self._read(digest, check)) is None:
@@ -69,7 +69,7 @@ class DiskCache:
             os.utime(path)
         except FileNotFoundError:
             return None
-        except Faulty:
+        except CorruptRead:
             with suppress(OSError):
                 path.unlink()
             return None
@@ -139,7 +139,7 @@ class DiskCache:
                 self._path(digest, "tmp").unlink(missing_ok=True)
 
     @contextmanager
-    def _claimed(self, digest: str, seconds: float, patience: Patience | None) -> Iterator[bool]:
+    def _claimed(self, digest: str, seconds: float, policy: RetryPolicy | None) -> Iterator[bool]:
         path = self._path(digest, "lock")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,7 +147,7 @@ class DiskCache:
             self._complain(error)
             yield False
             return
-        with _locked(path, seconds, patience) as file:
+        with _locked(path, seconds, policy) as file:
             try:
                 yield file is not None
             finally:
@@ -162,9 +162,9 @@ class DiskCache:
 
 
 @contextmanager
-def _locked(path: Path, seconds: float, patience: Patience | None) -> Iterator[int | None]:
+def _locked(path: Path, seconds: float, policy: RetryPolicy | None) -> Iterator[int | None]:
     """The descriptor of ``path``, made if need be, under an exclusive lock; None if it cannot be had in time."""
-    file = _acquire(path, seconds, patience)
+    file = _acquire(path, seconds, policy)
     try:
         yield file
     finally:
@@ -172,8 +172,8 @@ def _locked(path: Path, seconds: float, patience: Patience | None) -> Iterator[i
             os.close(file)
 
 
-def _acquire(path: Path, seconds: float, patience: Patience | None) -> int | None:
-    """Polls: a thread that waits in flock(2) itself could not be told to leave. Raises Abandoned."""
+def _acquire(path: Path, seconds: float, policy: RetryPolicy | None) -> int | None:
+    """Polls: a thread that waits in flock(2) itself could not be told to leave. Raises Cancelled."""
     give_up, pause = time.monotonic() + seconds, 0.002
     while True:
         try:
@@ -188,8 +188,8 @@ def _acquire(path: Path, seconds: float, patience: Patience | None) -> int | Non
         os.close(file)
         if time.monotonic() >= give_up:
             return None
-        if patience is None:
+        if policy is None:
             time.sleep(pause)
-        elif patience.abandoned.wait(pause):
-            raise Abandoned
+        elif policy.cancelled.wait(pause):
+            raise Cancelled
         pause = min(2 * pause, 0.05)

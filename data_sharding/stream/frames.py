@@ -15,33 +15,33 @@ from data_sharding.errors import DataError, StorageDown, UserError
 from data_sharding.format.manifest import FILE, Manifest, digest_words
 from data_sharding.format.shard import RawFrame, Sample, parse_frame
 from data_sharding.storage.files import read
-from data_sharding.storage.retry import Exhausted, Faulty, Patience, patiently
+from data_sharding.storage.retry import CorruptRead, RetriesExhausted, RetryPolicy, call_with_retry
 from data_sharding.stream.disk_cache import DiskCache
 
 _PROBE = 10.0  # seconds; whether the storage answers at all
 
 
-class FrameLost(DataError):
+class UnreadableFrame(DataError):
     """A frame that cannot be had: missing, damaged where it is stored, or out of reach until the deadline."""
 
 
 @dataclass(frozen=True)
 class FrameReader:
-    """How this process reads frames: how patiently, and through which cache of its node."""
+    """How this process reads frames: how long it retries, and through which cache of its node."""
 
-    patience: Patience = field(default_factory=Patience)
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
     cache: DiskCache | None = None
 
     def read(self, manifest: Manifest, f: int) -> RawFrame:
         """Raises as ``fetch_frame`` and ``open_lazily``."""
         if self.cache is None:
-            data = fetch_frame(manifest, f, self.patience)
+            data = fetch_frame(manifest, f, self.retry)
         else:
             data = self.cache.get(
                 frame_digest(manifest, f),
                 check=lambda data: check_frame(manifest, f, data),
-                fetch=lambda: fetch_frame(manifest, f, self.patience),
-                patience=self.patience,
+                fetch=lambda: fetch_frame(manifest, f, self.retry),
+                policy=self.retry,
             )
         return open_lazily(manifest, f, data)
 
@@ -54,13 +54,13 @@ def read_frame(manifest: Manifest, f: int) -> list[Sample]:
     return open_frame(manifest, f, fetch_frame(manifest, f))
 
 
-def fetch_frame(manifest: Manifest, f: int, patience: Patience | None = None) -> bytes:
+def fetch_frame(manifest: Manifest, f: int, policy: RetryPolicy | None = None) -> bytes:
     """The compressed bytes of frame ``f``, equal to their digest.
 
     Raises:
-        FrameLost: it cannot be had.
+        UnreadableFrame: it cannot be had.
         StorageDown: nothing can be had, so the frame is not to blame.
-        Abandoned: see Patience.
+        Cancelled: see RetryPolicy.
     """
     start = int(manifest.frame_offset[f])
 
@@ -69,8 +69,8 @@ def fetch_frame(manifest: Manifest, f: int, patience: Patience | None = None) ->
         return data
 
     try:
-        return patiently(
-            patience or Patience(),
+        return call_with_retry(
+            policy or RetryPolicy(),
             manifest.frame_url(f),
             "cat_file",
             start=start,
@@ -79,9 +79,9 @@ def fetch_frame(manifest: Manifest, f: int, patience: Patience | None = None) ->
         )
     except FileNotFoundError as error:
         raise _lost(manifest, f, "the shard is missing") from error
-    except Faulty as error:
+    except CorruptRead as error:
         raise _lost(manifest, f, str(error)) from error
-    except Exhausted as error:
+    except RetriesExhausted as error:
         try:
             read(f"{manifest.url}/{FILE}", deadline=_PROBE)
         except (OSError, UserError):
@@ -93,12 +93,12 @@ def fetch_frame(manifest: Manifest, f: int, patience: Patience | None = None) ->
 
 
 def check_frame(manifest: Manifest, f: int, data: bytes) -> None:
-    """Raises Faulty if ``data`` is not frame ``f`` as it was written."""
+    """Raises CorruptRead if ``data`` is not frame ``f`` as it was written."""
     found, expected = xxhash.xxh3_128_hexdigest(data), int(manifest.frame_bytes[f])
     if len(data) != expected:
-        raise Faulty(f"{len(data)} of its {expected} bytes were read", found)
+        raise CorruptRead(f"{len(data)} of its {expected} bytes were read", found)
     if digest_words(found) != tuple(manifest.frame_digest[f].tolist()):
-        raise Faulty("its bytes do not match their digest", found)
+        raise CorruptRead("its bytes do not match their digest", found)
 
 
 def frame_digest(manifest: Manifest, f: int) -> str:
@@ -108,11 +108,11 @@ def frame_digest(manifest: Manifest, f: int) -> str:
 
 
 def open_frame(manifest: Manifest, f: int, data: bytes, parse: Callable = parse_frame) -> list:
-    """The samples in ``data``, which someone fetched as frame ``f``, as ``parse`` gives them. Raises FrameLost."""
+    """The samples in ``data``, fetched as frame ``f``, as ``parse`` returns them. Raises UnreadableFrame."""
     try:
         check_frame(manifest, f, data)
         samples = parse(data, int(manifest.frame_raw_bytes[f]))
-    except (Faulty, ValueError) as error:
+    except (CorruptRead, ValueError) as error:
         raise _lost(manifest, f, str(error)) from error
     rows = slice(int(manifest.frame_first[f]), int(manifest.frame_first[f + 1]))
     for found, column in (
@@ -126,19 +126,19 @@ def open_frame(manifest: Manifest, f: int, data: bytes, parse: Callable = parse_
 
 
 def open_lazily(manifest: Manifest, f: int, data: bytes) -> RawFrame:
-    """As ``open_frame``, but of what the digest vouches for only the ids are compared. Raises FrameLost."""
+    """As ``open_frame``, but of what the digest vouches for only the ids are compared. Raises UnreadableFrame."""
     try:
         check_frame(manifest, f, data)
         frame = RawFrame(data, int(manifest.frame_raw_bytes[f]))
-    except (Faulty, ValueError) as error:
+    except (CorruptRead, ValueError) as error:
         raise _lost(manifest, f, str(error)) from error
     if not np.array_equal(frame.ids, manifest.sample_id[manifest.frame_first[f] : manifest.frame_first[f + 1]]):
         raise _lost(manifest, f, "its samples disagree with the manifest's sample_id")
     return frame
 
 
-def _lost(manifest: Manifest, f: int, cause: str) -> FrameLost:
-    return FrameLost(
+def _lost(manifest: Manifest, f: int, cause: str) -> UnreadableFrame:
+    return UnreadableFrame(
         f"{manifest.frame_url(f)}, frame {f} (at byte {manifest.frame_offset[f]}): {cause}; restore the shard from a "
         "copy or write the dataset anew, `fitv2 shard verify` lists all that is damaged"
     )

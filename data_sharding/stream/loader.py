@@ -1,7 +1,7 @@
 """From shards to packed batches: what one rank trains on, step by step, prefetched in a thread.
 
-The state of a loader is its next step and the ledger. Threads, never processes: a forked child of a process that holds
-network connections can hang.
+The state of a loader is its next step and the substitutes. Threads, never processes: a forked child of a process that
+holds network connections can hang.
 """
 
 import threading
@@ -17,23 +17,23 @@ from data_sharding.errors import DataError, StorageDown
 from data_sharding.format.shard import VIEWS, RawFrame
 from data_sharding.plan.balance import Cost, Dealt, Nodes, Shape, deal
 from data_sharding.plan.plan import Plan, StepSet
-from data_sharding.storage.filesystems import Abandoned
+from data_sharding.storage.filesystems import Cancelled
 from data_sharding.stream.batch import TOKEN_BYTES, StepBatch, make_batch
-from data_sharding.stream.frames import FrameLost, FrameReader
+from data_sharding.stream.frames import FrameReader, UnreadableFrame
 from data_sharding.stream.memory_cache import Frame, FrameCache
-from data_sharding.stream.substitutes import Ledger, Loss, frames_of
+from data_sharding.stream.substitutes import LostFrame, Substitutes, frames_of
 
 _READERS = 8  # frames read at once
 _AHEAD = 16  # most steps prepared ahead; as a rule their bytes end it sooner
 _PREFETCH_BYTES = 256 << 20
 
 
-class FramesLost(DataError):
-    """Frames of a step that this rank cannot have. ``Loader.restart`` goes on with others in their place."""
+class SubstitutesNeeded(DataError):
+    """Frames of a step cannot be read on this rank. ``Loader.restart`` continues with substitutes."""
 
-    def __init__(self, losses: Sequence[Loss]):
-        super().__init__(losses[0].cause)
-        self.losses = tuple(losses)
+    def __init__(self, lost_frames: Sequence[LostFrame]):
+        super().__init__(lost_frames[0].cause)
+        self.lost_frames = tuple(lost_frames)
 
 
 @dataclass
@@ -71,13 +71,13 @@ class Loader:
         *,
         prefetch_bytes: int = _PREFETCH_BYTES,
         reader: FrameReader | None = None,
-        ledger: Ledger | None = None,
+        substitutes: Substitutes | None = None,
     ):
         self.plan, self.cost, self.shapes, self.rank, self.nodes = plan, cost, shapes, rank, nodes
         self.steps, self.prefetch_bytes = steps, prefetch_bytes
         self._closed = threading.Event()
         reader = reader or FrameReader()
-        self.reader = replace(reader, patience=replace(reader.patience, abandoned=self._closed))
+        self.reader = replace(reader, retry=replace(reader.retry, cancelled=self._closed))
         self._cache = FrameCache(cache_bytes)
         self._asked: dict[Frame, Future[RawFrame]] = {}  # not in the cache yet
         self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
@@ -86,7 +86,7 @@ class Loader:
         self._ready: deque[tuple[int, StepBatch | BaseException]] = deque()  # (bytes, batch)
         self._next = steps.start  # to hand out
         self._round = 0  # counts restarts
-        self._ledger = ledger or Ledger(plan.manifests)
+        self._substitutes = substitutes or Substitutes(plan.manifests)
 
     def __enter__(self) -> "Loader":
         self._thread.start()
@@ -102,7 +102,8 @@ class Loader:
         return self
 
     def __next__(self) -> StepBatch:
-        """Raises what the thread met, in its place in the order and again at each call. FramesLost can be helped."""
+        """Raises the error of the thread when the failed step is due, and again at each call; after SubstitutesNeeded,
+        ``restart`` continues."""
         with self._changed:
             if self._next == self.steps.stop:
                 raise StopIteration
@@ -120,11 +121,11 @@ class Loader:
         with self._changed:
             return bool(self._changed.wait_for(lambda: self._ready or self._next == self.steps.stop, timeout=seconds))
 
-    def restart(self, step: int, ledger: Ledger) -> None:
-        """Hands out ``step`` next, it and all behind it by another ledger."""
+    def restart(self, step: int, substitutes: Substitutes) -> None:
+        """Continues with ``step``; it and all later ones are read with ``substitutes``."""
         with self._changed:
             self._ready.clear()
-            self._next, self._ledger, self._round = step, ledger, self._round + 1
+            self._next, self._substitutes, self._round = step, substitutes, self._round + 1
             self._changed.notify_all()
 
     def _work(self) -> None:
@@ -132,31 +133,31 @@ class Loader:
         pool = ThreadPoolExecutor(_READERS, thread_name_prefix="frames")
         try:
             while (begun := self._next_round(done)) is not None:
-                done, step, ledger = begun
+                done, step, substitutes = begun
                 try:
-                    self._prepare(step, ledger, done, pool)
-                except FramesLost as error:
+                    self._prepare(step, substitutes, done, pool)
+                except SubstitutesNeeded as error:
                     self._hand_over(0, error, done)
-        except Abandoned:
+        except Cancelled:
             return
         except BaseException as error:  # handed to the training thread, which raises it
             self._hand_over(0, error, done)
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _next_round(self, done: int) -> tuple[int, int, Ledger] | None:
-        """(round, first step, ledger) once there is another round than ``done``; None once the loader is closed."""
+    def _next_round(self, done: int) -> tuple[int, int, Substitutes] | None:
+        """(round, first step, substitutes) once there is a round after ``done``; None once the loader is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed.is_set() or self._round != done)
-            return None if self._closed.is_set() else (self._round, self._next, self._ledger)
+            return None if self._closed.is_set() else (self._round, self._next, self._substitutes)
 
-    def _prepare(self, step: int, ledger: Ledger, round_: int, pool: ThreadPoolExecutor) -> None:
+    def _prepare(self, step: int, substitutes: Substitutes, round_: int, pool: ThreadPoolExecutor) -> None:
         """All steps from ``step`` on, in order, until the loader is closed or restarted."""
         ahead: deque[_Part] = deque()
         part: _Part | None = None  # the next one that has not asked for its frames
         while ahead or step < self.steps.stop:
             while step < self.steps.stop:
-                part = part or self._part(step, ledger)
+                part = part or self._part(step, substitutes)
                 if not self._has_room(part, ahead):
                     break
                 self._ask(part, pool)
@@ -200,12 +201,12 @@ class Loader:
                 self._ready.append((size, item))
                 self._changed.notify_all()
 
-    def _part(self, step: int, ledger: Ledger) -> _Part:
+    def _part(self, step: int, substitutes: Substitutes) -> _Part:
         images = self.plan.step(step)
         dealt = deal(images.tokens, self.cost, self.nodes, self.shapes)
-        lost = ledger.is_lost(images.dataset, images.row)
+        lost = substitutes.is_lost(images.dataset, images.row)
         if lost.any():
-            images = _with_substitutes(images, np.flatnonzero(lost), ledger)
+            images = _with_substitutes(images, np.flatnonzero(lost), substitutes)
         place, size = {}, len(dealt.packs[self.rank]) * dealt.shape.tokens * TOKEN_BYTES
         mine = np.concatenate(dealt.packs[self.rank])
         for dataset, manifest in enumerate(self.plan.manifests):
@@ -230,37 +231,37 @@ class Loader:
         """All frames of the part, or None if the loader was closed or restarted.
 
         Raises:
-            FramesLost: some cannot be had; all others have come by then.
+            SubstitutesNeeded: some cannot be read; all others have come by then.
             StorageDown: so many do not come that not all can be tried until the deadline.
         """
-        patience = self.reader.patience
-        give_up = time.monotonic() + patience.deadline + 5 * patience.attempt  # waits and last attempts included
+        policy = self.reader.retry
+        give_up = time.monotonic() + policy.deadline + 5 * policy.attempt  # waits and last attempts included
         while wait(part.coming.values(), timeout=0.1).not_done:
             if self._is_stale(round_):
                 return None
             if time.monotonic() > give_up:
                 raise StorageDown(
                     f"{self.plan.manifests[0].url}: more frames do not come than could be tried in "
-                    f"{patience.deadline:.0f} s: check the storage, then start the run again"
+                    f"{policy.deadline:.0f} s: check the storage, then start the run again"
                 )
-        losses = []
+        lost_frames = []
         for frame, future in part.coming.items():
             self._asked.pop(frame, None)
             try:
                 part.frames[frame] = future.result()
                 self._cache.put(frame, part.frames[frame])
-            except FrameLost as error:
-                losses.append(Loss(*frame, str(error)))
-        if losses:
-            raise FramesLost(losses)
+            except UnreadableFrame as error:
+                lost_frames.append(LostFrame(*frame, str(error)))
+        if lost_frames:
+            raise SubstitutesNeeded(lost_frames)
         return part.frames
 
 
-def _with_substitutes(images: StepSet, lost: np.ndarray, ledger: Ledger) -> StepSet:
+def _with_substitutes(images: StepSet, lost: np.ndarray, substitutes: Substitutes) -> StepSet:
     """Rows and labels of the images to read; ids, epochs, views, flips and lengths stay those that were planned."""
     row, label = images.row.copy(), images.label.copy()
     for i in lost.tolist():
         dataset = int(images.dataset[i])
-        row[i] = ledger.row(dataset, int(row[i]), int(images.view[i]))
-        label[i] = ledger.manifests[dataset].label[row[i]]
+        row[i] = substitutes.row(dataset, int(row[i]), int(images.view[i]))
+        label[i] = substitutes.manifests[dataset].label[row[i]]
     return replace(images, row=row, label=label)

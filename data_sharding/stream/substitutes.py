@@ -1,17 +1,18 @@
-"""The ledger: frames that could not be had, and which image stands in for each of theirs.
+"""Which images replace those of a frame that cannot be read.
 
-A substitute has the planned image's token length, in the same view (else the nearest shorter), so packs, costs and
-every other image are as planned. It keeps the planned image's id, epoch and flip, hence its noise and time, and brings
-its own latents and label. Exactly-once counts planned ids.
+A substitute has the planned image's token length, in the same view (else the nearest shorter one), so packs, costs and
+all other images stay as planned. It keeps the planned image's id, epoch and flip, hence its noise and time, and brings
+its own latents and label. "Exactly once" counts planned ids.
 
-The ledger only grows: version v is its first v pages. A page is a JSON object, one of RUN/ledger/00000001.json …:
+Records are only ever added: version v is the first v of them. A record is a JSON object, stored by a run as
+RUN/ledger/00000001.json … (``fitv2_scale/run/substitutions.py``):
 
     {"version": 1, "step": 812, "nonce": "9f0c…", "time": "…", "frames": [
         {"dataset": "5f0c…", "shard": "shard-000003.tar.zst", "frame": 211, "cause": "s3://…: the shard is missing; …",
          "images": [[55065209174414567, 90211, 1207], [7124091, 412, null]]}]}
 
-``dataset`` is its manifest's digest. ``images`` are the frame's, in order: id, and the manifest rows that stand in for
-its resize and its crop view.
+``dataset`` is the digest of its manifest. ``images`` are those of the frame, in order: id, and the manifest rows that
+replace its resize and its crop view (null: the image has no such view).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,13 +25,13 @@ from data_sharding.format.manifest import Manifest
 from data_sharding.plan.plan import CROP, RESIZE
 from data_sharding.rng import Purpose, words64
 
-_DRAWS = 4096  # of candidates, before the whole dataset is searched
-_BLOCK = 1 << 20  # rows looked at together in that search
+_DRAWS = 4096  # candidates drawn before the whole dataset is searched
+_BLOCK = 1 << 20  # rows compared at once in that search
 
 
 @dataclass(frozen=True, order=True)
-class Loss:
-    """A frame that a rank could not have."""
+class LostFrame:
+    """A frame that a rank could not read."""
 
     dataset: int  # index into Plan.manifests
     frame: int
@@ -38,41 +39,50 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Ledger:
-    """All pages so far, applied to the datasets of a plan."""
+class Substitutes:
+    """The substitutes of all records so far, for the datasets of a plan."""
 
     manifests: Sequence[Manifest]
     version: int = 0
-    frames: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)  # int64 (images, view), rows; -1: none
+    # (dataset, frame): int64 (images, view), the manifest rows that replace its images; -1: no such view
+    frames: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
 
     @property
     def images(self) -> int:
+        """Images that are replaced."""
         return sum(len(rows) for rows in self.frames.values())
 
-    def share(self) -> float:
-        """Of all images of the datasets."""
+    def fraction(self) -> float:
+        """Images that are replaced, as a fraction of all images of the datasets."""
         return self.images / sum(len(m.sample_id) for m in self.manifests)
 
-    def turned(self, page: dict) -> "Ledger":
-        """With one more page. Pages of datasets that are not read here change nothing but the version."""
+    def with_record(self, record: dict) -> "Substitutes":
+        """With one more record. Frames of datasets that are not read here change nothing but the version.
+
+        Raises DataError if it is not the next record.
+        """
         index = {m.digest: i for i, m in enumerate(self.manifests)}
-        if page["version"] != self.version + 1:
-            raise DataError(f"page {page['version']} of the ledger follows version {self.version}: restore its pages")
+        if record["version"] != self.version + 1:
+            raise DataError(
+                f"of the run's records of substituted images, number {self.version + 1} is missing before number "
+                f"{record['version']}: restore the folder ledger of the run"
+            )
         added = {
             (index[f["dataset"]], f["frame"]): np.array(
                 [[-1 if row is None else row for row in image[1:]] for image in f["images"]], np.int64
             )
-            for f in page["frames"]
+            for f in record["frames"]
             if f["dataset"] in index
         }
-        return Ledger(self.manifests, page["version"], self.frames | added)
+        return Substitutes(self.manifests, record["version"], self.frames | added)
 
-    def page(self, losses: Iterable[Loss], seed: int) -> dict:
-        """The next page's ``version`` and ``frames``, for losses that the ledger does not hold yet.
+    def next_record(self, lost_frames: Iterable[LostFrame], seed: int) -> dict:
+        """``version`` and ``frames`` of the next record, for those of ``lost_frames`` that have no substitutes yet.
 
-        A pure function of (ledger, seed, losses in any order). Raises DataError if there is no image to stand in.
+        A pure function of (these substitutes, seed, the frames in any order). Raises DataError if no image can replace
+        one of theirs.
         """
-        new = {(loss.dataset, loss.frame): loss.cause for loss in sorted(losses)}
+        new = {(frame.dataset, frame.frame): frame.cause for frame in sorted(lost_frames)}
         new = {frame: cause for frame, cause in new.items() if frame not in self.frames}
         lost = self.frames.keys() | new.keys()
         return {
@@ -83,7 +93,7 @@ class Ledger:
                     "shard": m.shards[m.frame_shard[frame]].name,
                     "frame": frame,
                     "cause": cause,
-                    "images": list(_stand_ins(m, frame, {f for d, f in lost if d == dataset}, seed)),
+                    "images": list(_substitutes_of(m, frame, {f for d, f in lost if d == dataset}, seed)),
                 }
                 for (dataset, frame), cause in new.items()
             ],
@@ -98,7 +108,7 @@ class Ledger:
         return lost
 
     def row(self, dataset: int, row: int, view: int) -> int:
-        """The row to read for a planned one: itself, or its substitute, or that one's, and so on."""
+        """The row to read for a planned one: itself, or its substitute, or the substitute's substitute, and so on."""
         m = self.manifests[dataset]
         while (dataset, f := frame_of(m, row)) in self.frames:
             row = int(self.frames[dataset, f][row - int(m.frame_first[f]), view])
@@ -106,6 +116,7 @@ class Ledger:
 
 
 def frame_of(manifest: Manifest, row: int) -> int:
+    """The frame that a row of the manifest lies in."""
     return int(frames_of(manifest, np.array(row)))
 
 
@@ -114,14 +125,15 @@ def frames_of(manifest: Manifest, rows: np.ndarray) -> np.ndarray:
     return np.searchsorted(manifest.frame_first, rows, side="right") - 1
 
 
-def _stand_ins(m: Manifest, frame: int, lost: set[int], seed: int) -> Iterator[list[int | None]]:
+def _substitutes_of(m: Manifest, frame: int, lost: set[int], seed: int) -> Iterator[list[int | None]]:
     for row in range(*m.frame_first[frame : frame + 2].tolist()):
         views = (_substitute(m, row, view, lost, seed) for view in (RESIZE, CROP))
         yield [int(m.sample_id[row]), *views]
 
 
 def _substitute(m: Manifest, row: int, view: int, lost: set[int], seed: int) -> int | None:
-    """A row of equal length, drawn by the planned id's key from all that are not lost; None for a view it lacks."""
+    """A row of equal length, drawn at random by (seed, planned id, view) from all readable ones; None for a view that
+    the image does not have."""
     length = int(_lengths(m, np.array([row]), view)[0])
     if length == 0:
         return None
@@ -136,7 +148,7 @@ def _substitute(m: Manifest, row: int, view: int, lost: set[int], seed: int) -> 
 
 
 def _search(m: Manifest, length: int, view: int, lost: set[int], draw: int, name: str) -> int:
-    """As ``_substitute``, over the whole dataset: for lengths so rare that no draw met one."""
+    """As ``_substitute``, from the whole dataset: for lengths so rare that no draw found one."""
     best, rows = 0, []
     for start in range(0, len(m.sample_id), _BLOCK):
         block = np.arange(start, min(start + _BLOCK, len(m.sample_id)))
@@ -151,7 +163,10 @@ def _search(m: Manifest, length: int, view: int, lost: set[int], draw: int, name
         if longest == best > 0:
             rows += block[lengths == best].tolist()
     if not rows:
-        raise DataError(f"{m.url}: image {name} cannot be read, and no readable one is as short: restore its shard")
+        raise DataError(
+            f"{m.url}: image {name} cannot be read, and no readable image is short enough to replace it: restore its "
+            "shard from a copy"
+        )
     return rows[draw % len(rows)]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import xxhash
 
-from data_sharding.storage.retry import Faulty
+from data_sharding.storage.retry import CorruptRead
 from data_sharding.storage.store import Bytes, Store
 
 CHUNK = 16 << 20  # bytes that one digest covers
@@ -68,16 +68,16 @@ class ChunkReader:
         def check(data: Bytes) -> Bytes:
             digest = xxhash.xxh3_128_hexdigest(data)
             if len(data) != end - begin:
-                raise Faulty(f"{file} ends before its {recorded['bytes']} bytes", digest)
+                raise CorruptRead(f"{file} ends before its {recorded['bytes']} bytes", digest)
             if digest != recorded["xxh3_128"][index]:
-                raise Faulty(f"{file} does not match its digest at bytes {begin} to {end}", digest)
+                raise CorruptRead(f"{file} does not match its digest at bytes {begin} to {end}", digest)
             return data
 
         try:
             return self._store.read_range(f"{self._folder}/{file}", begin, end, check, room)
         except FileNotFoundError:
             raise Damaged(f"{file} is missing") from None
-        except Faulty as error:
+        except CorruptRead as error:
             cause = str(error) if file in str(error) else f"{file}: {error}"
             raise Damaged(cause) from None
 

@@ -3,7 +3,7 @@
     run.json              what the run is; written once (see ``Run``)
     log/00000001 …        who trains and what is committed (see ``run_log``)
     attempts/<n>/         start.json, end.json (see ``Attempt``), journal/ (see ``tracking.journal``)
-    ledger/               images that cannot be read, and what replaces them (see ``ledger``)
+    ledger/               images that cannot be read, and what replaces them (see ``substitutions``)
     tracking/             what the uploader keeps (see ``tracking.publisher``)
 
 The config has two halves. The *recipe* decides what is learned; it is hashed, and a run keeps it for life. The

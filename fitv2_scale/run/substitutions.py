@@ -1,7 +1,7 @@
-"""The ledger of a run: RUN/ledger/00000001.json …, one page a version (a sample: ``stream.substitutes``).
+"""A run's records of substituted images: RUN/ledger/00000001.json … (a sample in ``data_sharding.stream.substitutes``).
 
-A page is written once, by conditional create, by rank 0 of the attempt that holds the newest CLAIM, before any rank
-trains on a substitute. Pages are never changed, so a run that is started again finds the same substitutes.
+A record is written once, by conditional create, by rank 0 of the attempt that holds the newest CLAIM, before any rank
+trains on a substitute. Records never change, so a run that is started again finds the same substitutes.
 """
 
 import logging
@@ -12,86 +12,89 @@ from typing import Any
 from data_sharding.errors import DataError
 from data_sharding.storage.numbered_log import NumberedLog
 from data_sharding.storage.store import Store
-from data_sharding.stream.substitutes import Ledger, Loss
+from data_sharding.stream.substitutes import LostFrame, Substitutes
 from fitv2_scale.run.log import RunLog, now, require_newest
 
 log = logging.getLogger(__name__)
 
-Page = dict[str, Any]
+Record = dict[str, Any]
 
 
 @dataclass
-class RunLedger:
-    """``ledger`` is the same on all ranks: every rank turns the pages that rank 0 hands out."""
+class SubstitutionLog:
+    """``substitutes`` are the same on all ranks: each applies the records that rank 0 broadcasts."""
 
-    pages: NumberedLog[Page]
+    records: NumberedLog[Record]
     log: RunLog
     attempt: int
     seed: int
-    max_share: float  # of the images of all datasets that may be replaced
-    ledger: Ledger
+    max_fraction: float  # of the images of all datasets that may be replaced
+    substitutes: Substitutes
 
-    def write(self, losses: Sequence[Loss], step: int) -> list[Page]:
-        """On rank 0: puts ``losses``, which ``step`` met, into the ledger. Returns the pages to turn.
+    def write(self, lost_frames: Sequence[LostFrame], step: int) -> list[Record]:
+        """On rank 0: records substitutes for the ``lost_frames`` that were found at ``step``. Returns the records to
+        apply, which may include some of an older attempt.
 
         Raises:
-            DataError: more images would be replaced than allowed, or there is none to replace one.
+            DataError: more images would be replaced than allowed, or no image can replace one of them.
             StaleAttempt: a newer attempt has claimed the run.
         """
 
-        def build(before: Sequence[Page], nonce: str) -> Page | None:
-            ledger = self.ledger
-            for page in before[ledger.version :]:  # an older attempt's
-                ledger = ledger.turned(page)
-            new = [loss for loss in losses if (loss.dataset, loss.frame) not in ledger.frames]
+        def build(before: Sequence[Record], nonce: str) -> Record | None:
+            substitutes = self.substitutes
+            for record in before[substitutes.version :]:  # an older attempt's
+                substitutes = substitutes.with_record(record)
+            new = [lost for lost in lost_frames if (lost.dataset, lost.frame) not in substitutes.frames]
             if not new:
                 return None
-            page = ledger.page(new, self.seed) | {"step": step, "nonce": nonce, "time": now()}
-            self._check(ledger.turned(page), new)
+            record = substitutes.next_record(new, self.seed) | {"step": step, "nonce": nonce, "time": now()}
+            self._check(substitutes.with_record(record), new)
             require_newest(self.attempt, self.log.entries())
-            return page
+            return record
 
-        return self.pages.append(build)[self.ledger.version :]
+        return self.records.append(build)[self.substitutes.version :]
 
-    def turn(self, pages: Sequence[Page]) -> Ledger:
-        for page in pages:
-            self.ledger = self.ledger.turned(page)
-            for frame in page["frames"]:
+    def apply(self, records: Sequence[Record]) -> Substitutes:
+        """The substitutes with ``records`` added; each replaced frame is logged."""
+        for record in records:
+            self.substitutes = self.substitutes.with_record(record)
+            for frame in record["frames"]:
                 log.warning("%d images are replaced: %s", len(frame["images"]), frame["cause"])
-        return self.ledger
+        return self.substitutes
 
-    def _check(self, ledger: Ledger, new: Sequence[Loss]) -> None:
-        if ledger.share() > self.max_share:
+    def _check(self, substitutes: Substitutes, new: Sequence[LostFrame]) -> None:
+        if substitutes.fraction() > self.max_fraction:
             raise DataError(
-                f"{ledger.images} images cannot be read, more than data.max_substituted = {self.max_share:g} allows to "
-                f"replace: {new[0].cause}"
+                f"{substitutes.images} images cannot be read, more than data.max_substituted = {self.max_fraction:g} "
+                f"allows to replace: {new[0].cause}"
             )
 
 
-def ledger_of(pages: Sequence[Page], manifests: Sequence) -> Ledger:
-    ledger = Ledger(manifests)
-    for page in pages:
-        ledger = ledger.turned(page)
-    return ledger
+def substitutes_of(records: Sequence[Record], manifests: Sequence) -> Substitutes:
+    """The substitutes that ``records`` describe, for the datasets of ``manifests``."""
+    substitutes = Substitutes(manifests)
+    for record in records:
+        substitutes = substitutes.with_record(record)
+    return substitutes
 
 
-def page_log(store: Store) -> NumberedLog[Page]:
-    """The pages of the ledger of the run in ``store``."""
+def substitution_records(store: Store) -> NumberedLog[Record]:
+    """The records of the run in ``store``."""
     return NumberedLog(
-        store, "ledger", _parse, suffix=".json", noun="page of the ledger", remedy="restore it from a backup."
+        store, "ledger", _parse, suffix=".json", noun="record of substituted images", remedy="restore it from a backup."
     )
 
 
 def summary(store: Store) -> dict[str, Any]:
     """For `fitv2 status`: {"version": 1, "frames": 1, "images": 64, "causes": ["s3://…: the shard is missing; …"]}"""
-    pages = page_log(store).entries()
-    frames = [frame for page in pages for frame in page["frames"]]
+    records = substitution_records(store).entries()
+    frames = [frame for record in records for frame in record["frames"]]
     images = sum(len(frame["images"]) for frame in frames)
     causes = [frame["cause"] for frame in frames]
-    return {"version": len(pages), "frames": len(frames), "images": images, "causes": causes}
+    return {"version": len(records), "frames": len(frames), "images": images, "causes": causes}
 
 
-def _parse(version: int, page: Page) -> Page:
-    if page["version"] != version or not isinstance(page["frames"], list) or not isinstance(page["nonce"], str):
-        raise ValueError("it is another page")
-    return page
+def _parse(version: int, record: Record) -> Record:
+    if record["version"] != version or not isinstance(record["frames"], list) or not isinstance(record["nonce"], str):
+        raise ValueError("it is another record")
+    return record

@@ -11,12 +11,12 @@ import torch
 
 from data_sharding.errors import StorageDown
 from data_sharding.stream.batch import StepBatch
-from data_sharding.stream.loader import FramesLost, Loader
-from data_sharding.stream.substitutes import Loss
+from data_sharding.stream.loader import Loader, SubstitutesNeeded
+from data_sharding.stream.substitutes import LostFrame
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
 from fitv2_scale.parallel.world import World
 from fitv2_scale.run.requests import Orders
-from fitv2_scale.run.substitutions import RunLedger
+from fitv2_scale.run.substitutions import SubstitutionLog
 from fitv2_scale.train.batch_broadcast import Relay
 from fitv2_scale.train.signals import StopSignal
 
@@ -30,12 +30,13 @@ class Agreement:
         world: World,
         relay: Relay,
         stop: StopSignal,
-        ledger: RunLedger,
+        substitutions: SubstitutionLog,
         checkpoints: Checkpointer,
         orders: Orders | None,
     ):
         """``orders``: rank 0's alone."""
-        self._world, self._relay, self._stop, self._ledger, self._orders = world, relay, stop, ledger, orders
+        self._world, self._relay, self._stop, self._orders = world, relay, stop, orders
+        self._substitutions = substitutions
         self._checkpoints = checkpoints
         self._saves_obeyed = 0
         # Agreed: the same on all ranks after each ``next``.
@@ -49,8 +50,8 @@ class Agreement:
 
         A rank that does not read has no loader: it gets its part from the one of its tensor group that does.
 
-        A frame that any rank cannot have is lost to all: it goes to the ledger, and all ranks take this step again,
-        with substitutes. Raises on all ranks what any of them met while loading, and RuntimeError if the ids that the
+        If a frame cannot be read on any rank, all ranks substitute the same images of equal length and take this step
+        again. Raises on all ranks what any of them met while loading, and RuntimeError if the ids that the
         ranks hold do not add up to those that the plan says.
         """
         self.save_asked = False
@@ -60,7 +61,7 @@ class Agreement:
             mine = [error is not None, len(lost), batch is not None or loader is None, stop is not None]
             mine += [saves > self._saves_obeyed, self._checkpoints.ended, batch.id_sum if batch else 0]
             sums = self._world.sum(torch.tensor(mine, dtype=torch.int64)).tolist()
-            errors, losses, ready, stops, to_save, ended, id_sum = sums
+            errors, lost_frames, ready, stops, to_save, ended, id_sum = sums
             self.save_ended = ended == self._world.size
             self.save_asked, self._saves_obeyed = self.save_asked or to_save > 0, saves
             if errors:
@@ -71,13 +72,13 @@ class Agreement:
                 return None
             if stops and self.stop_reason is None:
                 self.stop_reason = next(filter(None, self._world.gather(stop)))
-            if not losses:
+            if not lost_frames:
                 break
-            everyones = [loss for rank in self._world.gather(lost) for loss in rank]
-            pages = self._world.on_first(lambda lost=everyones: self._ledger.write(lost, step))
-            ledger = self._ledger.turn(pages)
+            everyones = [frame for rank in self._world.gather(lost) for frame in rank]
+            records = self._world.on_first(lambda lost=everyones: self._substitutions.write(lost, step))
+            substitutes = self._substitutions.apply(records)
             if loader:
-                loader.restart(step, ledger)
+                loader.restart(step, substitutes)
         if ready < self._world.size:
             return None
         batch = self._relay.share(batch)
@@ -87,7 +88,7 @@ class Agreement:
             )
         return batch
 
-    def _load(self, loader: Loader) -> tuple[StepBatch | None, Sequence[Loss], Exception | None]:
+    def _load(self, loader: Loader) -> tuple[StepBatch | None, Sequence[LostFrame], Exception | None]:
         """(batch, lost frames, error), of which one is there; none of them if a stop is asked for and no data comes."""
         patience = _STOP_PATIENCE
         while not loader.is_ready(_POLL):
@@ -96,8 +97,8 @@ class Agreement:
                 return None, (), None
         try:
             return next(loader), (), None
-        except FramesLost as error:
-            return None, error.losses, None
+        except SubstitutesNeeded as error:
+            return None, error.lost_frames, None
         except Exception as error:
             return None, (), error
 

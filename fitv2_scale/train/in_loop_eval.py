@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from data_sharding.errors import StorageDown
-from data_sharding.storage.retry import Patience
+from data_sharding.storage.retry import RetryPolicy
 from data_sharding.storage.store import Store
 from data_sharding.stream.frames import FrameReader
 from fitv2_scale.config.layout import Layout
@@ -30,7 +30,7 @@ def validation_of(config: Config, data: Data, world: World, layout: Layout) -> V
         shape=data.shapes[-1],
         world=world,
         layout=layout,
-        reader=FrameReader(Patience(deadline=config.data.deadline_seconds)),
+        reader=FrameReader(RetryPolicy(deadline=config.data.deadline_seconds)),
     )
 
 

@@ -57,7 +57,7 @@ def train(config: Config, fork_from: str | None = None) -> int:
             Watchdog(config.watchdog, world, run, number).watching() as watchdog,
         ):
             session = open_session(config, world, layout, data, run, number, fork)
-            agreement = Agreement(world, session.relay, stop, session.ledger, session.checkpoints, orders)
+            agreement = Agreement(world, session.relay, stop, session.substitutions, session.checkpoints, orders)
             end(*_loop(session, agreement, watchdog))
         return end.code
 

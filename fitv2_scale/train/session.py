@@ -4,7 +4,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
-from data_sharding.storage.retry import Patience
+from data_sharding.storage.retry import RetryPolicy
 from data_sharding.stream.disk_cache import DiskCache
 from data_sharding.stream.frames import FrameReader
 from data_sharding.stream.loader import Loader
@@ -16,7 +16,7 @@ from fitv2_scale.data import Data
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.world import World
 from fitv2_scale.run.run import Attempt, Run
-from fitv2_scale.run.substitutions import RunLedger
+from fitv2_scale.run.substitutions import SubstitutionLog
 from fitv2_scale.tracking.journal import Journal
 from fitv2_scale.tracking.uploader_process import Uploader
 from fitv2_scale.train.batch_audit import Audit
@@ -45,7 +45,7 @@ class Session:
     journal: Journal | None
     uploader: Uploader | None
     audit: Audit | None
-    ledger: RunLedger
+    substitutions: SubstitutionLog
     evaluation: Evaluation
     times: Times
     totals: Totals  # of the run before this attempt
@@ -79,8 +79,8 @@ class Session:
             range(self.start, self.config.train.steps),
             int(config.cache_gib * 2**30),
             prefetch_bytes=int(config.prefetch_gib * 2**30),
-            reader=FrameReader(Patience(deadline=config.deadline_seconds), disk),
-            ledger=self.ledger.ledger,
+            reader=FrameReader(RetryPolicy(deadline=config.deadline_seconds), disk),
+            substitutes=self.substitutions.substitutes,
         )
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
@@ -104,7 +104,7 @@ class Session:
     def _save(self, step: int, begin: bool, last: bool, totals: Callable[[], Totals]) -> str | None:
         failed = self._settle()
         if (begin or last) and self.checkpoints.newest != step and not self.checkpoints.gave_up:
-            cursor = replace(self.data.plan.cursor(step), ledger=self.ledger.ledger.version)
+            cursor = replace(self.data.plan.cursor(step), ledger=self.substitutions.substitutes.version)
             seal = self.journal.seal if self.journal else lambda: None
             self.checkpoints.begin(self.engine, step, cursor, seal, totals().accounting())
             self.cadence.saved(step)

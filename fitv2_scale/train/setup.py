@@ -20,7 +20,7 @@ from fitv2_scale.parallel.world import World
 from fitv2_scale.run.fork import Fork
 from fitv2_scale.run.provenance import own_gpu, provenance
 from fitv2_scale.run.run import Attempt, Run
-from fitv2_scale.run.substitutions import RunLedger, ledger_of, page_log
+from fitv2_scale.run.substitutions import SubstitutionLog, substitutes_of, substitution_records
 from fitv2_scale.tracking.destination import why_journal_only
 from fitv2_scale.tracking.journal import Journal
 from fitv2_scale.tracking.uploader_process import Uploader
@@ -68,7 +68,7 @@ def open_session(
     if attempt and attempt.changed:
         notes = [*notes, f"since attempt {number - 1}: {'; '.join(attempt.changed)}"]
         log.warning("%s", notes[-1])
-    ledger = _open_ledger(run, number, data, restored, fork, config, world)
+    substitutions = _open_substitutions(run, number, data, restored, fork, config, world)
     checkpoints.prepare(engine)
     folder = run.local(f"attempts/{number}")
     journal = Journal(folder, number, restored.step if restored else 0, attempt.ship) if world.is_first else None
@@ -93,7 +93,7 @@ def open_session(
         journal=journal,
         uploader=uploader,
         audit=audit,
-        ledger=ledger,
+        substitutions=substitutions,
         evaluation=evaluation,
         times=times,
         totals=Totals.of(restored.accounting, forked) if restored else Totals(),
@@ -110,18 +110,18 @@ def _start_uploader(run: Run, config: Config, notes: list[str]) -> Uploader | No
     return Uploader(run.url, config.tracking.uri, config.tracking.experiment)
 
 
-def _open_ledger(
+def _open_substitutions(
     run: Run, number: int, data: Data, restored: Restored | None, fork: Fork | None, config: Config, world: World
-) -> RunLedger:
-    """The ledger as the attempts before have left it. A fork begins one of its own."""
-    pages = page_log(run.store)
-    ledger = ledger_of(world.on_first(pages.entries), data.plan.manifests)
-    if restored and restored.cursor and restored.cursor.ledger > ledger.version and fork is None:
+) -> SubstitutionLog:
+    """The substitutes that earlier attempts recorded. A fork starts records of its own."""
+    records = substitution_records(run.store)
+    substitutes = substitutes_of(world.on_first(records.entries), data.plan.manifests)
+    if restored and restored.cursor and restored.cursor.ledger > substitutes.version and fork is None:
         raise DataError(
-            f"{run.url}/ledger has {ledger.version} pages, but the commit at step {restored.step} was made with "
-            f"{restored.cursor.ledger}: restore the folder"
+            f"{run.url}/ledger holds {substitutes.version} records of substituted images, but the commit at step "
+            f"{restored.step} was made with {restored.cursor.ledger}: restore the folder"
         )
-    return RunLedger(pages, run.log, number, config.seed, config.data.max_substituted, ledger)
+    return SubstitutionLog(records, run.log, number, config.seed, config.data.max_substituted, substitutes)
 
 
 def _restore(

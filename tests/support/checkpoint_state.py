@@ -9,7 +9,7 @@ import torch
 
 from data_sharding.plan.plan import Cursor
 from data_sharding.storage.filesystems import disconnect
-from data_sharding.storage.retry import Patience
+from data_sharding.storage.retry import RetryPolicy
 from data_sharding.storage.s3_store import S3Store
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
 from fitv2_scale.checkpoint.cleanup import leftovers, remove
@@ -62,15 +62,15 @@ class State:
 
 
 @contextmanager
-def opened(env: dict[str, str], url: str, patience: Patience | None = None) -> Iterator[tuple[World, Run]]:
+def opened(env: dict[str, str], url: str, policy: RetryPolicy | None = None) -> Iterator[tuple[World, Run]]:
     """In a rank: the run at ``url``, made if it is not there, with requests as patient as that."""
     os.environ.update(env)
     disconnect()
     with join() as world:
         world.on_first(lambda: Run.open_or_create(url, {}, {}, None) and None)
         run = Run.open(url)
-        if patience is not None:
-            store = S3Store(url, patience)
+        if policy is not None:
+            store = S3Store(url, policy)
             run = replace(run, store=store, log=RunLog(store))
         yield world, run
 

@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from data_sharding.storage.filesystems import Abandoned
-from data_sharding.storage.retry import Faulty, Patience
+from data_sharding.storage.filesystems import Cancelled
+from data_sharding.storage.retry import CorruptRead, RetryPolicy
 from data_sharding.stream.disk_cache import DiskCache, _acquire
 from tests.support.waiting import wait
 
 SIZE = 4000
-FOR_EVER = Patience(attempt=1e6)  # who waited for a holder would hang
+FOR_EVER = RetryPolicy(attempt=1e6)  # who waited for a holder would hang
 _spawn = multiprocessing.get_context("spawn")
 
 
@@ -35,7 +35,7 @@ def get(
     cache: DiskCache,
     i: int,
     fetched: list | None = None,
-    patience: Patience | None = None,
+    policy: RetryPolicy | None = None,
     meanwhile: Callable[[], object] = lambda: None,
 ):
     """``meanwhile`` is done while it is fetched."""
@@ -43,7 +43,7 @@ def get(
 
     def check(found: bytes) -> None:
         if xxhash.xxh3_128_hexdigest(found) != digest:
-            raise Faulty("wrong", "")
+            raise CorruptRead("wrong", "")
 
     def fetch() -> bytes:
         meanwhile()
@@ -51,7 +51,7 @@ def get(
             fetched.append(i)
         return data
 
-    assert cache.get(digest, check=check, fetch=fetch, patience=patience or Patience()) == data
+    assert cache.get(digest, check=check, fetch=fetch, policy=policy or RetryPolicy()) == data
 
 
 def files(folder: Path, kind: str) -> list[Path]:
@@ -131,17 +131,17 @@ def test_a_lock_that_its_holder_has_just_removed_is_none(tmp_path, monkeypatch):
 def test_a_stopped_holder_is_not_waited_for_for_ever(tmp_path):
     cache, fetched = DiskCache(str(tmp_path), 1 << 20), []
     with holding(cache, 3, fetched):
-        get(cache, 3, fetched, Patience(attempt=0.1))
+        get(cache, 3, fetched, RetryPolicy(attempt=0.1))
         assert fetched == [3]
     assert fetched == [3, 3] and len(files(tmp_path, "frame")) == 1
 
 
 def test_waiting_ends_when_nobody_wants_it_any_more(tmp_path):
-    cache, patience = DiskCache(str(tmp_path), 1 << 20), Patience(attempt=1e6)
+    cache, policy = DiskCache(str(tmp_path), 1 << 20), RetryPolicy(attempt=1e6)
     with holding(cache, 3):
-        threading.Timer(0.1, patience.abandoned.set).start()
-        with pytest.raises(Abandoned):
-            get(cache, 3, patience=patience)
+        threading.Timer(0.1, policy.cancelled.set).start()
+        with pytest.raises(Cancelled):
+            get(cache, 3, policy=policy)
 
 
 @contextmanager
@@ -171,7 +171,7 @@ def test_a_damaged_file_is_a_miss(tmp_path, damage):
 def test_a_fetch_that_fails_leaves_nothing(tmp_path):
     cache = DiskCache(str(tmp_path), 1 << 20)
     with pytest.raises(ConnectionError):
-        cache.get("0" * 32, check=lambda data: None, fetch=_fail, patience=Patience())
+        cache.get("0" * 32, check=lambda data: None, fetch=_fail, policy=RetryPolicy())
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 

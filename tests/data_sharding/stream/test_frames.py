@@ -10,21 +10,21 @@ from fsspec.registry import _registry
 
 from data_sharding.errors import StorageDown, UserError
 from data_sharding.format.manifest import Manifest
-from data_sharding.storage import retry as patience_module
+from data_sharding.storage import retry as retry_module
 from data_sharding.storage.files import put, read
-from data_sharding.storage.filesystems import Abandoned, file_system
-from data_sharding.storage.retry import Patience
-from data_sharding.stream.frames import FrameLost, FrameReader, fetch_frame, read_frame
+from data_sharding.storage.filesystems import Cancelled, file_system
+from data_sharding.storage.retry import RetryPolicy
+from data_sharding.stream.frames import FrameReader, UnreadableFrame, fetch_frame, read_frame
 from tests.support.fake_object_store import FakeStore, serve
 
-SHORT = Patience(deadline=0.6, attempt=0.2)
+SHORT = RetryPolicy(deadline=0.6, attempt=0.2)
 FOR_EVER = 1e6  # seconds that a test would hang if a read was not given up
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(patience_module, "_FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(patience_module, "_LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr(retry_module, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(retry_module, "_LONGEST_PAUSE", 0.05)
 
 
 @pytest.fixture
@@ -59,26 +59,26 @@ def test_one_ranged_read_fetches_a_frame(manifest):
 )
 def test_what_may_heal_is_tried_again(manifest, fault):
     FakeStore.faults = [fault, fault]
-    patience = Patience(deadline=300, attempt=1.0 if fault is FOR_EVER else 100)
+    policy = RetryPolicy(deadline=300, attempt=1.0 if fault is FOR_EVER else 100)
     whole = FakeStore.objects["set/shard-000000.tar.zst"][: int(manifest.frame_bytes[0])]
-    assert fetch_frame(manifest, 0, patience) == whole
+    assert fetch_frame(manifest, 0, policy) == whole
     assert len(FakeStore.reads) == 3
 
 
 def test_what_cannot_heal_is_not(manifest):
     del FakeStore.objects["set/shard-000002.tar.zst"]
-    with pytest.raises(FrameLost, match="shard-000002.tar.zst, frame 2 .*the shard is missing"):
+    with pytest.raises(UnreadableFrame, match="shard-000002.tar.zst, frame 2 .*the shard is missing"):
         fetch_frame(manifest, 2)
     assert len(FakeStore.reads) == 1
 
 
 def test_the_same_wrong_bytes_three_times_are_stored_so(manifest):
     FakeStore.forever = lambda body: bytes([body[0] ^ 1]) + body[1:]
-    with pytest.raises(FrameLost, match="frame 0 .*its bytes do not match their digest"):
+    with pytest.raises(UnreadableFrame, match="frame 0 .*its bytes do not match their digest"):
         fetch_frame(manifest, 0)
     assert len(FakeStore.reads) == 3
     FakeStore.reads, FakeStore.forever = [], lambda body: body[:10]
-    with pytest.raises(FrameLost, match="frame 1 .*: 10 of its .* bytes were read"):
+    with pytest.raises(UnreadableFrame, match="frame 1 .*: 10 of its .* bytes were read"):
         fetch_frame(manifest, 1)
     assert len(FakeStore.reads) == 3
 
@@ -86,11 +86,11 @@ def test_the_same_wrong_bytes_three_times_are_stored_so(manifest):
 def test_a_frame_out_of_reach_is_lost_at_the_deadline(manifest):
     FakeStore.forever = OSError(16, "SlowDown")
     began = time.monotonic()
-    with pytest.raises(FrameLost, match="frame 0 .*SlowDown, tried again for 1 s"):
+    with pytest.raises(UnreadableFrame, match="frame 0 .*SlowDown, tried again for 1 s"):
         fetch_frame(manifest, 0, SHORT)
     assert 0.3 < time.monotonic() - began < 1.5
     FakeStore.forever = FOR_EVER  # and if it hangs every time
-    with pytest.raises(FrameLost, match="no answer within"):
+    with pytest.raises(UnreadableFrame, match="no answer within"):
         fetch_frame(manifest, 0, SHORT)
     assert time.monotonic() - began < 3
 
@@ -111,10 +111,10 @@ def test_bugs_are_not_retried(manifest):
 
 def test_who_no_longer_wants_it_need_not_wait(manifest):
     FakeStore.forever = FOR_EVER
-    patience = Patience(deadline=FOR_EVER, attempt=FOR_EVER)
-    threading.Timer(0.2, patience.abandoned.set).start()
-    with pytest.raises(Abandoned):
-        FrameReader(patience).read(manifest, 0)
+    policy = RetryPolicy(deadline=FOR_EVER, attempt=FOR_EVER)
+    threading.Timer(0.2, policy.cancelled.set).start()
+    with pytest.raises(Cancelled):
+        FrameReader(policy).read(manifest, 0)
 
 
 def test_a_refused_login_is_an_error_at_the_start(manifest):

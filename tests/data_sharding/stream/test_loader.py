@@ -10,10 +10,10 @@ from data_sharding.errors import DataError
 from data_sharding.format.manifest import Manifest
 from data_sharding.plan.balance import Cost, Shape
 from data_sharding.plan.plan import Plan, Segment
-from data_sharding.stream.frames import FrameLost, FrameReader, read_frame
-from data_sharding.stream.loader import FramesLost, Loader
+from data_sharding.stream.frames import FrameReader, UnreadableFrame, read_frame
+from data_sharding.stream.loader import Loader, SubstitutesNeeded
 from data_sharding.stream.memory_cache import FrameCache
-from data_sharding.stream.substitutes import Ledger, frame_of
+from data_sharding.stream.substitutes import Substitutes, frame_of
 from tests.support.waiting import wait
 
 COST, SHAPE = Cost(192, 1), Shape(128, 12, 16)
@@ -177,19 +177,19 @@ def same(a, b) -> bool:
 def test_a_restart_hands_out_the_same_steps_again(plan):
     with loader(plan, steps=range(8)) as batches:
         first = [next(batches) for _ in range(5)]
-        batches.restart(2, Ledger(plan.manifests))
+        batches.restart(2, Substitutes(plan.manifests))
         again = list(batches)
     assert [b.step for b in again] == list(range(2, 8))
     assert all(same(a, b) for a, b in zip(first[2:], again[:3], strict=True))
 
 
-def test_lost_frames_are_all_named_at_once_and_a_ledger_helps(plan, reads):
-    reads.error = FrameLost("lost")
+def test_lost_frames_are_all_named_at_once_and_substitutes_help(plan, reads):
+    reads.error = UnreadableFrame("lost")
     needed = {frame_of(plan.manifests[0], row) for row in plan.step(0).row.tolist()}
     with loader(plan, steps=range(1)) as batches:
-        with pytest.raises(FramesLost, match="lost") as caught:
+        with pytest.raises(SubstitutesNeeded, match="lost") as caught:
             next(batches)
-        assert {loss.frame for loss in caught.value.losses} == needed
+        assert {lost.frame for lost in caught.value.lost_frames} == needed
         reads.error = None
-        batches.restart(0, Ledger(plan.manifests))
+        batches.restart(0, Substitutes(plan.manifests))
         assert len(list(batches)) == 1

@@ -13,10 +13,10 @@ from data_sharding.errors import StorageDown, UserError
 from data_sharding.format.manifest import Manifest
 from data_sharding.plan.plan import Plan, Segment
 from data_sharding.storage.files import put, read
-from data_sharding.storage.retry import Patience
+from data_sharding.storage.retry import RetryPolicy
 from data_sharding.stream.disk_cache import DiskCache
-from data_sharding.stream.frames import FrameLost, FrameReader, fetch_frame
-from data_sharding.stream.loader import FramesLost
+from data_sharding.stream.frames import FrameReader, UnreadableFrame, fetch_frame
+from data_sharding.stream.loader import SubstitutesNeeded
 from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
 from fitv2_scale.train.loop import DONE, RETRY, train
@@ -107,7 +107,7 @@ FAULTS = {
 def test_batches_are_those_of_the_undisturbed_run(proxy, url, undisturbed, fault):
     plan = plan_of(url)
     proxy.rules = [replace(rule) for rule in FAULTS[fault]]
-    reader = FrameReader(Patience(deadline=300, attempt=0.7 if fault in ("stalls", "a drip", "everything") else 100))
+    reader = FrameReader(RetryPolicy(deadline=300, attempt=0.7 if fault in ("stalls", "a drip", "everything") else 100))
     began = time.monotonic()
     with loader(plan, steps=STEPS, reader=reader) as batches:
         for expected, found in zip(undisturbed, batches, strict=True):
@@ -124,11 +124,11 @@ def test_a_frame_out_of_reach_is_lost_at_the_deadline(proxy, url, action):
     manifest = Manifest.load(url)
     proxy.rules = [Rule(action, path=SHARDS)]
     began = time.monotonic()
-    with pytest.raises(FrameLost, match="tried again for 2 s"):
-        fetch_frame(manifest, 0, Patience(deadline=2, attempt=0.5))
+    with pytest.raises(UnreadableFrame, match="tried again for 2 s"):
+        fetch_frame(manifest, 0, RetryPolicy(deadline=2, attempt=0.5))
     assert 1 < time.monotonic() - began < 4 and len(gets(proxy)) < 25
-    with loader(plan_of(url), steps=STEPS, reader=FrameReader(Patience(deadline=1, attempt=0.5))) as batches:
-        with pytest.raises(FramesLost, match="tried again for 1 s"):
+    with loader(plan_of(url), steps=STEPS, reader=FrameReader(RetryPolicy(deadline=1, attempt=0.5))) as batches:
+        with pytest.raises(SubstitutesNeeded, match="tried again for 1 s"):
             next(batches)
         proxy.rules = []
 
@@ -139,7 +139,7 @@ def test_an_outage_blames_no_frame(proxy, url, monkeypatch):
     for rule in (Rule("status"), Rule("reset"), Rule("stall"), Rule("status", status=403)):
         proxy.rules = [rule]
         with pytest.raises(StorageDown, match=f"s3://{BUCKET}/set cannot be reached .*: check the storage"):
-            fetch_frame(manifest, 0, Patience(deadline=1, attempt=0.5))
+            fetch_frame(manifest, 0, RetryPolicy(deadline=1, attempt=0.5))
 
 
 def test_what_is_stored_wrong_is_said_soon(proxy, url, client, dataset):
@@ -153,7 +153,7 @@ def test_what_is_stored_wrong_is_said_soon(proxy, url, client, dataset):
     client.put_object(Bucket=BUCKET, Key=f"bad/{names[3]}", Body=bytes(flipped))
     manifest, began = Manifest.load(f"s3://{BUCKET}/bad"), time.monotonic()
     for f, cause in enumerate(("the shard is missing", "5000 of its", "ends before", "do not match their digest")):
-        with pytest.raises(FrameLost, match=f"frame {f} .*{cause}"):
+        with pytest.raises(UnreadableFrame, match=f"frame {f} .*{cause}"):
             fetch_frame(manifest, f)
     assert time.monotonic() - began < 5  # no cause was waited out
 
@@ -175,7 +175,7 @@ def test_renewed_credentials_are_seen(proxy, url, dataset, monkeypatch, tmp_path
         Manifest.load(url)
     renewal = threading.Timer(1.0, write, [SECRET])
     renewal.start()
-    data = fetch_frame(manifest, 0, Patience(deadline=300, attempt=5))
+    data = fetch_frame(manifest, 0, RetryPolicy(deadline=300, attempt=5))
     assert SECRET in file.read_text() and data == Path(dataset, manifest.shards[0].name).read_bytes()[: len(data)]
 
 
@@ -215,7 +215,7 @@ def test_training_through_storms_ends_bit_equal(proxy, on_s3, tiny, tmp_path):
 
 @pytest.mark.parametrize(("status_code", "cause"), [(503, "503 SlowDown"), (403, "403 AccessDenied")])
 def test_an_outage_saves_and_asks_for_another_attempt(proxy, on_s3, tiny, tmp_path, status_code, cause):
-    """Nothing goes to the ledger, whatever it allows, and the run goes on where it was."""
+    """No image is replaced, whatever the limit, and the run continues where it was."""
     local = tiny("local", train__steps=24)
     assert run_ranks(2, train, local) == [DONE, DONE]
     env = environment(proxy.port)
@@ -283,7 +283,7 @@ def test_long_storms(proxy, url, dataset, seed, tmp_path):
         for action, every in zip(actions, (7, 9, 11, 13, 17, 19, 23, 29, 31, 37, 41), strict=True)
     ]
     disk = DiskCache(str(tmp_path / "cache"), 100_000)
-    reader = FrameReader(Patience(deadline=120, attempt=1), disk)
+    reader = FrameReader(RetryPolicy(deadline=120, attempt=1), disk)
     with (
         loader(plan_of(dataset), steps=range(200)) as expected,
         loader(plan_of(url), steps=range(200), cache_bytes=1, reader=reader) as found,

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 
 from data_sharding.storage import s3_store
-from data_sharding.storage.retry import Patience
+from data_sharding.storage.retry import RetryPolicy
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
 from fitv2_scale.run.run import Run
 from tests.services.faultproxy import FaultProxy, Rule
@@ -50,7 +50,7 @@ ROWS = 60  # 144 kB a rank
 def three_saves(env, url: str, deadline: float) -> list[str | None]:
     """Saves steps 1, 2, 3, from two ranks, in several parts each; then restores."""
     s3_store.PART = PART
-    with opened(env, url, Patience(deadline, attempt=3)) as (world, run):
+    with opened(env, url, RetryPolicy(deadline, attempt=3)) as (world, run):
         save = saver(world, run, keep_last=3)
         said = [save(step, rows=ROWS) for step in (1, 2, 3)]
         state = State(-1, world, ROWS)

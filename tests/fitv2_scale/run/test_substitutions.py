@@ -1,4 +1,4 @@
-"""The ledger: a frame that cannot be had is replaced alike on all ranks, and nothing but its own images changes."""
+"""If a frame cannot be read, all ranks substitute the same images, and nothing but the frame's own images changes."""
 
 import json
 import os
@@ -14,13 +14,13 @@ from data_sharding.plan.balance import deal
 from data_sharding.plan.plan import CROP, RESIZE, Plan, Segment
 from data_sharding.storage.local_store import LocalStore
 from data_sharding.storage.store import Store
-from data_sharding.stream.substitutes import Ledger, Loss, frame_of
+from data_sharding.stream.substitutes import LostFrame, Substitutes, frame_of
 from fitv2_scale.cli.__main__ import main
 from fitv2_scale.data import Data
 from fitv2_scale.run.log import RunLog, StaleAttempt
 from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
-from fitv2_scale.run.substitutions import RunLedger, ledger_of, page_log
+from fitv2_scale.run.substitutions import SubstitutionLog, substitutes_of, substitution_records
 from fitv2_scale.train.loop import BAD_INPUT, DONE, train
 from tests.conftest import make_tiny
 from tests.data_sharding.stream.test_loader import loader
@@ -36,8 +36,9 @@ def manifest(dataset):
     return Manifest.load(dataset)
 
 
-def page_of(ledger: Ledger, *frames: int, seed: int = 0) -> dict:
-    return json.loads(json.dumps(ledger.page([Loss(0, f, f"frame {f}") for f in frames], seed)))  # as it is stored
+def record_of(substitutes: Substitutes, *frames: int, seed: int = 0) -> dict:
+    record = substitutes.next_record([LostFrame(0, f, f"frame {f}") for f in frames], seed)
+    return json.loads(json.dumps(record))  # as it is stored
 
 
 def tokens(m, row, view):
@@ -45,50 +46,50 @@ def tokens(m, row, view):
 
 
 def test_substitutes_are_as_long_or_the_nearest_shorter(manifest):
-    ledger = Ledger([manifest]).turned(page_of(Ledger([manifest]), 1, 3))
+    substitutes = Substitutes([manifest]).with_record(record_of(Substitutes([manifest]), 1, 3))
     lost = {1, 3}
     rows = [r for f in lost for r in range(*manifest.frame_first[f : f + 2])]
     readable = [r for r in range(len(manifest.sample_id)) if frame_of(manifest, r) not in lost]
-    assert ledger.images == len(rows) and ledger.share() == len(rows) / 240
+    assert substitutes.images == len(rows) and substitutes.fraction() == len(rows) / 240
     exact = 0
     for row in rows:
         for view in (RESIZE, CROP):
             wanted = tokens(manifest, row, view)
             if not wanted:
                 continue
-            stand_in = ledger.row(0, row, view)
+            stand_in = substitutes.row(0, row, view)
             assert stand_in in readable
             possible = [n for r in readable if 0 < (n := tokens(manifest, r, view)) <= wanted]
             assert tokens(manifest, stand_in, view) == max(possible)
             exact += tokens(manifest, stand_in, view) == wanted
     assert exact > len(rows) / 2
-    assert all(ledger.row(0, row, RESIZE) == row for row in readable)
+    assert all(substitutes.row(0, row, RESIZE) == row for row in readable)
     # Different images get different substitutes, as far as lengths allow.
-    assert len({ledger.row(0, row, RESIZE) for row in rows}) > len(rows) / 3
+    assert len({substitutes.row(0, row, RESIZE) for row in rows}) > len(rows) / 3
 
 
 def test_choice_depends_on_the_key_alone(manifest):
-    empty = Ledger([manifest])
-    a, b, other = page_of(empty, 1, 3), page_of(empty, 3, 1), page_of(empty, 1, 3, seed=1)
+    empty = Substitutes([manifest])
+    a, b, other = record_of(empty, 1, 3), record_of(empty, 3, 1), record_of(empty, 1, 3, seed=1)
     assert a == b and a != other
-    assert page_of(empty.turned(a), 1, 3)["frames"] == []  # what is there is not asked for again
+    assert record_of(empty.with_record(a), 1, 3)["frames"] == []  # what is there is not asked for again
 
 
 def test_a_rare_length_is_found_in_a_search_of_everything(manifest, monkeypatch):
     monkeypatch.setattr("data_sharding.stream.substitutes._DRAWS", 1)
-    ledger = Ledger([manifest]).turned(page_of(Ledger([manifest]), 2))
+    substitutes = Substitutes([manifest]).with_record(record_of(Substitutes([manifest]), 2))
     monkeypatch.setattr("data_sharding.stream.substitutes._BLOCK", 17)
     test_substitutes_are_as_long_or_the_nearest_shorter(manifest)
     for row in range(*manifest.frame_first[2:4]):
-        assert frame_of(manifest, ledger.row(0, row, RESIZE)) != 2
+        assert frame_of(manifest, substitutes.row(0, row, RESIZE)) != 2
 
 
 def test_a_substitute_that_is_lost_in_turn_is_replaced(manifest):
-    first = Ledger([manifest])
-    first = first.turned(page_of(first, 0))
+    first = Substitutes([manifest])
+    first = first.with_record(record_of(first, 0))
     rows = range(*manifest.frame_first[:2])
     hit = next(r for r in rows if frame_of(manifest, first.row(0, r, RESIZE)) == 4)
-    then = first.turned(page_of(first, 4))
+    then = first.with_record(record_of(first, 4))
     assert frame_of(manifest, then.row(0, hit, RESIZE)) not in (0, 4)
     unmoved = next(r for r in rows if frame_of(manifest, first.row(0, r, RESIZE)) not in (0, 4))
     assert then.row(0, unmoved, RESIZE) == first.row(0, unmoved, RESIZE)
@@ -96,19 +97,19 @@ def test_a_substitute_that_is_lost_in_turn_is_replaced(manifest):
 
 def test_no_image_as_short_is_said(manifest):
     frames = len(manifest.frame_shard)
-    with pytest.raises(DataError, match="cannot be read, and no readable one is as short"):
-        page_of(Ledger([manifest]), *range(frames))
+    with pytest.raises(DataError, match="cannot be read, and no readable image is short enough"):
+        record_of(Substitutes([manifest]), *range(frames))
 
 
 def test_all_other_images_are_untouched(dataset, manifest):
     plan = Plan([manifest], 5, "mixed", [Segment(0, 12, (1,))])
-    ledger = Ledger([manifest]).turned(page_of(Ledger([manifest]), 2))
-    with loader(plan, steps=range(25)) as plain, loader(plan, steps=range(25), ledger=ledger) as replaced:
+    substitutes = Substitutes([manifest]).with_record(record_of(Substitutes([manifest]), 2))
+    with loader(plan, steps=range(25)) as plain, loader(plan, steps=range(25), substitutes=substitutes) as replaced:
         counted = 0
         for a, b in zip(plain, replaced, strict=True):
             images = plan.step(a.step)
             lost = dict(
-                zip(images.sample_id.tolist(), ledger.is_lost(images.dataset, images.row).tolist(), strict=True)
+                zip(images.sample_id.tolist(), substitutes.is_lost(images.dataset, images.row).tolist(), strict=True)
             )
             assert b.step_substituted == sum(lost.values()) and a.step_substituted == 0
             assert (a.id_sum, a.step_id_sum) == (b.id_sum, b.step_id_sum)
@@ -128,9 +129,9 @@ def test_all_other_images_are_untouched(dataset, manifest):
     assert counted > 20
 
 
-def make_book(store: Store, manifest, share: float = 0.5) -> RunLedger:
+def open_log(store: Store, manifest, share: float = 0.5) -> SubstitutionLog:
     log = RunLog(store)
-    return RunLedger(page_log(store), log, log.claim().attempt, 0, share, Ledger([manifest]))
+    return SubstitutionLog(substitution_records(store), log, log.claim().attempt, 0, share, Substitutes([manifest]))
 
 
 @pytest.fixture
@@ -139,44 +140,44 @@ def store(tmp_path) -> LocalStore:
 
 
 def test_pages_are_written_once_and_found_again(store, manifest):
-    book = make_book(store, manifest)
-    pages = book.write([Loss(0, 1, "one"), Loss(0, 1, "said by another rank")], step=7)
-    assert [f["frame"] for page in pages for f in page["frames"]] == [1] and pages[0]["step"] == 7
-    ledger = book.turn(pages)
-    assert book.write([Loss(0, 1, "one")], step=8) == []
-    book.turn(book.write([Loss(0, 3, "three")], step=9))
-    again = ledger_of(page_log(store).entries(), [manifest])
+    record_log = open_log(store, manifest)
+    records = record_log.write([LostFrame(0, 1, "one"), LostFrame(0, 1, "said by another rank")], step=7)
+    assert [f["frame"] for record in records for f in record["frames"]] == [1] and records[0]["step"] == 7
+    substitutes = record_log.apply(records)
+    assert record_log.write([LostFrame(0, 1, "one")], step=8) == []
+    record_log.apply(record_log.write([LostFrame(0, 3, "three")], step=9))
+    again = substitutes_of(substitution_records(store).entries(), [manifest])
     assert again.version == 2 and again.frames.keys() == {(0, 1), (0, 3)}
-    assert np.array_equal(again.frames[0, 1], ledger.frames[0, 1])
+    assert np.array_equal(again.frames[0, 1], substitutes.frames[0, 1])
 
 
 def test_a_stale_attempt_writes_nothing(store, manifest):
-    old = make_book(store, manifest)
-    make_book(store, manifest)
+    old = open_log(store, manifest)
+    open_log(store, manifest)
     with pytest.raises(StaleAttempt, match="attempt 1 was superseded by attempt 2"):
-        old.write([Loss(0, 1, "one")], step=0)
-    assert ledger_of(page_log(store).entries(), [manifest]).version == 0
+        old.write([LostFrame(0, 1, "one")], step=0)
+    assert substitutes_of(substitution_records(store).entries(), [manifest]).version == 0
 
 
 def test_a_page_of_an_older_attempt(manifest):
     store = ScriptedStore(["ok", "raced"])
-    book = make_book(store, manifest)
+    record_log = open_log(store, manifest)
 
     def write_the_same_frame():
-        page = Ledger([manifest]).page([Loss(0, 2, "theirs")], 0)
-        store.create("ledger/00000001.json", json.dumps(page | {"nonce": "another"}).encode())
+        record = Substitutes([manifest]).next_record([LostFrame(0, 2, "theirs")], 0)
+        store.create("ledger/00000001.json", json.dumps(record | {"nonce": "another"}).encode())
 
     store.rival = write_the_same_frame
-    pages = book.write([Loss(0, 2, "ours")], 0)  # nothing is left to write
-    assert [p["frames"][0]["cause"] for p in pages] == ["theirs"] and book.turn(pages).version == 1
+    records = record_log.write([LostFrame(0, 2, "ours")], 0)  # nothing is left to write
+    assert [p["frames"][0]["cause"] for p in records] == ["theirs"] and record_log.apply(records).version == 1
 
 
 def test_a_damaged_page_is_said(store, manifest):
-    book = make_book(store, manifest)
-    book.write([Loss(0, 1, "one")], 0)
+    record_log = open_log(store, manifest)
+    record_log.write([LostFrame(0, 1, "one")], 0)
     store.put("ledger/00000001.json", b'{"version": 1')
-    with pytest.raises(DataError, match="ledger/00000001.json is not a page of the ledger"):
-        ledger_of(page_log(store).entries(), [manifest])
+    with pytest.raises(DataError, match="ledger/00000001.json is not a record of substituted images"):
+        substitutes_of(substitution_records(store).entries(), [manifest])
 
 
 # The whole way: training on a dataset one of whose five frames is gone.
@@ -201,8 +202,8 @@ def test_training_goes_on_with_substitutes_whatever_the_layout(damaged, tmp_path
     one, three = runs[1].run, runs[3].run
     assert losses(one) == pytest.approx(losses(three), rel=1e-5)
     assert trained(one) == trained(three)  # ids, times and noise are the planned ones
-    pages = [json.loads(Path(run, "ledger/00000001.json").read_text()) for run in (one, three)]
-    assert pages[0]["frames"] == pages[1]["frames"] and pages[0]["step"] == pages[1]["step"]
+    records = [json.loads(Path(run, "ledger/00000001.json").read_text()) for run in (one, three)]
+    assert records[0]["frames"] == records[1]["frames"] and records[0]["step"] == records[1]["step"]
     assert not Path(one, "ledger/00000002.json").exists()
 
     substituted = status(Run.open(one))["substituted"]
@@ -231,11 +232,13 @@ def test_every_planned_id_counts_and_substitutes_are_counted(damaged, dataset, t
 
 def lose_on_one_rank(config, rank: int) -> int:
     """Frame 4 cannot be had on one rank alone; the others have it, perhaps in a batch that waits already."""
-    from data_sharding.stream.frames import FrameLost, FrameReader
+    from data_sharding.stream.frames import FrameReader, UnreadableFrame
 
     read = FrameReader.read
     if int(os.environ["RANK"]) == rank:
-        FrameReader.read = lambda self, m, f: read(self, m, f) if f != 4 else _raise(FrameLost("the shard is missing"))
+        FrameReader.read = lambda self, m, f: (
+            read(self, m, f) if f != 4 else _raise(UnreadableFrame("the shard is missing"))
+        )
     return train(config)
 
 
@@ -262,9 +265,9 @@ def test_what_one_rank_loses_is_lost_to_all(damaged, dataset, tmp_path, rank):
     for_all = damaged_config(damaged, tmp_path, "for_all", seed=seed)
     for_one = damaged_config(dataset, tmp_path, "for_one", seed=seed)
     assert run_ranks(2, train, for_all) == run_ranks(2, lose_on_one_rank, for_one, rank) == [DONE, DONE]
-    pages = [json.loads(Path(c.run, "ledger/00000001.json").read_text()) for c in (for_all, for_one)]
-    assert pages[0]["step"] == pages[1]["step"]
-    assert pages[0]["frames"][0]["images"] == pages[1]["frames"][0]["images"]
+    records = [json.loads(Path(c.run, "ledger/00000001.json").read_text()) for c in (for_all, for_one)]
+    assert records[0]["step"] == records[1]["step"]
+    assert records[0]["frames"][0]["images"] == records[1]["frames"][0]["images"]
     assert commit_bytes(for_all.run) == commit_bytes(for_one.run)
 
 
@@ -274,14 +277,16 @@ def test_a_run_killed_in_between_ends_bit_equal(damaged, tmp_path):
     ranks = Ranks(2, train_held, killed, 18)
     reach(killed, 14, attempt=1)
     ranks.kill()
-    page = Path(killed.run, "ledger/00000001.json").read_bytes()
+    record = Path(killed.run, "ledger/00000001.json").read_bytes()
     assert run_ranks(2, train, killed) == [DONE, DONE]
-    assert Path(killed.run, "ledger/00000001.json").read_bytes() == page
+    assert Path(killed.run, "ledger/00000001.json").read_bytes() == record
     assert commit_bytes(killed.run) == commit_bytes(undisturbed.run)
-    # The ledger is part of what a commit stands on.
+    # A commit needs the records of the substitutes that it was made with.
     Path(killed.run, "ledger/00000001.json").unlink()
     longer = damaged_config(damaged, tmp_path, "killed", train__steps=30)
-    with pytest.raises(DataError, match="ledger has 0 pages, but the commit at step 24 was made with 1"):
+    with pytest.raises(
+        DataError, match="ledger holds 0 records of substituted images, but the commit at step 24 was made with 1"
+    ):
         run_ranks(2, train, longer)
 
 
