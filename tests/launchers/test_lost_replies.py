@@ -8,9 +8,9 @@ import pytest
 from data_sharding.errors import DataError
 from data_sharding.format.manifest import Manifest
 from data_sharding.storage.store import Store
-from data_sharding.stream.substitutes import Ledger, Loss
+from data_sharding.stream.substitutes import LostFrame, Substitutes
 from fitv2_scale.run.log import RunLog
-from fitv2_scale.run.substitutions import RunLedger, page_log
+from fitv2_scale.run.substitutions import SubstitutionLog, substitution_records
 from launchers.chain_log import ChainLog, verdict
 from tests.support.scripted_store import ScriptedStore
 
@@ -23,14 +23,14 @@ def run_log(store: Store, dataset: str) -> Log:
     return "log", lambda word: log.commit(1, 10, word, "0c9d"), lambda store: RunLog(store).commits()
 
 
-def ledger(store: Store, dataset: str) -> Log:
+def substitutions(store: Store, dataset: str) -> Log:
     manifest = Manifest.load(dataset)
-    book = RunLedger(page_log(store), RunLog(store), 0, 0, 1.0, Ledger([manifest]))
+    log = SubstitutionLog(substitution_records(store), RunLog(store), 0, 0, 1.0, Substitutes([manifest]))
 
     def write(word: str) -> None:
-        book.turn(book.write([Loss(0, book.ledger.version, word)], 0))
+        log.apply(log.write([LostFrame(0, log.substitutes.version, word)], 0))
 
-    return "ledger", write, lambda store: page_log(store).entries()
+    return "ledger", write, lambda store: substitution_records(store).entries()
 
 
 def chain_log(store: Store, dataset: str) -> Log:
@@ -39,7 +39,7 @@ def chain_log(store: Store, dataset: str) -> Log:
 
 
 @pytest.mark.parametrize("how", ["lost", "resent"])
-@pytest.mark.parametrize("kind", [run_log, ledger, chain_log])
+@pytest.mark.parametrize("kind", [run_log, substitutions, chain_log])
 def test_a_lost_reply_is_found_to_be_a_success(kind, how, dataset):
     store = ScriptedStore()
     folder, append, entries = kind(store, dataset)
@@ -54,7 +54,7 @@ def test_a_lost_reply_is_found_to_be_a_success(kind, how, dataset):
     assert len(nonces) == sum(path.startswith(f"{folder}/") for path in store.objects)
 
 
-@pytest.mark.parametrize("kind", [run_log, ledger, chain_log])
+@pytest.mark.parametrize("kind", [run_log, substitutions, chain_log])
 def test_a_request_that_failed_is_an_error_and_leaves_nothing(kind, dataset):
     store = ScriptedStore()
     _, append, entries = kind(store, dataset)
