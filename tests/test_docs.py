@@ -29,6 +29,7 @@ SECTIONS = {
 }
 KEY = re.compile(rf"(?<![\w./])({'|'.join(SECTIONS)})\.(?!py\b)(\w+)(?==|`)")
 PATH = re.compile(rf"(?<![\w./])(?:{'|'.join(FOLDERS)})/[\w/]+(?:\.\w+)+")
+ROOM = re.compile(rf"(?<![\w./])(?:{'|'.join(FOLDERS)})(?:/\w+)+(?=/?(?:[`,\s]|$))", re.MULTILINE)
 NAME = re.compile(r"`((?:\w+/)*\w+\.(?:py|sh))`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
@@ -106,7 +107,8 @@ def test_every_key_named_exists(page):
 
 @pages
 def test_every_file_named_exists(page):
-    assert not [name for name in PATH.findall(text(page)) if not (ROOT / name).exists()]
+    assert not [name for name in PATH.findall(text(page)) if not (ROOT / name).is_file()]
+    assert not [name for name in ROOM.findall(text(page)) if not (ROOT / name).is_dir()]
     tree = [f"/{file.relative_to(ROOT)}" for folder in FOLDERS for file in (ROOT / folder).rglob("*.*")]
     assert not [name for name in NAME.findall(prose(page)) if not any(path.endswith(f"/{name}") for path in tree)]
 
@@ -146,6 +148,11 @@ def test_the_map_of_the_root_page_is_that_of_the_disk():
     for folder, begin in named.items():
         for file in re.findall(r"`(.+?)`", begin):
             assert (ROOT / folder / file).is_file(), f"{folder}/{file}"
+
+
+def test_the_page_of_the_tests_names_their_folders():
+    named = re.findall(r"`(\w+)/`", "".join(cell for cell, _ in ROW.findall(text("tests/README.md"))))
+    assert sorted(named) == sorted(f.name for f in (ROOT / "tests").iterdir() if f.is_dir() and f.name[0] not in "_.")
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if "\n## Files\n" in text(page)])
