@@ -20,13 +20,13 @@ def track_sync(args: argparse.Namespace) -> int:
     from fitv2_scale.run.run import Run
     from fitv2_scale.tracking.destination import resolve_uri
     from fitv2_scale.tracking.sync import sync
-    from fitv2_scale.tracking.uploader import Patience, follow, run_is_over
+    from fitv2_scale.tracking.uploader import Timing, follow, run_is_over
 
     run = Run.open(args.run)
     uri, experiment = args.uri or run.config["tracking"]["uri"], run.config["tracking"]["experiment"]
     if args.follow:
         _say(f"{args.run}: publishing to MLflow until the run is done; Ctrl-C ends this, and nothing is lost")
-        follow(run, resolve_uri(args.run, uri), experiment, lambda: run_is_over(run), Patience(poll=10.0), _say)
+        follow(run, resolve_uri(args.run, uri), experiment, lambda: run_is_over(run), Timing(poll=10.0), _say)
     report = sync(args.run, uri, experiment, say=_say)
     sent = f"{report['metrics']} metrics and {report['pictures']} pictures sent"
     show(args, report, f"{args.run}: {sent}, MLflow at {report['uri']} has all that is committed")

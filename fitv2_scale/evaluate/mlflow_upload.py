@@ -29,7 +29,7 @@ def publish(run: Run, results: list[dict[str, Any]]) -> str:
         if r[name] is not None
     ]
     try:
-        refused = known_run(resolve_uri(run.url, uri), at).metrics(rows)
+        refused = known_run(resolve_uri(run.url, uri), at).log_metrics(rows)
     except ServerError as error:
         return (
             f"MLflow does not take the figures ({error}): `fitv2 track sync {run.url}`, then the same call again sends "

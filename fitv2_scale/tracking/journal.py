@@ -1,16 +1,16 @@
-"""What a run measured, as lines in files: written by the training thread, read by uploader and reports.
+"""The measurements of a run as lines in files: written by the training thread, read by the uploader and by reports.
 
-An attempt writes segments attempts/<n>/journal/00000.jsonl, 00001.jsonl, …, one JSON object a line. Times are
+An attempt writes segments attempts/<n>/journal/00000.jsonl, 00001.jsonl, …, with one JSON object per line. Times are
 milliseconds since 1970 UTC; steps count optimizer steps since the beginning of the run; pictures are paths relative to
-the run folder. NaN and Infinity are written as such. The first line of an attempt, then samples of the others:
+the run folder. NaN and Infinity are written as such. The first line of an attempt, then examples of the others:
 
     {"attempt":3,"start_step":100}
     {"step":120,"time_ms":1732390000123,"metrics":{"loss":0.91,"grad_norm":NaN}}
     {"step":200,"time_ms":1732390050456,"picture":"samples/00000200.png"}
 
-The canonical curve is what the COMMITs vouch for. Walking the attempts in the order of their claims, each contributes
-the records above the last step committed before it, up to the last step it committed itself, whether or not the COMMIT
-was RETIREd later. So a restart, even from an older checkpoint, leaves one monotone curve without duplicates.
+The canonical curve consists of the committed measurements. In the order of their claims, each attempt contributes the
+records above the last step committed before it, up to the last step that it committed itself, whether or not that
+COMMIT was RETIREd later. So a restart, even from an older checkpoint, gives one monotone curve without duplicates.
 """
 
 import json
@@ -34,18 +34,17 @@ from fitv2_scale.run.run import Run
 _FLUSH_EVERY_S = 1.0
 log = logging.getLogger(__name__)
 
-_encode = json.JSONEncoder(separators=(",", ":")).encode  # made once: it is half the cost of a record otherwise
+_encode = json.JSONEncoder(separators=(",", ":")).encode  # one encoder: creating it would double the cost of a record
 
 
 class Journal:
-    """Appends one attempt's records. The thread that writes them touches no file: a thread of the journal's own brings
-    them to the disk, and another may ``seal``. A disk that is slow or full holds up nothing but ``seal``; until it
-    takes them, records wait in memory.
+    """Appends one attempt's records. The thread that records touches no file: the journal's own thread writes to the
+    disk, and a third thread may ``seal``. A slow or full disk delays only ``seal``; until it can be written, records
+    wait in memory.
 
-    ``folder`` is the attempt's folder (``Attempt.folder``); ``ship`` brings a sealed segment to a run that is elsewhere
-    (``Attempt.ship``). What a killed process loses is at most the last second, all of it after the last commit:
-    ``seal`` is called before the COMMIT entry is appended, when every record at or below the committed step has been
-    written.
+    ``folder`` is the attempt's folder (``Attempt.folder``); ``ship`` uploads a sealed segment to a run on another
+    storage (``Attempt.ship``). A killed process loses at most the last second, all of it after the last commit: call
+    ``seal`` before the COMMIT entry is appended, when every record up to the committed step has been written.
     """
 
     def __init__(
@@ -57,31 +56,31 @@ class Journal:
         self._segment, self._shipped = 0, 0  # the one being written; the first that is not shipped yet
         self._file: FileIO | None = None
         self._full: deque[FileIO] = deque()  # segments that are written, but not durable yet
-        self._unwritten = bytearray()  # lines of this segment that its file has not taken yet
-        self._filing = threading.Lock()  # guards all of the above
-        self._lines: list[bytes] = []  # what was recorded since the last flush
-        self._adding = threading.Lock()  # guards that, and is never held for long
+        self._unwritten = bytearray()  # lines of this segment that are not in its file yet
+        self._file_lock = threading.Lock()  # guards all of the above
+        self._lines: list[bytes] = []  # recorded since the last flush
+        self._lines_lock = threading.Lock()  # guards these, and is never held for long
         self._flusher = ThreadPoolExecutor(1, "journal")
         self._flushing: Future[None] | None = None
         self._flushed = time.monotonic()
         self._write({"attempt": attempt, "start_step": start_step})
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Records measurements of ``step``, e.g. {"loss": 0.91}. Names are of what MLflow allows: [A-Za-z0-9_./ -]."""
+        """Records measurements of ``step``, e.g. {"loss": 0.91}. Characters of names as in MLflow: [A-Za-z0-9_./ -]."""
         numbers = {name: float(value) for name, value in values.items()}
         self._write({"step": step, "time_ms": time.time_ns() // 1_000_000, "metrics": numbers})
 
     def picture(self, step: int, path: str) -> None:
-        """Records a picture file, complete on disk, by its ``path`` relative to the run folder."""
+        """Records the ``path``, relative to the run folder, of a picture file that is complete on disk."""
         assert not os.path.isabs(path), f"{path} must be relative to the run folder"
         self._write({"step": step, "time_ms": time.time_ns() // 1_000_000, "picture": path})
 
     def seal(self) -> None:
-        """Makes everything so far durable and begins the next segment. Call before each COMMIT and at the end.
+        """Makes all records so far durable and begins the next segment. Call before each COMMIT and at the end.
 
-        Raises what disk and ``ship`` raise. Nothing is lost by that: the next call brings what this one did not.
+        Raises the errors of the disk and of ``ship``. Nothing is lost then: the next call does the rest.
         """
-        with self._filing:
+        with self._file_lock:
             self._flush()
             if self._file is not None:
                 self._full.append(self._file)
@@ -100,22 +99,22 @@ class Journal:
 
     def _write(self, record: dict[str, Any]) -> None:
         line = _encode(record).encode() + b"\n"
-        with self._adding:
+        with self._lines_lock:
             self._lines.append(line)
         if (moment := time.monotonic()) - self._flushed >= _FLUSH_EVERY_S:
             self._flushed = moment
-            if self._flushing is None or self._flushing.done():  # else the disk hangs: one thread is enough to wait
-                self._flushing = self._flusher.submit(self._flush_in_passing)
+            if self._flushing is None or self._flushing.done():  # else the disk hangs, and one waiting thread is enough
+                self._flushing = self._flusher.submit(self._flush_in_background)
 
-    def _flush_in_passing(self) -> None:
-        with self._filing:
+    def _flush_in_background(self) -> None:
+        with self._file_lock:
             try:
                 self._flush()
             except OSError as error:
-                log.warning("the journal waits for its disk, and training goes on: %s", error)
+                log.warning("the journal cannot be written yet; training continues: %s", error)
 
     def _flush(self) -> None:
-        with self._adding:
+        with self._lines_lock:
             lines, self._lines = self._lines, []
         self._unwritten += b"".join(lines)
         if self._unwritten and self._file is None:
@@ -126,7 +125,7 @@ class Journal:
 
 @dataclass(frozen=True, order=True)
 class Position:
-    """A place in a run's journals: ``offset`` bytes into one segment. Everything before it has been read."""
+    """A position in a run's journals: ``offset`` bytes into one segment. Everything before it has been read."""
 
     attempt: int = 0
     segment: int = 0
@@ -135,7 +134,7 @@ class Position:
 
 @dataclass(frozen=True)
 class Record:
-    """One line of the canonical curve; ``metrics`` or ``picture`` is None. ``end`` is the place just after it."""
+    """One line of a journal; ``metrics`` or ``picture`` is None. ``end`` is the position just after it."""
 
     step: int
     time_ms: int
@@ -155,9 +154,9 @@ class Span:
 
 
 def spans(entries: Sequence[Entry]) -> list[Span]:
-    """Which attempt vouches for which steps, from the log's entries; in the order of the claims, without overlap."""
+    """The steps that each attempt contributes, from the log's entries; in the order of the claims, without overlap."""
     claims = [e.attempt for e in entries if e.kind == "CLAIM"]
-    found, low = [], -1  # -1: what is recorded at step 0 counts
+    found, low = [], -1  # -1, since records of step 0 count
     for attempt in claims:
         steps = [e.fields["step"] for e in entries if e.kind == "COMMIT" and e.attempt == attempt]
         high = max(steps, default=-1)
@@ -168,26 +167,26 @@ def spans(entries: Sequence[Entry]) -> list[Span]:
 
 
 def read(run: Run, after: Position = Position()) -> Iterator[Record]:
-    """The canonical curve of ``run`` as of now, from ``after`` on.
+    """The current canonical curve of ``run``, from ``after`` on.
 
-    What is read later, after more COMMITs, only continues what was read before: ``Record.end`` of the last one read is
-    the place to go on from. A torn line, left by a killed process, and what follows it in its segment are not read.
+    A later call, after more COMMITs, only continues the curve: pass ``Record.end`` of the last record as ``after``. A
+    torn line, left by a killed process, and everything behind it in its segment are not read.
     """
     for span in spans(run.log.entries()):
         if span.attempt < after.attempt:
             continue
         start = after if span.attempt == after.attempt else Position(span.attempt)
-        for record in measured(run, start):
+        for record in read_attempt(run, start):
             if record.step > span.high and span.growing:
-                return  # a later COMMIT may cover this line: the next reading must begin at or before it
+                return  # a later COMMIT may cover this line: the next call must begin at or before it
             if span.low < record.step <= span.high:
                 yield record
 
 
-def measured(run: Run, start: Position) -> Iterator[Record]:
-    """Every whole record of one attempt from ``start`` on, committed or not.
+def read_attempt(run: Run, start: Position) -> Iterator[Record]:
+    """Every complete record of one attempt from ``start`` on, committed or not.
 
-    Of a run that is elsewhere: what was shipped, and, on the node that writes them, the segments that were not yet.
+    Of a run on another storage: the segments that were shipped, and on the node that writes them also the others.
     """
     for segment in count(start.segment):
         offset = start.offset if segment == start.segment else 0
@@ -209,7 +208,7 @@ def measured(run: Run, start: Position) -> Iterator[Record]:
 
 
 def _segment(run: Run, path: str, offset: int) -> bytes:
-    """A segment's bytes from ``offset`` on. The node's own copy of it is never shorter than what it has shipped."""
+    """A segment's bytes from ``offset`` on. The writing node's copy is never shorter than the shipped one."""
     try:
         with open(run.local(path), "rb") as file:
             file.seek(offset)

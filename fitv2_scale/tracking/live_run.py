@@ -1,13 +1,13 @@
-"""A child run per attempt that shows what is live: before it is committed, thinned out, abandoned steps included.
+"""A child run of MLflow for each attempt, with live measurements: not committed yet, thinned out, abandoned steps
+included.
 
-A child holds at most six curves: those of KEYS that are measured, and lag_steps, which says by how many steps the
-canonical curve was behind when they were. Of the journal's records with such keys, every tenth is sent. In the run
-folder it keeps
+A child has at most six curves: those of KEYS that are measured, and lag_steps, the number of steps by which the
+canonical curve was behind at that moment. Every tenth of the journal's records with such keys is sent. The progress is
+kept in the run folder:
 
     tracking/live.json    {"mlflow_run": "8d0f…", "attempt": 3, "segment": 7, "offset": 8123, "seen": 410}
 
-which says how far that got for the canonical run ``mlflow_run``; killed before it is written, it sends the same points
-again.
+for the canonical run ``mlflow_run``. If the process is killed before that is written, it sends the same points again.
 """
 
 from bisect import bisect_right
@@ -26,40 +26,40 @@ _EVERY = 10
 _STATE = "tracking/live.json"
 
 
-class Live:
-    """The children of the canonical MLflow run ``parent``. What talks to the server raises ServerError."""
+class LiveRuns:
+    """The child runs of the canonical MLflow run ``parent``. Methods raise ServerError."""
 
     def __init__(self, run: Run, server: Server, parent: str) -> None:
         self._run, self._server, self._parent = run, server, parent
         state = get(run.store, _STATE) or {}
         same = state.pop("mlflow_run", None) == parent
-        self._seen = state.pop("seen", 0) if same else 0  # records of the attempt that have keys of ours
-        self._place = journal.Position(**state) if same else journal.Position(attempt=1)
-        self._child: ServerRun | None = None  # of the attempt at ``_place``
-        self.step = 0  # the last one that was measured, as far as it was read
+        self._seen = state.pop("seen", 0) if same else 0  # records of the attempt with any of KEYS
+        self._position = journal.Position(**state) if same else journal.Position(attempt=1)
+        self._child: ServerRun | None = None  # of the attempt at ``_position``
+        self.step = 0  # the last measured step that was read
 
     def publish(self, entries: Sequence[Entry]) -> None:
-        """Sends what was measured since, and closes the children of attempts that a newer one has followed."""
+        """Sends the new measurements, and closes the children of attempts that are no longer the newest."""
         committed = _Committed(entries)
         while True:
             self._send(committed)
-            attempt = self._place.attempt
+            attempt = self._position.attempt
             if attempt >= newest_attempt(entries):
                 return
             self.close()
-            self._keep(journal.Position(attempt + 1), 0)
+            self._save(journal.Position(attempt + 1), 0)
 
     def close(self) -> None:
         """Sets the final status of the child of the newest attempt that was read, if it has one."""
         if self._seen:
-            self._open().terminate(*final_status(Attempt(self._place.attempt, self._run)))
+            self._open().terminate(*final_status(Attempt(self._position.attempt, self._run)))
         self._child = None
 
     def _send(self, committed: "_Committed") -> None:
-        place, seen = self._place, self._seen
+        position, seen = self._position, self._seen
         rows: list[Row] = []
-        for record in journal.measured(self._run, place):
-            place, self.step = record.end, max(self.step, record.step)
+        for record in journal.read_attempt(self._run, position):
+            position, self.step = record.end, max(self.step, record.step)
             values = {key: record.metrics[key] for key in KEYS if key in record.metrics} if record.metrics else {}
             if not values:
                 continue
@@ -68,16 +68,16 @@ class Live:
                 rows += [(key, value, record.time_ms, record.step) for key, value in values.items()]
             seen += 1
         if rows:
-            self._open().metrics(rows)
-        if place != self._place:
-            self._keep(place, seen)
+            self._open().log_metrics(rows)
+        if position != self._position:
+            self._save(position, seen)
 
     def _open(self) -> ServerRun:
         if self._child is None:
-            number = self._place.attempt
+            number = self._position.attempt
             note = (
-                f"What attempt {number} of {self._run.id} measures, as it goes: every tenth point, steps that are not "
-                "committed included. The parent run holds the whole curve up to the last commit."
+                f"Live measurements of attempt {number} of {self._run.id}: every tenth point, including steps that are "
+                "not committed yet. The parent run has the complete curve up to the last commit."
             )
             start = get(self._run.store, f"{Attempt(number, self._run).path}/start.json") or {}
             self._child = self._server.open_run(
@@ -90,13 +90,13 @@ class Live:
             )
         return self._child
 
-    def _keep(self, place: journal.Position, seen: int) -> None:
-        self._place, self._seen = place, seen
-        put(self._run.store, _STATE, {"mlflow_run": self._parent} | asdict(place) | {"seen": seen})
+    def _save(self, position: journal.Position, seen: int) -> None:
+        self._position, self._seen = position, seen
+        put(self._run.store, _STATE, {"mlflow_run": self._parent} | asdict(position) | {"seen": seen})
 
 
 class _Committed:
-    """Up to which step the run was committed at a time."""
+    """The last committed step at any time."""
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         self._times, self._steps = [0], [0]
@@ -110,9 +110,10 @@ class _Committed:
 
 
 def final_status(attempt: Attempt) -> tuple[str, int]:
-    """MLflow's word for how an attempt ended, and when, in ms since 1970.
+    """MLflow's status for the end of an attempt, and its time in ms since 1970.
 
-    75, saved and wants another attempt, and no end.json: interrupted. The next attempt turns the run RUNNING again.
+    KILLED stands for exit code 75 (saved, wants another attempt) and for a missing end.json. The next attempt sets the
+    run RUNNING again.
     """
     end = attempt.ended() or {"code": None, "time": now()}
     return {0: "FINISHED", 75: "KILLED", None: "KILLED"}.get(end["code"], "FAILED"), ms(end["time"])

@@ -1,37 +1,40 @@
-"""Who may publish: one process at a time for each run, and one for an SQLite file on a shared file system."""
+"""The locks of publishing: one uploader for each run, one writer of an SQLite file on a shared file system, and one
+process at a time that creates the tables of an SQLite file."""
 
 import errno
 import fcntl
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
+from typing import IO
 
 from data_sharding.errors import UserError
 from fitv2_scale.run.run import Run
-from fitv2_scale.tracking.destination import database, shared_file_system
+from fitv2_scale.tracking.destination import shared_file_system, sqlite_path
 
 # Lustre without -o flock, NFS without a lock daemon.
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 
 
-class Lock:
-    """The right to publish a run; free again when the process that holds it is gone.
+class RunLock:
+    """The right to publish a run; free again when the process that holds it has exited.
 
-    The lock of a run on S3 is the node's. There, and on a file system without locks, two may hold it: they then send
-    some points twice, with the same times, which MLflow's SQL stores drop.
+    The lock of a run on S3 is local to the node. There, and on a file system without locks, two uploaders may hold it:
+    they then send some points twice, with the same times, and MLflow's SQL stores drop the repeats.
     """
 
     def __init__(self, run: Run) -> None:
-        self._path = run.local("tracking/lock")
+        path = run.local("tracking/lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "ab")  # noqa: SIM115 - __exit__ closes it
 
-    def __enter__(self) -> "Lock":
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._path, "ab")
+    def __enter__(self) -> "RunLock":
         return self
 
-    def held(self) -> bool:
-        """Takes the lock if it is free; True if it is ours."""
+    def acquire(self) -> bool:
+        """Takes the lock if it is free. True if this process holds it."""
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -45,45 +48,60 @@ class Lock:
         self._file.close()
 
 
-class Writer:
-    """The right to write to the MLflow at ``uri``. Raises UserError if it is an SQLite file on a shared file system
-    that another process, on any node, writes to for longer than ``seconds``. All else has locks of its own."""
+@contextmanager
+def writer_lock(uri: str, seconds: float) -> Iterator[None]:
+    """The right to write to the MLflow at ``uri``. A lock is taken only for an SQLite file on a shared file system;
+    everything else has locks of its own.
 
-    def __init__(self, uri: str, seconds: float) -> None:
-        file, self._seconds = database(uri), seconds
-        self._path = Path(f"{file}.writer") if file and shared_file_system(file.parent) else None
+    Raises:
+        UserError: another process, on any node, holds the lock for longer than ``seconds``.
+    """
+    file = sqlite_path(uri)
+    if file is None or not shared_file_system(file.parent):
+        yield
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{file}.writer", "a+") as lock:
+        _wait_for_writer(lock, file, time.monotonic() + seconds)
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {os.uname().nodename}")
+        lock.flush()
+        yield
 
-    def __enter__(self) -> "Writer":
-        if self._path is None:
-            return self
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._path, "a+")
-        deadline = time.monotonic() + self._seconds
-        while (error := self._refusal()) is not None:
-            if error.errno in _NO_LOCKS:
-                why = f"{self._path.parent} is on a shared file system without locks: give another MLflow as --uri."
-            elif time.monotonic() > deadline:
-                self._file.seek(0)
-                holder = self._file.read().strip() or "another process"
-                why = f"{holder} writes to {self._path.with_suffix('')}; try again when it is done."
-            else:
-                time.sleep(0.1)
-                continue
-            self._file.close()
-            raise UserError(why) from error
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {os.uname().nodename}")
-        self._file.flush()
-        return self
 
-    def _refusal(self) -> OSError | None:
-        """Takes the lock; why it could not, if it could not."""
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # POSIX: all nodes see it, not always so flock's
-        except OSError as error:
-            return error
-        return None
+def _wait_for_writer(lock: IO[str], file: Path, deadline: float) -> None:
+    while (error := _try_lock(lock)) is not None:
+        if error.errno in _NO_LOCKS:
+            raise UserError(
+                f"{file.parent} is on a shared file system without file locks: give another MLflow with --uri."
+            ) from error
+        if time.monotonic() > deadline:
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
+            raise UserError(f"{file} is being written by {holder}: try again when that has finished.") from error
+        time.sleep(0.1)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._path is not None:
-            self._file.close()
+
+def _try_lock(lock: IO[str]) -> OSError | None:
+    """Takes the lock, or returns the error that prevented it."""
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # POSIX: visible to all nodes, which flock's is not always
+    except OSError as error:
+        return error
+    return None
+
+
+@contextmanager
+def tables_lock(uri: str) -> Iterator[None]:
+    """For the time in which MLflow may create the tables of an SQLite file: one process at a time, where the file
+    system has locks. MLflow does not ensure this itself, and uploaders that start together, as those of a sweep do,
+    would leave a file with half of its tables. No lock for other URIs."""
+    file = sqlite_path(uri)
+    if file is None:
+        yield
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{file}.lock", "w") as lock:
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,10 +1,10 @@
-"""The reading half of ``mlflow_sink``: what training runs have put into an experiment."""
+"""Reads the training runs of an MLflow experiment: names, parameters and metrics."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 # First: it sets MLflow's environment before mlflow is imported.
-from fitv2_scale.tracking.mlflow_writer import ServerError, server  # isort: skip
+from fitv2_scale.tracking.mlflow_writer import ServerError, server_errors  # isort: skip
 
 from mlflow import MlflowClient
 
@@ -23,9 +23,10 @@ class TrackedRun:
 
 
 def training_runs(uri: str, experiment: str, wanted: Callable[[str], bool]) -> Iterator[TrackedRun]:
-    """Each run's canonical curve, of the metrics that are ``wanted``; none of an experiment that is not there. Children
-    that show an attempt live are not canonical, and reports of curves are no runs. Raises ServerError."""
-    with server():
+    """The canonical curve of each training run, with the metrics that are ``wanted``; nothing if there is no such
+    experiment. Left out are the live child runs of attempts and the reports of `fitv2 curves`. Raises ServerError.
+    """
+    with server_errors():
         client = MlflowClient(tracking_uri=uri)
         found = client.get_experiment_by_name(experiment)
         for run in _canonical(client, found.experiment_id) if found else []:

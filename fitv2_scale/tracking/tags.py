@@ -1,5 +1,5 @@
-"""What MLflow is told of a run besides its curve, so that runs can be found and grouped. Nothing secret: it comes from
-run.json and start.json, which are redacted.
+"""The tags of a run in MLflow, by which runs can be found and grouped. They hold no secrets: they come from run.json
+and start.json, which are redacted.
 
     fitv2.family      "S/2", "B/2", "L/2", "XL/2", "3B/2"; "6x160" (depth x hidden) for any other network
     fitv2.parameters  "2971928080"
@@ -22,7 +22,7 @@ _FAMILIES = {(15, 384): "S/2", (15, 768): "B/2", (28, 1024): "L/2", (36, 1152): 
 
 
 def run_tags(run: Run) -> dict[str, str]:
-    """Of the run, for good."""
+    """Those that stay the same for the whole run."""
     model, parent = run.config.get("model", {}), run.parent or {}
     tags = {
         "fitv2.family": family(model),
@@ -36,7 +36,7 @@ def run_tags(run: Run) -> dict[str, str]:
 
 
 def attempt_tags(attempt: int, start: dict[str, Any]) -> dict[str, str]:
-    """Of an attempt, by its start.json."""
+    """Those of an attempt, from its start.json."""
     gpus = Counter(gpu["name"] for gpu in start.get("gpus", []))
     tags = {
         "fitv2.attempt": attempt,
@@ -49,6 +49,6 @@ def attempt_tags(attempt: int, start: dict[str, Any]) -> dict[str, str]:
 
 
 def family(model: dict[str, Any]) -> str | None:
-    """The published name of the network's size."""
+    """The published name of the network's size; None if the config has no depth or hidden size."""
     depth, hidden = model.get("depth"), model.get("hidden")
     return _FAMILIES.get((depth, hidden), f"{depth}x{hidden}") if depth and hidden else None

@@ -1,4 +1,4 @@
-"""Training's side of the uploader: starts the process, and starts it anew when it was killed. Never imports mlflow."""
+"""Training's side of the uploader: starts the process, and restarts it when it was killed. Never imports mlflow."""
 
 import logging
 import os
@@ -15,10 +15,11 @@ log = logging.getLogger(__name__)
 
 
 class Uploader:
-    """An uploader process that follows this one. Make it on rank 0, after ``Run.claim``. Raises UserError.
+    """An uploader process that follows this one. Create it on rank 0, after ``Run.claim``. Raises UserError.
 
-    It outlives this process until everything committed is published, and exits by itself. Where a job's end kills all
-    its processes (Slurm), wait for it a bounded while after ``Attempt.end``; what is left, `fitv2 track sync` brings.
+    It outlives this process until everything committed is published, and exits by itself. Where the end of a job kills
+    all its processes (Slurm), wait for it for a bounded time after ``Attempt.end``; `fitv2 track sync` publishes the
+    rest.
     """
 
     def __init__(self, run_url: str, uri: str, experiment: str) -> None:
@@ -27,26 +28,26 @@ class Uploader:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         self._command = [sys.executable, "-m", "fitv2_scale.tracking.uploader", run.url]
         self._command += ["--experiment", experiment, "--follow", str(os.getpid())]
-        # A command line shows passwords to everybody.
+        # In the environment, since every user of the machine can read a command line.
         self._environment = os.environ | {URI_VARIABLE: resolve_uri(run_url, uri)}
         self._pause = _FIRST_PAUSE_S
-        self.process: subprocess.Popen[bytes] | None = None
-        self._start()
+        self._started = time.monotonic()
+        self.process = self._start()
 
     def check(self) -> None:
-        """Starts it anew if it died, after a pause that doubles each time. Cheap: for the step loop."""
+        """Restarts it if it has died, after a pause that doubles each time. Cheap: for the step loop."""
         code = self.process.poll() if self.process else "it could not be started"
         if code not in (None, 0) and time.monotonic() - self._started >= self._pause:
-            log.warning("the uploader died (%s) and is started anew; see %s", code, self._log)
+            log.warning("the uploader died (%s) and is restarted; see %s", code, self._log)
             self._pause = min(2 * self._pause, _LONGEST_PAUSE_S)
-            self._start()
+            self._started = time.monotonic()
+            self.process = self._start()
 
-    def _start(self) -> None:
-        self._started = time.monotonic()
+    def _start(self) -> subprocess.Popen[bytes] | None:
         try:
             with open(self._log, "ab") as out:
                 # A session of its own: a Ctrl-C or a SIGUSR1 to training's process group is not meant for the uploader.
-                self.process = subprocess.Popen(
+                return subprocess.Popen(
                     self._command,
                     env=self._environment,
                     stdin=subprocess.DEVNULL,
@@ -54,5 +55,6 @@ class Uploader:
                     stderr=out,
                     start_new_session=True,
                 )
-        except OSError as error:  # a full disk, no more processes: `fitv2 track sync` brings what the journal keeps
-            log.warning("the uploader cannot be started now: %s", error)
+        except OSError as error:  # a full disk, no more processes: `fitv2 track sync` can publish the journal later
+            log.warning("the uploader cannot be started: %s", error)
+            return None

@@ -21,7 +21,7 @@ from fitv2_scale.run.fork import Fork
 from fitv2_scale.run.provenance import own_gpu, provenance
 from fitv2_scale.run.run import Attempt, Run
 from fitv2_scale.run.substitutions import SubstitutionLog, substitutes_of, substitution_records
-from fitv2_scale.tracking.destination import why_journal_only
+from fitv2_scale.tracking.destination import journal_only_reason
 from fitv2_scale.tracking.journal import Journal
 from fitv2_scale.tracking.uploader_process import Uploader
 from fitv2_scale.train.batch_audit import Audit
@@ -104,7 +104,7 @@ def open_session(
 def _start_uploader(run: Run, config: Config, notes: list[str]) -> Uploader | None:
     if config.tracking.uri == "none":
         return None
-    if (why := why_journal_only(run.url, config.tracking.uri)) is not None:
+    if (why := journal_only_reason(run.url, config.tracking.uri)) is not None:
         notes.append(why)
         return None
     return Uploader(run.url, config.tracking.uri, config.tracking.experiment)

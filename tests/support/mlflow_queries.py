@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from fitv2_scale.run.run import Run
-from fitv2_scale.tracking.uploader import Patience
+from fitv2_scale.tracking.uploader import Timing
 
-QUICK = Patience(poll=0.02, backoff=0.02, backoff_most=0.1, last_pass=300.0)
+QUICK = Timing(poll=0.02, backoff=0.02, longest_backoff=0.1, last_pass=300.0)
 
 
 @pytest.fixture(scope="session")

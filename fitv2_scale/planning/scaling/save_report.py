@@ -60,10 +60,10 @@ def publish(report: dict[str, Any], files: Sequence[Path], uri: str, experiment:
         run = Server(uri, experiment, artifact_root(uri)).open_run(
             CURVES_ID, own, start_ms=now_ms, name=f"curves-{own}", tags={"fitv2.kind": "curves"}
         )
-        run.params({"metric": report["metric"] or "fid", "runs": ", ".join(r["name"] for r in report["runs"])})
-        run.metrics([(name, value, now_ms, step) for name, value, step in _numbers(report)])
+        run.log_params({"metric": report["metric"] or "fid", "runs": ", ".join(r["name"] for r in report["runs"])})
+        run.log_metrics([(name, value, now_ms, step) for name, value, step in _numbers(report)])
         for file in files:
-            run.artifact(file, "curves")
+            run.log_artifact(file, "curves")
         run.terminate("FINISHED", time.time_ns() // 1_000_000)
     except ServerError as error:
         raise UserError(

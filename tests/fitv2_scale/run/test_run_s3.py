@@ -111,7 +111,7 @@ def test_a_run_on_s3_is_the_run_on_local_disk(rgw, on_s3, tiny, tmp_path, capfd)
     assert sent["pictures"] == 2 and sent["missing"] == 0 and sent["metrics"] > 20
     assert json.loads(run.store.read("tracking/ack.json"))["attempt"] == 2
     assert sync(config.run, uri, "test")["metrics"] == 0
-    with pytest.raises(UserError, match="beside a run on S3 there can be no MLflow file; give its URI"):
+    with pytest.raises(UserError, match="is on S3, which cannot hold an SQLite file: give the URI"):
         sync(config.run, "auto", "test")
 
     # A fork from there, on local disk.

@@ -176,7 +176,7 @@ def test_a_disk_that_is_full_holds_up_seal_alone(tmp_path):
     attempt = run.claim({})
     done = subprocess.run([sys.executable, "-c", code, str(attempt.folder)], capture_output=True, text=True, check=True)
     assert int(done.stdout) == errno.EFBIG
-    assert "the journal waits for its disk, and training goes on" in done.stderr
+    assert "the journal cannot be written yet; training continues" in done.stderr
     attempt.commit(202, "steps/202", DIGEST)
     assert [step for step, _ in curve(run)] == list(range(1, 203))
 
@@ -187,7 +187,7 @@ def test_the_thread_that_records_touches_no_file(tmp_path, monkeypatch):
     run = make(tmp_path)
     attempt = run.claim({})
     log = Journal(attempt.folder, 1, 0)
-    with log._filing:  # what a hanging write or fsync holds
+    with log._file_lock:  # what a hanging write or fsync holds
         for step in range(1, 101):
             log.metrics(step, {"loss": 1.0})
     log.seal()

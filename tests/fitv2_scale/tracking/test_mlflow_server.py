@@ -101,7 +101,7 @@ def check_curves(database: Database, run: Run, steps: int, measured: int | None 
 def check_child(database: Database, run: Run, attempt: int, status: str) -> None:
     """It is linked, thin, and a subset of what the attempt measured."""
     (uuid,) = database.uuids("fitv2.live_id", f"{run.id}/{attempt}")
-    measured = [r for r in journal.measured(run, journal.Position(attempt)) if r.metrics]
+    measured = [r for r in journal.read_attempt(run, journal.Position(attempt)) if r.metrics]
     curves = database.curves(uuid)
     assert set(curves) == {"loss", "grad_norm", "lr", "images_per_second", "lag_steps"}
     assert curves["loss"] == [(r.step, r.metrics["loss"]) for r in measured[::10]]
@@ -153,7 +153,7 @@ def test_a_login_a_private_ca_and_values_that_are_no_numbers(server, tmp_path, m
         ]:
             for key, value in environment.items():
                 monkeypatch.setenv(key, value)
-            with pytest.raises(UserError, match=f"does not take the journal of .*({why}).*nothing is lost") as error:
+            with pytest.raises(UserError, match=f"failed while .* was published .*({why}).*nothing is lost") as error:
                 sync(run.url, proxy.uri, "test")
             said.append(str(error.value))
         proxy.refusal = 403

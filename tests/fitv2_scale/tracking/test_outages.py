@@ -10,11 +10,11 @@ import pytest
 
 from data_sharding.errors import UserError
 from fitv2_scale.tracking import destination
-from fitv2_scale.tracking.destination import resolve_uri, shared_file_system, why_journal_only
+from fitv2_scale.tracking.destination import journal_only_reason, resolve_uri, shared_file_system
 from fitv2_scale.tracking.journal import Journal
 from fitv2_scale.tracking.publisher import Publisher, ServerError
 from fitv2_scale.tracking.sync import sync
-from fitv2_scale.tracking.uploader import Patience, attempt_has_ended, follow, run_is_over
+from fitv2_scale.tracking.uploader import Timing, attempt_has_ended, follow, run_is_over
 from tests.support.journal_writers import DIGEST, make, train
 from tests.support.mlflow_queries import QUICK, published, steps
 from tests.support.waiting import wait
@@ -33,7 +33,7 @@ def test_an_outage_is_waited_for(folder, runs):
     try:
         follower.start()
         attempt = train(run, 5, 10, commits=(10,))
-        said = "the journal keeps it, next try in 0.04 s"
+        said = "the journal keeps the data, retry in 0.04 s"
         wait("an outage", lambda: log.exists() and said in log.read_text())
     finally:
         with sqlite3.connect(runs / "mlflow.db", timeout=60) as db:
@@ -49,11 +49,11 @@ def test_a_dead_server_never_holds_up_the_end_and_sync_brings_the_rest(folder):
     run = make(folder)
     train(run, 0, 5, commits=(5,)).end(0, "done")
     nobody = "http://me:hunter2@127.0.0.1:9"
-    follow(run, nobody, "test", lambda: True, Patience(poll=0.02, backoff=0.1, last_pass=0.2))
+    follow(run, nobody, "test", lambda: True, Timing(poll=0.02, backoff=0.1, last_pass=0.2))
     log = (folder / "tracking" / "uploader.log").read_text()
-    assert f"waits for `fitv2 track sync {folder}`" in log and "hunter2" not in log
+    assert f"run `fitv2 track sync {folder}` to publish the rest" in log and "hunter2" not in log
     with pytest.raises(
-        UserError, match=r"MLflow at http://\[redacted\]@127.0.0.1:9 does not take .* nothing is lost"
+        UserError, match=r"MLflow at http://\[redacted\]@127.0.0.1:9 failed while .* nothing is lost"
     ) as said:
         sync(str(folder), nobody, "test")
     assert "hunter2" not in str(said.value)
@@ -74,7 +74,8 @@ def test_a_run_deleted_on_the_server_is_made_anew(folder):
     with pytest.raises(ServerError, match="must be in the 'active' state"):
         publisher.publish()
     assert publisher.publish()["metrics"] == 10
-    assert said == [f"MLflow's run {first} is gone: everything is sent again, to a new one ({publisher.mlflow_run})"]
+    again = f"everything is sent again to a new one ({publisher.mlflow_run})"
+    assert said == [f"the MLflow run {first} no longer exists: {again}"]
     MlflowClient(uri).restore_run(first)  # two with one tag: the one that was written down stays
     assert sync(str(folder), "auto", "test")["mlflow_run"] == publisher.mlflow_run != first
 
@@ -97,8 +98,8 @@ def test_what_mlflow_refuses_holds_up_nothing_else(folder, monkeypatch):
     said = []
     counts = sync(str(folder), "auto", "test", say=said.append)
     assert counts["refused"] == 2 and len(said) == 3
-    assert said[0].startswith("MLflow refuses a parameter, the run goes without: note: ")
-    assert said[1].startswith("MLflow refuses a metric, which stays in the journal only: odd@name: ")
+    assert said[0].startswith("MLflow refused a parameter, which is left out: note: ")
+    assert said[1].startswith("MLflow refused a metric, which is kept in the journal only: odd@name: ")
     there = published(folder)
     assert [(row[0], row[1]) for row in there["metrics"]] == [(s, key) for s in range(1, 301) for key in ("b", "loss")]
     assert there["params"] == {"model.dim": "8", "seed": "3"}
@@ -108,10 +109,10 @@ def test_what_mlflow_refuses_holds_up_nothing_else(folder, monkeypatch):
 def test_a_wrong_uri_is_said_and_training_goes_on(folder, uri):
     run = make(folder)
     train(run, 0, 5, commits=(5,)).end(0, "done")
-    follow(run, uri, "test", lambda: True, Patience(poll=0.02, backoff=0.05, last_pass=0.1))
+    follow(run, uri, "test", lambda: True, Timing(poll=0.02, backoff=0.05, last_pass=0.1))
     log = (folder / "tracking" / "uploader.log").read_text()
-    assert f"MLflow at {uri} does not take it, the journal keeps it, next try in 0.05 s: " in log
-    assert f"waits for `fitv2 track sync {folder}`" in log and "Traceback" not in log
+    assert f"MLflow at {uri} failed; the journal keeps the data, retry in 0.05 s: " in log
+    assert f"run `fitv2 track sync {folder}` to publish the rest" in log and "Traceback" not in log
     assert sync(str(folder), "auto", "test")["metrics"] == 5
 
 
@@ -146,16 +147,16 @@ def test_on_a_shared_file_system_sync_is_the_one_writer(folder, runs, tmp_path, 
     monkeypatch.setattr(destination, "_MOUNTS", mounts)
     run = make(folder, {"tracking": {"uri": "auto"}})
     attempt = train(run, 0, 5, commits=(5,))
-    assert "stay in the journal; `fitv2 track sync" in why_journal_only(run.url, "auto")
-    assert why_journal_only(run.url, "http://mlflow:5000") is None
+    assert "metrics go to the journal only; run `fitv2 track sync" in journal_only_reason(run.url, "auto")
+    assert journal_only_reason(run.url, "http://mlflow:5000") is None
 
     uri = resolve_uri(run.url, "auto")
     other = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print('process 7 on n1', file=f, flush=True); print(flush=True); sys.stdin.read()"  # noqa: E501
     command = [sys.executable, "-c", other, str(runs / "mlflow.db.writer")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         process.stdout.readline()
-        with pytest.raises(UserError, match=r"process 7 on n1 writes to .*mlflow.db; try again when it is done"):
-            sync(run.url, uri, "test", Patience(last_pass=0.2))
+        with pytest.raises(UserError, match="mlflow.db is being written by process 7 on n1: try again"):
+            sync(run.url, uri, "test", Timing(last_pass=0.2))
         process.stdin.close()
     sync(run.url, uri, "test")
     assert published(folder)["status"] == "RUNNING"  # no uploader there would hold the lock
@@ -168,7 +169,7 @@ def test_sync_follows_a_run_until_it_is_done(folder):
     """From another machine, over several attempts, without a process to watch."""
     run = make(folder)
     follower = threading.Thread(target=follow, args=(run, resolve_uri(str(folder), "auto"), "test"), kwargs={
-        "over": lambda: run_is_over(run), "patience": QUICK,
+        "over": lambda: run_is_over(run), "timing": QUICK,
     })  # fmt: skip
     follower.start()
     train(run, 0, 5, commits=(5,)).end(75, "SIGUSR1")

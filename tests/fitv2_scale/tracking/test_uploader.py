@@ -16,7 +16,7 @@ from fitv2_scale.run.run import Run
 from fitv2_scale.tracking import journal
 from fitv2_scale.tracking.destination import resolve_uri
 from fitv2_scale.tracking.journal import Journal
-from fitv2_scale.tracking.locks import Lock
+from fitv2_scale.tracking.locks import RunLock
 from fitv2_scale.tracking.sync import sync
 from fitv2_scale.tracking.uploader_process import Uploader
 from tests.support.journal_writers import DIGEST, make, train
@@ -125,8 +125,8 @@ def test_another_server_gets_everything(folder):
 def test_one_uploader_at_a_time(folder):
     run = make(folder)
     attempt = train(run, 0, 5, commits=(5,))
-    with Lock(run) as lock:
-        assert lock.held()
+    with RunLock(run) as lock:
+        assert lock.acquire()
         with pytest.raises(UserError, match="published by another uploader"):
             sync(str(folder), "auto", "test", QUICK)
         attempt.end(0, "done")  # the other is about to finish: worth waiting for
