@@ -110,7 +110,7 @@ class _Round:
 
 @dataclass
 class _Bench:
-    """What ``train_step`` reads of a session, and what is measured with it. All ranks do all of this together."""
+    """A run that is trained, saved and loaded, and what is measured of it. All ranks do all of this together."""
 
     config: Config
     world: World
@@ -122,7 +122,6 @@ class _Bench:
     checkpoints: Checkpointer
     retire: Callable[[], None]
     prepare_seconds: float
-    audit: None = None
     saved: int = 0
     waited: float = field(default=0.0)
 
@@ -148,12 +147,12 @@ class _Bench:
     def step(self, batch: StepBatch) -> float:
         """Trains on it; returns the seconds that this took."""
         began = time.perf_counter()
-        train_step(self, batch)
+        train_step(self.engine, batch, self.config, self.world.device, self._wait_for_staging)
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - began
 
-    def staged(self) -> None:
+    def _wait_for_staging(self) -> None:
         began = time.perf_counter()
         self.checkpoints.staged()
         self.waited += time.perf_counter() - began

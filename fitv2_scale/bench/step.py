@@ -97,18 +97,14 @@ def _reference(case: _Case, batches: Sequence[StepBatch]) -> _Round:
 
 @dataclass(frozen=True)
 class _Trainer:
-    """What ``train_step`` reads of a session."""
+    """Takes steps as a run does, and saves nothing."""
 
     config: Config
     world: World
     engine: Engine
-    audit: None = None
 
     def step(self, batch: StepBatch) -> None:
-        train_step(self, batch)
-
-    def staged(self) -> None:
-        """Nothing is saved here."""
+        train_step(self.engine, batch, self.config, self.world.device)
 
 
 def _measure_steps(step: Callable, stream: Iterable[StepBatch], batches: Sequence[StepBatch], world: World) -> _Round:

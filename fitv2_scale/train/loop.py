@@ -81,7 +81,10 @@ def _loop(s: Session, agreement: Agreement, watchdog: Watchdog) -> tuple[int, st
             waited = time.perf_counter() - asked
             if batch is not None:  # else nothing is done of this step; what was done before is kept
                 with watchdog.within("step"), profile.step(step):
-                    watch.add(batch, waited, *train_step(s, batch))
+                    sums, result = train_step(s.engine, batch, s.config, s.world.device, s.wait_for_staging)
+                    if s.audit:
+                        s.audit.record(batch)
+                    watch.add(batch, waited, sums, result)
                 progress.advance()
             done, stop = step + (batch is not None), agreement.stop_reason
             end = done == steps or stop is not None

@@ -123,7 +123,7 @@ class Session:
             self.record(step, {"failed_saves": self.checkpoints.failed})
         return failed
 
-    def staged(self) -> None:
-        """From here on the optimizer may change the state (see Checkpointer)."""
+    def wait_for_staging(self) -> None:
+        """When this returns, the optimizer may change the state (see Checkpointer)."""
         with self.times.aside("checkpoint"):
             self.checkpoints.staged()

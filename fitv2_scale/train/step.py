@@ -1,37 +1,47 @@
 """One optimizer step."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from data_sharding.stream.batch import StepBatch
+from fitv2_scale.config.schema import Config
 from fitv2_scale.model.flow import flow_losses
 from fitv2_scale.model.loss_groups import NAMES, tally
 from fitv2_scale.model.to_torch import pack_to_torch
-from fitv2_scale.parallel.engine import StepResult
-from fitv2_scale.train.session import Session
+from fitv2_scale.parallel.engine import Engine, StepResult
 
 
-def train_step(s: Session, batch: StepBatch) -> tuple[Tensor, StepResult]:
-    """One optimizer step, handed to the device; nothing is waited for.
+def train_step(
+    engine: Engine,
+    batch: StepBatch,
+    config: Config,
+    device: torch.device,
+    wait_for_staging: Callable[[], None] = lambda: None,
+) -> tuple[Tensor, StepResult]:
+    """Hands one optimizer step on this rank's part of ``batch`` to ``device``; the host does not wait for it.
 
-    Returns this rank's share of the loss by group, on the device (see ``loss_groups.tally``): the data-parallel ranks'
-    shares add up to it.
+    ``wait_for_staging`` is called between the last backward pass and the update: it returns once the weights, moments
+    and EMA may change (see ``Checkpointer``).
+
+    Returns this rank's part of the loss by group, float32 (2, groups) on the device (see ``loss_groups.tally``), which
+    adds up over the data-parallel ranks, and what the engine says of the step.
     """
-    config, total = s.config, torch.zeros((2, len(NAMES)), device=s.world.device)
+    total = torch.zeros((2, len(NAMES)), device=device)
     for i, pack in enumerate(batch.packs):
-        packed = pack_to_torch(pack, s.world.device)
-        losses = flow_losses(s.engine.network, packed, config.flow, config.model.classes, config.seed)
-        s.engine.backward(telling(losses.share(packed)), last=i == len(batch.packs) - 1)
+        packed = pack_to_torch(pack, device)
+        losses = flow_losses(engine.network, packed, config.flow, config.model.classes, config.seed)
+        engine.backward(poison_if_not_finite(losses.share(packed)), last=i == len(batch.packs) - 1)
         total += tally(losses, packed)
-    if s.audit:
-        s.audit.record(batch)
-    s.staged()
-    return total, s.engine.step(config.optimizer.lr_at(batch.step), config.optimizer.max_norm)
+    wait_for_staging()
+    return total, engine.step(config.optimizer.lr_at(batch.step), config.optimizer.max_norm)
 
 
-def telling(loss: Tensor) -> Tensor:
-    """``loss``; but if it is not finite, neither is any gradient that flows from it.
+def poison_if_not_finite(loss: Tensor) -> Tensor:
+    """``loss``, unchanged if it is finite; otherwise NaN, and so is every gradient that flows from it.
 
-    So the norm of the gradient, which every rank learns anyway, also tells whether any rank's loss was not finite.
+    The norm of the gradient, which every rank learns anyway, therefore shows whether the loss of any rank was not
+    finite.
     """
     return loss * (1.0 + 0.0 * loss.detach())  # the factor is exactly 1, or NaN

@@ -41,6 +41,8 @@ _COMPILING = 3  # so many first steps may hold compilation
 _RANKS_PER_SECOND = 128  # that a rank tells; on larger worlds each is told less often
 _WRITER_GRACE, _OTHERS_GRACE = 2.0, 10.0  # seconds between stacks and end: the first that ends takes all others with it
 
+_PACKAGES = [Path(__file__).parents[2] / name for name in ("fitv2_scale", "data_sharding")]
+
 log = logging.getLogger(__name__)
 
 
@@ -257,7 +259,7 @@ def _where() -> str:
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame is not None:
         file = Path(frame.f_code.co_filename)
-        if {"fitv2_scale", "data_sharding"} & set(file.parts):
+        if any(file.is_relative_to(package) for package in _PACKAGES):
             return f"{file.name}:{frame.f_lineno} {frame.f_code.co_name}"
         frame = frame.f_back
     return ""

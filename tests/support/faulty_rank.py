@@ -20,10 +20,10 @@ if kind == "unfit" and os.environ["SLURMD_NODENAME"] == which:
 if kind == "step":
     train_step = fitv2_scale.train.loop.train_step
 
-    def fail(session, batch):
+    def fail(engine, batch, *rest):
         if batch.step == int(which):
             raise RuntimeError(f"planned failure at step {which}")
-        return train_step(session, batch)
+        return train_step(engine, batch, *rest)
 
     fitv2_scale.train.loop.train_step = fail
 sys.exit(rank.main())

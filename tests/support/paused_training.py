@@ -12,10 +12,10 @@ def train_held(config, taken: int, until: str = "") -> int:
     """Trains. The step after the first ``taken`` waits for the file ``until``; without one, it waits to be killed."""
     train_step = module.train_step
 
-    def step(s, batch):
+    def step(engine, batch, *rest):
         if batch.step == taken:
             wait("the file", Path(until).exists) if until else time.sleep(10**6)
-        return train_step(s, batch)
+        return train_step(engine, batch, *rest)
 
     module.train_step = step
     return train(config)

@@ -58,9 +58,9 @@ def train_slowly(config) -> tuple[int, int, int]:
         writers -= 1
         return write_commit(run, folder, *args)
 
-    def counted(s, batch):
+    def counted(engine, batch, *rest):
         nonlocal overlapping
-        result = step(s, batch)
+        result = step(engine, batch, *rest)
         overlapping += writers > 0
         return result
 
@@ -103,9 +103,9 @@ def train_failing(config, step: int, rank: int) -> tuple[int, list[int]]:
             raise OSError(28, "No space left on device")
         return write(self, *args)
 
-    def counted(s, batch):
+    def counted(engine, batch, *rest):
         taken.append(batch.step)
-        return train_step(s, batch)
+        return train_step(engine, batch, *rest)
 
     BoxWriter.write_data, module.train_step = act, counted
     return train(config), taken
@@ -199,10 +199,10 @@ def train_into_a_bug(config) -> None:
     """Fails in the step after the first commit has begun, which is slow."""
     train_step, write_commit = module.train_step, checkpointer.write_commit
 
-    def step(s, batch):
+    def step(engine, batch, *rest):
         if batch.step == 4:
             raise RuntimeError("planned")
-        return train_step(s, batch)
+        return train_step(engine, batch, *rest)
 
     module.train_step, checkpointer.write_commit = step, slow(write_commit, 1.0)
     train(config)

@@ -179,7 +179,7 @@ def test_gradients_that_stay_infinite_end_the_run(tiny):
 
 
 def train_on_nan(config) -> int:
-    import fitv2_scale.train.loop as module
+    import fitv2_scale.train.step as module
 
     flow_losses = module.flow_losses
 

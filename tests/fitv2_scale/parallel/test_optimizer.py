@@ -15,7 +15,7 @@ from fitv2_scale.data import Data
 from fitv2_scale.parallel.optimizer import AdamW, global_norm, judge, update_ema
 from fitv2_scale.parallel.world import join
 from fitv2_scale.train.setup import claim, open_session
-from fitv2_scale.train.step import telling, train_step
+from fitv2_scale.train.step import poison_if_not_finite, train_step
 from tests.support.ranks import run_ranks
 
 CONFIG = OptimizerConfig(beta2=0.99, weight_decay=0.01)
@@ -118,10 +118,10 @@ def test_a_skipped_step_never_was(device):
 def test_a_loss_that_is_not_finite_has_no_finite_gradient():
     x = torch.linspace(-1, 1, 7).requires_grad_()
     (plain,) = torch.autograd.grad(x.square().sum(), x)
-    (told,) = torch.autograd.grad(telling(x.square().sum()), x)
+    (told,) = torch.autograd.grad(poison_if_not_finite(x.square().sum()), x)
     assert torch.equal(plain, told)
     for bad in (float("inf"), float("-inf"), float("nan")):
-        (told,) = torch.autograd.grad(telling(x.square().sum() + bad), x)
+        (told,) = torch.autograd.grad(poison_if_not_finite(x.square().sum() + bad), x)
         assert told.isnan().all()
 
 
@@ -199,10 +199,10 @@ def steps_without_waiting(config) -> int:
         s = open_session(config, world, layout, data, run, number, None)
         with s.open_loader() as loader:
             for batch in islice(loader, 3):
-                train_step(s, batch)
+                train_step(s.engine, batch, config, world.device, s.wait_for_staging)
             with refusing_to_wait(world.device):
                 for batch in islice(loader, 3):
-                    train_step(s, batch)
+                    train_step(s.engine, batch, config, world.device, s.wait_for_staging)
                     packs += len(batch.packs)
     return packs
 

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import fitv2_scale.train.loop as module
+import fitv2_scale.train.step as step_module
 from fitv2_scale.model.flow import FlowLosses
 from fitv2_scale.model.loss_groups import NAMES
 from fitv2_scale.parallel.engine import StepResult
@@ -31,20 +33,20 @@ def train_with(config, change: Callable, *arguments) -> int:
 
 def poisoned(train_step: Callable, how: str, rank: int, steps: set[int]) -> Callable:
     """What one rank computes in ``steps`` is not finite: through its data, its loss alone, or its gradient alone."""
-    flow_losses = module.flow_losses
+    flow_losses = step_module.flow_losses
 
     def change(losses: FlowLosses) -> FlowLosses:
         more = math.inf if how == "loss" else (losses.loss_I * 0).sqrt()  # whose derivative at 0 is infinite
         return replace(losses, loss_I=losses.loss_I + more)
 
-    def step(s, batch):
-        bad = s.world.rank == rank and batch.step in steps
+    def step(engine, batch, *rest):
+        bad = dist.get_rank() == rank and batch.step in steps
         if bad and how == "data":
             batch.packs[-1].latents[0] = math.nan
         elif bad:
-            module.flow_losses = lambda *arguments: change(flow_losses(*arguments))
-        result = train_step(s, batch)
-        module.flow_losses = flow_losses
+            step_module.flow_losses = lambda *arguments: change(flow_losses(*arguments))
+        result = train_step(engine, batch, *rest)
+        step_module.flow_losses = flow_losses
         return result
 
     return step
@@ -53,9 +55,9 @@ def poisoned(train_step: Callable, how: str, rank: int, steps: set[int]) -> Call
 def left_out(train_step: Callable, steps: set[int]) -> Callable:
     """``steps`` are not done at all."""
 
-    def step(s, batch):
+    def step(engine, batch, *rest):
         nan, one = torch.full((2, len(NAMES)), math.nan), torch.tensor(1.0)
-        return (nan, StepResult(nan[0, 0], one)) if batch.step in steps else train_step(s, batch)
+        return (nan, StepResult(nan[0, 0], one)) if batch.step in steps else train_step(engine, batch, *rest)
 
     return step
 

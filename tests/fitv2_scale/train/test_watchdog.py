@@ -116,7 +116,7 @@ def test_a_rank_that_never_returns_from_a_step_is_named(dataset, tmp_path):
     try:
         end = end_of(config.run)
         assert end["code"] == 75 and end["reason"].startswith("rank 1 on "), end
-        assert "has been in section step" in end["reason"] and "at step 6, in train.py:" in end["reason"]
+        assert "has been in section step" in end["reason"] and "at step 6, in loop.py:" in end["reason"]
         assert "train_to_a_standstill" in Path(config.run, "attempts/1/logs/rank-00001.stacks").read_text()
     finally:
         ranks.kill()
@@ -127,10 +127,10 @@ def train_to_a_standstill(config) -> int:
 
     step = module.train_step
 
-    def sleep(session, batch):
+    def sleep(engine, batch, *rest):
         if batch.step == 6 and os.environ["RANK"] == "1":
             time.sleep(1000)
-        return step(session, batch)
+        return step(engine, batch, *rest)
 
     module.train_step = sleep
     return train(config)

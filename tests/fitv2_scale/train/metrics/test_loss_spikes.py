@@ -66,8 +66,8 @@ def test_a_run_tells_of_its_spikes(tiny, sigma):
 def train_with_a_spike(config) -> tuple[int, list[str]]:
     train_step, said, say = module.train_step, [], Progress.say
 
-    def step(s, batch):
-        loss, result = train_step(s, batch)
+    def step(engine, batch, *rest):
+        loss, result = train_step(engine, batch, *rest)
         return loss * (100 if batch.step == SPIKE else 1), result
 
     def listen(progress, text):
