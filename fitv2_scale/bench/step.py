@@ -28,7 +28,7 @@ from fitv2_scale.model.flow import flow_loss
 from fitv2_scale.model.to_torch import pack_to_torch
 from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.engine import Engine
-from fitv2_scale.parallel.memory import cuda_peak
+from fitv2_scale.parallel.memory_estimate import cuda_peak
 from fitv2_scale.parallel.optimizer import update_ema
 from fitv2_scale.parallel.world import World, join
 from fitv2_scale.planning.forecast.memory_per_rank import plan_compute, plan_state

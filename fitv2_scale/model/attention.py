@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fitv2_scale.model.packing import Packing
+from fitv2_scale.model.packed_batch import Packing
 
 _VARLEN_DTYPES = (torch.bfloat16, torch.float16)  # what the flash kernel takes
 

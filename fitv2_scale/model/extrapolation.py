@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fitv2_scale.config.model import RopeConfig
-from fitv2_scale.model.packing import Packing
+from fitv2_scale.model.packed_batch import Packing
 from fitv2_scale.model.rope import axis_frequencies, table
 
 _FASTEST, _SLOWEST = 32, 1  # YaRN's beta: turns over L above which, and below which, the ramp ends

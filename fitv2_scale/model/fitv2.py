@@ -17,7 +17,7 @@ from fitv2_scale.config.model import TIMESTEP_CHANNELS, TOKEN_CHANNELS, ModelCon
 from fitv2_scale.model.attention import attention
 from fitv2_scale.model.extrapolation import extrapolated_table
 from fitv2_scale.model.gather import to_tokens
-from fitv2_scale.model.packing import Packing
+from fitv2_scale.model.packed_batch import Packing
 from fitv2_scale.model.rope import rope_table, rotate
 
 NORM_EPS = 1e-6

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data_sharding.rng import Purpose
 from fitv2_scale.config.model import TOKEN_CHANNELS, FlowConfig
-from fitv2_scale.model.packing import PackedBatch
+from fitv2_scale.model.packed_batch import PackedBatch
 from fitv2_scale.model.rng import normal, uniform, words
 
 _BLOCKS = TOKEN_CHANNELS // 4  # blocks of four words a token's noise takes

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fitv2_scale.model.flow import FlowLosses
-from fitv2_scale.model.packing import PackedBatch
+from fitv2_scale.model.packed_batch import PackedBatch
 
 _TIMES = 4  # buckets of equal width; in the first is mostly noise
 _SHORTEST, _LENGTHS = 64, 6  # up to 64 tokens, then up to twice as many; the last is without an end

@@ -4,7 +4,7 @@ import torch
 
 from data_sharding.plan.pack_layout import PackLayout
 from data_sharding.stream.batch import Pack
-from fitv2_scale.model.packing import PackedBatch, Packing, to_device
+from fitv2_scale.model.packed_batch import PackedBatch, Packing, to_device
 
 
 def packing_to_torch(layout: PackLayout) -> Packing:

@@ -21,7 +21,7 @@ from data_sharding.errors import UserError
 from fitv2_scale.config.layout import Precision
 from fitv2_scale.config.sections import OptimizerConfig
 from fitv2_scale.model.fitv2 import FiTv2
-from fitv2_scale.parallel.memory import ZERO3_BUCKET
+from fitv2_scale.parallel.memory_estimate import ZERO3_BUCKET
 from fitv2_scale.parallel.mesh import Groups
 
 

@@ -21,7 +21,7 @@ from fitv2_scale.model.counts import logical_shapes
 from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.model.flow import flow_loss
 from fitv2_scale.model.init import fill_initial
-from fitv2_scale.model.packing import PackedBatch
+from fitv2_scale.model.packed_batch import PackedBatch
 from fitv2_scale.model.to_torch import packing_to_torch
 from fitv2_scale.parallel.boxes import LogicalTensor
 from fitv2_scale.parallel.build import make_engine

@@ -21,7 +21,7 @@ from fitv2_scale.config.sections import SamplingConfig
 from fitv2_scale.evaluate.sampling.solvers import Images, Velocity, dopri5, euler, heun, sde
 from fitv2_scale.model.extrapolation import default_rope, extrapolated_table
 from fitv2_scale.model.flow import noise_words
-from fitv2_scale.model.packing import Packing, to_device
+from fitv2_scale.model.packed_batch import Packing, to_device
 from fitv2_scale.model.rng import normal
 from fitv2_scale.model.to_torch import packing_to_torch
 from fitv2_scale.parallel.world import World

@@ -8,7 +8,7 @@ from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.schema import Config
 from fitv2_scale.config.sections import CheckpointConfig
 from fitv2_scale.data import Data
-from fitv2_scale.parallel.memory import state_bytes
+from fitv2_scale.parallel.memory_estimate import state_bytes
 
 _LATENT_BYTES = 2  # float16, the default of `fitv2 shard write`
 _TOKEN = 16  # numbers

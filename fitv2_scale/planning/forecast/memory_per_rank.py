@@ -6,7 +6,7 @@ from typing import Any
 
 from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.schema import Config
-from fitv2_scale.parallel.memory import Compute, StateBytes, cuda_peak, saved_bytes, state_bytes
+from fitv2_scale.parallel.memory_estimate import Compute, StateBytes, cuda_peak, saved_bytes, state_bytes
 
 
 def plan_state(config: Config, layout: Layout) -> StateBytes:

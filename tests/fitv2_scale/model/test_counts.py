@@ -9,7 +9,7 @@ from fitv2_scale.config.load import load_config
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.model.counts import forward_flops
 from fitv2_scale.model.fitv2 import FiTv2
-from fitv2_scale.model.packing import Packing
+from fitv2_scale.model.packed_batch import Packing
 from tests.fitv2_scale.model.test_fitv2 import pack
 
 

@@ -14,7 +14,7 @@ from fitv2_scale.model.counts import logical_shapes, parameter_count
 from fitv2_scale.model.fitv2 import FiTv2, Role
 from fitv2_scale.model.gather import to_tokens
 from fitv2_scale.model.init import fill_initial
-from fitv2_scale.model.packing import Packing
+from fitv2_scale.model.packed_batch import Packing
 from fitv2_scale.model.rope import rope_table, rotate
 from fitv2_scale.model.to_torch import packing_to_torch
 

@@ -15,7 +15,7 @@ from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.schema import Config
 from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.model.flow import flow_loss, make_flow_batch
-from fitv2_scale.model.packing import PackedBatch
+from fitv2_scale.model.packed_batch import PackedBatch
 from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.world import World, join

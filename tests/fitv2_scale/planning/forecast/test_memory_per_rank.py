@@ -24,11 +24,11 @@ from fitv2_scale.config.schema import Config
 from fitv2_scale.model import fitv2
 from fitv2_scale.model.counts import forward_flops
 from fitv2_scale.model.fitv2 import FiTv2
-from fitv2_scale.model.packing import Packing
+from fitv2_scale.model.packed_batch import Packing
 from fitv2_scale.model.rope import rope_table
 from fitv2_scale.parallel.blocks import prepare_blocks
 from fitv2_scale.parallel.build import make_engine
-from fitv2_scale.parallel.memory import Compute, StateBytes, cuda_peak, saved_bytes, state_bytes
+from fitv2_scale.parallel.memory_estimate import Compute, StateBytes, cuda_peak, saved_bytes, state_bytes
 from fitv2_scale.parallel.world import join
 from fitv2_scale.planning.forecast.plan_report import to_text
 from tests.fitv2_scale.model.test_fitv2 import pack

@@ -17,7 +17,7 @@ from fitv2_scale.data import Data
 from fitv2_scale.model.counts import forward_flops
 from fitv2_scale.model.flow import FlowLosses
 from fitv2_scale.model.loss_groups import NAMES, by_group, tally
-from fitv2_scale.model.packing import PackedBatch
+from fitv2_scale.model.packed_batch import PackedBatch
 from fitv2_scale.model.to_torch import packing_to_torch
 from fitv2_scale.run.run import Run
 from fitv2_scale.tracking.journal import read
