@@ -8,7 +8,6 @@ It trains nothing and claims nothing. The successor is queued before training, s
 singleton dependency keeps it waiting until this job is gone. Afterwards it is kept or cancelled, as the records say.
 """
 
-import json
 import os
 import re
 import sys
@@ -19,12 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from data_sharding.errors import UserError
+from data_sharding.storage.local_store import LocalStore
 from fitv2_scale.run.log import newest_attempt, now
 from fitv2_scale.run.run import RETRY, Run
 from launchers import slurm
 from launchers.chain_log import ChainLog, Verdict, excluded, outcome_of, signal_seconds, verdict
 from launchers.hostlist import expand
 from launchers.notify import HUNG, publish, tell, was_hung
+
+CHAIN_FILE = "chain.json"
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,13 @@ class Chain:
 
     @classmethod
     def load(cls, home: str | Path) -> "Chain":
-        return cls(**json.loads((Path(home) / "chain.json").read_text()))
+        record = LocalStore(str(home)).read_json(CHAIN_FILE)
+        if record is None:
+            raise UserError(f"{home} has no {CHAIN_FILE}: restore the folder, or submit the run again.")
+        return cls(**record)
 
     def save(self) -> None:
-        (Path(self.home) / "chain.json").write_text(json.dumps(asdict(self), indent=1))
+        LocalStore(self.home).put_json(CHAIN_FILE, asdict(self), indent=1)
 
     def judge(self, run: Run, history: ChainLog) -> Verdict:
         return verdict(history.since_submit, run.log.entries(), self.steps, self.fruitless)
@@ -130,11 +135,8 @@ def after(home: str, ended: str) -> int:
 def hung_nodes(run: Run, before: int) -> list[str]:
     """Nodes of the ranks that the watchdog of the newest attempt found hanging."""
     newest = newest_attempt(run.log.entries())
-    try:
-        found = json.loads(run.store.read(f"attempts/{newest}/hung.json")) if newest > before else []
-    except FileNotFoundError:
-        return []
-    return sorted({rank["node"] for rank in found})
+    found = run.store.read_json(f"attempts/{newest}/hung.json") if newest > before else None
+    return sorted({rank["node"] for rank in found or ()})
 
 
 _FAILED = re.compile(r"^srun: error: (?:Node failure on )?([^:\s]+)(?:: tasks? [\d,-]+: (.*))?$", re.MULTILINE)

@@ -1,7 +1,6 @@
 """What a person does to a run while it trains somewhere else: stop it, save it, look at it. The run itself is what all
 sides see; Slurm is only asked where it can be reached."""
 
-import json
 import secrets
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,7 @@ from fitv2_scale.run.log import newest_attempt, now
 from fitv2_scale.run.requests import save_path
 from fitv2_scale.run.run import Attempt, Run
 from launchers import slurm
-from launchers.chain import Chain
+from launchers.chain import CHAIN_FILE, Chain
 from launchers.chain_log import ChainLog
 
 
@@ -45,7 +44,7 @@ def save(url: str) -> str:
     if newest == 0 or Attempt(newest, run).ended() is not None:
         raise UserError(f"{run.url}: no attempt is running, so there is nothing to save.")
     order = {"time": now(), "nonce": secrets.token_hex(8)}
-    run.store.put(save_path(newest), json.dumps(order).encode())
+    run.store.put_json(save_path(newest), order)
     return f"{run.url}: attempt {newest} commits at its next step"
 
 
@@ -80,7 +79,7 @@ def chain(run: Run) -> dict[str, Any] | None:
     """What became of the run's newest chain of jobs: {"event": "no-progress", "code": 93, "reason": …}; ``event`` is
     null while it goes on. None if it never had one."""
     history = ChainLog(run.store)
-    if history.submit is None or not (Path(history.submit["home"]) / "chain.json").exists():
+    if history.submit is None or not Path(history.submit["home"], CHAIN_FILE).exists():
         return None
     return asdict(Chain.load(history.submit["home"]).judge(run, history))
 

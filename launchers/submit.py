@@ -27,7 +27,7 @@ from fitv2_scale.run.redact import redact
 from fitv2_scale.run.run import Run, flatten
 from launchers import slurm
 from launchers.batch_script import command_script, train_script
-from launchers.chain import Chain, node_count
+from launchers.chain import CHAIN_FILE, Chain, node_count
 from launchers.chain_log import LEAST_SIGNAL, ChainLog, signal_seconds
 from launchers.control import job_name
 from launchers.secret_overrides import to_environment
@@ -227,11 +227,11 @@ def _copy_code(folder: Path) -> None:
     for package in _PACKAGES:
         folder_of = Path(package.__path__[0])
         shutil.copytree(folder_of, folder / folder_of.name, ignore=shutil.ignore_patterns("__pycache__", "*.png", ".*"))
-    (folder / SOURCE).write_text(json.dumps(redact(source())))
+    LocalStore(str(folder)).put_json(SOURCE, redact(source()))
 
 
 def _keep_copy(run: Run, home: Path) -> None:
     """For a run that is not on a disk: what it was submitted with, in the run."""
     if not isinstance(run.store, LocalStore):
-        for name in ("config.yaml", "chain.json", "job.sh"):
+        for name in ("config.yaml", CHAIN_FILE, "job.sh"):
             run.store.put(f"jobs/{home.name}/{name}", (home / name).read_bytes())

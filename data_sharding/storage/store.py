@@ -10,7 +10,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import PurePosixPath
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
+
+from data_sharding.storage.json_bytes import from_json, to_json
 
 Result = TypeVar("Result")
 Bytes = bytes | memoryview
@@ -77,6 +79,21 @@ class Store(ABC):
     @abstractmethod
     def put(self, path: str, data: bytes) -> None:
         """Writes the object, replacing an older one atomically."""
+
+    def read_json(self, path: str) -> Any:
+        """The JSON value at ``path``, None if there is no such object. Raises DataError if it is damaged."""
+        try:
+            return from_json(self.read(path), self.path(path))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def create_json(self, path: str, value: Any, indent: int | None = None) -> None:
+        """As ``create``, with ``value`` as JSON (see ``to_json``)."""
+        self.create(path, to_json(value, indent))
+
+    def put_json(self, path: str, value: Any, indent: int | None = None) -> None:
+        """As ``put``, with ``value`` as JSON (see ``to_json``)."""
+        self.put(path, to_json(value, indent))
 
     @abstractmethod
     def writing(self, path: str, size: int) -> AbstractContextManager[Writable]:

@@ -32,6 +32,7 @@ from data_sharding.rng import Purpose, words64
 from data_sharding.storage.byte_ranges import ask, exists
 from data_sharding.storage.files import put, read
 from data_sharding.storage.filesystems import file_system
+from data_sharding.storage.json_bytes import from_json, to_json
 from data_sharding.worker_pool import cores, in_turn, progress_bar, run_tasks
 from data_sharding.write.shard_task import Item, Maker, ShardTask, write_shard
 from data_sharding.write.views import square_side
@@ -80,7 +81,7 @@ def is_finished(dst: str, options: Options) -> bool:
     if finished := exists(f"{dst}/{FILE}"):
         begun = Options.of(Manifest.load(dst).header)
     elif exists(record):
-        begun = Options(**json.loads(read(record)))
+        begun = Options(**from_json(read(record), record))
     else:
         return False
     for name, value in asdict(begun).items():
@@ -109,7 +110,7 @@ def build(
     """
     datasets = _divide(items, dst, options.holdout)
     if not exists(f"{dst}/parts/options.json"):
-        put(f"{dst}/parts/options.json", json.dumps(asdict(options)).encode())
+        put(f"{dst}/parts/options.json", to_json(asdict(options)))
     tasks = [
         ShardTask(dst, url, f"shard-{i:06d}.tar.zst", members[at : at + options.images_per_shard], classes, make)
         for url, members in datasets.items()
@@ -176,7 +177,7 @@ def _commit(
     classes: tuple[str, ...],
 ) -> None:
     """From the records: the list of skipped items, then the manifests, that of ``dst`` last."""
-    parts = [(task.dataset, json.loads(read(task.part))) for task in tasks]
+    parts = [(task.dataset, from_json(read(task.part), task.part)) for task in tasks]
     skipped = sorted((s for _, part in parts for s in part["skipped"]), key=lambda s: s["source"])
     if skipped:
         put(f"{next(iter(datasets))}/skipped.json", json.dumps(skipped, ensure_ascii=False, indent=1).encode())

@@ -1,6 +1,5 @@
 """Making one shard: items to samples to one file, and its record in ``parts/``. ``build.py`` says what comes of it."""
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -9,6 +8,7 @@ from data_sharding.format.manifest import FILE
 from data_sharding.format.shard import Sample, ShardBuilder
 from data_sharding.storage.byte_ranges import exists
 from data_sharding.storage.files import put
+from data_sharding.storage.json_bytes import to_json
 from data_sharding.worker_pool import Progress
 
 _CHUNK = 64  # items handed over at once: enough pictures of one size for a batch, few enough to hold in memory
@@ -71,7 +71,7 @@ def write_shard(task: ShardTask, progress: Progress) -> None:
                 builder.add(made.sample, class_name=class_name, source=made.source, pixels=made.pixels)
         progress(len(chunk), True)
     data, index = builder.finish()
-    record = json.dumps({"index": index.to_record(), "skipped": skipped}).encode()
+    record = to_json({"index": index.to_record(), "skipped": skipped})
     try:
         if index.samples:
             put(f"{task.dataset}/{task.name}", data)

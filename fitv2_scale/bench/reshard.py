@@ -1,6 +1,5 @@
 """A commit as ranks of another layout would have saved it, without any of them."""
 
-import json
 from collections.abc import Iterator
 
 import torch
@@ -19,7 +18,7 @@ def lay_out_anew(source: Run, entry: LogEntry, target: Run, ranks: int) -> None:
 
     One tensor in memory at a time.
     """
-    manifest = json.loads(source.store.read(f"{entry.fields['path']}/{MANIFEST}"))
+    manifest = source.store.read_json(f"{entry.fields['path']}/{MANIFEST}")
     reader = BoxReader(source.store, entry.fields["path"], manifest)
     attempt: Attempt = target.claim({})
     folder = commit_folder(manifest["step"], attempt.number)

@@ -108,6 +108,6 @@ def quarantine(run: Run, entry: Entry, problem: str) -> None:
     if any(e.n == entry.n for e in run.log.commits()):
         record = {"entry": entry.n, "path": entry.fields["path"], "problem": problem}
         try:
-            run.store.put(f"quarantine/{entry.n:08d}.json", json.dumps(record).encode())
+            run.store.put_json(f"quarantine/{entry.n:08d}.json", record)
         except (OSError, UserError) as error:  # a run that may only be read
             log.warning("this could not be noted: %s", error)

@@ -1,6 +1,5 @@
 """Figures of `fitv2 evaluate` to the run's place in MLflow, at the step of the weights, as evaluate/<label>/fid."""
 
-import json
 from datetime import datetime
 from typing import Any
 
@@ -16,12 +15,12 @@ def publish(run: Run, results: list[dict[str, Any]]) -> str:
     uri = run.config["tracking"]["uri"]
     if uri == "none":
         return "MLflow: none (tracking.uri)"
-    if not run.store.exists(_PLACE):
+    if (place := run.store.read_json(_PLACE)) is None:
         return f"MLflow does not know the run yet: `fitv2 track sync {run.url}`, then the same call again sends them"
     # Only here: mlflow takes seconds to import, and training never does.
     from fitv2_scale.tracking.mlflow_writer import ServerError, known_run
 
-    at = json.loads(run.store.read(_PLACE))["mlflow_run"]
+    at = place["mlflow_run"]
     rows = [
         (f"evaluate/{r['label']}/{name}", r[name], _ms(r["time"]), r["step"])
         for r in results

@@ -10,7 +10,6 @@ little guidance, and many evaluations. Whoever wants one figure a step (`fitv2 c
 plain number, without leading zeros.
 """
 
-import json
 from typing import Any
 
 import torch
@@ -54,17 +53,16 @@ def measure(features: Features, reference: Reference, device: torch.device | str
 
 
 def read_result(store: Store, step: str, cell: str) -> dict[str, Any] | None:
-    path = _path(step, cell)
-    return json.loads(store.read(path)) if store.exists(path) else None
+    return store.read_json(_path(step, cell))
 
 
 def write_result(store: Store, step: str, cell: str, result: dict[str, Any]) -> None:
     """Keeps the result of a cell, and brings ``<step>.json`` up to date."""
-    store.put(_path(step, cell), _json(result))
+    store.put_json(_path(step, cell), result, indent=1)
     names = [path for path in store.list(f"{FOLDER}/{step}/") if path.endswith(".json")]
-    cells = sorted((json.loads(store.read(path)) for path in names), key=_rank)
+    cells = sorted((store.read_json(path) for path in names), key=_rank)
     head = {name: cells[0][name] for name in ("step", "weights", *FIGURES)}
-    store.put(f"{FOLDER}/{step}.json", _json(head | {"cells": cells}))
+    store.put_json(f"{FOLDER}/{step}.json", head | {"cells": cells}, indent=1)
 
 
 def _rank(cell: dict[str, Any]) -> tuple:
@@ -74,7 +72,3 @@ def _rank(cell: dict[str, Any]) -> tuple:
 
 def _path(step: str, cell: str) -> str:
     return f"{FOLDER}/{step}/{cell}.json"
-
-
-def _json(record: dict[str, Any]) -> bytes:
-    return json.dumps(record, indent=1).encode()

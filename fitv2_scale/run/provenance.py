@@ -5,7 +5,6 @@ A job trains a copy of the code, which has no git any more: whoever makes the co
 """
 
 import hashlib
-import json
 import os
 import re
 import socket
@@ -16,6 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_sharding.errors import DataError
+from data_sharding.storage.local_store import LocalStore
 from fitv2_scale.run.redact import redact
 
 if TYPE_CHECKING:
@@ -77,8 +78,9 @@ def installed() -> dict[str, str | None]:
 def source() -> dict[str, str | None]:
     """{"git": the commit, with "-dirty" behind it if tracked files were changed, "diff": those changes}; None and ""
     where git knows nothing of this code."""
-    with suppress(OSError, ValueError):
-        return json.loads((_ROOT / SOURCE).read_text())
+    with suppress(OSError, DataError):
+        if (left := LocalStore(str(_ROOT)).read_json(SOURCE)) is not None:
+            return left
     here = Path(__file__)
     try:
         _git("ls-files", "--error-unmatch", str(here))  # not the tree around a virtual environment

@@ -88,10 +88,10 @@ class Run:
         }
         if not store.exists(_IDENTITY):
             with suppress(FileExistsError):  # if another process was first, what it made is checked below
-                store.create(_IDENTITY, _json(new))
-                _check_exclusive(store, _json(new))
+                store.create_json(_IDENTITY, new, indent=1)
+                _check_exclusive(store, new)
         run = Run.open(url)
-        changes = differences(run.recipe, json.loads(_json(recipe)))
+        changes = differences(run.recipe, json.loads(json.dumps(recipe)))
         if run.recipe_hash != new["recipe_hash"] and not changes:
             raise DataError(f"{store.path(_IDENTITY)} was edited: its recipe does not match its hash; restore it.")
         if None not in (run.plan_hash, plan_hash) and run.plan_hash != plan_hash:
@@ -109,16 +109,13 @@ class Run:
     def open(url: str) -> "Run":
         """The run at ``url``, for commands that report on it. Raises UserError if there is none."""
         store = open_store(url)
-        try:
-            record = json.loads(store.read(_IDENTITY))
-        except (FileNotFoundError, NotADirectoryError):
-            raise UserError(f"{store.url} is not a run (it has no {_IDENTITY}); check the path.") from None
-        except ValueError as error:
-            raise DataError(f"{store.path(_IDENTITY)} is damaged ({error}); restore it from a backup.") from error
+        record = store.read_json(_IDENTITY)
+        if record is None:
+            raise UserError(f"{store.url} is not a run (it has no {_IDENTITY}); check the path.")
         try:
             identity = {_FORMER_KEYS.get(key, key): value for key, value in record.items()}
             return Run(**identity, store=store, log=RunLog(store))
-        except TypeError as error:
+        except (TypeError, AttributeError) as error:
             raise DataError(f"{store.path(_IDENTITY)} is not what this version writes ({error}).") from error
 
     @property
@@ -142,12 +139,12 @@ class Run:
         know all of the code."""
         entry = self.log.claim()
         attempt = Attempt(entry.attempt, self)
-        before = _read_json(self.store, f"attempts/{entry.attempt - 1}/start.json") or {}
+        before = self.store.read_json(f"attempts/{entry.attempt - 1}/start.json") or {}
         start = {"attempt": entry.attempt, "time": entry.time, **redact(provenance)}
         start["changed"] = _changes(before, start)
         if diff := start.pop("diff", None):
             self.store.put(f"{attempt.path}/code.diff", diff.encode())
-        self.store.put(f"{attempt.path}/start.json", _json(start))
+        self.store.put_json(f"{attempt.path}/start.json", start, indent=1)
         return attempt
 
 
@@ -165,7 +162,7 @@ class Attempt:
     @property
     def changed(self) -> list[str]:
         """What it is made of and the attempt before was not: ["packages.torch: 2.12.0 -> 2.13.0"]."""
-        return (_read_json(self.run.store, f"{self.path}/start.json") or {}).get("changed", [])
+        return (self.run.store.read_json(f"{self.path}/start.json") or {}).get("changed", [])
 
     @property
     def path(self) -> str:
@@ -196,13 +193,13 @@ class Attempt:
         """How long a step and a save take at most, for launchers: so long before a time limit they must be told."""
         pace = {"step_seconds": round(step_seconds, 3), "save_seconds": round(save_seconds, 3)}
         try:
-            self.run.store.put(f"{self.path}/pace.json", _json(pace))
+            self.run.store.put_json(f"{self.path}/pace.json", pace, indent=1)
         except (OSError, StorageDown) as error:
             log.warning("the pace of attempt %d could not be noted: %s", self.number, error)
 
     def pace(self) -> dict[str, float] | None:
         """{"step_seconds": 1.5, "save_seconds": 40.0}, or None if it has not saved yet."""
-        return _read_json(self.run.store, f"{self.path}/pace.json")
+        return self.run.store.read_json(f"{self.path}/pace.json")
 
     def end(self, code: int, reason: str) -> None:
         """Records why the attempt ended. ``code`` is the exit code of `train`: 0, 2, 75, 93, or another for a bug.
@@ -211,7 +208,7 @@ class Attempt:
         """
         end = {"attempt": self.number, "time": now(), "code": code, "reason": redact(reason)}
         try:
-            self.run.store.put(f"{self.path}/end.json", _json(end))
+            self.run.store.put_json(f"{self.path}/end.json", end, indent=1)
         except (OSError, StorageDown) as error:
             log.warning(
                 "attempt %d ends with %d (%s), which could not be recorded: %s", self.number, code, reason, error
@@ -219,13 +216,13 @@ class Attempt:
 
     def ended(self) -> dict[str, Any] | None:
         """end.json, or None if the attempt was killed or still runs."""
-        return _read_json(self.run.store, f"{self.path}/end.json")
+        return self.run.store.read_json(f"{self.path}/end.json")
 
 
-def _check_exclusive(store: Store, data: bytes) -> None:
+def _check_exclusive(store: Store, identity: dict[str, Any]) -> None:
     """Creates the identity once more, with the same bytes: on storage that takes it, two attempts could both commit."""
     with suppress(FileExistsError):
-        store.create(_IDENTITY, data)
+        store.create_json(_IDENTITY, identity, indent=1)
         raise UserError(
             f"{store.url}: this storage overwrites what a conditional create must leave alone (versioned buckets of "
             "some servers do); put the run into another bucket."
@@ -259,14 +256,3 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     for side in sides:
         side["gpus"] = sorted({gpu["name"] for gpu in side.get("gpus", [])})  # their kind, not which ones
     return [line.replace('"', "") for line in differences(*sides)]
-
-
-def _json(record: dict[str, Any]) -> bytes:
-    return json.dumps(record, indent=1).encode()
-
-
-def _read_json(store: Store, path: str) -> dict[str, Any] | None:
-    try:
-        return json.loads(store.read(path))
-    except FileNotFoundError:
-        return None

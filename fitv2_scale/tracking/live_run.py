@@ -19,11 +19,10 @@ from fitv2_scale.run.log import Entry, newest_attempt, now
 from fitv2_scale.run.run import Attempt, Run
 from fitv2_scale.tracking import journal, tags
 from fitv2_scale.tracking.mlflow_writer import Row, Server, ServerRun
-from fitv2_scale.tracking.state import get, put
 
 KEYS = ("loss", "grad_norm", "lr", "images_per_second", "mfu")
 _EVERY = 10
-_STATE = "tracking/live.json"
+STATE = "tracking/live.json"
 
 
 class LiveRuns:
@@ -31,7 +30,7 @@ class LiveRuns:
 
     def __init__(self, run: Run, server: Server, parent: str) -> None:
         self._run, self._server, self._parent = run, server, parent
-        state = get(run.store, _STATE) or {}
+        state = run.store.read_json(STATE) or {}
         same = state.pop("mlflow_run", None) == parent
         self._seen = state.pop("seen", 0) if same else 0  # records of the attempt with any of KEYS
         self._position = journal.Position(**state) if same else journal.Position(attempt=1)
@@ -79,7 +78,7 @@ class LiveRuns:
                 f"Live measurements of attempt {number} of {self._run.id}: every tenth point, including steps that are "
                 "not committed yet. The parent run has the complete curve up to the last commit."
             )
-            start = get(self._run.store, f"{Attempt(number, self._run).path}/start.json") or {}
+            start = self._run.store.read_json(f"{Attempt(number, self._run).path}/start.json") or {}
             self._child = self._server.open_run(
                 tags.LIVE_ID,
                 f"{self._run.id}/{number}",
@@ -92,7 +91,7 @@ class LiveRuns:
 
     def _save(self, position: journal.Position, seen: int) -> None:
         self._position, self._seen = position, seen
-        put(self._run.store, _STATE, {"mlflow_run": self._parent} | asdict(position) | {"seen": seen})
+        self._run.store.put_json(STATE, {"mlflow_run": self._parent} | asdict(position) | {"seen": seen})
 
 
 class _Committed:

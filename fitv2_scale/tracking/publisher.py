@@ -20,7 +20,6 @@ from fitv2_scale.tracking import journal, tags
 from fitv2_scale.tracking.destination import artifact_root
 from fitv2_scale.tracking.live_run import LiveRuns, final_status, ms
 from fitv2_scale.tracking.mlflow_writer import MAX_METRICS_PER_BATCH, Server, ServerError, ServerRun
-from fitv2_scale.tracking.state import get, put
 
 __all__ = ["Publisher", "ServerError"]
 
@@ -74,7 +73,7 @@ class Publisher:
                 for batch in _batches(journal.read(self._run, connection.acknowledged)):
                     self._send(connection.canonical, batch, counts)
                     ack = connection.acknowledged = batch[-1].end
-                    put(self._run.store, _ACK, {"mlflow_run": connection.canonical.id} | asdict(ack))
+                    self._run.store.put_json(_ACK, {"mlflow_run": connection.canonical.id} | asdict(ack))
                 connection.entries = len(entries)
             connection.live.publish(entries)
             self._tag_lag(connection, entries)
@@ -95,7 +94,7 @@ class Publisher:
     def _connect(self) -> _Connection:
         run = self._run
         server = Server(self._uri, self._experiment, artifact_root(self._uri))
-        before = get(run.store, _IDENTITY) or {}
+        before = run.store.read_json(_IDENTITY) or {}
         place = {"uri": redact(self._uri), "experiment": self._experiment}
         known = before.pop("mlflow_run", None)
         known = known if before == place else None
@@ -107,8 +106,8 @@ class Publisher:
         if known and known != found.id:
             self._say(f"the MLflow run {known} no longer exists: everything is sent again to a new one ({found.id})")
         if known != found.id:
-            put(run.store, _IDENTITY, place | {"mlflow_run": found.id})
-        ack = get(run.store, _ACK) or {}
+            run.store.put_json(_IDENTITY, place | {"mlflow_run": found.id})
+        ack = run.store.read_json(_ACK) or {}
         same = ack.pop("mlflow_run", None) == found.id  # another server, or a new MLflow run, gets everything
         acknowledged = journal.Position(**ack) if same else journal.Position()
         return _Connection(found, LiveRuns(run, server, found.id), acknowledged)
@@ -137,7 +136,7 @@ class Publisher:
 
     def _tag_attempt(self, connection: _Connection, newest: int) -> None:
         if newest != connection.tagged_attempt:
-            start = get(self._run.store, f"{Attempt(newest, self._run).path}/start.json") or {}
+            start = self._run.store.read_json(f"{Attempt(newest, self._run).path}/start.json") or {}
             connection.canonical.set_tags(tags.attempt_tags(newest, start))
             connection.tagged_attempt = newest
 

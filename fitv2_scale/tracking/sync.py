@@ -13,7 +13,6 @@ from fitv2_scale.run.run import Attempt, Run
 from fitv2_scale.tracking.destination import journal_only_reason, resolve_uri
 from fitv2_scale.tracking.locks import RunLock, writer_lock
 from fitv2_scale.tracking.publisher import Publisher, ServerError
-from fitv2_scale.tracking.state import get
 from fitv2_scale.tracking.uploader import Process, Timing, attempt_has_ended
 
 _SILENT_S = 900.0  # a trainer on another node counts as dead when its journal has not grown for so long
@@ -61,7 +60,7 @@ def _is_training(run: Run) -> bool:
     if not isinstance(run.store, LocalStore):
         return True  # there is no way to tell from here
     attempt = Attempt(newest_attempt(run.log.entries()), run)
-    start = get(run.store, f"{attempt.path}/start.json") or {}
+    start = run.store.read_json(f"{attempt.path}/start.json") or {}
     if start.get("hostname") == os.uname().nodename and "pid" in start:
         return Process(start["pid"]).alive()
     configured = run.config.get("tracking", {}).get("uri", "auto")

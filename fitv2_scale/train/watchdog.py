@@ -223,7 +223,7 @@ class Watchdog:
             with suppress(Exception):  # the storage may be what hangs
                 found = [asdict(h) for h in hung] if len(hung) < min(len(ranks), _NAMED) else []
                 # Once: one that was stopped, and wakes up while all are being ended, knows nothing better.
-                self._run.store.create(f"attempts/{self._number}/hung.json", json.dumps(found).encode())
+                self._run.store.create_json(f"attempts/{self._number}/hung.json", found)
                 Attempt(self._number, self._run).end(RETRY, reason)
             print(reason, flush=True)
             time.sleep(_WRITER_GRACE)

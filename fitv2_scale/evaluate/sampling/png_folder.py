@@ -2,7 +2,6 @@
 ADM's evaluator reads."""
 
 import io
-import json
 import os
 import zipfile
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from tqdm import tqdm
 from data_sharding.errors import UserError
 from data_sharding.format.codec import Codec
 from data_sharding.rng import Purpose, uniform
+from data_sharding.storage.local_store import LocalStore
 from fitv2_scale.config.model import parse_size
 from fitv2_scale.config.sections import SamplingConfig
 from fitv2_scale.evaluate.sampling.image_grid import decode
@@ -104,19 +104,18 @@ def _missing(weights: Weights, requests: list[Request], sampling: SamplingConfig
     how = sampling.model_dump(mode="json", exclude={"every_steps", "sizes", "columns", "vae"})
     what = {str(r.index): [r.label, r.rows, r.columns] for r in requests}
     record = {"weights": weights.name, "seed": seed, "sampling": how}
-    path = Path(folder) / _RECORD
+    store = LocalStore(folder)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
-    if path.exists():
-        there = json.loads(path.read_text())
+    if there := store.read_json(_RECORD):
         shared = {index: there["images"][index] for index in there["images"].keys() & what.keys()}
         changes = differences(there | {"images": shared}, record | {"images": {index: what[index] for index in shared}})
         if changes:
             raise UserError(f"{folder} holds other pictures ({'; '.join(changes[:3])}): give another folder")
         what = there["images"] | what
-    _replace(path, json.dumps(record | {"images": what}).encode())
+    store.put_json(_RECORD, record | {"images": what})
     return {r.index for r in requests if not picture_file(folder, r.index).exists()}
 
 

@@ -103,7 +103,7 @@ def _fids(store: Store) -> Iterator[tuple[str, int, float]]:
     """What `fitv2 evaluate` has found of a run: evaluations/<step>.json."""
     for path in store.list("evaluations/"):
         if re.fullmatch(r"evaluations/\d+\.json", path):
-            cells = json.loads(store.read(path))["cells"]
+            cells = store.read_json(path)["cells"]
             yield from ((f"evaluate/{c['label']}/fid", c["step"], c["fid"]) for c in cells if c["fid"] is not None)
 
 

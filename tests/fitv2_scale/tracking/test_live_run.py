@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from data_sharding.storage.local_store import LocalStore
 from fitv2_scale.run.run import Run
 from fitv2_scale.tracking.destination import resolve_uri
 from fitv2_scale.tracking.journal import Journal
-from fitv2_scale.tracking.live_run import KEYS
+from fitv2_scale.tracking.live_run import KEYS, STATE
 from fitv2_scale.tracking.publisher import Publisher
 from fitv2_scale.tracking.sync import sync
 from fitv2_scale.tracking.tags import family
@@ -63,9 +64,13 @@ def test_a_child_run_shows_what_is_live(folder):
 
 def test_a_child_run_goes_on_where_it_was(folder, monkeypatch):
     """Killed before or after it wrote down what it sent, its uploader repeats no point and skips none."""
-    from fitv2_scale.tracking import live_run
+    run, put_json = make(folder), LocalStore.put_json
 
-    run, real = make(folder), live_run.put
+    def killed(store: LocalStore, path: str, value: dict) -> None:
+        if path == STATE:
+            raise KeyboardInterrupt
+        put_json(store, path, value)
+
     attempt = run.claim({})
     log = Journal(attempt.folder, 1, 0)
     for step in range(1, 101):
@@ -73,10 +78,10 @@ def test_a_child_run_goes_on_where_it_was(folder, monkeypatch):
         if step % 7 == 0:
             log.seal()  # the live reader sees sealed segments and growing ones alike
         if step in (33, 66):
-            monkeypatch.setattr(live_run, "put", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            monkeypatch.setattr(LocalStore, "put_json", killed)
             with pytest.raises(KeyboardInterrupt):
                 sync(str(folder), "auto", "test")
-            monkeypatch.setattr(live_run, "put", real)
+            monkeypatch.setattr(LocalStore, "put_json", put_json)
         if step in (34, 90):
             sync(str(folder), "auto", "test")
     log.seal()

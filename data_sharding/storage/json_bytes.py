@@ -1,0 +1,19 @@
+"""JSON values as whole files: records that people may read and a later version must."""
+
+import json
+from typing import Any
+
+from data_sharding.errors import DataError
+
+
+def to_json(value: Any, indent: int | None = None) -> bytes:
+    """The bytes of the file, ASCII; ``indent``: spaces a level, None for a single line."""
+    return json.dumps(value, indent=indent).encode()
+
+
+def from_json(data: bytes, where: str) -> Any:
+    """The value in ``data``, read from the path or URL ``where``. Raises DataError if it is not JSON."""
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        raise DataError(f"{where} is damaged ({error}); restore it from a backup.") from error
