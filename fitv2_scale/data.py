@@ -6,8 +6,9 @@ from data_sharding.errors import UserError
 from data_sharding.format.codec import Codec
 from data_sharding.format.codecs import codec_of
 from data_sharding.format.manifest import Manifest
-from data_sharding.plan.balance import Cost, Nodes, Shape
-from data_sharding.plan.pack_shapes import shapes_of
+from data_sharding.plan.balance import Cost, Nodes
+from data_sharding.plan.pack_layout import PackShape
+from data_sharding.plan.pack_shapes import shapes_for_plan
 from data_sharding.plan.plan import Cursor, Plan, Segment
 from data_sharding.plan.size_presets import is_preset, open_preset
 from fitv2_scale.config.schema import Config
@@ -20,7 +21,7 @@ class Data:
     plan: Plan
     cost: Cost
     nodes: Nodes  # as the dealing sees them
-    shapes: tuple[Shape, ...]
+    shapes: tuple[PackShape, ...]
 
     @classmethod
     def open(cls, config: Config, nodes: Nodes) -> "Data":
@@ -35,7 +36,7 @@ class Data:
         cost = Cost(linear=6 * config.model.hidden, quadratic=1)
         if _fits_a_node(manifests, config):
             nodes = (sum(nodes),)  # each node will hold all of it: balance alone counts
-        return cls(plan, cost, nodes, shapes_of(plan, 0, cost, nodes, config.layout.max_tokens))
+        return cls(plan, cost, nodes, shapes_for_plan(plan, 0, cost, nodes, config.layout.max_tokens))
 
     def continued(self, cursor: Cursor, step: int, config: Config) -> tuple["Data", list[str]]:
         """The data from ``step`` on of a run that stands at ``cursor``, and what there is to say about it.
@@ -56,7 +57,7 @@ class Data:
             if len(last.weights) > 1:
                 notes[0] += f", shares of the datasets {[round(w / sum(last.weights), 4) for w in last.weights]}"
         return replace(
-            self, plan=plan, shapes=shapes_of(plan, step, self.cost, self.nodes, config.layout.max_tokens)
+            self, plan=plan, shapes=shapes_for_plan(plan, step, self.cost, self.nodes, config.layout.max_tokens)
         ), notes
 
     def codec(self, config: Config) -> Codec:

@@ -1,6 +1,10 @@
-"""A step's images to ranks and packs: pure functions of (the step's set, ranks, shapes), the same on every rank.
+"""A step's images to ranks and packs: pure functions of (the step's images, ranks, shapes), the same on every rank.
 
-Nothing here changes what a run learns; it decides how evenly the work falls and how little of a pack is padding.
+Nothing here changes what a run learns. It decides how evenly the work is divided, and how much of a pack is padding.
+
+The problem is multiway number partitioning: costs into a given number of groups, so that the largest sum is small. The
+method is greedy LPT (longest processing time first), then local search: swaps of two images between the most expensive
+group and another one and, in small groups, the best of all two-way splits.
 """
 
 from collections.abc import Sequence
@@ -11,74 +15,67 @@ from itertools import pairwise
 
 import numpy as np
 
-_REPAIR_WORK = 1 << 21  # repairs times images: bounds the time that dealing a step takes
-_TOLERANCE = 10  # a group within 2**-10 of the mean needs no repair
-_PARTNERS = 64  # groups, the lightest, with which the dearest one's images are divided anew
-_SPLIT_LIMIT = 10  # images in two groups up to which all their divisions are tried: 2**10 sums
+from data_sharding.plan.pack_layout import PackShape
+
+_SEARCH_WORK = 1 << 21  # iterations of the local search times images: bounds the time that a step takes
+_TOLERANCE = 10  # a largest sum within 2**-10 of the mean is good enough
+_PARTNERS = 64  # groups, the cheapest, that are tried in two-way splits with the most expensive one
+_SPLIT_LIMIT = 10  # images in two groups up to which all their splits are tried: 2**10 sums
 
 
-Nodes = tuple[int, ...]  # ranks of each node, in their order; (R,) where no rank shares what it reads with another
+Nodes = tuple[int, ...]  # ranks of each node, in their order; (R,) if no rank shares what it reads with another
 
 
 @dataclass(frozen=True)
 class Cost:
     """Work of an image: linear * tokens + quadratic * tokens**2, in whole units. For a transformer of hidden size d
-    the ratio is about 6 d : 1 (linears against attention)."""
+    the ratio is about 6 d : 1 (linear layers to attention)."""
 
     linear: int
     quadratic: int
 
     def of(self, tokens: np.ndarray) -> np.ndarray:
+        """The cost of images of ``tokens`` (int64), in the same shape."""
         return self.linear * tokens + self.quadratic * tokens * tokens
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A static shape of packs."""
-
-    tokens: int  # capacity T
-    images: int  # slots I, those for padding included
-    max_seqlen: int  # the longest image; padding lies in further slots, in runs no longer than this
-
-    def padding_slots(self, room: int) -> int:
-        return -(-room // self.max_seqlen)
-
-    def holds(self, images: int, tokens: int) -> bool:
-        room = self.tokens - tokens
-        return room >= 0 and images + self.padding_slots(room) <= self.images
-
-
-@dataclass(frozen=True)
-class Dealt:
+class PackAssignment:
     """``packs[rank][pack]`` = indices into the step. All ranks have as many packs, all of ``shape``, some empty."""
 
-    shape: Shape
+    shape: PackShape
     packs: list[list[np.ndarray]]
 
 
-def deal(tokens: np.ndarray, cost: Cost, nodes: Nodes, shapes: Sequence[Shape]) -> Dealt:
-    """Images to ranks evenly in cost, each rank's to packs evenly in tokens: as few packs as the largest shape allows,
-    in the smallest shape that holds them. ``shapes`` ascend."""
-    members = spread_over_nodes(cost.of(tokens), nodes)
+def assign_packs(tokens: np.ndarray, cost: Cost, nodes: Nodes, shapes: Sequence[PackShape]) -> PackAssignment:
+    """Divides a step's images among ranks evenly in cost, and each rank's among packs evenly in tokens.
+
+    ``tokens`` is int64 (B,), the length of each image. Packs are as few as the largest of ``shapes`` (ascending)
+    allows, of the smallest shape that holds them all.
+    """
+    members = partition_over_nodes(cost.of(tokens), nodes)
     largest = shapes[-1].tokens
     count = max(1, -(-max(int(tokens[m].sum()) for m in members) // largest))
     while True:
-        packs = [[m[group] for group in spread(tokens[m], count)] for m in members]
+        packs = [[m[group] for group in partition(tokens[m], count)] for m in members]
         sizes = [(len(pack), int(tokens[pack].sum())) for rank in packs for pack in rank]
         for shape in shapes:
             if all(shape.holds(*size) for size in sizes):
-                return Dealt(shape, packs)
+                return PackAssignment(shape, packs)
         count += 1
 
 
-def spread_over_nodes(cost: np.ndarray, nodes: Nodes) -> list[np.ndarray]:
-    """Indices dealt to the ranks of all nodes. Each node gets a contiguous stretch, its share of the cost to within one
-    image: as neighbours lie in the same frames, in every step, a node reads few frames that others read too."""
+def partition_over_nodes(cost: np.ndarray, nodes: Nodes) -> list[np.ndarray]:
+    """The indices of each rank's images, node by node.
+
+    Each node gets a contiguous range of images, of the cost that its ranks are due to within one image. Neighbours lie
+    in the same frames, in every step, so a node reads few frames that others read too.
+    """
     before = np.concatenate(([0], np.cumsum(cost)))
-    shares = np.cumsum((0, *nodes)) * int(before[-1])
-    ends = [_nearest(before * sum(nodes), share) for share in shares.tolist()]
-    stretches = zip(pairwise(ends), nodes, strict=True)
-    return [first + group for (first, end), ranks in stretches for group in spread(cost[first:end], ranks)]
+    due = np.cumsum((0, *nodes)) * int(before[-1])
+    ends = [_nearest(before * sum(nodes), value) for value in due.tolist()]
+    ranges = zip(pairwise(ends), nodes, strict=True)
+    return [first + group for (first, end), ranks in ranges for group in partition(cost[first:end], ranks)]
 
 
 def _nearest(ascending: np.ndarray, value: int) -> int:
@@ -86,35 +83,35 @@ def _nearest(ascending: np.ndarray, value: int) -> int:
     return int(np.abs(ascending - value).argmin())
 
 
-def spread(cost: np.ndarray, groups: int) -> list[np.ndarray]:
-    """Indices dealt to ``groups`` groups so that the dearest group is cheap; a group may be empty.
+def partition(cost: np.ndarray, groups: int) -> list[np.ndarray]:
+    """Indices of the images of each of ``groups`` groups, such that the largest sum of costs is small; a group may be
+    empty.
 
-    Two beginnings, of which the better one stays: longest processing time first; and, where the count does not divide,
-    the cheapest images to just those groups that must hold one more. Either is repaired.
+    Starts from greedy LPT and, where the count of images does not divide, also from a partition in which the groups
+    that must hold one image more get the cheapest ones. Both are improved by local search; the better one is returned.
     """
     enough = int(cost.sum()) // groups
     enough += enough >> _TOLERANCE
-    group, load = _repaired(cost, *_longest_first(cost, groups), enough)
+    group, load = _local_search(cost, *_greedy_lpt(cost, groups), enough)
     each, more = divmod(len(cost), groups)
     if load.max() > enough and each and more:
-        other = _repaired(cost, *_by_count(cost, groups, each, more), enough)
+        other = _local_search(cost, *_lpt_by_count(cost, groups, each, more), enough)
         if other[1].max() < load.max():
             group = other[0]
     by_group = np.argsort(group, kind="stable")
     return np.split(by_group, np.cumsum(np.bincount(group, minlength=groups))[:-1])
 
 
-def _repaired(cost: np.ndarray, group: np.ndarray, load: np.ndarray, enough: int) -> tuple[np.ndarray, np.ndarray]:
-    """``group`` and ``load`` after repairs: while it makes the dearest group cheaper, it exchanges one image for one,
-    or for none, with another group; where no exchange helps and groups are small, the dearest group and another divide
-    all their images anew in the best of all ways."""
-    for _ in range(_REPAIR_WORK // max(1, len(cost))):
-        dearest = int(load.argmax())
-        if load[dearest] <= enough:
+def _local_search(cost: np.ndarray, group: np.ndarray, load: np.ndarray, enough: int) -> tuple[np.ndarray, np.ndarray]:
+    """``group`` and ``load`` once no step makes the most expensive group cheaper, or it is cheap ``enough``: the best
+    swap of one image for one of another group or for none; if no swap helps, the best split with another group."""
+    for _ in range(_SEARCH_WORK // max(1, len(cost))):
+        worst = int(load.argmax())
+        if load[worst] <= enough:
             break
-        found = _best_exchange(cost, group, load, dearest)
+        found = _best_swap(cost, group, load, worst)
         if found is None:
-            found = _best_division(cost, group, load, dearest)
+            found = _best_split(cost, group, load, worst)
         if found is None:
             break
         images, targets = found
@@ -124,20 +121,20 @@ def _repaired(cost: np.ndarray, group: np.ndarray, load: np.ndarray, enough: int
     return group, load
 
 
-def _by_count(cost: np.ndarray, groups: int, each: int, more: int) -> tuple[np.ndarray, np.ndarray]:
+def _lpt_by_count(cost: np.ndarray, groups: int, each: int, more: int) -> tuple[np.ndarray, np.ndarray]:
     """(group of each image, load of each group): the cheapest (each + 1) * more images to ``more`` groups, the others
-    to the rest, either part longest first."""
+    to the rest, both parts by greedy LPT."""
     order = np.argsort(cost, kind="stable")
-    cheap, dear = np.split(order, [(each + 1) * more])
+    cheap, expensive = np.split(order, [(each + 1) * more])
     group, load = np.empty(len(cost), np.int64), np.empty(groups, np.int64)
-    group[cheap], load[:more] = _longest_first(cost[cheap], more)
-    group[dear], load[more:] = _longest_first(cost[dear], groups - more)
-    group[dear] += more
+    group[cheap], load[:more] = _greedy_lpt(cost[cheap], more)
+    group[expensive], load[more:] = _greedy_lpt(cost[expensive], groups - more)
+    group[expensive] += more
     return group, load
 
 
-def _longest_first(cost: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:
-    """(group of each image, load of each group)."""
+def _greedy_lpt(cost: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:
+    """(group of each image, load of each group): the most expensive image first, each to the cheapest group so far."""
     heap = [(0, g) for g in range(groups)]
     group = np.empty(len(cost), np.int64)
     order = np.argsort(-cost, kind="stable")
@@ -150,12 +147,12 @@ def _longest_first(cost: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarra
     return group, load
 
 
-Change = tuple[np.ndarray, np.ndarray]  # images, and the group that each goes to
+Moves = tuple[np.ndarray, np.ndarray]  # images, and the group that each goes to
 
 
-def _best_exchange(cost: np.ndarray, group: np.ndarray, load: np.ndarray, dearest: int) -> Change | None:
-    """One image of the dearest group against one of another group, or against none; None if neither helps."""
-    mine, most = np.flatnonzero(group == dearest), load[dearest]
+def _best_swap(cost: np.ndarray, group: np.ndarray, load: np.ndarray, worst: int) -> Moves | None:
+    """One image of the group ``worst`` for one of another group, or for none; None if neither helps."""
+    mine, most = np.flatnonzero(group == worst), load[worst]
     given = cost[mine][:, None] - cost[None, :]
     after = np.maximum(most - given, load[group][None, :] + given)
     after[:, mine] = most
@@ -167,35 +164,35 @@ def _best_exchange(cost: np.ndarray, group: np.ndarray, load: np.ndarray, deares
         return None
     if moved[k] < after[i, j]:
         return mine[k : k + 1], np.array([lightest])
-    return np.array([mine[i], j]), np.array([group[j], dearest])
+    return np.array([mine[i], j]), np.array([group[j], worst])
 
 
-def _best_division(cost: np.ndarray, group: np.ndarray, load: np.ndarray, dearest: int) -> Change | None:
-    """All images of the dearest group and of a light one, divided between the two in the best way; None if none helps,
-    or if there are too many ways."""
+def _best_split(cost: np.ndarray, group: np.ndarray, load: np.ndarray, worst: int) -> Moves | None:
+    """All images of the group ``worst`` and of a cheap one, split between the two in the best of all ways; None if no
+    split helps, or if the groups are too large to try all."""
     counts = np.bincount(group, minlength=len(load))
     width = int(counts.max())
-    if counts[dearest] + width > _SPLIT_LIMIT:
+    if counts[worst] + width > _SPLIT_LIMIT:
         return None
     slot = np.arange(len(group)) - np.repeat(np.cumsum(counts) - counts, counts)
     table = np.full((len(load), width), -1, np.int64)  # the images of each group
     by_group = np.argsort(group, kind="stable")
     table[group[by_group], slot] = by_group
     others = np.argsort(load, kind="stable")[:_PARTNERS]
-    others = others[others != dearest]
+    others = others[others != worst]
     if not len(others):
         return None
-    mine = table[dearest][table[dearest] >= 0]
+    mine = table[worst][table[worst] >= 0]
     pool = np.concatenate((np.broadcast_to(mine, (len(others), len(mine))), table[others]), 1)
     value = np.where(pool >= 0, cost[pool], 0).astype(np.float64)  # whole numbers below 2**53: sums are exact
     subsets = _subsets(pool.shape[1])
     kept = value @ subsets  # (others, 2 ** images)
     after = np.maximum(kept, value.sum(1, keepdims=True) - kept)
     row, subset = np.unravel_index(after.argmin(), after.shape)
-    if after[row, subset] >= load[dearest]:
+    if after[row, subset] >= load[worst]:
         return None
     images = pool[row]
-    targets = np.where(subsets[:, subset] > 0, dearest, others[row])
+    targets = np.where(subsets[:, subset] > 0, worst, others[row])
     return images[images >= 0], targets[images >= 0]
 
 

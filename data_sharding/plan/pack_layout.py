@@ -6,7 +6,21 @@ from functools import lru_cache
 
 import numpy as np
 
-from data_sharding.plan.balance import Shape
+
+@dataclass(frozen=True)
+class PackShape:
+    """A static shape of packs."""
+
+    tokens: int  # capacity T
+    images: int  # slots I, those for padding included
+    max_seqlen: int  # the longest image; padding lies in further slots, in runs no longer than this
+
+    def padding_slots(self, room: int) -> int:
+        return -(-room // self.max_seqlen)
+
+    def holds(self, images: int, tokens: int) -> bool:
+        room = self.tokens - tokens
+        return room >= 0 and images + self.padding_slots(room) <= self.images
 
 
 @dataclass(frozen=True)
@@ -21,7 +35,7 @@ class PackLayout:
     tokens: int  # valid ones, the first of T
 
 
-def lay_out(sizes: Sequence[tuple[int, int]], shape: Shape) -> PackLayout:
+def lay_out(sizes: Sequence[tuple[int, int]], shape: PackShape) -> PackLayout:
     """The layout of images of ``sizes`` (rows, columns in tokens), in this order."""
     lengths, positions = np.zeros(shape.images, np.int64), np.zeros((shape.tokens, 2), np.int64)
     lengths[: len(sizes)] = [rows * columns for rows, columns in sizes]

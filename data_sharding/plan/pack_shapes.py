@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from data_sharding.errors import UserError
-from data_sharding.plan.balance import Cost, Nodes, Shape, spread, spread_over_nodes
+from data_sharding.plan.balance import Cost, Nodes, partition, partition_over_nodes
+from data_sharding.plan.pack_layout import PackShape
 from data_sharding.plan.plan import Plan
 
 _ROUND = 8  # capacities are multiples of this
@@ -14,9 +15,9 @@ _WINDOWS = 4  # looked at: steps of one window are alike, windows differ in thei
 _STEPS = 16  # of each
 
 
-def shapes_of(plan: Plan, step: int, cost: Cost, nodes: Nodes, max_tokens: int) -> tuple[Shape, ...]:
+def shapes_for_plan(plan: Plan, step: int, cost: Cost, nodes: Nodes, max_tokens: int) -> tuple[PackShape, ...]:
     """The shapes for an attempt that begins at ``step``, and for what comes after the next change of schedule."""
-    shapes: set[Shape] = set()
+    shapes: set[PackShape] = set()
     for begin in {step, max(step, plan.schedule[-1].start)}:
         shapes |= set(choose_shapes(_steps_like(plan, begin), cost, nodes, max_tokens, plan.max_seqlen))
     return tuple(sorted(shapes, key=lambda shape: shape.tokens))
@@ -37,7 +38,7 @@ def _steps_like(plan: Plan, step: int) -> list[np.ndarray]:
 
 def choose_shapes(
     steps: Sequence[np.ndarray], cost: Cost, nodes: Nodes, max_tokens: int, max_seqlen: int
-) -> tuple[Shape, ...]:
+) -> tuple[PackShape, ...]:
     """Up to three static shapes, ascending, for steps like these (token lengths of each).
 
     Packs are as few as ``max_tokens`` allows. Each step uses the smallest shape that holds it; the capacities are those
@@ -56,11 +57,11 @@ def choose_shapes(
     largest = max_tokens // _ROUND * _ROUND
     if max_seqlen > largest:
         raise UserError(f"layout.max_tokens is {max_tokens}, less than one image of {max_seqlen} tokens: raise it")
-    dealt = [(tokens, spread_over_nodes(cost.of(tokens), nodes)) for tokens in steps]
-    load = max(int(tokens[m].sum()) for tokens, members in dealt for m in members)
+    by_rank = [(tokens, partition_over_nodes(cost.of(tokens), nodes)) for tokens in steps]
+    load = max(int(tokens[m].sum()) for tokens, members in by_rank for m in members)
     count = max(1, -(-load // largest))
     while True:
-        packs = [[(t[m][group]) for m in members for group in spread(t[m], count)] for t, members in dealt]
+        packs = [[(t[m][group]) for m in members for group in partition(t[m], count)] for t, members in by_rank]
         needs = np.array([max(int(pack.sum()) for pack in step) for step in packs])
         if needs.max() <= largest:
             break
@@ -69,13 +70,14 @@ def choose_shapes(
     headroom = max(capacities[-1] // _HEADROOM, 2 * int(needs.max() - np.median(needs)))
     roomy = min(largest, _round_up(capacities[-1] + headroom))
     return tuple(
-        Shape(capacity, _slots(packs, capacity, max_seqlen), max_seqlen) for capacity in sorted({*capacities, roomy})
+        PackShape(capacity, _slots(packs, capacity, max_seqlen), max_seqlen)
+        for capacity in sorted({*capacities, roomy})
     )
 
 
 def _slots(packs: list[list[np.ndarray]], capacity: int, max_seqlen: int) -> int:
     """Image slots that packs of ``capacity`` tokens need, padding included; at least those of a nearly empty one."""
-    shape = Shape(capacity, 0, max_seqlen)
+    shape = PackShape(capacity, 0, max_seqlen)
     rooms = [(len(pack), capacity - int(pack.sum())) for step in packs for pack in step]
     most = max(images + shape.padding_slots(room) for images, room in rooms if room >= 0)
     return max(most + most // 8, shape.padding_slots(capacity)) + 1  # an eighth more, for steps not looked at

@@ -22,7 +22,7 @@ import numpy as np
 
 from data_sharding.errors import UserError
 from data_sharding.format.manifest import Manifest
-from data_sharding.plan.stratify import deal_to_steps, order_frames
+from data_sharding.plan.stratify import assign_to_steps, order_frames
 from data_sharding.rng import Purpose, keyed_order, words, words64
 
 PLANNER_VERSION = 2
@@ -215,7 +215,7 @@ class Plan:
         images = images.taken(order_frames(self._frame_starts(images), images.tokens))
 
         keyed = words64(self.seed, Purpose.SAMPLE_ORDER, images.epoch, images.sample_id)
-        by_step = deal_to_steps(images.tokens, keyed, steps)
+        by_step = assign_to_steps(images.tokens, keyed, steps)
         places = current.start + first + np.arange(steps)
         shuffled = keyed_order(self.seed, Purpose.STEP_ORDER, 0, places)
         return [images.taken(members) for members in by_step[shuffled]]

@@ -16,7 +16,7 @@ _BUFFER = 1 << 23
 _READERS = 8  # requests in flight: a network file system or an object store answers them side by side
 
 
-class Extent(NamedTuple):
+class ByteRange(NamedTuple):
     """``size`` bytes of the file at ``url``, from ``start``; all of it where ``start`` is None."""
 
     url: str
@@ -60,15 +60,15 @@ def exists(url: str) -> bool:
     return ask(url, "exists")
 
 
-def read_all(extents: Iterable[Extent]) -> list[bytes]:
+def read_all(ranges: Iterable[ByteRange]) -> list[bytes]:
     """The bytes of each, read side by side."""
     with ThreadPoolExecutor(_READERS) as pool:
-        return list(pool.map(Extent.read, extents))
+        return list(pool.map(ByteRange.read, ranges))
 
 
 class Member(NamedTuple):
     name: str
-    data: Extent
+    data: ByteRange
 
 
 def list_tar(url: str, start: int = 0) -> Iterator[Member]:
@@ -120,7 +120,7 @@ def _list(file: BinaryIO, url: str, start: int) -> Iterator[Member]:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (info := tar.next()) is not None:
                 if info.isreg():
-                    yield Member(info.name.removeprefix("./"), Extent(url, info.offset_data, info.size))
+                    yield Member(info.name.removeprefix("./"), ByteRange(url, info.offset_data, info.size))
                 end = tar.offset
                 tar.members = []  # it would keep them all
     except tarfile.TarError as error:

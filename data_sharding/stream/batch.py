@@ -6,8 +6,8 @@ import numpy as np
 
 from data_sharding.errors import DataError
 from data_sharding.format.shard import DTYPE
-from data_sharding.plan.balance import Cost, Dealt, Shape
-from data_sharding.plan.pack_layout import PackLayout, lay_out
+from data_sharding.plan.balance import Cost, PackAssignment
+from data_sharding.plan.pack_layout import PackLayout, PackShape, lay_out
 from data_sharding.plan.plan import StepSet
 
 TOKEN_BYTES = 16 * 2 + 4 * 8  # of a pack: latents, and where the token lies
@@ -34,7 +34,7 @@ class StepBatch:
     id_sum: int  # of this rank's planned images: sum of hashed ids modulo 2**64, signed
     step_id_sum: int  # of the step, from the plan
     step_lengths: np.ndarray  # int64, tokens of each image of the step
-    step_room: int  # tokens that the packs of all ranks have room for
+    step_capacity: int  # tokens that the packs of all ranks have room for
     step_cost_max: int  # of the slowest rank, in the units of Cost
     step_cost_mean: float
     step_substituted: int  # images of the step that were replaced
@@ -49,30 +49,36 @@ class StepBatch:
 
 
 def make_batch(
-    step: int, images: StepSet, dealt: Dealt, cost: Cost, rank: int, arrays: dict[int, np.ndarray], substituted: int
+    step: int,
+    images: StepSet,
+    assignment: PackAssignment,
+    cost: Cost,
+    rank: int,
+    arrays: dict[int, np.ndarray],
+    substituted: int,
 ) -> StepBatch:
     """The part of ``rank``; ``arrays`` holds the chosen view of its images, both flips, by their index into the step.
 
     Raises:
         DataError: shorter substitutes leave a pack more padding than it has slots for.
     """
-    mine = dealt.packs[rank]
+    mine = assignment.packs[rank]
     work = cost.of(images.tokens)
-    loads = [sum(int(work[pack].sum()) for pack in packs) for packs in dealt.packs]
+    loads = [sum(int(work[pack].sum()) for pack in packs) for packs in assignment.packs]
     return StepBatch(
         step=step,
-        packs=[_make_pack(images, members, arrays, dealt.shape) for members in mine],
+        packs=[_make_pack(images, members, arrays, assignment.shape) for members in mine],
         id_sum=images.id_sum(np.concatenate(mine)),
         step_id_sum=images.id_sum(slice(None)),
         step_lengths=images.tokens,
-        step_room=len(loads) * len(mine) * dealt.shape.tokens,
+        step_capacity=len(loads) * len(mine) * assignment.shape.tokens,
         step_cost_max=max(loads),
         step_cost_mean=sum(loads) / len(loads),
         step_substituted=substituted,
     )
 
 
-def _make_pack(images: StepSet, members: np.ndarray, arrays: dict[int, np.ndarray], shape: Shape) -> Pack:
+def _make_pack(images: StepSet, members: np.ndarray, arrays: dict[int, np.ndarray], shape: PackShape) -> Pack:
     chosen = [arrays[i][flip] for i, flip in zip(members.tolist(), images.flip[members].tolist(), strict=True)]
     if not shape.holds(len(chosen), sum(a.shape[0] * a.shape[1] for a in chosen)):  # each (h, w, 16)
         raise DataError(  # of what is planned all fits; only a shorter substitute leaves more to pad

@@ -15,12 +15,13 @@ import numpy as np
 
 from data_sharding.errors import DataError, StorageDown
 from data_sharding.format.shard import VIEWS, RawFrame
-from data_sharding.plan.balance import Cost, Dealt, Nodes, Shape, deal
+from data_sharding.plan.balance import Cost, Nodes, PackAssignment, assign_packs
+from data_sharding.plan.pack_layout import PackShape
 from data_sharding.plan.plan import Plan, StepSet
 from data_sharding.storage.filesystems import Cancelled
 from data_sharding.stream.batch import TOKEN_BYTES, StepBatch, make_batch
 from data_sharding.stream.frames import FrameReader, UnreadableFrame
-from data_sharding.stream.memory_cache import Frame, FrameCache
+from data_sharding.stream.memory_cache import Frame, MemoryCache
 from data_sharding.stream.substitutes import LostFrame, Substitutes, frames_of
 
 _READERS = 8  # frames read at once
@@ -43,7 +44,7 @@ class _Part:
     step: int
     images: StepSet  # rows and labels of substitutes in place
     substituted: int  # images of the whole step
-    dealt: Dealt
+    assignment: PackAssignment
     place: dict[int, tuple[Frame, int]]  # index into the step -> frame, index in it
     bytes: int  # of its packs
     needs: set[Frame]
@@ -63,7 +64,7 @@ class Loader:
         self,
         plan: Plan,
         cost: Cost,
-        shapes: Sequence[Shape],
+        shapes: Sequence[PackShape],
         rank: int,
         nodes: Nodes,
         steps: range,
@@ -78,7 +79,7 @@ class Loader:
         self._closed = threading.Event()
         reader = reader or FrameReader()
         self.reader = replace(reader, retry=replace(reader.retry, cancelled=self._closed))
-        self._cache = FrameCache(cache_bytes)
+        self._cache = MemoryCache(cache_bytes)
         self._asked: dict[Frame, Future[RawFrame]] = {}  # not in the cache yet
         self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
         # Shared with the thread, under this lock:
@@ -171,7 +172,7 @@ class Loader:
                 view = ready.images.view.tolist()
                 arrays = {i: frames[frame].view(index, VIEWS[view[i]]) for i, (frame, index) in ready.place.items()}
                 batch = make_batch(
-                    ready.step, ready.images, ready.dealt, self.cost, self.rank, arrays, ready.substituted
+                    ready.step, ready.images, ready.assignment, self.cost, self.rank, arrays, ready.substituted
                 )
                 self._hand_over(ready.bytes, batch, round_)
             elif not self._wait_for_room(part, round_):
@@ -203,19 +204,21 @@ class Loader:
 
     def _part(self, step: int, substitutes: Substitutes) -> _Part:
         images = self.plan.step(step)
-        dealt = deal(images.tokens, self.cost, self.nodes, self.shapes)
+        assignment = assign_packs(images.tokens, self.cost, self.nodes, self.shapes)
         lost = substitutes.is_lost(images.dataset, images.row)
         if lost.any():
             images = _with_substitutes(images, np.flatnonzero(lost), substitutes)
-        place, size = {}, len(dealt.packs[self.rank]) * dealt.shape.tokens * TOKEN_BYTES
-        mine = np.concatenate(dealt.packs[self.rank])
+        place, size = {}, len(assignment.packs[self.rank]) * assignment.shape.tokens * TOKEN_BYTES
+        mine = np.concatenate(assignment.packs[self.rank])
         for dataset, manifest in enumerate(self.plan.manifests):
             which = mine[images.dataset[mine] == dataset]
             frame = frames_of(manifest, images.row[which])
             index = images.row[which] - manifest.frame_first[frame]
             for i, f, at in zip(which.tolist(), frame.tolist(), index.tolist(), strict=True):
                 place[i] = (dataset, f), at
-        return _Part(step, images, int(lost.sum()), dealt, place, size, {frame for frame, _ in place.values()}, {}, {})
+        return _Part(
+            step, images, int(lost.sum()), assignment, place, size, {frame for frame, _ in place.values()}, {}, {}
+        )
 
     def _ask(self, part: _Part, pool: ThreadPoolExecutor) -> None:
         for frame in sorted(part.needs):

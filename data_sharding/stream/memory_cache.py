@@ -7,7 +7,7 @@ from data_sharding.format.shard import RawFrame
 Frame = tuple[int, int]  # (dataset, frame of its manifest)
 
 
-class FrameCache:
+class MemoryCache:
     """Decompressed frames, least recently used out first, bounded in bytes (at least one frame is kept)."""
 
     def __init__(self, max_bytes: int):

@@ -28,7 +28,7 @@ from itertools import islice
 from types import SimpleNamespace
 
 from data_sharding.errors import UserError
-from data_sharding.storage.byte_ranges import Extent, Member, ask, list_tar
+from data_sharding.storage.byte_ranges import ByteRange, Member, ask, list_tar
 from data_sharding.storage.filesystems import file_system
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
@@ -42,7 +42,7 @@ class Entry:
     id: int
     key: str
     label: int
-    data: Extent
+    data: ByteRange
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def open_folder(src: str) -> Source:
     for path, info in ask(src, "find", detail=True).items():
         key = path[len(root) + 1 :]
         if _is_image(key) and "/" in key and key.partition("/")[0] in classes:
-            images[key] = Extent(f"{prefix}/{key}", None, info["size"])
+            images[key] = ByteRange(f"{prefix}/{key}", None, info["size"])
     if not images:
         raise UserError(
             f"the class folders in {src} hold no images: files named {', '.join(IMAGE_SUFFIXES)} are looked for"
@@ -130,7 +130,7 @@ def _class_tars(tars: list[tuple[str, str, int]], src: str) -> Source:
 
 
 def _webdataset(urls: list[str]) -> Source:
-    samples: dict[str, tuple[str, Extent]] = {}
+    samples: dict[str, tuple[str, ByteRange]] = {}
     for url, found in zip(urls, _side_by_side(_webdataset_samples, urls), strict=True):
         for key, label, data in found:
             if key in samples:
@@ -145,7 +145,7 @@ def _webdataset(urls: list[str]) -> Source:
     return _source(sorted(labels), samples)
 
 
-def _webdataset_samples(url: str) -> list[tuple[str, str, Extent]]:
+def _webdataset_samples(url: str) -> list[tuple[str, str, ByteRange]]:
     """Key, label and bytes of each image of a tar."""
     files = ({"fname": member.name, "data": member, "__url__": url} for member in list_tar(url))
     found = []
@@ -179,7 +179,7 @@ def _webdataset_library():
     return SimpleNamespace(expand_urls=shardlists.expand_urls, group_by_keys=tariterators.group_by_keys)
 
 
-def _source(classes: list[str], images: dict[str, tuple[str, Extent]]) -> Source:
+def _source(classes: list[str], images: dict[str, tuple[str, ByteRange]]) -> Source:
     """``images``: key to class and bytes."""
     labels = {name: label for label, name in enumerate(classes)}
     keys = sorted(images)

@@ -46,7 +46,7 @@ class ReadLatents:
     classes: int
 
     def __call__(self, entries: tuple[LatentEntry, ...]) -> Iterator[Made | Skipped]:
-        data = iter(read_all(extent for entry in entries for _, extent in entry.views))
+        data = iter(read_all(data for entry in entries for _, data in entry.views))
         for entry in entries:
             files = {view: next(data) for view, _ in entry.views}
             try:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 from data_sharding.errors import UserError
-from data_sharding.storage.byte_ranges import Extent, ask, list_tar
+from data_sharding.storage.byte_ranges import ByteRange, ask, list_tar
 from data_sharding.storage.filesystems import file_system
 from data_sharding.write.image_sources import refuse_collisions, sample_id
 
@@ -30,7 +30,7 @@ class LatentEntry:
 
     id: int
     key: str
-    views: tuple[tuple[str, Extent], ...]
+    views: tuple[tuple[str, ByteRange], ...]
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def list_entries(groups: list[tuple[Group, str | None]]) -> list[LatentEntry]:
     Raises:
         UserError: a tar is damaged, an image occurs twice, or there is none.
     """
-    views: dict[str, list[tuple[str, Extent]]] = {}
+    views: dict[str, list[tuple[str, ByteRange]]] = {}
     for group, tar in groups:
         for key, data in _files(group, tar):
             known = views.setdefault(key, [])
@@ -114,10 +114,10 @@ def list_entries(groups: list[tuple[Group, str | None]]) -> list[LatentEntry]:
     return entries
 
 
-def _files(group: Group, tar: str | None) -> Iterator[tuple[str, Extent]]:
+def _files(group: Group, tar: str | None) -> Iterator[tuple[str, ByteRange]]:
     if tar is None:
         for url, size in group.files:
-            yield url[len(group.folder) + 1 :], Extent(url, None, size)
+            yield url[len(group.folder) + 1 :], ByteRange(url, None, size)
         return
     for name, data in list_tar(tar):
         if name.endswith(".safetensors"):

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from data_sharding.format.manifest import Manifest
-from data_sharding.plan.balance import Cost, Nodes, deal, spread, spread_over_nodes
-from data_sharding.plan.pack_shapes import shapes_of
+from data_sharding.plan.balance import Cost, Nodes, assign_packs, partition, partition_over_nodes
+from data_sharding.plan.pack_shapes import shapes_for_plan
 from data_sharding.plan.plan import MAX_WINDOW_STEPS, Plan, Segment
 from data_sharding.plan.size_presets import open_preset
 from fitv2_scale.bench.bias_figures import bias
@@ -84,20 +84,20 @@ def balance(url: str, images_per_rank: int, steps: int | None = None) -> dict[st
     """
     plan = _plan(open_preset(url), BATCH)
     ranks = BATCH // images_per_rank
-    shapes = shapes_of(plan, 0, _COST, (ranks,), _MAX_TOKENS)
+    shapes = shapes_for_plan(plan, 0, _COST, (ranks,), _MAX_TOKENS)
     count = steps or plan.samples[0] // BATCH
     imbalance, pairs, tokens, room, seconds = 0.0, 0.0, 0, 0, 0.0
     for k in range(count):
         lengths = plan.step(k).tokens
         began = time.perf_counter()
-        dealt = deal(lengths, _COST, (ranks,), shapes)
+        assignment = assign_packs(lengths, _COST, (ranks,), shapes)
         seconds += time.perf_counter() - began
         cost = _COST.of(lengths)
-        loads = [sum(int(cost[pack].sum()) for pack in rank) for rank in dealt.packs]
+        loads = [sum(int(cost[pack].sum()) for pack in rank) for rank in assignment.packs]
         imbalance += max(loads) * ranks / sum(loads)
         ascending = np.sort(cost)
         pairs += int((ascending + ascending[::-1]).max()) * ranks / sum(loads)
-        tokens, room = tokens + int(lengths.sum()), room + ranks * len(dealt.packs[0]) * dealt.shape.tokens
+        tokens, room = tokens + int(lengths.sum()), room + ranks * len(assignment.packs[0]) * assignment.shape.tokens
     best = {"best_pairs": pairs / count} if images_per_rank == 2 else {}
     return {
         "data": url,
@@ -125,7 +125,7 @@ def over_nodes(url: str, nodes: Nodes, steps: int | None = None) -> dict[str, An
     for k in range(count):
         images = plan.step(k)
         cost = _COST.of(images.tokens)
-        members = spread_over_nodes(cost, nodes)
+        members = partition_over_nodes(cost, nodes)
         imbalance += max(int(cost[group].sum()) for group in members) * sum(nodes) / int(cost.sum())
         for cache, (begin, end) in zip(caches, pairwise((0, *accumulate(nodes))), strict=True):
             rows = images.row[np.concatenate(members[begin:end])]
@@ -148,7 +148,7 @@ def any_ranks(url: str, ranks: int, batch: int = 4096, steps: int = 4) -> dict[s
         cost = _COST.of(plan.step(k).tokens)
         q, r = divmod(len(cost), ranks)
         bound = max(cost.sum() / ranks, cost.max(), np.sort(cost)[: (q + 1) * r].sum() / r if r else 0)
-        ratios.append(max(int(cost[group].sum()) for group in spread(cost, ranks)) / bound)
+        ratios.append(max(int(cost[group].sum()) for group in partition(cost, ranks)) / bound)
     return {"data": url, "ranks": ranks, "batch": batch, "slowest_over_bound": float(np.mean(ratios))}
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from data_sharding.format.manifest import Manifest
 from data_sharding.plan.balance import Cost
-from data_sharding.plan.pack_shapes import shapes_of
+from data_sharding.plan.pack_shapes import shapes_for_plan
 from data_sharding.plan.plan import Cursor, Plan, Segment
 from data_sharding.plan.size_presets import IMAGENET_IMAGES, open_preset
 from data_sharding.stream.loader import Loader
@@ -115,7 +115,7 @@ def _plan(manifest: Manifest) -> Plan:
 def _resume(url: str, state: dict[str, Any], read: bool) -> dict[str, Any]:
     began = time.perf_counter()
     plan = _plan(Manifest.load(url)).continued(Cursor(**state), LATE, Segment(0, _BATCH, (1,)))
-    shapes = shapes_of(plan, LATE, _COST, _NODES, _MAX_TOKENS)
+    shapes = shapes_for_plan(plan, LATE, _COST, _NODES, _MAX_TOKENS)
     planned = time.perf_counter()
     images = 0
     if read:

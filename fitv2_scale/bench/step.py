@@ -235,7 +235,7 @@ def _report(
         "seconds_a_step": _spread([r.seconds_a_step for r in ours]),
         "images_per_second": images / seconds,
         "tokens_per_second": tokens / seconds,
-        "fill": sum(b.step_tokens for b in batches) / sum(b.step_room for b in batches),
+        "fill": sum(b.step_tokens for b in batches) / sum(b.step_capacity for b in batches),
         "flops_a_step": flops,
         "tflops_per_device": flops / seconds / case.world.size / 1e12,
         "peak_tflops": peak,

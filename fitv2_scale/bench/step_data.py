@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from data_sharding.format.shard import DTYPE
-from data_sharding.plan.balance import deal
+from data_sharding.plan.balance import assign_packs
 from data_sharding.plan.size_presets import is_preset
 from data_sharding.stream.batch import StepBatch, make_batch
 from data_sharding.stream.loader import Loader
@@ -30,10 +30,10 @@ def open_steps(config: Config, data: Data, rank: int, steps: int) -> Iterator[It
 
 def _draw(data: Data, rank: int, step: int) -> StepBatch:
     images = data.plan.step(step)
-    dealt = deal(images.tokens, data.cost, data.nodes, data.shapes)
+    assignment = assign_packs(images.tokens, data.cost, data.nodes, data.shapes)
     arrays = {}
-    for i in np.concatenate(dealt.packs[rank]).tolist():
+    for i in np.concatenate(assignment.packs[rank]).tolist():
         rows, columns = data.plan.manifests[images.dataset[i]].size[images.row[i], images.view[i]].tolist()
         latents = np.random.default_rng((step, i)).standard_normal((rows, columns, TOKEN_CHANNELS), np.float32)
         arrays[i] = np.broadcast_to(latents.astype(DTYPE), (2, *latents.shape))  # both flips
-    return make_batch(step, images, dealt, data.cost, rank, arrays, 0)
+    return make_batch(step, images, assignment, data.cost, rank, arrays, 0)

@@ -14,7 +14,8 @@ from torch import Tensor
 from data_sharding.errors import UserError
 from data_sharding.format.manifest import Manifest
 from data_sharding.format.shard import VIEWS
-from data_sharding.plan.balance import Cost, Shape, deal
+from data_sharding.plan.balance import Cost, assign_packs
+from data_sharding.plan.pack_layout import PackShape
 from data_sharding.plan.plan import RESIZE, StepSet, sample_ids
 from data_sharding.rng import Purpose, keyed_order
 from data_sharding.stream.batch import make_batch
@@ -38,7 +39,7 @@ class Validation:
         config: ValidationConfig,
         *,
         cost: Cost,
-        shape: Shape,
+        shape: PackShape,
         world: World,
         layout: Layout,
         reader: FrameReader,
@@ -57,11 +58,12 @@ class Validation:
                 f"{manifests[0].url} holds images of {longest} tokens, this run's packs only those of up to "
                 f"{shape.max_seqlen}: set validation.url to a dataset with a smaller --max-tokens"
             )
-        dealt, rank = deal(grid.tokens, cost, (layout.data_parallel,), [shape]), layout.data_rank(world.rank)
-        arrays, error = _read(manifests, grid, np.concatenate(dealt.packs[rank]), reader)
+        rank = layout.data_rank(world.rank)
+        assignment = assign_packs(grid.tokens, cost, (layout.data_parallel,), [shape])
+        arrays, error = _read(manifests, grid, np.concatenate(assignment.packs[rank]), reader)
         if error := next(filter(None, world.gather(error)), None):
             raise error
-        self._packs = make_batch(0, grid, dealt, cost, rank, arrays, substituted=0).packs
+        self._packs = make_batch(0, grid, assignment, cost, rank, arrays, substituted=0).packs
 
     @torch.no_grad()
     def loss(self, network: Callable[..., Tensor]) -> float:

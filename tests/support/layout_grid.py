@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_sharding.plan.balance import Shape
-from data_sharding.plan.pack_layout import lay_out
+from data_sharding.plan.pack_layout import PackShape, lay_out
 from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.load import parse_config
 from fitv2_scale.config.schema import Config
@@ -80,7 +79,7 @@ def pack_of(step: int, images: list[int], slots: int, room: int) -> PackedBatch:
     drawn = [np.random.default_rng((step, image)) for image in images]
     sizes = [tuple(rng.integers(1, 5, 2).tolist()) for rng in drawn]
     tokens = room * slots * LONGEST
-    layout = lay_out(sizes, Shape(tokens, slots + room * slots, LONGEST))
+    layout = lay_out(sizes, PackShape(tokens, slots + room * slots, LONGEST))
     latents_TC, at = np.zeros((tokens, 16), np.float32), 0
     for rng, (rows, columns) in zip(drawn, sizes, strict=True):
         latents_TC[at : at + rows * columns] = rng.standard_normal((rows * columns, 16))

@@ -8,7 +8,8 @@ import torch
 
 from data_sharding.format.manifest import Manifest, write_manifest
 from data_sharding.format.shard import DTYPE, Sample, ShardBuilder
-from data_sharding.plan.balance import Cost, Nodes, Shape
+from data_sharding.plan.balance import Cost, Nodes
+from data_sharding.plan.pack_layout import PackShape
 from data_sharding.plan.pack_shapes import choose_shapes
 from data_sharding.plan.plan import Plan, Segment
 from data_sharding.storage.files import put
@@ -58,13 +59,15 @@ def epochs(source: Source) -> Iterator[Iterator[Batch]]:
         epoch += 1
 
 
-def open_plan(source: Source, nodes: Nodes) -> tuple[Plan, tuple[Shape, ...]]:
+def open_plan(source: Source, nodes: Nodes) -> tuple[Plan, tuple[PackShape, ...]]:
     plan = Plan([Manifest.load(source.url)], 0, source.views, [Segment(0, source.batch, (1,))])
     window = [plan.step(k).tokens for k in range(plan.window_steps(0))]
     return plan, choose_shapes(window, _COST, nodes, _PACK_TOKENS, plan.max_seqlen)
 
 
-def open_loader(source: Source, plan: Plan, shapes: tuple[Shape, ...], rank: int, nodes: Nodes, steps: range) -> Loader:
+def open_loader(
+    source: Source, plan: Plan, shapes: tuple[PackShape, ...], rank: int, nodes: Nodes, steps: range
+) -> Loader:
     return Loader(plan, _COST, shapes, rank, nodes, steps, _CACHE_BYTES, reader=open_reader(source))
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from data_sharding.errors import UserError
-from data_sharding.plan.balance import Shape, spread
-from data_sharding.plan.pack_layout import PackLayout, lay_out
+from data_sharding.plan.balance import partition
+from data_sharding.plan.pack_layout import PackLayout, PackShape, lay_out
 from data_sharding.rng import Purpose
 from fitv2_scale.config.model import TOKEN_CHANNELS, ModelConfig, RopeConfig
 from fitv2_scale.config.sections import SamplingConfig
@@ -96,11 +96,11 @@ class _Share:
     @classmethod
     def of(cls, requests: list[Request], copies: int, world: World, tensor: int) -> "_Share":
         cost = np.array([r.tokens for r in requests])
-        shares, longest = spread(cost, world.size // tensor), int(cost.max())
+        shares, longest = partition(cost, world.size // tensor), int(cost.max())
         capacity = copies * max(int(cost[s].sum()) for s in shares)
         slots = copies * max(len(s) for s in shares) + -(-capacity // longest)
         mine = [requests[i] for i in shares[world.rank // tensor].tolist()]
-        layout = lay_out([(r.rows, r.columns) for r in mine] * copies, Shape(capacity, slots, longest))
+        layout = lay_out([(r.rows, r.columns) for r in mine] * copies, PackShape(capacity, slots, longest))
         return cls(mine, copies, layout, slots)
 
     @property

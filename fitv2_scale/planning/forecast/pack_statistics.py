@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from data_sharding.plan.balance import Nodes, deal
-from data_sharding.plan.pack_shapes import shapes_of
+from data_sharding.plan.balance import Nodes, assign_packs
+from data_sharding.plan.pack_shapes import shapes_for_plan
 from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
 from fitv2_scale.model.counts import forward_flops
@@ -41,11 +41,11 @@ def measure_packing(data: Data, ranks: int, steps: range) -> dict[str, float]:
     packs, tokens, room, imbalance = 0, 0, 0, 0.0
     for step in steps:
         lengths = data.plan.step(step).tokens
-        dealt = deal(lengths, data.cost, data.nodes, data.shapes)
+        assignment = assign_packs(lengths, data.cost, data.nodes, data.shapes)
         cost = data.cost.of(lengths)
-        loads = [sum(int(cost[pack].sum()) for pack in rank) for rank in dealt.packs]
-        packs, tokens = packs + len(dealt.packs[0]), tokens + int(lengths.sum())
-        room += ranks * len(dealt.packs[0]) * dealt.shape.tokens
+        loads = [sum(int(cost[pack].sum()) for pack in rank) for rank in assignment.packs]
+        packs, tokens = packs + len(assignment.packs[0]), tokens + int(lengths.sum())
+        room += ranks * len(assignment.packs[0]) * assignment.shape.tokens
         imbalance += max(loads) * ranks / sum(loads)
     return {"packs_per_rank": packs / len(steps), "fill": tokens / room, "imbalance": imbalance / len(steps)}
 
@@ -53,7 +53,7 @@ def measure_packing(data: Data, ranks: int, steps: range) -> dict[str, float]:
 def packing_on(data: Data, nodes: Nodes, max_tokens: int) -> dict[str, float]:
     """The same, over some steps, if these ``nodes`` (data-parallel ranks of each) trained on ``data``; and the largest
     capacity."""
-    shapes = shapes_of(data.plan, 0, data.cost, nodes, max_tokens)
+    shapes = shapes_for_plan(data.plan, 0, data.cost, nodes, max_tokens)
     steps = range(0, data.plan.window_length(0), max(1, data.plan.window_length(0) // _LOOKED_AT))
     packing = measure_packing(replace(data, nodes=nodes, shapes=shapes), sum(nodes), steps)
     return packing | {"capacity": shapes[-1].tokens}

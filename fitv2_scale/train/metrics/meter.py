@@ -100,7 +100,7 @@ class Meter:
         w.images += batch.step_images
         w.substituted += batch.step_substituted
         w.tokens += batch.step_tokens
-        w.room += batch.step_room
+        w.room += batch.step_capacity
         w.flops += int(self._flops[batch.step_lengths].sum())
         w.imbalance += batch.step_cost_max / batch.step_cost_mean
         w.data_wait += data_wait

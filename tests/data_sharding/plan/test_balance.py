@@ -6,11 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_sharding.errors import UserError
-from data_sharding.plan.balance import Cost, Shape, deal, spread, spread_over_nodes
+from data_sharding.plan.balance import Cost, assign_packs, partition, partition_over_nodes
+from data_sharding.plan.pack_layout import PackShape
 from data_sharding.plan.pack_shapes import choose_shapes
 from data_sharding.plan.plan import Plan, Segment
 from data_sharding.plan.size_presets import open_preset
-from data_sharding.plan.stratify import deal_to_steps, order_frames
+from data_sharding.plan.stratify import assign_to_steps, order_frames
 from fitv2_scale.bench.plan_figures import over_nodes
 from tests.support.plans import COST, manifest, plan_of
 
@@ -22,15 +23,15 @@ lengths = st.lists(st.integers(1, 64), min_size=1, max_size=120).map(lambda x: n
     tokens=lengths, ranks=st.one_of(st.integers(1, 64), st.sampled_from([67, 97, 113])), capacity=st.integers(64, 400)
 )
 def test_dealing_is_a_partition_within_capacity(tokens, ranks, capacity):
-    shape = Shape(capacity, -(-capacity // 64) + 3, 64)
-    dealt = deal(tokens, COST, (ranks,), [shape]).packs
-    assert len(dealt) == ranks and len({len(packs) for packs in dealt}) == 1
-    packs = [pack for rank in dealt for pack in rank]
+    shape = PackShape(capacity, -(-capacity // 64) + 3, 64)
+    assignment = assign_packs(tokens, COST, (ranks,), [shape]).packs
+    assert len(assignment) == ranks and len({len(packs) for packs in assignment}) == 1
+    packs = [pack for rank in assignment for pack in rank]
     assert sorted(np.concatenate(packs).tolist()) == list(range(len(tokens)))
     for pack in packs:
         room = capacity - tokens[pack].sum()
         assert room >= 0 and len(pack) + shape.padding_slots(room) <= shape.images
-    assert deal(tokens, COST, (ranks,), [shape]).packs[0][0].tolist() == dealt[0][0].tolist()
+    assert assign_packs(tokens, COST, (ranks,), [shape]).packs[0][0].tolist() == assignment[0][0].tolist()
 
 
 @settings(max_examples=100)
@@ -38,7 +39,7 @@ def test_dealing_is_a_partition_within_capacity(tokens, ranks, capacity):
 def test_the_slowest_rank_is_within_greedys_bound(tokens, ranks):
     """Longest-first is at most 4/3 - 1/(3 ranks) of the best, which is at least the mean and the dearest image."""
     cost = COST.of(tokens)
-    loads = [sum(cost[pack].sum() for pack in packs) for packs in [[group] for group in spread(cost, ranks)]]
+    loads = [sum(cost[pack].sum() for pack in packs) for packs in [[group] for group in partition(cost, ranks)]]
     merged = np.sort(cost)[::-1][ranks - 1 : ranks + 1]  # when more images than ranks, two of these share a rank
     least = max(cost.sum() / ranks, cost.max(), merged.sum() if len(merged) == 2 else 0)
     assert max(loads) <= (4 / 3) * least + 1e-9
@@ -49,11 +50,11 @@ def test_the_chosen_shape_holds_its_window_in_the_fewest_packs():
     steps = [plan.step(k).tokens for k in range(plan.window_steps(0))]
     for ranks, most in ((1, 16384), (4, 16384), (4, 512), (5, 1000)):
         shapes = choose_shapes(steps, COST, (ranks,), most, 64)
-        dealt = [deal(t, COST, (ranks,), shapes) for t in steps]
-        room = sum(len(d.packs[0]) * ranks * d.shape.tokens for d in dealt)
+        steps_packed = [assign_packs(t, COST, (ranks,), shapes) for t in steps]
+        room = sum(len(d.packs[0]) * ranks * d.shape.tokens for d in steps_packed)
         fill = sum(t.sum() for t in steps) / room
-        assert len(shapes) <= 3 and {d.shape for d in dealt} <= set(shapes)
-        assert len({len(d.packs[0]) for d in dealt}) == 1
+        assert len(shapes) <= 3 and {d.shape for d in steps_packed} <= set(shapes)
+        assert len({len(d.packs[0]) for d in steps_packed}) == 1
         assert shapes[-1].tokens <= most and fill > 0.95, (ranks, most, shapes, fill)
 
 
@@ -72,7 +73,7 @@ def test_spread_reaches_the_best_by_trial():
         cost = rng.integers(1, 50, rng.integers(1, 9))
         ways = np.array(np.meshgrid(*[range(3)] * len(cost))).reshape(len(cost), -1)
         loads = np.array([(cost[:, None] * (ways == g)).sum(0) for g in range(3)])
-        found = max(int(cost[group].sum()) for group in spread(cost, 3))
+        found = max(int(cost[group].sum()) for group in partition(cost, 3))
         assert found <= loads.max(0).min() * 1.05
 
 
@@ -80,7 +81,7 @@ def test_spread_reaches_the_best_by_trial():
 @given(tokens=lengths, nodes=st.lists(st.integers(1, 9), min_size=1, max_size=6))
 def test_each_node_gets_a_stretch_and_no_more_than_its_share(tokens, nodes):
     cost = COST.of(tokens)
-    members = spread_over_nodes(cost, tuple(nodes))
+    members = partition_over_nodes(cost, tuple(nodes))
     assert len(members) == sum(nodes)
     assert sorted(np.concatenate(members).tolist()) == list(range(len(tokens)))
     rank, end = 0, 0
@@ -111,7 +112,7 @@ def test_frames_in_order_keep_the_mean_length(counts, seed):
 def test_every_lane_gives_each_step_its_share(steps, images, seed):
     rng = np.random.default_rng(seed)
     tokens, keyed = rng.integers(1, 65, steps * images), rng.integers(0, 1 << 60, steps * images).astype(np.uint64)
-    by_step = deal_to_steps(tokens, keyed, steps)
+    by_step = assign_to_steps(tokens, keyed, steps)
     assert sorted(by_step.ravel().tolist()) == list(range(steps * images))
     assert (np.diff(by_step) > 0).all()
     lanes = max(1, images // 16)
@@ -148,10 +149,10 @@ def test_balance_and_fill_on_imagenet_like_lengths(preset, mean, goals):
         shapes = choose_shapes(steps[:48], cost, (ranks,), 16384, plan.max_seqlen)
         imbalance, tokens, room = [], 0, 0
         for lengths in steps[48:]:
-            dealt, c = deal(lengths, cost, (ranks,), shapes), cost.of(lengths)
-            loads = [sum(int(c[pack].sum()) for pack in rank) for rank in dealt.packs]
+            assignment, c = assign_packs(lengths, cost, (ranks,), shapes), cost.of(lengths)
+            loads = [sum(int(c[pack].sum()) for pack in rank) for rank in assignment.packs]
             imbalance.append(max(loads) * ranks / sum(loads))
-            tokens, room = tokens + lengths.sum(), room + ranks * len(dealt.packs[0]) * dealt.shape.tokens
+            tokens, room = tokens + lengths.sum(), room + ranks * len(assignment.packs[0]) * assignment.shape.tokens
         assert np.mean(imbalance) <= most_imbalance and tokens / room >= least_fill, (
             ranks,
             np.mean(imbalance),

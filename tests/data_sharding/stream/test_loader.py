@@ -8,15 +8,16 @@ import pytest
 
 from data_sharding.errors import DataError
 from data_sharding.format.manifest import Manifest
-from data_sharding.plan.balance import Cost, Shape
+from data_sharding.plan.balance import Cost
+from data_sharding.plan.pack_layout import PackShape
 from data_sharding.plan.plan import Plan, Segment
 from data_sharding.stream.frames import FrameReader, UnreadableFrame, read_frame
 from data_sharding.stream.loader import Loader, SubstitutesNeeded
-from data_sharding.stream.memory_cache import FrameCache
+from data_sharding.stream.memory_cache import MemoryCache
 from data_sharding.stream.substitutes import Substitutes, frame_of
 from tests.support.waiting import wait
 
-COST, SHAPE = Cost(192, 1), Shape(128, 12, 16)
+COST, SHAPE = Cost(192, 1), PackShape(128, 12, 16)
 
 
 @pytest.fixture
@@ -108,7 +109,7 @@ def test_decoded_frames_are_kept_within_their_bound(plan, reads):
 def test_the_cache_drops_the_least_recently_used(plan):
     manifest = plan.manifests[0]
     samples = [FrameReader().read(manifest, f) for f in range(3)]
-    cache = FrameCache(sum(s.nbytes for s in samples) - 1)
+    cache = MemoryCache(sum(s.nbytes for s in samples) - 1)
     for f in (0, 1):
         cache.put((0, f), samples[f])
     cache.get((0, 0))

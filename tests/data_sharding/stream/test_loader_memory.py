@@ -9,7 +9,8 @@ import pytest
 
 from data_sharding.format.manifest import Manifest, write_manifest
 from data_sharding.format.shard import DTYPE, Sample, ShardBuilder
-from data_sharding.plan.balance import Cost, Shape
+from data_sharding.plan.balance import Cost
+from data_sharding.plan.pack_layout import PackShape
 from data_sharding.plan.plan import Plan, Segment
 from data_sharding.stream.loader import Loader
 
@@ -43,7 +44,7 @@ def peak_growth(url: str, cache_bytes: int, prefetch_bytes: int) -> tuple[int, i
     plan = Plan([manifest], 0, "mixed", [Segment(0, BATCH, (1,))])
     plan.step(0)
     before = status("VmRSS")
-    shape = Shape(BATCH * 1024, BATCH + 9, 1024)
+    shape = PackShape(BATCH * 1024, BATCH + 9, 1024)
     with Loader(plan, Cost(1, 0), [shape], 0, (1,), range(300), cache_bytes, prefetch_bytes=prefetch_bytes) as batches:
         for batch in batches:
             assert len(batch.packs) == 1

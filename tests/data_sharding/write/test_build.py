@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_sharding import worker_pool
-from data_sharding.storage.byte_ranges import Extent
+from data_sharding.storage.byte_ranges import ByteRange
 from data_sharding.write import build, shard_task
 from data_sharding.write.image_sources import Entry, open_folder
 from data_sharding.write.images import write_dataset
@@ -163,7 +163,7 @@ def test_a_shard_finished_after_the_commit_leaves_no_record(tmp_path):
         shard_task.put(f"{tmp_path}/manifest.json", b"{}")  # another task commits meanwhile
         return [shard_task.Skipped(item.key, "for the test") for item in items]
 
-    item = Entry(1, "ant/1.jpg", 0, Extent("", None, 0))
+    item = Entry(1, "ant/1.jpg", 0, ByteRange("", None, 0))
     task = shard_task.ShardTask(str(tmp_path), str(tmp_path), "shard-000000.tar.zst", (item,), (), make)
     shard_task.write_shard(task, lambda *_: None)
     assert list(tmp_path.iterdir()) == [tmp_path / "manifest.json"]

@@ -12,8 +12,7 @@ import torch
 from data_sharding import rng
 from data_sharding.errors import UserError
 from data_sharding.format.manifest import Manifest
-from data_sharding.plan.balance import Shape
-from data_sharding.plan.pack_layout import lay_out
+from data_sharding.plan.pack_layout import PackShape, lay_out
 from data_sharding.rng import Purpose
 from data_sharding.stream.frames import read_frame
 from data_sharding.write.images import write_dataset
@@ -68,7 +67,7 @@ def expected(config, shift: float) -> float:
     for sample in (samples[i] for i in order[:IMAGES]):
         x1 = torch.from_numpy(sample.views["resize"][0].astype(np.float64)).flatten(0, 1)
         rows, columns = sample.size[0]
-        packing = packing_to_torch(lay_out([(rows, columns)], Shape(rows * columns, 1, rows * columns)))
+        packing = packing_to_torch(lay_out([(rows, columns)], PackShape(rows * columns, 1, rows * columns)))
         for k in range(TIMES):
             t = (k + 0.5) / TIMES
             u = (rng.words(0, Purpose.VALIDATION_NOISE, k, sample.id, np.arange(x1.numel())) + 0.5) * 2.0**-32

@@ -8,8 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_sharding.plan.balance import Shape
-from data_sharding.plan.pack_layout import lay_out
+from data_sharding.plan.pack_layout import PackShape, lay_out
 from fitv2_scale.config.model import ModelConfig, RopeConfig
 from fitv2_scale.model.extrapolation import extrapolated_table
 from fitv2_scale.model.fitv2 import FiTv2
@@ -65,7 +64,7 @@ def expected(rope: RopeConfig, h: int, w: int, tokens: list[int], head_dim: int,
 
 def pack(sizes: list[tuple[int, int]], spare: int = 5):
     tokens, longest = sum(h * w for h, w in sizes), max(h * w for h, w in sizes)
-    return packing_to_torch(lay_out(sizes, Shape(tokens + spare, len(sizes) + spare, longest)))
+    return packing_to_torch(lay_out(sizes, PackShape(tokens + spare, len(sizes) + spare, longest)))
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data_sharding.plan.balance import Shape
-from data_sharding.plan.pack_layout import lay_out
+from data_sharding.plan.pack_layout import PackShape, lay_out
 from fitv2_scale.config.load import load_config
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.model.attention import padded_sdpa
@@ -37,7 +36,7 @@ def build(config: ModelConfig, seed: int = 0, zero: bool = False) -> FiTv2:
 
 
 def pack(sizes: list[tuple[int, int]], tokens: int, images: int, max_seqlen: int) -> Packing:
-    return packing_to_torch(lay_out(sizes, Shape(tokens, images, max_seqlen)))
+    return packing_to_torch(lay_out(sizes, PackShape(tokens, images, max_seqlen)))
 
 
 @pytest.mark.parametrize(

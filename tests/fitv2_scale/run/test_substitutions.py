@@ -10,7 +10,7 @@ import pytest
 
 from data_sharding.errors import DataError
 from data_sharding.format.manifest import Manifest
-from data_sharding.plan.balance import deal
+from data_sharding.plan.balance import assign_packs
 from data_sharding.plan.plan import CROP, RESIZE, Plan, Segment
 from data_sharding.storage.local_store import LocalStore
 from data_sharding.storage.store import Store
@@ -251,7 +251,7 @@ def _both_ranks_need_it_first_in_one_step(config) -> bool:
     data = Data.open(config, (2,))
     for k in range(24):
         images = data.plan.step(k)
-        packs = deal(images.tokens, data.cost, data.nodes, data.shapes).packs
+        packs = assign_packs(images.tokens, data.cost, data.nodes, data.shapes).packs
         needs = [(images.row[np.concatenate(rank)] >= 200).any() for rank in packs]
         if any(needs):
             return all(needs)

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_sharding.plan.balance import Shape
-from data_sharding.plan.pack_layout import lay_out
+from data_sharding.plan.pack_layout import PackShape, lay_out
 from data_sharding.write.images import write_dataset
 from fitv2_scale.data import Data
 from fitv2_scale.model.counts import forward_flops
@@ -54,7 +53,7 @@ def group_of(t: float, tokens: int) -> tuple[str, str]:
     )
 )
 def test_a_pack_is_divided_by_time_and_by_length(images):
-    shape = Shape(sum(tokens for _, tokens, _ in images) + 3, len(images) + 2, 2000)
+    shape = PackShape(sum(tokens for _, tokens, _ in images) + 3, len(images) + 2, 2000)
     layout = lay_out([(1, tokens) for _, tokens, _ in images], shape)
     weight_I = torch.zeros(shape.images)
     t_I, loss_I = torch.full((shape.images,), 0.5), torch.full((shape.images,), 9.0)  # at padding
