@@ -12,14 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Piece:
-    """A rectangle of a logical tensor, and where it lies in a rank's tensor-parallel local tensor."""
-
-    local: tuple[int, ...]  # offset in the local tensor
-    offset: tuple[int, ...]  # offset in the logical tensor
-    shape: tuple[int, ...]
+from fitv2_scale.parallel.tensor_pieces import Piece
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,11 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Protocol
 
 from torch import Tensor, nn
 
-from data_sharding.errors import UserError
+from fitv2_scale.model.counts import trained_names
 from fitv2_scale.parallel.boxes import LogicalTensor
 
 
@@ -49,7 +48,7 @@ class Engine(Protocol):
 
 def freeze(network: nn.Module, trainable: list[str]) -> None:
     """Trains what a pattern of ``trainable`` matches, and nothing else. Raises UserError if that is nothing."""
-    for name, param in network.named_parameters():
-        param.requires_grad_(any(fnmatchcase(name, pattern) for pattern in trainable))
-    if not any(p.requires_grad for p in network.parameters()):
-        raise UserError(f"trainable: no tensor's name matches {trainable}; '*' trains all")
+    params = dict(network.named_parameters())
+    trained = set(trained_names(params, trainable))
+    for name, param in params.items():
+        param.requires_grad_(name in trained)

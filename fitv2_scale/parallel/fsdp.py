@@ -24,7 +24,8 @@ from fitv2_scale.parallel.boxes import LogicalTensor, rows_boxes
 from fitv2_scale.parallel.engine import StepResult, freeze
 from fitv2_scale.parallel.mesh import Groups
 from fitv2_scale.parallel.optimizer import AdamW, global_norm, judge, update_ema
-from fitv2_scale.parallel.tensor import is_replicated, local_pieces, same_on_group, tensor_linear
+from fitv2_scale.parallel.tensor import same_on_group, tensor_linear
+from fitv2_scale.parallel.tensor_pieces import is_replicated, local_pieces
 
 
 class FSDPEngine:

@@ -9,14 +9,10 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
-
 from fitv2_scale.config.layout import Checkpointing, Layout, Precision
 from fitv2_scale.config.model import ModelConfig
-from fitv2_scale.model.counts import logical_shapes
-from fitv2_scale.model.fitv2 import FiTv2
-from fitv2_scale.parallel.engine import freeze
-from fitv2_scale.parallel.tensor import TensorGroup, local_pieces
+from fitv2_scale.model.counts import logical_shapes, trained_names
+from fitv2_scale.parallel.tensor_pieces import TensorGroup, local_pieces
 
 ZERO3_BUCKET = 50_000_000  # elements that DeepSpeed reduces at once, and gathers ahead of their use
 _FLOAT32 = 4
@@ -59,7 +55,7 @@ def _fsdp(model: ModelConfig, layout: Layout, trainable: list[str], rank: int) -
         most = -(-rows // layout.shard)
         whole[name], padded[name] = rows * width, most * width
         own[name] = min(most, max(0, rows - shard * most)) * width
-    trained = _trained(model, trainable)
+    trained = trained_names(logical_shapes(model), trainable)
     total = partial(_total, trained)
     return StateBytes(
         weights=_FLOAT32 * sum(padded.values()),
@@ -77,12 +73,11 @@ def _zero3(model: ModelConfig, layout: Layout, trainable: list[str], precision: 
     so do tensors no larger than the largest vector, gathered. (AdamW counts steps once for each 100 M numbers of a
     rank; four bytes stand here for all counts.)
     """
-    ranks, trained = layout.data_parallel, set(_trained(model, trainable))
-    shapes = _local_shapes(model, layout)
+    ranks, shapes = layout.data_parallel, _local_shapes(model, layout)
     part = {name: -(-math.prod(shape) // ranks) for name, shape in shapes.items()}
     largest_vector = max(shape[0] for shape in shapes.values() if len(shape) == 1)
     gathered = sum(ranks * part[n] for n, shape in shapes.items() if math.prod(shape) <= largest_vector)
-    all_parts, trained_parts = sum(part.values()), _total(trained, part)
+    all_parts, trained_parts = sum(part.values()), _total(trained_names(shapes, trainable), part)
     # Frozen tensors have no master of their own where the network computes in float32.
     masters = all_parts if precision == "bf16" else trained_parts
     computed = _BYTES[precision] * (all_parts + (gathered if ranks > 1 else 0))
@@ -97,13 +92,6 @@ def _zero3(model: ModelConfig, layout: Layout, trainable: list[str], precision: 
 
 def _total(names: Collection[str], numel: dict[str, int]) -> int:
     return sum(numel[name] for name in names)
-
-
-def _trained(model: ModelConfig, trainable: list[str]) -> list[str]:
-    with torch.device("meta"):
-        network = FiTv2(model)
-    freeze(network, trainable)
-    return [name for name, p in network.named_parameters() if p.requires_grad]
 
 
 def _local_shapes(model: ModelConfig, layout: Layout) -> dict[str, tuple[int, ...]]:

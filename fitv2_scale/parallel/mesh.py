@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fitv2_scale.config.layout import Layout
-from fitv2_scale.parallel.tensor import TensorGroup
+from fitv2_scale.parallel.tensor_pieces import TensorGroup
 
 
 @dataclass(frozen=True)

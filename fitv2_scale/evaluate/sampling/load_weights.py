@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from data_sharding.errors import DataError, UserError
 from data_sharding.format.codec import SD_VAE, Codec
@@ -14,7 +13,7 @@ from fitv2_scale.checkpoint.init_from import Source, begin_with, is_weights
 from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.load import load_config, parse_config
 from fitv2_scale.config.schema import Config
-from fitv2_scale.model.counts import logical_shapes
+from fitv2_scale.model.counts import logical_shapes, matching
 from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.world import World
@@ -103,7 +102,7 @@ def opened(
 
 def _engine(config: Config, world: World) -> tuple[Engine, Layout]:
     """An engine for no training: the moments of one tensor are as few as it will keep."""
-    names = [n for n in logical_shapes(config.model) if any(fnmatchcase(n, pattern) for pattern in config.trainable)]
+    names = matching(logical_shapes(config.model), config.trainable)
     config = config.model_copy(update={"trainable": names[-1:] or config.trainable})
     layout = config.layout.over(world.size, len(set(world.hosts())))
     return make_engine(config, layout, world), layout

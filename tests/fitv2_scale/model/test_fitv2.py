@@ -55,6 +55,15 @@ def test_parameter_counts(name, parameters, tensors):
     assert len(logical_shapes(model)) == tensors
 
 
+@pytest.mark.parametrize("switch", SWITCHES)
+@pytest.mark.parametrize("name", ["fitv2_s2", "fitv2_xl2", "fitv2_3b2"])
+def test_names_and_shapes_are_the_networks_own(name, switch):
+    model = load_config(f"configs/{name}.yaml").model.model_copy(update=switch)
+    with torch.device("meta"):
+        built = [(name, tuple(p.shape)) for name, p in FiTv2(model).named_parameters()]
+    assert list(logical_shapes(model).items()) == built
+
+
 def test_public_names_and_shapes_of_xl():
     shapes = logical_shapes(load_config("configs/fitv2_xl2.yaml").model)
     d, f, r = 1152, 3072, 288

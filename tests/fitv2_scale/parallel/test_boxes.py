@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.model.counts import logical_shapes
-from fitv2_scale.parallel.boxes import LogicalTensor, Piece, flat_boxes, rows_boxes
-from fitv2_scale.parallel.tensor import TensorGroup, is_replicated, local_pieces
+from fitv2_scale.parallel.boxes import LogicalTensor, flat_boxes, rows_boxes
+from fitv2_scale.parallel.tensor_pieces import Piece, TensorGroup, is_replicated, local_pieces
 
 MODEL = ModelConfig(depth=1, hidden=48, heads=12, classes=3, qk_norm="l2_scale")  # a SwiGLU of 128 units
 SHAPES = logical_shapes(MODEL)

@@ -17,7 +17,8 @@ from fitv2_scale.config.schema import Config
 from fitv2_scale.config.sections import SamplingConfig
 from fitv2_scale.evaluate.sampling.sampler import Request, sample
 from fitv2_scale.parallel.build import make_engine
-from fitv2_scale.parallel.tensor import TensorGroup, tensor_linear
+from fitv2_scale.parallel.tensor import tensor_linear
+from fitv2_scale.parallel.tensor_pieces import TensorGroup
 from fitv2_scale.parallel.world import join
 from fitv2_scale.train.loop import train
 from tests.support.layout_grid import STEPS, Cell, Trace, alone, make_config, steps_of, together, train_cell

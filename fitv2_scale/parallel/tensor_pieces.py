@@ -1,0 +1,69 @@
+"""Tensor parallelism on paper: which pieces of which tensors a rank of a tensor group holds. No torch: `fitv2 submit`
+asks this to tell how much memory a layout takes.
+
+q, k and v are cut by heads, the SwiGLU by hidden units, so that a group adds up partial results twice a block: after
+attention's projection and after the SwiGLU's. Everything else, all conditioning included, is replicated: its gradient
+is the same on all ranks of a group.
+
+A SwiGLU's width need not divide: ranks then hold units that do not exist. Such a unit's weights start at zero, which
+makes its gradients zero, so they stay zero; they are in no checkpoint.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_BY_ROWS = (".mlp.fc1_g.weight", ".mlp.fc1_g.bias", ".mlp.fc1_x.weight", ".mlp.fc1_x.bias", ".attn.qk_scale")
+_BY_COLUMNS = (".attn.proj.weight", ".mlp.fc2.weight")
+_QKV = (".attn.qkv.weight", ".attn.qkv.bias")
+
+
+@dataclass(frozen=True)
+class TensorGroup:
+    """This rank's place in its tensor group; ``group`` is None for a group of one."""
+
+    rank: int = 0
+    size: int = 1
+    group: "ProcessGroup | None" = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rectangle of a logical tensor, and where it lies in a rank's tensor-parallel local tensor."""
+
+    local: tuple[int, ...]  # offset in the local tensor
+    offset: tuple[int, ...]  # offset in the logical tensor
+    shape: tuple[int, ...]
+
+
+def is_replicated(name: str) -> bool:
+    """True if every rank of a tensor group holds all of the tensor ``name``."""
+    return not name.endswith(_QKV + _BY_ROWS + _BY_COLUMNS)
+
+
+def local_pieces(name: str, shape: Sequence[int], group: TensorGroup) -> list[Piece]:
+    """What a rank of ``group`` holds of the logical tensor ``name`` of ``shape``, and where in its local tensor."""
+    if group.size == 1 or is_replicated(name):
+        return [Piece((0,) * len(shape), (0,) * len(shape), tuple(shape))]
+    if name.endswith(_QKV):
+        each = shape[0] // 3
+        return [p for k in range(3) for p in _share(shape, 0, k * each, each, group, k * (each // group.size))]
+    dim = 1 if name.endswith(_BY_COLUMNS) else 0
+    return _share(shape, dim, 0, shape[dim], group, 0)
+
+
+def _share(shape: Sequence[int], dim: int, first: int, length: int, group: TensorGroup, local: int) -> list[Piece]:
+    """The rank's share of [first, first + length) along ``dim``, at ``local`` in its own tensor; the last are short."""
+    each = -(-length // group.size)
+    low, high = (min(length, k * each) for k in (group.rank, group.rank + 1))
+    if low == high:
+        return []
+
+    def along(value: int, others: Sequence[int]) -> tuple[int, ...]:
+        return tuple(value if d == dim else n for d, n in enumerate(others))
+
+    zeros = (0,) * len(shape)
+    return [Piece(along(local, zeros), along(first + low, zeros), along(high - low, shape))]
