@@ -194,11 +194,11 @@ def _advice(config: Config, data: "Data", nodes: int) -> str:
     No job depends on it, so what it cannot say is said instead."""
     if config.slurm.gpus == "none":
         return ""
-    from fitv2_scale.planning.forecast.assumptions import Assumed
+    from fitv2_scale.planning.forecast.assumptions import Assumptions
     from fitv2_scale.planning.forecast.plan_report import node_advice
 
     try:
-        return node_advice(config, data, nodes, config.slurm.tasks_per_node, Assumed())
+        return node_advice(config, data, nodes, config.slurm.tasks_per_node, Assumptions())
     except UserError as error:
         return str(error)
 

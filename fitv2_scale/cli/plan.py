@@ -33,21 +33,24 @@ def add(commands: Any) -> None:
 
 def plan_run(args: argparse.Namespace) -> int:
     from fitv2_scale.config.load import load_config
-    from fitv2_scale.planning.forecast.assumptions import Assumed
+    from fitv2_scale.planning.forecast.assumptions import Assumptions
     from fitv2_scale.planning.forecast.disk_usage import commit_bytes
     from fitv2_scale.planning.forecast.plan_report import forecast, to_text
 
     if args.nodes < 1 or args.gpus_per_node < 1:
         raise UserError("give at least 1 as --nodes and --gpus-per-node")
     config = load_config(args.config, args.overrides)
-    assumed = (Assumed().measured(args.bench, commit_bytes(config)) if args.bench else Assumed()).given(
+    assumptions = Assumptions()
+    if args.bench:
+        assumptions = assumptions.with_benchmarks(args.bench, commit_bytes(config))
+    assumptions = assumptions.with_given(
         mfu=args.mfu,
         network=args.network and 1e9 * args.network,
         failures_per_node_day=args.failures,
         detect_seconds=args.detect,
         restart_seconds=args.restart,
     )
-    report = forecast(config, args.nodes, args.gpus_per_node, assumed)
+    report = forecast(config, args.nodes, args.gpus_per_node, assumptions)
     show(args, report, to_text(report))
     return 0
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from fitv2_scale.planning.forecast.goodput import DAY, Schedule, expected_goodput
-from fitv2_scale.planning.forecast.simulate import play_out
+from fitv2_scale.planning.forecast.simulate import simulate_runs
 from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
 from fitv2_scale.tracking.journal import read
@@ -87,7 +87,7 @@ def test_forecast_of_a_run_with_kills(tiny, tmp_path):
     measured = trained_seconds(harsh.run, batch) / wall
     killed = len(status(Run.open(harsh.run))["attempts"]) - 1
     draws = iter([np.array([gap]) for gap in gaps])
-    seconds, _ = play_out(schedule, steps * a_step, 1, lambda n: next(draws, np.array([np.inf])))
+    seconds, _ = simulate_runs(schedule, steps * a_step, 1, lambda n: next(draws, np.array([np.inf])))
     forecast = steps * a_step / float(seconds[0])
     print(
         f"{killed} kills in {wall:.0f} s: goodput {measured:.3f}, forecast {forecast:.3f}, by the formula "

@@ -1,6 +1,7 @@
-"""What `fitv2 plan` tells before a run is started.
+"""The forecast of `fitv2 plan`: what a run needs, computed before it is started.
 
-``memory`` what a rank holds, ``packing`` how the data is dealt out, ``pace`` how long a step takes, ``goodput`` what
-failures and saves cost (``simulate`` checks it by chance), ``storage``, ``nodes`` how many to take; ``assumed`` names
-where each figure comes from that cannot be computed; ``report`` puts all of it together.
+``memory_per_rank``, ``pack_statistics`` (how the data are divided into packs), ``step_time``, ``goodput`` (the cost of
+failures and saves; ``simulate`` finds the same by simulation), ``run_length``, ``save_interval``, ``disk_usage`` and
+``node_count`` compute one part each. ``assumptions`` holds the figures that cannot be computed, each with its source.
+``plan_report`` puts everything together.
 """

@@ -1,5 +1,5 @@
-"""The figures of a forecast that cannot be computed: measured by `fitv2 bench`, given, or published, each with its
-source, which the report names."""
+"""The figures of a forecast that cannot be computed: measured by `fitv2 bench`, given by the user, or published. Each
+has a source, which the report names."""
 
 import json
 from collections.abc import Sequence
@@ -21,34 +21,35 @@ _PUBLISHED_MFU = Figure(0.463, "MPT-3B on 8 H100, FSDP, bf16 (llm-foundry's benc
 
 @dataclass(frozen=True)
 class StepBench:
-    """What a plan takes from `fitv2 bench step --json`."""
+    """The figures that a plan takes from `fitv2 bench step --json`."""
 
     file: str
     machine: str
     ranks: int
-    images: float  # a step
-    seconds: float  # a step
-    fixed_seconds: float  # of them, those that more data-parallel ranks do not shorten: optimizer and EMA
-    flops: float  # a step
+    images: float  # per step
+    seconds: float  # per step
+    fixed_seconds: float  # of these, the part that more data-parallel ranks do not shorten: optimizer and EMA
+    flops: float  # per step
     fill: float
     peak_tflops: float | None
 
     def flops_per_second(self) -> float:
-        """Of one rank, on packs without padding."""
+        """The rate of one rank on packs without padding."""
         return self.flops / self.fill / self.ranks / (self.seconds - self.fixed_seconds)
 
 
 @dataclass(frozen=True)
-class Assumed:
-    """Rates in bytes/s and a GPU; times in seconds.
+class Assumptions:
+    """Rates in bytes/s per GPU; times in seconds.
 
-    ``durable_seconds`` is from a save's begin until it counts, ``stall_seconds`` of them for which training waits.
+    ``durable_seconds`` is the time from the start of a save until it is durable, ``stall_seconds`` the part of it for
+    which training waits.
     """
 
     mfu: Figure = _PUBLISHED_MFU
     peak_tflops: Figure = Figure(989.0, "dense bf16 of an H100 or H200 SXM, data sheet")
     gpu_bytes: Figure = Figure(80e9, "H100 SXM, data sheet")
-    network: Figure = Figure(50e9, "one port of 400 Gb/s a GPU")
+    network: Figure = Figure(50e9, "one port of 400 Gb/s per GPU")
     nvlink: Figure = Figure(450e9, "NVLink 4 of an H100 SXM, one direction, data sheet")
     failures_per_node_day: Figure = Figure(0.0065, "6.5 per 1,000 node-days on RSC-1 (arXiv 2410.21680)")
     detect_seconds: Figure = Figure(300.0, "Slurm's default SlurmdTimeout, for a lost node; a dead rank shows at once")
@@ -57,22 +58,23 @@ class Assumed:
     durable_seconds: Figure = Figure(67.0, "PyTorch DCP, asynchronous, 70B on 1,856 H200 (PyTorch's report)")
     step_bench: StepBench | None = None
 
-    def given(self, **values: float | None) -> "Assumed":
-        """With those of ``values`` that are not None, by field name. Raises UserError for a figure that cannot be."""
+    def with_given(self, **values: float | None) -> "Assumptions":
+        """A copy with the ``values``, by field name, that are not None. Raises UserError for an impossible value."""
         for name, value in values.items():
             least = 0.0 if name in ("failures_per_node_day", "detect_seconds", "restart_seconds") else 1e-9
             if value is not None and not (least <= value < float("inf")):
                 raise UserError(f"{name.replace('_', ' ')} is {value:g}: give a number above 0")
         if (mfu := values.get("mfu")) is not None and mfu > 1:
-            raise UserError(f"mfu is {mfu:g}: it is a share of the peak, as in 0.4")
+            raise UserError(f"mfu is {mfu:g}: give a fraction of the peak, for example 0.4")
         return replace(self, **{k: Figure(v, "given") for k, v in values.items() if v is not None})
 
-    def measured(self, files: Sequence[str], state_bytes: int) -> "Assumed":
-        """With what reports of `fitv2 bench step --json` or `bench checkpoint --json` say; the time until a save counts
-        is scaled to ``state_bytes``, those of a commit. Raises UserError for a file that is neither."""
+    def with_benchmarks(self, files: Sequence[str], state_bytes: int) -> "Assumptions":
+        """A copy with the figures of reports of `fitv2 bench step --json` or `fitv2 bench checkpoint --json`. The time
+        until a save is durable is scaled to ``state_bytes``, the size of a commit. Raises UserError for any other file.
+        """
         found = self
         for file in files:
-            report = _read(file)
+            report = _read_bench(file)
             if "flops_a_step" in report:
                 found = replace(found, step_bench=_step_bench(file, report))
             else:
@@ -86,12 +88,12 @@ class Assumed:
                 found = replace(found, stall_seconds=Figure(stall, on), durable_seconds=Figure(durable, on + scaled))
         return found
 
-    def named(self) -> dict[str, Any]:
-        """For the report: value and source of each."""
+    def to_report(self) -> dict[str, Any]:
+        """Value and source of each figure, for the report."""
         return {name: asdict(figure) for name, figure in vars(self).items() if isinstance(figure, Figure)}
 
 
-def _read(file: str) -> dict[str, Any]:
+def _read_bench(file: str) -> dict[str, Any]:
     try:
         report = json.loads(Path(file).read_text())
     except OSError as error:
@@ -103,7 +105,7 @@ def _read(file: str) -> dict[str, Any]:
         {"stall_seconds", "durable_seconds", "bytes", "ranks"},
     )
     if not isinstance(report, dict) or not any(keys <= report.keys() for keys in known):
-        raise UserError(f"{file} is no report of `fitv2 bench step --json` or `fitv2 bench checkpoint --json`")
+        raise UserError(f"{file} is not a report of `fitv2 bench step --json` or `fitv2 bench checkpoint --json`")
     return report
 
 

@@ -1,4 +1,4 @@
-"""Bytes and files of a run and of its data."""
+"""Bytes and inodes on disk of a run and of its dataset."""
 
 from typing import Any
 
@@ -18,28 +18,29 @@ _JOURNAL_ENTRY = 600  # bytes; tests/fitv2_scale/planning/forecast/test_plan_rep
 
 
 def commit_bytes(config: Config) -> int:
-    """Of one commit: weights, EMA, and both moments of what is trained, float32; what one rank alone would hold."""
+    """Size of one commit: weights, EMA, and both moments of the trained tensors, in float32; the state of a run on a
+    single rank."""
     return state_bytes("fsdp", config.model, Layout(1, 1), config.trainable, config.layout.precision, 0).held
 
 
-def kept_for_ever(checkpoint: CheckpointConfig, steps: int) -> int:
-    """Commits, of those that a run of so many steps makes."""
+def kept_forever(checkpoint: CheckpointConfig, steps: int) -> int:
+    """Number of commits of a run of so many steps that are never deleted."""
     every = checkpoint.keep_every
     multiples = set(range(every, steps + 1, every)) if every else set()
     return len(multiples | {step for step in checkpoint.milestones if step <= steps})
 
 
 def storage_report(config: Config, ranks: int, commits: int, data: Data | None) -> dict[str, Any]:
-    """``commits``: how many the run will make; ``ranks``: how many write each. Upper bounds where replicas may write
-    less. A commit in flight and one about to be deleted count with the kept ones."""
+    """Bytes and inodes. The run makes ``commits`` commits, each written by ``ranks`` ranks. Upper bounds, since
+    replicas may write less. One commit in flight and one about to be deleted are counted with those that are kept."""
     size, checkpoint = commit_bytes(config), config.checkpoint
-    for_ever = kept_for_ever(checkpoint, config.train.steps)
-    held = checkpoint.keep_last + 2 + for_ever
+    forever = kept_forever(checkpoint, config.train.steps)
+    held = checkpoint.keep_last + 2 + forever
     entries = config.train.steps // config.train.log_every
     report = {
         "commit_bytes": size,
         "commits_made": commits,
-        "commits_kept": checkpoint.keep_last + for_ever,
+        "commits_kept": checkpoint.keep_last + forever,
         "run_bytes": held * size + entries * _JOURNAL_ENTRY,
         # A commit's files, its manifest and its folder; COMMIT and RETIRE in the log, a sealed segment of the journal.
         "run_inodes": held * (ranks + 2) + 3 * commits + _pictures(config),
@@ -55,7 +56,7 @@ def _pictures(config: Config) -> int:
 
 
 def _dataset(data: Data) -> dict[str, Any]:
-    """Shards as they lie there; of a preset, which has none, latents of both views and flips, not compressed."""
+    """The existing shards; of a preset, which has none, uncompressed latents of both views and flips."""
     size = inodes = 0
     estimated = False
     for manifest in data.plan.manifests:

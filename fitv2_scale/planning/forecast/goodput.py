@@ -1,14 +1,15 @@
-"""Goodput: the share of a run's time in which it does steps that count.
+"""Goodput: the share of a run's time that is spent on steps that are not lost later.
 
-Failures come independently, at a constant rate λ. A save begins after each interval Δ of work, holds training up for w,
-and counts d_s seconds after its begin (a save that is waited for has d_s = w). A failure is noticed after d, then the
-job needs R to train again, which a failure may interrupt as well; work since the last save that counts is lost. The
-time from one save that counts to the next is then, on average and exactly,
+Failures are independent and come at a constant rate λ. A save starts after each interval Δ of work, stalls training for
+w, and is durable d_s seconds after its start (d_s = w for a blocking save). A failure is noticed after d; then the job
+needs R until it trains again, which another failure may interrupt; work since the last durable save is lost. The mean
+time from one durable save to the next is then exactly
 
     T = (1/λ + D) · (exp(λ(Δ + w)) - 1) · exp(λ(d_s - w)),   D = d + (1/λ + d) · (exp(λR) - 1),
 
 and goodput is Δ/T. With d = 0 and d_s = w this is eq. 20 of J. T. Daly (2006). Jobs that end at their time limit save
-and start anew, which takes d_s + R of each; that factor is exact without failures only. ``simulate`` plays all of it.
+and start again, which takes d_s + R of each; this factor is exact only without failures. ``simulate`` finds goodput
+without these formulas.
 """
 
 import math
@@ -19,9 +20,9 @@ DAY = 86400.0
 
 @dataclass(frozen=True)
 class Schedule:
-    """When a run saves, and what saves, failures and the ends of jobs cost; in seconds."""
+    """When a run saves, and the cost of saves, failures and the ends of jobs; in seconds."""
 
-    interval: float  # of work between two saves
+    interval: float  # work between two saves
     stall: float  # w
     durable: float  # d_s
     detect: float
@@ -32,26 +33,27 @@ class Schedule:
         assert self.interval > 0 and 0 <= self.stall <= self.durable and self.detect >= 0 and self.restart >= 0
 
     @property
-    def held_up(self) -> float:
-        """Seconds for which training waits at each save: one begins only when the one before it counts."""
+    def wait_per_save(self) -> float:
+        """Seconds for which training waits at each save; a save starts only when the one before it is durable."""
         return max(self.stall, self.durable - self.interval)
 
     @property
-    def tail(self) -> float:
-        """Seconds for which a save that training no longer waits for does not count yet."""
-        return max(0.0, self.durable - self.held_up)
+    def until_durable(self) -> float:
+        """Seconds from the end of the wait until the save is durable."""
+        return max(0.0, self.durable - self.wait_per_save)
 
 
 def expected_goodput(schedule: Schedule, failures_per_day: float) -> float:
-    """By the formula above; ``failures_per_day`` are those of all nodes of the job together."""
-    s, period = schedule, schedule.interval + schedule.held_up
+    """Goodput by the formula above; ``failures_per_day`` is the total of all nodes of the job."""
+    s, period = schedule, schedule.interval + schedule.wait_per_save
     rate = failures_per_day / DAY
     if rate == 0:
         share = s.interval / period
     else:
         again = (1 / rate + s.detect) * math.expm1(rate * s.restart)
         try:
-            share = s.interval / ((1 / rate + s.detect + again) * math.expm1(rate * period) * math.exp(rate * s.tail))
-        except OverflowError:  # failures come so fast that nothing is ever done
+            per_failure = 1 / rate + s.detect + again
+            share = s.interval / (per_failure * math.expm1(rate * period) * math.exp(rate * s.until_durable))
+        except OverflowError:  # failures come so fast that no work is ever kept
             return 0.0
     return share * max(0.0, 1 - (s.restart + s.durable) / s.walltime)

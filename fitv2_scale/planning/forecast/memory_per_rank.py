@@ -1,4 +1,4 @@
-"""What a rank of a run will hold, in state and at its peak on a GPU."""
+"""The memory of a rank: its state, and its peak on a GPU."""
 
 import math
 from dataclasses import asdict
@@ -10,18 +10,18 @@ from fitv2_scale.parallel.memory_estimate import Compute, StateBytes, cuda_peak,
 
 
 def plan_state(config: Config, layout: Layout) -> StateBytes:
-    """Of the first rank: none holds more."""
+    """State of the first rank; no rank holds more."""
     return state_bytes(config.layout.engine, config.model, layout, config.trainable, config.layout.precision, rank=0)
 
 
 def plan_compute(config: Config, packs: float, tokens: int, on_cuda: bool) -> Compute:
-    """How a rank will compute ``packs`` a step, on average, of at most ``tokens``."""
+    """How a rank computes ``packs`` packs per step (a mean) of at most ``tokens`` tokens."""
     compiled = config.layout.compiles(on_cuda)
     return Compute(config.layout.checkpointing, compiled, config.layout.precision, math.ceil(packs), tokens)
 
 
 def memory_report(config: Config, layout: Layout, packs: float | None, tokens: int | None) -> dict[str, Any]:
-    """Bytes of a rank; without data (None) nothing is said of the peak."""
+    """Bytes of a rank. Without data (``packs`` or ``tokens`` None) the peak is None."""
     state = plan_state(config, layout)
     report: dict[str, Any] = {"state_bytes_per_rank": asdict(state) | {"held": state.held}, "cuda": None}
     if packs is not None and tokens is not None:

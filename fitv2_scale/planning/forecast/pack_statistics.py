@@ -1,4 +1,4 @@
-"""How a run's data will be dealt out to ranks and packs."""
+"""How a run's data are divided among ranks and packs: images, tokens, fill and balance."""
 
 from dataclasses import replace
 from typing import Any
@@ -11,11 +11,11 @@ from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
 from fitv2_scale.model.counts import forward_flops
 
-_LOOKED_AT = 16  # steps, for a number of ranks other than the one that is asked about
+_SAMPLED_STEPS = 16  # for numbers of ranks other than the one that was asked for
 
 
-def data_figures(config: Config, data: Data, ranks: int) -> dict[str, Any]:
-    """Of the first window, dealt out to ``ranks``."""
+def data_statistics(config: Config, data: Data, ranks: int) -> dict[str, Any]:
+    """Statistics of the first window, divided among ``ranks``."""
     plan, steps = data.plan, data.plan.window_length(0)
     packing = measure_packing(data, ranks, range(steps))
     lengths = np.concatenate([plan.step(step).tokens for step in range(steps)])
@@ -36,8 +36,8 @@ def data_figures(config: Config, data: Data, ranks: int) -> dict[str, Any]:
 
 
 def measure_packing(data: Data, ranks: int, steps: range) -> dict[str, float]:
-    """Deals out ``steps``: packs a rank gets in a step, fill (valid tokens over room, all ranks), and imbalance (cost
-    of the slowest rank over the mean, averaged over the steps)."""
+    """Packs per rank and step, fill (valid tokens over capacity, all ranks), and imbalance (cost of the slowest rank
+    over the mean, averaged over the steps), when ``steps`` are divided among ``ranks``."""
     packs, tokens, room, imbalance = 0, 0, 0, 0.0
     for step in steps:
         lengths = data.plan.step(step).tokens
@@ -51,9 +51,9 @@ def measure_packing(data: Data, ranks: int, steps: range) -> dict[str, float]:
 
 
 def packing_on(data: Data, nodes: Nodes, max_tokens: int) -> dict[str, float]:
-    """The same, over some steps, if these ``nodes`` (data-parallel ranks of each) trained on ``data``; and the largest
+    """``measure_packing`` over some steps of ``data`` on other ``nodes`` (data-parallel ranks of each), and the largest
     capacity."""
     shapes = shapes_for_plan(data.plan, 0, data.cost, nodes, max_tokens)
-    steps = range(0, data.plan.window_length(0), max(1, data.plan.window_length(0) // _LOOKED_AT))
+    steps = range(0, data.plan.window_length(0), max(1, data.plan.window_length(0) // _SAMPLED_STEPS))
     packing = measure_packing(replace(data, nodes=nodes, shapes=shapes), sum(nodes), steps)
     return packing | {"capacity": shapes[-1].tokens}

@@ -1,4 +1,4 @@
-"""All that `fitv2 plan` says, as plain data and as text."""
+"""The report of `fitv2 plan`, as plain data and as text."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -10,28 +10,28 @@ from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
 from fitv2_scale.model.counts import forward_flops, logical_shapes, parameter_count
-from fitv2_scale.planning.forecast.assumptions import Assumed
+from fitv2_scale.planning.forecast.assumptions import Assumptions
 from fitv2_scale.planning.forecast.disk_usage import storage_report
 from fitv2_scale.planning.forecast.memory_per_rank import memory_report
-from fitv2_scale.planning.forecast.node_count import Choice, as_plain, candidates, choose, enough, explain
-from fitv2_scale.planning.forecast.pack_statistics import data_figures, packing_on
+from fitv2_scale.planning.forecast.node_count import NodeOption, candidates, choose, explain, node_report, until_decided
+from fitv2_scale.planning.forecast.pack_statistics import data_statistics, packing_on
 from fitv2_scale.planning.forecast.run_length import (
     RELEASED_DETECT,
     RELEASED_RESTART,
     RELEASED_SAVE,
     RELEASED_STEPS,
     goodput_report,
-    length,
-    recommended,
+    recommended_schedule,
+    run_length,
 )
-from fitv2_scale.planning.forecast.step_time import Pace, step_pace
+from fitv2_scale.planning.forecast.step_time import StepTime, estimate_step_time
 
-_BESIDE = (4, 16)  # nodes on which FiT's own schedule and ours are compared
+_BESIDE = (4, 16)  # nodes on which FiT's released schedule is compared with ours
 
 
-def forecast(config: Config, nodes: int, gpus_per_node: int, assumed: Assumed) -> dict[str, Any]:
-    """The figures as plain data. Those that need data (``data``, ``time``, ``goodput``, ``nodes``) are None, with the
-    reason in ``data_missing``, where there is no dataset."""
+def forecast(config: Config, nodes: int, gpus_per_node: int, assumptions: Assumptions) -> dict[str, Any]:
+    """The report as plain data. Without a dataset, the parts that need one (``data``, ``time``, ``goodput``,
+    ``storage``, ``nodes``) are None, and ``data_missing`` has the reason."""
     ranks = nodes * gpus_per_node
     layout = config.layout.over(ranks, nodes)
     report: dict[str, Any] = {"model": _model(config.model, config.trainable), "layout": _layout(config, layout)}
@@ -40,31 +40,31 @@ def forecast(config: Config, nodes: int, gpus_per_node: int, assumed: Assumed) -
     except DataError as error:
         nothing = dict.fromkeys(("data", "time", "goodput", "storage", "nodes"))
         return report | nothing | {"memory": memory_report(config, layout, None, None), "data_missing": str(error)}
-    figures = data_figures(config, data, layout.data_parallel)
-    pace = step_pace(config, layout, gpus_per_node, figures["flops_a_step"], figures, assumed)
-    tried = list(_tried(config, data, nodes, gpus_per_node, figures["flops_a_step"], assumed))
-    saving = recommended(config, pace.seconds, nodes, assumed)
+    figures = data_statistics(config, data, layout.data_parallel)
+    step = estimate_step_time(config, layout, gpus_per_node, figures["flops_a_step"], figures, assumptions)
+    tried = list(_tried(config, data, nodes, gpus_per_node, figures["flops_a_step"], assumptions))
+    saving = recommended_schedule(config, step.seconds, nodes, assumptions)
     elsewhere = {c.nodes: c.seconds_a_step for c in tried if c.nodes in _BESIDE}
-    goodput = goodput_report(config, pace.seconds, nodes, assumed, elsewhere)
+    goodput = goodput_report(config, step.seconds, nodes, assumptions, elsewhere)
     commits = -(-config.train.steps // goodput["interval_steps"])
     return report | {
         "data": figures,
         "memory": memory_report(config, layout, figures["packs_per_rank"], figures["capacities"][-1]),
-        "time": _time(config, pace, figures["flops_a_step"], asdict(length(
-            config.train.steps, pace.seconds, saving, nodes, ranks, assumed
+        "time": _time(config, step, figures["flops_a_step"], asdict(run_length(
+            config.train.steps, step.seconds, saving, nodes, ranks, assumptions
         ))),
         "goodput": goodput,
         "storage": storage_report(config, ranks, commits, data),
-        "nodes": as_plain(tried, choose(tried), config.batch.images),
-        "assumed": assumed.named(),
+        "nodes": node_report(tried, choose(tried), config.batch.images),
+        "assumed": assumptions.to_report(),
     }  # fmt: skip
 
 
-def node_advice(config: Config, data: Data, asked: int, gpus_per_node: int, assumed: Assumed) -> str:
-    """How many nodes the plan would choose, and what more of them would buy; by no more than that takes to say, in a
-    second or two. Raises UserError if no number of nodes has the memory."""
-    flops = data_figures(config, data, sum(data.nodes))["flops_a_step"]
-    tried = enough(_tried(config, data, asked, gpus_per_node, flops, assumed))
+def node_advice(config: Config, data: Data, asked: int, gpus_per_node: int, assumptions: Assumptions) -> str:
+    """The number of nodes that the plan would choose, and the gain and cost of more. Computes only what that needs, in
+    a second or two. Raises UserError if the state fits on no number of nodes."""
+    flops = data_statistics(config, data, sum(data.nodes))["flops_a_step"]
+    tried = until_decided(_tried(config, data, asked, gpus_per_node, flops, assumptions))
     return explain(tried, choose(tried), config.batch.images)
 
 
@@ -82,41 +82,42 @@ def _layout(config: Config, layout: Layout) -> dict[str, Any]:
     return {"ranks": layout.data_parallel * layout.tensor, "engine": config.layout.engine, **asdict(layout)}
 
 
-def _time(config: Config, pace: Pace, flops: float, run: dict[str, float]) -> dict[str, Any]:
+def _time(config: Config, step: StepTime, flops: float, run: dict[str, float]) -> dict[str, Any]:
     return {
-        "seconds_a_step": pace.seconds,
-        **asdict(pace),
-        "images_per_second": config.batch.images / pace.seconds,
-        "flops_per_second": flops / pace.seconds,
+        "seconds_a_step": step.seconds,
+        **asdict(step),
+        "images_per_second": config.batch.images / step.seconds,
+        "flops_per_second": flops / step.seconds,
         "steps": config.train.steps,
         **run,
     }
 
 
 def _tried(
-    config: Config, data: Data, asked: int, gpus_per_node: int, flops: float, assumed: Assumed
-) -> Iterator[Choice]:
-    """Each number of nodes by itself: with ``fsdp`` the state sharded within a node and replicated across nodes."""
+    config: Config, data: Data, asked: int, gpus_per_node: int, flops: float, assumptions: Assumptions
+) -> Iterator[NodeOption]:
+    """The forecast for each number of nodes; with ``fsdp`` the state is sharded within a node and replicated across
+    nodes."""
     tensor = config.layout.tensor if gpus_per_node % config.layout.tensor == 0 else 1
     for nodes in candidates(gpus_per_node, tensor, config.batch.images, asked):
         gpus = nodes * gpus_per_node
         layout = Layout.of(gpus, nodes if config.layout.engine == "fsdp" else 1, tensor)
         packing = packing_on(data, (gpus_per_node // tensor,) * nodes, config.layout.max_tokens)
-        pace = step_pace(config, layout, gpus_per_node, flops, packing, assumed)
-        saving = recommended(config, pace.seconds, nodes, assumed)
-        run = length(config.train.steps, pace.seconds, saving, nodes, gpus, assumed)
+        step = estimate_step_time(config, layout, gpus_per_node, flops, packing, assumptions)
+        saving = recommended_schedule(config, step.seconds, nodes, assumptions)
+        run = run_length(config.train.steps, step.seconds, saving, nodes, gpus, assumptions)
         peak = memory_report(config, layout, packing["packs_per_rank"], packing["capacity"])["cuda"]["peak_bytes"]
-        yield Choice(
+        yield NodeOption(
             nodes,
             gpus,
             layout.replicate,
-            pace.seconds,
-            pace.exposed,
+            step.seconds,
+            step.exposed,
             run.goodput,
             run.days,
             run.gpu_hours,
             peak,
-            fits=peak <= assumed.gpu_bytes.value,
+            fits=peak <= assumptions.gpu_bytes.value,
         )
 
 
@@ -126,70 +127,71 @@ def to_text(report: dict[str, Any]) -> str:
     share = f"({100 * model['trained_parameters'] / model['parameters']:.2f} % of them trained) "
     lines = [
         f"model    {model['parameters']:,} parameters {share if '100.00' not in share else ''}in {model['tensors']} "
-        f"tensors, {model['training_flops_per_image']['256'] / 1e12:.3f} TFLOP to train on an image of 256 tokens",
+        f"tensors, {model['training_flops_per_image']['256'] / 1e12:.3f} TFLOP per training image of 256 tokens",
         f"layout   {layout['ranks']} ranks, {layout['engine']} "
         f"(replicate {layout['replicate']} x shard {layout['shard']} x tensor {layout['tensor']})",
-        f"state    {state['held']} GiB a rank: weights {state['weights']}, moments {state['moments']}, "
-        f"EMA {state['ema']}; gradients {state['gradients']} more, {state['accumulated']} between the packs of a step",
+        f"state    {state['held']} GiB per rank: weights {state['weights']}, moments {state['moments']}, "
+        f"EMA {state['ema']}; plus gradients {state['gradients']}, {state['accumulated']} kept between packs",
     ]
     if data is None:
-        hint = "data.url=preset:imagenet256 plans with ImageNet's sizes"
+        hint = "set data.url=preset:imagenet256 to plan with ImageNet's image sizes"
         return "\n".join([*lines, f"data     {report['data_missing']}; {hint}"])
     capacities, cuda = " or ".join(map(str, data["capacities"])), memory["cuda"]
     lines += [
         f"peak     about {cuda['peak_bytes'] / 2**30:.1f} GiB on a GPU, {cuda['saved_bytes'] / 2**30:.1f} of them "
         f"saved for the backward pass (checkpointing {cuda['checkpointing']})",
-        f"data     {data['images']:,} images, {data['classes']} classes, {data['mean_tokens']:.1f} tokens each, "
-        f"{data['epochs']:.1f} epochs of {data['steps_per_epoch']:.1f} steps",
-        f"packs    {data['packs_per_rank']:.2f} a rank and step of {capacities} tokens: "
-        f"fill {data['fill']:.4f}, slowest rank {data['imbalance']:.4f} of the mean",
-        f"compute  {data['training_flops']:.3g} FLOP in all",
+        f"data     {data['images']:,} images, {data['classes']} classes, {data['mean_tokens']:.1f} tokens per image on "
+        f"average, {data['epochs']:.1f} epochs of {data['steps_per_epoch']:.1f} steps",
+        f"packs    {data['packs_per_rank']:.2f} per rank and step, of {capacities} tokens: "
+        f"fill {data['fill']:.4f}, slowest rank {data['imbalance']:.4f} times the mean",
+        f"compute  {data['training_flops']:.3g} FLOP in total",
     ]
     return "\n".join([*lines, *_run_lines(report), *_assumed_lines(report["assumed"])])
 
 
 def _run_lines(report: dict[str, Any]) -> list[str]:
     time, good, stored, nodes = (report[key] for key in ("time", "goodput", "storage", "nodes"))
-    played = good["simulated"]
+    simulated = good["simulated"]
     lines = [
         f"step     {1000 * time['seconds_a_step']:.4g} ms, {1000 * time['exposed']:.3g} of them waiting for transfers; "
         f"{time['images_per_second']:.4g} images/s ({time['source']})",
         f"time     {time['days']:.3g} days, {time['gpu_hours']:,.0f} GPU-hours to step {time['steps']:,}, "
         f"{time['failures']:.2g} failures expected",
-        f"commits  every {good['interval_minutes']:.3g} minutes ({good['interval_steps']:,} steps): "
+        f"commits  best every {good['interval_minutes']:.3g} minutes ({good['interval_steps']:,} steps): "
         f"checkpoint.every_minutes={good['interval_minutes']:.3g}",
-        f"goodput  {good['expected']:.4f}; {played['runs']} simulated runs: {played['mean']:.4f}, 95 % of them above "
-        f"{played['p5']:.4f}; with the config's own interval {good['as_configured']:.4f}",
+        f"goodput  {good['expected']:.4f}; {simulated['runs']} simulated runs: mean {simulated['mean']:.4f}, 95 % of "
+        f"them above {simulated['p5']:.4f}; with the interval of the config {good['as_configured']:.4f}",
     ]
     lines += [
-        f"         {beside['nodes']:>2} nodes: {beside['ours']:.4f}; with FiT's own schedule {beside['released']:.4f}"
-        for beside in good["beside_released"]
+        f"         {on['nodes']:>2} nodes: {on['ours']:.4f}; with FiT's released schedule {on['released']:.4f}"
+        for on in good["beside_released"]
     ]
     lines.append(
         f"storage  {stored['run_bytes'] / 1e9:,.1f} GB and {stored['run_inodes']:,} inodes at most: commits of "
-        f"{stored['commit_bytes'] / 1e9:.2f} GB, {stored['commits_kept']} kept of {stored['commits_made']:,}"
+        f"{stored['commit_bytes'] / 1e9:.2f} GB, {stored['commits_kept']} of {stored['commits_made']:,} are kept"
     )
     if data := stored["dataset"]:
         about = "about " if data["estimated"] else ""
-        lines.append(f"         the dataset {about}{data['bytes'] / 1e9:,.1f} GB, {data['inodes']:,} inodes")
+        lines.append(f"         dataset: {about}{data['bytes'] / 1e9:,.1f} GB, {data['inodes']:,} inodes")
     lines.append(f"nodes    {nodes['why']}")
     shown = [c for c in nodes["tried"] if c["nodes"] in (1, 2, 4, 8, 16, 32, 64, nodes["choice"])]
     lines += [
-        f"         {c['nodes']:>3} nodes {1000 * c['seconds_a_step']:8.4g} ms a step {c['days']:8.3g} days "
-        f"{c['gpu_hours']:9,.0f} GPU-hours, goodput {c['goodput']:.4f}{'' if c['fits'] else ', too little memory'}"
+        f"         {c['nodes']:>3} nodes {1000 * c['seconds_a_step']:8.4g} ms per step {c['days']:8.3g} days "
+        f"{c['gpu_hours']:9,.0f} GPU-hours, goodput {c['goodput']:.4f}{'' if c['fits'] else ', too little GPU memory'}"
         for c in shown
     ]
     return lines
 
 
-def _assumed_lines(assumed: dict[str, Any]) -> list[str]:
-    """What the figures above rest on, one a line."""
+def _assumed_lines(assumptions: dict[str, Any]) -> list[str]:
+    """The assumptions behind the figures above, one per line."""
     units = {"gpu_bytes": (1e9, "GB"), "network": (1e9, "GB/s"), "nvlink": (1e9, "GB/s")}
     lines = [
-        f"assumed  FiT's own schedule: a save every {RELEASED_STEPS:,} steps, as its script does; training waits "
-        f"{RELEASED_SAVE:g} s for it, {RELEASED_DETECT:,.0f} s to notice a failure, {RELEASED_RESTART:g} s to restart"
+        f"assumed  FiT's released schedule: a save every {RELEASED_STEPS:,} steps, as in its script; training waits "
+        f"{RELEASED_SAVE:g} s for each save, a failure is noticed after {RELEASED_DETECT:,.0f} s, a restart takes "
+        f"{RELEASED_RESTART:g} s"
     ]
-    for name, figure in assumed.items():
+    for name, figure in assumptions.items():
         scale, unit = units.get(name, (1, ""))
         lines.append(f"assumed  {name} {figure['value'] / scale:g}{unit and ' ' + unit}: {figure['source']}")
     return lines

@@ -1,25 +1,25 @@
-"""From the seconds of a step to the days of a run: when it saves, what that and failures cost, how long it lasts."""
+"""From the seconds of a step to the days of a run: its save schedule, the cost of saves and failures, its length."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from fitv2_scale.config.schema import Config
 from fitv2_scale.config.sections import CheckpointConfig
-from fitv2_scale.planning.forecast.assumptions import Assumed
+from fitv2_scale.planning.forecast.assumptions import Assumptions
 from fitv2_scale.planning.forecast.goodput import DAY, Schedule, expected_goodput
 from fitv2_scale.planning.forecast.save_interval import mtbf_hours, recommended_interval
-from fitv2_scale.planning.forecast.simulate import play
+from fitv2_scale.planning.forecast.simulate import simulate_goodput
 
-_PLAYED = 400  # runs
+_SIMULATED_RUNS = 400
 
-# What FiT's released script does: a save every 4,000 steps that training waits for (train_fitv2.py). How long that
-# takes, until somebody notices a failure, and until it trains again nobody has published: taken to be the following.
+# FiT's released script makes a blocking save every 4,000 steps (train_fitv2.py). The time of a save, the time until
+# somebody notices a failure, and the time until training runs again are not published; these values are assumed.
 RELEASED_STEPS, RELEASED_SAVE, RELEASED_DETECT, RELEASED_RESTART = 4000, 30.0, 1800.0, 600.0
 
 
 @dataclass(frozen=True)
-class Length:
-    """A run on some nodes."""
+class RunLength:
+    """Duration and cost of a whole run."""
 
     goodput: float
     days: float
@@ -27,27 +27,29 @@ class Length:
     failures: float  # expected
 
 
-def length(steps: int, seconds_a_step: float, schedule: Schedule, nodes: int, gpus: int, assumed: Assumed) -> Length:
-    per_day = nodes * assumed.failures_per_node_day.value
+def run_length(
+    steps: int, seconds_a_step: float, schedule: Schedule, nodes: int, gpus: int, assumptions: Assumptions
+) -> RunLength:
+    per_day = nodes * assumptions.failures_per_node_day.value
     goodput = expected_goodput(schedule, per_day)
     days = steps * seconds_a_step / goodput / DAY if goodput else float("inf")
-    return Length(goodput, days, days * 24 * gpus, days * per_day)
+    return RunLength(goodput, days, days * 24 * gpus, days * per_day)
 
 
-def recommended(config: Config, seconds_a_step: float, nodes: int, assumed: Assumed) -> Schedule:
-    """Saves at the interval that loses least time, in whole steps."""
-    between_failures = mtbf_hours(nodes, assumed.failures_per_node_day.value)
-    best = recommended_interval(assumed.stall_seconds.value, between_failures, assumed.durable_seconds.value)
-    return _schedule(config, max(1, round(best / seconds_a_step)) * seconds_a_step, assumed)
+def recommended_schedule(config: Config, seconds_a_step: float, nodes: int, assumptions: Assumptions) -> Schedule:
+    """Saves at the interval that loses the least time, in whole steps."""
+    between_failures = mtbf_hours(nodes, assumptions.failures_per_node_day.value)
+    best = recommended_interval(assumptions.stall_seconds.value, between_failures, assumptions.durable_seconds.value)
+    return _schedule(config, max(1, round(best / seconds_a_step)) * seconds_a_step, assumptions)
 
 
-def configured(config: Config, seconds_a_step: float, assumed: Assumed) -> Schedule:
-    """Saves as the config's section ``checkpoint`` says."""
-    return _schedule(config, _configured_seconds(config.checkpoint, seconds_a_step), assumed)
+def configured_schedule(config: Config, seconds_a_step: float, assumptions: Assumptions) -> Schedule:
+    """Saves at the interval of the config's section ``checkpoint``."""
+    return _schedule(config, _configured_interval(config.checkpoint, seconds_a_step), assumptions)
 
 
-def released(config: Config, seconds_a_step: float) -> Schedule:
-    """FiT's own schedule, on the same jobs."""
+def released_schedule(config: Config, seconds_a_step: float) -> Schedule:
+    """The schedule of FiT's released script, in the same jobs."""
     return Schedule(
         RELEASED_STEPS * seconds_a_step,
         RELEASED_SAVE,
@@ -58,42 +60,44 @@ def released(config: Config, seconds_a_step: float) -> Schedule:
     )
 
 
-def _configured_seconds(checkpoint: CheckpointConfig, seconds_a_step: float) -> float:
+def _configured_interval(checkpoint: CheckpointConfig, seconds_a_step: float) -> float:
     if checkpoint.every_minutes is not None:
         return 60 * checkpoint.every_minutes
     return checkpoint.every_steps * seconds_a_step
 
 
-def _schedule(config: Config, interval: float, assumed: Assumed) -> Schedule:
+def _schedule(config: Config, interval: float, assumptions: Assumptions) -> Schedule:
     return Schedule(
         interval,
-        assumed.stall_seconds.value,
-        assumed.durable_seconds.value,
-        assumed.detect_seconds.value,
-        assumed.restart_seconds.value,
+        assumptions.stall_seconds.value,
+        assumptions.durable_seconds.value,
+        assumptions.detect_seconds.value,
+        assumptions.restart_seconds.value,
         config.slurm.walltime_seconds,
     )
 
 
 def goodput_report(
-    config: Config, seconds_a_step: float, nodes: int, assumed: Assumed, elsewhere: dict[int, float]
+    config: Config, seconds_a_step: float, nodes: int, assumptions: Assumptions, elsewhere: dict[int, float]
 ) -> dict[str, Any]:
-    """``elsewhere``: seconds of a step on other numbers of nodes, for which FiT's schedule and ours are compared."""
-    best, as_set = recommended(config, seconds_a_step, nodes, assumed), configured(config, seconds_a_step, assumed)
-    per_day, work = nodes * assumed.failures_per_node_day.value, config.train.steps * seconds_a_step
-    played = play(best, per_day, work, _PLAYED)
+    """Goodput expected, simulated and as configured. ``elsewhere``: seconds of a step by number of nodes, for which
+    FiT's released schedule is compared with ours."""
+    best = recommended_schedule(config, seconds_a_step, nodes, assumptions)
+    as_set = configured_schedule(config, seconds_a_step, assumptions)
+    per_day, work = nodes * assumptions.failures_per_node_day.value, config.train.steps * seconds_a_step
+    simulated = simulate_goodput(best, per_day, work, _SIMULATED_RUNS)
     beside = [
         {
             "nodes": n,
             "seconds_a_step": seconds,
-            "released": _expected(released(config, seconds), n, assumed),
-            "ours": _expected(recommended(config, seconds, n, assumed), n, assumed),
+            "released": _expected(released_schedule(config, seconds), n, assumptions),
+            "ours": _expected(recommended_schedule(config, seconds, n, assumptions), n, assumptions),
         }
         for n, seconds in elsewhere.items()
     ]
     return {
         "expected": expected_goodput(best, per_day),
-        "simulated": asdict(played) | {"runs": _PLAYED},
+        "simulated": asdict(simulated) | {"runs": _SIMULATED_RUNS},
         "as_configured": expected_goodput(as_set, per_day),
         "interval_seconds": best.interval,
         "interval_steps": round(best.interval / seconds_a_step),
@@ -102,5 +106,5 @@ def goodput_report(
     }
 
 
-def _expected(schedule: Schedule, nodes: int, assumed: Assumed) -> float:
-    return expected_goodput(schedule, nodes * assumed.failures_per_node_day.value)
+def _expected(schedule: Schedule, nodes: int, assumptions: Assumptions) -> float:
+    return expected_goodput(schedule, nodes * assumptions.failures_per_node_day.value)

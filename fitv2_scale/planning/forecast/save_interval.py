@@ -1,8 +1,8 @@
-"""How often to commit: between the time that saving costs and the work that a failure costs."""
+"""How often to save: a balance between the cost of saving and the work that a failure destroys."""
 
 import math
 
-SHORTEST, LONGEST = 60.0, 1800.0  # seconds; below, logs and storage fill up; above, a person waits too long
+SHORTEST, LONGEST = 60.0, 1800.0  # seconds; shorter fills logs and storage, longer makes a person wait
 
 
 def mtbf_hours(nodes: int, failures_per_node_day: float) -> float:
@@ -14,8 +14,8 @@ def mtbf_hours(nodes: int, failures_per_node_day: float) -> float:
 def recommended_interval(save_seconds: float, mtbf_hours: float, durable_seconds: float = 0.0) -> float:
     """Seconds between commits that lose the least time, clamped to [SHORTEST, LONGEST].
 
-    ``save_seconds`` is how long a save keeps training waiting; ``durable_seconds``, how long until it counts, if that
-    goes on in the background: commits are never closer than this.
+    ``save_seconds`` is the time for which training waits for a save; ``durable_seconds`` the time until a save in the
+    background is durable: commits are never closer together than this.
 
     J. T. Daly, A higher order estimate of the optimum checkpoint interval for restart dumps (2006), eq. 37; its first
     term is J. W. Young's (1974).

@@ -1,4 +1,4 @@
-"""A run played many times over, with failures drawn at random: what ``goodput`` says in a formula, without it."""
+"""Simulates many runs with random failures: finds the goodput that ``goodput`` computes by a formula."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,39 +11,45 @@ Draw = Callable[[int], np.ndarray]  # seconds to the next failure, for so many r
 
 
 @dataclass(frozen=True)
-class Played:
-    """Goodput of runs that were played: over all of them together, and what 95 % of them do better than."""
+class SimulatedGoodput:
+    """Goodput of simulated runs."""
 
-    mean: float
-    p5: float
-    failures: float  # a run, on average
+    mean: float  # over all runs together
+    p5: float  # 95 % of the runs are better
+    failures: float  # per run, on average
 
 
-def play(schedule: Schedule, failures_per_day: float, work: float, runs: int, seed: int = 0) -> Played:
-    """``runs`` runs of ``work`` seconds of steps each, with failures at a constant rate."""
+def simulate_goodput(
+    schedule: Schedule, failures_per_day: float, work: float, runs: int, seed: int = 0
+) -> SimulatedGoodput:
+    """The goodput of ``runs`` runs of ``work`` seconds of steps each, with failures at a constant rate."""
     rng, rate = np.random.default_rng(seed), failures_per_day / DAY
-    seconds, failures = play_out(schedule, work, runs, lambda n: rng.exponential(1 / rate, n) if rate else _never(n))
-    return Played(float(work / seconds.mean()), float(work / np.quantile(seconds, 0.95)), float(failures.mean()))
+    seconds, failures = simulate_runs(
+        schedule, work, runs, lambda n: rng.exponential(1 / rate, n) if rate else _never(n)
+    )
+    return SimulatedGoodput(
+        float(work / seconds.mean()), float(work / np.quantile(seconds, 0.95)), float(failures.mean())
+    )
 
 
 def _never(runs: int) -> np.ndarray:
     return np.full(runs, np.inf)
 
 
-def play_out(schedule: Schedule, work: float, runs: int, draw: Draw) -> tuple[np.ndarray, np.ndarray]:
-    """Seconds that each run takes, and its failures. ``draw`` is asked at the begin of every job."""
+def simulate_runs(schedule: Schedule, work: float, runs: int, draw: Draw) -> tuple[np.ndarray, np.ndarray]:
+    """The duration of each run in seconds and its number of failures. ``draw`` is called at the start of every job."""
     s = schedule
-    period = s.interval + s.held_up
+    period = s.interval + s.wait_per_save
     done, seconds, failures = np.zeros(runs), np.zeros(runs), np.zeros(runs, int)
     while (left := np.flatnonzero(done < work)).size:
         to_do, fails = work - done[left], draw(left.size)
-        # A job starts, works with a save after each interval, and waits for one more when it is through.
-        full = s.restart + to_do + s.held_up * np.floor((to_do - 1e-9) / s.interval) + s.durable
+        # A job starts, saves after each interval of work, and waits for one more save at the end.
+        full = s.restart + to_do + s.wait_per_save * np.floor((to_do - 1e-9) / s.interval) + s.durable
         ends = np.minimum(full, s.walltime)
         failed = fails < ends
         trained = np.where(failed, fails, ends) - s.restart
-        saved = np.maximum(0, np.floor((trained - s.tail) / period)) * s.interval
-        # At a time limit, what was done until the last save began.
+        saved = np.maximum(0, np.floor((trained - s.until_durable) / period)) * s.interval
+        # At the time limit, the work done until the last save started.
         until = np.maximum(0, trained - s.durable)
         kept = np.floor(until / period) * s.interval + np.minimum(until % period, s.interval)
         gained = np.where(failed, saved, np.where(full <= s.walltime, to_do, kept))
@@ -51,5 +57,5 @@ def play_out(schedule: Schedule, work: float, runs: int, draw: Draw) -> tuple[np
         seconds[left] += np.where(failed, fails + s.detect, ends)
         failures[left] += failed
         if not gained.any() and not failed.any():
-            raise ValueError(f"jobs of {s.walltime:g} s are too short to get anything done")
+            raise ValueError(f"jobs of {s.walltime:g} s are too short to make any progress")
     return seconds, failures

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fitv2_scale.planning.forecast.goodput import DAY, Schedule, expected_goodput
 from fitv2_scale.planning.forecast.run_length import RELEASED_DETECT, RELEASED_RESTART, RELEASED_SAVE, RELEASED_STEPS
 from fitv2_scale.planning.forecast.save_interval import recommended_interval
-from fitv2_scale.planning.forecast.simulate import play, play_out
+from fitv2_scale.planning.forecast.simulate import simulate_goodput, simulate_runs
 from tests.support.save_costs import lost_share
 
 
@@ -29,10 +29,10 @@ def released(seconds_a_step: float) -> Schedule:
 def test_formula_and_simulation_agree(schedule, per_day):
     schedule = schedule(per_day)
     work = max(200 * schedule.interval, 20 * DAY / per_day)
-    played = play(schedule, per_day, work, runs=2000)
-    assert played.mean == pytest.approx(expected_goodput(schedule, per_day), rel=0.01)
-    awake = work / played.mean - played.failures * schedule.detect  # nothing fails until a failure is noticed
-    assert played.failures == pytest.approx(per_day * awake / DAY, rel=0.05)
+    simulated = simulate_goodput(schedule, per_day, work, runs=2000)
+    assert simulated.mean == pytest.approx(expected_goodput(schedule, per_day), rel=0.01)
+    awake = work / simulated.mean - simulated.failures * schedule.detect  # nothing fails until a failure is noticed
+    assert simulated.failures == pytest.approx(per_day * awake / DAY, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -90,14 +90,14 @@ def test_the_recommended_interval_is_the_best_one(per_day):
 def test_jobs_that_end_cost_a_save_and_a_start():
     schedule = Schedule(600, 1, 30, 60, 120, walltime=4 * 3600)
     assert expected_goodput(schedule, 0) == pytest.approx(600 / 601 * (1 - 150 / 14400))
-    assert play(schedule, 0, 100 * DAY, 1).mean == pytest.approx(expected_goodput(schedule, 0), rel=1e-3)
+    assert simulate_goodput(schedule, 0, 100 * DAY, 1).mean == pytest.approx(expected_goodput(schedule, 0), rel=1e-3)
     # With failures on top, jobs seldom reach their limit: the formula is then a little too low.
-    assert play(schedule, 6, 20 * DAY, 200).mean == pytest.approx(expected_goodput(schedule, 6), rel=0.01)
+    assert simulate_goodput(schedule, 6, 20 * DAY, 200).mean == pytest.approx(expected_goodput(schedule, 6), rel=0.01)
 
 
 def test_jobs_too_short_for_anything_are_said():
     with pytest.raises(ValueError, match="too short"):
-        play(Schedule(600, 1, 30, 60, 120, walltime=100), 0, DAY, 1)
+        simulate_goodput(Schedule(600, 1, 30, 60, 120, walltime=100), 0, DAY, 1)
 
 
 def walk(s: Schedule, work: float, gaps: list[float]) -> float:
@@ -117,7 +117,7 @@ def walk(s: Schedule, work: float, gaps: list[float]) -> float:
             if done >= work:
                 at += s.durable
                 break
-            at += s.held_up
+            at += s.wait_per_save
         if fails >= at:
             clock, kept = clock + at, done
             if kept >= work:
@@ -140,5 +140,5 @@ def walk(s: Schedule, work: float, gaps: list[float]) -> float:
 def test_a_run_played_is_the_run_walked(interval, stall, more, detect, restart, walltime, gaps):
     schedule = Schedule(interval, stall, stall + more, detect, restart, walltime)
     draws = iter([np.array([gap]) for gap in gaps])
-    seconds, _ = play_out(schedule, 5000.0, 1, lambda n: next(draws, np.array([np.inf])))
+    seconds, _ = simulate_runs(schedule, 5000.0, 1, lambda n: next(draws, np.array([np.inf])))
     assert seconds[0] == pytest.approx(walk(schedule, 5000.0, gaps), abs=1e-3)

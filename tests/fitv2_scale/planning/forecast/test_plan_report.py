@@ -13,10 +13,10 @@ from fitv2_scale.cli.__main__ import main
 from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.load import load_config
 from fitv2_scale.data import Data
-from fitv2_scale.planning.forecast.assumptions import Assumed
-from fitv2_scale.planning.forecast.disk_usage import commit_bytes, kept_for_ever, storage_report
-from fitv2_scale.planning.forecast.node_count import Choice, candidates, choose, enough, explain
-from fitv2_scale.planning.forecast.step_time import exposed_seconds, step_pace, traffic_seconds
+from fitv2_scale.planning.forecast.assumptions import Assumptions
+from fitv2_scale.planning.forecast.disk_usage import commit_bytes, kept_forever, storage_report
+from fitv2_scale.planning.forecast.node_count import NodeOption, candidates, choose, explain, until_decided
+from fitv2_scale.planning.forecast.step_time import estimate_step_time, exposed_seconds, traffic_seconds
 from fitv2_scale.train.loop import DONE, train
 from tests.support.ranks import run_ranks
 
@@ -46,7 +46,7 @@ def bench(folder: Path, **changes) -> str:
 
 
 def test_transfers_of_a_step():
-    a = Assumed()
+    a = Assumptions()
     within, between = traffic_seconds(BIG, Layout(1, 32), 8, a)  # sharded over four nodes: all on the network
     assert within == (0, 0)
     assert between == (pytest.approx(2 * NUMBERS * 31 / 32 / 50e9), pytest.approx(4 * NUMBERS * 31 / 32 / 50e9))
@@ -58,7 +58,7 @@ def test_transfers_of_a_step():
 
 
 def test_what_arithmetic_does_not_hide():
-    a, hsdp = Assumed(), Layout(4, 8)
+    a, hsdp = Assumptions(), Layout(4, 8)
     (gather, scatter), (_, exchange) = traffic_seconds(BIG, hsdp, 8, a)
     assert exposed_seconds(BIG, hsdp, 8, 10.0, 1, a) == 0
     # The backward pass, two thirds, hides the exchange just so.
@@ -73,41 +73,41 @@ def test_what_arithmetic_does_not_hide():
 
 
 def test_a_step_at_a_stated_mfu():
-    assumed = Assumed().given(mfu=0.4)
-    pace = step_pace(BIG, Layout(1, 8), 8, 1e15, FULL | {"fill": 0.9}, assumed)
-    assert pace.seconds == pytest.approx(1e15 / 0.9 / 8 / (0.4 * 989e12))
-    assert pace.source == "MFU 0.4 of 989 TFLOP/s; given"
+    assumptions = Assumptions().with_given(mfu=0.4)
+    step = estimate_step_time(BIG, Layout(1, 8), 8, 1e15, FULL | {"fill": 0.9}, assumptions)
+    assert step.seconds == pytest.approx(1e15 / 0.9 / 8 / (0.4 * 989e12))
+    assert step.source == "MFU 0.4 of 989 TFLOP/s; given"
 
 
 def test_a_step_that_was_measured(tiny, tmp_path):
     config = tiny()
-    assumed = Assumed().measured([bench(tmp_path)], 1)
-    as_measured = step_pace(config, Layout(1, 2), 2, 4e9, FULL, assumed)
+    assumptions = Assumptions().with_benchmarks([bench(tmp_path)], 1)
+    as_measured = estimate_step_time(config, Layout(1, 2), 2, 4e9, FULL, assumptions)
     assert as_measured.seconds == pytest.approx(0.5) and as_measured.source.startswith("measured on 2 x CPU")
     # On four ranks with a better fill: the arithmetic is divided, the optimizer stays.
-    elsewhere = step_pace(config, Layout(1, 4), 4, 4e9, FULL | {"fill": 0.9}, assumed)
+    elsewhere = estimate_step_time(config, Layout(1, 4), 4, 4e9, FULL | {"fill": 0.9}, assumptions)
     assert elsewhere.compute == pytest.approx(0.4 / 2 * 0.8 / 0.9) and elsewhere.fixed == pytest.approx(0.1)
     with pytest.raises(
-        UserError, match=r"bench.json was measured at 3.33e\+08 FLOP an image, this run takes 1.67e\+09"
+        UserError, match=r"bench.json was measured at 3.33e\+08 FLOP per image, but this run takes 1.67e\+09"
     ):
-        step_pace(config, Layout(1, 2), 2, 2e10, FULL, assumed)
+        estimate_step_time(config, Layout(1, 2), 2, 2e10, FULL, assumptions)
 
 
 def test_saves_that_were_measured(tmp_path):
     report = {"ranks": 2, "machine": "CPU", "bytes": 100, "stall_seconds": {"median": 0.2, "first": 9}}
     file = tmp_path / "saves.json"
     file.write_text(json.dumps(report | {"durable_seconds": {"median": 3.0}}))
-    assumed = Assumed().measured([str(file)], 200)
-    assert (assumed.stall_seconds.value, assumed.durable_seconds.value) == (0.2, 6.0)
-    assert "for 2e-07 rather than 1e-07 GB" in assumed.durable_seconds.source
+    assumptions = Assumptions().with_benchmarks([str(file)], 200)
+    assert (assumptions.stall_seconds.value, assumptions.durable_seconds.value) == (0.2, 6.0)
+    assert "for 2e-07 rather than 1e-07 GB" in assumptions.durable_seconds.source
 
 
 @pytest.mark.parametrize(
     "words,message",
     [
         (["--bench", "nothing.json"], "cannot read nothing.json: No such file"),
-        (["--bench", "configs/demo.yaml"], "demo.yaml is no report of `fitv2 bench step --json`"),
-        (["--mfu", "40"], "mfu is 40: it is a share of the peak"),
+        (["--bench", "configs/demo.yaml"], "demo.yaml is not a report of `fitv2 bench step --json`"),
+        (["--mfu", "40"], "mfu is 40: give a fraction of the peak"),
         (["--failures", "-1"], "failures per node day is -1"),
         (["--network", "0"], "network is 0"),
         (["--nodes", "0"], "give at least 1"),
@@ -129,27 +129,27 @@ def test_plan_without_data_says_how(capsys):
 # ---- how many nodes ----
 
 
-def choice(nodes: int, days: float, fits: bool = True) -> Choice:
-    return Choice(nodes, 8 * nodes, nodes, 0.1, 0.0, 1.0, days, 24 * 8 * nodes * days, 10**9, fits)
+def choice(nodes: int, days: float, fits: bool = True) -> NodeOption:
+    return NodeOption(nodes, 8 * nodes, nodes, 0.1, 0.0, 1.0, days, 24 * 8 * nodes * days, 10**9, fits)
 
 
 def test_nodes_that_are_worth_it():
     tried = [choice(1, 8), choice(2, 4), choice(4, 2.2), choice(8, 2.0), choice(16, 1.0)]
     assert choose(tried).nodes == 4  # 8 would bring a tenth for twice the price
     assert explain(tried, choose(tried), 256) == (
-        "4 nodes (32 GPUs): past that, at 256 images a step, more nodes buy next to nothing; "
+        "4 nodes (32 GPUs): with 256 images per step, more nodes hardly shorten the run; "
         "8 would take 9 % fewer days and 82 % more GPU-hours"
     )
     assert choose([choice(1, 8, fits=False), *tried[1:]]).nodes == 4
-    assert "the most that leave an image" in explain(tried[:3], choose(tried[:3]), 256)
-    with pytest.raises(UserError, match="a rank needs 1 GB at least"):
+    assert "the most that still give each rank one" in explain(tried[:3], choose(tried[:3]), 256)
+    with pytest.raises(UserError, match="a rank needs at least 1 GB"):
         choose([choice(1, 8, fits=False)])
 
 
 def test_no_more_are_looked_at_than_it_takes():
     tried = [choice(1, 8, fits=False), choice(2, 4), choice(4, 2.2), choice(6, 2.1), choice(8, 2.0), choice(16, 1.0)]
-    assert enough(iter(tried)) == tried[:5] and enough(tried[:3]) == tried[:3]
-    assert explain(enough(tried), choose(enough(tried)), 256) == explain(tried, choose(tried), 256)
+    assert until_decided(iter(tried)) == tried[:5] and until_decided(tried[:3]) == tried[:3]
+    assert explain(until_decided(tried), choose(until_decided(tried)), 256) == explain(tried, choose(tried), 256)
 
 
 def test_every_rank_needs_an_image():
@@ -162,8 +162,8 @@ def test_every_rank_needs_an_image():
 
 def test_kept_commits():
     config = BIG.checkpoint.model_copy(update={"keep_every": 100, "milestones": [50, 200, 9999]})
-    assert kept_for_ever(config, 1000) == 11
-    assert kept_for_ever(BIG.checkpoint, 1000) == 0
+    assert kept_forever(config, 1000) == 11
+    assert kept_forever(BIG.checkpoint, 1000) == 0
 
 
 def test_storage_of_a_real_run(tiny, tmp_path, capsys):
