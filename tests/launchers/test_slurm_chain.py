@@ -14,23 +14,21 @@ from fitv2_scale.model.counts import parameter_count
 from fitv2_scale.run.run import Run
 from fitv2_scale.train.loop import DONE, train
 from launchers.control import job_name, jobs
-from tests.conftest import IMAGES
 from tests.services.mlflow_server import MlflowServer
+from tests.support.rank_processes import ranks_of_job
 from tests.support.ranks import run_ranks
-from tests.support.run_history import losses, trained
+from tests.support.run_history import audited, losses, reach, trained
 from tests.support.slurm_jobs import (
     attempts,
-    audited,
     end_of,
     has_pending,
     queue,
-    ranks_of,
-    reach,
     running,
     story,
-    wait,
     wait_for_the_end,
 )
+from tests.support.tiny_runs import IMAGES
+from tests.support.waiting import wait
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(900)]
 
@@ -65,7 +63,7 @@ def test_a_chain_moves_from_two_nodes_to_four_to_one(slurm, fitv2, job_config, t
     job, steps = wait("a job", lambda: running(slurm)), moves[-1] + 60
     fitv2("submit", job_config(**options | {"train__steps": steps}), "--nodes", "1")
     wait("its first line", lambda: any(f"== job {job} task 0" in f.read_text() for f in Path(run).rglob("rank-0.log")))
-    rank = ranks_of(job)[0]
+    rank = ranks_of_job(job)[0]
     os.kill(rank, signal.SIGSTOP)  # else it may be through with that before Slurm gets to it
     slurm.run("scancel", "--signal=USR1", job)
     wait("the signal", lambda: has_pending(rank, signal.SIGUSR1))

@@ -8,7 +8,8 @@ import pytest
 from fitv2_scale.train.loop import train
 from tests.support.feature_networks import Tiny, save_network
 from tests.support.ranks import run_ranks
-from tests.support.slurm_jobs import wait, wait_for_the_end
+from tests.support.slurm_jobs import wait_for_the_end
+from tests.support.waiting import wait
 
 pytestmark = [pytest.mark.services, pytest.mark.long]
 

@@ -12,11 +12,14 @@ import pytest
 from fitv2_scale.run.run import Run
 from fitv2_scale.train.loop import DONE, train
 from launchers.control import jobs
+from tests.support.commits import commit_bytes
 from tests.support.kill_storm import check_storm
+from tests.support.rank_processes import ranks_of_job
 from tests.support.ranks import run_ranks
 from tests.support.repository import ROOT
-from tests.support.run_history import commit_bytes, trained
-from tests.support.slurm_jobs import attempts, audited, end_of, ranks_of, reach, running, story, wait, wait_for_the_end
+from tests.support.run_history import audited, reach, trained
+from tests.support.slurm_jobs import attempts, end_of, running, story, wait_for_the_end
+from tests.support.waiting import wait
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(900)]
 
@@ -34,12 +37,12 @@ def test_a_killed_rank_takes_its_step_down_and_the_next_job_avoids_its_node(slur
     fitv2("submit", job_config(**options), "--nodes", "2")
     reach(config.run, 0, 1)
     job = running(slurm)
-    ranks = ranks_of(job)
+    ranks = ranks_of_job(job)
     assert sorted(ranks) == [0, 1]
     reach(config.run, 12, 1)
     killed = time.monotonic()
     os.kill(ranks[1], signal.SIGKILL)
-    wait("the step to go", lambda: not ranks_of(job))
+    wait("the step to go", lambda: not ranks_of_job(job))
     gone = time.monotonic() - killed
     wait("attempt 2", lambda: audited(config.run, 2))
     first_step = time.monotonic() - killed
@@ -63,8 +66,8 @@ def test_how_soon_a_killed_rank_is_forgotten(slurm, fitv2, job_config, tiny):
         reach(config.run, 30 * attempt, attempt)
         job = running(slurm)
         killed = time.monotonic()
-        os.kill(ranks_of(job)[attempt % 2], signal.SIGKILL)
-        wait("the step to go", lambda ended=job: not ranks_of(ended))
+        os.kill(ranks_of_job(job)[attempt % 2], signal.SIGKILL)
+        wait("the step to go", lambda ended=job: not ranks_of_job(ended))
         gone = time.monotonic() - killed
         wait("the next attempt", lambda following=attempt + 1: audited(config.run, following))
         first_step = time.monotonic() - killed
@@ -104,7 +107,7 @@ def test_a_stopped_rank_is_named_and_its_node_avoided(slurm, fitv2, job_config, 
     reach(config.run, 8, 1)
     job = running(slurm)
     time.sleep(2)  # what it says in its first steps is that it may be silent for longer
-    os.kill(ranks_of(job)[1], signal.SIGSTOP)
+    os.kill(ranks_of_job(job)[1], signal.SIGSTOP)
     end = wait("the watchdog", lambda: end_of(config.run, 1))
     reach(config.run, 0, 2)
     fitv2("stop", config.run)
@@ -189,7 +192,7 @@ def test_a_storm(slurm, fitv2, job_config, tiny):
         time.sleep(60)  # the storm's own pace
         job = running(slurm)
         hit = time.monotonic()
-        os.kill(rng.choice(list(ranks_of(job).values())), signal.SIGKILL)
+        os.kill(rng.choice(list(ranks_of_job(job).values())), signal.SIGKILL)
         attempt += 1
         wait(f"attempt {attempt}", lambda following=attempt: audited(config.run, following))
         restarts.append(time.monotonic() - hit)

@@ -5,8 +5,6 @@ import random
 import signal
 import subprocess
 import sys
-from contextlib import suppress
-from pathlib import Path
 
 import pytest
 import yaml
@@ -15,10 +13,12 @@ from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
 from fitv2_scale.train.loop import DONE, train
 from launchers.supervise import _attempt, _Signals, supervise
+from tests.support.commits import commit_bytes
 from tests.support.kill_storm import check_storm
+from tests.support.rank_processes import ranks_of_config
 from tests.support.ranks import run_ranks
-from tests.support.run_history import commit_bytes, trained
-from tests.support.slurm_jobs import audited, reach, wait
+from tests.support.run_history import audited, reach, trained
+from tests.support.waiting import wait
 
 
 @pytest.fixture
@@ -39,23 +39,11 @@ def supervised(tiny, tmp_path):
         process.kill()
 
 
-def ranks_of(config_file: Path) -> dict[int, int]:
-    """Process id by rank of the trainers that were started with this config."""
-    found = {}
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            words = (process / "cmdline").read_text().split("\0")
-            if str(config_file) in words and "--supervise" not in words:
-                environment = dict(e.split("=", 1) for e in (process / "environ").read_text().split("\0") if "=" in e)
-                found[int(environment["RANK"])] = int(process.name)
-    return found
-
-
 def test_a_killed_rank_costs_one_attempt(supervised, tiny, tmp_path):
     config = tiny(train__steps=120, checkpoint__every_steps=10)
     process = supervised(config)
     reach(config.run, 0, 1)
-    ranks = ranks_of(tmp_path / "config.yaml")
+    ranks = ranks_of_config(tmp_path / "config.yaml")
     reach(config.run, 15, 1)
     os.kill(ranks[1], signal.SIGKILL)
     assert process.wait(200) == 0, process.stderr.read()
@@ -73,7 +61,7 @@ def test_a_storm(supervised, tiny, tmp_path):
     process, done = supervised(config), 0
     for attempt in (1, 2, 3):
         reach(config.run, done + rng.randrange(100, 200), attempt)
-        os.kill(rng.choice(list(ranks_of(tmp_path / "config.yaml").values())), signal.SIGKILL)
+        os.kill(rng.choice(list(ranks_of_config(tmp_path / "config.yaml").values())), signal.SIGKILL)
         wait("the next attempt", lambda following=attempt + 1: audited(config.run, following))
         done = audited(config.run, attempt + 1)[0]
     reach(config.run, done + 100, 4)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from fitv2_scale.run.run import Run
 from fitv2_scale.train.loop import DONE, train
+from tests.support.commits import commit_bytes
 from tests.support.ranks import run_ranks
-from tests.support.run_history import commit_bytes, losses, trained
-from tests.support.slurm_jobs import audited
+from tests.support.run_history import audited, losses, trained
 
 
 def check_storm(run: str, tiny, ranks: int) -> None:

@@ -7,8 +7,10 @@ that nothing here knows how it cuts the state.
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -26,6 +28,7 @@ from fitv2_scale.parallel.boxes import LogicalTensor
 from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.engine import freeze
 from fitv2_scale.parallel.world import World, join
+from tests.support.ranks import run_ranks
 
 STEPS, IMAGES, CLASSES, LONGEST = 20, 12, 5, 16
 
@@ -183,3 +186,21 @@ def together(config: Config, ranks: list[tuple[Trace, Boxes]]) -> Trace:
         assert not np.isnan(whole).any(), f"no rank holds all of {name}"
         trace.state[name] = torch.from_numpy(whole)
     return trace
+
+
+@cache
+def oracle(changes: tuple) -> Trace:
+    return alone(make_config(**dict(changes)))
+
+
+def run_cell(engine: str, cell: Cell, **changes) -> Trace:
+    config = make_config(engine, layout__replicate=cell.replicate, layout__tensor=cell.tensor, **changes)
+    return together(config, run_ranks(cell.world, train_cell, config, cell))
+
+
+def assert_the_same(found: Trace, expected: Trace) -> None:
+    assert found.losses == pytest.approx(expected.losses, rel=1e-6)
+    assert found.norms == pytest.approx(expected.norms, rel=1e-5)
+    for name, value in expected.state.items():
+        off = (found.state[name] - value).abs().max()
+        assert off <= 1e-5, f"{name} is off by {off}"

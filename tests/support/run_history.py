@@ -1,4 +1,4 @@
-"""What a run really did, read from its folder: losses and trained images of the attempts that its commits vouch for."""
+"""What a run really did, and how far it is, read from its folder."""
 
 import json
 from collections import defaultdict
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fitv2_scale.run.run import Run
 from fitv2_scale.tracking.journal import read, spans
+from tests.support.waiting import wait
 
 
 def losses(run: str) -> dict[int, float]:
@@ -24,8 +25,19 @@ def trained(run: str) -> dict[int, list[tuple]]:
     return {step: sorted(images) for step, images in sorted(steps.items())}
 
 
-def commit_bytes(run: str) -> dict[str, bytes]:
-    """Every data file of the newest commit, and its scalars: equal if weights, EMA and optimizer are, bit for bit."""
-    folder = Path(run, Run.open(run).log.commits()[-1].fields["path"])
-    files = {f.name: f.read_bytes() for f in folder.glob("*.safetensors")}
-    return files | {"scalars": json.dumps(json.loads((folder / "manifest.json").read_text())["scalars"]).encode()}
+def audited(run: str, attempt: int) -> list[int]:
+    """Steps (counted from 0) that rank 0 of the attempt has taken so far; needs train.audit."""
+    file = Path(run, f"attempts/{attempt}/audit/rank-00000.jsonl")
+    if not file.exists():
+        return []
+    return [json.loads(line)["step"] for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def last_step(run: str, attempt: int) -> int:
+    """The newest of them; -1 before the first."""
+    return (audited(run, attempt) or [-1])[-1]
+
+
+def reach(run: str, step: int, attempt: int) -> None:
+    """Waits until the attempt has begun the step after ``step``."""
+    wait(f"step {step} of attempt {attempt}", lambda: last_step(run, attempt) >= step)

@@ -6,12 +6,15 @@ It measures KEYS curves every 50 steps, commits every 1,000, and prints what rec
 p99 in µs: most steps have none. One that hangs goes 500 steps further, commits none of them, and waits to be killed.
 """
 
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 from fitv2_scale.run.run import Run
 from fitv2_scale.tracking.journal import Journal
 from fitv2_scale.tracking.uploader_process import Uploader
+from tests.support.waiting import wait
 
 WINDOW, COMMIT = 50, 1000
 
@@ -45,6 +48,17 @@ def main(run_url: str, uri: str, start: int, until: int, keys: int, hang: bool) 
     attempt.end(0, "done")
     costs.sort(reverse=True)
     print(costs[(until - start) // 100] * 1e6, costs[len(costs) // 100] * 1e6)
+
+
+def start_trainer(run: Path, uri: str, start: int, until: int, keys: int, then: str) -> subprocess.Popen:
+    command = [sys.executable, __file__, str(run), uri, str(start), str(until), str(keys), then]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def uploader_of(trainer: subprocess.Popen) -> int:
+    """The process id of its only child, waited for."""
+    children = Path(f"/proc/{trainer.pid}/task/{trainer.pid}/children")
+    return int(wait("the uploader", lambda: children.read_text().split())[0])
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ Everything waits for a condition; how long that takes is the machine's affair.
 """
 
 import json
-import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -82,20 +81,6 @@ def story(run: str) -> str:
     return "\n".join(texts)
 
 
-def ranks_of(job: str) -> dict[int, int]:
-    """Process id of each rank of a job that trains, or is about to."""
-    found = {}
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            program, *words = (process / "cmdline").read_bytes().split(b"\0")
-            if b"launchers.rank" in words and not program.endswith(b"srun"):
-                environment = dict(e.split("=", 1) for e in (process / "environ").read_text().split("\0") if "=" in e)
-                here = environment.get("SLURM_CONF") == os.environ["SLURM_CONF"]
-                if here and environment.get("SLURM_JOB_ID") == job and "SLURM_PROCID" in environment:
-                    found[int(environment["SLURM_PROCID"])] = int(process.name)
-    return found
-
-
 def has_pending(process: int, number: int) -> bool:
     """Whether a signal has been sent to a process that has not taken it yet."""
     fields = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
@@ -114,16 +99,3 @@ def end_of(run: str, attempt: int) -> dict | None:
     with suppress(FileNotFoundError, ValueError):
         return json.loads(file.read_text())
     return None
-
-
-def audited(run: str, attempt: int) -> list[int]:
-    """Steps that rank 0 of the attempt has taken, so far."""
-    file = Path(run, f"attempts/{attempt}/audit/rank-00000.jsonl")
-    if not file.exists():
-        return []
-    return [json.loads(line)["step"] for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-
-
-def reach(run: str, step: int, attempt: int) -> None:
-    """Waits until the attempt has begun the step after ``step``."""
-    wait(f"step {step} of attempt {attempt}", lambda: (audited(run, attempt) or [-1])[-1] >= step)

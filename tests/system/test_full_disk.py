@@ -12,8 +12,8 @@ from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
 from fitv2_scale.train.loop import DONE, RETRY, train
 from tests.support.checkpoint_state import opened, recover, saver
+from tests.support.commits import commit_bytes
 from tests.support.ranks import run_ranks
-from tests.support.run_history import commit_bytes
 
 
 @pytest.fixture

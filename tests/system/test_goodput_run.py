@@ -16,7 +16,7 @@ from fitv2_scale.planning.forecast.simulate import simulate_runs
 from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
 from fitv2_scale.tracking.journal import read
-from tests.launchers.test_supervise import ranks_of
+from tests.support.rank_processes import ranks_of_config
 
 EVERY, LOGGED = 100, 10  # steps
 
@@ -30,7 +30,7 @@ def start(config, file: Path) -> subprocess.Popen:
 def begun(config, file: Path) -> tuple[subprocess.Popen, float]:
     """The supervisor, and when its first rank appeared: a restart does not start the supervisor again."""
     process = start(config, file)
-    while not ranks_of(file):
+    while not ranks_of_config(file):
         assert process.poll() is None
         time.sleep(0.02)
     return process, time.time()
@@ -71,7 +71,7 @@ def test_forecast_of_a_run_with_kills(tiny, tmp_path):
     process, began = begun(harsh, file)
     seen: set[int] = set()
     while process.poll() is None:
-        fresh = set(ranks_of(file).values()) - seen
+        fresh = set(ranks_of_config(file).values()) - seen
         if not fresh:
             time.sleep(0.05)
             continue

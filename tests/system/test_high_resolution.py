@@ -9,8 +9,6 @@ from PIL import Image
 
 from data_sharding.errors import UserError
 from data_sharding.write.images import write_dataset
-from fitv2_scale.checkpoint.commit import read_manifest
-from fitv2_scale.checkpoint.dcp_storage import BoxReader
 from fitv2_scale.checkpoint.weights import export_weights
 from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.load import load_config
@@ -18,11 +16,11 @@ from fitv2_scale.model.counts import logical_shapes, parameter_count
 from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.world import join
 from fitv2_scale.planning.forecast.memory_per_rank import plan_state
-from fitv2_scale.run.run import Run
 from fitv2_scale.train.loop import train
-from tests.conftest import make_tiny
+from tests.support.commits import commit_bytes, read_tensors
 from tests.support.ranks import run_ranks
-from tests.support.run_history import commit_bytes, losses
+from tests.support.run_history import losses
+from tests.support.tiny_runs import make_tiny
 
 TRAINED = ["x_embedder.*", "*.bias", "*adaLN_modulation*", "final_layer.*"]
 STEPS = 60
@@ -64,15 +62,6 @@ def stage(first, large, tmp_path):
     return lambda name, **changes: make_tiny(large, tmp_path, name, **(options | changes))
 
 
-def stored(run_url: str, kind: str, step: int | None = None) -> dict[str, torch.Tensor]:
-    run = Run.open(run_url)
-    entry = [e for e in run.log.commits() if step in (None, e.fields["step"])][-1]
-    manifest = read_manifest(run, entry)
-    reader = BoxReader(run.store, entry.fields["path"], manifest)
-    names = [name for name in manifest["tensors"] if name.startswith(kind)]
-    return {name.removeprefix(kind): reader.read_tensor(name) for name in names}
-
-
 def is_trained(name: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in TRAINED)
 
@@ -80,11 +69,11 @@ def is_trained(name: str) -> bool:
 def test_it_trains_what_it_names_from_what_was_there(stage, first):
     config = stage("stage")
     assert run_ranks(2, train, config) == [0, 0]
-    before = stored(first, "ema/", 4)
+    before = read_tensors(first, "ema/", 4)
     for kind in ("param/", "ema/"):
-        for name, tensor in stored(config.run, kind).items():
+        for name, tensor in read_tensors(config.run, kind).items():
             assert torch.equal(tensor, before[name]) == (not is_trained(name)), name
-    assert stored(config.run, "exp_avg/").keys() == {name for name in before if is_trained(name)}
+    assert read_tensors(config.run, "exp_avg/").keys() == {name for name in before if is_trained(name)}
     curve = losses(config.run)
     early, late = (np.mean([curve[step] for step in steps]) for steps in (range(1, 11), range(STEPS - 9, STEPS + 1)))
     assert late < 0.9 * early
@@ -95,14 +84,14 @@ def test_a_run_and_its_weights_file_begin_alike(stage, first, tmp_path, ranks, l
     """All tensors, those too that are trained, which the released loader drops."""
     file = str(tmp_path / "weights.safetensors")
     assert export_weights(first, file, ema=True, step=8) == 8
-    expected = stored(first, "ema/", 8)
+    expected = read_tensors(first, "ema/", 8)
     for name, source in (("run", f"{first}@8"), ("file", file)):
         still = {"lr": 1e-30, "warmup_steps": 0}
         options = {"train__steps": 1, "layout": {"precision": "fp32", **layout}, "optimizer": still}
         config = stage(name, init_from=source, **options)
         assert run_ranks(ranks, train, config) == [0] * ranks
         for kind in ("param/", "ema/"):
-            found = stored(config.run, kind)
+            found = read_tensors(config.run, kind)
             assert found.keys() == expected.keys()
             for key, tensor in found.items():  # the moving average of a number with itself may round
                 torch.testing.assert_close(tensor, expected[key], rtol=1e-6, atol=1e-12)

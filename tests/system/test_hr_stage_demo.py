@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,11 @@ import torch
 from fitv2_scale.config.load import load_config
 from fitv2_scale.run.run import Run
 from fitv2_scale.tracking.journal import read
-from tests.fitv2_scale.planning.forecast.test_memory_per_rank import measure
-from tests.launchers.test_supervise import ranks_of
+from tests.support.commits import commit_bytes, read_tensors
+from tests.support.memory import engine_bytes
+from tests.support.rank_processes import ranks_of_config
 from tests.support.ranks import run_ranks
 from tests.support.repository import ROOT
-from tests.support.run_history import commit_bytes
-from tests.system.test_high_resolution import is_trained, stored
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(3600)]
 
@@ -93,14 +93,15 @@ def stage(options, tmp_path_factory) -> Path:
 
 
 def test_only_the_named_tensors_change(demo, stage):
-    before = stored(str(demo), "ema/")
-    named = {name for name in before if is_trained(name)}
+    before = read_tensors(str(demo), "ema/")
+    trainable = load_config(str(STAGE)).trainable
+    named = {name for name in before if any(fnmatchcase(name, pattern) for pattern in trainable)}
     for kind in ("param/", "ema/"):
-        after = stored(str(stage), kind)
+        after = read_tensors(str(stage), kind)
         assert after.keys() == before.keys()
         for name, tensor in after.items():
             assert torch.equal(tensor, before[name]) == (name not in named), name
-    assert stored(str(stage), "exp_avg/").keys() == named
+    assert read_tensors(str(stage), "exp_avg/").keys() == named
     print(f"\n{len(named)} tensors differ, {len(before) - len(named)} are equal bit for bit")
 
 
@@ -124,7 +125,7 @@ def test_memory_is_as_planned(options):
     for name, changes in (("stage", []), ("full", ['trainable=["*"]'])):
         report = json.loads(fitv2("plan", STAGE, *options, *changes, "--gpus-per-node", 2, "--json"))
         state = report["memory"]["state_bytes_per_rank"]
-        found = run_ranks(2, measure, load_config(str(STAGE), [*options, *changes]))
+        found = run_ranks(2, engine_bytes, load_config(str(STAGE), [*options, *changes]), [(None,) * 4] * 2)
         assert found[0][0] == found[0][3] == state["held"]
         assert found[0][2] - found[0][0] == state["gradients"]
         assert all(other <= most for other, most in zip(found[1], found[0], strict=True))
@@ -141,7 +142,7 @@ def test_killed_and_resumed_it_equals_the_undisturbed_one(options, stage, tmp_pa
         assert process.poll() is None
         time.sleep(0.5)
     time.sleep(3)
-    for pid in ranks_of(STAGE).values():
+    for pid in ranks_of_config(STAGE).values():
         os.kill(pid, signal.SIGKILL)
     process.communicate()
     assert process.returncode == 0

@@ -1,10 +1,8 @@
 """Killed at any moment, a run goes on from its last commit and ends as if nothing had happened."""
 
-import json
 import random
 import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -13,24 +11,13 @@ from fitv2_scale.data import Data
 from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
 from fitv2_scale.train.loop import DONE, RETRY, train
-from tests.conftest import IMAGES
+from tests.support.commits import commit_bytes
 from tests.support.paused_training import train_held
 from tests.support.ranks import Ranks, run_ranks
-from tests.support.run_history import commit_bytes, losses, trained
-from tests.support.waiting import wait
+from tests.support.run_history import last_step, losses, reach, trained
+from tests.support.tiny_runs import IMAGES
 
 EPOCH = IMAGES // 12  # steps
-
-
-def reach(config, step: int, attempt: int) -> None:
-    """Waits until rank 0 of the attempt has begun the step after ``step``."""
-    audit = Path(config.run, f"attempts/{attempt}/audit/rank-00000.jsonl")
-    wait(f"attempt {attempt} to reach step {step}", lambda: audit.exists() and _last_step(audit) >= step)
-
-
-def _last_step(audit: Path) -> int:
-    lines = [line for line in audit.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    return json.loads(lines[-1])["step"] if lines else -1
 
 
 @pytest.mark.parametrize("size,seed", [(1, 0), (2, 1), (3, 2)])
@@ -43,7 +30,7 @@ def test_a_run_killed_twice_ends_bit_equal(tiny, size, seed):
     first, second = sorted(rng.sample(range(2, steps - 1), 2))
     for attempt, step in enumerate((first, second), 1):
         ranks = Ranks(size, train_held, killed, min(step + 5, steps - 1))  # or it could end before it is killed
-        reach(killed, step, attempt)
+        reach(killed.run, step, attempt)
         time.sleep(rng.uniform(0, 0.05))
         ranks.kill()
     assert run_ranks(size, train, killed) == [DONE] * size
@@ -72,12 +59,12 @@ def test_a_run_goes_on_with_other_ranks(tiny):
 def test_a_signal_saves_and_asks_for_another_attempt(tiny):
     config = tiny(train__steps=2000, checkpoint__every_steps=1000)
     ranks = Ranks(2, train, config)
-    reach(config, 3, attempt=1)
+    reach(config.run, 3, attempt=1)
     ranks.terminate(1)  # any rank: all agree
     assert ranks.results() == [RETRY, RETRY]
     report = status(Run.open(config.run))
     assert report["attempts"][0]["code"] == RETRY and report["attempts"][0]["why"].startswith("SIGTERM: saved at step")
-    assert report["last_commit"]["step"] == _last_step(Path(config.run, "attempts/1/audit/rank-00000.jsonl")) + 1
+    assert report["last_commit"]["step"] == last_step(config.run, 1) + 1
 
 
 def test_a_changed_batch_begins_at_the_next_window(tiny):

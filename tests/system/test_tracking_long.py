@@ -12,15 +12,10 @@ import urllib.request
 
 import pytest
 
-from tests.fitv2_scale.tracking.test_mlflow_server import (
-    Database,
-    check_child,
-    check_curves,
-    start_trainer,
-    uploader_of,
-)
 from tests.services.mlflow_server import MlflowServer
 from tests.support.journal_writers import make
+from tests.support.mlflow_queries import Database, check_child, check_curves
+from tests.support.simulated_trainer import start_trainer, uploader_of
 from tests.support.waiting import wait
 
 pytestmark = [pytest.mark.services, pytest.mark.long, pytest.mark.timeout(1800)]

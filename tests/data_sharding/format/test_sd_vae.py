@@ -25,9 +25,9 @@ from data_sharding.write.images import write_dataset
 from data_sharding.write.views import encode_views, load_rgb, views_of
 from fitv2_scale.run.run import Run
 from fitv2_scale.train.loop import train
-from tests.conftest import make_tiny
 from tests.support.ranks import run_ranks
 from tests.support.repository import ROOT
+from tests.support.tiny_runs import make_tiny
 from tests.support.written_datasets import bytes_of, make_images
 
 diffusers = pytest.importorskip("diffusers")

@@ -8,25 +8,18 @@ import pytest
 
 from data_sharding.errors import DataError
 from data_sharding.format.manifest import Manifest
-from data_sharding.plan.balance import Cost
-from data_sharding.plan.pack_layout import PackShape
 from data_sharding.plan.plan import Plan, Segment
 from data_sharding.stream.frames import FrameReader, UnreadableFrame, read_frame
 from data_sharding.stream.loader import Loader, SubstitutesNeeded
 from data_sharding.stream.memory_cache import MemoryCache
 from data_sharding.stream.substitutes import Substitutes, frame_of
+from tests.support.loaders import SHAPE, loader, same
 from tests.support.waiting import wait
-
-COST, SHAPE = Cost(192, 1), PackShape(128, 12, 16)
 
 
 @pytest.fixture
 def plan(dataset):
     return Plan([Manifest.load(dataset)], 5, "mixed", [Segment(0, 12, (1,))])
-
-
-def loader(plan, rank=0, ranks=1, steps=range(4), cache_bytes=1 << 30, **options):
-    return Loader(plan, COST, [SHAPE], rank, (ranks,), steps, cache_bytes, **options)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 5])
@@ -163,16 +156,6 @@ def test_waiting_for_data_can_be_watched(plan, reads):
         reads.gate.set()
         assert batches.is_ready(300)
         assert len(list(batches)) == 3 and batches.is_ready(0)
-
-
-def same(a, b) -> bool:
-    return a.step == b.step and all(
-        np.array_equal(p.latents, q.latents)
-        and np.array_equal(p.sample_id, q.sample_id)
-        and np.array_equal(p.label, q.label)
-        and np.array_equal(p.layout.cu_seqlens, q.layout.cu_seqlens)
-        for p, q in zip(a.packs, b.packs, strict=True)
-    )
 
 
 def test_a_restart_hands_out_the_same_steps_again(plan):

@@ -20,16 +20,16 @@ from data_sharding.stream.loader import SubstitutesNeeded
 from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
 from fitv2_scale.train.loop import DONE, RETRY, train
-from tests.conftest import make_tiny
-from tests.data_sharding.stream.test_loader import loader, same
 from tests.services.faultproxy import FaultProxy, Rule
 from tests.services.rgw import KEY, SECRET, environment
 from tests.services.s3 import use
+from tests.support.commits import commit_bytes
+from tests.support.loaders import loader, same
 from tests.support.paused_training import train_held
 from tests.support.ranks import Ranks, in_environment, run_ranks
-from tests.support.run_history import commit_bytes, losses
+from tests.support.run_history import losses, reach
+from tests.support.tiny_runs import make_tiny
 from tests.support.waiting import wait
-from tests.system.test_resume import reach
 
 pytestmark = pytest.mark.services
 
@@ -222,7 +222,7 @@ def test_an_outage_saves_and_asks_for_another_attempt(proxy, on_s3, tiny, tmp_pa
     changes = {"data__cache_gib": 1e-6, "data__prefetch_gib": 1e-6, "data__max_substituted": 0.9}
     config, away = on_s3("run", data__deadline_seconds=5, **changes), tmp_path / "away"
     ranks = Ranks(2, in_environment, env, train_held, config, 8, str(away))
-    reach(config, 7, attempt=1)
+    reach(config.run, 7, attempt=1)
     proxy.rules = [Rule("status", status=status_code, method=method) for method in ("GET", "HEAD")]
     away.touch()
     began = time.monotonic()
@@ -246,7 +246,7 @@ def test_a_signal_during_an_outage_saves_at_once(proxy, on_s3):
     }  # longer than we wait
     config = on_s3("run", train__steps=2000, train__log_every=1000, checkpoint__every_steps=1000, **changes)
     ranks = Ranks(2, in_environment, env, train, config)
-    reach(config, 7, attempt=1)
+    reach(config.run, 7, attempt=1)
     proxy.rules = [Rule("stall")]
     wait("a request that hangs", lambda: proxy.fired)
     time.sleep(0.5)  # and training with it

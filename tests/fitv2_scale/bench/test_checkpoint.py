@@ -19,11 +19,10 @@ from fitv2_scale.checkpoint.staging import Staging
 from fitv2_scale.cli.__main__ import main
 from fitv2_scale.config.load import load_config
 from fitv2_scale.run.run import Run
-from tests.fitv2_scale.bench.test_step import SMALL
 from tests.support.checkpoint_state import State, opened, saver
 from tests.support.ranks import run_ranks
+from tests.support.tiny_runs import BENCHED
 
-ARGUMENTS = [*SMALL, "data.url=preset:imagenet256", "batch.images=5", "layout.max_tokens=512"]
 SPREAD = {"median", "lowest", "highest"}
 
 
@@ -34,7 +33,7 @@ def measure(folder: str, saves: int, copy: float = 0.0) -> dict | None:
     Staging.wait = preceded(Staging.wait, asked.set)
     Checkpointer.settle = preceded(Checkpointer.settle, asked.set)
     Staging.copy = preceded(Staging.copy, lambda: asked.wait() and time.sleep(copy))
-    return checkpoint.measure(load_config("configs/demo.yaml", ARGUMENTS), saves, folder)
+    return checkpoint.measure(load_config("configs/demo.yaml", BENCHED), saves, folder)
 
 
 def preceded(method: Callable, act: Callable[[], object]) -> Callable:

@@ -17,14 +17,12 @@ from fitv2_scale.data import Data
 from fitv2_scale.model.counts import forward_flops
 from fitv2_scale.model.flow import image_losses
 from fitv2_scale.model.to_torch import pack_to_torch
-from tests.fitv2_scale.model.test_fitv2 import build
-
-SMALL = ["model.depth=2", "model.hidden=32", "model.heads=2", "model.classes=1000", "layout.precision=fp32"]
-PRESET = [*SMALL, "data.url=preset:imagenet256", "batch.images=5", "layout.max_tokens=512"]
+from tests.support.tiny_networks import build
+from tests.support.tiny_runs import BENCHED
 
 
 def config_of(*overrides: str) -> Config:
-    return load_config("configs/demo.yaml", [*PRESET, *overrides])
+    return load_config("configs/demo.yaml", [*BENCHED, *overrides])
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
@@ -97,7 +95,7 @@ def test_a_preset_has_latents_of_its_sizes():
 
 def test_the_report(capsys):
     config = config_of()
-    arguments = ["bench", "step", "configs/demo.yaml", *PRESET, "tracking.peak_tflops=2"]
+    arguments = ["bench", "step", "configs/demo.yaml", *BENCHED, "tracking.peak_tflops=2"]
     assert main([*arguments, "--json", "--steps", "2", "--repeats", "2", "--against", "reference"]) == 0
     report = json.loads(capsys.readouterr().out)
     plan = Data.open(config, (1,)).plan

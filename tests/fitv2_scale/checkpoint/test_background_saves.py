@@ -21,11 +21,10 @@ from fitv2_scale.tracking import journal as journal_module
 from fitv2_scale.tracking.journal import Journal, read
 from fitv2_scale.train.loop import DONE, GIVE_UP, RETRY, train
 from fitv2_scale.train.session import Session
-from tests.fitv2_scale.train.test_nonfinite import all_commits
+from tests.support.commits import all_commits, commit_bytes
 from tests.support.ranks import Ranks, run_ranks
-from tests.support.run_history import commit_bytes, losses
+from tests.support.run_history import losses, reach
 from tests.support.waiting import wait
-from tests.system.test_resume import reach
 
 EVERY_COMMIT = {"checkpoint__keep_last": 99, "train__audit": False}
 
@@ -170,7 +169,7 @@ def test_killed_while_it_writes(tiny):
     killed, undisturbed = tiny("killed", **changes), tiny("undisturbed", **changes)
     assert run_ranks(2, train, undisturbed) == [DONE] * 2
     ranks = Ranks(2, train_writing, killed, 6)
-    reach(killed, 7, attempt=1)  # 3 is committed, or it would not have got so far; 6 is on its way
+    reach(killed.run, 7, attempt=1)  # 3 is committed, or it would not have got so far; 6 is on its way
     ranks.kill()
     assert steps_of(killed) == [3]
     assert run_ranks(2, train, killed) == [DONE] * 2
@@ -183,7 +182,7 @@ def test_a_stop_while_it_writes(tiny, tmp_path):
     changes = {"train__steps": 10**6, "checkpoint__every_steps": 10**6, "checkpoint__milestones": [3]}
     config, told = tiny(**changes), tmp_path / "told"
     ranks = Ranks(2, train_writing, config, 3, str(told))
-    reach(config, 4, attempt=1)
+    reach(config.run, 4, attempt=1)
     ranks.terminate(1)
     told.touch()
     assert ranks.results() == [RETRY] * 2

@@ -1,9 +1,8 @@
 """Checkpoints: any layout reads any other's, damage is found and passed over, and nothing is unpickled."""
 
 import json
-import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,32 +14,21 @@ from data_sharding.errors import UserError
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
 from fitv2_scale.checkpoint.checksums import CHUNK
 from fitv2_scale.checkpoint.commit import verify_commit
-from fitv2_scale.checkpoint.dcp_storage import BoxReader
 from fitv2_scale.model.counts import logical_shapes
 from fitv2_scale.parallel.world import World
 from fitv2_scale.run.run import Run
 from fitv2_scale.train.loop import train
 from tests.support.checkpoint_state import CURSOR, State, opened, saver
+from tests.support.commits import commit_bytes, newest_commit, read_tensors
+from tests.support.hostile_pickle import Touch
+from tests.support.memory import peak_growth
 from tests.support.ranks import run_ranks
-from tests.support.run_history import commit_bytes
-
-
-def newest(run: str) -> Path:
-    return Path(run, Run.open(run).log.commits()[-1].fields["path"])
-
-
-def logical(run: str) -> dict[str, torch.Tensor]:
-    """All tensors of the newest commit, whole, through the manifest."""
-    opened, folder = Run.open(run), newest(run)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    reader = BoxReader(opened.store, str(folder.relative_to(run)), manifest)
-    return {name: reader.read_tensor(name) for name in manifest["tensors"]}
 
 
 @pytest.fixture(scope="module")
 def trained(dataset, tmp_path_factory):
     """A short run on three ranks: odd shapes everywhere (85-wide MLP, 6 label rows)."""
-    from tests.conftest import make_tiny
+    from tests.support.tiny_runs import make_tiny
 
     config = make_tiny(dataset, tmp_path_factory.mktemp("trained"), "run", train__steps=4)
     assert run_ranks(3, train, config) == [0, 0, 0]
@@ -49,12 +37,12 @@ def trained(dataset, tmp_path_factory):
 
 def test_the_commit_holds_every_logical_tensor_once(trained):
     shapes = logical_shapes(trained.model)
-    tensors = logical(trained.run)
+    tensors = read_tensors(trained.run)
     kinds = ("param", "ema", "exp_avg", "exp_avg_sq")
     assert {name: tuple(t.shape) for name, t in tensors.items()} == {
         f"{k}/{n}": s for k in kinds for n, s in shapes.items()
     }
-    manifest = json.loads((newest(trained.run) / "manifest.json").read_text())
+    manifest = json.loads((newest_commit(trained.run) / "manifest.json").read_text())
     for name, tensor in manifest["tensors"].items():
         covered = np.zeros(tensor["shape"], int)
         for box in tensor["boxes"]:
@@ -65,7 +53,7 @@ def test_the_commit_holds_every_logical_tensor_once(trained):
 
 
 def test_anyone_can_read_the_files(trained):
-    for file in newest(trained.run).glob("*.safetensors"):
+    for file in newest_commit(trained.run).glob("*.safetensors"):
         with safe_open(file, framework="numpy") as opened:
             keys = list(opened.keys())
             assert keys and all(np.isfinite(opened.get_tensor(key)).all() for key in keys)
@@ -117,7 +105,7 @@ def test_a_damaged_commit_is_passed_over(tiny, damage):
     config = tiny(train__steps=10)
     assert run_ranks(2, train, config) == [0, 0]
     undisturbed = commit_bytes(config.run)
-    file = newest(config.run) / "rank-00001.safetensors"
+    file = newest_commit(config.run) / "rank-00001.safetensors"
     if damage == "flip":
         data = bytearray(file.read_bytes())
         data[len(data) // 2] ^= 1
@@ -137,23 +125,13 @@ def test_a_damaged_commit_is_passed_over(tiny, damage):
     assert commit_bytes(config.run) == commit_bytes(whole.run) != undisturbed
 
 
-class Touch:
-    """Unpickled, it makes a file."""
-
-    def __init__(self, path: str):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mknod, (self.path,)
-
-
 def test_when_no_commit_is_whole_training_stops_with_a_sentence(tiny):
     config = tiny(train__steps=5)
     assert run_ranks(2, train, config) == [0, 0]
-    (newest(config.run) / "rank-00000.safetensors").unlink()
+    (newest_commit(config.run) / "rank-00000.safetensors").unlink()
     with pytest.raises(UserError, match=r"no commit is whole: .*step 5.*rank-00000.safetensors is missing"):
         run_ranks(2, train, tiny(train__steps=8))
-    assert newest(config.run).exists()
+    assert newest_commit(config.run).exists()
 
 
 def test_retention_keeps_the_last(tiny):
@@ -166,7 +144,7 @@ def test_retention_keeps_the_last(tiny):
 def test_frozen_tensors_have_no_moments(tiny):
     config = tiny(trainable=["blocks.*.adaLN_modulation.*"], train__steps=3)
     assert run_ranks(2, train, config) == [0, 0]
-    tensors = logical(config.run)
+    tensors = read_tensors(config.run)
     moments = {n.split("/", 1)[1] for n in tensors if n.startswith("exp_avg/")}
     assert moments == {n for n in logical_shapes(config.model) if ".adaLN_modulation." in n and n.startswith("blocks")}
     for name in logical_shapes(config.model):
@@ -185,19 +163,6 @@ class Large(State):
         super().__init__(step, world, rows=1)
         self.shapes = {f"{kind}/w": (14_000, 1200) for kind in ("param", "ema", "exp_avg", "exp_avg_sq")}
         self.tensors = {name: self._mine(tensor).clone() for name, tensor in self.expected(step).items()}
-
-
-def peak_growth(act: Callable[[], object]) -> int:
-    """Bytes by which this process grows at most in ``act``."""
-
-    def status(name: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
-
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is what is now
-    before = status("VmRSS")
-    act()
-    return status("VmHWM") - before
 
 
 def save_and_load(url: str) -> tuple[int, int, int]:

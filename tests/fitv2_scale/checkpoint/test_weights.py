@@ -1,8 +1,6 @@
 """Public weights in and out: unchanged, complete, nothing unpickled, in memory that does not grow with the file."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,10 +13,13 @@ from data_sharding.errors import UserError
 from fitv2_scale.checkpoint.weights import export_weights, import_weights
 from fitv2_scale.cli.__main__ import main
 from fitv2_scale.config.load import load_config
+from fitv2_scale.config.schema import Config
 from fitv2_scale.model.counts import logical_shapes
 from fitv2_scale.run.run import Run
 from fitv2_scale.train.loop import train
-from tests.fitv2_scale.checkpoint.test_checkpointer import Touch, logical
+from tests.support.commits import read_tensors
+from tests.support.hostile_pickle import Touch
+from tests.support.memory import peak_growth
 from tests.support.ranks import run_ranks
 from tests.support.repository import ROOT
 
@@ -48,7 +49,7 @@ def test_training_goes_on_from_imported_weights(tiny, tmp_path):
     save_file(weights, file)
     import_weights(file, config.run, config)
     assert run_ranks(2, train, config) == [0, 0]
-    found = logical(config.run)
+    found = read_tensors(config.run)
     for name, value in weights.items():
         moved = (found[f"param/{name}"] - value).abs().max()
         assert moved < 3e-3, name  # three warm-up steps at lr <= 3e-4
@@ -108,32 +109,29 @@ def test_the_names_that_do_not_fit_are_listed(tiny, tmp_path, capfd):
     assert json.loads(said.out) == {"missing": gone, "left_over": ["extra"]} and "5 tensors are missing" in said.err
 
 
-_MEASURED = """
-import sys
-from fitv2_scale.checkpoint.weights import export_weights, import_weights
-from fitv2_scale.config.load import load_config
+def growth_in_and_out(source: str, run: str, file: str, name: str) -> int:
+    """Bytes by which a process grows that imports weights into a run and exports them again."""
+    config = settings(name)
 
-config = load_config(sys.argv[1], ["data.url=none", "train.steps=1"])
-# Not getrusage: its peak goes over from the process that started this one.
-peak = lambda: next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmHWM:"))
-before = peak()
-import_weights(sys.argv[2], sys.argv[3], config)
-export_weights(sys.argv[3], sys.argv[4], ema=True)
-print(peak() - before)
-"""
+    def in_and_out() -> None:
+        import_weights(source, run, config)
+        export_weights(run, file, ema=True)
+
+    return peak_growth(in_and_out)
+
+
+def settings(name: str) -> Config:
+    return load_config(str(ROOT / "configs" / f"{name}.yaml"), ["data.url=none", "train.steps=1"])
 
 
 @pytest.mark.parametrize("name", ["fitv2_b2", pytest.param("fitv2_xl2", marks=pytest.mark.long)])
 def test_memory_does_not_grow_with_the_file(tmp_path, name):
     """0.5 GB of weights, and 2.7 GB, in and out in the same extra memory: chunks under way, a tensor or two."""
-    config = ROOT / "configs" / f"{name}.yaml"
-    shapes = logical_shapes(load_config(str(config), ["data.url=none", "train.steps=1"]).model)
+    shapes = logical_shapes(settings(name).model)
     weights = {n: torch.full(shape, float(i)) for i, (n, shape) in enumerate(shapes.items())}
     torch.save(weights, tmp_path / "in.bin")
     for come, go in (("in.bin", "out.safetensors"), ("out.safetensors", "again.safetensors")):
-        files = [str(tmp_path / file) for file in (come, f"run-{come}", go)]
-        command = [sys.executable, "-c", _MEASURED, str(config), *files]
-        extra = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        (extra,) = run_ranks(1, growth_in_and_out, *(str(tmp_path / file) for file in (come, f"run-{come}", go)), name)
         assert extra < 250e6
         (tmp_path / come).unlink()
     with safe_open(tmp_path / "again.safetensors", framework="pt") as opened:

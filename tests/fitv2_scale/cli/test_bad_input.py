@@ -168,7 +168,7 @@ def test_reports_on_what_is_not_there(fitv2, tmp_path):
 
 def test_gradients_that_stay_infinite_end_the_run(tiny):
     """Steps whose gradient is not finite change nothing; too many in a row end with 93: do not try again."""
-    from tests.support.run_history import commit_bytes
+    from tests.support.commits import commit_bytes
 
     steady = tiny("steady", train__steps=1, checkpoint__every_steps=1)
     assert run_ranks(2, train, steady) == [0, 0]

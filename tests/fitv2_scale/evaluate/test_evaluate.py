@@ -21,9 +21,9 @@ from fitv2_scale.evaluate.generated_features import Cell
 from fitv2_scale.evaluate.image_sets import open_pictures
 from fitv2_scale.evaluate.suites import load_suite, suite_table
 from fitv2_scale.train.loop import train
-from tests.conftest import CLASSES
 from tests.support.feature_networks import POOL, Tiny, save_network
 from tests.support.ranks import run_ranks
+from tests.support.tiny_runs import CLASSES
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def reference(place, photographs, network) -> str:
 
 @pytest.fixture(scope="module")
 def run(dataset, place) -> str:
-    from tests.conftest import make_tiny
+    from tests.support.tiny_runs import make_tiny
 
     config = make_tiny(dataset, place, "run", train__steps=2, ema__decay=0.1)
     assert run_ranks(2, train, config) == [0, 0]

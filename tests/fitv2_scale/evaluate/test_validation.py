@@ -29,9 +29,10 @@ from fitv2_scale.run.run import Run
 from fitv2_scale.tracking.journal import read
 from fitv2_scale.train.in_loop_eval import validation_of
 from fitv2_scale.train.loop import DONE, train
-from tests.conftest import CLASSES, make_pictures
+from tests.support.commits import commit_bytes
 from tests.support.ranks import run_ranks
-from tests.support.run_history import commit_bytes, losses
+from tests.support.run_history import losses
+from tests.support.tiny_runs import CLASSES, make_pictures
 
 IMAGES, TIMES = 13, 3
 SHIFT = 0.02  # on all weights: the initial ones give zero velocity

@@ -10,7 +10,7 @@ from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.model.counts import forward_flops
 from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.model.packed_batch import Packing
-from tests.fitv2_scale.model.test_fitv2 import pack
+from tests.support.tiny_networks import pack
 
 
 def counted(model: ModelConfig, size: tuple[int, int], images: int, train: bool = False) -> int:

@@ -5,7 +5,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data_sharding.plan.pack_layout import PackShape, lay_out
 from fitv2_scale.config.load import load_config
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.model.attention import padded_sdpa
@@ -15,28 +14,10 @@ from fitv2_scale.model.gather import to_tokens
 from fitv2_scale.model.init import fill_initial
 from fitv2_scale.model.packed_batch import Packing
 from fitv2_scale.model.rope import rope_table, rotate
-from fitv2_scale.model.to_torch import packing_to_torch
+from tests.support.tiny_networks import SWITCHES, TINY, build, pack
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-TINY = ModelConfig(depth=2, hidden=32, heads=2, classes=5)
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
-SWITCHES = [{}, {"qk_norm": "l2_scale"}, {"qk_norm": "none"}, {"adaln": "full"}]
-
-
-def build(config: ModelConfig, seed: int = 0, zero: bool = False) -> FiTv2:
-    """The initialised network; unless ``zero``, what starts at zero is drawn too, so that everything matters."""
-    network = FiTv2(config)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, p in network.named_parameters():
-            fill_initial(p, name, p.shape, (0,) * p.dim(), seed, config)
-            if not zero and not p.any():
-                p.normal_(std=0.05)
-    return network
-
-
-def pack(sizes: list[tuple[int, int]], tokens: int, images: int, max_seqlen: int) -> Packing:
-    return packing_to_torch(lay_out(sizes, PackShape(tokens, images, max_seqlen)))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from data_sharding.rng import Purpose
 from fitv2_scale.config.model import FlowConfig
 from fitv2_scale.model.flow import flow_loss, image_losses, make_flow_batch, noise_words, sample_t
 from fitv2_scale.model.packed_batch import PackedBatch
-from tests.fitv2_scale.model.test_fitv2 import TINY, build, pack
+from tests.support.tiny_networks import TINY, build, pack
 
 SIZES = [(3, 4), (2, 2), (4, 4)]
 

@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.model import ModelConfig
@@ -13,8 +11,9 @@ from fitv2_scale.parallel.blocks import prepare_blocks
 from fitv2_scale.parallel.mesh import make_groups
 from fitv2_scale.parallel.tensor import tensor_linear
 from fitv2_scale.parallel.world import join
-from tests.fitv2_scale.model.test_fitv2 import SWITCHES, TINY, build, pack
+from tests.support.memory import HeldResults
 from tests.support.ranks import run_ranks
+from tests.support.tiny_networks import SWITCHES, TINY, build, pack
 
 TOKENS = 48
 PACKING = pack([(3, 4), (5, 2), (4, 4)], TOKENS, 5, 16)
@@ -82,30 +81,11 @@ def test_public_names_stay():
     assert [name for name, _ in network.named_parameters()] == names == list(network.state_dict())
 
 
-class Results(TorchDispatchMode):
-    """Knows the memory of every operator's results, views of ``weights`` left out, and how much of it is still held."""
-
-    def __init__(self, weights: list[torch.Tensor]):
-        super().__init__()
-        self._bytes, self._weights = {}, {StorageWeakRef(w.untyped_storage()) for w in weights}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for leaf in torch.utils._pytree.tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
-                self._bytes[StorageWeakRef(leaf.untyped_storage())] = leaf.untyped_storage().nbytes()
-        return out
-
-    def held(self) -> int:
-        live = (s for s in self._bytes if not s.expired() and s not in self._weights)
-        return sum(self._bytes[storage] for storage in live)
-
-
 def held_after_forward(config: ModelConfig, checkpointing: str) -> int:
     """Bytes that the forward pass leaves behind for the backward one, weights not counted."""
     network = build(config)
     prepare_blocks(network, checkpointing, compile_blocks=False)
-    with Results(list(network.parameters())) as results:
+    with HeldResults(list(network.parameters())) as results:
         loss = run(network).square().sum()
     held = results.held()
     del loss

@@ -2,7 +2,6 @@
 plain PyTorch in one process. ``layout_grid`` says how."""
 
 import sys
-from functools import cache
 from itertools import product
 
 import numpy as np
@@ -21,33 +20,27 @@ from fitv2_scale.parallel.tensor import tensor_linear
 from fitv2_scale.parallel.tensor_pieces import TensorGroup
 from fitv2_scale.parallel.world import join
 from fitv2_scale.train.loop import train
-from tests.support.layout_grid import STEPS, Cell, Trace, alone, make_config, steps_of, together, train_cell
+from tests.support.commits import commit_bytes
+from tests.support.layout_grid import (
+    STEPS,
+    Cell,
+    alone,
+    assert_the_same,
+    make_config,
+    oracle,
+    run_cell,
+    steps_of,
+    together,
+    train_cell,
+)
 from tests.support.ranks import run_ranks
-from tests.support.run_history import commit_bytes, losses, trained
+from tests.support.run_history import losses, trained
 
 ENGINES = ["fsdp", "zero3"]
 ALL = [Cell(w, t) for w in (1, 2, 3, 4, 6) for t in (1, 2, 3) if w % t == 0]
 REPLICATED = [Cell(4, 1, 2), Cell(6, 1, 3), Cell(4, 2, 2), Cell(8, 2, 2)]
 PACKED = [Cell(2, 2, packs=2, room=2), Cell(3, 3, packs=4), Cell(2, 1, packs=4, room=3), Cell(1, packs=2, room=4)]
 HEADS_ONLY = ["blocks.*.adaLN_modulation.*"]
-
-
-@cache
-def oracle(changes: tuple) -> Trace:
-    return alone(make_config(**dict(changes)))
-
-
-def run_cell(engine: str, cell: Cell, **changes) -> Trace:
-    config = make_config(engine, layout__replicate=cell.replicate, layout__tensor=cell.tensor, **changes)
-    return together(config, run_ranks(cell.world, train_cell, config, cell))
-
-
-def assert_the_same(found: Trace, expected: Trace) -> None:
-    assert found.losses == pytest.approx(expected.losses, rel=1e-6)
-    assert found.norms == pytest.approx(expected.norms, rel=1e-5)
-    for name, value in expected.state.items():
-        off = (found.state[name] - value).abs().max()
-        assert off <= 1e-5, f"{name} is off by {off}"
 
 
 @pytest.mark.parametrize("engine,cell", [*product(ENGINES, ALL), *(("fsdp", cell) for cell in REPLICATED)], ids=str)

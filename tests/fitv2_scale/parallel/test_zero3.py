@@ -20,15 +20,17 @@ from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.world import World, join
 from fitv2_scale.train.loop import DONE, train
-from tests.fitv2_scale.parallel.test_tensor import assert_the_same, run_cell
+from tests.support.commits import commit_bytes
 from tests.support.layout_grid import (
     CLASSES,
     STEPS,
     Cell,
     Trace,
     alone,
+    assert_the_same,
     make_config,
     packs_of,
+    run_cell,
     steps_of,
     together,
     train_cell,
@@ -36,8 +38,7 @@ from tests.support.layout_grid import (
 )
 from tests.support.paused_training import train_held
 from tests.support.ranks import Ranks, run_ranks
-from tests.support.run_history import commit_bytes, losses, trained
-from tests.system.test_resume import reach
+from tests.support.run_history import losses, reach, trained
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 (PACK,) = packs_of(STEPS, 0, 1, 1, 1)  # no step's
@@ -234,7 +235,7 @@ def test_a_killed_run_ends_bit_equal(tiny, world, layout):
     whole, killed = tiny("whole", **changes), tiny("killed", **changes)
     assert run_ranks(world, train, whole) == [DONE] * world
     ranks = Ranks(world, train_held, killed, 12)
-    reach(killed, 8, 1)
+    reach(killed.run, 8, 1)
     ranks.kill()
     assert run_ranks(world, train, killed) == [DONE] * world
     assert commit_bytes(killed.run) == commit_bytes(whole.run)

@@ -19,9 +19,10 @@ from fitv2_scale.tracking.sync import sync
 from fitv2_scale.tracking.uploader_process import Uploader
 from fitv2_scale.train.loop import DONE, RETRY, train
 from tests.services.s3 import use
+from tests.support.commits import commit_bytes
 from tests.support.paused_training import train_held
 from tests.support.ranks import Ranks, in_environment, run_ranks
-from tests.support.run_history import commit_bytes, losses
+from tests.support.run_history import losses
 from tests.support.run_locations import BUCKET, S3
 from tests.support.waiting import wait
 

@@ -22,13 +22,13 @@ from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
 from fitv2_scale.run.substitutions import SubstitutionLog, substitutes_of, substitution_records
 from fitv2_scale.train.loop import BAD_INPUT, DONE, train
-from tests.conftest import make_tiny
-from tests.data_sharding.stream.test_loader import loader
+from tests.support.commits import commit_bytes
+from tests.support.loaders import loader
 from tests.support.paused_training import train_held
 from tests.support.ranks import Ranks, run_ranks
-from tests.support.run_history import commit_bytes, losses, trained
+from tests.support.run_history import losses, reach, trained
 from tests.support.scripted_store import ScriptedStore
-from tests.system.test_resume import reach
+from tests.support.tiny_runs import make_tiny
 
 
 @pytest.fixture
@@ -275,7 +275,7 @@ def test_a_run_killed_in_between_ends_bit_equal(damaged, tmp_path):
     undisturbed, killed = (damaged_config(damaged, tmp_path, name) for name in ("undisturbed", "killed"))
     assert run_ranks(2, train, undisturbed) == [DONE, DONE]
     ranks = Ranks(2, train_held, killed, 18)
-    reach(killed, 14, attempt=1)
+    reach(killed.run, 14, attempt=1)
     ranks.kill()
     record = Path(killed.run, "ledger/00000001.json").read_bytes()
     assert run_ranks(2, train, killed) == [DONE, DONE]

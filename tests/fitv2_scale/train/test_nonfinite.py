@@ -19,6 +19,7 @@ from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
 from fitv2_scale.tracking.journal import read
 from fitv2_scale.train.loop import DONE, GIVE_UP, train
+from tests.support.commits import all_commits
 from tests.support.ranks import run_ranks
 
 BAD = {2, 4, 5, 7}  # steps, counted from 0; commits come right after 2, 5 and 7
@@ -60,17 +61,6 @@ def left_out(train_step: Callable, steps: set[int]) -> Callable:
         return (nan, StepResult(nan[0, 0], one)) if batch.step in steps else train_step(engine, batch, *rest)
 
     return step
-
-
-def all_commits(run: str) -> dict[tuple, bytes]:
-    """Data and scalars of every commit: weights, EMA and optimizer of all ranks, bit for bit."""
-    found = {}
-    for entry in Run.open(run).log.commits():
-        folder = Path(run, entry.fields["path"])
-        for file in folder.glob("*.safetensors"):
-            found[entry.fields["step"], file.name] = file.read_bytes()
-        found[entry.fields["step"], "scalars"] = json.loads((folder / "manifest.json").read_text())["scalars"]
-    return found
 
 
 CASES = [  # what is not finite, ranks, layout, train.log_every

@@ -12,8 +12,8 @@ from data_sharding.errors import UserError
 from fitv2_scale.cli.__main__ import main
 from fitv2_scale.config.load import load_config
 from fitv2_scale.train.loop import DONE, train
+from tests.support.commits import commit_bytes
 from tests.support.ranks import run_ranks
-from tests.support.run_history import commit_bytes
 
 BASE = {"model": {"depth": 2, "hidden": 32, "heads": 2}, "data": {"url": "set"}, "train": {"steps": 1}}
 

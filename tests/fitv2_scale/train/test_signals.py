@@ -14,10 +14,10 @@ import pytest
 from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
 from fitv2_scale.train.loop import DONE, RETRY, train
-from tests.conftest import make_tiny
+from tests.support.commits import commit_bytes
 from tests.support.ranks import run_ranks
-from tests.support.run_history import commit_bytes, losses, trained
-from tests.support.slurm_jobs import audited
+from tests.support.run_history import audited, losses, trained
+from tests.support.tiny_runs import make_tiny
 
 BEGUN, WHOLE = 4, 30  # steps
 PICTURES = {"sampling__every_steps": 7, "sampling__sizes": ["32x32"], "sampling__columns": 2, "sampling__steps": 2}

@@ -12,9 +12,9 @@ from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
 from fitv2_scale.train.loop import train
 from fitv2_scale.train.watchdog import Beat, blame
-from tests.conftest import make_tiny
 from tests.support.ranks import Ranks
-from tests.system.test_resume import reach
+from tests.support.run_history import reach
+from tests.support.tiny_runs import make_tiny
 
 LIMITS = {"step": 8.0, "compile": 30.0, "load": 60.0, "save": 60.0}  # all shorter than a test waits
 STRICT = {f"watchdog__{section}_seconds": seconds for section, seconds in LIMITS.items()}
@@ -63,7 +63,7 @@ def test_a_stopped_rank_is_named(tiny, stopped):
     config = tiny(**STRICT)
     ranks = Ranks(3, train, config)
     try:
-        reach(config, 5, attempt=1)
+        reach(config.run, 5, attempt=1)
         time.sleep(3)  # what it says in its first steps is that it compiles, and may be silent for long
         ranks.signal(stopped, signal.SIGSTOP)
         end = end_of(config.run)
@@ -93,14 +93,14 @@ def test_ranks_that_are_suspended_together_go_on(tiny):
     config = tiny(**STRICT)
     ranks = Ranks(2, train, config)
     try:
-        reach(config, 5, attempt=1)
+        reach(config.run, 5, attempt=1)
         time.sleep(3)
         for number, pause in ((signal.SIGSTOP, 12), (signal.SIGCONT, 0)):
             for rank in range(2):
                 ranks.signal(rank, number)
             time.sleep(pause)
         file = Path(config.run, "attempts/1/audit/rank-00000.jsonl")
-        reach(config, json.loads(file.read_text().splitlines()[-2])["step"] + 50, attempt=1)
+        reach(config.run, json.loads(file.read_text().splitlines()[-2])["step"] + 50, attempt=1)
         time.sleep(10)
         ranks.terminate(0)
         assert ranks.results() == [75, 75]

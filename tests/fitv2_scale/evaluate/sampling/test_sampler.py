@@ -22,9 +22,9 @@ from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.world import join
 from fitv2_scale.run.run import Run
 from fitv2_scale.train.loop import train
-from tests.conftest import make_tiny
+from tests.support.commits import commit_bytes
 from tests.support.ranks import run_ranks
-from tests.support.run_history import commit_bytes
+from tests.support.tiny_runs import make_tiny
 
 # Eight of each; at a train_side of 4, seven of them are extrapolated, each by its own scales.
 SIZES = ["64x64", "32x96", "80x32", "96x96", "16x112", "80x80", "128x48", "48x128"]

@@ -1,8 +1,6 @@
 """What `fitv2 plan` says of memory, against what real ranks and real passes hold."""
 
-import gc
 import json
-import time
 from dataclasses import asdict
 from functools import partial
 
@@ -12,7 +10,6 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx import Node
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention.varlen import varlen_attn
 
 from fitv2_scale.bench import step
@@ -27,60 +24,11 @@ from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.model.packed_batch import Packing
 from fitv2_scale.model.rope import rope_table
 from fitv2_scale.parallel.blocks import prepare_blocks
-from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.memory_estimate import Compute, StateBytes, cuda_peak, saved_bytes, state_bytes
-from fitv2_scale.parallel.world import join
 from fitv2_scale.planning.forecast.plan_report import to_text
-from tests.fitv2_scale.model.test_fitv2 import pack
-from tests.fitv2_scale.parallel.test_blocks import Results
-from tests.support.layout_grid import CLASSES, make_config
+from tests.support.layout_grid import make_config
+from tests.support.memory import HeldResults, engine_bytes
 from tests.support.ranks import run_ranks
-
-COUNTED = (torch.float32, torch.bfloat16)  # of state; DeepSpeed keeps the last norm, a float64
-PACKING = pack([(3, 4), (4, 4)], 32, 3, 16)
-
-
-def live() -> dict[StorageWeakRef, int]:
-    """Memory of all tensors of the process that may be state; gradients may have no Python object of their own."""
-    gc.collect()
-    tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
-    tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
-    storages = [getattr(t, "_local_tensor", t).untyped_storage() for t in tensors if t.dtype in COUNTED]
-    return {StorageWeakRef(s): s.nbytes() for s in storages if s.nbytes()}
-
-
-def measure(config: Config, expected: list[tuple]) -> tuple[int, int, int, int]:
-    """Bytes that a rank's engine adds: when it is made, between two packs of a step, before the update, after it.
-
-    ``expected`` has what is expected of each rank, None where nothing is.
-    """
-    with join() as world:
-        _ = PACKING.padded
-        before, found = set(live()), []
-
-        def held() -> int:
-            return sum(size for storage, size in live().items() if storage not in before)
-
-        def note() -> None:  # gloo's threads let go of the tensors of a collective some time after it
-            wanted, until = expected[world.rank][len(found)], time.monotonic() + 30
-            while wanted not in (size := held(), None) and time.monotonic() < until:
-                time.sleep(0.05)
-            found.append(size)
-
-        layout = Layout.of(world.size, config.layout.replicate, config.layout.tensor)
-        engine = make_engine(config, layout, world)
-        note()
-        for last in (False, True):
-            torch.manual_seed(0)
-            out = engine.network(torch.randn(32, 16), torch.rand(3), torch.tensor([1, CLASSES, 0]), PACKING)
-            engine.backward(out.square().sum(), last)
-            del out
-            note()
-        result = engine.step(1e-3, 1.0)
-        assert not result.skipped
-        del result
-        note()
-        return tuple(found)
 
 
 def planned(state: StateBytes) -> tuple[int, int, int, int]:
@@ -124,7 +72,7 @@ def test_frozen_tensors_of_zero3_have_no_moments_and_no_gradients():
 def assert_zero3_as_planned(config: Config, world: int) -> None:
     state = plan(config, Layout.of(world, 1, config.layout.tensor), 0)
     expected = [(None, None, None, state.held + state.gradients)] * world
-    assert [found[-1] for found in run_ranks(world, measure, config, expected)] == [e[-1] for e in expected]
+    assert [found[-1] for found in run_ranks(world, engine_bytes, config, expected)] == [e[-1] for e in expected]
 
 
 def plan(config: Config, layout: Layout, rank: int) -> StateBytes:
@@ -134,7 +82,7 @@ def plan(config: Config, layout: Layout, rank: int) -> StateBytes:
 def assert_as_planned(config: Config, world: int) -> None:
     layout = Layout.of(world, config.layout.replicate, config.layout.tensor)
     expected = [planned(plan(config, layout, rank)) for rank in range(world)]
-    assert run_ranks(world, measure, config, expected) == expected
+    assert run_ranks(world, engine_bytes, config, expected) == expected
 
 
 @pytest.fixture
@@ -207,7 +155,7 @@ def test_what_a_block_keeps_for_its_backward_pass(varlen, checkpointing):
     network = FiTv2(WIDE).to(device="meta", dtype=torch.bfloat16)
     prepare_blocks(network, checkpointing, compile_blocks=False)
     x, c, shared, rope, packing = block_inputs("meta")
-    with Results([*network.parameters(), *rope]) as results:
+    with HeldResults([*network.parameters(), *rope]) as results:
         out = network.blocks[0](x, c, shared, rope, packing)
     held = results.held()  # the result, which the next block keeps, instead of the input
     assert held == pytest.approx(saved(checkpointing, compiled=False), rel=0.01)
@@ -249,5 +197,5 @@ class Done(Exception):
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_peak_on_a_gpu(checkpointing):
     overrides = ["data.url=preset:imagenet256", "batch.images=64", f"layout.checkpointing={checkpointing}"]
-    report = step.measure(load_config("configs/fitv2_xl2.yaml", overrides), 2, 1, against_reference=False)
+    report = step.engine_bytes(load_config("configs/fitv2_xl2.yaml", overrides), 2, 1, against_reference=False)
     assert report["planned_peak_bytes"] == pytest.approx(report["peak_bytes"], rel=0.05)

@@ -25,8 +25,7 @@ from fitv2_scale.train.metrics.accounting import Times, Totals
 from fitv2_scale.train.metrics.gpu_stats import over_nodes
 from tests.support.paused_training import train_held
 from tests.support.ranks import Ranks, run_ranks
-from tests.support.run_history import trained
-from tests.system.test_resume import reach
+from tests.support.run_history import reach, trained
 
 
 def metrics(run: str) -> dict[int, dict[str, float]]:
@@ -118,7 +117,7 @@ def test_sums_over_the_run_survive_a_kill_and_another_layout(tiny):
     undisturbed, disturbed = tiny("undisturbed", **changes), tiny("disturbed", **changes)
     assert run_ranks(1, train, undisturbed) == [DONE]
     ranks = Ranks(2, train_held, disturbed, 15)
-    reach(disturbed, 13, attempt=1)
+    reach(disturbed.run, 13, attempt=1)
     ranks.kill()
     assert run_ranks(3, train, disturbed) == [DONE] * 3
     whole, found = metrics(undisturbed.run), metrics(disturbed.run)

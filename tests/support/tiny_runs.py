@@ -1,0 +1,67 @@
+"""A small real dataset, and the smallest config that trains on it."""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_sharding.write.images import write_dataset
+from fitv2_scale.config.load import parse_config
+from fitv2_scale.config.schema import Config
+
+IMAGES, CLASSES = 240, 5
+# Overrides of configs/demo.yaml for `fitv2 bench`: as small a network, images of a preset's sizes.
+BENCHED = ["model.depth=2", "model.hidden=32", "model.heads=2", "model.classes=1000", "layout.precision=fp32"]
+BENCHED += ["data.url=preset:imagenet256", "batch.images=5", "layout.max_tokens=512"]
+
+
+def make_pictures(root: Path, count: int) -> None:
+    """So many pictures of 5 classes and many sizes, in a folder a class."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        height, width = rng.integers(32, 120, 2)
+        ramp = np.add.outer(np.arange(height), np.arange(width))[..., None] * rng.uniform(0.2, 2, 3)
+        file = root / f"class{i % CLASSES}" / f"{i:03d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((ramp + rng.integers(0, 40, ramp.shape)).astype(np.uint8)).save(file)
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> str:
+    """240 pictures of 5 classes and many sizes, up to 16 tokens each, in several shards and frames."""
+    root = tmp_path_factory.mktemp("pictures")
+    make_pictures(root, IMAGES)
+    url = str(tmp_path_factory.mktemp("data") / "set")
+    write_dataset(str(root), url, max_tokens=16, workers=1, images_per_shard=50, progress=False)
+    return url
+
+
+def make_tiny(dataset: str, parent: Path, name: str = "run", **changes) -> Config:
+    """A config that trains into parent/name, with changes as in ``train__steps=10``."""
+    tree = {
+        "run": str(parent / name),
+        "model": {"depth": 2, "hidden": 32, "heads": 2, "classes": CLASSES},
+        "data": {"url": dataset},
+        "batch": {"images": 12},
+        "optimizer": {"lr": 1e-3, "warmup_steps": 10},
+        "ema": {"decay": 0.9},
+        "train": {"steps": 6, "log_every": 1, "audit": True},
+        "layout": {"precision": "fp32"},
+        "checkpoint": {"every_steps": 5},
+        "tracking": {"uri": "none"},
+    }
+    for dotted, value in changes.items():
+        *parents, leaf = dotted.split("__")
+        section = tree
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[leaf] = value
+    return parse_config(tree, "test")
+
+
+@pytest.fixture
+def tiny(dataset, tmp_path):
+    """``tiny("name", train__steps=10)``: see make_tiny."""
+    return partial(make_tiny, dataset, tmp_path)
