@@ -1,9 +1,5 @@
-"""One task of a job: what srun starts. Tells the trainer who it is, then is `fitv2 ARGUMENTS…`.
-
-    python -m launchers.rank train config.yaml
-
-Slurm's variables become torchrun's. Under ``train``, the signals that ask to save are held back from the first line on:
-one that comes while torch is being imported is delivered when the trainer can note it, not lost and not fatal.
+"""What a task of a Slurm job is told before it runs a command: its rank, where compilers may cache, whether its node is
+fit for training. `python -m fitv2_scale.cli.slurm_task`, which srun starts, asks here first.
 """
 
 import os
@@ -15,57 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launchers.hostlist import counts, expand
-from launchers.secret_overrides import of_environment
 
 if TYPE_CHECKING:
     from fitv2_scale.config.schema import Config
 
-HELD = (signal.SIGTERM, signal.SIGUSR1)
+HELD = (signal.SIGTERM, signal.SIGUSR1)  # ask to save
 _STRIDE = 16  # ports of a job: one for each time that it is requeued, and as many for examinations
 _EXAMINATION = _STRIDE // 2
 _PORTS = range(10_000, 30_000)  # below those that the system gives to whoever asks for none in particular
-
-
-def main() -> int:
-    arguments, private = sys.argv[1:], of_environment(os.environ)
-    if arguments[0] == "train":
-        signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
-        arguments += private
-    os.environ.update(rank_environment(os.environ) | cache_environment(os.environ))
-    node = os.environ.get("SLURMD_NODENAME")
-    print(f"== job {os.environ['SLURM_JOB_ID']} task {os.environ['RANK']} on {node}", flush=True)
-
-    # Not at the top: signals are held back before anything that takes time.
-    from fitv2_scale.cli.__main__ import main as fitv2
-    from fitv2_scale.config.load import load_config
-    from fitv2_scale.run.run import GIVE_UP, RETRY
-
-    if arguments[0] == "train":
-        config = load_config(arguments[1], private)
-        if config.slurm.doctor and (code := _examine(config, node)) is not None:
-            return code
-    code = fitv2(arguments)
-    # That an attempt wants another one, or none, is in its end.json. To srun it would be a failure: it would end the
-    # other ranks, who may be writing their last lines.
-    return 0 if code in (RETRY, GIVE_UP) else code
-
-
-def _examine(config: "Config", node: str | None) -> int | None:
-    """None if all nodes are fit for training, else this rank's exit code. The ranks of healthy nodes end with 0, so
-    that srun names one that is not."""
-    from launchers.preflight import examine, to_text
-
-    port = int(os.environ["MASTER_PORT"])
-    os.environ["MASTER_PORT"] = str(port + _EXAMINATION)  # training's own is not to meet what is left of it
-    try:
-        found = examine(config)
-    finally:
-        os.environ["MASTER_PORT"] = str(port)
-    if os.environ["RANK"] == "0":
-        print(to_text(found.findings), flush=True)
-    if found.guilty:
-        print(f"{node} is not fit for training: {'; '.join(found.faults)}", file=sys.stderr, flush=True)
-    return int(found.guilty) if found.faults else None
 
 
 def rank_environment(slurm: Mapping[str, str]) -> dict[str, str]:
@@ -97,5 +50,24 @@ def cache_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return {key: str(path) for key, path in defaults.items() if key not in environment}
 
 
+def examine_node(config: "Config", node: str | None) -> int | None:
+    """None if all nodes are fit for training, else this rank's exit code. The ranks of healthy nodes end with 0, so
+    that srun names one that is not."""
+    from launchers.preflight import examine, to_text
+
+    port = int(os.environ["MASTER_PORT"])
+    os.environ["MASTER_PORT"] = str(port + _EXAMINATION)  # training's own is not to meet what is left of it
+    try:
+        found = examine(config)
+    finally:
+        os.environ["MASTER_PORT"] = str(port)
+    if os.environ["RANK"] == "0":
+        print(to_text(found.findings), flush=True)
+    if found.guilty:
+        print(f"{node} is not fit for training: {'; '.join(found.faults)}", file=sys.stderr, flush=True)
+    return int(found.guilty) if found.faults else None
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    # Batch scripts of earlier versions, and templates made from them (slurm.template), start this module.
+    os.execv(sys.executable, [sys.executable, "-u", "-m", "fitv2_scale.cli.slurm_task", *sys.argv[1:]])

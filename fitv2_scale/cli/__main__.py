@@ -5,8 +5,23 @@ import os
 import sys
 
 from data_sharding.errors import UserError
-from fitv2_scale.cli import bench, checkpoint, common, curves, evaluate, plan, sample, shard, track, train, validate
-from fitv2_scale.cli.cluster import add_commands
+from fitv2_scale.cli import (
+    bench,
+    checkpoint,
+    cluster,
+    config,
+    curves,
+    evaluate,
+    plan,
+    sample,
+    shard,
+    status,
+    track,
+    train,
+    validate,
+)
+
+_IN_ORDER = (shard, plan, config, train, status, cluster, checkpoint, track, curves, bench, sample, validate, evaluate)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -14,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.command(args)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # raised alike on all ranks, said once
+        if os.environ.get("RANK", "0") == "0":  # all ranks raise it, one prints it
             print(f"fitv2: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader, a pager perhaps, has seen enough
@@ -41,11 +56,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fitv2", description="Train FiTv2 on images of any resolution, at any scale.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-
-    for part in (shard, plan, train):
-        part.add(commands)
-    add_commands(commands, common.make, common.show)
-    for part in (checkpoint, track, curves, bench, sample, validate, evaluate):
+    for part in _IN_ORDER:
         part.add(commands)
     return parser
 

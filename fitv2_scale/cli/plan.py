@@ -1,4 +1,4 @@
-"""fitv2 plan and fitv2 config: what a run will need, and what it is set to, before it is started."""
+"""fitv2 plan: what a run will need, before it is started."""
 
 import argparse
 from typing import Any
@@ -26,10 +26,6 @@ def add(commands: Any) -> None:
     rests.add_argument("--detect", type=float, metavar="SECONDS", help="until a failure ends the job")
     rests.add_argument("--restart", type=float, metavar="SECONDS", help="from there to training again")
 
-    config = commands.add_parser("config", help="the resolved config").add_subparsers(required=True)
-    shown = make(config, "show", config_show, "every key with its value and what it means")
-    config_arguments(shown)
-
 
 def plan_run(args: argparse.Namespace) -> int:
     from fitv2_scale.config.load import load_config
@@ -52,14 +48,4 @@ def plan_run(args: argparse.Namespace) -> int:
     )
     report = forecast(config, args.nodes, args.gpus_per_node, assumptions)
     show(args, report, to_text(report))
-    return 0
-
-
-def config_show(args: argparse.Namespace) -> int:
-    from fitv2_scale.config.load import explain, load_config
-
-    keys = list(explain(load_config(args.config, args.overrides)))
-    width = max(len(f"{key} = {value}") for key, value, _ in keys if len(str(value)) < 30)
-    report = {key: {"value": value, "meaning": meaning} for key, value, meaning in keys}
-    show(args, report, "\n".join(f"{f'{key} = {value}':<{width}}  # {meaning}" for key, value, meaning in keys))
     return 0

@@ -51,6 +51,19 @@ def test_what_a_rank_is_told():
     assert rank_environment(TASK | {"SLURM_CPUS_PER_TASK": "12"})["OMP_NUM_THREADS"] == "12"
 
 
+@pytest.mark.parametrize("module", ["fitv2_scale.cli.slurm_task", "launchers.rank"])
+def test_a_task_runs_its_command_with_the_environment_of_its_rank(module, tmp_path):
+    """Also as the templates of earlier versions start it."""
+    environment = os.environ | TASK | {"SLURMD_NODENAME": "n04", "TMPDIR": str(tmp_path)}
+    python = [sys.executable, "-m", module]
+    command = [*python, "config", "show", "configs/demo.yaml", "train.steps=123"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("== job 4711 task 9 on n04\n"), done.stderr
+    assert re.search(r"^train\.steps = 123 ", done.stdout, re.M)
+    done = subprocess.run([*python, "status", str(tmp_path)], cwd=ROOT, env=environment)
+    assert done.returncode == 2
+
+
 def test_caches_are_private(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     caches = cache_environment({})
@@ -194,7 +207,7 @@ def test_without_slurm(without_slurm, config_file, tmp_path, capfd):
     assert "#SBATCH --nodes=2" in shown and "#SBATCH --ntasks-per-node=2" in shown
     assert main(["plan", config_file, "--nodes", "2", "--gpus-per-node", "2", "--json"]) == 0
     chosen = json.loads(capfd.readouterr().out)["nodes"]["why"]
-    assert advice.startswith(f"fitv2: fitv2-run-new: {chosen} (by published figures") and advice.count("\n") == 1
+    assert advice.startswith(f"fitv2: fitv2-run-new: {chosen} (from published figures") and advice.count("\n") == 1
     assert not (tmp_path / "run").exists()
     assert (
         main(
@@ -215,7 +228,7 @@ def test_without_slurm(without_slurm, config_file, tmp_path, capfd):
         )
         == 0
     )
-    assert "-m launchers.rank shard write 'a b' c --max-tokens 64\n" in capfd.readouterr().out
+    assert "-m fitv2_scale.cli.slurm_task shard write 'a b' c --max-tokens 64\n" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ def ranks_of_config(config_file: Path) -> dict[int, int]:
 def ranks_of_job(job: str) -> dict[int, int]:
     """Process id by rank of a Slurm job that trains, or is about to."""
     expected = {"SLURM_CONF": os.environ["SLURM_CONF"], "SLURM_JOB_ID": job}
-    started = _environments(lambda words: "launchers.rank" in words and not words[0].endswith("srun"))
+    started = _environments(lambda words: "fitv2_scale.cli.slurm_task" in words and not words[0].endswith("srun"))
     return {
         int(environment["SLURM_PROCID"]): pid
         for pid, environment in started

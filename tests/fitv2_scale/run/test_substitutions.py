@@ -209,7 +209,7 @@ def test_training_goes_on_with_substitutes_whatever_the_layout(damaged, tmp_path
     substituted = status(Run.open(one))["substituted"]
     assert (substituted["version"], substituted["frames"], substituted["images"]) == (1, 1, 40)
     assert main(["status", one]) == 0
-    assert "40 images of 1 frames are replaced: " in capsys.readouterr().out
+    assert "40 images of 1 frames are substituted: " in capsys.readouterr().out
     manifest_json = next(Path(one, "steps").glob("00000024*/manifest.json"))
     assert json.loads(manifest_json.read_text())["cursor"]["ledger"] == 1
 

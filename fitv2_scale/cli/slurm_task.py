@@ -1,0 +1,44 @@
+"""What srun starts as each task of a job: `fitv2 ARGUMENTS…`, with the environment of a rank.
+
+    python -m fitv2_scale.cli.slurm_task train config.yaml
+
+A module of its own, since Slurm's variables do not tell a task from a shell that `salloc` or `srun --pty` opened.
+Under ``train``, the signals that ask to save are held back from the first line on: one that comes while torch is being
+imported is delivered when the trainer can note it, not lost and not fatal.
+"""
+
+import os
+import signal
+import sys
+
+from launchers.rank import HELD, cache_environment, examine_node, rank_environment
+from launchers.secret_overrides import of_environment
+
+
+def main() -> int:
+    arguments, secret = sys.argv[1:], of_environment(os.environ)
+    training = arguments[0] == "train"
+    if training:
+        signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+        arguments += secret
+    os.environ.update(rank_environment(os.environ) | cache_environment(os.environ))
+    node = os.environ.get("SLURMD_NODENAME")
+    print(f"== job {os.environ['SLURM_JOB_ID']} task {os.environ['RANK']} on {node}", flush=True)
+
+    # Not at the top: signals are held back before anything that takes time.
+    from fitv2_scale.cli.__main__ import main as fitv2
+    from fitv2_scale.config.load import load_config
+    from fitv2_scale.run.run import GIVE_UP, RETRY
+
+    if training:
+        config = load_config(arguments[1], secret)
+        if config.slurm.doctor and (code := examine_node(config, node)) is not None:
+            return code
+    code = fitv2(arguments)
+    # That an attempt wants another one, or none, is in its end.json. To srun it would be a failure: it would end the
+    # other ranks, who may be writing their last lines.
+    return 0 if code in (RETRY, GIVE_UP) else code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
