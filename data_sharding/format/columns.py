@@ -9,14 +9,13 @@ a node share that. Columns on an object store are first copied to the node's dis
 import io
 import logging
 import os
-import uuid
 from collections.abc import Iterator
-from contextlib import suppress
 
 import numpy as np
 import xxhash
 
 from data_sharding.errors import DataError
+from data_sharding.storage.atomic_write import atomic_write
 from data_sharding.storage.byte_ranges import read_range
 from data_sharding.storage.filesystems import file_system, is_local
 
@@ -96,15 +95,9 @@ def _copied(where: str, file: dict[str, int | str], cache_dir: str) -> str:
     if os.path.exists(path) and _digest(path) == file["xxh3_128"]:
         return path
     os.makedirs(folder, exist_ok=True)
-    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
-    try:
-        with open(temporary, "wb") as copy:
-            for data in _fetched(where, file):
-                copy.write(data)
-        os.replace(temporary, path)
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
+    with atomic_write(path, durable=False) as copy:  # its digest is compared whenever it is opened
+        for data in _fetched(where, file):
+            copy.write(data)
     return path
 
 

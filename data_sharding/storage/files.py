@@ -1,10 +1,10 @@
 """Whole files, local or on an object store: written so that no reader sees a part, read in one go."""
 
 import os
-import uuid
 from dataclasses import replace
 
 from data_sharding.errors import StorageDown, UserError
+from data_sharding.storage.atomic_write import atomic_write
 from data_sharding.storage.filesystems import file_system, is_local
 from data_sharding.storage.retry import RetriesExhausted, RetryPolicy, call_with_retry
 
@@ -21,12 +21,8 @@ def put(url: str, data: bytes) -> None:
         _with_retry(_START, url, "pipe_file", data)
         return
     fs.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = f"{path}.{uuid.uuid4().hex}.tmp"  # two writers of one file must not share it
-    with open(temporary, "wb") as file:
+    with atomic_write(path, durable=True) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def read(url: str, deadline: float = _START.deadline) -> bytes:

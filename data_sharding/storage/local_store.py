@@ -2,7 +2,6 @@
 
 import errno
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -10,6 +9,7 @@ from io import BufferedWriter
 from pathlib import Path
 
 from data_sharding.errors import UserError
+from data_sharding.storage.atomic_write import atomic_write, destination, fsync_folder, temporary_file
 from data_sharding.storage.store import Bytes, Result, Store, Writable
 
 _STEADILY = 16 << 20  # bytes after which a file that grows is handed to the disk
@@ -52,11 +52,13 @@ class LocalStore(Store):
         return os.path.getsize(self.path(path))
 
     def create(self, path: str, data: bytes) -> None:
-        with self._staged(path) as (file, staged, final):
+        final = self._destination(path)
+        with temporary_file(final) as (file, temporary):
             file.write(data)
-            _sync(file)
+            file.flush()
+            os.fsync(file.fileno())
             try:
-                os.link(staged, final)
+                os.link(temporary, final)
             except OSError as error:
                 if error.errno in _NO_HARD_LINKS:
                     raise UserError(
@@ -72,11 +74,8 @@ class LocalStore(Store):
 
     @contextmanager
     def writing(self, path: str, size: int) -> Iterator[Writable]:
-        with self._staged(path) as (file, staged, final):
+        with atomic_write(self._destination(path), durable=True) as file:
             yield _Steadily(file)
-            _sync(file)
-            os.replace(staged, final)
-            fsync_folder(final.parent)
 
     def list(self, prefix: str) -> list[str]:
         folder = Path(self.path(prefix if prefix.endswith("/") else os.path.dirname(prefix)))
@@ -89,8 +88,9 @@ class LocalStore(Store):
             shutil.rmtree(self.path(path))
 
     def uploads(self) -> Sequence[tuple[str, str]]:
-        staged = sorted(self._root.rglob(".*.tmp"))
-        return [(str(file.relative_to(self._root).with_name(file.name[1:-21])), file.name) for file in staged]
+        return [
+            (str(destination(file.relative_to(self._root))), file.name) for file in sorted(self._root.rglob(".*.tmp"))
+        ]
 
     def abort_upload(self, path: str, upload: str) -> None:
         folder = Path(self.path(path)).parent
@@ -98,17 +98,11 @@ class LocalStore(Store):
         with suppress(OSError):  # if it was the only one, the folder goes too
             folder.rmdir()
 
-    @contextmanager
-    def _staged(self, path: str):
-        """A temporary file, .<name>.<16 digits>.tmp beside its destination, and both paths; afterwards it is gone."""
+    def _destination(self, path: str) -> Path:
+        """Where the object will be; its folder is made."""
         final = Path(self.path(path))
         _make_folder(final.parent)
-        staged = final.parent / f".{final.name}.{secrets.token_hex(8)}.tmp"
-        try:
-            with open(staged, "xb") as file:
-                yield file, staged, final
-        finally:
-            staged.unlink(missing_ok=True)
+        return final
 
 
 class _Steadily:
@@ -130,23 +124,9 @@ class _Steadily:
             self._handed = at
 
 
-def _sync(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
 def _make_folder(folder: Path) -> None:
     if folder.is_dir():
         return
     _make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
     fsync_folder(folder.parent)  # else a power cut could take the new folder with the durable file in it
-
-
-def fsync_folder(folder: Path) -> None:
-    """Makes the names in ``folder`` durable: fsync of a new file alone does not."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

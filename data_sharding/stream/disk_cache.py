@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from data_sharding.storage.atomic_write import atomic_write
 from data_sharding.storage.filesystems import Cancelled
 from data_sharding.storage.retry import CorruptRead, RetryPolicy
 
@@ -80,15 +81,13 @@ class DiskCache:
 
     def _store(self, digest: str, data: bytes) -> None:
         """Needs the frame's claim."""
-        temporary = self._path(digest, "tmp")
+        path, temporary = self._path(digest, "frame"), self._path(digest, "tmp")
         try:
             if self._reserve(len(data)):
-                temporary.write_bytes(data)
-                os.replace(temporary, self._path(digest, "frame"))
+                with atomic_write(path, durable=False, temporary=temporary) as file:
+                    file.write(data)
         except OSError as error:
             self._complain(error)
-            with suppress(OSError):
-                temporary.unlink()
 
     def _reserve(self, size: int) -> bool:
         """Whether ``size`` more bytes may be stored; evicts if there is no room."""

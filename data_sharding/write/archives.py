@@ -6,10 +6,12 @@ import os
 import time
 import zlib
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from fsspec.implementations.local import LocalFileSystem
 
 from data_sharding.errors import UserError
+from data_sharding.storage.atomic_write import atomic_write
 from data_sharding.storage.byte_ranges import exists, list_tar, open_binary
 from data_sharding.storage.files import put, read
 from data_sharding.storage.filesystems import file_system
@@ -61,9 +63,13 @@ def _unpack(archive: Archive, progress: Progress) -> None:
         return
     fs, path = file_system(archive.tar)
     fs.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = f"{path}.{slurm_task()[0]}.tmp"  # of this task's name, so that one that starts again reuses the space
+    # Of this task's name, so that one that starts again reuses the space.
+    temporary = Path(f"{path}.{slurm_task()[0]}.tmp")
     beat, count = time.monotonic(), 0
-    with _Joined([url for url, _ in archive.parts]) as parts, open(temporary, "wb") as out:
+    with (
+        _Joined([url for url, _ in archive.parts]) as parts,
+        atomic_write(path, durable=True, temporary=temporary) as out,
+    ):
         stream = gzip.GzipFile(fileobj=parts) if parts.peek(2)[:2] == b"\x1f\x8b" else parts
         try:
             while block := stream.read(_BLOCK):
@@ -78,10 +84,8 @@ def _unpack(archive: Archive, progress: Progress) -> None:
         except (zlib.error, gzip.BadGzipFile) as error:
             raise UserError(f"{archive.name} is damaged ({error}): get it again") from error
         out.flush()
-        os.fsync(out.fileno())
-    for _ in list_tar(temporary):  # nothing is taken for unpacked that cannot be read to its end
-        pass
-    os.replace(temporary, path)
+        for _ in list_tar(str(temporary)):  # nothing is taken for unpacked that cannot be read to its end
+            pass
 
 
 def _others_work(archive: Archive) -> bool:

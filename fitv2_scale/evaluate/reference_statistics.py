@@ -9,7 +9,6 @@ ADM's evaluator takes both kinds, and so does ``open_reference``.
 """
 
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_sharding.errors import UserError
+from data_sharding.storage.atomic_write import atomic_write
 from fitv2_scale.evaluate.feature_network import FeatureNetwork
 from fitv2_scale.evaluate.features import Features, npz_bytes, read_npz
 from fitv2_scale.evaluate.fid import Gaussian
@@ -119,10 +119,9 @@ def save_statistics(file: str, reference: Reference, pictures: Pictures | None, 
         arrays["pool"] = reference.features
     if network is not None:
         arrays["network"] = np.array(network.digest)
-    beside = Path(f"{file}.part")
     try:
-        beside.write_bytes(npz_bytes(arrays))
-        os.replace(beside, file)
+        with atomic_write(file, durable=False) as out:
+            out.write(npz_bytes(arrays))
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror}") from error
 

@@ -27,7 +27,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from data_sharding.storage.local_store import fsync_folder
+from data_sharding.storage.atomic_write import fsync_folder
 from fitv2_scale.run.log import Entry
 from fitv2_scale.run.run import Run
 

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import data_sharding.storage.local_store as store_module
+import data_sharding.storage.atomic_write as atomic_write_module
 
 _CHANGES = ("mkdir", "fsync", "link", "replace", "unlink", "rmdir")
 _READS = ("get_", "head_", "list_")
@@ -37,7 +37,7 @@ def watch_disk(doom: Doom) -> None:
     """Every change of the local disk by this process's Python asks ``doom`` first."""
     for name in _CHANGES:
         setattr(os, name, _first(doom, getattr(os, name)))
-    store_module.open = lambda *args, **kw: _File(doom, open(*args, **kw))  # noqa: SIM115
+    atomic_write_module.open = lambda *args, **kw: _File(doom, open(*args, **kw))  # noqa: SIM115
 
 
 def watch_s3(doom: Doom, reads: bool) -> None:

@@ -1,8 +1,6 @@
 """Many pictures: a folder of PNGs that any number of processes fill, that a killed call goes on with, and the .npz that
 ADM's evaluator reads."""
 
-import io
-import os
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from tqdm import tqdm
 from data_sharding.errors import UserError
 from data_sharding.format.codec import Codec
 from data_sharding.rng import Purpose, uniform
+from data_sharding.storage.atomic_write import atomic_write
 from data_sharding.storage.local_store import LocalStore
 from fitv2_scale.config.model import parse_size
 from fitv2_scale.config.sections import SamplingConfig
@@ -87,8 +86,7 @@ def write_npz(folder: str, requests: list[Request], file: str) -> None:
     if len(sizes) != 1:
         raise UserError("an .npz for ADM's evaluator holds pictures of one size: give one --size")
     first = np.asarray(Image.open(picture_file(folder, requests[0].index)))
-    beside = f"{file}.part"
-    with zipfile.ZipFile(beside, "w", zipfile.ZIP_STORED) as archive:
+    with atomic_write(file, durable=False) as npz, zipfile.ZipFile(npz, "w", zipfile.ZIP_STORED) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as out:
             header = {"descr": "|u1", "fortran_order": False, "shape": (len(requests), *first.shape)}
             np.lib.format.write_array_header_1_0(out, header)
@@ -96,7 +94,6 @@ def write_npz(folder: str, requests: list[Request], file: str) -> None:
                 out.write(np.asarray(Image.open(picture_file(folder, request.index)).convert("RGB")).tobytes())
         with archive.open("arr_1.npy", "w") as out:
             np.lib.format.write_array(out, np.array([r.label for r in requests], np.int64))
-    os.replace(beside, file)
 
 
 def _missing(weights: Weights, requests: list[Request], sampling: SamplingConfig, seed: int, folder: str) -> set[int]:
@@ -136,13 +133,5 @@ def chunks(requests: list[Request], weights: Weights, sampling: SamplingConfig) 
 
 
 def _write(path: Path, picture: Image.Image) -> None:
-    out = io.BytesIO()
-    picture.save(out, "PNG")
-    _replace(path, out.getvalue())
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_bytes(data)
-    os.replace(beside, path)
+    with atomic_write(path, durable=False) as file:
+        picture.save(file, "PNG")
