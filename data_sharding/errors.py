@@ -1,8 +1,8 @@
-"""The kinds of failure that a user is meant to read."""
+"""The errors whose messages are written for the user."""
 
 
 class UserError(Exception):
-    """Something the user gave is wrong. The message is one sentence that says what to do; the CLI exits with 2."""
+    """An input is wrong. The message is one sentence that names the problem and the fix; the CLI exits with 2."""
 
 
 class DataError(UserError):
@@ -10,4 +10,4 @@ class DataError(UserError):
 
 
 class StorageDown(UserError):
-    """The storage cannot be reached: no fault of the data or the user. The message names it and its last answer."""
+    """The storage does not answer; neither the data nor the user is at fault. The message has the last error."""

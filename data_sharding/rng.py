@@ -1,6 +1,6 @@
-"""Keyed randomness: every random number of a run is a pure function of (seed, purpose, epoch, id, index).
+"""Counter-based random numbers: each draw of a run is a pure function of (seed, purpose, epoch, id, index).
 
-There is no generator state to save or to hand out to ranks. The integers are Philox4x32-10 (Salmon et al., "Parallel
+There is no generator state to save or to broadcast to ranks. The integers are Philox4x32-10 (Salmon et al., "Parallel
 random numbers: as easy as 1, 2, 3", SC'11); the layout of key and counter is fixed here, for this NumPy backend and
 for the torch backend in ``fitv2_scale/model/rng.py``, which gives the same integers on CPU and CUDA:
 
@@ -26,7 +26,7 @@ _32 = np.uint64(32)
 
 
 class Purpose(IntEnum):
-    """What a draw is for. The numbers are part of the run's definition: never reuse or renumber one."""
+    """The use of a draw. The numbers are part of a run's definition: never reuse or renumber one."""
 
     NOISE = 1  # x0 of a training image, one draw a value, in token order
     TIMESTEP = 2
@@ -43,7 +43,7 @@ class Purpose(IntEnum):
     POSTERIOR = 13  # sampled VAE latents; the epoch is 2 * view + flip, one draw a value, in (c, h, w) order
     SUBSTITUTE = 14  # candidates for an image that cannot be read; the epoch is 2 * draw + view
     PRESET = 15  # sizes of the presets' images
-    VALIDATION_ORDER = 16  # which held-out images are taken
+    VALIDATION_ORDER = 16  # the selection of held-out images
     VALIDATION_NOISE = 17  # x0 of a held-out image; the epoch is the index of the time
     SAMPLER_LABEL = 18  # class of a generated image; the id is its index
 
@@ -68,6 +68,7 @@ def philox(key: tuple, counter: tuple) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def check_seed(seed: int) -> int:
+    """The seed. Raises ValueError if it does not fit in 64 bits."""
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"seed must lie in 0 .. 2**64 - 1, not {seed}")
     return seed
@@ -92,9 +93,9 @@ def uniform(seed: int, purpose: Purpose, epoch, ids, index=0) -> np.ndarray:
 
 
 def keyed_order(seed: int, purpose: Purpose, epoch: int, ids) -> np.ndarray:
-    """The keyed permutation: int64 positions that sort ``ids`` by their 64-bit draws (ties by place)."""
+    """A random permutation: int64 positions that sort ``ids`` by their 64-bit draws (ties by position)."""
     draws = np.empty(len(ids), np.uint64)
-    for start in range(0, len(ids), _CHUNK):  # the generator needs a dozen times the memory of its draws
+    for start in range(0, len(ids), _CHUNK):  # the generator needs twelve times the memory of its draws
         part = slice(start, start + _CHUNK)
         draws[part] = words64(seed, purpose, epoch, ids[part])
     return np.argsort(draws, kind="stable")

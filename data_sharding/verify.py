@@ -12,7 +12,7 @@ import xxhash
 from data_sharding.errors import DataError
 from data_sharding.format.manifest import Manifest
 from data_sharding.format.shard import END_OF_ARCHIVE, decompress, scan_frame
-from data_sharding.storage.byte_ranges import ask, read_range
+from data_sharding.storage.byte_ranges import fs_call, read_range
 from data_sharding.stream.frames import fetch_frame, open_frame
 from data_sharding.worker_pool import run_tasks
 
@@ -103,7 +103,7 @@ def _verify_shard(manifest: Manifest, shard: int) -> tuple[int, list[str]]:
     entry = manifest.shards[shard]
     url = f"{manifest.url}/{entry.name}"
     try:
-        size = ask(url, "size")
+        size = fs_call(url, "size")
     except FileNotFoundError:
         return 0, [f"{url} is missing: restore it from a copy or write the dataset anew"]
     digest, problems, end = xxhash.xxh3_128(), [], 0
@@ -168,6 +168,6 @@ def _duplicates(manifest: Manifest) -> list[str]:
 
 
 def _strays(manifest: Manifest) -> list[str]:
-    present = {item["name"].rpartition("/")[2] for item in ask(manifest.url, "ls", detail=True)}
+    present = {item["name"].rpartition("/")[2] for item in fs_call(manifest.url, "ls", detail=True)}
     unknown = sorted(name for name in present - {s.name for s in manifest.shards} if name.endswith(".tar.zst"))
     return [f"{manifest.url}/{name} is not in the manifest: it belongs to another dataset" for name in unknown]

@@ -1,5 +1,5 @@
-"""Tasks on several processes that report how far they are, and that never outlive their parent; and who of several
-Slurm tasks does which."""
+"""Tasks on several processes, which report their progress and never outlive their parent; and the division of tasks
+among the tasks of a Slurm job."""
 
 import multiprocessing
 import os
@@ -15,13 +15,13 @@ from tqdm import tqdm
 from data_sharding.errors import UserError
 
 Task = TypeVar("Task")
-Progress = Callable[..., None]  # what a task reports as it goes on, such as (images more, whether made here)
+Progress = Callable[..., None]  # called with what a task reports, such as (more images, whether made here)
 
 WORKER = "FITV2_WORKER"  # in the environment of a process of the pool: its number, from 0
 
 
 def run_tasks(tasks: list[Task], work: Callable[[Task, Progress], None], workers: int, progress: Progress) -> None:
-    """Calls ``work(task, progress)`` for each task, in order, on ``workers`` processes; on one, in this process.
+    """Calls ``work(task, progress)`` for each task, in order, on ``workers`` processes; with one, in this process.
 
     ``work`` must be importable by name. Raises the first exception of a task, its traceback in a note, or UserError if
     a process was killed.
@@ -53,8 +53,8 @@ def run_tasks(tasks: list[Task], work: Callable[[Task, Progress], None], workers
                         busy.remove(pipe)
                 except (EOFError, ConnectionError) as error:
                     raise UserError(
-                        "a process was killed, most likely for want of memory: run the same command again, with fewer "
-                        "--workers, it goes on where it was"
+                        "a worker process was killed, probably because memory ran out: run the same command again with "
+                        "fewer --workers; it continues where it stopped"
                     ) from error
                 if isinstance(message, tuple):
                     progress(*message)
@@ -62,25 +62,26 @@ def run_tasks(tasks: list[Task], work: Callable[[Task, Progress], None], workers
                     raise message
     finally:
         for process in processes:
-            process.terminate()  # after success they are idle; else what they wrote is whole, for `put` is atomic
+            process.terminate()  # idle after success; after an error, what they wrote is whole: `put` is atomic
             process.join()
 
 
 def slurm_task() -> tuple[int, int]:
-    """Which of how many Slurm tasks this is; (0, 1) outside of Slurm."""
+    """(index, count) of this Slurm task; (0, 1) outside of Slurm."""
     count = int(os.environ.get("SLURM_NTASKS", 1))
     return int(os.environ.get("SLURM_PROCID", 0)) % count, count
 
 
-def in_turn(tasks: list) -> list:
-    """All tasks, in the order in which this Slurm task is to do them."""
-    place, count = slurm_task()
-    others = ((place + i) % count for i in range(1, count))
-    return tasks[place::count] + [task for other in others for task in tasks[other::count][::-1]]
+def order_for_slurm_task(tasks: list) -> list:
+    """All tasks, in the order in which this Slurm task should do them: its own, then those of the others from their
+    far ends."""
+    index, count = slurm_task()
+    others = ((index + i) % count for i in range(1, count))
+    return tasks[index::count] + [task for other in others for task in tasks[other::count][::-1]]
 
 
 def progress_bar(total: int, done: int, show: bool, unit: str, **options) -> tqdm:
-    """How much, how fast and time left: a bar in a terminal, else, as logs want it, a line about every 10 s."""
+    """Amount, speed and time left: a bar in a terminal, else a line about every 10 s, for log files."""
     if not sys.stderr.isatty():
         line = "{n_fmt}/{total_fmt}" + f"{unit}, " + "{rate_noinv_fmt}, {remaining} left\n"
         options |= {"mininterval": 10, "bar_format": line}
@@ -88,13 +89,14 @@ def progress_bar(total: int, done: int, show: bool, unit: str, **options) -> tqd
 
 
 def cores() -> int:
-    return len(os.sched_getaffinity(0))  # a Slurm job may not have all of the machine's
+    """CPU cores that this process may use: a Slurm job may not have all of the machine's."""
+    return len(os.sched_getaffinity(0))
 
 
 def _serve(pipe: Connection, work: Callable, number: int) -> None:
-    """A writing process: sends "ready" for a task, tuples of what it reports, or the exception that ended a task.
+    """A worker process: sends "ready" to get a task, tuples that a task reports, or the exception that ended one.
 
-    It ends when its pipe does, so it does not outlive its parent, whatever ends that.
+    It exits when its pipe is closed, so it never outlives its parent, however that ends.
     """
     os.environ[WORKER] = str(number)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, and with it the pipe

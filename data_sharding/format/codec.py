@@ -1,6 +1,6 @@
-"""What a codec is: pixels to latents of an eighth of their side, and back. The model sees latents only.
+"""The interface of a codec: pixels to latents of an eighth of their side, and back. The model sees latents only.
 
-``dct`` and ``sd_vae`` hold the two that there are, ``codecs`` chooses.
+``dct`` and ``sd_vae`` implement it; ``codecs`` chooses one.
 """
 
 from typing import Literal, NamedTuple, Protocol
@@ -11,16 +11,16 @@ Latent = Literal["mean", "sample"]
 
 
 class Draw(NamedTuple):
-    """Names the random numbers of one encoding: an image's ``id``, and which of its pictures (2 * view + flip)."""
+    """The key of one encoding's random numbers: an image's ``id``, and which of its pictures (2 * view + flip)."""
 
     id: int
     picture: int
 
 
 class Codec(Protocol):
-    """What the writer and the sampler need of a codec.
+    """The interface that the writer and the sampler use.
 
-    ``digest`` stands for weights and arithmetic: two codecs of one digest give the same latents. ``scale`` is the
+    ``digest`` covers weights and arithmetic: two codecs with the same digest give the same latents. ``scale`` is the
     factor that ``encode`` has already multiplied into its latents (0.18215 for SD-VAE), and ``decode`` divides out.
     """
 
@@ -33,13 +33,13 @@ class Codec(Protocol):
 
     @property
     def record(self) -> dict[str, str | float]:
-        """What the manifest says of it: name, digest, scale, and what else ``codec_of`` wants to know."""
+        """The manifest's record of it: name, digest, scale, and whatever else ``codec_of`` needs."""
         ...
 
     def encode(self, pixels: np.ndarray, draws: list[Draw]) -> np.ndarray:
         """uint8 (B, H, W, 3), sides multiples of 16, to float32 (B, channels, H/downsample, W/downsample), variance ~1.
 
-        The random numbers of picture b, of a codec that has any, are those of ``draws[b]``.
+        A codec that draws random numbers takes those of ``draws[b]`` for picture b.
         """
         ...
 

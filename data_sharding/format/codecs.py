@@ -6,14 +6,14 @@ from data_sharding.format.dct import DctCodec
 
 
 def get_codec(name: str, vae: str = "", latent: Latent = "mean") -> Codec:
-    """The codec to write with; ``vae`` is the folder of sd-vae's weights, ``latent`` what to keep of its posterior.
+    """The codec to write with; ``vae`` is the folder of sd-vae's weights, ``latent`` selects from its posterior.
 
     Raises:
-        UserError: there is no such codec, its weights or packages are missing, or it takes no weights.
+        UserError: the codec is unknown, its weights or packages are missing, or it takes no weights.
     """
     if name == DctCodec.name:
         if vae or latent != "mean":
-            raise UserError("the codec dct has neither weights nor a posterior: leave --vae and --latent out")
+            raise UserError("the codec dct has neither weights nor a posterior: remove --vae and --latent")
         return DctCodec()
     if name != SD_VAE:
         raise UserError(f"there is no codec '{name}': use 'dct' or 'sd-vae'")
@@ -32,14 +32,14 @@ def codec_of(record: dict[str, str | float], vae: str = "") -> Codec:
         return get_codec(str(record["name"]))
     if not vae:
         raise UserError(
-            "pictures of these latents need the VAE that they were made with: set sampling.vae to the folder of its "
-            "diffusers AutoencoderKL"
+            "decoding these latents needs the VAE that encoded them: set sampling.vae to the folder of its diffusers "
+            "AutoencoderKL"
         )
     codec = _sd_vae(vae, "mean")
     if record.get("vae", codec.weights) != codec.weights:  # the published latents come without a digest
         raise UserError(
-            f"the dataset was written with the VAE {record['vae']:.16}, and {vae} holds {codec.weights:.16}: give the "
-            "folder of the former"
+            f"the dataset was written with the VAE {record['vae']:.16}, but {vae} holds {codec.weights:.16}: give the "
+            f"folder of {record['vae']:.16}"
         )
     return codec
 

@@ -1,4 +1,4 @@
-"""The codec ``dct``: a block DCT without weights. No download, quick on a CPU, and its pictures can be looked at."""
+"""The codec ``dct``: a block DCT without weights. It needs no download, is fast on a CPU, and decodes to pictures."""
 
 from functools import cache
 from hashlib import sha256
@@ -23,20 +23,20 @@ _REACH = 24.0  # pixels; correlation of the image model that decode assumes
 
 
 class DctCodec:
-    """Block DCT, weight-free: of each 8x8 cell the mean and the two slopes of luma, and chroma at half that width.
+    """Block DCT without weights: of each 8x8 cell the mean and the two slopes of luma, and chroma at half that width.
 
     Channels 0, 1, 2 are the luma coefficients Y00, Y01 (across) and Y10 (down). Channel 3 holds, for each two
     neighbouring cells, the mean Cb of both in the left and the mean Cr of both in the right one. As a token is 2x2
-    cells, it means the same in every token. Each is divided by its usual standard deviation.
+    cells, channel 3 has the same meaning in every token. Each is divided by its typical standard deviation.
 
     ``decode`` does not paint cells. It gives each pixel its best linear estimate from the coefficients near it, for
-    images whose pixels correlate as exp(-distance / 24 px), so brightness and colour run on smoothly across cells.
+    images whose pixels correlate as exp(-distance / 24 px), so brightness and colour are continuous across cells.
 
-    Seen on the six photographs of the demo at 160x160 pixels' area (PSNR over RGB, dB; astronaut, cat, coffee, rocket,
-    flower, china): this codec 19.9, 27.1, 23.1, 27.4, 24.3, 22.4, small sharp pictures with true colours; Y00, Cb, Cr
-    and one diagonal slope 17.5, 24.6, 21.2, 25.9, 22.8, 21.1, combed edges; Y00, Y01, Y10 and one axis of chroma 19.8,
-    26.6, 23.0, 26.2, 22.9, 22.0, as sharp, but greens, blues and reds swap. Painting cells costs 0.4 to 1.3 dB and
-    shows each of them.
+    Measured on the six photographs of the demo at the area of 160x160 pixels (PSNR over RGB, dB; astronaut, cat,
+    coffee, rocket, flower, china): this codec 19.9, 27.1, 23.1, 27.4, 24.3, 22.4, small sharp pictures with true
+    colours; Y00, Cb, Cr and one diagonal slope 17.5, 24.6, 21.2, 25.9, 22.8, 21.1, combed edges; Y00, Y01, Y10 and one
+    axis of chroma 19.8, 26.6, 23.0, 26.2, 22.9, 22.0, as sharp, but greens, blues and reds swap. Painting cells costs
+    0.4 to 1.3 dB and makes each of them visible.
     """
 
     name = "dct"
@@ -55,7 +55,7 @@ class DctCodec:
         return sha256(b"dct 1" + b"".join(a.astype("<f8").tobytes() for a in (_COLOR, _SLOPE, units))).hexdigest()
 
     def encode(self, pixels: np.ndarray, draws: list[Draw] | None = None) -> np.ndarray:
-        """As in ``Codec``; nothing here is drawn."""
+        """As in ``Codec``; nothing is random here."""
         count, height, width, _ = pixels.shape
         assert pixels.dtype == np.uint8 and height % 16 == 0 and width % 16 == 0, (pixels.dtype, pixels.shape)
         color = pixels.astype(np.float64) @ _COLOR.T
@@ -74,6 +74,7 @@ class DctCodec:
         return latent.astype(np.float32)
 
     def decode(self, latent: np.ndarray) -> np.ndarray:
+        """As in ``Codec``."""
         latent = np.asarray(latent, np.float64)
         assert latent.ndim == 3 and latent.shape[0] == 4, latent.shape
         luma = latent[:3] * np.array([_UNIT["y"], _UNIT["y_across"], _UNIT["y_down"]])[:, None, None]
@@ -110,7 +111,7 @@ def _weights(cell_width: int, orders: tuple, reach: int) -> np.ndarray:
     """The linear estimate (8*cell_width, cells*k) of a cell's pixels from the coefficients of the cells around it.
 
     With pixel covariance K and coefficients A x, it is K A' (A K A' + e)^-1 at the pixels of the middle cell. The large
-    constant in K stands for a mean that is not known, so that flat colours stay flat; the small e keeps the estimate
+    constant in K models an unknown mean, so that flat colours stay flat; the small e keeps the estimate
     from amplifying noise in the latents.
     """
     side = 2 * reach + 1

@@ -1,10 +1,10 @@
-"""The manifest: what a dataset holds, as one small JSON header and columns that every rank can map into memory.
+"""The manifest of a dataset: one small JSON header, and columns that every rank can map into memory.
 
-    DST/manifest.json              written last: while it is absent there is no dataset
+    DST/manifest.json              written last: without it there is no dataset
     DST/manifest/<column>.npy      see ``columns.py``
     DST/shard-000000.tar.zst ...   see ``shard.py``
 
-A header (F frames, N samples; ``source`` says what was written and with which options):
+A header (``source`` holds the source's digest and the options of the writer):
 
     {"format": "fitv2-shards", "version": 1, "codec": {"name": "dct", "digest": "5f0c…", "scale": 1.0},
      "dtype": "float16", "max_tokens": 256, "class_count": 2, "classes": ["cat", "dog"],
@@ -25,11 +25,11 @@ import xxhash
 from data_sharding.errors import DataError
 from data_sharding.format.columns import COLUMNS, blocks, read_column
 from data_sharding.format.shard import ShardIndex
-from data_sharding.storage.byte_ranges import ask
+from data_sharding.storage.byte_ranges import fs_call
 from data_sharding.storage.files import put, read
 
 FORMAT = "fitv2-shards"
-VERSION = 1  # tick when a reader of the old version would misread the new one
+VERSION = 1  # increase when a reader of the old version would misread the new one
 FILE = "manifest.json"
 
 
@@ -58,17 +58,19 @@ class Header:
     source: dict[str, str | int | float]
 
     def to_json(self) -> bytes:
+        """The bytes of ``manifest.json``."""
         record = {"format": FORMAT, "version": VERSION, "class_count": len(self.classes), **asdict(self)}
         return json.dumps(record, ensure_ascii=False, indent=1).encode()
 
     @classmethod
     def from_json(cls, data: bytes, where: str) -> "Header":
+        """Parses ``data``, read from ``where``. Raises DataError if it is damaged or of another version."""
         try:
             record = json.loads(data)
             if record["format"] != FORMAT or record["version"] != VERSION:
                 raise DataError(
                     f"{where} is of format {record['format']} version {record['version']}, this program reads {FORMAT} "
-                    f"version {VERSION}: write the dataset anew or use the program it was written with"
+                    f"version {VERSION}: write the dataset again, or use the program version that wrote it"
                 )
             values = {field.name: record[field.name] for field in fields(cls)}
             values["shards"] = tuple(ShardEntry(**entry) for entry in record["shards"])
@@ -78,9 +80,11 @@ class Header:
             agrees = record["class_count"] == len(header.classes) and counted.items() <= header.totals.items()
             known = {file: (int(c["bytes"]), str(c["xxh3_128"])) for file, c in header.columns.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{where} is damaged ({error!r}): restore it or write the dataset anew") from error
+            raise DataError(
+                f"{where} is damaged ({error!r}): restore it from a copy or write the dataset again"
+            ) from error
         if not agrees or set(known) != {f"{name}.npy" for name in COLUMNS}:
-            raise DataError(f"{where} contradicts itself (totals, class_count or columns): write the dataset anew")
+            raise DataError(f"{where} contradicts itself (totals, class_count or columns): write the dataset again")
         return header
 
 
@@ -88,8 +92,8 @@ class Header:
 class Manifest:
     """A dataset's header and columns (dtypes and shapes in ``COLUMNS``).
 
-    ``digest`` is the sha256 of ``manifest.json``. As the header holds every other digest, it stands for all bytes of
-    the dataset.
+    ``digest`` is the sha256 of ``manifest.json``. As the header holds every other digest, it covers all bytes of the
+    dataset.
     """
 
     url: str
@@ -113,7 +117,7 @@ class Manifest:
         are read into the memory of this process, 20 bytes an image.
 
         Raises:
-            DataError: no dataset there, or a file is missing, damaged or contradicts another; names file and remedy.
+            DataError: no dataset there, or a file is missing, damaged or contradicts another. Names file and remedy.
         """
         url = url.rstrip("/")
         data = _read_header(url)
@@ -127,10 +131,12 @@ class Manifest:
 
     @property
     def classes(self) -> tuple[str, ...]:
+        """Names of the classes; a label is an index into them."""
         return self.header.classes
 
     @property
     def shards(self) -> tuple[ShardEntry, ...]:
+        """One entry per shard; ``frame_shard`` holds indices into them."""
         return self.header.shards
 
     def frame_url(self, f: int) -> str:
@@ -141,8 +147,8 @@ class Manifest:
         """Raises DataError where columns contradict each other or the header. Reads no shard (``verify`` does)."""
         for problem, column in _contradictions(self):
             raise DataError(
-                f"{self.url}/manifest/{column}.npy: {problem}: the manifest is not the one that was written with these "
-                "shards, restore it or write the dataset anew"
+                f"{self.url}/manifest/{column}.npy: {problem}: the manifest was not written with these shards; restore "
+                "it from a copy or write the dataset again"
             )
 
 
@@ -181,7 +187,7 @@ def write_manifest(
     skipped: int,
     source: dict[str, str | int | float],
 ) -> Header:
-    """Writes the columns and then, as the act that makes the dataset exist, ``manifest.json``."""
+    """Writes the columns and then ``manifest.json``, which makes the dataset exist. Returns the header."""
     written = {}
     for name, column in columns_of(indexes).items():
         buffer = io.BytesIO()
@@ -200,15 +206,17 @@ def _read_header(url: str) -> bytes:
     try:
         return read(f"{url}/{FILE}")
     except (FileNotFoundError, NotADirectoryError) as error:
-        if ask(f"{url}/parts", "exists"):
-            remedy = "it is unfinished, run the same `fitv2 shard write` or `import` again and it goes on where it was"
+        if fs_call(f"{url}/parts", "exists"):
+            remedy = (
+                "it is unfinished; run the same `fitv2 shard write` or `import` again, it continues where it stopped"
+            )
         else:
             remedy = "write one with `fitv2 shard write` or `fitv2 shard import`, or correct the URL"
         raise DataError(f"there is no dataset at {url} ({FILE} is missing): {remedy}") from error
 
 
 def _contradictions(m: Manifest):
-    """Yields (what is wrong, in which column)."""
+    """Yields (problem, name of the column)."""
     frames_of = np.array([s.frames for s in m.shards], np.int64)
     if not np.array_equal(m.frame_shard, np.repeat(np.arange(len(m.shards)), frames_of)):
         yield "frames are not listed shard by shard as the header counts them", "frame_shard"
@@ -220,7 +228,7 @@ def _contradictions(m: Manifest):
     if (m.frame_offset[starts_shard] != 0).any() or (m.frame_offset[1:] != ends[:-1])[~starts_shard[1:]].any():
         yield "frames do not follow one another in their shard", "frame_offset"
     if (ends > np.repeat([s.bytes for s in m.shards], frames_of)).any():
-        yield "a frame ends behind the end of its shard", "frame_bytes"
+        yield "a frame ends after the end of its shard", "frame_bytes"
     if not len(m.sample_id):
         return
     found = []

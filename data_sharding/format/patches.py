@@ -1,4 +1,4 @@
-"""Tokens: 2x2 patches of a latent, channels in FiT's order (c p1 p2)."""
+"""2x2 patches of a latent, which are the model's tokens; channels in FiT's order (c p1 p2)."""
 
 import numpy as np
 
@@ -14,10 +14,10 @@ def patchify(latent: np.ndarray) -> np.ndarray:
     return moved.reshape(*lead, height // PATCH, width // PATCH, c * PATCH * PATCH)
 
 
-def unpatchify(tokens: np.ndarray) -> np.ndarray:
+def unpatchify(patches: np.ndarray) -> np.ndarray:
     """(..., h, w, c*4) to (..., c, h*2, w*2): the inverse of ``patchify``."""
-    *lead, h, w, channels = tokens.shape
+    *lead, h, w, channels = patches.shape
     c = channels // (PATCH * PATCH)
-    split = tokens.reshape(*lead, h, w, c, PATCH, PATCH)
+    split = patches.reshape(*lead, h, w, c, PATCH, PATCH)
     moved = np.moveaxis(split, (-3, -5, -2, -4, -1), (-5, -4, -3, -2, -1))
     return moved.reshape(*lead, c, h * PATCH, w * PATCH)

@@ -1,8 +1,8 @@
 """SD-VAE, the codec that FiT is trained on: diffusers' AutoencoderKL from a local folder. Imports torch.
 
-Latents follow from weights, pixels and (with ``sample``) the image's id alone: convolutions run in float32, by
+Latents depend on weights, pixels and (with ``sample``) the image's id only: convolutions run in float32, with
 deterministic algorithms, and on a CPU on one thread, since writers parallelise over processes. Another kind of device,
-or another version of torch or cuDNN, may give other last bits.
+or another version of torch or cuDNN, may change the last bits.
 """
 
 import json
@@ -21,12 +21,16 @@ from data_sharding.format.codec import SD_VAE, Draw, Latent
 from data_sharding.rng import Purpose, uniform
 from data_sharding.worker_pool import WORKER
 
-_ARITHMETIC = ("act_fn", "norm_num_groups", "scaling_factor")  # what the names and shapes of the weights do not show
+_ARITHMETIC = (
+    "act_fn",
+    "norm_num_groups",
+    "scaling_factor",
+)  # settings that the names and shapes of the weights do not show
 
 
-@lru_cache(maxsize=1)  # a writing process asks for it once a shard
+@lru_cache(maxsize=1)  # a writer process calls this once per shard
 def load_vae(folder: str, latent: Latent) -> "SdVae":
-    """Raises UserError if there is no such VAE in ``folder``, or diffusers is missing."""
+    """The VAE in ``folder``. Raises UserError if there is none that fits, or diffusers is missing."""
     try:
         from diffusers import AutoencoderKL
         from diffusers.utils import logging
@@ -46,7 +50,7 @@ def load_vae(folder: str, latent: Latent) -> "SdVae":
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        # Without low_cpu_mem_usage it needs no further package. .bin files load with weights_only.
+        # low_cpu_mem_usage would need another package. .bin files load with weights_only.
         vae, info = AutoencoderKL.from_pretrained(
             folder, local_files_only=True, torch_dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True
         )
@@ -55,8 +59,10 @@ def load_vae(folder: str, latent: Latent) -> "SdVae":
     finally:
         if shown:
             logging.enable_progress_bar()
-    if missing := info["missing_keys"]:  # diffusers would draw them at random
-        raise UserError(f"the weights in {folder} lack {len(missing)} tensors, such as {min(missing)}: get them again")
+    if missing := info["missing_keys"]:  # diffusers would initialise them at random
+        raise UserError(
+            f"the weights in {folder} lack {len(missing)} tensors, such as {min(missing)}: download them again"
+        )
     latents = (vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1))
     shifted = vae.config.shift_factor or vae.config.latents_mean or vae.config.latents_std
     if latents != (SdVae.channels, SdVae.downsample) or shifted:
@@ -69,13 +75,13 @@ def load_vae(folder: str, latent: Latent) -> "SdVae":
 
 
 def writers(cores: int) -> int:
-    """How many writing processes suit this machine: eight keep a GPU busy with reading and resizing."""
+    """The number of writer processes for this machine: eight keep a GPU busy with reading and resizing."""
     gpus = torch.cuda.device_count()
     return min(cores, 8 * gpus) if gpus else cores
 
 
 class SdVae:
-    """Encodes to the posterior's mean, or a sample of it with keyed noise, times ``scale``."""
+    """Encodes to the posterior's mean, or a sample with noise keyed by image id, times ``scale``."""
 
     name = SD_VAE
     downsample = 8
@@ -91,7 +97,7 @@ class SdVae:
 
     @cached_property
     def weights(self) -> str:
-        """Hex sha256 of the weights, whatever file they came from, and of the arithmetic between them."""
+        """Hex sha256 of the weights, in whatever file they were stored, and of the settings in ``_ARITHMETIC``."""
         digest = sha256(json.dumps([(key, self._vae.config[key]) for key in _ARITHMETIC]).encode())
         for name, tensor in sorted(self._vae.state_dict().items()):
             digest.update(f"{name} {list(tensor.shape)}\n".encode())
@@ -108,6 +114,7 @@ class SdVae:
         return {"name": self.name, "digest": self.digest, "scale": self.scale, **more}
 
     def encode(self, pixels: np.ndarray, draws: list[Draw]) -> np.ndarray:
+        """As in ``Codec``."""
         count, height, width, _ = pixels.shape
         assert pixels.dtype == np.uint8 and height % 16 == 0 and width % 16 == 0, (pixels.dtype, pixels.shape)
         pixels_BCHW = torch.from_numpy(np.array(pixels)).to(self._device).permute(0, 3, 1, 2)
@@ -119,6 +126,7 @@ class SdVae:
         return (latent * self.scale).cpu().numpy()
 
     def decode(self, latent: np.ndarray) -> np.ndarray:
+        """As in ``Codec``."""
         latent_BCHW = torch.from_numpy(np.ascontiguousarray(latent, np.float32)).to(self._device)[None]
         with _reproducibly():
             picture = self._vae.decode(latent_BCHW / self.scale).sample[0]
@@ -126,7 +134,7 @@ class SdVae:
 
 
 def _noise(draws: list[Draw], shape: tuple[int, ...]) -> np.ndarray:
-    """Standard normals float32 (B, *shape), by Box and Muller on neighbouring draws, as ``fitv2_scale.model.rng``."""
+    """Standard normals float32 (B, *shape), by Box-Muller on neighbouring draws, as ``fitv2_scale.model.rng``."""
     count = int(np.prod(shape))
     ids, pictures = (np.array(column)[:, None] for column in zip(*draws, strict=True))
     u = uniform(0, Purpose.POSTERIOR, pictures, ids, np.arange(count)) + 2.0**-33  # of the open interval (0, 1)

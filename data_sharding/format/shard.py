@@ -3,15 +3,15 @@
 A sample is two or three members, named as WebDataset does, with its id in 16 hex digits as the key:
 
     00c3a1f26b90d4e7.resize.npy    float16 (2, h, w, 16): [flip, row, column, (c p1 p2)]; flip 0 as it is, 1 mirrored
-    00c3a1f26b90d4e7.crop.npy      the same for the crop view; absent where the image has none
+    00c3a1f26b90d4e7.crop.npy      the same for the crop view; absent if the image has none
     00c3a1f26b90d4e7.json          {"id": 55065209174414567, "label": 3, "class": "cat", "source": "cat/0007.jpg",
                                     "pixels": [375, 500]}            (height and width of the source image, or null)
 
 The bytes are deterministic: ustar headers with no time, owner or host. Samples are gathered until they fill
 ``FRAME_RAW_BYTES`` and compressed as an independent zstd frame; the tar's end-of-archive blocks are a last frame. The
 concatenation is one valid zstd stream of one valid tar, so `zstd -d < shard | tar x` reads it, and any one frame is a
-run of whole samples. Frames are read by offset with known sizes and digests, because a zstd stream reader may take the
-end of a frame, or of a file cut short, for the end of the data.
+sequence of whole samples. Frames are read by offset with known sizes and digests, because a zstd stream reader may
+take the end of a frame, or of a truncated file, for the end of the data.
 """
 
 import io
@@ -31,8 +31,8 @@ VIEWS = ("resize", "crop")
 DTYPE = "float16"
 CHANNELS = 16
 FRAME_RAW_BYTES = 1 << 20  # 128 KiB would compress as well; 1 MiB keeps the requests to an object store few
-# fp16 latents are incompressible but for their exponents. Coding these would save 8 % of the bytes (any level above 0),
-# and every rank would take five times as long to decompress a frame.
+# Of fp16 latents only the exponents can be compressed. That would save 8 % of the bytes (any level above 0), and every
+# rank would take five times as long to decompress a frame.
 LEVEL = -1
 _KEY = 16  # hex digits of an id
 END_OF_ARCHIVE = bytes(2 * tarfile.BLOCKSIZE)
@@ -54,7 +54,7 @@ class Sample:
 
 
 class FrameRow(NamedTuple):
-    """Where a frame lies: ``offset`` from the start of its shard, sizes in bytes, digest of the compressed bytes."""
+    """A frame: ``offset`` from the start of its shard, sizes in bytes, digest of the compressed bytes."""
 
     offset: int
     bytes: int
@@ -73,7 +73,7 @@ class SampleRow(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What the manifest needs to know of one shard."""
+    """The manifest's data on one shard."""
 
     name: str
     bytes: int
@@ -82,11 +82,12 @@ class ShardIndex:
     samples: list[SampleRow]
 
     def to_record(self) -> dict:
-        """A JSON object; rows become lists in field order."""
+        """A JSON value: an object; rows become lists in field order."""
         return asdict(self)
 
     @classmethod
     def from_record(cls, record: dict) -> "ShardIndex":
+        """The inverse of ``to_record``."""
         frames = [FrameRow(*row) for row in record["frames"]]
         return cls(**{**record, "frames": frames, "samples": [SampleRow(*row) for row in record["samples"]]})
 
@@ -102,7 +103,7 @@ class ShardBuilder:
         self._samples: list[SampleRow] = []
 
     def add(self, sample: Sample, *, class_name: str, source: str, pixels: tuple[int, int] | None) -> None:
-        """``source`` is the image's key in its source, ``pixels`` its (height, width) where they are known."""
+        """``source`` is the image's key in its source, ``pixels`` its (height, width), or None if unknown."""
         self._pending.append(pack_sample(sample, class_name=class_name, source=source, pixels=pixels))
         self._samples.append(SampleRow(sample.id, sample.label, sample.size))
         if sum(map(len, self._pending)) >= FRAME_RAW_BYTES:
@@ -147,14 +148,14 @@ def parse_frame(frame: bytes, raw_bytes: int) -> list[Sample]:
         ValueError: the bytes are not exactly one frame of ``raw_bytes`` of whole, well-formed samples.
     """
     return [
-        # a view into the frame would keep all of it in memory
+        # copied: a view into the frame would keep all of it in memory
         Sample(id, label, {v: np.frombuffer(data, DTYPE).reshape(shape).copy() for v, (shape, data) in views.items()})
         for id, label, views in _samples(decompress(frame, raw_bytes))
     ]
 
 
 def scan_frame(frame: bytes, raw_bytes: int) -> list[SampleRow]:
-    """What the manifest says of the samples of one frame. Checks and raises as ``parse_frame``, but copies no array."""
+    """The manifest's rows for the samples of one frame. Checks and raises as ``parse_frame``, but copies no array."""
     return [
         SampleRow(id, label, tuple(views[v][0][1:3] if v in views else (0, 0) for v in VIEWS))
         for id, label, views in _samples(decompress(frame, raw_bytes))
@@ -162,7 +163,7 @@ def scan_frame(frame: bytes, raw_bytes: int) -> list[SampleRow]:
 
 
 class RawFrame:
-    """One compressed frame, decompressed and found its way in, no more: a rank trains on few of the arrays it reads.
+    """One frame, decompressed and indexed, its arrays not parsed: a rank trains on few of the arrays it reads.
 
     Raises:
         ValueError: the bytes are not exactly one frame of ``raw_bytes`` of whole samples.
@@ -170,8 +171,8 @@ class RawFrame:
 
     def __init__(self, frame: bytes, raw_bytes: int):
         self._raw = raw = decompress(frame, raw_bytes)
-        # For each view, where its data begin in each sample, 0 if absent. Two lists, because Python's garbage collector
-        # would visit many small objects again and again.
+        # For each view, the byte at which its data start in each sample, 0 if absent. Two lists, because Python's
+        # garbage collector would visit many small objects again and again.
         self._begin: dict[str, list[int]] = {view: [0] for view in VIEWS}
         keys, at = [], 0
         while at < len(raw):
@@ -188,11 +189,12 @@ class RawFrame:
             end = begin + _size(raw, at)
             at = end + -end % tarfile.BLOCKSIZE
         if at != len(raw) or any(begins.pop() for begins in self._begin.values()):
-            raise ValueError("the last sample is cut short or has no .json")
+            raise ValueError("the last sample is truncated or has no .json")
         self.ids = np.frombuffer(bytes.fromhex(b"".join(keys).decode("ascii")), ">i8").astype(np.int64)
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the decompressed frame."""
         return len(self._raw)
 
     def view(self, sample: int, view: str) -> np.ndarray:
@@ -209,7 +211,7 @@ class RawFrame:
 
 
 def _samples(raw: bytes) -> Iterator[tuple[int, int, dict[str, tuple[tuple[int, ...], memoryview]]]]:
-    """Id, label, and shape and data of each view, of each sample in a run of tar members."""
+    """Id, label, and shape and data of each view, of each sample in a sequence of tar members."""
     views: dict[str, tuple[tuple[int, ...], memoryview]] = {}
     for name, data in _members(raw):
         key, _, kind = name.partition(".")
@@ -229,10 +231,10 @@ def _samples(raw: bytes) -> Iterator[tuple[int, int, dict[str, tuple[tuple[int, 
 
 def decompress(frame: bytes, raw_bytes: int) -> bytes:
     """Decompresses exactly one whole frame of known size. Raises ValueError for anything else."""
-    cause = "they say another size"
+    cause = "their header gives another size"
     try:
         if zstandard.frame_content_size(frame) == raw_bytes:
-            # In one go: zstandard's streaming readers take half as long again, and accept a frame that is cut short.
+            # In one call: zstandard's streaming readers take half as long again, and accept a truncated frame.
             return zstandard.ZstdDecompressor().decompress(frame, max_output_size=raw_bytes, allow_extra_data=False)
     except zstandard.ZstdError as error:
         cause = str(error)
@@ -251,16 +253,16 @@ def _member(name: str, data: bytes) -> bytes:
 
 
 def _members(raw: bytes) -> Iterator[tuple[str, memoryview]]:
-    """Name and data of each member of a run of ustar files. Not `tarfile`, which takes most of a frame's time."""
+    """Name and data of each member in a sequence of ustar files. Not `tarfile`, which would take most of the time."""
     at, view = 0, memoryview(raw)
     while at < len(raw):
         head = raw[at : at + tarfile.BLOCKSIZE]
         if head[257:262] != b"ustar" or head[156:157] != tarfile.REGTYPE:
-            raise ValueError(f"there is no ustar header of a file at raw byte {at}")
+            raise ValueError(f"no ustar header of a file at raw byte {at}")
         name, size = head[:100].rstrip(b"\0").decode("ascii"), _size(raw, at)
         at += tarfile.BLOCKSIZE
         if at + size > len(raw):
-            raise ValueError(f"{name} is cut short")
+            raise ValueError(f"{name} is truncated")
         yield name, view[at : at + size]
         at += size + -size % tarfile.BLOCKSIZE
 

@@ -1,4 +1,4 @@
-"""Where images lie in a pack of static shape: images end to end, then padding, then empty slots."""
+"""The layout of a pack of static shape: images one after the other, then padding, then empty slots."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,23 +9,25 @@ import numpy as np
 
 @dataclass(frozen=True)
 class PackShape:
-    """A static shape of packs."""
+    """A static shape of packs: compiled kernels see one program per shape."""
 
     tokens: int  # capacity T
-    images: int  # slots I, those for padding included
-    max_seqlen: int  # the longest image; padding lies in further slots, in runs no longer than this
+    images: int  # slots I, including those for padding
+    max_seqlen: int  # of the longest image; padding takes further slots, each of at most this many tokens
 
     def padding_slots(self, room: int) -> int:
+        """Slots that ``room`` tokens of padding take."""
         return -(-room // self.max_seqlen)
 
     def holds(self, images: int, tokens: int) -> bool:
+        """Whether a pack of this shape has room for ``images`` images of ``tokens`` tokens in total."""
         room = self.tokens - tokens
         return room >= 0 and images + self.padding_slots(room) <= self.images
 
 
 @dataclass(frozen=True)
 class PackLayout:
-    """T tokens, I image slots. Padding lies in the slots behind the images, in runs of at most ``max_seqlen``."""
+    """T tokens, I image slots. Padding takes the slots after the images, each of at most ``max_seqlen`` tokens."""
 
     cu_seqlens: np.ndarray  # int32 (I + 1,), last = T
     image: np.ndarray  # int64 (T,), slot of each token
@@ -36,7 +38,7 @@ class PackLayout:
 
 
 def lay_out(sizes: Sequence[tuple[int, int]], shape: PackShape) -> PackLayout:
-    """The layout of images of ``sizes`` (rows, columns in tokens), in this order."""
+    """The layout of images of ``sizes`` (rows, columns in tokens), in this order. They must fit."""
     lengths, positions = np.zeros(shape.images, np.int64), np.zeros((shape.tokens, 2), np.int64)
     lengths[: len(sizes)] = [rows * columns for rows, columns in sizes]
     at = int(lengths.sum())
@@ -57,7 +59,7 @@ def lay_out(sizes: Sequence[tuple[int, int]], shape: PackShape) -> PackLayout:
     )
 
 
-@lru_cache(maxsize=4096)  # one entry for each shape of a view
+@lru_cache(maxsize=4096)  # one entry per size of a view
 def _positions(rows: int, columns: int) -> np.ndarray:
     """int64 (rows * columns, 2), row-major."""
     return np.ascontiguousarray(np.indices((rows, columns)).reshape(2, -1).T)

@@ -1,4 +1,4 @@
-"""The static shapes of a run's packs: chosen from its plan, so that compiled kernels see three of them at most."""
+"""The static shapes of a run's packs: chosen from its plan, so that compiled kernels see at most three of them."""
 
 from collections.abc import Sequence
 
@@ -10,13 +10,13 @@ from data_sharding.plan.pack_layout import PackShape
 from data_sharding.plan.plan import Plan
 
 _ROUND = 8  # capacities are multiples of this
-_HEADROOM = 64  # the roomiest capacity has a part of so many more than the steps looked at need, at least
-_WINDOWS = 4  # looked at: steps of one window are alike, windows differ in their mean length
+_HEADROOM = 64  # the largest capacity is at least 1/64 more than the examined steps need
+_WINDOWS = 4  # examined: steps of one window are alike, windows differ in their mean length
 _STEPS = 16  # of each
 
 
 def shapes_for_plan(plan: Plan, step: int, cost: Cost, nodes: Nodes, max_tokens: int) -> tuple[PackShape, ...]:
-    """The shapes for an attempt that begins at ``step``, and for what comes after the next change of schedule."""
+    """The shapes for an attempt that begins at ``step``, those after the next change of schedule included."""
     shapes: set[PackShape] = set()
     for begin in {step, max(step, plan.schedule[-1].start)}:
         shapes |= set(choose_shapes(_steps_like(plan, begin), cost, nodes, max_tokens, plan.max_seqlen))
@@ -24,11 +24,13 @@ def shapes_for_plan(plan: Plan, step: int, cost: Cost, nodes: Nodes, max_tokens:
 
 
 def _steps_like(plan: Plan, step: int) -> list[np.ndarray]:
-    """Token lengths of some steps from the window of ``step`` on, of the same segment."""
+    """Token lengths of some steps of the same segment, from the window of ``step`` on."""
     segment, _, place = plan.window_of(step)
     length = plan.window_steps(segment)
     found = []
-    for first in reversed(range(step - place, step - place + _WINDOWS * length, length)):  # the next to be used last
+    for first in reversed(
+        range(step - place, step - place + _WINDOWS * length, length)
+    ):  # the first window last: it stays in the plan's cache
         if plan.segment_at(first) == segment:
             window = plan.window_length(first)
             chosen = range(first, first + window, max(1, window // _STEPS))
@@ -39,11 +41,11 @@ def _steps_like(plan: Plan, step: int) -> list[np.ndarray]:
 def choose_shapes(
     steps: Sequence[np.ndarray], cost: Cost, nodes: Nodes, max_tokens: int, max_seqlen: int
 ) -> tuple[PackShape, ...]:
-    """Up to three static shapes, ascending, for steps like these (token lengths of each).
+    """Up to three static shapes, ascending, for steps like ``steps`` (int64 token lengths of each).
 
-    Packs are as few as ``max_tokens`` allows. Each step uses the smallest shape that holds it; the capacities are those
-    that waste least over these steps, and one with headroom for steps not looked at. A step that fits none takes one
-    pack more.
+    Packs are as few as ``max_tokens`` allows. Each step uses the smallest shape that holds it. Two capacities are those
+    with the least padding over these steps; the third has headroom for steps that were not examined. A step that fits
+    none takes one pack more.
 
     Raises:
         UserError: more ranks than images in a step, or images longer than ``max_tokens``.
@@ -68,10 +70,10 @@ def choose_shapes(
         count += 1
     capacities = _capacities(needs, max_seqlen)
     headroom = max(capacities[-1] // _HEADROOM, 2 * int(needs.max() - np.median(needs)))
-    roomy = min(largest, _round_up(capacities[-1] + headroom))
+    spacious = min(largest, _round_up(capacities[-1] + headroom))
     return tuple(
         PackShape(capacity, _slots(packs, capacity, max_seqlen), max_seqlen)
-        for capacity in sorted({*capacities, roomy})
+        for capacity in sorted({*capacities, spacious})
     )
 
 
@@ -80,12 +82,12 @@ def _slots(packs: list[list[np.ndarray]], capacity: int, max_seqlen: int) -> int
     shape = PackShape(capacity, 0, max_seqlen)
     rooms = [(len(pack), capacity - int(pack.sum())) for step in packs for pack in step]
     most = max(images + shape.padding_slots(room) for images, room in rooms if room >= 0)
-    return max(most + most // 8, shape.padding_slots(capacity)) + 1  # an eighth more, for steps not looked at
+    return max(most + most // 8, shape.padding_slots(capacity)) + 1  # an eighth more, for steps that were not examined
 
 
 def _capacities(needs: np.ndarray, least: int) -> list[int]:
-    """At most two capacities, ascending, the last holding every need, with the least sum over needs of the smaller one
-    that holds it."""
+    """At most two capacities, ascending, of which the last holds every need: the pair with the least sum, over the
+    needs, of the smaller capacity that holds each."""
     rounded = [_round_up(max(int(need), least)) for need in needs]
     candidates, counts = np.unique(rounded, return_counts=True)
     held, last = np.cumsum(counts), len(candidates) - 1

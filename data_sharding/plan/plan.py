@@ -1,14 +1,15 @@
-"""Which images each step trains on: a pure function of (datasets, seed, schedule), blind to ranks and capacity.
+"""The images of each step: a pure function of (datasets, seed, schedule), independent of ranks and capacity.
 
-An epoch of a dataset is a keyed permutation of its frames; epochs are concatenated, so nothing is dropped and no epoch
-ends unevenly. A schedule of segments says how many images a step has and which share of them comes from which dataset,
-from which step on. A segment is cut into windows of ``window_steps`` steps, and ``strata`` deals a window's images to
-its steps: all steps hold nearly equal token totals, the same spread of lengths, and as many images of each part of the
-window, so that a node can take the same frames' images in every step. A keyed shuffle of the steps leaves no trend over
-time.
+An epoch of a dataset is a random permutation of its frames; epochs are concatenated, so no image is dropped and no step
+is short at the end of an epoch. A schedule of segments sets, from which step on, how many images a step has and which
+fraction of them comes from which dataset. A segment is cut into windows of ``window_steps`` steps, and ``stratify``
+assigns a window's images to its steps: all steps hold nearly equal token totals, the same spread of lengths, and the
+same number of images of each part of the window, so that a node can take the same frames' images in every step. A
+random shuffle of the steps leaves no trend over time.
 
-Everything is integer arithmetic on keyed draws, with stable sorts: the plan is the same on any machine and with any
-NumPy. A change of this file that changes the plan must raise PLANNER_VERSION (a golden digest in the tests watches).
+Everything is integer arithmetic on counter-based random numbers, with stable sorts: the plan is the same on any machine
+and with any NumPy. A change of this file that changes the plan must raise PLANNER_VERSION (a golden digest in the tests
+watches it).
 """
 
 import hashlib
@@ -34,7 +35,7 @@ Views = Literal["mixed", "resize", "crop"]
 
 @dataclass(frozen=True)
 class StepSet:
-    """The B images of one step in the order of their frames' place in the window; every array is int64 (B,)."""
+    """The B images of one step, in the order of their frames in the window; every array is int64 (B,)."""
 
     dataset: np.ndarray  # index into Plan.manifests
     epoch: np.ndarray  # of that dataset
@@ -45,18 +46,19 @@ class StepSet:
     flip: np.ndarray  # 1 = mirrored
     tokens: np.ndarray  # length of the chosen view
 
-    def taken(self, which: np.ndarray) -> "StepSet":
+    def select(self, which: np.ndarray) -> "StepSet":
+        """The images at the indices ``which``, in that order."""
         return StepSet(*(column[which] for column in vars(self).values()))
 
     def id_sum(self, part: np.ndarray | slice) -> int:
-        """Sum of the hashed (epoch, id) of some images, modulo 2**64, signed: parts add up to the whole."""
+        """Sum of the hashed (epoch, id) of some images, modulo 2**64, signed: sums of parts add up."""
         hashed = words64(0, Purpose.DATA_ID, self.epoch[part], self.sample_id[part])
         return int(hashed.sum(dtype=np.uint64).astype(np.int64))
 
 
 @dataclass(frozen=True)
 class Segment:
-    """From step ``start`` on, every step has ``images`` images, shared among the datasets as ``weights``."""
+    """From step ``start`` on, each step has ``images`` images, drawn from the datasets in proportion to ``weights``."""
 
     start: int
     images: int
@@ -65,13 +67,13 @@ class Segment:
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where a run stands in its data: all the loader state that a checkpoint holds. Sample, as JSON:
+    """The position of a run in its data: all loader state that a checkpoint holds. As JSON:
 
     {"plan_hash": "77e1…", "ledger": 0, "schedule": [[0, 256, [1]]], "epoch": [3], "window": 61, "images": [4000000]}
     """
 
     plan_hash: str
-    ledger: int  # version of the ledger of substituted samples
+    ledger: int  # records of substituted images so far (RUN/ledger)
     schedule: list[list]  # the segments so far
     epoch: list[int]  # of each dataset
     window: int  # of the current segment
@@ -113,7 +115,7 @@ class Plan:
 
     @property
     def hash(self) -> str:
-        """Stands for the order of every dataset; batch and weights, which a schedule may change, are in the cursor."""
+        """Identifies the order of every dataset; batch and weights, which a schedule may change, are in the cursor."""
         fields = {
             "planner": PLANNER_VERSION,
             "seed": self.seed,
@@ -127,16 +129,16 @@ class Plan:
         return max(i for i, segment in enumerate(self.schedule) if segment.start <= step)
 
     def window_steps(self, segment: int) -> int:
-        """Steps of a full window: within one epoch's size, else a small dataset would mix images of several epochs."""
+        """Steps of a full window: at most an epoch, else a small dataset would mix images of several epochs."""
         return max(1, min(MAX_WINDOW_STEPS, sum(self.samples) // self.schedule[segment].images))
 
     def window_of(self, step: int) -> tuple[int, int, int]:
-        """(segment, window in it, place in the window) of a step."""
+        """(index of the segment, of the window in it, of the step in the window)."""
         segment = self.segment_at(step)
         return segment, *divmod(step - self.schedule[segment].start, self.window_steps(segment))
 
     def window_length(self, step: int) -> int:
-        """Steps of the window that ``step`` lies in: fewer than a full one's before a change of schedule."""
+        """Steps of the window that ``step`` lies in: the last one before a change of schedule may be shorter."""
         segment, _, place = self.window_of(step)
         length = self.window_steps(segment)
         if segment + 1 < len(self.schedule):
@@ -154,7 +156,7 @@ class Plan:
         return self._window(segment, window)[place]
 
     def total_images(self, step: int) -> int:
-        """Images that the first ``step`` steps train on, all datasets together."""
+        """Images that the first ``step`` steps train on, from all datasets together."""
         segment, window, place = self.window_of(step)
         steps = window * self.window_steps(segment) + place
         return int(self._taken(segment, steps).sum())
@@ -169,7 +171,8 @@ class Plan:
         return (before + inside).tolist()
 
     def continued(self, cursor: Cursor, step: int, wanted: Segment) -> "Plan":
-        """The plan of a run that stands at ``cursor`` after ``step`` steps and is to go on as ``wanted``.
+        """The plan of a run that is at ``cursor`` after ``step`` steps and continues with the batch and weights of
+        ``wanted``.
 
         A change of batch or weights begins at the next window boundary, so that nothing is lost or repeated.
         """
@@ -182,7 +185,7 @@ class Plan:
         return Plan(self.manifests, self.seed, self.views, (*kept, Segment(boundary, wanted.images, wanted.weights)))
 
     def cursor(self, step: int, ledger: int = 0) -> Cursor:
-        """The state after ``step`` steps."""
+        """The state after ``step`` steps, with the first ``ledger`` records of substituted images in use."""
         segment, window, _ = self.window_of(step)
         images = self.consumed(step)
         schedule = [[s.start, s.images, list(s.weights)] for s in self.schedule[: segment + 1]]
@@ -192,8 +195,8 @@ class Plan:
     def _taken(self, segment: int, steps: int) -> np.ndarray:
         """Images taken from each dataset before the first ``steps`` steps of a segment have ended: int64 (datasets,).
 
-        Of the images that no dataset before it gave, each dataset gives its share, rounded down: everything is dealt
-        out, no count ever falls as steps grow, and any number of steps can be computed alone.
+        Of the images that no earlier dataset gave, each dataset gives its fraction, rounded down: every image comes
+        from some dataset, no count decreases as steps grow, and any number of steps can be computed directly.
         """
         taken = np.zeros(len(self.manifests), np.int64)
         for i in range(segment + 1):
@@ -212,16 +215,16 @@ class Plan:
         start, stop = self._taken(segment, first), self._taken(segment, first + steps)
         streams = [self._stream(d, int(start[d]), int(stop[d] - start[d])) for d in range(len(self.manifests))]
         images = StepSet(*(np.concatenate(column) for column in zip(*streams, strict=True)))
-        images = images.taken(order_frames(self._frame_starts(images), images.tokens))
+        images = images.select(order_frames(self._frame_starts(images), images.tokens))
 
-        keyed = words64(self.seed, Purpose.SAMPLE_ORDER, images.epoch, images.sample_id)
-        by_step = assign_to_steps(images.tokens, keyed, steps)
+        draws = words64(self.seed, Purpose.SAMPLE_ORDER, images.epoch, images.sample_id)
+        by_step = assign_to_steps(images.tokens, draws, steps)
         places = current.start + first + np.arange(steps)
         shuffled = keyed_order(self.seed, Purpose.STEP_ORDER, 0, places)
-        return [images.taken(members) for members in by_step[shuffled]]
+        return [images.select(members) for members in by_step[shuffled]]
 
     def _frame_starts(self, images: StepSet) -> np.ndarray:
-        """Where in ``images``, frame after frame, another frame or epoch begins; from 0."""
+        """Indices into ``images`` (frame after frame) at which a new frame or epoch begins; the first is 0."""
         frame = np.empty_like(images.row)
         for d, manifest in enumerate(self.manifests):
             mine = images.dataset == d
@@ -266,7 +269,7 @@ class Plan:
     def _choose_views(
         self, manifest: Manifest, epoch: np.ndarray, row: np.ndarray, ids: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """View and length of each image: where a crop exists, ``mixed`` takes it half the time."""
+        """View and length of each image: if a crop exists, ``mixed`` takes it with probability 1/2."""
         lengths = manifest.size[row].astype(np.int64).prod(-1)  # (n, view)
         crop = lengths[:, CROP] > 0
         if self.views == "mixed":
@@ -278,6 +281,6 @@ class Plan:
 
 
 def sample_ids(dataset: int, ids: np.ndarray) -> np.ndarray:
-    """Ids that are unique over datasets: the same picture may lie in several, under the same id."""
+    """Ids that are unique over datasets: the same picture may be in several of them, with the same id."""
     offset = (dataset * 0x9E3779B97F4A7C15) & 0x7FFFFFFFFFFFFFFF
     return np.asarray(ids, np.int64) ^ np.int64(offset)

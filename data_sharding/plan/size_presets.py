@@ -1,9 +1,9 @@
-"""Datasets that exist as sizes only: what `fitv2 plan` and `fitv2 bench data` need before the real one is there.
+"""Datasets that consist of sizes only: `fitv2 plan` and `fitv2 bench data` use them before the real one exists.
 
 ``preset:imagenet256`` and ``preset:imagenet1024`` stand for ImageNet's 1,281,167 training images at 256 and at 1,024
-tokens. Nobody publishes ImageNet's sizes as a table; the shares below are an estimate of ours, after its well-known
-modes (500 x 375 above all), and not a count. What comes out: mean lengths of 246 and 704 tokens with views mixed, most
-images at a few lengths (256, 234, 247; 713, 620, 972), and few small ones.
+tokens. There is no published table of ImageNet's sizes; the fractions below are our estimate, after its
+well-known modes (above all 500 x 375), not a count. The result: mean lengths of 246 and 704 tokens with views mixed,
+most images at a few lengths (256, 234, 247; 713, 620, 972), and few small ones.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ _FRAME_IMAGES = 64
 _CLASSES = 1000
 _CHUNK = 1 << 20  # images drawn at once
 
-# width, height, share of the images
+# width, height, fraction of the images
 _MODES = np.array(
     [
         (500, 375, 0.277),
@@ -44,6 +44,7 @@ _FLICKR, _LARGE, _MEDIUM = 0.263, 0.155, 0.072
 
 
 def is_preset(url: str) -> bool:
+    """Whether ``url`` names a preset (known or not), not a dataset."""
     return url.startswith(PREFIX)
 
 
@@ -119,7 +120,7 @@ def token_sizes(height: np.ndarray, width: np.ndarray, max_tokens: int) -> np.nd
     vectorised)."""
     most = 256 * max_tokens  # pixels
     shrink = np.where(height * width >= most, np.sqrt(most / (height * width)), 1.0)
-    # A side that is a whole number of tokens may come out a hair below it in floating point.
+    # A side that is a whole number of tokens may come out slightly below it in floating point.
     rows, columns = (np.maximum(np.floor(side * shrink / 16 + 1e-9), 1) for side in (height, width))
     side = int(max_tokens**0.5)
     crop = np.where((height > 16 * side) & (width > 16 * side), side, 0)

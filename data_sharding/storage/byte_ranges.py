@@ -1,4 +1,4 @@
-"""Where the bytes of one file lie: a file of its own, or a stretch of a tar, which is read without unpacking it."""
+"""Byte ranges of files, and files inside tars, which are read by their byte range without unpacking the tar."""
 
 import io
 import tarfile
@@ -13,11 +13,11 @@ from data_sharding.storage.retry import CorruptRead, RetriesExhausted, RetryPoli
 
 _POLICY = RetryPolicy(deadline=120, attempt=40)  # an attempt brings up to 32 MB
 _BUFFER = 1 << 23
-_READERS = 8  # requests in flight: a network file system or an object store answers them side by side
+_READERS = 8  # requests in flight: a network file system or an object store answers them in parallel
 
 
 class ByteRange(NamedTuple):
-    """``size`` bytes of the file at ``url``, from ``start``; all of it where ``start`` is None."""
+    """``size`` bytes of the file at ``url``, from ``start``; the whole file if ``start`` is None."""
 
     url: str
     start: int | None
@@ -31,7 +31,10 @@ class ByteRange(NamedTuple):
 
 
 def read_range(url: str, start: int, end: int) -> bytes:
-    """Raises FileNotFoundError, StorageDown, or DataError if the file ends before."""
+    """Bytes [start, end) of the file at ``url``.
+
+    Raises FileNotFoundError, StorageDown, or DataError if the file ends before.
+    """
 
     def whole(data: bytes) -> bytes:
         if len(data) != end - start:
@@ -39,29 +42,29 @@ def read_range(url: str, start: int, end: int) -> bytes:
         return data
 
     try:
-        return ask(url, "cat_file", whole, start=start, end=end) if start < end else b""
+        return fs_call(url, "cat_file", whole, start=start, end=end) if start < end else b""
     except CorruptRead as error:
-        raise DataError(f"{url} ends before byte {end}: it has changed, start again") from error
+        raise DataError(f"{url} ends before byte {end}: it has changed; run the command again") from error
 
 
-def ask(url: str, method: str, check: Callable[[Any], Any] = lambda result: result, **options) -> Any:
-    """``method`` of the file system of ``url`` on its path, tried again where that may help.
+def fs_call(url: str, method: str, check: Callable[[Any], Any] = lambda result: result, **options) -> Any:
+    """``check(result)`` of the file system's ``method`` on the path of ``url``, with retries.
 
-    Raises StorageDown, what the method raises where no trying helps, and CorruptRead if ``check`` goes on raising it.
+    Raises StorageDown, the method's own error if it is permanent, and CorruptRead if ``check`` keeps raising it.
     """
     try:
         return call_with_retry(_POLICY, url, method, check=check, **options)
     except RetriesExhausted as error:
-        raise StorageDown(f"{url} cannot be reached: {error}; check the storage, then start again") from error
+        raise StorageDown(f"{url} cannot be reached: {error}; check the storage, then run the command again") from error
 
 
 def exists(url: str) -> bool:
     file_system(url)[0].invalidate_cache()
-    return ask(url, "exists")
+    return fs_call(url, "exists")
 
 
 def read_all(ranges: Iterable[ByteRange]) -> list[bytes]:
-    """The bytes of each, read side by side."""
+    """The bytes of each, read in parallel."""
     with ThreadPoolExecutor(_READERS) as pool:
         return list(pool.map(ByteRange.read, ranges))
 
@@ -72,17 +75,17 @@ class Member(NamedTuple):
 
 
 def list_tar(url: str, start: int = 0) -> Iterator[Member]:
-    """The regular files of the uncompressed tar that begins at byte ``start`` of ``url``, by their headers alone.
+    """The regular files of the uncompressed tar that starts at byte ``start`` of ``url``; reads their headers only.
 
     Raises:
-        UserError: it is no tar, a compressed one, or one cut short (the end of the archive is missing).
+        UserError: it is not a tar, is compressed, or is truncated (the end of the archive is missing).
     """
     with open_binary(url) as file:
         yield from _list(file, url, start)
 
 
 def open_binary(url: str) -> BinaryIO:
-    """The file, to be read from any place. Raises as ``read_range``, also later on."""
+    """The file, seekable. Raises as ``read_range``, also when it is read later."""
     fs, path = file_system(url)
     return open(path, "rb") if is_local(fs) else io.BufferedReader(_Remote(url), _BUFFER)
 
@@ -91,7 +94,7 @@ class _Remote(io.RawIOBase):
     """A file on an object store, read by ranges, each with retries."""
 
     def __init__(self, url: str):
-        self._url, self._size, self._at = url, int(ask(url, "size")), 0
+        self._url, self._size, self._at = url, int(fs_call(url, "size")), 0
 
     def readable(self) -> bool:
         return True
@@ -113,7 +116,7 @@ class _Remote(io.RawIOBase):
 def _list(file: BinaryIO, url: str, start: int) -> Iterator[Member]:
     file.seek(start)
     if file.read(2) == b"\x1f\x8b":
-        raise UserError(f"{url} is compressed, so nothing inside can be read by its place: gunzip it first")
+        raise UserError(f"{url} is compressed, so its files cannot be read separately: decompress it first (gunzip)")
     file.seek(start)
     end = start
     try:
@@ -122,9 +125,9 @@ def _list(file: BinaryIO, url: str, start: int) -> Iterator[Member]:
                 if info.isreg():
                     yield Member(info.name.removeprefix("./"), ByteRange(url, info.offset_data, info.size))
                 end = tar.offset
-                tar.members = []  # it would keep them all
+                tar.members = []  # else tarfile would keep all headers in memory
     except tarfile.TarError as error:
-        raise UserError(f"{url} is no whole tar ({error}): get it again") from error
+        raise UserError(f"{url} is not a complete tar ({error}): download or copy it again") from error
     file.seek(end)
     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise UserError(f"{url} is cut short, or damaged, at byte {end}: get it again")
+        raise UserError(f"{url} is truncated or damaged at byte {end}: download or copy it again")

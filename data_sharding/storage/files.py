@@ -8,7 +8,7 @@ from data_sharding.storage.atomic_write import atomic_write
 from data_sharding.storage.filesystems import file_system, is_local
 from data_sharding.storage.retry import RetriesExhausted, RetryPolicy, call_with_retry
 
-_START = RetryPolicy(deadline=120, attempt=40, refused=False)  # whole files take longer than frames
+_START = RetryPolicy(deadline=120, attempt=40, retry_refused=False)  # whole files take longer than frames
 
 
 def put(url: str, data: bytes) -> None:
@@ -26,7 +26,7 @@ def put(url: str, data: bytes) -> None:
 
 
 def read(url: str, deadline: float = _START.deadline) -> bytes:
-    """A whole file, tried again until ``deadline`` (seconds). Raises FileNotFoundError, and as ``put``."""
+    """A whole file, retried until ``deadline`` (seconds). Raises FileNotFoundError, and as ``put``."""
     return _with_retry(replace(_START, deadline=deadline), url, "cat_file")
 
 
@@ -36,4 +36,4 @@ def _with_retry(policy: RetryPolicy, url: str, method: str, *args):
     except RetriesExhausted as error:
         raise StorageDown(f"{url} cannot be reached: {error}; check AWS_ENDPOINT_URL and the storage") from error
     except PermissionError as error:
-        raise UserError(f"access to {url} is refused ({error}): check the credentials and their rights") from error
+        raise UserError(f"access to {url} is refused ({error}): check the credentials and their permissions") from error

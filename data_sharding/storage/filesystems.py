@@ -2,7 +2,7 @@
 
 ``s3://`` is s3fs, with the usual chain of credentials, AWS_ENDPOINT_URL and AWS_REGION. Its own retries are off: s3fs
 and botocore both retry, which multiplies (30 requests and 90 s, measured, until a 503 comes through), and neither knows
-our deadline or our digests. ``retry.py`` is the one place that tries again.
+our deadline or our digests. ``retry.py`` is the one place that retries.
 
 s3fs runs an event loop in a thread of its own: a process that has used it must not fork.
 """
@@ -25,21 +25,21 @@ from fsspec.spec import AbstractFileSystem
 from data_sharding.errors import UserError
 
 _CONNECTIONS = 64  # of one process; more readers than that would wait for one another
-_POLL = 0.1  # seconds until a waiting attempt notices that it is no longer wanted
+_POLL = 0.1  # seconds until a waiting attempt notices that it was cancelled
 
 
 class Cancelled(Exception):
-    """Whoever asked has left: not a failure of the storage."""
+    """The caller no longer wants the result: not an error of the storage."""
 
 
 def file_system(url: str, *, instead_of: AbstractFileSystem | None = None) -> tuple[AbstractFileSystem, str]:
     """The file system of ``url``, and the path in it. One S3 connection serves all threads of the process.
 
-    ``instead_of`` is a file system that was refused: its successor logs in anew, so that credentials that were renewed
-    on disk are seen.
+    ``instead_of`` is a file system that was refused: the new one logs in again, with the credentials that are on disk
+    now.
 
     Raises:
-        UserError: the URL's kind is unknown, or needs a package that is not installed.
+        UserError: the URL's protocol is unknown, or needs a package that is not installed.
     """
     protocol = url.partition("://")[0]
     try:
@@ -95,7 +95,7 @@ def attempt(
     cancelled: threading.Event | None = None,
     **kw: Any,
 ) -> Any:
-    """Calls ``fs.method`` once. Remote calls are given up after ``seconds``, however slowly bytes still drip in.
+    """Calls ``fs.method`` once. A remote call ends after ``seconds``, even if bytes still arrive slowly.
 
     Raises what the method raises; TimeoutError; Cancelled as soon as ``cancelled`` is set.
     """
@@ -103,12 +103,12 @@ def attempt(
         return getattr(fs, method)(*args, **kw)
     coroutine = getattr(fs, f"_{method}") if isinstance(method, str) else partial(method, fs)
     future: Future = asyncio.run_coroutine_threadsafe(coroutine(*args, **kw), fs.loop)
-    give_up = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds
     while not wait([future], timeout=_POLL if cancelled else seconds).done:
-        gone = cancelled is not None and cancelled.is_set()
-        if gone or time.monotonic() >= give_up:
+        unwanted = cancelled is not None and cancelled.is_set()
+        if unwanted or time.monotonic() >= deadline:
             future.cancel()
-            raise Cancelled if gone else TimeoutError(f"no answer within {seconds:.0f} s")
+            raise Cancelled if unwanted else TimeoutError(f"no answer within {seconds:.0f} s")
     return future.result()
 
 

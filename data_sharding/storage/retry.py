@@ -1,11 +1,11 @@
-"""Trying again: what may heal is tried until one deadline, with growing pauses of random length; what cannot, once.
+"""Retries: transient errors are retried until one deadline, with exponential backoff and jitter; others are raised.
 
-    missing (404)                         cannot heal: raised at once
-    refused (401, 403, no credentials)    may heal: credentials are renewed while a run goes on; each try logs in anew
-    busy, cut, reset, stalled, no answer  may heal
-    a wrong or short body (``CorruptRead``)    may heal, unless the same wrong bytes come three times running
+    missing (404)                            permanent: raised at once
+    refused (401, 403, no credentials)       transient: credentials are renewed during a run; each retry logs in again
+    busy, cut, reset, stalled, no answer     transient
+    a wrong or short body (``CorruptRead``)  transient, unless the same wrong bytes come three times in a row
 
-A local disk answers the same twice: there only EIO and its like are tried again.
+A local disk gives the same answer twice: there only EIO and similar errors are retried.
 """
 
 import errno
@@ -22,9 +22,9 @@ from data_sharding.storage.filesystems import Cancelled, Method, attempt, file_s
 Result = TypeVar("Result")
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 10.0  # seconds
-_SAME_FAULT = 3
-_DISK_MAY_HEAL = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY}
-# Libraries below fsspec, whose errors are not all OSErrors.
+_SAME_FAULT = 3  # times that the same wrong bytes must come before they are taken for what is stored
+_TRANSIENT_ERRNO = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY}
+# Libraries that fsspec uses; not all of their errors are OSErrors.
 _NETWORK = {"botocore", "aiobotocore", "aiohttp", "fsspec", "gcsfs", "google", "azure", "requests", "urllib3"}
 _NO_LOGIN = {"NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError", "CredentialRetrievalError"}
 
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class CorruptRead(Exception):
-    """What was read is not what was stored. ``fingerprint`` tells one wrong body from another."""
+    """The bytes that were read are not those that were written. ``fingerprint`` identifies the wrong bytes."""
 
     def __init__(self, cause: str, fingerprint: str):
         super().__init__(cause)
@@ -40,27 +40,28 @@ class CorruptRead(Exception):
 
 
 class RetriesExhausted(Exception):
-    """The deadline has passed. The message says what the last attempt met."""
+    """The deadline has passed. The message names the last attempt's error."""
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long to try. Setting ``cancelled`` ends all waiting at once, with Cancelled."""
+    """For how long to retry. Setting ``cancelled`` ends all waiting at once, with Cancelled."""
 
-    deadline: float = 300.0  # seconds, all attempts and pauses together
-    attempt: float = 20.0  # seconds, one attempt
-    refused: bool = True  # whether a refusal is waited out; else PermissionError at once
+    deadline: float = 300.0  # seconds for all attempts and pauses together
+    attempt: float = 20.0  # seconds for one attempt
+    retry_refused: bool = True  # whether a refusal is retried; else it is a PermissionError at once
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
 def call_with_retry(
     policy: RetryPolicy, url: str, method: Method, *args: Any, check: Callable[[Any], Result], **kw: Any
 ) -> Result:
-    """``check(result)`` of the file system's ``method(path, *args)``, tried until ``check`` accepts it.
+    """``check(result)`` of the file system's ``method(path, *args)``, retried until ``check`` accepts the result.
 
     Raises:
-        FileNotFoundError, PermissionError (see ``RetryPolicy.refused``), CorruptRead, RetriesExhausted: see above.
-        Cancelled: nobody wants it any more.
+        FileNotFoundError, PermissionError (see ``RetryPolicy.retry_refused``), CorruptRead, RetriesExhausted: see the
+            top of this module.
+        Cancelled: ``policy.cancelled`` was set.
     """
     give_up, pause, faults = time.monotonic() + policy.deadline, _FIRST_PAUSE, []
     refused_by, cause = None, ""
@@ -76,21 +77,21 @@ def call_with_retry(
                 raise
             cause = str(error)
         except Exception as error:
-            if not _may_heal(error, is_local(fs)):
+            if not _is_transient(error, is_local(fs)):
                 raise
-            # An attempt that the deadline cut short says less than the one before it.
+            # The error of an attempt that the deadline cut short tells less than that of the one before.
             if not (cause and isinstance(error, TimeoutError) and seconds < policy.attempt):
                 cause = _sentence(error)
             faults.clear()
             if _is_refusal(error):
-                if not policy.refused:
+                if not policy.retry_refused:
                     raise PermissionError(cause) from error
                 refused_by = fs
-        wanted = random.uniform(pause / 2, pause)
-        if time.monotonic() + wanted >= give_up:
-            raise RetriesExhausted(f"{cause}, tried again for {policy.deadline:.0f} s")
-        log.info("%s: %s; trying again", url, cause)
-        if policy.cancelled.wait(wanted):
+        wait = random.uniform(pause / 2, pause)
+        if time.monotonic() + wait >= give_up:
+            raise RetriesExhausted(f"{cause}, retried for {policy.deadline:.0f} s")
+        log.info("%s: %s; retrying", url, cause)
+        if policy.cancelled.wait(wait):
             raise Cancelled
         pause = min(2 * pause, _LONGEST_PAUSE)
 
@@ -100,18 +101,18 @@ def _attempt(*args: Any, **kw: Any) -> Any:
         return attempt(*args, **kw)
     except OSError as error:
         if _status(error) == 416:
-            raise CorruptRead("what is stored ends before it", "416") from error
-        if _status(error) == 412:  # a conditional create; the file systems differ in what they make of it
+            raise CorruptRead("the stored object ends before this range", "416") from error
+        if _status(error) == 412:  # a conditional create; file systems raise different errors for it
             raise FileExistsError(str(error)) from error
         raise
 
 
-def _may_heal(error: Exception, local: bool) -> bool:
-    """Whether this is a passing trouble of the storage, not a mistake in the program or a final answer."""
+def _is_transient(error: Exception, local: bool) -> bool:
+    """Whether this is a passing error of the storage, not a bug of the program or a final answer."""
     if isinstance(error, Cancelled | FileNotFoundError | NotADirectoryError | IsADirectoryError | FileExistsError):
         return False
     if local:
-        return isinstance(error, OSError) and error.errno in _DISK_MAY_HEAL
+        return isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO
     kinds = (kind.__module__.partition(".")[0] for kind in type(error).__mro__)
     return isinstance(error, OSError) or any(kind in _NETWORK for kind in kinds)
 
@@ -127,7 +128,8 @@ def _status(error: Exception) -> int | None:
 
 
 def _sentence(error: Exception) -> str:
-    """The error in one line: the server's own code where there is one, else its kind where the text says little."""
+    """The error in one line: the server's own code if there is one; else the text, with the class unless it is an
+    OSError."""
     if status := _status(error):
         code = error.__cause__.response.get("Error", {}).get("Code", "")
         return f"{status} {code}".removesuffix(f" {status}").strip()  # a HEAD has no body to name the code

@@ -1,8 +1,8 @@
 """A RUN's store in a bucket: conditional creates by single-part PUT, large objects by multipart upload.
 
-All requests go through ``retry``, the one place that tries again. Each part carries its MD5, which every S3 server
-checks (the checksums of newer clients are ignored by some), so that what was acknowledged is what was sent; what comes
-back is checked by the digests that the reader brings.
+All requests go through ``retry``, the one place that retries. Each part carries its MD5, which every S3 server checks
+(some ignore the checksums of newer clients), so what was acknowledged is what was sent. What is read is checked by the
+digests of the caller.
 """
 
 import base64
@@ -22,20 +22,20 @@ from data_sharding.storage.store import Bytes, Result, Store, Writable
 
 PART = 16 << 20  # bytes of a part; larger where the object would have more than 10,000 of them, which S3 refuses
 _MOST_PARTS = 10_000
-_IN_FLIGHT = 4  # parts under way while the next one is filled: memory is one part more
+_IN_FLIGHT = 4  # parts being sent while the next one is filled: memory is one part more
 _SINGLE = 1 << 40  # s3fs splits what is larger; a conditional create must be one part
 
 
 class S3Store(Store):
-    """``policy`` is for each request. A refusal is waited out (credentials get renewed while a run goes on), but not
-    before the first answer: then they are simply wrong."""
+    """``policy`` is for each request. A refusal is retried (credentials are renewed during a run), but not before the
+    first successful request: then the credentials are wrong."""
 
     def __init__(self, url: str, policy: RetryPolicy = RetryPolicy(deadline=120, attempt=30)) -> None:  # noqa: B008
         self.url = url.rstrip("/")
-        self._policy, self._welcome = policy, False
+        self._policy, self._authorized = policy, False
         if not self.url.removeprefix("s3://").partition("/")[2]:
             raise UserError(f"{url} names no folder in the bucket: give s3://BUCKET/FOLDER.")
-        file_system(self.url)  # says at once if s3fs is not installed
+        file_system(self.url)  # raises at once if s3fs is not installed
 
     def read_range(
         self,
@@ -45,11 +45,11 @@ class S3Store(Store):
         check: Callable[[Bytes], Result],
         room: bytearray | None = None,
     ) -> Result:
-        # One request: s3fs would ask for the size of a whole object first, and believe its cache.
-        return self._ask("cat_file", path, start=begin, end=end, max_concurrency=1, check=check)
+        # One request: for a whole object s3fs would first ask for its size, and trust its cache.
+        return self._request("cat_file", path, start=begin, end=end, max_concurrency=1, check=check)
 
     def size(self, path: str) -> int:
-        found = self._ask("info", path, refresh=True)
+        found = self._request("info", path, refresh=True)
         if found["type"] != "file":
             raise FileNotFoundError(self.path(path))
         return found["size"]
@@ -67,9 +67,9 @@ class S3Store(Store):
             yield whole
             self.put(path, bytes(whole.data))
             return
-        upload = self._write(_begin, path)
+        upload = self._write(_create_upload, path)
         with ThreadPoolExecutor(_IN_FLIGHT, thread_name_prefix="upload") as pool:
-            parts = _Parts(max(PART, -(-size // _MOST_PARTS)), pool, partial(self._ask, _send, path, upload))
+            parts = _Parts(max(PART, -(-size // _MOST_PARTS)), pool, partial(self._request, _send_part, path, upload))
             try:
                 yield parts
                 tags = parts.finish()
@@ -77,13 +77,13 @@ class S3Store(Store):
                 self._complete(path, upload, tags, size)
             except BaseException:
                 parts.cancel()
-                with suppress(Exception):  # `sweep` aborts what this leaves
-                    self._ask(_abort, path, upload, policy=replace(self._policy, deadline=5))
+                with suppress(Exception):  # `checkpoint sweep` aborts what is left
+                    self._request(_abort_upload, path, upload, policy=replace(self._policy, deadline=5))
                 raise
 
     def _complete(self, path: str, upload: str, tags: list[str], size: int) -> None:
         try:
-            self._ask(_finish, path, upload, tags)
+            self._request(_complete_upload, path, upload, tags)
         except FileNotFoundError:  # no such upload: perhaps an earlier reply was lost
             if not self.exists(path) or self.size(path) != size:
                 raise
@@ -92,30 +92,30 @@ class S3Store(Store):
         folder, _, name = prefix.rpartition("/")
         start = len(self.url.removeprefix("s3://")) + 1
         try:
-            found = self._ask("find", folder, prefix=name)
+            found = self._request("find", folder, prefix=name)
         except FileNotFoundError:
             return []
         return sorted(path for path in (key[start:] for key in found) if path.startswith(prefix))
 
     def _delete_tree(self, path: str) -> None:
         for key in self.list(path.rstrip("/") + "/"):
-            self._ask("rm_file", key)
+            self._request("rm_file", key)
 
     def uploads(self) -> Sequence[tuple[str, str]]:
         start = len(self.url.removeprefix("s3://").partition("/")[2]) + 1
-        return [(key[start:], upload) for key, upload in self._ask(_uploads, "")]
+        return [(key[start:], upload) for key, upload in self._request(_list_uploads, "")]
 
     def abort_upload(self, path: str, upload: str) -> None:
         with suppress(FileNotFoundError):
-            self._ask(_abort, path, upload)
+            self._request(_abort_upload, path, upload)
 
     def _write(self, method: Any, path: str, *args: Any, **kw: Any) -> Any:
         try:
-            return self._ask(method, path, *args, **kw)
+            return self._request(method, path, *args, **kw)
         except FileNotFoundError as error:
-            raise UserError(f"{self.url}: there is no such bucket; make it first.") from error
+            raise UserError(f"the bucket of {self.url} does not exist: create it first.") from error
 
-    def _ask(
+    def _request(
         self,
         method: Any,
         path: str,
@@ -124,7 +124,7 @@ class S3Store(Store):
         policy: RetryPolicy | None = None,
         **kw: Any,
     ) -> Any:
-        policy = replace(policy or self._policy, refused=self._welcome)
+        policy = replace(policy or self._policy, retry_refused=self._authorized)
         try:
             result = call_with_retry(policy, self.path(path), method, *args, check=check, **kw)
         except RetriesExhausted as error:
@@ -133,9 +133,9 @@ class S3Store(Store):
             ) from error
         except PermissionError as error:
             raise UserError(
-                f"access to {self.path(path)} is refused ({error}): check the credentials and their rights"
+                f"access to {self.path(path)} is refused ({error}): check the credentials and their permissions"
             ) from error
-        self._welcome = True
+        self._authorized = True
         return result
 
 
@@ -152,7 +152,7 @@ class _Parts:
 
     def __init__(self, part: int, pool: ThreadPoolExecutor, send: Callable[[int, bytearray], str]) -> None:
         self._part, self._pool, self._send = part, pool, send
-        self._buffer, self._flying, self._tags = bytearray(), deque[Future[str]](), list[str]()
+        self._buffer, self._in_flight, self._tags = bytearray(), deque[Future[str]](), list[str]()
         self._number = self.bytes = 0
 
     def write(self, data: Bytes) -> None:
@@ -163,53 +163,53 @@ class _Parts:
             self._buffer += data[:room]
             data = data[room:]
             if len(self._buffer) == self._part:
-                self._launch()
+                self._send_buffer()
 
     def finish(self) -> list[str]:
         """The tags of all parts, in their order."""
         if self._buffer:
-            self._launch()
-        while self._flying:
-            self._tags.append(self._flying.popleft().result())
+            self._send_buffer()
+        while self._in_flight:
+            self._tags.append(self._in_flight.popleft().result())
         return self._tags
 
     def cancel(self) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def _launch(self) -> None:
-        if len(self._flying) == _IN_FLIGHT:
-            self._tags.append(self._flying.popleft().result())
+    def _send_buffer(self) -> None:
+        if len(self._in_flight) == _IN_FLIGHT:
+            self._tags.append(self._in_flight.popleft().result())
         self._number += 1
-        self._flying.append(self._pool.submit(self._send, self._number, self._buffer))
+        self._in_flight.append(self._pool.submit(self._send, self._number, self._buffer))
         self._buffer = bytearray()
 
 
-# What s3fs has no method for: coroutines of (file system, path, …).
+# Requests that s3fs has no method for: coroutines of (file system, path, …).
 
 
-async def _begin(fs: Any, path: str) -> str:
+async def _create_upload(fs: Any, path: str) -> str:
     bucket, key, _ = fs.split_path(path)
     return (await fs._call_s3("create_multipart_upload", Bucket=bucket, Key=key))["UploadId"]
 
 
-async def _send(fs: Any, path: str, upload: str, number: int, data: bytearray) -> str:
+async def _send_part(fs: Any, path: str, upload: str, number: int, data: bytearray) -> str:
     bucket, key, _ = fs.split_path(path)
     where = {"Bucket": bucket, "Key": key, "UploadId": upload, "PartNumber": number}
     return (await fs._call_s3("upload_part", **where, Body=data, ContentMD5=_md5(data)))["ETag"]
 
 
-async def _finish(fs: Any, path: str, upload: str, tags: list[str]) -> None:
+async def _complete_upload(fs: Any, path: str, upload: str, tags: list[str]) -> None:
     bucket, key, _ = fs.split_path(path)
     parts = {"Parts": [{"PartNumber": n, "ETag": tag} for n, tag in enumerate(tags, 1)]}
     await fs._call_s3("complete_multipart_upload", Bucket=bucket, Key=key, UploadId=upload, MultipartUpload=parts)
 
 
-async def _abort(fs: Any, path: str, upload: str) -> None:
+async def _abort_upload(fs: Any, path: str, upload: str) -> None:
     bucket, key, _ = fs.split_path(path)
     await fs._call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload)
 
 
-async def _uploads(fs: Any, path: str) -> list[tuple[str, str]]:
+async def _list_uploads(fs: Any, path: str) -> list[tuple[str, str]]:
     bucket, key, _ = fs.split_path(path)
     found, marker = [], {}
     while True:

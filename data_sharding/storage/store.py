@@ -25,16 +25,17 @@ class Writable(Protocol):
 class Store(ABC):
     """Objects below one ``url``. Safe to share between threads.
 
-    What ``create``, ``put`` and ``writing`` have written is durable when they return, and no reader ever sees half of
-    it. A local disk's trouble is an OSError; storage that does not answer is StorageDown, one that refuses a UserError.
+    What ``create``, ``put`` and ``writing`` have written is durable when they return, and no reader ever sees part of
+    it. An error of a local disk is an OSError; storage that does not answer is StorageDown, one that refuses access a
+    UserError.
     """
 
     url: str
 
     def path(self, rel: str) -> str:
-        """Where the object or prefix ``rel`` is: a local path or a URL. Raises ValueError if it leaves the store."""
+        """The local path or URL of the object or prefix ``rel``. Raises ValueError if it is outside of the store."""
         if PurePosixPath(rel).is_absolute() or ".." in PurePosixPath(rel).parts:
-            raise ValueError(f"{rel!r} leaves the store at {self.url}")
+            raise ValueError(f"{rel!r} is outside of the store at {self.url}")
         return os.path.join(self.url, rel) if rel else self.url
 
     def read(self, path: str) -> bytes:
@@ -50,16 +51,16 @@ class Store(ABC):
         check: Callable[[Bytes], Result],
         room: bytearray | None = None,
     ) -> Result:
-        """``check(bytes [begin, end) of the object)``, which are fewer where the object ends before. They may lie in
-        ``room``, if that is given and large enough: who reads much need not have new memory for each piece.
+        """``check(bytes [begin, end) of the object)``, fewer if the object ends before. They may lie in ``room`` if it
+        is large enough: a caller that reads much need not allocate memory for each piece.
 
-        ``check`` may raise ``retry.CorruptRead``: where what came can differ from what is stored, it is read again.
+        ``check`` may raise ``retry.CorruptRead``: over a network, the bytes are then read again.
         Raises FileNotFoundError, CorruptRead.
         """
 
     @abstractmethod
     def size(self, path: str) -> int:
-        """Bytes of the object. Raises FileNotFoundError; a mere prefix of objects is none."""
+        """Bytes of the object. Raises FileNotFoundError; a prefix of objects is not an object."""
 
     def exists(self, path: str) -> bool:
         """True if there is an object at ``path``."""
@@ -71,9 +72,9 @@ class Store(ABC):
 
     @abstractmethod
     def create(self, path: str, data: bytes) -> None:
-        """Writes the object if and only if there is none: one atomic act. Raises FileExistsError if there is one.
+        """Writes the object if and only if there is none, atomically. Raises FileExistsError if there is one.
 
-        After a lost reply the one that is there may be this one: put a nonce in ``data`` and read it back.
+        After a lost reply the existing one may be this one: put a nonce in ``data`` and read it back.
         """
 
     @abstractmethod
@@ -97,14 +98,14 @@ class Store(ABC):
 
     @abstractmethod
     def writing(self, path: str, size: int) -> AbstractContextManager[Writable]:
-        """Writes an object of ``size`` bytes piece by piece. It is there once the context is left without an error."""
+        """Writes an object of ``size`` bytes piece by piece. It exists once the context is left without an error."""
 
     @abstractmethod
     def list(self, prefix: str) -> list[str]:
         """The paths of all objects that start with ``prefix``, sorted. On S3 a hint only: never build on it."""
 
     def delete_tree(self, path: str) -> None:
-        """Deletes every object below ``path/``; deleting what is gone already is fine."""
+        """Deletes every object below ``path/``; objects that are gone already are no error."""
         if PurePosixPath(path) == PurePosixPath("."):
             raise ValueError(f"refusing to delete all of {self.url}")
         self._delete_tree(path)
@@ -114,9 +115,9 @@ class Store(ABC):
 
     @abstractmethod
     def uploads(self) -> Sequence[tuple[str, str]]:
-        """(path, id) of each object whose writing was begun and neither finished nor given up, by whomever. ``list``
-        does not show them."""
+        """(path, id) of each object of which an upload was started, by any process, and neither finished nor aborted.
+        ``list`` does not show them."""
 
     @abstractmethod
     def abort_upload(self, path: str, upload: str) -> None:
-        """Gives one of ``uploads`` up, which frees its space; one that is gone already is fine."""
+        """Aborts one of ``uploads``, which frees its space; one that is gone already is no error."""

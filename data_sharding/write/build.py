@@ -29,11 +29,11 @@ from data_sharding.errors import UserError
 from data_sharding.format.manifest import FILE, Header, Manifest, write_manifest
 from data_sharding.format.shard import DTYPE, ShardIndex
 from data_sharding.rng import Purpose, words64
-from data_sharding.storage.byte_ranges import ask, exists
+from data_sharding.storage.byte_ranges import exists, fs_call
 from data_sharding.storage.files import put, read
 from data_sharding.storage.filesystems import file_system
 from data_sharding.storage.json_bytes import from_json, to_json
-from data_sharding.worker_pool import cores, in_turn, progress_bar, run_tasks
+from data_sharding.worker_pool import cores, order_for_slurm_task, progress_bar, run_tasks
 from data_sharding.write.shard_task import Item, Maker, ShardTask, write_shard
 from data_sharding.write.views import square_side
 
@@ -126,7 +126,7 @@ def build(
             made += count * fresh
             bar.update(count)
 
-        run_tasks(in_turn(todo), write_shard, cores() if workers is None else workers, advance)
+        run_tasks(order_for_slurm_task(todo), write_shard, cores() if workers is None else workers, advance)
     try:
         _commit(src, datasets, tasks, options, codec, classes)
     except FileNotFoundError:
@@ -212,11 +212,11 @@ def _clean(url: str) -> None:
     fs.invalidate_cache()
     if exists(f"{url}/parts"):
         _remove(f"{url}/parts", "rm", recursive=True)
-    for path in ask(url, "find"):
+    for path in fs_call(url, "find"):
         if path.endswith(".tmp"):
             _remove(fs.unstrip_protocol(path), "rm_file")
 
 
 def _remove(url: str, method: str, **options) -> None:
     with suppress(FileNotFoundError):  # another task cleans as well; or an attempt has, whose reply was lost
-        ask(url, method, **options)
+        fs_call(url, method, **options)

@@ -28,7 +28,7 @@ from itertools import islice
 from types import SimpleNamespace
 
 from data_sharding.errors import UserError
-from data_sharding.storage.byte_ranges import ByteRange, Member, ask, list_tar
+from data_sharding.storage.byte_ranges import ByteRange, Member, fs_call, list_tar
 from data_sharding.storage.filesystems import file_system
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
@@ -70,11 +70,11 @@ def open_source(src: str) -> Source:
         return open_tars(_webdataset_library().expand_urls(src))
     if src.endswith(".tar") and _is_file(src):
         return open_tars([src])
-    if not ask(src, "isdir"):
+    if not fs_call(src, "isdir"):
         raise UserError(
             f"{src} is not a folder: give the folder that holds one folder of images for each class, or tars"
         )
-    listing = ask(src, "ls", detail=True)
+    listing = fs_call(src, "ls", detail=True)
     tars = sorted(item["name"] for item in listing if item["type"] == "file" and item["name"].endswith(".tar"))
     if tars and not _folders(listing):
         return open_tars([fs.unstrip_protocol(tar) for tar in tars])
@@ -85,7 +85,7 @@ def open_folder(src: str) -> Source:
     """Lists a class-folder tree. Raises UserError if it is empty, without class folders or without images."""
     fs, root = file_system(src)
     root = root.rstrip("/")
-    top = ask(src, "ls", detail=True)
+    top = fs_call(src, "ls", detail=True)
     if not top:
         raise UserError(f"{src} is empty: put the images in it, one folder for each class")
     classes = _folders(top)
@@ -93,7 +93,7 @@ def open_folder(src: str) -> Source:
         raise UserError(f"{src} holds no class folders: move its images into one folder for each class")
     prefix = fs.unstrip_protocol(root)
     images = {}
-    for path, info in ask(src, "find", detail=True).items():
+    for path, info in fs_call(src, "find", detail=True).items():
         key = path[len(root) + 1 :]
         if _is_image(key) and "/" in key and key.partition("/")[0] in classes:
             images[key] = ByteRange(f"{prefix}/{key}", None, info["size"])
@@ -205,7 +205,7 @@ def refuse_collisions(entries) -> None:
 
 def _is_file(url: str) -> bool:
     try:
-        return ask(url, "info")["type"] == "file"  # s3fs's isfile takes any failure for a no
+        return fs_call(url, "info")["type"] == "file"  # s3fs's isfile takes any failure for a no
     except (FileNotFoundError, NotADirectoryError):
         return False
 

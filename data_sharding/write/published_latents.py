@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 from data_sharding.errors import UserError
-from data_sharding.storage.byte_ranges import ByteRange, ask, list_tar
+from data_sharding.storage.byte_ranges import ByteRange, fs_call, list_tar
 from data_sharding.storage.filesystems import file_system
 from data_sharding.write.image_sources import refuse_collisions, sample_id
 
@@ -61,10 +61,10 @@ def open_published(src: str, max_tokens: int | None) -> Published:
     """Finds the three groups. Raises UserError if one, or a part of one, is missing, or it is not clear which."""
     fs, root = file_system(src)
     root = root.rstrip("/")
-    if not ask(src, "isdir"):
+    if not fs_call(src, "isdir"):
         raise UserError(f"{src} is not a folder: give the one with from_16_to_256, greater_than_256_resize and _crop")
     found: dict[int, dict[str, list[tuple[str, dict]]]] = {}
-    for item in ask(src, "ls", detail=True):
+    for item in fs_call(src, "ls", detail=True):
         name = item["name"].rstrip("/").rpartition("/")[2]
         match = _NAME.fullmatch(name)
         if match and (match[1] == "greater_than") == bool(match[3]):
@@ -82,7 +82,7 @@ def open_published(src: str, max_tokens: int | None) -> Published:
             if len(items) > 1:
                 raise UserError(f"{src} holds {name} both as a folder and packed: move one of them away")
             folder = items[0][1]["name"].rstrip("/")
-            inside = sorted(ask(fs.unstrip_protocol(folder), "find", detail=True).items())
+            inside = sorted(fs_call(fs.unstrip_protocol(folder), "find", detail=True).items())
             files = [(path, info["size"]) for path, info in inside if path.endswith(".safetensors")]
         else:
             _refuse_gaps(src, name, [part for part, _ in items])

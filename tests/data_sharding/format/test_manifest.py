@@ -71,7 +71,7 @@ def copied(stored, tmp_path):
         ("frame_first", put_at(1, 0), "do not cover the samples"),
         ("frame_first", put_at(-1, 9), "do not cover the samples"),
         ("frame_offset", put_at(1, 5), "do not follow one another"),
-        ("frame_bytes", put_at(-1, 1 << 40), "ends behind the end of its shard"),
+        ("frame_bytes", put_at(-1, 1 << 40), "ends after the end of its shard"),
         ("frame_shard", put_at(0, 1), "not listed shard by shard"),
         ("sample_id", put_at(0, -1), "ids are negative"),
     ],
@@ -80,7 +80,7 @@ def test_contradictions_are_named_with_their_file(copied, column, edit, message)
     rewrite(copied, **{column: edit})
     with pytest.raises(DataError, match=message) as error:
         Manifest.load(str(copied))
-    assert f"{column}.npy" in str(error.value) and "write the dataset anew" in str(error.value)
+    assert f"{column}.npy" in str(error.value) and "write the dataset again" in str(error.value)
 
 
 def test_damaged_missing_and_foreign_files_are_named(copied):

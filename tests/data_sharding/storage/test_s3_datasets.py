@@ -105,7 +105,7 @@ def test_an_outage_ends_the_writing_and_the_next_one_goes_on(
     proxy.rules = [replace(rule) for rule in outage]
     with monkeypatch.context() as patch:
         patch.setattr(storage_files, "_START", replace(storage_files._START, deadline=5))
-        with pytest.raises(StorageDown, match="cannot be reached: .*, tried again for 5 s; check"):
+        with pytest.raises(StorageDown, match="cannot be reached: .*, retried for 5 s; check"):
             write(pictures, url)
     monkeypatch.setattr(storage_files, "_START", replace(storage_files._START, attempt=100))
     proxy.rules, proxy.requests[:] = [], []
@@ -117,7 +117,7 @@ def test_an_outage_ends_the_writing_and_the_next_one_goes_on(
 
 def test_refused_writing_is_one_sentence(proxy, bucket, pictures):
     proxy.rules = [Rule("status", method="PUT", status=403)]
-    with pytest.raises(UserError, match="access to .* is refused .*check the credentials and their rights"):
+    with pytest.raises(UserError, match="access to .* is refused .*check the credentials and their permissions"):
         write(pictures, f"{bucket}/refused")
 
 
@@ -145,7 +145,7 @@ def test_verifying_in_an_outage_is_one_sentence(proxy, bucket, client, local, mo
     monkeypatch.setattr(byte_ranges, "_POLICY", replace(byte_ranges._POLICY, deadline=2))
     proxy.rules = [Rule("status", path="tar.zst")]
     began = time.monotonic()
-    with pytest.raises(StorageDown, match="cannot be reached: 503 SlowDown, tried again for 2 s; check the storage"):
+    with pytest.raises(StorageDown, match="cannot be reached: 503 SlowDown, retried for 2 s; check the storage"):
         verify(f"{bucket}/away")
     assert time.monotonic() - began < 10
 

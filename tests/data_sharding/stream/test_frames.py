@@ -86,7 +86,7 @@ def test_the_same_wrong_bytes_three_times_are_stored_so(manifest):
 def test_a_frame_out_of_reach_is_lost_at_the_deadline(manifest):
     FakeStore.forever = OSError(16, "SlowDown")
     began = time.monotonic()
-    with pytest.raises(UnreadableFrame, match="frame 0 .*SlowDown, tried again for 1 s"):
+    with pytest.raises(UnreadableFrame, match="frame 0 .*SlowDown, retried for 1 s"):
         fetch_frame(manifest, 0, SHORT)
     assert 0.3 < time.monotonic() - began < 1.5
     FakeStore.forever = FOR_EVER  # and if it hangs every time
@@ -98,7 +98,7 @@ def test_a_frame_out_of_reach_is_lost_at_the_deadline(manifest):
 def test_if_nothing_answers_no_frame_is_to_blame(manifest, monkeypatch):
     monkeypatch.setattr("data_sharding.stream.frames._PROBE", 0.2)
     FakeStore.forever, FakeStore.only = ConnectionRefusedError("refused"), ""
-    with pytest.raises(StorageDown, match="fake://set cannot be reached .refused, tried again for 1 s.: check"):
+    with pytest.raises(StorageDown, match="fake://set cannot be reached .refused, retried for 1 s.: check"):
         fetch_frame(manifest, 0, SHORT)
 
 

@@ -124,11 +124,11 @@ def test_a_frame_out_of_reach_is_lost_at_the_deadline(proxy, url, action):
     manifest = Manifest.load(url)
     proxy.rules = [Rule(action, path=SHARDS)]
     began = time.monotonic()
-    with pytest.raises(UnreadableFrame, match="tried again for 2 s"):
+    with pytest.raises(UnreadableFrame, match="retried for 2 s"):
         fetch_frame(manifest, 0, RetryPolicy(deadline=2, attempt=0.5))
     assert 1 < time.monotonic() - began < 4 and len(gets(proxy)) < 25
     with loader(plan_of(url), steps=STEPS, reader=FrameReader(RetryPolicy(deadline=1, attempt=0.5))) as batches:
-        with pytest.raises(SubstitutesNeeded, match="tried again for 1 s"):
+        with pytest.raises(SubstitutesNeeded, match="retried for 1 s"):
             next(batches)
         proxy.rules = []
 
@@ -230,7 +230,7 @@ def test_an_outage_saves_and_asks_for_another_attempt(proxy, on_s3, tiny, tmp_pa
     assert time.monotonic() - began < 30
     report = status(Run.open(config.run))
     assert list(losses(config.run)) == list(range(1, report["last_commit"]["step"] + 1))
-    assert f"cannot be reached ({cause}, tried again for 5 s)" in report["attempts"][0]["why"]
+    assert f"cannot be reached ({cause}, retried for 5 s)" in report["attempts"][0]["why"]
     assert report["substituted"]["images"] == 0 and report["last_commit"]["step"] >= 7
     proxy.rules = []
     assert run_ranks(2, in_environment, env, train, config) == [DONE, DONE]

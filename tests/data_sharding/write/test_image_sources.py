@@ -157,13 +157,13 @@ def test_bad_tars_are_one_sentence_each(folder, tmp_path):
     good = imagenet(folder, tmp_path)
     data = good.read_bytes()
     (tmp_path / "cut.tar").write_bytes(data[: len(data) // 2])
-    refused(tmp_path / "cut.tar", "cut.tar is no whole tar")
+    refused(tmp_path / "cut.tar", "cut.tar is not a complete tar")
     header = next(iter(list_tar(str(good)))).data
     end = header.start + -(-header.size // 512) * 512
     (tmp_path / "boundary.tar").write_bytes(data[:end])  # at a member's end: tarfile alone would see nothing wrong
-    refused(tmp_path / "boundary.tar", "boundary.tar is cut short")
+    refused(tmp_path / "boundary.tar", "boundary.tar is truncated or damaged")
     (tmp_path / "text.tar").write_text("no tar at all" * 100)
-    refused(tmp_path / "text.tar", "text.tar is no whole tar")
+    refused(tmp_path / "text.tar", "text.tar is not a complete tar")
     import gzip
 
     (tmp_path / "zipped.tar").write_bytes(gzip.compress(data[:10000]))
@@ -195,7 +195,7 @@ def test_a_tar_that_shrinks_while_it_is_read_is_an_error_not_a_bad_image(folder,
     src = imagenet(folder, tmp_path)
     source = open_source(str(src))
     src.write_bytes(src.read_bytes()[:1000])
-    with pytest.raises(UserError, match="it has changed, start again"):
+    with pytest.raises(UserError, match="it has changed; run the command again"):
         source.entries[-1].data.read()
 
 

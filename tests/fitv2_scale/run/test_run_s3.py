@@ -51,7 +51,7 @@ def test_what_a_user_can_get_wrong(on_s3, monkeypatch, capfd):
     ]:
         for command in (["status"], ["checkpoint", "list"], ["checkpoint", "verify"], ["checkpoint", "sweep"]):
             assert main([*command, url]) == 2 and says in capfd.readouterr().err
-    with pytest.raises(UserError, match="no such bucket; make it first"):
+    with pytest.raises(UserError, match="the bucket of .* does not exist: create it first"):
         Run.open_or_create("s3://nosuchbucket/run", {}, {}, None)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     use(monkeypatch, {k: v for k, v in os.environ.items() if k.startswith("AWS_")})
@@ -259,7 +259,7 @@ def test_damage_on_s3_is_found_and_passed_over(on_s3, rgw):
 
 
 def remove(run: Run, path: str) -> None:
-    run.store._ask("rm_file", path)
+    run.store._request("rm_file", path)
 
 
 def three_commits(env, url: str) -> None:
