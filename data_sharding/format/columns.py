@@ -33,7 +33,7 @@ COLUMNS: dict[str, tuple[str, str, tuple[int, ...]]] = {
 }
 _ROWS = 1 << 18  # looked at together
 _SPAN = 1 << 24  # bytes copied at once
-_REMEDY = "restore it or write the dataset anew"
+_REMEDY = "restore it from a copy or write the dataset again"
 
 log = logging.getLogger(__name__)
 
