@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
 
 def curves_of_runs(args: argparse.Namespace) -> int:
     from fitv2_scale.planning.scaling import read_curves
-    from fitv2_scale.planning.scaling.curves_report import TARGET, Asked, as_plain, look_at, to_text
+    from fitv2_scale.planning.scaling.curves_report import TARGET, CurvesOptions, analyse, build_report, to_text
     from fitv2_scale.planning.scaling.save_report import draw, publish, write
 
     if args.runs and args.experiment:
@@ -40,10 +40,10 @@ def curves_of_runs(args: argparse.Namespace) -> int:
         curves = read_curves.from_mlflow(args.uri, args.experiment)
     else:
         curves = [read_curves.from_journal(url) for url in args.runs]
-    asked = Asked(Path(args.out), args.published, args.target or TARGET, tuple(args.predict))
-    found = look_at(curves, asked)
-    report = as_plain(found, asked)
-    files = [*draw(found, asked), *write(report, to_text(report), asked.folder)]
+    options = CurvesOptions(Path(args.out), args.published, args.target or TARGET, tuple(args.predict))
+    analysis = analyse(curves, options)
+    report = build_report(analysis, options)
+    files = [*draw(analysis, options), *write(report, to_text(report), options.folder)]
     report["files"] = [str(file) for file in files]
     report["mlflow"] = publish(report, files, *place) if (place := _place(args)) else None
     lines = [to_text(report), f"written to {args.out}: {', '.join(file.name for file in files)}"]

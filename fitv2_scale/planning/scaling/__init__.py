@@ -1,5 +1,6 @@
-"""Scaling curves: what the losses of some runs say of longer ones and of larger networks.
+"""Scaling curves: from the losses of some runs to predictions for longer runs and larger networks.
 
-``reading`` finds the curves in journals or in MLflow, ``fits`` and ``intervals`` are pure functions of tables,
-``published`` has the paper's points, ``predictions`` are kept and scored, ``plots`` and ``report`` show all of it.
+``read_curves`` reads journals or MLflow. ``fits`` and ``bootstrap`` (confidence intervals) are pure functions of
+tables, and ``laws`` applies them to curves. ``published_fid`` has the paper's points. ``predictions`` are kept and
+scored. ``curves_report`` and ``plots`` show everything, ``save_report`` writes it to files and MLflow.
 """

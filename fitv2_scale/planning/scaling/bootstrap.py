@@ -1,11 +1,11 @@
-"""How far a fit can be trusted: it is made again on losses that could as well have been measured.
+"""Confidence intervals of a fit by the bootstrap: the fit is repeated on losses that could have been measured as well.
 
-Points of one run are correlated: what is drawn anew are blocks of neighbouring residuals (a circular block bootstrap of
-the residuals of log L), within each run, so that every size and every stretch of training stays in the table. Where
-several runs have one size, whole runs are drawn as well: how they differ is what another seed would do. Residuals are
-widened, since a fit follows its own points, and since short blocks break up what is correlated beyond them.
+The points of one run are correlated, so blocks of neighbouring residuals are resampled (a circular block bootstrap of
+the residuals of log L), within each run: every size and every part of training stays in the table. Where several runs
+have the same size, whole runs are resampled too, which shows the effect of another seed. Residuals are widened, because
+a fit follows its own points and because short blocks lose correlations over longer distances.
 
-The interval is that of the law, not of one noisy measurement; and it knows nothing of a law that does not hold.
+The interval is that of the law, not of one noisy measurement, and it assumes that the law holds.
 """
 
 from collections.abc import Hashable, Sequence
@@ -19,15 +19,15 @@ DRAWS = 200
 
 @dataclass(frozen=True)
 class Residuals:
-    """Of one run, in the order of training: log(measured / fitted), (points,)."""
+    """The residuals of one run in the order of training: log(measured / fitted), (points,)."""
 
     size: Hashable
     values: np.ndarray
 
 
-def redrawn(runs: Sequence[Residuals], parameters: int, draws: int) -> list[list[tuple[int, np.ndarray]]]:
-    """For each draw, and each run's place in the table: which run stands there, and residuals to add to its fitted
-    logarithms. Empty where no degree of freedom is left over."""
+def resample(runs: Sequence[Residuals], parameters: int, draws: int) -> list[list[tuple[int, np.ndarray]]]:
+    """For each draw and each position in the table: the index of the run that takes this position, and residuals to add
+    to its fitted logarithms. Empty where no degree of freedom is left."""
     points = sum(len(run.values) for run in runs)
     if points <= parameters:
         return []
@@ -42,7 +42,7 @@ def redrawn(runs: Sequence[Residuals], parameters: int, draws: int) -> list[list
 
 
 def as_rows(parts: Sequence[Sequence[np.ndarray]], fill: float) -> np.ndarray:
-    """Each draw's parts end to end, as a row; rows that are shorter, as with runs of unlike lengths, are filled up."""
+    """The parts of each draw, concatenated to a row. Shorter rows (runs differ in length) are padded with ``fill``."""
     rows = [np.concatenate(row) for row in parts]
     found = np.full((len(rows), max(map(len, rows))), fill)
     for row, values in zip(found, rows, strict=True):
@@ -51,8 +51,9 @@ def as_rows(parts: Sequence[Sequence[np.ndarray]], fill: float) -> np.ndarray:
 
 
 def _widening(residuals: Sequence[np.ndarray], parameters: int) -> float:
-    """sqrt(points / (points - parameters)), and what blocks lose of the variance of sums if the residuals follow an
-    AR(1): its correlation is that of neighbours, all runs together, plus what a fit takes from it."""
+    """The factor for residuals: sqrt(points / (points - parameters)), and a correction for the variance of sums that
+    blocks lose if the residuals follow an AR(1). Its correlation is that of neighbours, over all runs, plus the part
+    that a fit removes."""
     points = sum(len(r) for r in residuals)
     neighbours = sum(float(r[1:] @ r[:-1]) for r in residuals) / max(sum(float(r @ r) for r in residuals), 1e-300)
     rho = float(np.clip(neighbours + (parameters + len(residuals)) / points, 0.0, 0.9))
@@ -66,7 +67,7 @@ def _block_length(points: int) -> int:
 
 
 def _blocks(residuals: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """As many, in blocks of about the cube root of their number."""
+    """As many residuals, resampled in blocks whose length is about the cube root of their number."""
     n, length = len(residuals), _block_length(len(residuals))
     begins = rng.integers(0, n, -(-n // length))
     places = (begins[:, None] + np.arange(length)).reshape(-1)[:n] % n
@@ -74,6 +75,6 @@ def _blocks(residuals: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float]:
-    """The middle ``level`` of them."""
+    """The bounds of the middle ``level`` of the values."""
     low, high = np.quantile(np.asarray(values, float), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

@@ -1,4 +1,4 @@
-"""All that `fitv2 curves` says, as plain data and as text."""
+"""The report of `fitv2 curves`, as plain data and as text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,19 +16,19 @@ from fitv2_scale.planning.scaling.laws import (
     law_of_sizes,
     with_intervals,
 )
-from fitv2_scale.planning.scaling.predictions import Kept, Question, predict, score
-from fitv2_scale.planning.scaling.published_fid import FidCurve, beside, of_run, published
-from fitv2_scale.planning.scaling.read_curves import AXES, Curve, common_loss, thinned
+from fitv2_scale.planning.scaling.predictions import PredictionFile, PredictionRequest, predict, score
+from fitv2_scale.planning.scaling.published_fid import FidCurve, comparison_rows, fid_curves_of, published_curves
+from fitv2_scale.planning.scaling.read_curves import AXES, Curve, common_loss, log_binned
 
 TARGET = 26.08  # FID of FiT-B/2 at its last point, 1,500K steps
 _FRONTIER = 6  # rows
-_FITTED = 4  # points of a published curve, for a law with one degree of freedom left over
-_SHOWN = 5  # FIDs of a run
+_FITTED = 4  # fewest points of a published curve to fit: the law then has one degree of freedom left
+_SHOWN = 5  # FIDs per curve
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What `fitv2 curves` was asked for."""
+class CurvesOptions:
+    """The options of `fitv2 curves`."""
 
     folder: Path
     published: bool = False
@@ -37,8 +37,8 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Curves:
-    """What was found, for report and pictures."""
+class Analysis:
+    """The laws and FID curves, for report and plots."""
 
     metric: str | None
     laws: list[tuple[Curve, RunLaw]]
@@ -47,10 +47,10 @@ class Curves:
     fids: list[FidCurve]
 
 
-def look_at(curves: Sequence[Curve], asked: Asked) -> Curves:
-    """Raises UserError if there is nothing to look at."""
-    if not curves and not asked.published:
-        raise UserError("give runs, --experiment NAME, or --published for the paper's points alone")
+def analyse(curves: Sequence[Curve], options: CurvesOptions) -> Analysis:
+    """Fits the laws. Raises UserError if there are neither curves nor published points."""
+    if not curves and not options.published:
+        raise UserError("give runs, --experiment NAME, or --published (only the paper's points)")
     metric = common_loss(curves) if curves else None
     laws = [(curve, law_of_run(curve, metric)) for curve in curves]
     surface = why = None
@@ -59,24 +59,24 @@ def look_at(curves: Sequence[Curve], asked: Asked) -> Curves:
             surface = law_of_sizes(curves, metric)
         except UserError as error:
             why = str(error)
-    fids = [fid for curve in curves for fid in of_run(curve)] + (published() if asked.published else [])
-    return Curves(metric, laws, surface, why, fids)
+    fids = [fid for curve in curves for fid in fid_curves_of(curve)] + (published_curves() if options.published else [])
+    return Analysis(metric, laws, surface, why, fids)
 
 
-def as_plain(found: Curves, asked: Asked) -> dict[str, Any]:
-    """Also makes and keeps the predictions asked for, and scores those kept before. Raises UserError."""
-    kept, curves = Kept(asked.folder), [curve for curve, _ in found.laws]
+def build_report(analysis: Analysis, options: CurvesOptions) -> dict[str, Any]:
+    """The report. Also makes and keeps the requested predictions, and scores the earlier ones. Raises UserError."""
+    kept, curves = PredictionFile(options.folder), [curve for curve, _ in analysis.laws]
     before = [score(prediction, curves) for prediction in kept.all()]
-    questions = [Question.parse(text) for text in asked.predict]
-    made = [predict(question, found.metric, found.surface, found.laws) for question in questions]
+    requests = [PredictionRequest.parse(text) for text in options.predict]
+    made = [predict(request, analysis.metric, analysis.surface, analysis.laws) for request in requests]
     for prediction in made:
         kept.add(prediction)
     return {
-        "metric": found.metric,
-        "runs": [_run(curve, law, found.metric) for curve, law in found.laws],
-        "surface": _surface(found.surface) if found.surface else None,
-        "why_no_surface": found.why_no_surface,
-        "fid": _fid(found.fids, asked.target) if found.fids else None,
+        "metric": analysis.metric,
+        "runs": [_run(curve, law, analysis.metric) for curve, law in analysis.laws],
+        "surface": _surface(analysis.surface) if analysis.surface else None,
+        "why_no_surface": analysis.why_no_surface,
+        "fid": _fid(analysis.fids, options.target) if analysis.fids else None,
         "predictions": [score(prediction, curves) for prediction in made],
         "scored": before,
     }
@@ -93,7 +93,7 @@ def _run(curve: Curve, law: RunLaw, metric: str) -> dict[str, Any]:
         **{axis: None if at is None else float(at[0]) for axis, at in reached.items()},
         "value": float(series.values[-max(1, len(series.values) // 50) :].mean()),
         "points": len(law.points.steps),
-        "fit": with_intervals(law.fit, law.redrawn) if law.fit else None,
+        "fit": with_intervals(law.fit, law.refits) if law.fit else None,
         "why": law.why,
     }
 
@@ -103,9 +103,9 @@ def _surface(law: SurfaceLaw) -> dict[str, Any]:
     n, images = law.best(flops)
     rows = zip(flops, n, images, law.fit(n, images), strict=True)
     return {
-        "fit": with_intervals(law.fit, law.redrawn),
+        "fit": with_intervals(law.fit, law.refits),
         "why_no_interval": law.why_no_interval,
-        "flops_an_image": {"factor": law.per_image, "exponent": law.grows},
+        "flops_an_image": {"factor": law.flops_factor, "exponent": law.flops_exponent},
         "frontier": [
             {"flops": float(c), "parameters": float(a), "images": float(b), "loss": float(v)} for c, a, b, v in rows
         ],
@@ -113,12 +113,12 @@ def _surface(law: SurfaceLaw) -> dict[str, Any]:
 
 
 def _fid(fids: Sequence[FidCurve], target: float) -> dict[str, Any]:
-    rows = [{"fit": None, "why": None} | row for row in beside(fids, target)]
+    rows = [{"fit": None, "why": None} | row for row in comparison_rows(fids, target)]
     for row, curve in zip(rows, fids, strict=True):
         if not curve.ours and len(curve.points.steps) < _FITTED:
             continue
-        law = law_of_points(thinned(curve.points, 0))
-        row["fit"], row["why"] = with_intervals(law.fit, law.redrawn) if law.fit else None, law.why
+        law = law_of_points(log_binned(curve.points, 0))
+        row["fit"], row["why"] = with_intervals(law.fit, law.refits) if law.fit else None, law.why
     return {"target": target, "rows": rows}
 
 
@@ -134,13 +134,13 @@ def to_text(report: dict[str, Any]) -> str:
         )
         lines += [f"  {line}" for line in _law_lines("E + A·step^-a", run["fit"], run["why"])]
     if surface := report["surface"]:
-        lines += ["over sizes, N parameters and D images:"]
+        lines += ["law over sizes, with N parameters and D images:"]
         lines += [f"  {line}" for line in _law_lines("E + A·N^-alpha + B·D^-beta", surface["fit"], None)]
         if surface["why_no_interval"]:
             lines.append(f"  {surface['why_no_interval']}")
         lines += [
-            f"  {row['flops']:.0e} FLOPs: best spent on {row['parameters']:.3g} parameters and {row['images']:.3g} "
-            f"images, for {row['loss']:.5g}"
+            f"  {row['flops']:.0e} FLOPs: best are {row['parameters']:.3g} parameters and {row['images']:.3g} images, "
+            f"with a loss of {row['loss']:.5g}"
             for row in surface["frontier"]
         ]
     elif report["why_no_surface"]:
@@ -161,13 +161,13 @@ def _law_lines(law: str, fit: dict[str, dict] | None, why: str | None) -> list[s
 
 
 def _fid_lines(fid: dict[str, Any]) -> list[str]:
-    lines = [f"{'FID':12} {'guidance':>9}  {'points, by thousands of steps':54} to {fid['target']:g}: steps, FLOPs"]
+    lines = [f"{'FID':12} {'guidance':>9}  {'at thousands of steps':54} steps and FLOPs to {fid['target']:g}"]
     for row in fid["rows"]:
         points = "  ".join(f"{p['step'] / 1000:g}: {p['fid']:.4g}" for p in row["points"][-_SHOWN:])
         steps, flops = row["steps_to_target"], row["flops_to_target"]
-        # A curve under guidance begins far below a target of one without.
-        said = steps and not (row["at_most"] and row["guidance"] == "1.5")
-        reached = f"{'at most ' * row['at_most']}{steps:,.0f}, {flops:.3g}" if said else "-"
+        # With guidance a curve begins far below a target that was reached without.
+        meaningful = steps and not (row["at_most"] and row["guidance"] == "1.5")
+        reached = f"{'at most ' * row['at_most']}{steps:,.0f}, {flops:.3g}" if meaningful else "-"
         lines.append(f"{row['name']:12} {row['guidance']:>9}  {points:54} {reached}")
         lines += [f"  {line}" for line in _law_lines("E + A·step^-a", row["fit"], row["why"])]
     return lines
@@ -179,11 +179,11 @@ def _prediction_lines(report: dict[str, Any]) -> list[str]:
         between = (
             "no interval"
             if p["low"] is None
-            else f"{100 * p['level']:.0f} % between {p['low']:.5g} and {p['high']:.5g}"
+            else f"{100 * p['level']:.0f} % interval {p['low']:.5g} to {p['high']:.5g}"
         )
-        line = f"{p['of']}, said {p['made'][:10]}: {p['metric']} {p['value']:.5g}, {between}"
+        line = f"{p['of']}, predicted {p['made'][:10]}: {p['metric']} {p['value']:.5g}, {between}"
         if p["measured"] is not None:
             verdict = {True: ", inside", False: ", outside", None: ""}[p["inside"]]
-            line += f"; measured {p['measured']:.5g}, off by {100 * p['error']:+.2f} %{verdict}"
+            line += f"; measured {p['measured']:.5g}, error {100 * p['error']:+.2f} %{verdict}"
         lines.append(line)
     return lines

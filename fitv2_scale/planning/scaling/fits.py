@@ -1,9 +1,9 @@
 """Power laws with a floor, fitted to losses: L = E + A·x^-a of one run, L = E + A·N^-α + B·D^-β over sizes.
 
 The objective is Hoffmann et al.'s (arXiv 2203.15556, D.3): Huber's loss with δ = 1e-3 on residuals of log L, each
-term's logarithm a parameter. It is divided by δ², and what L-BFGS leaves is finished by Gauss-Newton steps: with a
-small objective L-BFGS stops early, as Besiroglu et al. (arXiv 2404.10102) found of the original fit. Starts come from a
-grid over the exponents, the factors of each by non-negative least squares (variable projection).
+term's logarithm a parameter. It is divided by δ², and Gauss-Newton steps finish the result of L-BFGS, which stops early
+on a small objective, as Besiroglu et al. (arXiv 2404.10102) found in the original fit. Starting points come from a grid
+over the exponents, with the factors of each by non-negative least squares (variable projection).
 """
 
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ import numpy as np
 from scipy.optimize import least_squares, minimize, nnls
 
 DELTA = 1e-3
-_STARTS = 3  # of the grid, that are followed
-_STEPS = 60  # of a fit near another
+_STARTS = 3  # starting points taken from the grid
+_STEPS = 60  # of a fit that starts near the solution
 _EXPONENTS = np.geomspace(0.02, 2.0, 24)
 _STEEPEST, _FLATTEST = 5.0, 1e-3
-_SMALLEST = 14.0  # logarithms: no term is smaller than this below the least loss
-_LARGEST = 6.0
+_SMALLEST = 14.0  # no term's logarithm is further below that of the least loss
+_LARGEST = 6.0  # nor further above that of the greatest loss
 
 
 @dataclass(frozen=True)
@@ -61,19 +61,19 @@ def fit_surface(n: np.ndarray, d: np.ndarray, loss: np.ndarray) -> SurfaceFit:
 
 
 def refit_curve(x: np.ndarray, loss: np.ndarray, start: CurveFit) -> list[CurveFit]:
-    """The fit of each row of ``x`` and ``loss``, (rows, points), near ``start``; a loss that is NaN is no point."""
+    """The fit of each row of ``x`` and ``loss``, (rows, points), starting at ``start``; NaN losses are ignored."""
     thetas, centres = _refit([x], loss, start.E, [(start.A, start.a)])
     return [CurveFit(*_plain(theta, centres)) for theta in thetas]
 
 
 def refit_surface(n: np.ndarray, d: np.ndarray, loss: np.ndarray, start: SurfaceFit) -> list[SurfaceFit]:
-    """The same of surfaces."""
+    """``refit_curve`` for surfaces."""
     thetas, centres = _refit([n, d], loss, start.E, [(start.A, start.alpha), (start.B, start.beta)])
     return [SurfaceFit(*_plain(theta, centres)) for theta in thetas]
 
 
 def _plain(theta: np.ndarray, centres: Sequence[float]) -> list[float]:
-    """The parameters as users know them: floor, then factor and exponent of each variable."""
+    """The parameters of the law: floor, then factor and exponent of each variable."""
     found = [float(np.exp(theta[0]))]
     for (log, exponent), centre in zip(theta[1:].reshape(-1, 2), centres, strict=True):
         found += [float(np.exp(log + exponent * centre)), float(exponent)]
@@ -83,8 +83,8 @@ def _plain(theta: np.ndarray, centres: Sequence[float]) -> list[float]:
 def _refit(
     variables: Sequence[np.ndarray], loss: np.ndarray, floor: float, terms: Sequence[tuple[float, float]]
 ) -> tuple[np.ndarray, list[float]]:
-    """Many fits side by side, by Levenberg and Marquardt's steps on reweighted residuals: each step lessens Huber's
-    objective, or is not taken. Returns θ of each and the centres."""
+    """Many fits in parallel, by Levenberg-Marquardt steps on reweighted residuals; a step that does not lower Huber's
+    objective is not taken. Returns θ of each and the centres."""
     used = np.isfinite(loss)
     law = _Law([v[used] for v in variables], loss[used])
     logs = [np.log(v) - c for v, c in zip(variables, law.centres, strict=True)]
@@ -114,7 +114,7 @@ def _refit(
 
 
 def _designs(logs: Sequence[np.ndarray]) -> np.ndarray:
-    """(terms, …, θ): the logarithm of each term is this times θ. ``logs``: those of the variables, centred."""
+    """(terms, …, θ): the logarithm of each term is this times θ. ``logs``: centred logarithms of the variables."""
     designs = np.zeros((1 + len(logs), *logs[0].shape, 1 + 2 * len(logs)))
     designs[0, ..., 0] = 1
     for k, log in enumerate(logs):
@@ -125,7 +125,7 @@ def _designs(logs: Sequence[np.ndarray]) -> np.ndarray:
 def _residuals(
     designs: np.ndarray, theta: np.ndarray, target: np.ndarray, used: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(…, points) in units of δ, and their derivatives (…, points, θ); zero where a point is not ``used``."""
+    """Residuals (…, points) in units of δ, and their derivatives (…, points, θ); zero for points not ``used``."""
     logs = (designs @ theta[..., None])[..., 0]  # (terms, …, points)
     most = logs.max(0)
     weights = np.exp(logs - most)
@@ -167,7 +167,7 @@ class _Law:
         return min(found, key=lambda theta: self._objective(theta)[0])
 
     def _starts(self) -> list[np.ndarray]:
-        """The best points of the grid over the exponents."""
+        """The best starting points of the grid over the exponents."""
         loss, scored = np.exp(self._target), []
         for exponents in product(_EXPONENTS, repeat=len(self._logs)):
             columns = [np.ones_like(loss), *(np.exp(-a * x) for a, x in zip(exponents, self._logs, strict=True))]
@@ -180,7 +180,7 @@ class _Law:
         return [theta for _, theta in sorted(scored, key=lambda s: s[0])[:_STARTS]]
 
     def inside(self, theta: np.ndarray) -> np.ndarray:
-        """Within what θ may be."""
+        """θ clipped to its bounds."""
         margin = 1e-9 * (self._high - self._low)
         return np.clip(theta, self._low + margin, self._high - margin)
 

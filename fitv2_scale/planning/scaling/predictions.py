@@ -1,4 +1,4 @@
-"""Predictions of losses that nobody has measured yet: made, kept, and scored once somebody has.
+"""Predictions of losses that have not been measured yet: made, kept, and scored once they have been.
 
 They are kept as lines of predictions.jsonl:
 
@@ -28,20 +28,20 @@ from fitv2_scale.planning.scaling.read_curves import Curve
 from fitv2_scale.run.log import now
 from fitv2_scale.run.reference import parse_reference
 
-KEPT = "predictions.jsonl"
-_AROUND = 0.02  # a prediction of step s is scored by the mean over the steps this share around it
+PREDICTIONS = "predictions.jsonl"
+_SCORED_AROUND = 0.02  # a prediction for step s is scored by the mean over s ± this fraction of it
 
 
 @dataclass(frozen=True)
-class Question:
-    """fitv2_3b2@2000000: the loss of a config's network at a step."""
+class PredictionRequest:
+    """CONFIG@STEP: asks for the loss of a config's network at a step."""
 
     text: str
     config: Config
     step: int
 
     @classmethod
-    def parse(cls, text: str) -> "Question":
+    def parse(cls, text: str) -> "PredictionRequest":
         """Raises UserError. The config is a file, or the name of one in configs/."""
         name, step = parse_reference(text, "--predict", wanted := "CONFIG@STEP, as in fitv2_3b2@2000000")
         if step < 1:
@@ -51,31 +51,31 @@ class Question:
 
 
 def predict(
-    question: Question, metric: str, surface: SurfaceLaw | None, laws: Sequence[tuple[Curve, RunLaw]]
+    request: PredictionRequest, metric: str, surface: SurfaceLaw | None, laws: Sequence[tuple[Curve, RunLaw]]
 ) -> dict[str, Any]:
-    """By the law over sizes if there is one, else by the law of a run of the same network, the longest. Raises
-    UserError if there is neither."""
-    model, step = question.config.model, question.step
-    images = float(step * question.config.batch.images)
+    """The prediction by the law over sizes if there is one, else by the law of the longest run of the same network.
+    Raises UserError if there is neither."""
+    model, step = request.config.model, request.step
+    images = float(step * request.config.batch.images)
     if surface is not None:
         n = parameter_count(model)
-        value, again = float(surface.fit(n, images)), [float(f(n, images)) for f in surface.redrawn]
+        value, refits = float(surface.fit(n, images)), [float(f(n, images)) for f in surface.refits]
         by, runs = "sizes", [curve.name for curve, _ in laws]
     else:
         own = [(c, law) for c, law in laws if c.model == model and law.fit is not None]
         if not own:
             raise UserError(
-                f"{question.text} cannot be predicted: there are no three sizes for a law over them, and no run of "
-                "this network long enough for a law of its own"
+                f"{request.text} cannot be predicted: there are no three sizes for a law over sizes, and no run of "
+                "this network is long enough for a law of its own"
             )
         curve, law = max(own, key=lambda pair: pair[0].last)
         at = images / curve.batch
-        value, again = float(law.fit(at)), [float(f(at)) for f in law.redrawn]
+        value, refits = float(law.fit(at)), [float(f(at)) for f in law.refits]
         by, runs = "run", [curve.name]
-    low, high = interval(again) if again else (None, None)
+    low, high = interval(refits) if refits else (None, None)
     return {
         "made": now(),
-        "of": question.text,
+        "of": request.text,
         "model": model.model_dump(mode="json"),
         "step": step,
         "images": images,
@@ -89,11 +89,11 @@ def predict(
     }
 
 
-class Kept:
+class PredictionFile:
     """The predictions in a folder."""
 
     def __init__(self, folder: Path) -> None:
-        self._file = folder / KEPT
+        self._file = folder / PREDICTIONS
 
     def add(self, prediction: dict[str, Any]) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True)
@@ -101,24 +101,24 @@ class Kept:
             file.write(json.dumps(prediction) + "\n")
 
     def all(self) -> list[dict[str, Any]]:
-        """Oldest first. Raises UserError if a line is not what ``add`` writes."""
+        """All predictions, oldest first. Raises UserError if a line is not one."""
         if not self._file.exists():
             return []
         try:
             return [json.loads(line) for line in self._file.read_text().splitlines()]
         except ValueError as error:
-            raise UserError(f"{self._file} holds a line that is no prediction ({error}): take it out") from error
+            raise UserError(f"{self._file} has a line that is not a prediction ({error}): remove it") from error
 
 
 def score(prediction: dict[str, Any], curves: Sequence[Curve]) -> dict[str, Any]:
-    """The prediction with ``measured``, ``error`` (relative to what was measured) and ``inside`` its interval; all None
-    until a run of that network has come so far. Of several such runs, their mean."""
+    """The prediction with ``measured``, ``error`` (relative to ``measured``) and ``inside`` (its interval); all None
+    until a run of that network has reached the step. For several such runs, ``measured`` is their mean."""
     model, images, found = ModelConfig.model_validate(prediction["model"]), prediction["images"], []
     for curve in curves:
         series = curve.series.get(prediction["metric"])
         if curve.model == model and series is not None:
             at = curve.along("images", series.steps)
-            near = np.abs(at / images - 1) <= _AROUND
+            near = np.abs(at / images - 1) <= _SCORED_AROUND
             if at[-1] >= images and near.any():
                 found.append(float(series.values[near].mean()))
     if not found:

@@ -1,7 +1,7 @@
-"""What papers report of training so far: FID-50K at 256 x 256 by step, without and with guidance.
+"""Published FID curves: FID-50K at 256 x 256 by training step, without and with guidance.
 
-Steps are of 256 images. FLOPs are three forward passes of 256 tokens; those of FiTv2 are counted, those of the others
-are twice the multiply-adds that their papers call FLOPs.
+A step is 256 images. FLOPs are those of three forward passes of 256 tokens: counted for FiTv2, and for the other
+networks twice the multiply-adds that their papers call FLOPs.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from fitv2_scale.planning.scaling.read_curves import Curve, Series, is_fid
 
 BATCH = 256
 _STEPS = (400_000, 1_000_000, 1_500_000, 2_000_000)
-# FiTv2 (arXiv 2410.13925), Table II: as it says, DiT-B, SiT-B and FiT-B broke down behind their last points.
+# FiTv2 (arXiv 2410.13925), Table II. According to it DiT-B, SiT-B and FiT-B broke down after their last points.
 _ABLATION = {
     "DiT-B/2": ((45.33, 33.27), (22.21, 12.59)),
     "SiT-B/2": ((36.70, 27.13), (16.31, 9.30)),
@@ -37,13 +37,13 @@ class FidCurve:
     """FID by step of one network, published or ours."""
 
     name: str
-    guidance: str  # "1", "1.5", or the metric's name in a run of ours
+    guidance: str  # "1", "1.5", or the metric's name for one of our runs
     points: Series
     flops_a_step: float
-    ours: bool
+    ours: bool  # False: published
 
 
-def published() -> list[FidCurve]:
+def published_curves() -> list[FidCurve]:
     found = []
     for name, columns in _ABLATION.items():
         for guidance, fids in zip(("1", "1.5"), columns, strict=True):
@@ -56,15 +56,15 @@ def _fid_curve(name: str, guidance: str, steps: Sequence[int], fids: Sequence[fl
     return FidCurve(name, guidance, Series(np.array(steps), np.array(fids)), 3.0 * one * BATCH, ours=False)
 
 
-def of_run(curve: Curve) -> list[FidCurve]:
-    """Each FID that a run has recorded."""
+def fid_curves_of(curve: Curve) -> list[FidCurve]:
+    """One curve for each FID metric that a run has recorded."""
     a_step = curve.batch * curve.flops_an_image()
     return [FidCurve(curve.name, m, points, a_step, ours=True) for m, points in curve.series.items() if is_fid(m)]
 
 
-def steps_to(target: float, points: Series) -> tuple[float | None, bool]:
-    """The step at which a falling curve first reaches ``target``, linear in log(step) and log(FID) between its points,
-    None if it does not; and whether its first point is there already, so that this is at most the step."""
+def steps_to_reach(target: float, points: Series) -> tuple[float | None, bool]:
+    """The step at which a falling curve first reaches ``target`` (interpolated linearly in log(step) and log(FID); None
+    if it does not), and whether its first point is already below ``target``, so that the step is an upper bound."""
     steps, values = np.log(points.steps), np.log(points.values)
     if values[0] <= np.log(target):
         return float(points.steps[0]), bool(values[0] < np.log(target))
@@ -75,11 +75,11 @@ def steps_to(target: float, points: Series) -> tuple[float | None, bool]:
     return None, False
 
 
-def beside(curves: Sequence[FidCurve], target: float) -> list[dict[str, Any]]:
-    """A row for each: its points, and steps and FLOPs to ``target``."""
+def comparison_rows(curves: Sequence[FidCurve], target: float) -> list[dict[str, Any]]:
+    """A row for each curve: its points, and the steps and FLOPs to ``target``."""
     rows = []
     for curve in curves:
-        needed, at_most = steps_to(target, curve.points)
+        needed, at_most = steps_to_reach(target, curve.points)
         rows.append(
             {
                 "name": curve.name,

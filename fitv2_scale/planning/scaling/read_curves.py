@@ -1,7 +1,7 @@
-"""The curves of runs, from their journals or from MLflow: committed steps only, each once.
+"""Reads the curves of runs from their journals or from MLflow: committed steps only, each once.
 
-Names of metrics are the journal's. What newer runs record themselves (cumulative ``images``, ``tokens``, ``flops``,
-``gpu_hours``) is taken from there; of others, images are steps times the batch, and FLOPs those of images at the mean
+Names of metrics are those of the journal. Cumulative ``images``, ``tokens``, ``flops`` and ``gpu_hours`` are read from
+runs that record them; for older runs, images are steps times the batch, and FLOPs those of images with the mean
 number of tokens that the run reports.
 """
 
@@ -24,14 +24,14 @@ from fitv2_scale.run.run import Run
 from fitv2_scale.tracking import journal
 
 AXES = ("steps", "images", "flops", "gpu_hours")
-LOSSES = ("val_loss_ema", "val_loss", "loss")  # the first that all runs have is compared
+LOSSES = ("val_loss_ema", "val_loss", "loss")  # runs are compared by the first one that all of them have
 _RATES = ("images_per_second", "tokens_per_second")
 _CUMULATIVE = ("images", "tokens", "flops", "gpu_hours")
 
 
 @dataclass(frozen=True)
 class Series:
-    """One metric: ``steps`` ascending and ``values``, both (points,); no NaN, no infinity."""
+    """One metric: ``steps``, ascending, and ``values``, both (points,); no NaN, no infinity."""
 
     steps: np.ndarray
     values: np.ndarray
@@ -39,11 +39,11 @@ class Series:
 
 @dataclass(frozen=True)
 class Curve:
-    """What one run measured."""
+    """The measurements of one run."""
 
     name: str
     model: ModelConfig
-    batch: int  # images a step
+    batch: int  # images per step
     warmup: int  # steps
     series: Mapping[str, Series]
 
@@ -53,20 +53,20 @@ class Curve:
 
     @property
     def size(self) -> str:
-        """Runs of one size are those with the same network."""
+        """An identifier that is equal for runs of the same network."""
         return self.model.model_dump_json()
 
     @property
     def last(self) -> int:
-        """The last step of which anything is known."""
+        """The last step with a measurement."""
         return int(max((s.steps[-1] for s in self.series.values()), default=0))
 
     def flops_an_image(self) -> float:
-        """To train on it: three forward passes."""
+        """FLOPs to train on an image: three forward passes."""
         return 3.0 * forward_flops(self.model, round(self._mean_tokens()))
 
     def along(self, axis: str, steps: np.ndarray) -> np.ndarray | None:
-        """What ``steps`` are on an axis of AXES; None if this run does not tell."""
+        """``steps`` converted to another axis of AXES; None if this run did not record it."""
         if axis == "steps":
             return steps.astype(float)
         if axis in self.series:
@@ -87,7 +87,7 @@ class Curve:
 
 
 def is_fid(metric: str) -> bool:
-    """Of `fitv2 evaluate`: evaluate/<label>/fid."""
+    """Whether it is an FID of `fitv2 evaluate`: evaluate/<label>/fid."""
     return metric.startswith("evaluate/") and metric.endswith("/fid")
 
 
@@ -100,7 +100,7 @@ def from_journal(url: str) -> Curve:
 
 
 def _fids(store: Store) -> Iterator[tuple[str, int, float]]:
-    """What `fitv2 evaluate` has found of a run: evaluations/<step>.json."""
+    """The FIDs that `fitv2 evaluate` has written to a run: evaluations/<step>.json."""
     for path in store.list("evaluations/"):
         if re.fullmatch(r"evaluations/\d+\.json", path):
             cells = store.read_json(path)["cells"]
@@ -108,14 +108,15 @@ def _fids(store: Store) -> Iterator[tuple[str, int, float]]:
 
 
 def from_mlflow(uri: str, experiment: str) -> list[Curve]:
-    """Of all training runs of an MLflow experiment. Raises UserError if there is none, or the server says no."""
-    # Not at the top: what reads journals needs no mlflow.
+    """The curves of all training runs of an MLflow experiment. Raises UserError if there are none, or if the server
+    fails."""
+    # Not at the top: reading journals needs no mlflow.
     from fitv2_scale.tracking.mlflow_reader import ServerError, training_runs
 
     try:
         found = list(training_runs(uri, experiment, _wanted))
     except ServerError as error:
-        raise UserError(f"MLflow does not answer with the experiment {experiment}: {error}") from error
+        raise UserError(f"cannot read the experiment {experiment} from MLflow: {error}") from error
     if not found:
         raise UserError(f"the experiment {experiment} has no training run yet: check its name and --uri")
     return [_curve(run.name, _nested(run.params), run.points) for run in found]
@@ -131,7 +132,7 @@ def _curve(name: str, config: Mapping[str, Any], points: Iterable[tuple[str, int
         batch, warmup = int(config["batch"]["images"]), int(config["optimizer"]["warmup_steps"])
     except (KeyError, TypeError, ValueError, ValidationError) as error:
         raise UserError(
-            f"{name} does not say which network it trains ({type(error).__name__}): leave it out"
+            f"the config of {name} does not describe its network ({type(error).__name__}): leave this run out"
         ) from error
     return Curve(name, model, batch, warmup, dict(_series(points)))
 
@@ -162,22 +163,22 @@ def _nested(params: Mapping[str, str]) -> dict[str, Any]:
 
 
 def common_loss(curves: Iterable[Curve]) -> str:
-    """The best loss that all of them have. Raises UserError if there is none."""
+    """The best loss that all curves have. Raises UserError if there is none."""
     for name in LOSSES:
         if all(name in curve.series for curve in curves):
             return name
     without = next(curve.name for curve in curves if not set(LOSSES) & set(curve.series))
-    raise UserError(f"{without} has no committed loss yet: train on, or leave it out")
+    raise UserError(f"{without} has no committed loss yet: train it further, or leave it out")
 
 
-def thinned(series: Series, after: int, bins: int = 32) -> Series:
-    """Means over stretches of training that are evenly long in log(step), of what lies behind step ``after``."""
-    behind = series.steps > after
-    steps, values = series.steps[behind].astype(float), series.values[behind]
+def log_binned(series: Series, after: int, bins: int = 32) -> Series:
+    """Means over at most ``bins`` bins of equal width in log(step), of the points after step ``after``."""
+    chosen = series.steps > after
+    steps, values = series.steps[chosen].astype(float), series.values[chosen]
     if len(steps) <= bins:
         return Series(steps, values)
     edges = np.geomspace(steps[0], steps[-1] * (1 + 1e-9), bins + 1)
-    place = np.clip(np.searchsorted(edges, steps, side="right") - 1, 0, bins - 1)
-    count = np.bincount(place, minlength=bins)
-    sums = [np.bincount(place, weights, bins)[count > 0] for weights in (steps, values)]
+    bin_of = np.clip(np.searchsorted(edges, steps, side="right") - 1, 0, bins - 1)
+    count = np.bincount(bin_of, minlength=bins)
+    sums = [np.bincount(bin_of, weights, bins)[count > 0] for weights in (steps, values)]
     return Series(sums[0] / count[count > 0], sums[1] / count[count > 0])

@@ -1,4 +1,4 @@
-"""Where a report of curves goes: tables, JSON and pictures into a folder, and all of that into an MLflow run."""
+"""Saves a report of curves: tables, JSON and plots in a folder, and all of them in an MLflow run."""
 
 import csv
 import json
@@ -9,33 +9,34 @@ from pathlib import Path
 from typing import Any
 
 from data_sharding.errors import UserError
-from fitv2_scale.planning.scaling.curves_report import Asked, Curves
-from fitv2_scale.planning.scaling.plots import fid_picture, frontier_picture, loss_picture
-from fitv2_scale.planning.scaling.predictions import KEPT
+from fitv2_scale.planning.scaling.curves_report import Analysis, CurvesOptions
+from fitv2_scale.planning.scaling.plots import fid_plot, frontier_plot, loss_plot
+from fitv2_scale.planning.scaling.predictions import PREDICTIONS
 from fitv2_scale.run.redact import redact
 
-CURVES_ID = "fitv2.curves_id"  # the tag of such a run: no training run has it
+CURVES_ID = "fitv2.curves_id"  # the tag of such a run; training runs do not have it
 _COLUMNS = ("name", "parameters", "batch", "steps", "images", "flops", "gpu_hours", "value", "points")
 
 
-def draw(found: Curves, asked: Asked) -> list[Path]:
-    """The pictures that there is something to show in."""
-    asked.folder.mkdir(parents=True, exist_ok=True)
+def draw(analysis: Analysis, options: CurvesOptions) -> list[Path]:
+    """Draws the plots for which there are data, and returns their files."""
+    options.folder.mkdir(parents=True, exist_ok=True)
     files = []
-    if found.laws:
-        files.append(asked.folder / "loss.png")
-        loss_picture(found.laws, found.metric, files[-1])
-    if found.fids:
-        files.append(asked.folder / "fid.png")
-        fid_picture(found.fids, asked.target, files[-1])
-    if found.surface:
-        files.append(asked.folder / "frontier.png")
-        frontier_picture([curve for curve, _ in found.laws], found.surface, found.metric, files[-1])
+    if analysis.laws:
+        files.append(options.folder / "loss.png")
+        loss_plot(analysis.laws, analysis.metric, files[-1])
+    if analysis.fids:
+        files.append(options.folder / "fid.png")
+        fid_plot(analysis.fids, options.target, files[-1])
+    if analysis.surface:
+        files.append(options.folder / "frontier.png")
+        frontier_plot([curve for curve, _ in analysis.laws], analysis.surface, analysis.metric, files[-1])
     return files
 
 
 def write(report: dict[str, Any], text: str, folder: Path) -> list[Path]:
-    """curves.json, curves.txt, and the table of runs as runs.csv; predictions.jsonl may lie there already."""
+    """Writes curves.json, curves.txt and the table of runs as runs.csv. Returns them, with predictions.jsonl if there
+    is one."""
     files = [folder / "curves.json", folder / "curves.txt"]
     files[0].write_text(json.dumps(report, indent=2))
     files[1].write_text(text + "\n")
@@ -45,13 +46,13 @@ def write(report: dict[str, Any], text: str, folder: Path) -> list[Path]:
             table = csv.DictWriter(file, _COLUMNS, extrasaction="ignore")
             table.writeheader()
             table.writerows(report["runs"])
-    return files + [file for file in [folder / KEPT] if file.exists()]
+    return files + [file for file in [folder / PREDICTIONS] if file.exists()]
 
 
 def publish(report: dict[str, Any], files: Sequence[Path], uri: str, experiment: str) -> dict[str, str]:
-    """Makes an MLflow run of its own, which has the files, and what was fitted and predicted as metrics. Returns its id
-    and where it is. Raises UserError if MLflow does not take it."""
-    # Not at the top: what reads journals and draws needs no mlflow.
+    """Creates an MLflow run of its own with the files, and with fits and predictions as metrics. Returns its id, URI
+    and experiment. Raises UserError if MLflow fails."""
+    # Not at the top: reading journals and plotting needs no mlflow.
     from fitv2_scale.tracking.destination import artifact_root
     from fitv2_scale.tracking.mlflow_writer import Server, ServerError
 
@@ -67,13 +68,13 @@ def publish(report: dict[str, Any], files: Sequence[Path], uri: str, experiment:
         run.terminate("FINISHED", time.time_ns() // 1_000_000)
     except ServerError as error:
         raise UserError(
-            f"MLflow at {redact(uri)} does not take the report ({error}); {files[0].parent} has it"
+            f"MLflow at {redact(uri)} failed to store the report ({error}); it is in {files[0].parent}"
         ) from error
     return {"run": run.id, "uri": redact(uri), "experiment": experiment}
 
 
 def _numbers(report: dict[str, Any]) -> Iterator[tuple[str, float, int]]:
-    """Name, value and step."""
+    """Name, value and step of each metric."""
     fit = report["surface"]["fit"] if report["surface"] else {}
     yield from ((f"surface/{name}", figure["value"], 0) for name, figure in fit.items())
     for run in report["runs"]:

@@ -12,8 +12,8 @@ from fitv2_scale.cli.__main__ import main
 from fitv2_scale.config.load import parse_config
 from fitv2_scale.model.counts import forward_flops
 from fitv2_scale.planning.scaling.laws import law_of_run, law_of_sizes
-from fitv2_scale.planning.scaling.published_fid import published, steps_to
-from fitv2_scale.planning.scaling.read_curves import Series, common_loss, from_journal, thinned
+from fitv2_scale.planning.scaling.published_fid import published_curves, steps_to_reach
+from fitv2_scale.planning.scaling.read_curves import Series, common_loss, from_journal, log_binned
 from tests.support.curve_runs import BATCH, TOKENS, TRUTH, WARMUP, config, make_run, parameters
 
 STEPS = np.geomspace(1000, 400_000, 60).astype(int)
@@ -78,7 +78,7 @@ def test_points_that_are_not_finite_are_left_out(folder):
 
 def test_thinning_keeps_means():
     steps = np.arange(1, 10_001)
-    found = thinned(Series(steps, steps**-0.5), after=100, bins=20)
+    found = log_binned(Series(steps, steps**-0.5), after=100, bins=20)
     assert len(found.steps) == 20 and found.steps[0] > 100
     assert found.values == pytest.approx(found.steps**-0.5, rel=0.01)
 
@@ -93,7 +93,7 @@ def test_the_law_of_a_run_begins_behind_its_warmup(folder):
     law = law_of_run(curve, "val_loss", draws=10)
     assert law.fit(2e6) == pytest.approx(TRUTH(parameters("b2"), 2e6 * BATCH), rel=1e-3)
     short = from_journal(make_run(folder / "short", "b2", [1000, 2000]).url)
-    assert law_of_run(short, "loss").why == "its 2000 steps are no more than its warm-up of 5000"
+    assert law_of_run(short, "loss").why == "its 2000 steps do not go beyond its warm-up of 5000"
 
 
 def test_three_sizes_make_a_law_without_an_interval_and_four_one_with(folder):
@@ -101,11 +101,11 @@ def test_three_sizes_make_a_law_without_an_interval_and_four_one_with(folder):
         ("s2", "b2", "l2", "xl2")
     )]  # fmt: skip
     three = law_of_sizes(runs[:3], "loss", draws=5)
-    assert three.redrawn == () and "no degree of freedom" in three.why_no_interval
+    assert three.refits == () and "no degree of freedom" in three.why_no_interval
     four = law_of_sizes(runs, "loss", draws=5)
-    assert len(four.redrawn) == 5 and four.why_no_interval is None
-    assert four.grows == pytest.approx(1, abs=0.1)
-    with pytest.raises(UserError, match="needs runs of 3 sizes at least, .*; there are 2"):
+    assert len(four.refits) == 5 and four.why_no_interval is None
+    assert four.flops_exponent == pytest.approx(1, abs=0.1)
+    with pytest.raises(UserError, match="needs runs of at least 3 sizes .*; there are 2"):
         law_of_sizes(runs[:2], "loss")
 
 
@@ -117,7 +117,7 @@ def test_two_seeds_of_a_size_widen_the_interval(folder):
             for i, s in enumerate(names)
         ]
         law = law_of_sizes([from_journal(run.url) for run in runs], "loss", draws=40)
-        return float(np.std([f(3e9, 5e8) for f in law.redrawn]))
+        return float(np.std([f(3e9, 5e8) for f in law.refits]))
 
     assert width(0.01) > 5 * width(0.0)
 
@@ -127,9 +127,9 @@ def test_two_seeds_of_a_size_widen_the_interval(folder):
 
 def test_steps_to_a_target():
     points = Series(np.array([100, 1000]), np.array([40.0, 10.0]))
-    assert steps_to(20.0, points) == (pytest.approx(10**2.5), False)
-    assert steps_to(10.0, points) == (pytest.approx(1000), False)
-    assert steps_to(50.0, points) == (100, True) and steps_to(5.0, points) == (None, False)
+    assert steps_to_reach(20.0, points) == (pytest.approx(10**2.5), False)
+    assert steps_to_reach(10.0, points) == (pytest.approx(1000), False)
+    assert steps_to_reach(50.0, points) == (100, True) and steps_to_reach(5.0, points) == (None, False)
 
 
 def test_the_papers_points_alone(capsys, folder):
@@ -145,7 +145,7 @@ def test_the_papers_points_alone(capsys, folder):
     assert rows["FiT-B/2", "1"]["steps_to_target"] == pytest.approx(1_500_000)
     assert 10 < ours["fit"]["E"]["value"] < 16.52 and ours["fit"]["E"]["low"] < ours["fit"]["E"]["high"]
     assert rows["FiT-B/2", "1"]["fit"] is None  # three points: no degree of freedom over
-    assert {c.name for c in published()} >= {"FiTv2-XL/2", "FiTv2-3B/2"}
+    assert {c.name for c in published_curves()} >= {"FiTv2-XL/2", "FiTv2-3B/2"}
     assert (folder / "out" / "fid.png").exists() and report["runs"] == []
 
 
@@ -213,7 +213,7 @@ def test_what_cannot_be_done_is_said(capsys, folder):
     assert "has no committed loss yet" in refused(capsys, empty, *out)
     (folder / "out").mkdir(exist_ok=True)
     (folder / "out" / "predictions.jsonl").write_text("nonsense\n")
-    assert "holds a line that is no prediction" in refused(capsys, run, *out)
+    assert "has a line that is not a prediction" in refused(capsys, run, *out)
 
 
 # ---- MLflow ----
@@ -247,6 +247,6 @@ def test_through_mlflow_and_back(capsys, folder):
 
     assert "has no training run yet" in refused(capsys, "--experiment", "other", "--uri", uri)
     said = refused(capsys, "--experiment", "fitv2", "--uri", "http://me:hidden@127.0.0.1:9")
-    assert "MLflow does not answer" in said and "hidden" not in said
+    assert "cannot read the experiment fitv2 from MLflow" in said and "hidden" not in said
     said = refused(capsys, urls[0], "--out", folder / "three", "--uri", "http://127.0.0.1:9")
-    assert "does not take the report" in said and (folder / "three" / "curves.json").exists()
+    assert "failed to store the report" in said and (folder / "three" / "curves.json").exists()

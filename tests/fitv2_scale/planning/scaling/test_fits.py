@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fitv2_scale.planning.scaling.bootstrap import Residuals, interval, redrawn
+from fitv2_scale.planning.scaling.bootstrap import Residuals, interval, resample
 from fitv2_scale.planning.scaling.fits import CurveFit, SurfaceFit, fit_curve, fit_surface, refit_curve, refit_surface
 from fitv2_scale.planning.scaling.laws import SurfaceLaw
 from tests.support.curve_runs import TRUTH, parameters
@@ -75,7 +75,7 @@ def test_many_fits_near_another_are_those_made_one_by_one():
 
 
 def test_the_frontier_is_where_loss_is_least():
-    law = SurfaceLaw(TRUTH, (), None, per_image=3000.0, grows=0.97)
+    law = SurfaceLaw(TRUTH, (), None, flops_factor=3000.0, flops_exponent=0.97)
     flops = np.array([1e18, 1e20, 1e22])
     n, d = law.best(flops)
     assert 3000.0 * n**0.97 * d == pytest.approx(flops)
@@ -88,14 +88,14 @@ def test_the_frontier_is_where_loss_is_least():
 
 def test_no_degree_of_freedom_no_interval():
     three = [Residuals("a", np.array([0.1, -0.1, 0.05]))]
-    assert redrawn(three, 3, 10) == []
-    assert len(redrawn(three, 2, 10)) == 10
+    assert resample(three, 3, 10) == []
+    assert len(resample(three, 2, 10)) == 10
 
 
 def test_blocks_are_of_neighbours_within_a_run():
     runs = [Residuals("a", np.arange(1.0, 28.0)), Residuals("b", np.arange(101.0, 128.0))]
     seen = set()
-    for (i, first), (j, second) in redrawn(runs, 0, 50):
+    for (i, first), (j, second) in resample(runs, 0, 50):
         assert (i, j) == (0, 1)  # one run of each size: no run may be missing
         scale = first[1] - first[0] if first[1] > first[0] else first[2] - first[1]
         values = np.rint(first / scale).astype(int) - 1
@@ -108,7 +108,7 @@ def test_blocks_are_of_neighbours_within_a_run():
 
 def test_whole_runs_are_drawn_where_a_size_has_several():
     runs = [Residuals("a", np.ones(4)), Residuals("a", np.ones(4)), Residuals("b", np.ones(4))]
-    chosen = [tuple(i for i, _ in draw) for draw in redrawn(runs, 2, 200)]
+    chosen = [tuple(i for i, _ in draw) for draw in resample(runs, 2, 200)]
     assert {c[:2] for c in chosen} == {(0, 0), (0, 1), (1, 0), (1, 1)} and {c[2] for c in chosen} == {2}
 
 
@@ -123,9 +123,9 @@ def trial(rng: np.random.Generator, draws: int, rho: float = 0.0) -> tuple[float
     residuals = np.log(loss).reshape(len(SIZES), POINTS) - fitted
 
     runs = [Residuals(size, values) for size, values in zip(SIZES, residuals, strict=True)]
-    losses = np.stack([np.exp(fitted + np.stack([e for _, e in draw])).ravel() for draw in redrawn(runs, 5, draws)])
-    again = refit_surface(*(np.tile(v, (draws, 1)) for v in (n, d)), losses, fit)
-    low, high = interval([f(BIG, FAR) for f in again])
+    losses = np.stack([np.exp(fitted + np.stack([e for _, e in draw])).ravel() for draw in resample(runs, 5, draws)])
+    refits = refit_surface(*(np.tile(v, (draws, 1)) for v in (n, d)), losses, fit)
+    low, high = interval([f(BIG, FAR) for f in refits])
     truth = float(TRUTH(BIG, FAR))
     return float(fit(BIG, FAR)) / truth - 1, low <= truth <= high
 
