@@ -18,7 +18,7 @@ from typing import Any
 
 from data_sharding.storage.numbered_log import NumberedLog
 from data_sharding.storage.store import Store
-from fitv2_scale.run.log import Entry, newest_attempt, now
+from fitv2_scale.run.log import LogEntry, newest_attempt, now
 from fitv2_scale.run.run import BAD_INPUT, DONE, GIVE_UP, NOT_FINITE, RETRY, Attempt, Run
 
 LEAST_SIGNAL = 300  # seconds
@@ -83,7 +83,7 @@ def outcome_of(run: Run, before: int, code: int) -> tuple[int, str, bool]:
     return RETRY, f"died before it could begin an attempt (exit code {code})", False
 
 
-def verdict(since_submit: Sequence[dict[str, Any]], log: Sequence[Entry], steps: int, fruitless: int) -> Verdict:
+def verdict(since_submit: Sequence[dict[str, Any]], log: Sequence[LogEntry], steps: int, fruitless: int) -> Verdict:
     """What becomes of a chain with this history and this log of the run; ``fruitless`` jobs in a row end it."""
     submit = next((r for r in since_submit if r["kind"] == "SUBMIT"), None)
     if any(e.kind == "STOP" and e.n > (submit["log"] if submit else 0) for e in log):

@@ -37,7 +37,7 @@ from fitv2_scale.data import Data
 from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.world import World, join
-from fitv2_scale.run.log import Entry
+from fitv2_scale.run.log import LogEntry
 from fitv2_scale.run.run import Run
 from fitv2_scale.train.step import train_step
 
@@ -239,7 +239,7 @@ class _Bench:
         assert restored is not None and not restored.quarantined
         return seconds
 
-    def _newest(self) -> Entry:
+    def _newest(self) -> LogEntry:
         return self.run.log.commits()[-1]
 
     def _longest(self, seconds: float) -> float:

@@ -7,7 +7,7 @@ import torch
 from fitv2_scale.checkpoint.commit import commit_folder
 from fitv2_scale.checkpoint.dcp_storage import MANIFEST, BoxReader, box_record, write_manifest
 from fitv2_scale.checkpoint.safetensors_file import Entry, Written, write_safetensors
-from fitv2_scale.run.log import Entry as LogEntry
+from fitv2_scale.run.log import LogEntry
 from fitv2_scale.run.run import Attempt, Run
 
 _WRITTEN_ANEW = ("format", "files", "tensors")

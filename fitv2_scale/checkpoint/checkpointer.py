@@ -39,7 +39,7 @@ from fitv2_scale.config.sections import CheckpointConfig
 from fitv2_scale.parallel.boxes import LogicalTensor
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.world import World
-from fitv2_scale.run.log import Entry
+from fitv2_scale.run.log import LogEntry
 from fitv2_scale.run.run import Attempt, Run
 
 _TIMEOUT = timedelta(minutes=30)  # for which a rank that has written waits for the others
@@ -214,7 +214,7 @@ class Checkpointer:
     def restore(self, engine: Engine, run: Run, step: int | None = None) -> Restored | None:
         """Fills ``engine`` from the newest whole commit of ``run`` (or the one at ``step``); None if there is none."""
         found = self._world.on_first(lambda: [asdict(e) for e in reversed(run.log.commits())])
-        entries = [Entry(**e) for e in found if step is None or e["fields"]["step"] == step]
+        entries = [LogEntry(**e) for e in found if step is None or e["fields"]["step"] == step]
         passed_over: list[str] = []
         for entry in entries:
             manifest, problem = self._world.on_first(lambda e=entry: open_commit(run, e))
@@ -229,7 +229,7 @@ class Checkpointer:
             raise UserError(f"{run.url}: no commit is whole: " + "; ".join(passed_over))
         return None
 
-    def _fill(self, engine: Engine, run: Run, entry: Entry, manifest: dict) -> str | None:
+    def _fill(self, engine: Engine, run: Run, entry: LogEntry, manifest: dict) -> str | None:
         """Reads the commit into ``engine``; returns what is wrong with it, alike on all ranks."""
         wanted, stored = engine.boxes(), manifest["tensors"].keys()
         if not manifest["moments"]:  # imported weights: the optimizer begins anew

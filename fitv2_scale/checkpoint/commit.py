@@ -14,7 +14,7 @@ from fitv2_scale.checkpoint.checksums import CHUNK, ChunkReader, Damaged
 from fitv2_scale.checkpoint.dcp_storage import FORMAT, MANIFEST, BoxWriter
 from fitv2_scale.checkpoint.dcp_tensor import BoxedTensor
 from fitv2_scale.parallel.boxes import LogicalTensor
-from fitv2_scale.run.log import Entry
+from fitv2_scale.run.log import LogEntry
 from fitv2_scale.run.run import Run
 
 MOMENTS = ("exp_avg/", "exp_avg_sq/")
@@ -45,7 +45,7 @@ def write_commit(
     return writer
 
 
-def read_manifest(run: Run, entry: Entry) -> dict:
+def read_manifest(run: Run, entry: LogEntry) -> dict:
     """The manifest of a commit, checked against the log. Raises Damaged; UserError if it is of another format."""
     path = f"{entry.fields['path']}/{MANIFEST}"
     try:
@@ -60,7 +60,7 @@ def read_manifest(run: Run, entry: Entry) -> dict:
     return manifest
 
 
-def verify_commit(run: Run, entry: Entry) -> list[str]:
+def verify_commit(run: Run, entry: LogEntry) -> list[str]:
     """Everything wrong with a commit, a sentence each. Reads all of it."""
     try:
         manifest = read_manifest(run, entry)
@@ -82,7 +82,7 @@ def quarantined(run: Run) -> set[int]:
     return {int(PurePosixPath(path).stem) for path in run.store.list("quarantine/")}
 
 
-def open_commit(run: Run, entry: Entry) -> tuple[dict, str | None]:
+def open_commit(run: Run, entry: LogEntry) -> tuple[dict, str | None]:
     """The manifest, or what is wrong with it."""
     try:
         return read_manifest(run, entry), None
@@ -90,7 +90,7 @@ def open_commit(run: Run, entry: Entry) -> tuple[dict, str | None]:
         return {}, str(error)
 
 
-def glance(run: Run, entry: Entry) -> str | None:
+def glance(run: Run, entry: LogEntry) -> str | None:
     """What is wrong with a commit, as far as that can be seen without reading its data."""
     try:
         manifest = read_manifest(run, entry)
@@ -102,7 +102,7 @@ def glance(run: Run, entry: Entry) -> str | None:
     return None
 
 
-def quarantine(run: Run, entry: Entry, problem: str) -> None:
+def quarantine(run: Run, entry: LogEntry, problem: str) -> None:
     """Keeps the reason, unless the commit has been retired meanwhile: then it is rightly gone."""
     log.warning("the commit at step %d is not whole: %s", entry.fields["step"], problem)
     if any(e.n == entry.n for e in run.log.commits()):

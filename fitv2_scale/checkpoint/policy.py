@@ -4,10 +4,10 @@ import time
 from collections.abc import Callable, Collection, Sequence
 
 from fitv2_scale.config.sections import CheckpointConfig
-from fitv2_scale.run.log import Entry
+from fitv2_scale.run.log import LogEntry
 
 
-def to_retire(commits: Sequence[Entry], quarantined: Collection[int], config: CheckpointConfig) -> list[Entry]:
+def to_retire(commits: Sequence[LogEntry], quarantined: Collection[int], config: CheckpointConfig) -> list[LogEntry]:
     """The commits (oldest first) that are no longer needed.
 
     Never one that is known to be damaged, which also does not count as kept; nor one kept for ever; nor one of the

@@ -35,7 +35,7 @@ class StaleAttempt(Exception):
 
 
 @dataclass(frozen=True)
-class Entry:
+class LogEntry:
     """One log entry. ``attempt`` is who wrote it; for a STOP, the newest attempt at that time (0: none yet)."""
 
     n: int
@@ -58,15 +58,15 @@ class RunLog:
         remedy = "restore it from a backup, or begin a new run folder with --fork-from."
         self._log = NumberedLog(store, "log", _parse, noun="log entry", remedy=remedy)
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[LogEntry]:
         """All entries as of now, oldest first. Raises DataError if one is damaged."""
         return self._log.entries()
 
-    def claim(self) -> Entry:
+    def claim(self) -> LogEntry:
         """Begins an attempt. A claim that meets another on its number becomes the newer attempt."""
         return self._append("CLAIM", lambda before: newest_attempt(before) + 1, {})
 
-    def commit(self, attempt: int, step: int, path: str, manifest: str) -> Entry:
+    def commit(self, attempt: int, step: int, path: str, manifest: str) -> LogEntry:
         """Makes the checkpoint at ``path`` (relative to the run; its manifest has digest ``manifest``) count.
 
         Raises StaleAttempt, with nothing written, if a newer attempt has claimed the run.
@@ -74,18 +74,18 @@ class RunLog:
         fields = {"step": step, "path": path, "manifest": manifest}
         return self._append("COMMIT", lambda before: require_newest(attempt, before), fields)
 
-    def retire(self, attempt: int, entry: int) -> Entry:
+    def retire(self, attempt: int, entry: int) -> LogEntry:
         """Withdraws the COMMIT numbered ``entry``; raises StaleAttempt as ``commit`` does, ValueError if it is none."""
         if not any(e.n == entry and e.kind == "COMMIT" for e in self.entries()):
             raise ValueError(f"log entry {entry} is not a COMMIT")
         return self._append("RETIRE", lambda before: require_newest(attempt, before), {"entry": entry})
 
-    def stop(self, at_once: bool = False) -> Entry:
+    def stop(self, at_once: bool = False) -> LogEntry:
         """Asks the running attempt to save and end, and the chain to end with it; ``at_once``: without saving. Anyone
         may call this."""
         return self._append("STOP", newest_attempt, {"at_once": at_once})
 
-    def commits(self) -> list[Entry]:
+    def commits(self) -> list[LogEntry]:
         """The COMMITs that were not RETIREd, oldest first."""
         entries = self.entries()
         retired = {e.fields["entry"] for e in entries if e.kind == "RETIRE"}
@@ -96,10 +96,10 @@ class RunLog:
         last = next((e for e in reversed(self.entries()) if e.kind in ("CLAIM", "STOP")), None)
         return last is not None and last.kind == "STOP"
 
-    def _append(self, kind: str, writer: Callable[[Sequence[Entry]], int], fields: dict[str, Any]) -> Entry:
+    def _append(self, kind: str, writer: Callable[[Sequence[LogEntry]], int], fields: dict[str, Any]) -> LogEntry:
         """Creates the next entry. ``writer`` names its attempt, given every entry before it, or raises StaleAttempt."""
 
-        def build(before: Sequence[Entry], nonce: str) -> dict[str, Any]:
+        def build(before: Sequence[LogEntry], nonce: str) -> dict[str, Any]:
             attempt = writer(before)
             head = {"n": len(before) + 1, "kind": kind, "attempt": attempt, "nonce": nonce, "time": now()}
             return head | fields
@@ -107,20 +107,20 @@ class RunLog:
         return self._log.append(build)[-1]
 
 
-def newest_attempt(entries: Sequence[Entry]) -> int:
+def newest_attempt(entries: Sequence[LogEntry]) -> int:
     """The number of the newest claimed attempt, 0 if there is none."""
     return max((e.attempt for e in entries if e.kind == "CLAIM"), default=0)
 
 
-def require_newest(attempt: int, entries: Sequence[Entry]) -> int:
+def require_newest(attempt: int, entries: Sequence[LogEntry]) -> int:
     """Returns ``attempt``. Raises StaleAttempt if a newer attempt has claimed the run."""
     if (newest := newest_attempt(entries)) != attempt:
         raise StaleAttempt(f"attempt {attempt} was superseded by attempt {newest}; it must stop")
     return attempt
 
 
-def _parse(n: int, record: dict[str, Any]) -> Entry:
-    entry = Entry(*(record.pop(key) for key in ("n", "kind", "attempt", "nonce", "time")), fields=record)
+def _parse(n: int, record: dict[str, Any]) -> LogEntry:
+    entry = LogEntry(*(record.pop(key) for key in ("n", "kind", "attempt", "nonce", "time")), fields=record)
     if entry.n != n or entry.kind not in _REQUIRED or not isinstance(entry.attempt, int):
         raise ValueError(f"it says n={entry.n!r} kind={entry.kind!r} attempt={entry.attempt!r}")
     if missing := [key for key in _REQUIRED[entry.kind] if key not in record]:

@@ -24,7 +24,7 @@ from data_sharding.errors import DataError, StorageDown, UserError
 from data_sharding.storage.open_store import open_store
 from data_sharding.storage.store import Store
 from fitv2_scale.run import local_files
-from fitv2_scale.run.log import Entry, RunLog, now
+from fitv2_scale.run.log import LogEntry, RunLog, now
 from fitv2_scale.run.redact import redact
 
 # How an attempt ends: exit codes of `fitv2 train`, and codes in end.json. The README says what launchers make of them.
@@ -178,14 +178,14 @@ class Attempt:
         """Brings a file of ``folder`` to a run that is elsewhere."""
         self.run.ship(f"{self.path}/{file.relative_to(self.folder)}")
 
-    def commit(self, step: int, path: str, manifest_digest: str) -> Entry:
+    def commit(self, step: int, path: str, manifest_digest: str) -> LogEntry:
         """Makes the checkpoint count. Call after its files, its manifest and ``Journal.seal``.
 
         Raises StaleAttempt, with nothing written, if a newer attempt has claimed the run.
         """
         return self.run.log.commit(self.number, step, path, manifest_digest)
 
-    def retire(self, entry: int) -> Entry:
+    def retire(self, entry: int) -> LogEntry:
         """Withdraws the COMMIT with log number ``entry``, so that its data may go. Raises as ``commit`` does."""
         return self.run.log.retire(self.number, entry)
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fitv2_scale.run.log import Entry, newest_attempt
+from fitv2_scale.run.log import LogEntry, newest_attempt
 from fitv2_scale.run.run import Attempt, Run
 from fitv2_scale.run.substitutions import summary
 
@@ -52,5 +52,5 @@ def status(run: Run) -> dict[str, Any]:
     }
 
 
-def _why_no_end(claim: Entry, entries: list[Entry]) -> str:
+def _why_no_end(claim: LogEntry, entries: list[LogEntry]) -> str:
     return "killed or still running" if claim.attempt == newest_attempt(entries) else "killed"

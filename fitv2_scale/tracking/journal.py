@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from data_sharding.storage.atomic_write import fsync_folder
-from fitv2_scale.run.log import Entry
+from fitv2_scale.run.log import LogEntry
 from fitv2_scale.run.run import Run
 
 _FLUSH_EVERY_S = 1.0
@@ -153,7 +153,7 @@ class Span:
     growing: bool
 
 
-def spans(entries: Sequence[Entry]) -> list[Span]:
+def spans(entries: Sequence[LogEntry]) -> list[Span]:
     """The steps that each attempt contributes, from the log's entries; in the order of the claims, without overlap."""
     claims = [e.attempt for e in entries if e.kind == "CLAIM"]
     found, low = [], -1  # -1, since records of step 0 count

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
 
-from fitv2_scale.run.log import Entry, newest_attempt, now
+from fitv2_scale.run.log import LogEntry, newest_attempt, now
 from fitv2_scale.run.run import Attempt, Run
 from fitv2_scale.tracking import journal, tags
 from fitv2_scale.tracking.mlflow_writer import Row, Server, ServerRun
@@ -37,7 +37,7 @@ class LiveRuns:
         self._child: ServerRun | None = None  # of the attempt at ``_position``
         self.step = 0  # the last measured step that was read
 
-    def publish(self, entries: Sequence[Entry]) -> None:
+    def publish(self, entries: Sequence[LogEntry]) -> None:
         """Sends the new measurements, and closes the children of attempts that are no longer the newest."""
         committed = _Committed(entries)
         while True:
@@ -97,7 +97,7 @@ class LiveRuns:
 class _Committed:
     """The last committed step at any time."""
 
-    def __init__(self, entries: Sequence[Entry]) -> None:
+    def __init__(self, entries: Sequence[LogEntry]) -> None:
         self._times, self._steps = [0], [0]
         for entry in entries:
             if entry.kind == "COMMIT":

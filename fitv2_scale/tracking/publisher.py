@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
-from fitv2_scale.run.log import Entry, newest_attempt
+from fitv2_scale.run.log import LogEntry, newest_attempt
 from fitv2_scale.run.redact import redact
 from fitv2_scale.run.run import Attempt, Run, flatten
 from fitv2_scale.tracking import journal, tags
@@ -140,7 +140,7 @@ class Publisher:
             connection.canonical.set_tags(tags.attempt_tags(newest, start))
             connection.tagged_attempt = newest
 
-    def _tag_lag(self, connection: _Connection, entries: Sequence[Entry]) -> None:
+    def _tag_lag(self, connection: _Connection, entries: Sequence[LogEntry]) -> None:
         committed = max((e.fields["step"] for e in entries if e.kind == "COMMIT"), default=0)
         measured = max(connection.live.step, committed)
         lag = f"{measured - committed} steps: {measured} measured, {committed} committed"

@@ -7,7 +7,7 @@ import pytest
 from data_sharding.errors import UserError
 from data_sharding.storage.local_store import LocalStore
 from fitv2_scale.config.slurm import SlurmConfig
-from fitv2_scale.run.log import Entry
+from fitv2_scale.run.log import LogEntry
 from fitv2_scale.run.run import NOT_FINITE, Run
 from launchers.chain import culprits, node_count
 from launchers.chain_log import ChainLog, excluded, signal_seconds, verdict
@@ -53,12 +53,12 @@ def end(code: int, blamed=(), time: str = "2025-06-01T12:00:00.000000+00:00", jo
     }
 
 
-def log(*kinds: str) -> list[Entry]:
+def log(*kinds: str) -> list[LogEntry]:
     """Entries of these kinds; ``COMMIT 20`` is one of step 20."""
     made = []
     for n, (kind, _, number) in enumerate((k.partition(" ") for k in kinds), 1):
         fields = {"COMMIT": {"step": int(number or 0)}, "RETIRE": {"entry": int(number or 0)}}.get(kind, {})
-        made.append(Entry(n, kind, 1, "", "", fields))
+        made.append(LogEntry(n, kind, 1, "", "", fields))
     return made
 
 

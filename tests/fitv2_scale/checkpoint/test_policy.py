@@ -10,12 +10,12 @@ from pydantic import ValidationError
 from fitv2_scale.checkpoint.policy import Cadence, to_retire
 from fitv2_scale.config.sections import CheckpointConfig
 from fitv2_scale.planning.forecast.save_interval import LONGEST, SHORTEST, mtbf_hours, recommended_interval
-from fitv2_scale.run.log import Entry
+from fitv2_scale.run.log import LogEntry
 from tests.support.save_costs import lost_share
 
 
-def commits(*steps: int) -> list[Entry]:
-    return [Entry(n, "COMMIT", 1, "", "", {"step": step}) for n, step in enumerate(steps, 1)]
+def commits(*steps: int) -> list[LogEntry]:
+    return [LogEntry(n, "COMMIT", 1, "", "", {"step": step}) for n, step in enumerate(steps, 1)]
 
 
 def retired(steps: list[int], bad: set[int] = frozenset(), **config) -> list[int]:
