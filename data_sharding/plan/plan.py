@@ -17,20 +17,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import numpy as np
 
 from data_sharding.errors import UserError
 from data_sharding.format.manifest import Manifest
 from data_sharding.plan.stratify import assign_to_steps, order_frames
+from data_sharding.plan.view_choice import Views
 from data_sharding.rng import Purpose, keyed_order, words, words64
 
 PLANNER_VERSION = 2
 RESIZE, CROP = 0, 1  # the view axis of Manifest.size
 MAX_WINDOW_STEPS = 256
-
-Views = Literal["mixed", "resize", "crop"]
 
 
 @dataclass(frozen=True)

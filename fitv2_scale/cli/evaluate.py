@@ -98,8 +98,8 @@ def _pictures(args: argparse.Namespace, means: "Means") -> int:
 
 
 def _cells(args: argparse.Namespace, weights: "Weights") -> "list[Cell]":
+    from fitv2_scale.config.load import with_changes
     from fitv2_scale.config.model import parse_size
-    from fitv2_scale.config.sections import with_changes
     from fitv2_scale.evaluate.generated_features import Cell
     from fitv2_scale.evaluate.sampling.sampler import rope_of
     from fitv2_scale.evaluate.suites import load_suite

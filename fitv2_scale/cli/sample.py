@@ -128,7 +128,7 @@ def _labels(args: argparse.Namespace, weights: "Weights") -> list[int]:
 
 
 def _sampling(args: argparse.Namespace, config: "SamplingConfig") -> "SamplingConfig":
-    from fitv2_scale.config.sections import with_changes
+    from fitv2_scale.config.load import with_changes
 
     names = ("cfg", "guided_channels", "solver", "steps", "rope", "attention_scale")
     return with_changes(config, {name: getattr(args, name) for name in names if getattr(args, name) is not None})

@@ -1,4 +1,4 @@
-"""Which rank does what: a description that can be computed and tested without any process. Plain data, no torch.
+"""The section ``layout``, and ``Layout``: which rank does what, computed and tested without any process.
 
 Vocabulary: a mesh has axes, a tensor has dims. ``replicate`` copies of the sharded state, each spread over ``shard``
 ranks, each of which is a group of ``tensor`` ranks that compute one rank's work together. The replicate x shard groups
@@ -65,16 +65,16 @@ class LayoutConfig(Section):
     )
     replicate: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto",
-        description="copies of the sharded state, a divisor of the number of processes; auto: one a node with fsdp",
+        description="copies of the sharded state; divides the number of processes; auto: one per node with fsdp",
     )
     tensor: int = Field(
         1, ge=1, description="processes that share the work on one pack (tensor parallelism); must divide model.heads"
     )
     checkpointing: Checkpointing = Field(
-        "none", description="what is computed again in the backward pass instead of kept: nothing, cheap parts, blocks"
+        "none", description="activation checkpointing: recompute nothing, cheap operations (selective), blocks (full)"
     )
-    precision: Precision = Field("bf16", description="of compute; master weights and reductions stay float32")
-    max_tokens: int = Field(16384, ge=64, description="most tokens in a pack; the planner picks the capacity below it")
+    precision: Precision = Field("bf16", description="precision of compute; master weights and reductions stay float32")
+    max_tokens: int = Field(16384, ge=64, description="maximum tokens of a pack; the planner picks a capacity up to it")
     compile: bool | Literal["auto"] = Field("auto", description="torch.compile each block; auto: on CUDA only")
 
     def compiles(self, on_cuda: bool) -> bool:

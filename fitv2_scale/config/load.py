@@ -4,17 +4,17 @@ import copy
 import difflib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from data_sharding.errors import UserError
 from fitv2_scale.config.schema import Config
-from fitv2_scale.config.sections import (
-    Section,
-)
+from fitv2_scale.config.section import Section
 from fitv2_scale.config.slurm import SlurmConfig
+
+S = TypeVar("S", bound=Section)
 
 
 class _SlurmAlone(Section):
@@ -41,7 +41,7 @@ def load_config(path: str, overrides: list[str] | None = None) -> Config:
         text = Path(path).read_text()
     except OSError as error:
         known = ", ".join(sorted(str(p) for p in Path("configs").glob("*.yaml")))
-        hint = f"; there are {known}" if known else ""
+        hint = f"; available: {known}" if known else ""
         raise UserError(f"cannot read the config {path}: {error.strerror}{hint}") from error
     tree = _parse_yaml(text, path)
     if not isinstance(tree, dict):
@@ -68,6 +68,14 @@ def parse_config(tree: dict, where: str, overrides: list[str] | None = None) -> 
         return Config.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"{where}: {_sentence(error.errors()[0])}") from None
+
+
+def with_changes(section: S, changes: dict[str, Any]) -> S:
+    """``section`` with other values, validated. Raises UserError with one sentence that names the key."""
+    try:
+        return type(section).model_validate(section.model_dump() | changes)
+    except ValidationError as error:
+        raise UserError(_sentence(error.errors()[0])) from None
 
 
 def explain(config: Config) -> Iterator[tuple[str, Any, str]]:

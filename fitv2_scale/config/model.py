@@ -1,4 +1,4 @@
-"""What defines a FiTv2 network."""
+"""The sections that define a FiTv2 network and its training objective: ``model`` (with ``rope``) and ``flow``."""
 
 from typing import Literal
 
@@ -18,15 +18,15 @@ AttentionScale = Literal["none", "paper", "released"]
 class RopeConfig(Section):
     mode: Mode = Field(
         "none",
-        description="positions beyond train_side: none (as they come), pi, ntk, yarn, or with a scale of its own for "
-        "each axis vision_ntk (as the high-resolution stage is trained), vision_yarn",
+        description="RoPE beyond train_side: none (unchanged), pi, ntk, yarn; with a separate scale for each axis: "
+        "vision_ntk (as the high-resolution stage is trained), vision_yarn",
     )
     attention_scale: AttentionScale = Field(
         "none",
-        description="of q k by the number of tokens, in the paper's form or the released code's, which differ",
+        description="scale of the attention logits by the number of tokens; paper and released code differ",
     )
     train_side: int = Field(
-        16, ge=2, description="side in tokens of a square image as large as those trained on before any extrapolation"
+        16, ge=2, description="side, in tokens, of the square images trained on before any extrapolation"
     )
 
 
@@ -37,14 +37,14 @@ class ModelConfig(Section):
     classes: int = Field(1000, ge=1, description="number of classes; one more embedding row stands for 'no class'")
     qk_norm: Literal["layernorm", "l2_scale", "none"] = Field(
         "layernorm",
-        description="layernorm: parameter-free LayerNorm over head_dim, as released; l2_scale: L2 with a learnable "
-        "scale per head; none",
+        description="layernorm: LayerNorm over head_dim without parameters, as released; l2_scale: L2 norm with a "
+        "learned scale per head; none",
     )
     adaln: Literal["lora", "full"] = Field(
-        "lora", description="lora: a rank hidden/4 head per block plus one global head, as released; full: FiT's own"
+        "lora", description="lora: per block a head of rank hidden/4, plus one global head, as released; full: as FiT"
     )
     rope_theta: float = Field(10000.0, gt=0, description="base of the rotary frequencies")
-    rope: RopeConfig = Field(RopeConfig(), description="positions of images larger than the first training's")
+    rope: RopeConfig = Field(RopeConfig(), description="positions in images larger than those first trained on")
 
     @model_validator(mode="after")
     def _divisible(self):
@@ -81,4 +81,4 @@ class FlowConfig(Section):
     t_sampler: Literal["logit_normal", "uniform"] = Field(
         "logit_normal", description="density of training times; logit_normal is sigmoid(N(0, 1)), as released"
     )
-    label_dropout: float = Field(0.1, ge=0, le=1, description="share of images trained without their class, for CFG")
+    label_dropout: float = Field(0.1, ge=0, le=1, description="fraction of images trained without their class, for CFG")

@@ -34,27 +34,27 @@ _RUNTIME = {"data": ("url", "weights", *_READING)}
 
 
 class Config(Section):
-    run: str = Field("", description="the RUN's folder: made by the first attempt, continued by the next ones")
-    seed: int = Field(0, ge=0, lt=1 << 64, description="of all randomness: weights, order, noise, times, views")
+    run: str = Field("", description="folder or s3:// URL of the RUN; the first attempt makes it")
+    seed: int = Field(0, ge=0, lt=1 << 64, description="seed of initial weights, data order, noise, times and views")
     init_from: str = Field(
-        "", description="what a new run begins with: RUN@STEP (its EMA weights), or a file of weights; empty: nothing"
+        "", description="initial weights of a new run: RUN@STEP (its EMA weights) or a weights file; empty: random ones"
     )
     model: ModelConfig = Field(description="the network")
     flow: FlowConfig = Field(FlowConfig(), description="the training objective")
     data: DataConfig = Field(description="the dataset")
-    batch: BatchConfig = Field(BatchConfig(), description="the step")
+    batch: BatchConfig = Field(BatchConfig(), description="what a step trains on")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="AdamW")
-    ema: EMAConfig = Field(EMAConfig(), description="the averaged weights that sampling uses")
-    trainable: list[str] = Field(["*"], description="name patterns of the tensors to train, as in blocks.*.adaLN*")
+    ema: EMAConfig = Field(EMAConfig(), description="the averaged weights, which sampling uses")
+    trainable: list[str] = Field(["*"], description="name patterns of the trained tensors, as in blocks.*.adaLN*")
     train: TrainConfig = Field(description="the run's length")
-    layout: LayoutConfig = Field(LayoutConfig(), description="how the work is spread; changes nothing but the speed")
-    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="commits")
+    layout: LayoutConfig = Field(LayoutConfig(), description="how the work is divided; changes only the speed")
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="when commits are made and kept")
     tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow")
-    validation: ValidationConfig = Field(ValidationConfig(), description="loss on held-out images while training")
-    sampling: SamplingConfig = Field(SamplingConfig(), description="pictures while training")
-    profile: ProfileConfig = Field(ProfileConfig(), description="where the time and the memory of steps go")
-    watchdog: WatchdogConfig = Field(WatchdogConfig(), description="when a rank that gets no further ends the attempt")
-    slurm: SlurmConfig = Field(SlurmConfig(), description="how `fitv2 submit` asks your cluster for jobs")
+    validation: ValidationConfig = Field(ValidationConfig(), description="loss on held-out images")
+    sampling: SamplingConfig = Field(SamplingConfig(), description="images sampled during training")
+    profile: ProfileConfig = Field(ProfileConfig(), description="time and memory of single steps")
+    watchdog: WatchdogConfig = Field(WatchdogConfig(), description="time limits that detect a hung rank")
+    slurm: SlurmConfig = Field(SlurmConfig(), description="how `fitv2 submit` requests jobs")
 
     @model_validator(mode="after")
     def _layout_suits_the_model(self):

@@ -1,4 +1,4 @@
-"""What every section of a run's configuration is."""
+"""The base of every section of a run's configuration: typed, frozen, and without unknown keys."""
 
 from pydantic import BaseModel, ConfigDict
 

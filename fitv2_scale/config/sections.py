@@ -1,40 +1,43 @@
-"""The sections of a run's configuration that belong to no other room; ``config`` puts all of them together."""
+"""The sections of a run's configuration without a module of their own: what a step trains on (``data``, ``batch``), how
+it is trained (``optimizer``, ``ema``, ``train``), what is recorded (``tracking``, ``profile``, ``validation``,
+``sampling``), and what keeps a run alive (``checkpoint``, ``watchdog``)."""
 
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from data_sharding.errors import UserError
-from data_sharding.plan.plan import Views
+from data_sharding.plan.view_choice import Views
 from fitv2_scale.config.model import AttentionScale, Mode, parse_size
 from fitv2_scale.config.section import Section
 
-S = TypeVar("S", bound=Section)
-
 
 class DataConfig(Section):
-    url: str | list[str] = Field(description="folder or URL of a dataset made by `fitv2 shard write`, or several")
+    url: str | list[str] = Field(description="folder or URL of a dataset written by `fitv2 shard write`, or a list")
     weights: list[float] | None = Field(
-        None, description="share of the images of each dataset, if there are several; null: as they are large"
+        None, description="relative weight of each dataset in a list; null: in proportion to their images"
     )
     views: Views = Field(
-        "mixed", description="mixed: images with a crop view use it half the time, as published; resize; crop"
+        "mixed", description="mixed: images with a crop view use it half the time, as published; or always resize, crop"
     )
     cache_gib: float = Field(
         2.5,
         gt=0,
-        description="memory per rank for decoded frames; a window of 256-token ImageNet takes 2.1",
+        description="GiB of memory per rank for decoded frames; a window of 256-token ImageNet takes 2.1",
     )
-    prefetch_gib: float = Field(0.25, gt=0, description="memory per rank for frames and batches of steps to come")
+    prefetch_gib: float = Field(0.25, gt=0, description="GiB of memory per rank for prefetched frames and batches")
     cache_dir: str = Field(
-        "", description="folder on each node's own disk for frames as they are stored, shared by its ranks; empty: none"
+        "", description="folder on the local disk of each node where its ranks cache frames as stored; empty: none"
     )
-    cache_disk_gib: float = Field(32.0, gt=0, description="most that cache_dir may hold")
+    cache_disk_gib: float = Field(32.0, gt=0, description="maximum GiB in cache_dir")
     deadline_seconds: float = Field(
-        300.0, gt=0, le=400, description="how long a frame is asked for again before it counts as lost"
+        300.0, gt=0, le=400, description="seconds for which reading a frame is retried before it counts as unreadable"
     )
     max_substituted: float = Field(
-        1e-4, ge=0, lt=1, description="share of the images that may be replaced because they cannot be read; 0: none"
+        1e-4,
+        ge=0,
+        lt=1,
+        description="fraction of images that may be substituted if they cannot be read; 0: none",
     )
 
     @property
@@ -46,7 +49,7 @@ class BatchConfig(Section):
     images: int = Field(
         256,
         ge=1,
-        description="images in every step, on any number of ranks; a change begins at a window boundary",
+        description="images per step, on any number of ranks; a change takes effect at a window boundary",
     )
 
 
@@ -55,26 +58,26 @@ class EMAConfig(Section):
 
 
 class TrainConfig(Section):
-    steps: int = Field(ge=1, description="optimizer steps of the whole run; may be raised later to go on")
-    log_every: int = Field(10, ge=1, description="steps a journal entry covers")
-    audit: bool = Field(False, description="record ids, times and noise digests of all that is trained on")
+    steps: int = Field(ge=1, description="optimizer steps of the whole run; raise it to continue a finished run")
+    log_every: int = Field(10, ge=1, description="steps per journal entry")
+    audit: bool = Field(False, description="record id, time and noise digest of each image trained on")
     max_skipped: int = Field(
-        20, ge=1, description="steps in a row with a loss or gradient that is not finite before giving up"
+        20, ge=1, description="steps in a row with a non-finite loss or gradient after which training ends with 93"
     )
     spike_sigma: float = Field(
-        6.0, ge=0, description="a loss this many deviations above its running mean is reported, no more; 0: none is"
+        6.0, ge=0, description="report a loss this many standard deviations above its running mean; 0: report none"
     )
 
 
 class TrackingConfig(Section):
     uri: str = Field("auto", description="MLflow tracking URI; auto: a sqlite file beside the run; none: journal only")
-    experiment: str = Field("fitv2", description="MLflow experiment")
-    peak_tflops: float | None = Field(None, gt=0, description="peak of one device, for MFU; known GPUs need none")
+    experiment: str = Field("fitv2", description="name of the MLflow experiment")
+    peak_tflops: float | None = Field(None, gt=0, description="peak of one device, for MFU; null: that of known GPUs")
 
 
 class ProfileConfig(Section):
     steps: str = Field(
-        "", description="a:b profiles the first rank, in the steps after a up to b, into attempts/<n>/profile"
+        "", description="a:b profiles rank 0 from step a + 1 to step b, into attempts/<n>/profile; empty: no profile"
     )
 
     @field_validator("steps", mode="before")
@@ -93,13 +96,13 @@ class ProfileConfig(Section):
 
 class ValidationConfig(Section):
     every_steps: int = Field(
-        0, ge=0, description="steps between validations of raw and EMA weights, and one at the end; 0: none"
+        0, ge=0, description="steps between validations of raw and EMA weights, plus one at the end; 0: none"
     )
     url: str | list[str] = Field(
-        "", description="dataset of held-out images, or several; empty: what --holdout set aside of data.url"
+        "", description="dataset of held-out images, or a list; empty: the images that --holdout set aside"
     )
-    images: int = Field(256, ge=1, description="most held-out images that are looked at, always the same")
-    timesteps: int = Field(8, ge=1, description="times at which each is looked at, evenly spaced over (0, 1)")
+    images: int = Field(256, ge=1, description="maximum number of held-out images, the same every time")
+    timesteps: int = Field(8, ge=1, description="times t at which each image is evaluated, evenly spaced over (0, 1)")
 
     @property
     def urls(self) -> list[str]:
@@ -107,26 +110,27 @@ class ValidationConfig(Section):
 
 
 class SamplingConfig(Section):
-    every_steps: int = Field(0, ge=0, description="steps between grids of pictures from the EMA weights; 0: none")
+    every_steps: int = Field(0, ge=0, description="steps between image grids from the EMA weights; 0: none")
     sizes: list[str] = Field(["256x256"], description="HEIGHTxWIDTH in pixels, multiples of 16; one grid row each")
-    columns: int = Field(8, ge=1, description="classes shown, spread evenly over all")
+    columns: int = Field(8, ge=1, description="number of classes shown, spread evenly over all")
     cfg: float = Field(1.5, ge=1, description="classifier-free guidance scale; 1: none")
     guided_channels: Literal["all", "three"] = Field(
         "all", description="latent channels that guidance applies to; three: the first three of four, as released"
     )
     solver: Literal["euler", "heun", "dopri5", "sde"] = Field(
-        "euler", description="euler, heun: even steps; dopri5: adaptive, each image its own; sde: SiT's stochastic path"
+        "euler",
+        description="euler, heun: fixed steps; dopri5: adaptive steps per image; sde: SiT's stochastic sampler",
     )
-    steps: int = Field(50, ge=1, description="of euler, heun and sde")
+    steps: int = Field(50, ge=1, description="number of steps of euler, heun and sde")
     atol: float = Field(1e-6, gt=0, description="absolute tolerance of dopri5")
     rtol: float = Field(1e-3, gt=0, description="relative tolerance of dopri5")
     rope: Literal["auto", Mode] = Field(
-        "auto", description="positions of large images, as model.rope.mode; auto: as published for each size"
+        "auto", description="RoPE of large images, as model.rope.mode; auto: as published for each size"
     )
     attention_scale: Literal["auto", AttentionScale] = Field(
-        "auto", description="as model.rope.attention_scale; auto: as published where rope is auto, else none"
+        "auto", description="as model.rope.attention_scale; auto: as published if rope is auto, else none"
     )
-    vae: str = Field("", description="folder of the AutoencoderKL (diffusers) that makes pictures of sd-vae latents")
+    vae: str = Field("", description="folder of the diffusers AutoencoderKL that decodes sd-vae latents")
 
     @field_validator("sizes")
     @classmethod
@@ -139,17 +143,7 @@ class SamplingConfig(Section):
         return sizes
 
 
-def with_changes(section: S, changes: dict[str, Any]) -> S:
-    """``section`` with other values, validated. Raises UserError with one sentence that names the key."""
-    try:
-        return type(section).model_validate(section.model_dump() | changes)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{key} = {first['input']!r}: {message}") from None
-
-
-_SAFE = 2  # so many of the newest sound commits are never deleted, whatever the config says
+_LEAST_KEPT = 2  # newest sound commits that are never deleted, whatever the config says
 
 
 class CheckpointConfig(Section):
@@ -157,30 +151,32 @@ class CheckpointConfig(Section):
     every_minutes: float | None = Field(
         None, gt=0, description="minutes between commits, instead of every_steps; `fitv2 plan` recommends a value"
     )
-    keep_last: int = Field(2, ge=_SAFE, description="newest commits to keep; older ones are retired, then deleted")
-    keep_every: int = Field(0, ge=0, description="commits at its multiples are made and kept for ever; 0: none")
-    milestones: list[int] = Field([], description="commits at these steps are made and kept for ever")
+    keep_last: int = Field(
+        2, ge=_LEAST_KEPT, description="newest commits to keep; older ones are retired, then deleted"
+    )
+    keep_every: int = Field(0, ge=0, description="commits at multiples of this step are made and kept forever; 0: none")
+    milestones: list[int] = Field([], description="commits at these steps are made and kept forever")
     max_failed: int = Field(
         3,
         ge=1,
-        description="saves in a row that may fail until training ends with 75; the next is made when it is due",
+        description="failed saves in a row after which training ends with 75; until then it retries when a save is due",
     )
 
     def keeps(self, step: int) -> bool:
-        """Whether the commit at ``step`` is kept for ever."""
+        """Whether the commit at ``step`` is kept forever."""
         return step in self.milestones or (self.keep_every > 0 and step % self.keep_every == 0)
 
 
 class WatchdogConfig(Section):
-    step_factor: float = Field(3.0, gt=1, description="a step may take so many times the longest of the last ones")
+    step_factor: float = Field(3.0, gt=1, description="limit of a step: this many times the longest recent step")
     step_seconds: float = Field(
-        30.0, gt=0, description="and always as long as this; also how long a rank may be silent"
+        30.0, gt=0, description="lower bound of that limit; also how long a rank may send no heartbeat"
     )
-    compile_seconds: float = Field(1800.0, gt=0, description="limit of each of the first steps")
-    load_seconds: float = Field(1800.0, gt=0, description="limit of building the model and reading a commit")
-    data_seconds: float = Field(900.0, gt=0, description="limit of waiting for a batch; over data.deadline_seconds")
-    save_seconds: float = Field(1800.0, gt=0, description="limit of a commit")
-    evaluate_seconds: float = Field(1800.0, gt=0, description="limit of making pictures")
+    compile_seconds: float = Field(1800.0, gt=0, description="limit of each of the first steps, which compile")
+    load_seconds: float = Field(1800.0, gt=0, description="limit for building the model and reading a commit")
+    data_seconds: float = Field(900.0, gt=0, description="limit for waiting for a batch; above data.deadline_seconds")
+    save_seconds: float = Field(1800.0, gt=0, description="limit for making a commit")
+    evaluate_seconds: float = Field(1800.0, gt=0, description="limit for sampling and validation during training")
 
 
 class OptimizerConfig(Section):

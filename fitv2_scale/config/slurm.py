@@ -1,4 +1,4 @@
-"""What differs from cluster to cluster: the config section ``slurm``."""
+"""The section ``slurm``: what differs from cluster to cluster."""
 
 import math
 import re
@@ -19,45 +19,45 @@ NCCL_PROFILES: dict[str, dict[str, str]] = {
 
 
 class SlurmConfig(Section):
-    partition: str = Field("", description="where jobs run; empty: the cluster's default partition")
-    account: str = Field("", description="whom they are charged to; empty: your default account")
+    partition: str = Field("", description="partition of the jobs; empty: the cluster's default")
+    account: str = Field("", description="account that is charged; empty: your default")
     qos: str = Field("", description="quality of service; empty: your default")
     constraint: str = Field("", description="features that nodes must have, as in h100&nvme; empty: any")
     walltime: str = Field("24:00:00", description="time limit of one job: minutes, HH:MM:SS or D-HH:MM:SS")
-    tasks_per_node: int = Field(8, ge=1, description="processes on each node, one for each of its GPUs")
+    tasks_per_node: int = Field(8, ge=1, description="processes per node, one per GPU")
     gpus: Literal["gres", "typed", "gpus-per-node", "none"] = Field(
         "gres",
-        description="how GPUs are asked for: --gres=gpu:8, --gres=gpu:TYPE:8, --gpus-per-node=8, or not at all",
+        description="how GPUs are requested: --gres=gpu:8, --gres=gpu:TYPE:8, --gpus-per-node=8, or not at all",
     )
-    gpu_type: str = Field("", description="for slurm.gpus=typed: the TYPE, as `sinfo -o %G` names it")
-    cpus_per_task: int = Field(0, ge=0, description="cores of each process; 0: the cluster's default")
-    memory: str = Field("", description="of each node, as in 480G; 0: all it has; empty: the cluster's default")
-    exclusive: bool = Field(False, description="whether to have nodes alone")
+    gpu_type: str = Field("", description="TYPE for slurm.gpus=typed, as `sinfo -o %G` shows it")
+    cpus_per_task: int = Field(0, ge=0, description="CPU cores per process; 0: the cluster's default")
+    memory: str = Field("", description="memory per node, as in 480G; 0: all of it; empty: the cluster's default")
+    exclusive: bool = Field(False, description="share no node with other jobs")
     extra: list[str] = Field([], description="more sbatch options, as in --mail-type=END; one #SBATCH line each")
-    setup: list[str] = Field([], description="shell lines before all else, as in module load cuda; no secrets")
-    wrap: str = Field("", description="words before python, as in apptainer exec --nv fitv2.sif")
+    setup: list[str] = Field([], description="shell lines that run first, as in module load cuda; no secrets")
+    wrap: str = Field("", description="command before python, as in apptainer exec --nv fitv2.sif")
     python: str = Field(
-        "", description="the ranks' interpreter, as it is named within slurm.wrap; empty: the one that submits"
+        "", description="Python interpreter of the ranks, as seen inside slurm.wrap; empty: that of `fitv2 submit`"
     )
     nccl: Literal["none", "infiniband", "roce", "efa", "ethernet"] = Field(
-        "none", description="network between nodes: a profile of NCCL's environment; none: NCCL decides"
+        "none", description="NCCL environment for the network between nodes; none: NCCL decides"
     )
-    template: str = Field("", description="a batch script to use instead of launchers/train.sh.in")
+    template: str = Field("", description="template of the batch script instead of launchers/train.sh.in")
     folder: str = Field(
-        "", description="folder that all nodes see, for code, config and output of jobs; empty: jobs/ in the run"
+        "", description="folder visible to all nodes, for code, config and output of jobs; empty: jobs/ in the run"
     )
     signal_seconds: int = Field(
         0,
         ge=0,
-        description="seconds before the time limit at which Slurm asks to save; 0: 300, or 2 x (step + save) "
-        "where that has been seen to be more",
+        description="seconds before the time limit at which Slurm asks for a save; 0: 300, or 2 x (step + save) "
+        "if that was measured to be longer",
     )
-    doctor: bool = Field(True, description="whether each job examines its nodes first; seconds, see `fitv2 doctor`")
+    doctor: bool = Field(True, description="check the nodes of each job before training, as `fitv2 doctor` does")
     successors: int = Field(
-        0, ge=0, description="jobs to queue at once, for clusters whose compute nodes have no sbatch; 0: job by job"
+        0, ge=0, description="successors to queue at once, if compute nodes have no sbatch; 0: each job queues the next"
     )
-    fruitless: int = Field(3, ge=1, description="jobs in a row without a new commit before the chain ends with 93")
-    exclude_minutes: float = Field(120.0, ge=0, description="how long a node that failed is avoided")
+    fruitless: int = Field(3, ge=1, description="jobs in a row without a new commit after which the chain ends with 93")
+    exclude_minutes: float = Field(120.0, ge=0, description="minutes for which a failed node is excluded")
     on_event: str = Field(
         "",
         description="shell command run as COMMAND EVENT RUN REASON when the chain ends (done, stopped, bad-input, "
