@@ -5,9 +5,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from fitv2_scale.model.counts import trained_names
 from fitv2_scale.parallel.boxes import LogicalTensor
 
 
@@ -44,11 +43,3 @@ class Engine(Protocol):
 
     def loaded(self) -> None:
         """To be called after the boxes were written into: what the engine derives from them is made anew."""
-
-
-def freeze(network: nn.Module, trainable: list[str]) -> None:
-    """Trains what a pattern of ``trainable`` matches, and nothing else. Raises UserError if that is nothing."""
-    params = dict(network.named_parameters())
-    trained = set(trained_names(params, trainable))
-    for name, param in params.items():
-        param.requires_grad_(name in trained)

@@ -4,8 +4,7 @@ fp32 master weights, gradients reduced in fp32 once a step, fp32 EMA in the same
 device and filled box by box, so no rank ever holds the whole model.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -13,15 +12,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from fitv2_scale.config.layout import Checkpointing, Precision
-from fitv2_scale.config.model import ModelConfig
-from fitv2_scale.config.sections import OptimizerConfig
+from fitv2_scale.config.layout import Precision
 from fitv2_scale.model.counts import logical_shapes
 from fitv2_scale.model.fitv2 import FiTv2
-from fitv2_scale.model.init import fill_initial
-from fitv2_scale.parallel.blocks import prepare_blocks
 from fitv2_scale.parallel.boxes import LogicalTensor, rows_boxes
-from fitv2_scale.parallel.engine import StepResult, freeze
+from fitv2_scale.parallel.ema import exchanged
+from fitv2_scale.parallel.engine import StepResult
+from fitv2_scale.parallel.engine_spec import EngineSpec
 from fitv2_scale.parallel.mesh import Groups
 from fitv2_scale.parallel.optimizer import AdamW, global_norm, judge, update_ema
 from fitv2_scale.parallel.tensor import same_on_group, tensor_linear
@@ -29,36 +26,20 @@ from fitv2_scale.parallel.tensor_pieces import is_replicated, local_pieces
 
 
 class FSDPEngine:
-    def __init__(
-        self,
-        model: ModelConfig,
-        optimizer: OptimizerConfig,
-        *,
-        ema_decay: float,
-        trainable: list[str],
-        seed: int,
-        groups: Groups,
-        precision: Precision,
-        compile_blocks: bool,
-        checkpointing: Checkpointing,
-    ):
-        with torch.device("meta"):
-            network = FiTv2(model, tensor_linear(groups.tensor))
-        freeze(network, trainable)
-        prepare_blocks(network, checkpointing, compile_blocks)
-        _shard(network, groups, precision)
+    def __init__(self, spec: EngineSpec, groups: Groups):
+        network = spec.network(tensor_linear(groups.tensor))
+        _shard(network, groups, spec.precision)
         network.to_empty(device=groups.device_type)
-        self.network, self._ema_decay, self._groups = network, ema_decay, groups
+        self.network, self._ema_decay, self._groups = network, spec.ema_decay, groups
         self._params: dict[str, DTensor] = dict(network.named_parameters())
-        self._shapes = logical_shapes(model)
+        self._shapes = logical_shapes(spec.model)
         with torch.no_grad():
             for name, param in self._params.items():
                 param.to_local().zero_()  # units that pad a tensor-parallel SwiGLU are in no box
-                for box in self._boxes(name, param.to_local()).boxes:
-                    fill_initial(box.tensor, name, self._shapes[name], box.offset, seed, model)
+                spec.fill(name, self._boxes(name, param.to_local()).boxes)
             self._ema = {name: p.to_local().clone() for name, p in self._params.items()}
         self._trained = {name: p for name, p in self._params.items() if p.requires_grad}
-        self._adamw = AdamW({name: p.to_local().detach() for name, p in self._trained.items()}, optimizer)
+        self._adamw = AdamW({name: p.to_local().detach() for name, p in self._trained.items()}, spec.optimizer)
         self._split = [p for name, p in self._trained.items() if not is_replicated(name)]
         self._replicated = [p for name, p in self._trained.items() if is_replicated(name)]
 
@@ -81,22 +62,9 @@ class FSDPEngine:
             param.grad = None
         return result
 
-    @contextmanager
-    def ema_weights(self) -> Iterator[None]:
-        self._exchange_weights_and_ema()
-        try:
-            yield
-        finally:
-            self._exchange_weights_and_ema()
-
-    @torch.no_grad()
-    def _exchange_weights_and_ema(self) -> None:
-        # Through a copy of one tensor at a time: FSDP2 holds on to the memory of its shards, only values may move.
-        for name, param in self._params.items():
-            local, held = param.to_local(), self._ema[name].clone()
-            self._ema[name].copy_(local)
-            local.copy_(held)
-        self.loaded()
+    def ema_weights(self) -> AbstractContextManager[None]:
+        params = self._params.items()
+        return exchanged(lambda: ((p.to_local().detach(), self._ema[name]) for name, p in params), self.loaded)
 
     def boxes(self) -> dict[str, LogicalTensor]:
         found = {}

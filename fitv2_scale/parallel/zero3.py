@@ -5,23 +5,19 @@ tensor a rank holds a range of elements. EMA and what DeepSpeed lacks of frozen 
 DeepSpeed waits for the device, to decide whether the gradient is finite.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from fitv2_scale.config.layout import Checkpointing, Precision
-from fitv2_scale.config.model import ModelConfig
-from fitv2_scale.config.sections import OptimizerConfig
 from fitv2_scale.model.counts import logical_shapes
-from fitv2_scale.model.fitv2 import FiTv2, LinearFactory, Role
-from fitv2_scale.model.init import fill_initial
-from fitv2_scale.parallel.blocks import prepare_blocks
+from fitv2_scale.model.fitv2 import LinearFactory, Role
 from fitv2_scale.parallel.boxes import LogicalTensor, flat_boxes
 from fitv2_scale.parallel.deepspeed_setup import GatheredLinear, partition
-from fitv2_scale.parallel.engine import StepResult, freeze
+from fitv2_scale.parallel.ema import exchanged
+from fitv2_scale.parallel.engine import StepResult
+from fitv2_scale.parallel.engine_spec import EngineSpec
 from fitv2_scale.parallel.mesh import Groups
 from fitv2_scale.parallel.tensor import same_on_group, tensor_linear
 from fitv2_scale.parallel.tensor_pieces import is_replicated, local_pieces
@@ -40,31 +36,16 @@ class _Shard:
 
 
 class Zero3Engine:
-    def __init__(
-        self,
-        model: ModelConfig,
-        optimizer: OptimizerConfig,
-        *,
-        ema_decay: float,
-        trainable: list[str],
-        seed: int,
-        groups: Groups,
-        precision: Precision,
-        compile_blocks: bool,
-        checkpointing: Checkpointing,
-    ):
-        with torch.device("meta"):
-            network = FiTv2(model, _linear(groups))
-        freeze(network, trainable)
-        prepare_blocks(network, checkpointing, compile_blocks)
+    def __init__(self, spec: EngineSpec, groups: Groups):
+        network = spec.network(_linear(groups))
         for name, param in network.named_parameters():
             param.tensor_model_parallel = not is_replicated(name)  # DeepSpeed counts the others once in the norm
-        self.network, self._zero = partition(network, optimizer, groups, precision)
-        self._groups, self._ema_decay, self._shapes = groups, ema_decay, logical_shapes(model)
+        self.network, self._zero = partition(network, spec.optimizer, groups, spec.precision)
+        self._groups, self._ema_decay, self._shapes = groups, spec.ema_decay, logical_shapes(spec.model)
         self._masters = [m.detach() for m in self._zero.fp32_partitioned_groups_flat]
         self._ema = [torch.zeros_like(m) for m in self._masters]
         self._shards = {name: self._shard(param) for name, param in network.named_parameters()}
-        self._fill(model, seed)
+        self._fill(spec)
 
     def _shard(self, param: nn.Parameter) -> _Shard:
         if not param.requires_grad:  # DeepSpeed keeps these in the precision of compute alone
@@ -77,10 +58,9 @@ class Zero3Engine:
         return _Shard(param, {kind: flat.narrow(0, first, length) for kind, flat in flats.items()})
 
     @torch.no_grad()
-    def _fill(self, model: ModelConfig, seed: int) -> None:
+    def _fill(self, spec: EngineSpec) -> None:
         for name, shard in self._shards.items():
-            for box in self._boxes(name, shard.state["param"]).boxes:
-                fill_initial(box.tensor, name, self._shapes[name], box.offset, seed, model)
+            spec.fill(name, self._boxes(name, shard.state["param"]).boxes)
             shard.state["ema"].copy_(shard.state["param"])
         self.loaded()
 
@@ -102,21 +82,9 @@ class Zero3Engine:
         norm = torch.as_tensor(self.network.get_global_grad_norm(), dtype=torch.float32, device=device)
         return StepResult(norm, torch.tensor(float(zero.overflow), device=device))
 
-    @contextmanager
-    def ema_weights(self) -> Iterator[None]:
-        self._exchange_weights_and_ema()
-        try:
-            yield
-        finally:
-            self._exchange_weights_and_ema()
-
-    @torch.no_grad()
-    def _exchange_weights_and_ema(self) -> None:
-        for shard in self._shards.values():
-            held = shard.state["ema"].clone()
-            shard.state["ema"].copy_(shard.state["param"])
-            shard.state["param"].copy_(held)
-        self.loaded()
+    def ema_weights(self) -> AbstractContextManager[None]:
+        states = [shard.state for shard in self._shards.values()]
+        return exchanged(lambda: ((state["param"], state["ema"]) for state in states), self.loaded)
 
     @torch.no_grad()
     def loaded(self) -> None:

@@ -26,7 +26,7 @@ from fitv2_scale.model.packed_batch import PackedBatch
 from fitv2_scale.model.to_torch import packing_to_torch
 from fitv2_scale.parallel.boxes import LogicalTensor
 from fitv2_scale.parallel.build import make_engine
-from fitv2_scale.parallel.engine import freeze
+from fitv2_scale.parallel.engine_spec import freeze
 from fitv2_scale.parallel.world import World, join
 from tests.support.ranks import run_ranks
 

@@ -1,0 +1,70 @@
+"""What an engine is built from, and the part of its construction that all engines share."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fitv2_scale.config.layout import Checkpointing, Precision
+from fitv2_scale.config.model import ModelConfig
+from fitv2_scale.config.schema import Config
+from fitv2_scale.config.sections import OptimizerConfig
+from fitv2_scale.model.counts import logical_shapes, trained_names
+from fitv2_scale.model.fitv2 import FiTv2, LinearFactory
+from fitv2_scale.model.init import fill_initial
+from fitv2_scale.parallel.blocks import prepare_blocks
+from fitv2_scale.parallel.boxes import Box
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """The same on all ranks; what differs between ranks is in ``mesh.Groups``."""
+
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    ema_decay: float
+    trainable: Sequence[str]  # patterns of the names of trained tensors
+    seed: int
+    precision: Precision
+    compile_blocks: bool
+    checkpointing: Checkpointing
+
+    @classmethod
+    def of(cls, config: Config, on_cuda: bool) -> "EngineSpec":
+        layout = config.layout
+        return cls(
+            model=config.model,
+            optimizer=config.optimizer,
+            ema_decay=config.ema.decay,
+            trainable=config.trainable,
+            seed=config.seed,
+            precision=layout.precision,
+            compile_blocks=layout.compiles(on_cuda),
+            checkpointing=layout.checkpointing,
+        )
+
+    def network(self, linear: LinearFactory) -> FiTv2:
+        """The network on the meta device: untrained tensors frozen, blocks checkpointed and compiled as asked for.
+
+        Raises UserError if ``trainable`` matches no tensor.
+        """
+        with torch.device("meta"):
+            network = FiTv2(self.model, linear)
+        freeze(network, self.trainable)
+        prepare_blocks(network, self.checkpointing, self.compile_blocks)
+        return network
+
+    def fill(self, name: str, boxes: Iterable[Box]) -> None:
+        """Fills ``boxes`` of the tensor ``name`` with its initial values."""
+        shape = logical_shapes(self.model)[name]
+        for box in boxes:
+            fill_initial(box.tensor, name, shape, box.offset, self.seed, self.model)
+
+
+def freeze(network: nn.Module, trainable: Sequence[str]) -> None:
+    """Trains what a pattern of ``trainable`` matches, and nothing else. Raises UserError if that is nothing."""
+    params = dict(network.named_parameters())
+    trained = set(trained_names(params, trainable))
+    for name, param in params.items():
+        param.requires_grad_(name in trained)
