@@ -58,7 +58,7 @@ def examine(config: Config | None) -> Examination:
     """All that can be checked from here. A collective if there are several ranks."""
     with join() as world:
         mine = [_finding(what, check) for what, check in _checks(config, world)]
-        everyones = world.gather(mine)
+        everyones = world.all_gather(mine)
         merged = [_merge(row, world) for row in zip(*everyones, strict=True)]
         guilty = any(f.fault for f in mine)
         if world.size > 1 and not any(f.fault for f in merged):
@@ -135,7 +135,7 @@ def _temporary() -> str:
 
 def _run_folder(url: str, world: World) -> str:
     """Each rank writes, is refused a second create, and reads what the next rank wrote; then all is deleted."""
-    folder = f"doctor-{world.share(secrets.token_hex(4))}"
+    folder = f"doctor-{world.broadcast(secrets.token_hex(4))}"
     faults: list[Exception] = []
     skew = 0.0
 
@@ -164,7 +164,7 @@ def _run_folder(url: str, world: World) -> str:
             act()
         except Exception as error:  # a rank that leaves here would leave the others waiting
             faults.append(error)
-        world.gather(None)
+        world.all_gather(None)
     if faults:
         raise faults[0]
     if abs(skew) > _CLOCK_SECONDS:
@@ -187,8 +187,8 @@ def _data(url: str, cache: str) -> str:
 
 def _alike(world: World) -> str:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    made_of = world.gather({"machine": platform.machine(), "GPU": gpu, **installed()})
-    times = world.gather(time.time())
+    made_of = world.all_gather({"machine": platform.machine(), "GPU": gpu, **installed()})
+    times = world.all_gather(time.time())
     for key in made_of[0]:
         if len(values := {str(m[key]) for m in made_of}) > 1:
             raise UserError(f"nodes differ in {key}: {', '.join(sorted(values))}")
@@ -198,7 +198,7 @@ def _alike(world: World) -> str:
 def _reduce(world: World) -> str:
     values = torch.ones(_REDUCED_BYTES // 4, device=world.device)
     for _ in range(2):  # the first connects
-        world.gather(None)
+        world.all_gather(None)
         begun = time.perf_counter()
         dist.all_reduce(values)
         total = values[0].item()

@@ -73,13 +73,13 @@ def _place(world: World, where: str | None) -> Iterator[Store]:
     with ExitStack() as stack:
         if where is None and world.is_first:
             where = stack.enter_context(tempfile.TemporaryDirectory())
-        store = open_store(f"{world.share(where).rstrip('/')}/{_FOLDER}")
+        store = open_store(f"{world.broadcast(where).rstrip('/')}/{_FOLDER}")
 
         def clear() -> None:
             for part in ("run", "relaid", "plain"):
                 store.delete_tree(part)
 
-        world.on_first(clear)
+        world.run_on_rank0(clear)
         try:
             yield store
         finally:
@@ -131,11 +131,11 @@ class _Bench:
     ) -> "_Bench":
         run = _make_run(world, f"{store.url}/run")
         attempt = run.claim({}) if world.is_first else None
-        number = world.share(attempt.number if attempt else None)
+        number = world.broadcast(attempt.number if attempt else None)
         checkpoints = Checkpointer(run, attempt, number, world, config.checkpoint)
         began = time.perf_counter()
         checkpoints.prepare(engine)
-        prepared = max(world.gather(time.perf_counter() - began))
+        prepared = max(world.all_gather(time.perf_counter() - began))
 
         def retire() -> None:
             for entry in run.log.commits():
@@ -161,7 +161,7 @@ class _Bench:
         background = self.save_while_training()
         step = statistics.median(self.step(next(self.batches)) for _ in range(3))
         entry, relaid = self._newest(), _make_run(self.world, f"{self.store.url}/relaid")
-        self.world.on_first(lambda: lay_out_anew(self.run, entry, relaid, self.world.size + 1))
+        self.world.run_on_rank0(lambda: lay_out_anew(self.run, entry, relaid, self.world.size + 1))
         # Each pair in both orders: what a disk was given before slows what it is given next.
         size = self._own_bytes()
         writes = [self._save_blocking(), self._plain_writes(size), self._plain_writes(size), self._save_blocking()]
@@ -169,7 +169,7 @@ class _Bench:
             self._load(run)  # the disk's own memory then holds both
         order = (self.run, relaid, relaid, self.run)
         loads, cached = [self._load(run) for run in order], [self._load(run, cached=True) for run in order]
-        self.world.on_first(lambda: self.store.delete_tree("relaid"))
+        self.world.run_on_rank0(lambda: self.store.delete_tree("relaid"))
         (blocking, plain), *pairs = map(_outer_and_inner, (writes, loads, cached))
         return _Round(plain, blocking, background, step, *pairs[0], *pairs[1])
 
@@ -182,7 +182,7 @@ class _Bench:
         ended = False
         while not ended:
             steps.append(self.step(next(self.batches)))
-            ended = self.world.sum(torch.tensor(int(self.checkpoints.ended))).item() == self.world.size
+            ended = self.world.all_reduce_sum(torch.tensor(int(self.checkpoints.ended))).item() == self.world.size
         began = time.perf_counter()
         self._settle()
         stall += self.waited + time.perf_counter() - began
@@ -202,12 +202,12 @@ class _Bench:
 
     def _make_room(self) -> None:
         """Deletes what was saved before, and waits for all ranks."""
-        self.world.on_first(self.retire)
+        self.world.run_on_rank0(self.retire)
         self.saved += 1
 
     def _own_bytes(self) -> int:
         """That this rank saves."""
-        manifest = self.world.on_first(lambda: read_manifest(self.run, self._newest()))
+        manifest = self.world.run_on_rank0(lambda: read_manifest(self.run, self._newest()))
         return manifest["files"].get(f"rank-{self.world.rank:05d}.safetensors", {"bytes": 0})["bytes"]
 
     def _plain_writes(self, size: int) -> float:
@@ -218,7 +218,7 @@ class _Bench:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
         else:
             bucket, path = file_system(path)
-        self.world.on_first(self.retire)  # as before a save: the disk has as much room, in the same places
+        self.world.run_on_rank0(self.retire)  # as before a save: the disk has as much room, in the same places
         began = time.perf_counter()
         with open(path, "wb", 0) if on_disk else bucket.open(path, "wb") as file:
             for at in range(0, size, _PIECE):
@@ -226,13 +226,13 @@ class _Bench:
             if on_disk:
                 os.fsync(file.fileno())
         seconds = self._longest(time.perf_counter() - began)
-        self.world.on_first(lambda: self.store.delete_tree("plain"))
+        self.world.run_on_rank0(lambda: self.store.delete_tree("plain"))
         return seconds
 
     def _load(self, run: Run, cached: bool = False) -> float:
         """From the storage, not from this machine's memory of it, where that is a disk; unless ``cached``."""
         if isinstance(self.store, LocalStore) and not cached:
-            self.world.on_first(lambda: forget(Path(run.url)))
+            self.world.run_on_rank0(lambda: forget(Path(run.url)))
         began = time.perf_counter()
         restored = Checkpointer(run, None, 0, self.world).restore(self.engine, run)
         seconds = self._longest(time.perf_counter() - began)
@@ -243,7 +243,7 @@ class _Bench:
         return self.run.log.commits()[-1]
 
     def _longest(self, seconds: float) -> float:
-        return max(self.world.gather(seconds))
+        return max(self.world.all_gather(seconds))
 
 
 def _outer_and_inner(seconds: Sequence[float]) -> tuple[float, float]:
@@ -253,7 +253,7 @@ def _outer_and_inner(seconds: Sequence[float]) -> tuple[float, float]:
 
 
 def _make_run(world: World, url: str) -> Run:
-    world.on_first(lambda: Run.open_or_create(url, {}, {}, None) and None)
+    world.run_on_rank0(lambda: Run.open_or_create(url, {}, {}, None) and None)
     return Run.open(url)
 
 

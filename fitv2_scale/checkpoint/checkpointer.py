@@ -171,9 +171,9 @@ class Checkpointer:
         try:
             writer = write_commit(run, folder, ranks.rank, header, self._staging.tensors, ranks.cpu_group)
         except CheckpointException as error:
-            ranks.on_first(lambda: self._discard(folder))
+            ranks.run_on_rank0(lambda: self._discard(folder))
             raise _cause(error) from error
-        ranks.on_first(lambda: self._commit(step, folder, writer.manifest_digest, before_commit))
+        ranks.run_on_rank0(lambda: self._commit(step, folder, writer.manifest_digest, before_commit))
         self.seconds = max(self.seconds, time.monotonic() - began)
 
     @property
@@ -213,18 +213,18 @@ class Checkpointer:
 
     def restore(self, engine: Engine, run: Run, step: int | None = None) -> Restored | None:
         """Fills ``engine`` from the newest whole commit of ``run`` (or the one at ``step``); None if there is none."""
-        found = self._world.on_first(lambda: [asdict(e) for e in reversed(run.log.commits())])
+        found = self._world.run_on_rank0(lambda: [asdict(e) for e in reversed(run.log.commits())])
         entries = [LogEntry(**e) for e in found if step is None or e["fields"]["step"] == step]
         passed_over: list[str] = []
         for entry in entries:
-            manifest, problem = self._world.on_first(lambda e=entry: open_commit(run, e))
+            manifest, problem = self._world.run_on_rank0(lambda e=entry: open_commit(run, e))
             problem = problem or self._fill(engine, run, entry, manifest)
             if problem is None:
                 cursor = Cursor(**manifest["cursor"]) if manifest["cursor"] else None
                 self.newest = self._committed = manifest["step"]
                 return Restored(manifest["step"], cursor, manifest.get("accounting", {}), passed_over)
             passed_over.append(f"commit at step {entry.fields['step']} is not whole ({problem}); it was passed over")
-            self._world.on_first(lambda e=entry, p=problem: quarantine(run, e, p))
+            self._world.run_on_rank0(lambda e=entry, p=problem: quarantine(run, e, p))
         if entries:
             raise UserError(f"{run.url}: no commit is whole: " + "; ".join(passed_over))
         return None

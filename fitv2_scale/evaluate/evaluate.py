@@ -109,10 +109,10 @@ def evaluate_weights(
         if network is None:
             raise UserError("give the network that makes features of pictures as --network, and its --network-sha256")
         cells = cells_of(weights)
-        world.on_first(lambda: [_check(cell, means, network) for cell in cells])
+        world.run_on_rank0(lambda: [_check(cell, means, network) for cell in cells])
         work = [_Work.of(cell, weights, network, step) for cell in cells]
         for piece in work:
-            if not world.on_first(lambda p=piece: p.result(store, means)):
+            if not world.run_on_rank0(lambda p=piece: p.result(store, means)):
                 make_features(weights, piece.cell, network, store, piece.folder)
         first, name = world.is_first, weights.name
     if not first:

@@ -65,7 +65,7 @@ def make_features(weights: Weights, cell: Cell, network: FeatureNetwork, store: 
     world, requests = weights.world, cell.requests()
     codec = weights.codec()
     for _ in range(_PATIENCE):
-        there = world.on_first(lambda: _indices(store, folder))
+        there = world.run_on_rank0(lambda: _indices(store, folder))
         to_do = [request for request in requests if request.index not in there]
         if not to_do:
             return
@@ -90,7 +90,7 @@ def make_features(weights: Weights, cell: Cell, network: FeatureNetwork, store: 
                     arrays = {"index": index, "nfe": nfe} | network(pictures).arrays()
                     store.put(f"{folder}/part-{index.min():06d}.npz", npz_bytes(arrays))
                 bar.update(len(chunk))
-        world.gather(None)  # all have written
+        world.all_gather(None)  # all have written
     raise RuntimeError(f"{store.path(folder)}: the storage does not show what was written")
 
 

@@ -61,7 +61,7 @@ class Validation:
         rank = layout.data_rank(world.rank)
         assignment = assign_packs(grid.tokens, cost, (layout.data_parallel,), [shape])
         arrays, error = _read(manifests, grid, np.concatenate(assignment.packs[rank]), reader)
-        if error := next(filter(None, world.gather(error)), None):
+        if error := next(filter(None, world.all_gather(error)), None):
             raise error
         self._packs = make_batch(0, grid, assignment, cost, rank, arrays, substituted=0).packs
 
@@ -74,7 +74,7 @@ class Validation:
             t_I = self._t_K[batch.epoch_I]
             flow = noised(batch, t_I, batch.label_I, Purpose.VALIDATION_NOISE, _SEED)
             total += velocity_losses(network, flow, batch).share(batch)
-        return self._world.sum(total.cpu() if self._counts else torch.zeros((), dtype=torch.float64)).item()
+        return self._world.all_reduce_sum(total.cpu() if self._counts else torch.zeros((), dtype=torch.float64)).item()
 
 
 def held_out(training: Sequence[Manifest], config: ValidationConfig, classes: int) -> list[Manifest]:

@@ -28,35 +28,36 @@ class World:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def sum(self, values: Tensor) -> Tensor:
-        """Sum of a small CPU tensor over the ranks (int64 wraps modulo 2**64)."""
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
+        """Sum of a small CPU tensor over the ranks, in place (int64 wraps modulo 2**64)."""
         dist.all_reduce(values, group=self.cpu_group)
         return values
 
-    def on_first(self, act: Callable[[], Any]) -> Any:
-        """What ``act`` returns on rank 0, on all ranks; what it raises there is raised on all, so that none waits."""
+    def run_on_rank0(self, act: Callable[[], Any]) -> Any:
+        """Calls ``act`` on rank 0 alone. All ranks return what it returns there, or raise what it raises there: no rank
+        is left waiting."""
         outcome: Any = None
         if self.is_first:
             try:
                 outcome = (act(), None)
             except Exception as error:
                 outcome = (None, error)
-        result, error = self.share(outcome)
+        result, error = self.broadcast(outcome)
         if error is not None:
             raise error
         return result
 
     def hosts(self) -> list[str]:
         """Name of each rank's node, by rank."""
-        return self.gather(socket.gethostname())
+        return self.all_gather(socket.gethostname())
 
-    def share(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on all ranks."""
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.cpu_group)
         return box[0]
 
-    def gather(self, value: Any) -> list:
+    def all_gather(self, value: Any) -> list:
         """Every rank's value, on all ranks, by rank."""
         values = [None] * self.size
         dist.all_gather_object(values, value, group=self.cpu_group)

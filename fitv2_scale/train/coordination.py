@@ -60,22 +60,22 @@ class Agreement:
             stop, saves = self._wishes()
             mine = [error is not None, len(lost), batch is not None or loader is None, stop is not None]
             mine += [saves > self._saves_obeyed, self._checkpoints.ended, batch.id_sum if batch else 0]
-            sums = self._world.sum(torch.tensor(mine, dtype=torch.int64)).tolist()
+            sums = self._world.all_reduce_sum(torch.tensor(mine, dtype=torch.int64)).tolist()
             errors, lost_frames, ready, stops, to_save, ended, id_sum = sums
             self.save_ended = ended == self._world.size
             self.save_asked, self._saves_obeyed = self.save_asked or to_save > 0, saves
             if errors:
-                error = next(filter(None, self._world.gather(error)))
+                error = next(filter(None, self._world.all_gather(error)))
                 if not isinstance(error, StorageDown):
                     raise error
                 self.stop_reason = str(error)
                 return None
             if stops and self.stop_reason is None:
-                self.stop_reason = next(filter(None, self._world.gather(stop)))
+                self.stop_reason = next(filter(None, self._world.all_gather(stop)))
             if not lost_frames:
                 break
-            everyones = [frame for rank in self._world.gather(lost) for frame in rank]
-            records = self._world.on_first(lambda lost=everyones: self._substitutions.write(lost, step))
+            everyones = [frame for rank in self._world.all_gather(lost) for frame in rank]
+            records = self._world.run_on_rank0(lambda lost=everyones: self._substitutions.write(lost, step))
             substitutes = self._substitutions.apply(records)
             if loader:
                 loader.restart(step, substitutes)

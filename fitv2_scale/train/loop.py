@@ -38,7 +38,7 @@ def train(config: Config, fork_from: str | None = None) -> int:
     fork = Fork.parse(fork_from, config.run) if fork_from else None
     with StopSignal().caught() as stop, join() as world:
         try:
-            if world.on_first(lambda: is_complete(config)):
+            if world.run_on_rank0(lambda: is_complete(config)):
                 _say(
                     world.is_first, f"{config.run} has done its {config.train.steps} steps; raise train.steps to go on"
                 )

@@ -44,7 +44,7 @@ def is_complete(config: Config) -> bool:
 def claim(config: Config, plan: Plan, fork: Fork | None, world: World) -> tuple[Run, int]:
     """Makes or continues the run and begins an attempt, on all ranks. Raises UserError if the run is another one."""
 
-    gpus = world.gather(own_gpu(world.device))
+    gpus = world.all_gather(own_gpu(world.device))
 
     def first() -> int:
         parent = fork.parent() if fork else None
@@ -52,7 +52,7 @@ def claim(config: Config, plan: Plan, fork: Fork | None, world: World) -> tuple[
         facts = {"parameters": parameter_count(config.model), "datasets": [m.digest for m in plan.manifests]}
         return run.claim(provenance() | facts | {"gpus": [gpu for gpu in gpus if gpu]}).number
 
-    number = world.on_first(first)
+    number = world.run_on_rank0(first)
     return Run.open(config.run), number
 
 
@@ -88,7 +88,7 @@ def open_session(
         attempt=attempt,
         engine=engine,
         checkpoints=checkpoints,
-        cadence=Cadence(config.checkpoint, restored.step if restored else 0, world.share),
+        cadence=Cadence(config.checkpoint, restored.step if restored else 0, world.broadcast),
         restored=restored,
         journal=journal,
         uploader=uploader,
@@ -115,7 +115,7 @@ def _open_substitutions(
 ) -> SubstitutionLog:
     """The substitutes that earlier attempts recorded. A fork starts records of its own."""
     records = substitution_records(run.store)
-    substitutes = substitutes_of(world.on_first(records.entries), data.plan.manifests)
+    substitutes = substitutes_of(world.run_on_rank0(records.entries), data.plan.manifests)
     if restored and restored.cursor and restored.cursor.ledger > substitutes.version and fork is None:
         raise DataError(
             f"{run.url}/ledger holds {substitutes.version} records of substituted images, but the commit at step "

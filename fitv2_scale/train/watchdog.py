@@ -106,9 +106,9 @@ class Watchdog:
         self._interval = max(1.0, world.size / _RANKS_PER_SECOND)
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._socket.bind(("", 0))
-        self._secret = world.share(secrets.token_hex(8))
+        self._secret = world.broadcast(secrets.token_hex(8))
         mine = ((_address(), self._socket.getsockname()[1]), self._node)
-        self._addresses, nodes = zip(*world.gather(mine), strict=True)
+        self._addresses, nodes = zip(*world.all_gather(mine), strict=True)
         others = [rank for rank in range(world.size) if rank != world.rank]
         self._beats = {rank: Beat(rank, nodes[rank], "load", 0, 0.0, config.load_seconds) for rank in others}
         self._heard = dict.fromkeys(others, time.monotonic())

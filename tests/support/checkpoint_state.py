@@ -67,7 +67,7 @@ def opened(env: dict[str, str], url: str, policy: RetryPolicy | None = None) -> 
     os.environ.update(env)
     disconnect()
     with join() as world:
-        world.on_first(lambda: Run.open_or_create(url, {}, {}, None) and None)
+        world.run_on_rank0(lambda: Run.open_or_create(url, {}, {}, None) and None)
         run = Run.open(url)
         if policy is not None:
             store = S3Store(url, policy)
@@ -78,7 +78,7 @@ def opened(env: dict[str, str], url: str, policy: RetryPolicy | None = None) -> 
 def saver(world: World, run: Run, kind: type[State] = State, **config) -> Callable[..., str | None]:
     """``save(step)`` of a new attempt, for states of class ``kind``."""
     attempt = run.claim({}) if world.is_first else None
-    number = world.share(attempt.number if attempt else None)
+    number = world.broadcast(attempt.number if attempt else None)
     checkpoints = Checkpointer(run, attempt, number, world, CheckpointConfig(**config))
     return lambda step, **size: checkpoints.save(kind(step, world, **size), step, CURSOR)
 

@@ -148,7 +148,9 @@ def steps_of(engine, config: Config, cell: Cell, world: World, steps: Iterable[i
             engine.backward(loss, last=k == len(packs) - 1)
             total += loss.detach()
         result = engine.step(config.optimizer.lr_at(step), config.optimizer.max_norm)
-        trace.losses.append(world.sum(total if layout.tensor_rank(world.rank) == 0 else torch.zeros(())).item())
+        trace.losses.append(
+            world.all_reduce_sum(total if layout.tensor_rank(world.rank) == 0 else torch.zeros(())).item()
+        )
         trace.norms.append(float(result.norm))
         assert not result.skipped
     return trace

@@ -99,7 +99,7 @@ def save(where: Where, url: str) -> list[float]:
             held.copy_(values)
         engine.load_scalars({"optimizer_step": float(DONE)})
         engine.loaded()
-        world.on_first(lambda: Run.open_or_create(url, {}, {}, None) and None)
+        world.run_on_rank0(lambda: Run.open_or_create(url, {}, {}, None) and None)
         run = Run.open(url)
         attempt = run.claim({}) if world.is_first else None
         assert Checkpointer(run, attempt, 1, world).save(engine, DONE, CURSOR) is None

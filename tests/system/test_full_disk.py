@@ -39,9 +39,9 @@ def saves_on_a_full_disk(folder: str, leave: int) -> list:
     with opened({}, f"{folder}/run") as (world, run):
         save, said = saver(world, run), []
         said.append(save(1, rows=100))
-        ballast = world.on_first(lambda: fill(Path(folder), leave))
+        ballast = world.run_on_rank0(lambda: fill(Path(folder), leave))
         said += [save(2, rows=100), save(3, rows=100)]
-        world.on_first(ballast.unlink)
+        world.run_on_rank0(ballast.unlink)
         return [*said, save(4, rows=100)]
 
 
@@ -65,7 +65,7 @@ def train_on_a_full_disk(config, folder: str, full: tuple[int, int]) -> int:
     def act(self, step, begin, last, totals):
         if step in full and begin:
             failed = self._settle()  # of the save before, which met the disk as it was
-            self.world.on_first(lambda: fill(Path(folder), 0) and None if step == full[0] else ballast.unlink())
+            self.world.run_on_rank0(lambda: fill(Path(folder), 0) and None if step == full[0] else ballast.unlink())
             return save(self, step, begin, last, totals) or failed
         return save(self, step, begin, last, totals)
 

@@ -50,7 +50,7 @@ def make_pictures(
         UserError: ``folder`` holds the pictures of something else.
     """
     world, model = weights.world, weights.config.model
-    to_do = world.on_first(lambda: _missing(weights, requests, sampling, seed, folder))
+    to_do = world.run_on_rank0(lambda: _missing(weights, requests, sampling, seed, folder))
     requests, evaluations = [r for r in requests if r.index in to_do], 0
     with tqdm(total=len(requests), unit="image", disable=not world.is_first, dynamic_ncols=True) as bar:
         for chunk in chunks(requests, weights, sampling):
@@ -68,7 +68,7 @@ def make_pictures(
                 evaluations += one.nfe
                 _write(picture_file(folder, request.index), decode(one.tokens, codec))
             bar.update(len(chunk))
-    return Done(len(requests), sum(world.gather(evaluations)) / max(1, len(requests)))  # all have written
+    return Done(len(requests), sum(world.all_gather(evaluations)) / max(1, len(requests)))  # all have written
 
 
 def picture_file(folder: str, index: int) -> Path:

@@ -81,7 +81,7 @@ def sample(
         made = _solve(field, field.images, share.mine, sampling, seed)
     if not gather:
         return made if world.rank % tensor == 0 else {}
-    return {request: one for part in world.gather(made) for request, one in part.items()}
+    return {request: one for part in world.all_gather(made) for request, one in part.items()}
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def _lockstep(field: _Field, world: World) -> Iterator[Velocity]:
     is done, or has failed, goes on calling until all are."""
 
     def anyone(working: int) -> bool:
-        return world.size > 1 and world.sum(torch.tensor([working])).item() > 0
+        return world.size > 1 and world.all_reduce_sum(torch.tensor([working])).item() > 0
 
     def velocity(x_NC: Tensor, t_I: Tensor) -> Tensor:
         anyone(1)

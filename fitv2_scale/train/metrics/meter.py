@@ -163,7 +163,7 @@ class Meter:
         if not self._loss_counts:
             mine = np.zeros_like(mine)  # and not NaN, whatever this rank has seen
         parts = [len(sums), len(sums) + 2 * len(NAMES)]
-        summed = self._world.sum(torch.from_numpy(np.concatenate((mine, self._devices.mine())))).numpy()
+        summed = self._world.all_reduce_sum(torch.from_numpy(np.concatenate((mine, self._devices.mine())))).numpy()
         by_step, groups, devices = np.split(summed, parts)
         losses = {step: x for step, x, counts in zip(w.steps, by_step.tolist(), kept.tolist(), strict=True) if counts}
         return losses, groups.reshape(2, -1), devices

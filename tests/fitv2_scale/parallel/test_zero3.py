@@ -50,7 +50,7 @@ def engine_of(config: Config, world: World) -> Engine:
 
 def whole(config: Config, engine: Engine, world: World) -> dict[str, Tensor]:
     """All weights and EMA, whole, on every rank."""
-    return together(config, [(Trace(), boxes) for boxes in world.gather(values_of(engine.boxes()))]).state
+    return together(config, [(Trace(), boxes) for boxes in world.all_gather(values_of(engine.boxes()))]).state
 
 
 def output(network, pack: PackedBatch, config: Config) -> Tensor:
