@@ -1,49 +1,67 @@
-"""A small real dataset, and the smallest config that trains on it; and the fixtures of other rooms."""
+"""Where fixtures come from, and which tests share a process."""
+
+from functools import cache
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from tests.services.s3 import client, rgw  # noqa: F401 - fixtures
-from tests.support.mlflow_queries import folder, runs  # noqa: F401 - fixtures
-from tests.support.published_latents import whole  # noqa: F401 - fixture
-from tests.support.run_locations import place  # noqa: F401 - fixture
-from tests.support.samples import stored  # noqa: F401 - fixture
-from tests.support.slurm_jobs import cluster, fitv2, job_config, slurm  # noqa: F401 - fixtures
-from tests.support.tiny_runs import dataset, tiny  # noqa: F401 - fixtures
-from tests.support.written_datasets import images, written  # noqa: F401 - fixtures
+from tests.support.repository import ROOT
+
+pytest_plugins = (
+    # servers
+    "tests.services.mlflow_server",
+    "tests.services.s3",
+    "tests.services.slurm",
+    # datasets
+    "tests.support.published_latents",
+    "tests.support.samples",
+    "tests.support.written_datasets",
+    # runs
+    "tests.support.mlflow_queries",
+    "tests.support.run_locations",
+    "tests.support.slurm_jobs",
+    "tests.support.tiny_runs",
+)
 
 # The same examples on every machine, however slow it is; --hypothesis-profile=default looks for others.
 settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("same")
 
-_S3 = (
-    "fitv2_scale/bench/test_checkpoint.py",
-    "fitv2_scale/checkpoint/test_s3_faults.py",
-    "system/test_checkpoint_kills.py",
-    "fitv2_scale/run/test_run_s3.py",
-    "data_sharding/stream/test_loader_s3.py",
-    "data_sharding/storage/test_s3_datasets.py",
-    "data_sharding/storage/test_store.py",
-)
+SERVERS = {"rgw": "s3", "cluster": "slurm", "mlflow_server": "mlflow"}  # markers, by the fixture that starts the server
+
+
+@cache
+def process_of(file: str) -> str:
+    """Which tests run in one process, where several share them: a file's, and those of all files in which a server's
+    marker stands, so that a server is started once. Jobs report to MLflow, so those two go together."""
+    source = (ROOT / file).read_text()
+    marker = next((name for name in SERVERS.values() if f"mark.{name}" in source), file)
+    return "slurm" if marker == "mlflow" else marker
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log):
-    """Where two processes share the tests, a file's tests stay in one of them, and so do all files that use the same
-    server, which then is started once."""
+    """xdist's own --dist loadgroup finds no group with pytest 9.2: https://github.com/pytest-dev/pytest-xdist/issues/1386.
+    A scheduler knows names of tests alone, not their markers."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByServer(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0].removeprefix("tests/")
-            return "s3" if file in _S3 else "slurm" if "slurm" in file else file
+            return process_of(nodeid.partition("::")[0])
 
     return ByServer(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests with servers wait the most, so they begin first."""
+    for item in items:
+        markers = {mark.name for mark in item.iter_markers()} & set(SERVERS.values())
+        for fixture, marker in SERVERS.items():
+            if fixture in item.fixturenames and marker not in markers:
+                raise pytest.UsageError(f"{item.nodeid} uses the fixture {fixture}: mark it {marker}")
+        if markers:
+            item.add_marker("services")
     items.sort(key=lambda item: item.get_closest_marker("services") is None)
 
 

@@ -14,7 +14,6 @@ from fitv2_scale.model.counts import parameter_count
 from fitv2_scale.run.run import Run
 from fitv2_scale.train.loop import DONE, train
 from launchers.control import job_name, jobs
-from tests.services.mlflow_server import MlflowServer
 from tests.support.rank_processes import ranks_of_job
 from tests.support.ranks import run_ranks
 from tests.support.run_history import audited, losses, reach, trained
@@ -30,7 +29,7 @@ from tests.support.slurm_jobs import (
 from tests.support.tiny_runs import IMAGES
 from tests.support.waiting import wait
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 
 def test_a_chain_moves_from_two_nodes_to_four_to_one(slurm, fitv2, job_config, tiny, tmp_path):
@@ -175,28 +174,21 @@ def test_another_command_as_a_job(slurm, fitv2, dataset, job_config, tmp_path, m
     assert output.read_text().count("all is well") == 2
 
 
-@pytest.fixture
-def mlflow(tmp_path):
-    server = MlflowServer(tmp_path)
-    server.start()
-    yield server
-    server.stop()
-
-
-def test_a_sweep_is_a_chain_for_each_combination(slurm, fitv2, job_config, mlflow, tmp_path):
+@pytest.mark.mlflow
+def test_a_sweep_is_a_chain_for_each_combination(slurm, fitv2, job_config, mlflow_server, tmp_path):
     """Three sizes are three runs of one experiment on an MLflow server, tagged and with their parameters, and
     `fitv2 curves` reads them there."""
     from mlflow import MlflowClient
 
     folder = tmp_path / "sweep"
-    options = {"train__steps": 3, "tracking__uri": mlflow.uri, "tracking__experiment": "sizes"}
-    mlflow.wait()
+    options = {"train__steps": 3, "tracking__uri": mlflow_server.uri, "tracking__experiment": "sizes"}
+    mlflow_server.wait()
     fitv2("submit", job_config(**options), f"run={folder}", "--sweep", "model.depth=1,2,3")
     wait_for_the_end(slurm)
     assert {p.name for p in folder.iterdir() if p.is_dir()} == {"depth-1", "depth-2", "depth-3"}
     runs = [Run.open(str(folder / f"depth-{depth}")) for depth in (1, 2, 3)]
     assert [attempts(run.url) for run in runs] == [[(1, 0)]] * 3, story(runs[0].url)
-    client = MlflowClient(mlflow.uri)
+    client = MlflowClient(mlflow_server.uri)
     experiment = client.get_experiment_by_name("sizes").experiment_id
     found = client.search_runs([experiment], "tags.`fitv2.run_id` != ''")  # not the attempts, which are their children
     sizes = [parameter_count(ModelConfig(**run.config["model"])) for run in runs]
@@ -208,7 +200,7 @@ def test_a_sweep_is_a_chain_for_each_combination(slurm, fitv2, job_config, mlflo
     assert sorted(r.data.params["model.depth"] for r in found) == ["1", "2", "3"]
     assert all(r.info.status == "FINISHED" and r.data.metrics["loss"] > 0 for r in found)
 
-    words = ["--experiment", "sizes", "--uri", mlflow.uri, "--out", str(tmp_path / "curves"), "--json"]
+    words = ["--experiment", "sizes", "--uri", mlflow_server.uri, "--out", str(tmp_path / "curves"), "--json"]
     read = json.loads(fitv2("curves", *words))["runs"]
     expected = {(run.id, size, 3, 36) for run, size in zip(runs, sizes, strict=True)}
     assert {(r["name"], r["parameters"], r["steps"], r["images"]) for r in read} == expected

@@ -11,7 +11,7 @@ from tests.support.ranks import run_ranks
 from tests.support.slurm_jobs import wait_for_the_end
 from tests.support.waiting import wait
 
-pytestmark = [pytest.mark.services, pytest.mark.long]
+pytestmark = [pytest.mark.slurm, pytest.mark.long]
 
 SUITE = """\
 title: Small

@@ -21,7 +21,7 @@ from tests.support.run_history import audited, reach, trained
 from tests.support.slurm_jobs import attempts, end_of, running, story, wait_for_the_end
 from tests.support.waiting import wait
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 
 PATIENT = [f"watchdog__{section}_seconds" for section in ("compile", "load", "save")]  # half an hour, by default

@@ -9,6 +9,8 @@ import urllib.request
 from contextlib import suppress
 from pathlib import Path
 
+import pytest
+
 from tests.services.ports import free_port
 
 
@@ -22,7 +24,9 @@ class MlflowServer:
         self._process: subprocess.Popen | None = None
 
     def start(self) -> None:
-        """Answers some seconds later."""
+        """Answers some seconds later. Nothing happens if it runs."""
+        if self._process is not None:
+            return
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.db}"]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
@@ -64,3 +68,18 @@ class MlflowServer:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
+
+
+@pytest.fixture(scope="session")
+def started_mlflow(tmp_path_factory):
+    server = MlflowServer(tmp_path_factory.mktemp("mlflow"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def mlflow_server(started_mlflow) -> MlflowServer:
+    """One for all tests of a session. It has been started, but not waited for: that takes it ten seconds."""
+    started_mlflow.start()
+    return started_mlflow

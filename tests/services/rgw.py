@@ -1,24 +1,18 @@
 """A real S3 server for tests: Ceph's radosgw with one monitor and one disk in a sparse file, on loopback alone.
 
-Debian's packages radosgw, ceph-mon and ceph-osd are needed (tests/run.sh installs them). Everything lies in one folder;
-the daemons are children in the foreground that the kernel kills with their parent, so nothing outlives a test run.
-Starting takes about 15 s, nearly all of it Ceph's.
+Debian's packages radosgw, ceph-mon and ceph-osd are needed (tests/run.sh installs them). Starting takes about 15 s,
+nearly all of it Ceph's.
 """
 
-import os
-import shutil
-import signal
 import socket
-import subprocess
 import time
 import uuid
 from pathlib import Path
 
+from tests.services.daemons import Daemons
 from tests.services.ports import free_port
 
-NEEDS = ("radosgw", "radosgw-admin", "ceph-mon", "ceph-osd", "ceph", "setpriv")
 KEY, SECRET = "testkey", "testsecret"
-_PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
 
 _CONF = """\
 [global]
@@ -61,17 +55,15 @@ rgw multipart min part size = 65536
 """
 
 
-def missing() -> list[str]:
-    """Programs that are not installed."""
-    return [name for name in NEEDS if shutil.which(name, path=_PATH) is None]
+class Rgw(Daemons):
+    """``port`` is radosgw's."""
 
-
-class Rgw:
-    """A context manager. ``port`` is radosgw's; ``environment`` is what an S3 client needs to use it."""
+    NAME = "S3 server"
+    NEEDS = ("radosgw", "radosgw-admin", "ceph-mon", "ceph-osd", "ceph")
 
     def __init__(self, folder: Path, disk_bytes: int = 8 << 30):
-        self.folder, self.port = folder, free_port()
-        self._daemons: list[subprocess.Popen] = []
+        super().__init__(folder)
+        self.port = free_port()
         for name in ("mon", "osd", "rgw"):
             (folder / name).mkdir(parents=True)
         self._conf = folder / "ceph.conf"
@@ -84,53 +76,31 @@ class Rgw:
     def environment(self) -> dict[str, str]:
         return environment(self.port)
 
-    def __enter__(self) -> "Rgw":
-        try:
-            self._start()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *exc) -> None:
-        for daemon in reversed(self._daemons):
-            daemon.send_signal(signal.SIGKILL)  # what it holds is thrown away
-            daemon.wait()
-
     def _start(self) -> None:
         folder = self.folder
         keyring, monmap = str(folder / "keyring"), str(folder / "monmap")
-        self._run("ceph-authtool", keyring, "--create-keyring", "--gen-key", "-n", "mon.", "--cap", "mon", "allow *")
+        self.run("ceph-authtool", keyring, "--create-keyring", "--gen-key", "-n", "mon.", "--cap", "mon", "allow *")
         for name in ("client.admin", "client.rgw.t", "osd.0"):
             caps = ("--cap", "mon", "allow *", "--cap", "osd", "allow *")
-            self._run("ceph-authtool", keyring, "--gen-key", "-n", name, *caps)
+            self.run("ceph-authtool", keyring, "--gen-key", "-n", name, *caps)
         address = f"[v2:127.0.0.1:{self._mon_port}]"
-        self._run("monmaptool", "--create", "--fsid", self._fsid, "--addv", "a", address, monmap)
+        self.run("monmaptool", "--create", "--fsid", self._fsid, "--addv", "a", address, monmap)
         self._ceph("ceph-mon", "-i", "a", "--mkfs", "--monmap", monmap, "--keyring", keyring)
-        self._daemon("ceph-mon", "-i", "a")
+        self._ceph_daemon("ceph-mon", "-i", "a")
         disk = str(uuid.uuid4())
         self._ceph("ceph", "osd", "new", disk)  # waits for the monitor
         self._ceph("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", disk)
-        self._daemon("ceph-osd", "-i", "0")
-        self._daemon("radosgw", "-n", "client.rgw.t")
+        self._ceph_daemon("ceph-osd", "-i", "0")
+        self._ceph_daemon("radosgw", "-n", "client.rgw.t")
         user = ("--uid", "test", "--display-name", "test", "--access-key", KEY, "--secret", SECRET)
         self._ceph("radosgw-admin", "-n", "client.rgw.t", "user", "create", *user)
         wait_for_port(self.port, 300)
 
     def _ceph(self, program: str, *arguments: str) -> None:
-        self._run(program, "-c", str(self._conf), *arguments)
+        self.run(program, "-c", str(self._conf), *arguments, timeout=300)
 
-    def _run(self, *command: str) -> None:
-        done = subprocess.run(command, env=os.environ | {"PATH": _PATH}, capture_output=True, text=True, timeout=300)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-
-    def _daemon(self, program: str, *arguments: str) -> None:
-        command = ("setpriv", "--pdeathsig", "KILL", program, "-f", "-c", str(self._conf), *arguments)
-        output = open(self.folder / f"{program}.out", "wb")  # noqa: SIM115, the daemon keeps it
-        daemon = subprocess.Popen(command, env=os.environ | {"PATH": _PATH}, stdout=output, stderr=output)
-        output.close()
-        self._daemons.append(daemon)
+    def _ceph_daemon(self, program: str, *arguments: str) -> None:
+        self._daemon(program, program, "-f", "-c", str(self._conf), *arguments)
 
 
 def environment(port: int) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Fixtures of the real S3 server, one for all tests of a session; conftest takes them in."""
+"""The real S3 server, one for all tests of a session, and a client of it."""
 
 import os
 
@@ -6,14 +6,12 @@ import botocore.session
 import pytest
 
 from data_sharding.storage import filesystems
-from tests.services.rgw import KEY, SECRET, Rgw, missing
+from tests.services.rgw import KEY, SECRET, Rgw
 
 
 @pytest.fixture(scope="session")
 def rgw(tmp_path_factory):
-    if absent := missing():
-        pytest.skip(f"no S3 server: {', '.join(absent)} missing (as root, tests/run.sh installs radosgw and ceph)")
-    with Rgw(tmp_path_factory.mktemp("rgw")) as server:
+    with Rgw.or_skip(tmp_path_factory.mktemp("rgw")) as server:
         yield server
 
 

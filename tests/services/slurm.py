@@ -1,23 +1,22 @@
 """A real Slurm for tests: munged, slurmctld and four slurmd's on loopback, each its own "node" of this machine.
 
 Debian's packages slurmctld, slurmd, slurm-client and munge are needed (tests/run.sh installs them), and root: node
-names have to resolve, so /etc/hosts gets a line for each while the cluster runs. Everything else lies in one folder.
-The daemons are children that the kernel kills with their parent; what is left of jobs is killed at the end. Starting
-takes about 2 s.
+names have to resolve, so /etc/hosts gets a line for each while the cluster runs. What is left of jobs is killed at the
+end. Starting takes about 2 s.
 """
 
 import os
-import shutil
 import signal
-import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
 
-from tests.services.ports import free_port
+import pytest
 
-NEEDS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "setpriv")
-_PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
+from tests.services.daemons import Daemons
+from tests.services.ports import free_port
+from tests.support.waiting import PATIENCE
+
 _HOSTS = Path("/etc/hosts")
 
 _CONF = """\
@@ -60,19 +59,16 @@ OverTimeLimit=0
 """
 
 
-def missing() -> list[str]:
-    """What a cluster would need and this machine lacks."""
-    absent = [name for name in NEEDS if shutil.which(name, path=_PATH) is None]
-    return absent + (["root"] if os.getuid() != 0 else [])
+class Slurm(Daemons):
+    """``environment`` is what sbatch and its friends need to find this cluster."""
 
-
-class Slurm:
-    """A context manager. ``environment`` is what sbatch and its friends need to find this cluster."""
+    NAME = "Slurm"
+    NEEDS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
 
     def __init__(self, folder: Path, nodes: int = 4, cpus: int = 8):
+        super().__init__(folder)
         folder.chmod(0o755)
-        self.folder, self.nodes = folder, [f"node{i + 1}" for i in range(nodes)]
-        self._daemons: dict[str, subprocess.Popen] = {}
+        self.nodes = [f"node{i + 1}" for i in range(nodes)]
         self._tag = f"# {folder}"
         for name in ("state", *(f"spool/{node}" for node in self.nodes)):
             (folder / name).mkdir(parents=True)
@@ -88,37 +84,19 @@ class Slurm:
     def environment(self) -> dict[str, str]:
         return {"SLURM_CONF": str(self._conf)}
 
-    def __enter__(self) -> "Slurm":
-        try:
-            self._start()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
+    @classmethod
+    def missing(cls) -> list[str]:
+        return super().missing() + (["root"] if os.getuid() != 0 else [])
 
     def __exit__(self, *exc) -> None:
-        for name in reversed(list(self._daemons)):
-            self.kill(name)
+        super().__exit__(*exc)
         self._kill_jobs()
         kept = [line for line in _HOSTS.read_text().splitlines() if not line.endswith(self._tag)]
         _HOSTS.write_text("\n".join(kept) + "\n")  # in place: in a container it is a mount
 
-    def run(self, *command: str, timeout: float = 60) -> str:
-        """Runs one of Slurm's programs; returns its output."""
-        environment = os.environ | self.environment | {"PATH": _PATH}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed: {done.stdout}{done.stderr}")
-        return done.stdout
-
     def start_node(self, node: str) -> None:
+        """What jobs have started there lives on when its daemon is killed, as Slurm's steps do."""
         self._daemon(node, "slurmd", "-D", "-N", node, "-f", str(self._conf))
-
-    def kill(self, name: str) -> None:
-        """SIGKILL to a daemon, by its node's name for a slurmd. What it started lives on, as Slurm's steps do."""
-        daemon = self._daemons.pop(name)
-        daemon.send_signal(signal.SIGKILL)
-        daemon.wait()
 
     def wait_for_idle(self, seconds: float = 60) -> None:
         """Until every node could take a job, which it takes a moment to do after one."""
@@ -151,12 +129,6 @@ class Slurm:
             time.sleep(0.1)
         raise TimeoutError(f"Slurm does not come up; see {self.folder}")
 
-    def _daemon(self, name: str, program: str, *arguments: str) -> None:
-        command = ("setpriv", "--pdeathsig", "KILL", program, *arguments)
-        with open(self.folder / f"{name}.out", "ab") as output:
-            environment = os.environ | {"PATH": _PATH}
-            self._daemons[name] = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
-
     def _kill_jobs(self) -> None:
         """SIGKILL to every slurmstepd that logs to this cluster, and to every process of a job of it."""
         for process in Path("/proc").glob("[0-9]*"):
@@ -172,3 +144,20 @@ class Slurm:
     def _is_in_a_job(self, process: Path) -> bool:
         environment = (process / "environ").read_bytes()
         return b"SLURM_JOB_ID=" in environment and f"SLURM_CONF={self._conf}".encode() in environment
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    with Slurm.or_skip(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def slurm(cluster, monkeypatch):
+    """The cluster, all its nodes idle, and this process a login node of it."""
+    cluster.wait_for_idle(PATIENCE)
+    for name, value in cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    yield cluster
+    cluster.run("scancel", "--user=root", "--state=PENDING")
+    cluster.run("scancel", "--user=root", "--signal=KILL", "--full")

@@ -5,7 +5,6 @@ import pytest
 from tests.services.s3 import use
 
 BUCKET = "runs"
-S3 = pytest.param("s3", marks=pytest.mark.services)
 PART = 100 << 10  # bytes of an S3 upload's part, so that a save of 240 kB is several
 
 

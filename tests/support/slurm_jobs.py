@@ -13,27 +13,8 @@ import yaml
 from fitv2_scale.cli.__main__ import main
 from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
-from tests.services.slurm import Slurm, missing
-from tests.support.waiting import PATIENCE, wait
-
-
-@pytest.fixture(scope="session")
-def cluster(tmp_path_factory):
-    if absent := missing():
-        pytest.skip(f"no Slurm: {', '.join(absent)} missing (as root, tests/run.sh installs Slurm)")
-    with Slurm(tmp_path_factory.mktemp("slurm")) as cluster:
-        yield cluster
-
-
-@pytest.fixture
-def slurm(cluster, monkeypatch):
-    """The cluster, all its nodes idle, and this process a login node of it."""
-    cluster.wait_for_idle(PATIENCE)
-    for name, value in cluster.environment.items():
-        monkeypatch.setenv(name, value)
-    yield cluster
-    cluster.run("scancel", "--user=root", "--state=PENDING")
-    cluster.run("scancel", "--user=root", "--signal=KILL", "--full")
+from tests.services.slurm import Slurm
+from tests.support.waiting import wait
 
 
 @pytest.fixture

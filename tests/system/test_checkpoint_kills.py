@@ -13,7 +13,7 @@ from fitv2_scale.run.run import Run
 from tests.support.checkpoint_state import State, opened, recover, saver
 from tests.support.kill_points import Doom, watch_disk, watch_s3
 from tests.support.ranks import Ranks, run_ranks
-from tests.support.run_locations import PART, S3
+from tests.support.run_locations import PART
 from tests.support.waiting import wait
 
 AT_ONCE = 4  # groups of ranks, of which most wait for the storage
@@ -37,7 +37,7 @@ def doomed_save(env, url: str, at: int | None) -> int:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kind", ["local", S3])
+@pytest.mark.parametrize("kind", ["local", pytest.param("s3", marks=pytest.mark.s3)])
 def test_killed_at_every_boundary_of_a_save(place, kind):
     """Each file, the manifest, COMMIT, retention: before each operation that changes something, and amid each write."""
     env, url = place(kind)
@@ -75,7 +75,7 @@ def save_for_ever(env, url: str) -> None:
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kills", [6, pytest.param(100, marks=pytest.mark.long)])
-@pytest.mark.parametrize("kind", ["local", S3])
+@pytest.mark.parametrize("kind", ["local", pytest.param("s3", marks=pytest.mark.s3)])
 def test_killed_at_random_moments(place, kind, kills):
     """Two ranks that do nothing but save, killed and started again: each time the newest commit is whole."""
     env, url = place(kind)
@@ -112,7 +112,7 @@ def suspended_save(env, url: str, at: int | None) -> str | int:
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("races", [4, pytest.param(100, marks=pytest.mark.long)])
-@pytest.mark.parametrize("kind", ["local", S3])
+@pytest.mark.parametrize("kind", ["local", pytest.param("s3", marks=pytest.mark.s3)])
 def test_a_suspended_attempt_that_wakes_up_harms_nothing(place, kind, races):
     """It stops anywhere in its save; another attempt claims the run and saves; it wakes up."""
     env, url = place(kind)

@@ -18,7 +18,7 @@ from tests.support.mlflow_queries import Database, check_child, check_curves
 from tests.support.simulated_trainer import start_trainer, uploader_of
 from tests.support.waiting import wait
 
-pytestmark = [pytest.mark.services, pytest.mark.long, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.mlflow, pytest.mark.long, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture

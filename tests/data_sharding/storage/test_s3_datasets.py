@@ -22,7 +22,7 @@ from tests.services.faultproxy import FaultProxy, Rule
 from tests.services.rgw import environment
 from tests.services.s3 import use
 
-pytestmark = pytest.mark.services
+pytestmark = pytest.mark.s3
 
 BUCKET = "datasets"
 FAULTS = {

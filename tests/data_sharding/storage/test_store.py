@@ -6,7 +6,6 @@ import pytest
 
 from data_sharding.storage import s3_store
 from data_sharding.storage.open_store import open_store
-from tests.support.run_locations import S3
 
 
 @pytest.fixture
@@ -14,7 +13,7 @@ def store(request, place):
     return open_store(place(request.param)[1]("store"))
 
 
-both = pytest.mark.parametrize("store", ["local", S3], indirect=True)
+both = pytest.mark.parametrize("store", ["local", pytest.param("s3", marks=pytest.mark.s3)], indirect=True)
 
 
 @both

@@ -31,7 +31,7 @@ from tests.support.run_history import losses, reach
 from tests.support.tiny_runs import make_tiny
 from tests.support.waiting import wait
 
-pytestmark = pytest.mark.services
+pytestmark = pytest.mark.s3
 
 BUCKET, SHARDS = "data", r"\.tar\.zst"
 STEPS = range(14)

@@ -62,7 +62,7 @@ def measure_on_s3(env: dict[str, str], url: str) -> dict | None:
     return measure(url, 1)
 
 
-@pytest.mark.services
+@pytest.mark.s3
 def test_on_s3(rgw, client):
     client.create_bucket(Bucket="bench")
     report, _ = run_ranks(2, measure_on_s3, rgw.environment, "s3://bench/here/")

@@ -68,7 +68,7 @@ def proxied(request, place, rgw, monkeypatch):
         yield proxy, environment(proxy.port), url
 
 
-@pytest.mark.services
+@pytest.mark.s3
 @pytest.mark.parametrize("fault", HEALING)
 def test_what_heals_is_survived(proxied, fault):
     proxy, env, url = proxied
@@ -80,7 +80,7 @@ def test_what_heals_is_survived(proxied, fault):
     assert found["step"] == 3 and not found["problems"]
 
 
-@pytest.mark.services
+@pytest.mark.s3
 @pytest.mark.parametrize(
     "part,action",
     [("data", a) for a in ("status", "reset", "cut", "stall")]

@@ -23,7 +23,7 @@ from tests.support.commits import commit_bytes
 from tests.support.paused_training import train_held
 from tests.support.ranks import Ranks, in_environment, run_ranks
 from tests.support.run_history import losses
-from tests.support.run_locations import BUCKET, S3
+from tests.support.run_locations import BUCKET
 from tests.support.waiting import wait
 
 
@@ -33,7 +33,7 @@ def on_s3(place):
     return place("s3")[1]
 
 
-@pytest.mark.services
+@pytest.mark.s3
 def test_storage_that_overwrites_is_refused(on_s3, client):
     """A versioned bucket of this server ignores the condition: two attempts could both have a number of the log."""
     client.create_bucket(Bucket="versioned")
@@ -42,7 +42,7 @@ def test_storage_that_overwrites_is_refused(on_s3, client):
         Run.open_or_create("s3://versioned/run", {}, {}, None)
 
 
-@pytest.mark.services
+@pytest.mark.s3
 def test_what_a_user_can_get_wrong(on_s3, monkeypatch, capfd):
     for url, says in [
         ("s3://nosuchbucket/run", "is not a run"),
@@ -70,7 +70,7 @@ def s3_commit_bytes(run: Run) -> dict[str, bytes]:
     return found | {"scalars": json.dumps(scalars).encode()}
 
 
-@pytest.mark.services
+@pytest.mark.s3
 def test_a_run_on_s3_is_the_run_on_local_disk(rgw, on_s3, tiny, tmp_path, capfd):
     """Killed, continued with the same command, and asked about: the same commits, curve and pictures."""
     changes = {"train__steps": 20, "checkpoint__every_steps": 4, "sampling__every_steps": 10, "sampling__steps": 2}
@@ -128,7 +128,7 @@ def committed(url: str, step: int) -> bool:
         return False
 
 
-@pytest.mark.services
+@pytest.mark.s3
 def test_an_uploader_follows_a_run_on_s3(rgw, on_s3, tmp_path):
     from fitv2_scale.tracking.journal import Journal
 
@@ -148,7 +148,7 @@ def test_an_uploader_follows_a_run_on_s3(rgw, on_s3, tmp_path):
     assert run.local("tracking/uploader.log").read_text() == ""
 
 
-@pytest.mark.services
+@pytest.mark.s3
 def test_a_signal_saves_and_ships_the_logs(rgw, on_s3, tiny):
     config = tiny("remote", run=on_s3("run"), train__steps=3000, checkpoint__every_steps=3)
     ranks = Ranks(2, in_environment, rgw.environment, train, config)
@@ -176,7 +176,7 @@ def test_folder_names():
     assert commit_folder(10, 12) == "steps/00000010.0012" and attempt_of(commit_folder(10, 12, 3)) == 12
 
 
-@pytest.mark.parametrize("kind", ["local", S3])
+@pytest.mark.parametrize("kind", ["local", pytest.param("s3", marks=pytest.mark.s3)])
 def test_sweep_says_first_and_deletes_only_what_nobody_needs(kind, request, tmp_path, capfd):
     url = str(tmp_path / "run") if kind == "local" else request.getfixturevalue("on_s3")("run")
     run = Run.open_or_create(url, {}, {}, None)
@@ -230,7 +230,7 @@ def test_sweep_says_first_and_deletes_only_what_nobody_needs(kind, request, tmp_
         ]
 
 
-@pytest.mark.services
+@pytest.mark.s3
 def test_damage_on_s3_is_found_and_passed_over(on_s3, rgw):
     """Each byte position of a small commit flipped, the file cut, each file removed."""
     from tests.support.checkpoint_state import recover
