@@ -15,7 +15,7 @@ _CHANGES = ("mkdir", "fsync", "link", "replace", "unlink", "rmdir")
 _READS = ("get_", "head_", "list_")
 
 
-class Doom:
+class KillPoint:
     """Counts operations from ``arm`` on; raises ``number`` in this process just before operation ``at`` (from 0)."""
 
     def __init__(self, number: signal.Signals = signal.SIGKILL) -> None:
@@ -33,38 +33,38 @@ class Doom:
         self.count += 1
 
 
-def watch_disk(doom: Doom) -> None:
-    """Every change of the local disk by this process's Python asks ``doom`` first."""
+def watch_disk(kill_point: KillPoint) -> None:
+    """Every change of the local disk by this process's Python asks ``kill_point`` first."""
     for name in _CHANGES:
-        setattr(os, name, _first(doom, getattr(os, name)))
-    atomic_write_module.open = lambda *args, **kw: _File(doom, open(*args, **kw))  # noqa: SIM115
+        setattr(os, name, _first(kill_point, getattr(os, name)))
+    atomic_write_module.open = lambda *args, **kw: _File(kill_point, open(*args, **kw))  # noqa: SIM115
 
 
-def watch_s3(doom: Doom, reads: bool) -> None:
-    """Every request to S3 asks ``doom`` first; unless ``reads``, only those that change something."""
+def watch_s3(kill_point: KillPoint, reads: bool) -> None:
+    """Every request to S3 asks ``kill_point`` first; unless ``reads``, only those that change something."""
     from s3fs import S3FileSystem
 
     real = S3FileSystem._call_s3
 
     async def call(self, method, *args, **kw):
         if reads or not method.startswith(_READS):
-            doom()
+            kill_point()
         return await real(self, method, *args, **kw)
 
     S3FileSystem._call_s3 = call
 
 
-def _first(doom: Doom, real: Callable) -> Callable:
+def _first(kill_point: KillPoint, real: Callable) -> Callable:
     def act(*args, **kw):
-        doom()
+        kill_point()
         return real(*args, **kw)
 
     return act
 
 
 class _File:
-    def __init__(self, doom: Doom, file) -> None:
-        self._doom, self._file = doom, file
+    def __init__(self, kill_point: KillPoint, file) -> None:
+        self._kill_point, self._file = kill_point, file
 
     def __enter__(self) -> "_File":
         return self
@@ -77,7 +77,7 @@ class _File:
             self._file.write(memoryview(data)[: len(data) // 2])
             self._file.flush()
 
-        self._doom(half)
+        self._kill_point(half)
         self._file.write(data)
         self._file.flush()
 

@@ -22,7 +22,7 @@ def runs(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def folder(runs, request) -> Path:
+def run_folder(runs, request) -> Path:
     return runs / request.node.name
 
 

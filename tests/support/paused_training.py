@@ -8,7 +8,7 @@ from fitv2_scale.train.loop import train
 from tests.support.waiting import wait
 
 
-def train_held(config, taken: int, until: str = "") -> int:
+def train_paused(config, taken: int, until: str = "") -> int:
     """Trains. The step after the first ``taken`` waits for the file ``until``; without one, it waits to be killed."""
     train_step = module.train_step
 

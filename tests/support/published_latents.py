@@ -84,7 +84,7 @@ def write_layout(root: Path, layout: str, files=None) -> Path:
 
 
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory):
+def imported(tmp_path_factory):
     """The folder, and the dataset made of it."""
     root = tmp_path_factory.mktemp("published")
     src = write_layout(root / "src", "folders")

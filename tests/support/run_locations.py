@@ -9,8 +9,8 @@ PART = 100 << 10  # bytes of an S3 upload's part, so that a save of 240 kB is se
 
 
 @pytest.fixture
-def place(request, tmp_path, monkeypatch):
-    """``place("local")`` or ``place("s3")``: (environment, a function that makes URLs)."""
+def location(request, tmp_path, monkeypatch):
+    """``location("local")`` or ``location("s3")``: (environment, a function that makes URLs)."""
 
     def make(kind: str):
         if kind == "local":

@@ -56,7 +56,7 @@ def assert_same(found: list[Sample], expected: list[Sample]) -> None:
 
 
 @pytest.fixture(scope="session")
-def stored(tmp_path_factory):
+def stored_samples(tmp_path_factory):
     path = tmp_path_factory.mktemp("dataset")
     return path, write_samples(str(path))
 

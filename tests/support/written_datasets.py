@@ -24,7 +24,7 @@ def make_images(root: Path, count: int, side: int = 40) -> None:
 
 
 @pytest.fixture(scope="session")
-def images(tmp_path_factory):
+def image_folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("images")
     make_images(root, 60)
     return str(root)
@@ -38,9 +38,9 @@ OPTIONS = {"max_tokens": 16, "holdout": 0.1, "images_per_shard": 7, "progress": 
 
 
 @pytest.fixture(scope="session")
-def written(images, tmp_path_factory):
+def written_dataset(image_folder, tmp_path_factory):
     dst = tmp_path_factory.mktemp("undisturbed") / "set"
-    return dst, write_dataset(images, str(dst), workers=1, **OPTIONS)
+    return dst, write_dataset(image_folder, str(dst), workers=1, **OPTIONS)
 
 
 def children(pid: int) -> list[int]:

@@ -11,7 +11,7 @@ from fitv2_scale.checkpoint.checkpointer import Checkpointer
 from fitv2_scale.run.log import StaleAttempt
 from fitv2_scale.run.run import Run
 from tests.support.checkpoint_state import State, opened, recover, saver
-from tests.support.kill_points import Doom, watch_disk, watch_s3
+from tests.support.kill_points import KillPoint, watch_disk, watch_s3
 from tests.support.ranks import Ranks, run_ranks
 from tests.support.run_locations import PART
 from tests.support.waiting import wait
@@ -22,32 +22,32 @@ AT_ONCE = 4  # groups of ranks, of which most wait for the storage
 # ---- killed ----
 
 
-def doomed_save(env, url: str, at: int | None) -> int:
+def killed_save(env, url: str, at: int | None) -> int:
     """Saves steps 2 to 4, the last of which retires step 2, and dies in step 4 at operation ``at``."""
-    doom = Doom()
-    watch_s3(doom, reads=False) if env else watch_disk(doom)
+    kill_point = KillPoint()
+    watch_s3(kill_point, reads=False) if env else watch_disk(kill_point)
     s3_store.PART = PART
     with opened(env, url) as (world, run):
         save = saver(world, run)
         for step in (2, 3):
             assert save(step) is None
-        doom.arm(at)
+        kill_point.arm(at)
         assert save(4) is None
-        return doom.count
+        return kill_point.count
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", ["local", pytest.param("s3", marks=pytest.mark.s3)])
-def test_killed_at_every_boundary_of_a_save(place, kind):
+def test_killed_at_every_boundary_of_a_save(location, kind):
     """Each file, the manifest, COMMIT, retention: before each operation that changes something, and amid each write."""
-    env, url = place(kind)
-    (operations,) = run_ranks(1, doomed_save, env, url("all"), None)
+    env, url = location(kind)
+    (operations,) = run_ranks(1, killed_save, env, url("all"), None)
     assert operations >= (30 if kind == "local" else 10)
     runs = [url(str(at)) for at in range(operations)]
     for several in batched(range(operations), AT_ONCE):
-        for doomed in [Ranks(1, doomed_save, env, runs[at], at) for at in several]:
+        for killed in [Ranks(1, killed_save, env, runs[at], at) for at in several]:
             with pytest.raises(RuntimeError, match="died without a word"):
-                doomed.results()
+                killed.results()
     (found,) = run_ranks(1, recover, env, *runs)
     for at, after in enumerate(found):
         assert not after["problems"] and not after["passed_over"], f"at operation {at}: {after}"
@@ -76,9 +76,9 @@ def save_for_ever(env, url: str) -> None:
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kills", [6, pytest.param(100, marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", ["local", pytest.param("s3", marks=pytest.mark.s3)])
-def test_killed_at_random_moments(place, kind, kills):
+def test_killed_at_random_moments(location, kind, kills):
     """Two ranks that do nothing but save, killed and started again: each time the newest commit is whole."""
-    env, url = place(kind)
+    env, url = location(kind)
     run, rng = url("run"), random.Random(0)
     Run.open_or_create(run, {}, {}, None)
     for attempt in range(1, kills + 1):
@@ -94,28 +94,28 @@ def test_killed_at_random_moments(place, kind, kills):
 
 
 def suspended_save(env, url: str, at: int | None) -> str | int:
-    """As ``doomed_save``, but suspended instead of killed; says how it went on."""
-    doom = Doom(signal.SIGSTOP)
-    watch_s3(doom, reads=True) if env else watch_disk(doom)
+    """As ``killed_save``, but suspended instead of killed; says how it went on."""
+    kill_point = KillPoint(signal.SIGSTOP)
+    watch_s3(kill_point, reads=True) if env else watch_disk(kill_point)
     s3_store.PART = PART
     with opened(env, url) as (world, run):
         save = saver(world, run)
         for step in (2, 3):
             assert save(step) is None
-        doom.arm(at)
+        kill_point.arm(at)
         try:
             assert save(4) is None
         except StaleAttempt:
             return "stale"
-        return doom.count if at is None else "saved"
+        return kill_point.count if at is None else "saved"
 
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("races", [4, pytest.param(100, marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", ["local", pytest.param("s3", marks=pytest.mark.s3)])
-def test_a_suspended_attempt_that_wakes_up_harms_nothing(place, kind, races):
+def test_a_suspended_attempt_that_wakes_up_harms_nothing(location, kind, races):
     """It stops anywhere in its save; another attempt claims the run and saves; it wakes up."""
-    env, url = place(kind)
+    env, url = location(kind)
     (operations,) = run_ranks(1, suspended_save, env, url("all"), None)
     moments = [0, *random.Random(races).choices(range(operations), k=races - 1)]  # 0: certainly stale
     runs = [url(str(race)) for race in range(races)]

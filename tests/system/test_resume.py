@@ -12,7 +12,7 @@ from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
 from fitv2_scale.train.loop import DONE, RETRY, train
 from tests.support.commits import commit_bytes
-from tests.support.paused_training import train_held
+from tests.support.paused_training import train_paused
 from tests.support.ranks import Ranks, run_ranks
 from tests.support.run_history import last_step, losses, reach, trained
 from tests.support.tiny_runs import IMAGES
@@ -29,7 +29,7 @@ def test_a_run_killed_twice_ends_bit_equal(tiny, size, seed):
     killed, rng = tiny("killed", train__steps=steps), random.Random(seed)
     first, second = sorted(rng.sample(range(2, steps - 1), 2))
     for attempt, step in enumerate((first, second), 1):
-        ranks = Ranks(size, train_held, killed, min(step + 5, steps - 1))  # or it could end before it is killed
+        ranks = Ranks(size, train_paused, killed, min(step + 5, steps - 1))  # or it could end before it is killed
         reach(killed.run, step, attempt)
         time.sleep(rng.uniform(0, 0.05))
         ranks.kill()

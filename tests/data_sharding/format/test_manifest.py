@@ -17,8 +17,8 @@ from data_sharding.stream.frames import read_frame
 from tests.support.samples import CLASSES, assert_same, put_at, rewrite, write_samples
 
 
-def test_manifest_gives_what_was_written(stored):
-    path, samples = stored
+def test_manifest_gives_what_was_written(stored_samples):
+    path, samples = stored_samples
     m = Manifest.load(f"file://{path}/")
     assert m.digest == hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest()
     assert m.classes == CLASSES
@@ -55,8 +55,8 @@ def test_no_dataset_is_one_sentence(tmp_path):
 
 
 @pytest.fixture
-def copied(stored, tmp_path):
-    shutil.copytree(stored[0], tmp_path / "copy")
+def copied(stored_samples, tmp_path):
+    shutil.copytree(stored_samples[0], tmp_path / "copy")
     return tmp_path / "copy"
 
 
@@ -111,8 +111,8 @@ def test_damaged_missing_and_foreign_files_are_named(copied):
         Manifest.load(str(copied))
 
 
-def test_frames_that_disagree_with_the_manifest_are_refused(stored):
-    manifest = Manifest.load(str(stored[0]))
+def test_frames_that_disagree_with_the_manifest_are_refused(stored_samples):
+    manifest = Manifest.load(str(stored_samples[0]))
     for column, value in (("sample_id", 7), ("label", 2), ("size", 3)):
         other = np.array(getattr(manifest, column))
         other[0] = value

@@ -35,15 +35,15 @@ def members_of(samples: list[Sample]) -> dict[str, bytes]:
 
 
 @pytest.mark.skipif(not (shutil.which("zstd") and shutil.which("tar")), reason="needs the zstd and tar programs")
-def test_zstd_and_tar_extract_every_member(stored, tmp_path):
-    path, samples = stored
+def test_zstd_and_tar_extract_every_member(stored_samples, tmp_path):
+    path, samples = stored_samples
     for shard in sorted(path.glob("*.tar.zst")):
         subprocess.run(f"set -o pipefail; zstd -dc '{shard}' | tar x", shell=True, executable="/bin/bash", cwd=tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == members_of(samples)
 
 
-def test_python_tarfile_reads_the_stream_across_frames_and_sees_no_time_or_owner(stored):
-    path, samples = stored
+def test_python_tarfile_reads_the_stream_across_frames_and_sees_no_time_or_owner(stored_samples):
+    path, samples = stored_samples
     members = {}
     for shard in sorted(path.glob("*.tar.zst")):
         raw = zstandard.ZstdDecompressor().stream_reader(shard.read_bytes(), read_across_frames=True).read()
@@ -54,7 +54,7 @@ def test_python_tarfile_reads_the_stream_across_frames_and_sees_no_time_or_owner
     assert members == members_of(samples)
 
 
-def test_webdataset_reads_it_with_its_own_pipeline(stored):
+def test_webdataset_reads_it_with_its_own_pipeline(stored_samples):
     wds = pytest.importorskip("webdataset")
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
@@ -64,7 +64,7 @@ def test_webdataset_reads_it_with_its_own_pipeline(stored):
                 reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
                 yield {"url": source["url"], "stream": reader}
 
-    path, samples = stored
+    path, samples = stored_samples
     urls = [str(shard) for shard in sorted(path.glob("*.tar.zst"))]
     pipeline = wds.DataPipeline(wds.SimpleShardList(urls), open_zst, tar_file_expander, group_by_keys, wds.decode())
     found = list(pipeline)
@@ -79,16 +79,16 @@ def test_webdataset_reads_it_with_its_own_pipeline(stored):
 # one frame
 
 
-def test_every_frame_alone_gives_its_samples(stored):
-    path, samples = stored
+def test_every_frame_alone_gives_its_samples(stored_samples):
+    path, samples = stored_samples
     manifest = Manifest.load(str(path))
     assert len(manifest.frame_shard) >= 5  # several frames in a shard and several shards, or this shows little
     for f in reversed(range(len(manifest.frame_shard))):
         assert_same(read_frame(manifest, f), samples[manifest.frame_first[f] : manifest.frame_first[f + 1]])
 
 
-def test_a_scan_says_what_the_manifest_says(stored):
-    path, samples = stored
+def test_a_scan_says_what_the_manifest_says(stored_samples):
+    path, samples = stored_samples
     manifest = Manifest.load(str(path))
     rows = [row for f in range(len(manifest.frame_shard)) for row in scan_frame(*frame_of(manifest, f))]
     assert rows == [(s.id, s.label, s.size) for s in samples]
@@ -110,8 +110,8 @@ def frame_of(manifest: Manifest, f: int) -> tuple[bytes, int]:
     return fetch_frame(manifest, f), int(manifest.frame_raw_bytes[f])
 
 
-def test_end_of_archive_is_a_frame_of_its_own(stored):
-    path, _ = stored
+def test_end_of_archive_is_a_frame_of_its_own(stored_samples):
+    path, _ = stored_samples
     manifest = Manifest.load(str(path))
     for number, shard in enumerate(manifest.shards):
         last = np.flatnonzero(manifest.frame_shard == number)[-1]
@@ -119,8 +119,8 @@ def test_end_of_archive_is_a_frame_of_its_own(stored):
         assert decompress(rest, len(END_OF_ARCHIVE)) == END_OF_ARCHIVE == bytes(1024)
 
 
-def test_a_frame_is_never_read_short_or_long(stored):
-    path, _ = stored
+def test_a_frame_is_never_read_short_or_long(stored_samples):
+    path, _ = stored_samples
     manifest = Manifest.load(str(path))
     first, second = fetch_frame(manifest, 0), fetch_frame(manifest, 1)
     raw_bytes = int(manifest.frame_raw_bytes[0])
@@ -138,9 +138,9 @@ def test_a_frame_is_never_read_short_or_long(stored):
             open_frame(manifest, 0, damaged if damaged is not first else first[:-1])
 
 
-def test_samples_are_their_own_memory(stored):
+def test_samples_are_their_own_memory(stored_samples):
     """A view into the frame would keep a megabyte alive for one image, and could not be written to."""
-    manifest = Manifest.load(str(stored[0]))
+    manifest = Manifest.load(str(stored_samples[0]))
     array = read_frame(manifest, 0)[0].views["resize"]
     assert array.flags.owndata or array.base.nbytes == array.nbytes
     assert array.flags.writeable

@@ -9,8 +9,8 @@ from data_sharding.storage.open_store import open_store
 
 
 @pytest.fixture
-def store(request, place):
-    return open_store(place(request.param)[1]("store"))
+def store(request, location):
+    return open_store(location(request.param)[1]("store"))
 
 
 both = pytest.mark.parametrize("store", ["local", pytest.param("s3", marks=pytest.mark.s3)], indirect=True)

@@ -25,7 +25,7 @@ from tests.services.rgw import KEY, SECRET, environment
 from tests.services.s3 import use
 from tests.support.commits import commit_bytes
 from tests.support.loaders import loader, same
-from tests.support.paused_training import train_held
+from tests.support.paused_training import train_paused
 from tests.support.ranks import Ranks, in_environment, run_ranks
 from tests.support.run_history import losses, reach
 from tests.support.tiny_runs import make_tiny
@@ -221,7 +221,7 @@ def test_an_outage_saves_and_asks_for_another_attempt(proxy, on_s3, tiny, tmp_pa
     env = environment(proxy.port)
     changes = {"data__cache_gib": 1e-6, "data__prefetch_gib": 1e-6, "data__max_substituted": 0.9}
     config, away = on_s3("run", data__deadline_seconds=5, **changes), tmp_path / "away"
-    ranks = Ranks(2, in_environment, env, train_held, config, 8, str(away))
+    ranks = Ranks(2, in_environment, env, train_paused, config, 8, str(away))
     reach(config.run, 7, attempt=1)
     proxy.rules = [Rule("status", status=status_code, method=method) for method in ("GET", "HEAD")]
     away.touch()

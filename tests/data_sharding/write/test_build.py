@@ -18,9 +18,9 @@ from tests.support.waiting import wait
 from tests.support.written_datasets import OPTIONS, bytes_of, children, kill_when, make_images
 
 
-def test_two_processes_write_the_same_bytes_as_one(images, written, tmp_path):
-    write_dataset(images, str(tmp_path / "set"), workers=2, **OPTIONS)
-    assert bytes_of(tmp_path / "set") == bytes_of(written[0])
+def test_two_processes_write_the_same_bytes_as_one(image_folder, written_dataset, tmp_path):
+    write_dataset(image_folder, str(tmp_path / "set"), workers=2, **OPTIONS)
+    assert bytes_of(tmp_path / "set") == bytes_of(written_dataset[0])
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -62,7 +62,7 @@ def test_a_worker_that_is_killed_is_reported_and_nothing_hangs(tmp_path):
     assert "a process was killed" in process.communicate()[0]
 
 
-def test_an_error_in_a_worker_keeps_its_traceback(images, tmp_path):
+def test_an_error_in_a_worker_keeps_its_traceback(image_folder, tmp_path):
     """A file that vanishes while writing is no bad image: it is an error, with the place where it happened."""
     class_folder = tmp_path / "images/ant"
     class_folder.mkdir(parents=True)
@@ -118,16 +118,16 @@ def assert_same_dataset(dst: Path, whole: Path) -> None:
     assert found == bytes_of(whole)
 
 
-def test_a_number_of_tasks_that_is_not_true_costs_nothing(images, written, tmp_path):
+def test_a_number_of_tasks_that_is_not_true_costs_nothing(image_folder, written_dataset, tmp_path):
     """SLURM_NTASKS is set in a batch script too, where one process runs alone."""
-    task = start_task(slurm_call(images, tmp_path / "set", workers=1, **OPTIONS), 3, 4)
+    task = start_task(slurm_call(image_folder, tmp_path / "set", workers=1, **OPTIONS), 3, 4)
     assert task.wait() == 0
-    assert bytes_of(tmp_path / "set") == bytes_of(written[0])
+    assert bytes_of(tmp_path / "set") == bytes_of(written_dataset[0])
 
 
-def test_work_on_a_shard_ends_when_another_task_has_it(images, tmp_path, monkeypatch):
+def test_work_on_a_shard_ends_when_another_task_has_it(image_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(shard_task, "_CHUNK", 2)
-    entries = open_folder(images).entries[:6]
+    entries = open_folder(image_folder).entries[:6]
     seen, reported = [], []
 
     def make(items):
@@ -142,7 +142,7 @@ def test_work_on_a_shard_ends_when_another_task_has_it(images, tmp_path, monkeyp
     assert Path(task.part).read_bytes() == b"{}"
 
 
-def test_a_task_that_comes_last_to_commit_finds_it_done(images, written, tmp_path, monkeypatch):
+def test_a_task_that_comes_last_to_commit_finds_it_done(image_folder, written_dataset, tmp_path, monkeypatch):
     """Another one has committed and cleaned up between its last shard and its own commit."""
     honest = build._commit
 
@@ -153,9 +153,9 @@ def test_a_task_that_comes_last_to_commit_finds_it_done(images, written, tmp_pat
         honest(src, datasets, *rest)
 
     monkeypatch.setattr(build, "_commit", beaten)
-    report = write_dataset(images, str(tmp_path / "set"), workers=1, **OPTIONS)
+    report = write_dataset(image_folder, str(tmp_path / "set"), workers=1, **OPTIONS)
     assert (report.images, report.held_out) == (54, 6)
-    assert bytes_of(tmp_path / "set") == bytes_of(written[0])
+    assert bytes_of(tmp_path / "set") == bytes_of(written_dataset[0])
 
 
 def test_a_shard_finished_after_the_commit_leaves_no_record(tmp_path):

@@ -22,9 +22,9 @@ def ids_of(url) -> list[int]:
     return Manifest.load(str(url)).sample_id.tolist()
 
 
-def test_every_image_is_there_once_with_its_label(images, written):
-    dst, report = written
-    entries = {entry.id: entry for entry in open_folder(images).entries}
+def test_every_image_is_there_once_with_its_label(image_folder, written_dataset):
+    dst, report = written_dataset
+    entries = {entry.id: entry for entry in open_folder(image_folder).entries}
     train, held = ids_of(dst), ids_of(dst / "holdout")
     assert sorted(train + held) == sorted(entries) and len(held) == 6 == report.held_out
     assert (report.images, report.skipped, report.shards, report.encoded) == (54, 0, 8 + 1, 60)
@@ -37,11 +37,11 @@ def test_every_image_is_there_once_with_its_label(images, written):
     assert not list(dst.rglob("parts")) and not list(dst.rglob("*.tmp"))
 
 
-def test_views_and_flips_are_those_of_the_pixels(images, written):
+def test_views_and_flips_are_those_of_the_pixels(image_folder, written_dataset):
     from data_sharding.write.views import encode_views, load_rgb, views_of
 
-    entries = {entry.id: entry for entry in open_folder(images).entries}
-    manifest = Manifest.load(str(written[0]))
+    entries = {entry.id: entry for entry in open_folder(image_folder).entries}
+    manifest = Manifest.load(str(written_dataset[0]))
     crops = 0
     for sample in read_frame(manifest, 0):
         image = load_rgb(entries[sample.id].data.read())
@@ -53,10 +53,10 @@ def test_views_and_flips_are_those_of_the_pixels(images, written):
     assert crops > 0
 
 
-def test_a_finished_dataset_is_left_alone(images, written):
-    dst, first = written
+def test_a_finished_dataset_is_left_alone(image_folder, written_dataset):
+    dst, first = written_dataset
     before = {file: file.stat().st_mtime_ns for file in dst.rglob("*")}
-    again = write_dataset(images, str(dst), **OPTIONS)
+    again = write_dataset(image_folder, str(dst), **OPTIONS)
     assert {file: file.stat().st_mtime_ns for file in dst.rglob("*")} == before
     assert again.encoded == 0
     assert (again.images, again.held_out, again.shards, again.bytes) == (
@@ -65,28 +65,28 @@ def test_a_finished_dataset_is_left_alone(images, written):
 
 
 @pytest.mark.parametrize("change", [{"max_tokens": 25}, {"holdout": 0.2}, {"images_per_shard": 8}])
-def test_other_options_are_refused_finished_or_not(images, written, tmp_path, monkeypatch, change):
+def test_other_options_are_refused_finished_or_not(image_folder, written_dataset, tmp_path, monkeypatch, change):
     name = next(iter(change))
     with pytest.raises(UserError, match=f"was begun with another {name} .*or another folder"):
-        write_dataset(images, str(written[0]), **{**OPTIONS, **change})
+        write_dataset(image_folder, str(written_dataset[0]), **{**OPTIONS, **change})
     monkeypatch.setattr(build, "run_tasks", lambda *_: sys.exit("killed"))
     with pytest.raises(SystemExit):
-        write_dataset(images, str(tmp_path), workers=1, **OPTIONS)
+        write_dataset(image_folder, str(tmp_path), workers=1, **OPTIONS)
     with pytest.raises(UserError, match=f"was begun with another {name} "):
-        write_dataset(images, str(tmp_path), **{**OPTIONS, **change})
+        write_dataset(image_folder, str(tmp_path), **{**OPTIONS, **change})
 
 
-def test_another_source_is_refused(images, written, tmp_path):
+def test_another_source_is_refused(image_folder, written_dataset, tmp_path):
     make_images(tmp_path / "fewer", 59)
     with pytest.raises(UserError, match="was begun with another source"):
-        write_dataset(str(tmp_path / "fewer"), str(written[0]), **OPTIONS)
+        write_dataset(str(tmp_path / "fewer"), str(written_dataset[0]), **OPTIONS)
 
 
-def test_holdout_is_exact_and_independent_of_sharding(images, written, tmp_path):
-    write_dataset(images, str(tmp_path / "other"), workers=1, **{**OPTIONS, "images_per_shard": 50})
-    assert ids_of(tmp_path / "other/holdout") == ids_of(written[0] / "holdout")
-    assert ids_of(tmp_path / "other") == ids_of(written[0])
-    assert Manifest.load(str(tmp_path / "other")).digest != Manifest.load(str(written[0])).digest
+def test_holdout_is_exact_and_independent_of_sharding(image_folder, written_dataset, tmp_path):
+    write_dataset(image_folder, str(tmp_path / "other"), workers=1, **{**OPTIONS, "images_per_shard": 50})
+    assert ids_of(tmp_path / "other/holdout") == ids_of(written_dataset[0] / "holdout")
+    assert ids_of(tmp_path / "other") == ids_of(written_dataset[0])
+    assert Manifest.load(str(tmp_path / "other")).digest != Manifest.load(str(written_dataset[0])).digest
 
 
 def test_unreadable_images_are_listed_and_the_rest_is_written(tmp_path):
@@ -143,15 +143,15 @@ def test_bad_sources_are_one_sentence_each(tmp_path):
         ({"codec": "jpeg"}, "there is no codec 'jpeg': use 'dct' or 'sd-vae'"),
     ],
 )
-def test_bad_options_are_one_sentence_each(images, tmp_path, options, message):
+def test_bad_options_are_one_sentence_each(image_folder, tmp_path, options, message):
     with pytest.raises(UserError, match=message):
-        write_dataset(images, str(tmp_path / "dst"), progress=False, **options)
+        write_dataset(image_folder, str(tmp_path / "dst"), progress=False, **options)
 
 
-def test_a_destination_inside_the_source_is_refused(images):
+def test_a_destination_inside_the_source_is_refused(image_folder):
     with pytest.raises(UserError, match="lies inside the source"):
-        write_dataset(images, f"{images}/dst")
-    assert not (Path(images) / "dst").exists()
+        write_dataset(image_folder, f"{image_folder}/dst")
+    assert not (Path(image_folder) / "dst").exists()
 
 
 def test_labels_follow_all_class_folders_and_ids_only_the_key(tmp_path):
@@ -166,7 +166,7 @@ def test_labels_follow_all_class_folders_and_ids_only_the_key(tmp_path):
     assert sample_id("bee/001.jpg") == 4103319333615632164  # frozen: ids name images in checkpoints and ledgers
 
 
-def test_colliding_ids_are_an_error(images, monkeypatch):
+def test_colliding_ids_are_an_error(image_folder, monkeypatch):
     monkeypatch.setattr(image_sources, "sample_id", lambda key: 1)
     with pytest.raises(UserError, match=r"ant/000\.jpg and ant/003\.jpg have the same id by chance"):
-        open_folder(images)
+        open_folder(image_folder)

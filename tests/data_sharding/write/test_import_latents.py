@@ -19,8 +19,8 @@ from tests.support.repository import ROOT
 from tests.support.written_datasets import bytes_of, kill_when
 
 
-def test_every_image_is_there_with_both_views_and_both_flips(whole):
-    _, dst, report = whole
+def test_every_image_is_there_with_both_views_and_both_flips(imported):
+    _, dst, report = imported
     files = published()
     assert (report.images, report.skipped, report.encoded, report.shards) == (42, 0, 42, 7)
     manifest = Manifest.load(str(dst))
@@ -43,23 +43,23 @@ def test_every_image_is_there_with_both_views_and_both_flips(whole):
 
 
 @pytest.mark.parametrize("layout", ["tar", "gz", "parts"])
-def test_packed_or_not_it_is_the_same_dataset(whole, tmp_path, layout):
+def test_packed_or_not_it_is_the_same_dataset(imported, tmp_path, layout):
     src = write_layout(tmp_path / "src", layout)
     report = import_dataset(str(src), str(tmp_path / "set"), **{**OPTIONS, "workers": 2})
     assert report.skipped == 0
-    assert shards_of(tmp_path / "set") == shards_of(whole[1])
+    assert shards_of(tmp_path / "set") == shards_of(imported[1])
     assert not list((tmp_path / "set").rglob("parts"))  # the unpacked tars are gone
     again = import_dataset(str(src), str(tmp_path / "set"), **OPTIONS)  # and are not made again
     assert (again.encoded, again.images) == (0, 42)
 
 
-def test_two_processes_write_the_same_bytes_as_one(whole, tmp_path):
-    import_dataset(str(whole[0]), str(tmp_path / "set"), **{**OPTIONS, "workers": 2})
-    assert bytes_of(tmp_path / "set") == bytes_of(whole[1])
+def test_two_processes_write_the_same_bytes_as_one(imported, tmp_path):
+    import_dataset(str(imported[0]), str(tmp_path / "set"), **{**OPTIONS, "workers": 2})
+    assert bytes_of(tmp_path / "set") == bytes_of(imported[1])
 
 
-def test_holdout(whole, tmp_path):
-    report = import_dataset(str(whole[0]), str(tmp_path / "set"), **OPTIONS, holdout=0.1)
+def test_holdout(imported, tmp_path):
+    report = import_dataset(str(imported[0]), str(tmp_path / "set"), **OPTIONS, holdout=0.1)
     assert (report.images, report.held_out) == (38, 4)
     assert verify(str(tmp_path / "set/holdout")).problems == ()
 
@@ -102,7 +102,7 @@ def start(call: str) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", call], cwd=ROOT)
 
 
-def test_slurm_tasks_share_the_unpacking_and_take_over_what_one_leaves(whole, tmp_path, monkeypatch):
+def test_slurm_tasks_share_the_unpacking_and_take_over_what_one_leaves(imported, tmp_path, monkeypatch):
     """Task 1 of 2 unpacks its own archive; the others' it waits for, until they show no sign of life."""
     src, dst = write_layout(tmp_path / "src", "gz"), str(tmp_path / "set")
     monkeypatch.setenv("SLURM_PROCID", "1")
@@ -113,7 +113,7 @@ def test_slurm_tasks_share_the_unpacking_and_take_over_what_one_leaves(whole, tm
     monkeypatch.setattr(archives, "_others_work", lambda archive: waited.append(archive.name) or honest(archive))
     import_dataset(str(src), dst, **OPTIONS)
     assert waited == [GROUPS[0], GROUPS[2]]
-    assert shards_of(tmp_path / "set") == shards_of(whole[1])
+    assert shards_of(tmp_path / "set") == shards_of(imported[1])
 
 
 def test_waiting_for_an_archive_ends_when_it_is_there(tmp_path):

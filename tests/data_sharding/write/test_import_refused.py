@@ -102,7 +102,7 @@ def test_sources_that_lack_something_are_one_sentence_each(tmp_path):
         import_dataset(str(tmp_path / "nowhere"), dst)
 
 
-def test_what_was_unpacked_from_a_bad_download_is_not_kept(whole, tmp_path):
+def test_what_was_unpacked_from_a_bad_download_is_not_kept(imported, tmp_path):
     """The second download has the name and size of the first, and a cut tar has no checksum as gzip has."""
     src = write_layout(tmp_path / "src", "tar")
     data = bytearray((src / f"{GROUPS[0]}.tar").read_bytes())
@@ -116,21 +116,21 @@ def test_what_was_unpacked_from_a_bad_download_is_not_kept(whole, tmp_path):
     data[100] ^= 1
     first.write_bytes(data[:5000])
     import_dataset(str(src), str(tmp_path / "set"), **OPTIONS)
-    assert shards_of(tmp_path / "set") == shards_of(whole[1])
+    assert shards_of(tmp_path / "set") == shards_of(imported[1])
 
 
 def shorten(path: Path, by: int) -> None:
     path.write_bytes(path.read_bytes()[:-by])
 
 
-def test_which_set_must_be_said_where_there_are_two(tmp_path, whole):
+def test_which_set_must_be_said_where_there_are_two(tmp_path, imported):
     src = write_layout(tmp_path / "src", "folders")
     for group in GROUPS:
         (src / group.replace("16", "25").replace("from_25", "from_16")).mkdir()
     with pytest.raises(UserError, match="at most 16, 25 tokens: choose with --max-tokens"):
         import_dataset(str(src), str(tmp_path / "set"), **OPTIONS)
     import_dataset(str(src), str(tmp_path / "set"), max_tokens=16, **OPTIONS)
-    assert shards_of(tmp_path / "set") == shards_of(whole[1])
+    assert shards_of(tmp_path / "set") == shards_of(imported[1])
     with pytest.raises(UserError, match="choose"):
         import_dataset(str(src), str(tmp_path / "other"), max_tokens=36, **OPTIONS)
 
@@ -142,11 +142,11 @@ def test_an_image_in_two_groups_is_refused(tmp_path):
         import_dataset(str(write_layout(tmp_path / "src", "folders", files)), str(tmp_path / "set"), **OPTIONS)
 
 
-def test_another_source_or_option_is_refused(whole, tmp_path):
+def test_another_source_or_option_is_refused(imported, tmp_path):
     files = published()
     del files[GROUPS[0]]["s3.safetensors"]
     src = write_layout(tmp_path / "src", "folders", files)
     with pytest.raises(UserError, match="was begun with another source"):
-        import_dataset(str(src), str(whole[1]), **OPTIONS)
+        import_dataset(str(src), str(imported[1]), **OPTIONS)
     with pytest.raises(UserError, match="was begun with another images_per_shard"):
-        import_dataset(str(whole[0]), str(whole[1]), **OPTIONS | {"images_per_shard": 7})
+        import_dataset(str(imported[0]), str(imported[1]), **OPTIONS | {"images_per_shard": 7})

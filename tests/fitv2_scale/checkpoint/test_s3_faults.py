@@ -60,9 +60,9 @@ def three_saves(env, url: str, deadline: float) -> list[str | None]:
 
 
 @pytest.fixture
-def proxied(request, place, rgw, monkeypatch):
+def proxied(request, location, rgw, monkeypatch):
     """(proxy, its environment, a function that makes URLs): all S3 goes through the proxy."""
-    _, url = place("s3")
+    _, url = location("s3")
     with FaultProxy(rgw.port) as proxy:
         use(monkeypatch, environment(proxy.port))
         yield proxy, environment(proxy.port), url

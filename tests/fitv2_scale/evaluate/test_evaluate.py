@@ -27,42 +27,42 @@ from tests.support.tiny_runs import CLASSES
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def shared_folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("evaluate")
 
 
 @pytest.fixture(scope="module")
-def photographs(place) -> str:
+def photographs(shared_folder) -> str:
     """80 pictures of many sizes, in two folders."""
     rng = np.random.default_rng(0)
     for i in range(80):
         height, width = rng.integers(24, 150, 2)
         ramp = np.add.outer(np.arange(height), np.arange(width))[..., None] * rng.uniform(0.2, 2, 3)
-        folder = place / "photographs" / str(i % 2)
+        folder = shared_folder / "photographs" / str(i % 2)
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray((ramp + rng.integers(0, 40, ramp.shape)).astype(np.uint8)).save(folder / f"{i}.png")
-    return str(place / "photographs")
+    return str(shared_folder / "photographs")
 
 
 @pytest.fixture(scope="module")
-def network(place) -> dict[str, str]:
+def network(shared_folder) -> dict[str, str]:
     """Options of the command line, and of ``Means``."""
-    file, digest = save_network(Tiny(), place)
+    file, digest = save_network(Tiny(), shared_folder)
     return {"network": file, "network_sha256": digest}
 
 
 @pytest.fixture(scope="module")
-def reference(place, photographs, network) -> str:
-    file = str(place / "32x48.npz")
+def reference(shared_folder, photographs, network) -> str:
+    file = str(shared_folder / "32x48.npz")
     evaluate_pictures(photographs, "32x48", Means(**network), file)
     return file
 
 
 @pytest.fixture(scope="module")
-def run(dataset, place) -> str:
+def run(dataset, shared_folder) -> str:
     from tests.support.tiny_runs import make_tiny
 
-    config = make_tiny(dataset, place, "run", train__steps=2, ema__decay=0.1)
+    config = make_tiny(dataset, shared_folder, "run", train__steps=2, ema__decay=0.1)
     assert run_ranks(2, train, config) == [0, 0]
     return config.run
 
@@ -87,11 +87,11 @@ def test_statistics_are_in_adms_format(photographs, network, reference):
     assert again["fid"] < 1e-3 and again["sfid"] < 1e-3 and (again["precision"], again["recall"]) == (1.0, 1.0)
 
 
-def test_a_reference_that_others_made(place, photographs, network, reference):
+def test_a_reference_that_others_made(shared_folder, photographs, network, reference):
     """Without our extra arrays: the features for precision and recall are computed from its pictures. And a batch of
     pictures alone, as `fitv2 sample --npz` writes it, is a reference too."""
     arrays = read_npz(reference)
-    published, batch = str(place / "published.npz"), str(place / "batch.npz")
+    published, batch = str(shared_folder / "published.npz"), str(shared_folder / "batch.npz")
     np.savez(published, **{name: arrays[name] for name in ("mu", "sigma", "mu_s", "sigma_s", "arr_0")})
     np.savez(batch, arr_0=arrays["arr_0"])
     ours = evaluate_pictures(photographs, "32x32", Means(**network, reference=reference), None)
@@ -102,10 +102,10 @@ def test_a_reference_that_others_made(place, photographs, network, reference):
     assert ours["fid"] > 1e-4
 
 
-def test_two_halves(place, photographs, network, reference):
+def test_two_halves(shared_folder, photographs, network, reference):
     """Of precomputed features, against the formula with scipy's root."""
     pool = read_npz(reference)["pool"]
-    first, second = str(place / "first.npz"), str(place / "second.npz")
+    first, second = str(shared_folder / "first.npz"), str(shared_folder / "second.npz")
     np.savez(first, pool=pool[::2])
     np.savez(second, pool=pool[1::2])
     found = evaluate_pictures(first, None, Means(reference=second), None)
@@ -135,9 +135,9 @@ def test_pictures_cover_the_size_and_are_not_stretched(tmp_path):
     assert band.shape == (16, 160, 3) and (band[:, 60:100] == 200).all() and not band[:, [0, 40, 120, 159]].any()
 
 
-def test_the_same_figures_on_any_number_of_ranks(place, run, network, reference):
+def test_the_same_figures_on_any_number_of_ranks(shared_folder, run, network, reference):
     means = Means(**network, reference=reference, keep_features=True)
-    outs = [str(place / f"ranks{size}") for size in (1, 2, 3)]
+    outs = [str(shared_folder / f"ranks{size}") for size in (1, 2, 3)]
     for size, out in zip((1, 2, 3), outs, strict=True):
         first, *others = run_ranks(size, evaluated, run, means, out)
         assert [result["nfe"] for result in first] == [2.0, 4.0] and others == [None] * (size - 1)
@@ -155,11 +155,11 @@ class Killed(Exception):
     pass
 
 
-def test_an_evaluation_goes_on_where_it_was_killed(place, run, network, reference, monkeypatch):
+def test_an_evaluation_goes_on_where_it_was_killed(shared_folder, run, network, reference, monkeypatch):
     """And is not made again when it is there, but for another reference."""
     from fitv2_scale.evaluate import generated_features
 
-    out, means = str(place / "killed"), Means(**network, reference=reference)
+    out, means = str(shared_folder / "killed"), Means(**network, reference=reference)
     made, real = [], generated_features.sample
 
     def counted(network, requests, *, kill_at=99, **options):
@@ -188,7 +188,7 @@ def test_an_evaluation_goes_on_where_it_was_killed(place, run, network, referenc
     assert [cell["nfe"] for cell in step["cells"]] == [4.0, 2.0]
 
 
-def test_weights_from_a_file(place, run, network, reference, tiny, tmp_path):
+def test_weights_from_a_file(shared_folder, run, network, reference, tiny, tmp_path):
     import yaml
 
     weights, config = str(tmp_path / "weights.safetensors"), tmp_path / "config.yaml"
@@ -206,11 +206,11 @@ def test_weights_from_a_file(place, run, network, reference, tiny, tmp_path):
         evaluated(weights, means, out, str(config))
 
 
-def test_figures_reach_mlflow_at_their_step(place, run, network, reference, dataset, capfd):
+def test_figures_reach_mlflow_at_their_step(shared_folder, run, network, reference, dataset, capfd):
     """And leave the run's status alone; sent again, they are there once."""
     from mlflow import MlflowClient
 
-    copy = str(place / "tracked" / "run")
+    copy = str(shared_folder / "tracked" / "run")
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("evaluations"))
     record = Path(copy, "run.json")
     tracking = {"uri": "auto", "experiment": "tests", "peak_tflops": None}
@@ -219,7 +219,7 @@ def test_figures_reach_mlflow_at_their_step(place, run, network, reference, data
     call += ["--nfe", "1"]
     assert main(call) == 0 and "MLflow does not know the run yet" in capfd.readouterr().out
     assert main(["track", "sync", copy]) == 0
-    client = MlflowClient(f"sqlite:///{place}/tracked/mlflow.db")
+    client = MlflowClient(f"sqlite:///{shared_folder}/tracked/mlflow.db")
     found = client.get_run(json.loads(Path(copy, "tracking/mlflow.json").read_text())["mlflow_run"])
     for _ in range(2):
         assert main(call) == 0 and "MLflow: 5 figures in run" in capfd.readouterr().out
@@ -260,7 +260,7 @@ def options(network: dict[str, str]) -> list[str]:
     return [word for name, value in network.items() for word in (f"--{name.replace('_', '-')}", value)]
 
 
-def test_the_command_with_a_suite_and_with_few_steps(place, run, network, reference, tmp_path, capfd):
+def test_the_command_with_a_suite_and_with_few_steps(shared_folder, run, network, reference, tmp_path, capfd):
     suite = tmp_path / "small.yaml"
     suite.write_text(
         "title: Small\nimages: 30\nsampling: {solver: heun, steps: 2}\ncells:\n  - {size: 32x48, rope: vision_ntk}\n"
@@ -317,7 +317,9 @@ def test_the_command_with_a_suite_and_with_few_steps(place, run, network, refere
         (["SMALL", "NETWORK", "REFERENCE"], "arr_0 is missing, not uint8"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_sentence(words, sentence, place, run, network, reference, photographs, tmp_path, capfd):
+def test_bad_input_is_one_sentence(
+    words, sentence, shared_folder, run, network, reference, photographs, tmp_path, capfd
+):
     pool = np.random.default_rng(0).normal(size=(40, POOL)).astype(np.float32)
     files = {name: str(tmp_path / f"{name}.npz") for name in ("SMALL", "OTHER", "NAN", "FEW")}
     np.savez(files["SMALL"], mu=np.zeros(5), sigma=np.eye(5))

@@ -36,7 +36,7 @@ from tests.support.layout_grid import (
     train_cell,
     values_of,
 )
-from tests.support.paused_training import train_held
+from tests.support.paused_training import train_paused
 from tests.support.ranks import Ranks, run_ranks
 from tests.support.run_history import losses, reach, trained
 
@@ -234,7 +234,7 @@ def test_a_killed_run_ends_bit_equal(tiny, world, layout):
     changes |= {"train__steps": 16, "layout__max_tokens": 64}  # several packs a step
     whole, killed = tiny("whole", **changes), tiny("killed", **changes)
     assert run_ranks(world, train, whole) == [DONE] * world
-    ranks = Ranks(world, train_held, killed, 12)
+    ranks = Ranks(world, train_paused, killed, 12)
     reach(killed.run, 8, 1)
     ranks.kill()
     assert run_ranks(world, train, killed) == [DONE] * world

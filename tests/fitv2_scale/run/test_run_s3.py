@@ -20,7 +20,7 @@ from fitv2_scale.tracking.uploader_process import Uploader
 from fitv2_scale.train.loop import DONE, RETRY, train
 from tests.services.s3 import use
 from tests.support.commits import commit_bytes
-from tests.support.paused_training import train_held
+from tests.support.paused_training import train_paused
 from tests.support.ranks import Ranks, in_environment, run_ranks
 from tests.support.run_history import losses
 from tests.support.run_locations import BUCKET
@@ -28,9 +28,9 @@ from tests.support.waiting import wait
 
 
 @pytest.fixture
-def on_s3(place):
+def on_s3(location):
     """A function that makes URLs of this test's own."""
-    return place("s3")[1]
+    return location("s3")[1]
 
 
 @pytest.mark.s3
@@ -79,7 +79,7 @@ def test_a_run_on_s3_is_the_run_on_local_disk(rgw, on_s3, tiny, tmp_path, capfd)
     assert run_ranks(2, train, local) == [DONE, DONE]
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     config = tiny("remote", run=on_s3("run"), **changes)
-    ranks = Ranks(2, in_environment, rgw.environment, train_held, config, 14)
+    ranks = Ranks(2, in_environment, rgw.environment, train_paused, config, 14)
     wait("step 8 to be committed", lambda: committed(config.run, 8))
     ranks.kill()
     assert run_ranks(2, in_environment, rgw.environment, train, config) == [DONE, DONE]

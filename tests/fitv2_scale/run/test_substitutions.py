@@ -24,7 +24,7 @@ from fitv2_scale.run.substitutions import SubstitutionLog, substitutes_of, subst
 from fitv2_scale.train.loop import BAD_INPUT, DONE, train
 from tests.support.commits import commit_bytes
 from tests.support.loaders import loader
-from tests.support.paused_training import train_held
+from tests.support.paused_training import train_paused
 from tests.support.ranks import Ranks, run_ranks
 from tests.support.run_history import losses, reach, trained
 from tests.support.scripted_store import ScriptedStore
@@ -274,7 +274,7 @@ def test_what_one_rank_loses_is_lost_to_all(damaged, dataset, tmp_path, rank):
 def test_a_run_killed_in_between_ends_bit_equal(damaged, tmp_path):
     undisturbed, killed = (damaged_config(damaged, tmp_path, name) for name in ("undisturbed", "killed"))
     assert run_ranks(2, train, undisturbed) == [DONE, DONE]
-    ranks = Ranks(2, train_held, killed, 18)
+    ranks = Ranks(2, train_paused, killed, 18)
     reach(killed.run, 14, attempt=1)
     ranks.kill()
     record = Path(killed.run, "ledger/00000001.json").read_bytes()

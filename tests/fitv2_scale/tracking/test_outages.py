@@ -20,14 +20,14 @@ from tests.support.mlflow_queries import QUICK, published, steps
 from tests.support.waiting import wait
 
 
-def test_an_outage_is_waited_for(folder, runs):
+def test_an_outage_is_waited_for(run_folder, runs):
     """The database loses a table while the uploader follows, gets it back, and nothing is lost."""
-    run = make(folder)
+    run = make(run_folder)
     train(run, 0, 5, commits=(5,))
-    uri = resolve_uri(str(folder), "auto")
-    sync(str(folder), "auto", "test")
+    uri = resolve_uri(str(run_folder), "auto")
+    sync(str(run_folder), "auto", "test")
     follower = threading.Thread(target=follow, args=(run, uri, "test", lambda: attempt_has_ended(run), QUICK))
-    log = folder / "tracking" / "uploader.log"
+    log = run_folder / "tracking" / "uploader.log"
     with sqlite3.connect(runs / "mlflow.db", timeout=60) as db:
         db.execute("alter table metrics rename to away")
     try:
@@ -41,29 +41,29 @@ def test_an_outage_is_waited_for(folder, runs):
     attempt.end(0, "done")
     follower.join(300)
     assert not follower.is_alive()
-    assert steps(folder) == list(range(1, 11)) and published(folder)["status"] == "FINISHED"
+    assert steps(run_folder) == list(range(1, 11)) and published(run_folder)["status"] == "FINISHED"
     assert all(line[:4].isdigit() for line in log.read_text().splitlines())
 
 
-def test_a_dead_server_never_holds_up_the_end_and_sync_brings_the_rest(folder):
-    run = make(folder)
+def test_a_dead_server_never_holds_up_the_end_and_sync_brings_the_rest(run_folder):
+    run = make(run_folder)
     train(run, 0, 5, commits=(5,)).end(0, "done")
     nobody = "http://me:hunter2@127.0.0.1:9"
     follow(run, nobody, "test", lambda: True, Timing(poll=0.02, backoff=0.1, last_pass=0.2))
-    log = (folder / "tracking" / "uploader.log").read_text()
-    assert f"run `fitv2 track sync {folder}` to publish the rest" in log and "hunter2" not in log
+    log = (run_folder / "tracking" / "uploader.log").read_text()
+    assert f"run `fitv2 track sync {run_folder}` to publish the rest" in log and "hunter2" not in log
     with pytest.raises(
         UserError, match=r"MLflow at http://\[redacted\]@127.0.0.1:9 failed while .* nothing is lost"
     ) as said:
-        sync(str(folder), nobody, "test")
+        sync(str(run_folder), nobody, "test")
     assert "hunter2" not in str(said.value)
-    assert sync(str(folder), "auto", "test")["metrics"] == 5
+    assert sync(str(run_folder), "auto", "test")["metrics"] == 5
 
 
-def test_a_run_deleted_on_the_server_is_made_anew(folder):
+def test_a_run_deleted_on_the_server_is_made_anew(run_folder):
     from mlflow import MlflowClient
 
-    run, uri = make(folder), resolve_uri(str(folder), "auto")
+    run, uri = make(run_folder), resolve_uri(str(run_folder), "auto")
     train(run, 0, 5, commits=(5,))
     said = []
     publisher = Publisher(run, uri, "test", said.append)
@@ -77,17 +77,17 @@ def test_a_run_deleted_on_the_server_is_made_anew(folder):
     again = f"everything is sent again to a new one ({publisher.mlflow_run})"
     assert said == [f"the MLflow run {first} no longer exists: {again}"]
     MlflowClient(uri).restore_run(first)  # two with one tag: the one that was written down stays
-    assert sync(str(folder), "auto", "test")["mlflow_run"] == publisher.mlflow_run != first
+    assert sync(str(run_folder), "auto", "test")["mlflow_run"] == publisher.mlflow_run != first
 
 
-def test_what_mlflow_refuses_holds_up_nothing_else(folder, monkeypatch):
+def test_what_mlflow_refuses_holds_up_nothing_else(run_folder, monkeypatch):
     """Names and values that are sent as they are, as if this MLflow were stricter than we know."""
     from fitv2_scale.tracking import mlflow_writer
 
     monkeypatch.setattr(mlflow_writer, "_name", lambda name: name)
     monkeypatch.setattr(mlflow_writer, "MAX_PARAM_VAL_LENGTH", 10_000)
     monkeypatch.setenv("MLFLOW_TRUNCATE_LONG_VALUES", "false")
-    run = make(folder, {"model": {"dim": 8}, "note": "n" * 7000, "seed": 3})
+    run = make(run_folder, {"model": {"dim": 8}, "note": "n" * 7000, "seed": 3})
     attempt = run.claim({})
     log = Journal(attempt.folder, 1, 0)
     for step in range(1, 301):
@@ -96,24 +96,24 @@ def test_what_mlflow_refuses_holds_up_nothing_else(folder, monkeypatch):
     attempt.commit(300, "steps/300", DIGEST)
     attempt.end(0, "done")
     said = []
-    counts = sync(str(folder), "auto", "test", say=said.append)
+    counts = sync(str(run_folder), "auto", "test", say=said.append)
     assert counts["refused"] == 2 and len(said) == 3
     assert said[0].startswith("MLflow refused a parameter, which is left out: note: ")
     assert said[1].startswith("MLflow refused a metric, which is kept in the journal only: odd@name: ")
-    there = published(folder)
+    there = published(run_folder)
     assert [(row[0], row[1]) for row in there["metrics"]] == [(s, key) for s in range(1, 301) for key in ("b", "loss")]
     assert there["params"] == {"model.dim": "8", "seed": "3"}
 
 
 @pytest.mark.parametrize("uri", ["nonsense://mlflow", "/runs/mlruns", "sqlite:////proc/none/mlflow.db"])
-def test_a_wrong_uri_is_said_and_training_goes_on(folder, uri):
-    run = make(folder)
+def test_a_wrong_uri_is_said_and_training_goes_on(run_folder, uri):
+    run = make(run_folder)
     train(run, 0, 5, commits=(5,)).end(0, "done")
     follow(run, uri, "test", lambda: True, Timing(poll=0.02, backoff=0.05, last_pass=0.1))
-    log = (folder / "tracking" / "uploader.log").read_text()
+    log = (run_folder / "tracking" / "uploader.log").read_text()
     assert f"MLflow at {uri} failed; the journal keeps the data, retry in 0.05 s: " in log
-    assert f"run `fitv2 track sync {folder}` to publish the rest" in log and "Traceback" not in log
-    assert sync(str(folder), "auto", "test")["metrics"] == 5
+    assert f"run `fitv2 track sync {run_folder}` to publish the rest" in log and "Traceback" not in log
+    assert sync(str(run_folder), "auto", "test")["metrics"] == 5
 
 
 # ---- shared file systems ----
@@ -141,11 +141,11 @@ def test_shared_file_systems_are_known_by_their_type(path, kind):
     assert shared_file_system(Path(path), MOUNTS) == kind
 
 
-def test_on_a_shared_file_system_sync_is_the_one_writer(folder, runs, tmp_path, monkeypatch):
+def test_on_a_shared_file_system_sync_is_the_one_writer(run_folder, runs, tmp_path, monkeypatch):
     mounts = tmp_path / "mountinfo"
     mounts.write_text(f"21 1 8:1 / / rw - ext4 /dev/sda1 rw\n22 21 0:9 / {runs} rw - nfs4 filer:/x rw\n")
     monkeypatch.setattr(destination, "_MOUNTS", mounts)
-    run = make(folder, {"tracking": {"uri": "auto"}})
+    run = make(run_folder, {"tracking": {"uri": "auto"}})
     attempt = train(run, 0, 5, commits=(5,))
     assert "metrics go to the journal only; run `fitv2 track sync" in journal_only_reason(run.url, "auto")
     assert journal_only_reason(run.url, "http://mlflow:5000") is None
@@ -159,23 +159,23 @@ def test_on_a_shared_file_system_sync_is_the_one_writer(folder, runs, tmp_path, 
             sync(run.url, uri, "test", Timing(last_pass=0.2))
         process.stdin.close()
     sync(run.url, uri, "test")
-    assert published(folder)["status"] == "RUNNING"  # no uploader there would hold the lock
+    assert published(run_folder)["status"] == "RUNNING"  # no uploader there would hold the lock
     attempt.end(75, "SIGTERM")
     sync(run.url, uri, "test")
-    assert published(folder)["status"] == "KILLED"
+    assert published(run_folder)["status"] == "KILLED"
 
 
-def test_sync_follows_a_run_until_it_is_done(folder):
+def test_sync_follows_a_run_until_it_is_done(run_folder):
     """From another machine, over several attempts, without a process to watch."""
-    run = make(folder)
-    follower = threading.Thread(target=follow, args=(run, resolve_uri(str(folder), "auto"), "test"), kwargs={
+    run = make(run_folder)
+    follower = threading.Thread(target=follow, args=(run, resolve_uri(str(run_folder), "auto"), "test"), kwargs={
         "over": lambda: run_is_over(run), "timing": QUICK,
     })  # fmt: skip
     follower.start()
     train(run, 0, 5, commits=(5,)).end(75, "SIGUSR1")
-    wait("what is sent", (folder / "tracking" / "ack.json").exists)
+    wait("what is sent", (run_folder / "tracking" / "ack.json").exists)
     assert follower.is_alive()
     train(run, 5, 10, commits=(10,)).end(0, "done")
     follower.join(300)
     assert not follower.is_alive()
-    assert steps(folder) == list(range(1, 11)) and published(folder)["status"] == "FINISHED"
+    assert steps(run_folder) == list(range(1, 11)) and published(run_folder)["status"] == "FINISHED"

@@ -23,7 +23,7 @@ from fitv2_scale.tracking.journal import read
 from fitv2_scale.train.loop import DONE, train
 from fitv2_scale.train.metrics.accounting import Times, Totals
 from fitv2_scale.train.metrics.gpu_stats import over_nodes
-from tests.support.paused_training import train_held
+from tests.support.paused_training import train_paused
 from tests.support.ranks import Ranks, run_ranks
 from tests.support.run_history import reach, trained
 
@@ -116,7 +116,7 @@ def test_sums_over_the_run_survive_a_kill_and_another_layout(tiny):
     changes = {"train__steps": steps, "checkpoint__every_steps": 5, "train__log_every": 2}
     undisturbed, disturbed = tiny("undisturbed", **changes), tiny("disturbed", **changes)
     assert run_ranks(1, train, undisturbed) == [DONE]
-    ranks = Ranks(2, train_held, disturbed, 15)
+    ranks = Ranks(2, train_paused, disturbed, 15)
     reach(disturbed.run, 13, attempt=1)
     ranks.kill()
     assert run_ranks(3, train, disturbed) == [DONE] * 3
