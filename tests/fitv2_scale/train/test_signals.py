@@ -48,7 +48,7 @@ def tell_in_the_middle(moment: str, number: int, told: Path) -> None:
     place, name = {
         "loading": (checkpointer.Checkpointer, "restore"),
         "first batch": (Agreement, "_load"),
-        "a step": (step, "telling"),
+        "a step": (step, "poison_if_not_finite"),
         "evaluation": (evaluation, "sample"),
         "a save": (checkpointer, "write_commit"),
     }[moment]
