@@ -1,4 +1,4 @@
-"""The command line, a file a command: ``add`` declares it, the functions behind it call the part that knows.
+"""The command line, one file per command: ``add`` declares it, the function behind it calls the room that does it.
 
-Heavy imports (torch) stand inside the functions that need them: `fitv2 --help` answers at once.
+Heavy imports (torch) are inside the functions that need them: `fitv2 --help` answers at once.
 """

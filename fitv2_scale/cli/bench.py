@@ -1,4 +1,4 @@
-"""fitv2 bench: measures this machine and this program."""
+"""fitv2 bench: measures the plan, the loader, a training step and a commit on this machine."""
 
 import argparse
 from typing import Any
@@ -8,32 +8,32 @@ from fitv2_scale.cli.common import config_arguments, make, show
 
 
 def add(commands: Any) -> None:
-    bench = commands.add_parser("bench", help="measure this machine and this program").add_subparsers(required=True)
-    data = make(bench, "data", bench_data, "balance, packing and planning on ImageNet-like lengths")
-    data.add_argument("--steps", type=int, help="steps a figure is averaged over (default: an epoch)")
-    data.add_argument("--only", metavar="PART,…", help="of balance, any_ranks, nodes, bias, planning and scale")
+    bench = commands.add_parser("bench", help="measure speed and memory on this machine").add_subparsers(required=True)
+    data = make(bench, "data", bench_data, "measure balance, packing and planning on ImageNet-like lengths")
+    data.add_argument("--steps", type=int, help="steps to average over (default: an epoch)")
+    data.add_argument("--only", metavar="PART,…", help="some of balance, any_ranks, nodes, bias, planning, scale")
     data.add_argument("--long", action="store_true", help="scale: also a dataset of 100 M images; needs 2 GB in TMPDIR")
-    against = data.add_argument_group("the loader beside others, instead of the plan's figures")
-    names = "all, or of webdataset, streaming and files; none named: this loader alone"
+    against = data.add_argument_group("compare the loader with others instead")
+    names = "all, or some of webdataset, streaming, files; none: only this loader"
     against.add_argument("--against", nargs="*", metavar="LOADER", help=names)
-    against.add_argument("--images", type=int, default=8192, help="latents written for it (default 8192)")
-    against.add_argument("--repeats", type=int, default=3, help="rounds of all loaders in turn (default 3)")
-    against.add_argument("--seconds", type=float, default=2.0, help="least time of the later epochs (default 2)")
-    against.add_argument("--folder", metavar="FOLDER", help="keeps the latents (default: a temporary folder)")
-    against.add_argument("--s3", metavar="s3://…", help="reads from below this new prefix instead of the local disk")
+    against.add_argument("--images", type=int, default=8192, help="latents to write and read (default 8192)")
+    against.add_argument("--repeats", type=int, default=3, help="rounds, each of all loaders in turn (default 3)")
+    against.add_argument("--seconds", type=float, default=2.0, help="minimum time of later epochs (default 2)")
+    against.add_argument("--folder", metavar="FOLDER", help="folder that keeps the latents (default: a temporary one)")
+    against.add_argument("--s3", metavar="s3://…", help="new prefix to read from instead of the local disk")
 
-    stepping = make(bench, "step", bench_step, "a training step: speed, where its time goes, memory")
+    stepping = make(bench, "step", bench_step, "measure a training step: speed, time by part, memory")
     config_arguments(stepping)
-    stepping.add_argument("--steps", type=int, default=8, help="steps a round (default 8)")
-    stepping.add_argument("--repeats", type=int, default=3, help="rounds, of which medians are taken (default 3)")
-    stepping.add_argument("--against", choices=["reference"], help="the released way of training, in turn with ours")
+    stepping.add_argument("--steps", type=int, default=8, help="steps per round (default 8)")
+    stepping.add_argument("--repeats", type=int, default=3, help="rounds, whose medians are reported (default 3)")
+    stepping.add_argument("--against", choices=["reference"], help="also measure the released training step, in turn")
 
-    saving = make(bench, "checkpoint", bench_checkpoint, "saving and loading: stall, speed, other layouts")
+    saving = make(bench, "checkpoint", bench_checkpoint, "measure saving and loading: stall, speed, other layouts")
     config_arguments(saving)
-    saving.add_argument("--saves", type=int, default=3, help="rounds, of which medians are taken (default 3)")
+    saving.add_argument("--saves", type=int, default=3, help="rounds, whose medians are reported (default 3)")
     place = saving.add_mutually_exclusive_group()
-    place.add_argument("--folder", metavar="FOLDER", help="saves below it (default: a temporary folder)")
-    place.add_argument("--s3", metavar="s3://…", help="saves below this prefix")
+    place.add_argument("--folder", metavar="FOLDER", help="folder to save in (default: a temporary one)")
+    place.add_argument("--s3", metavar="s3://…", help="prefix to save in")
 
 
 def bench_data(args: argparse.Namespace) -> int:

@@ -10,24 +10,24 @@ from fitv2_scale.cli.common import make, run_argument, show
 
 
 def add(commands: Any) -> None:
-    checkpoint = commands.add_parser("checkpoint", help="list, verify, sweep, import, export")
+    checkpoint = commands.add_parser("checkpoint", help="list, verify, sweep, import and export commits")
     checkpoint = checkpoint.add_subparsers(required=True)
-    listing = make(checkpoint, "list", checkpoint_list, "the commits of a run")
+    listing = make(checkpoint, "list", checkpoint_list, "list the commits of a run")
     run_argument(listing)
     check = make(checkpoint, "verify", checkpoint_verify, "check every file of every commit against its digest")
     run_argument(check)
-    sweep = make(checkpoint, "sweep", checkpoint_sweep, "say what killed attempts left behind, and delete it")
+    sweep = make(checkpoint, "sweep", checkpoint_sweep, "list what killed attempts left behind; --yes deletes it")
     run_argument(sweep)
-    sweep.add_argument("--yes", action="store_true", help="delete it; otherwise it is only listed")
+    sweep.add_argument("--yes", action="store_true", help="delete what is listed")
     importing = make(checkpoint, "import", checkpoint_import, "make a run from public weights")
     importing.add_argument("file", metavar="FILE", help=".safetensors or .bin, float32")
-    importing.add_argument("run", metavar="RUN", help="folder of the run to make")
-    importing.add_argument("--config", required=True, help="config with the weights' model")
-    export = make(checkpoint, "export", checkpoint_export, "write a commit's weights under their public names")
+    importing.add_argument("run", metavar="RUN", help="folder of the new run")
+    importing.add_argument("--config", required=True, help="config whose model fits the weights")
+    export = make(checkpoint, "export", checkpoint_export, "write the weights of a commit under their public names")
     run_argument(export)
     export.add_argument("file", metavar="FILE.safetensors")
-    export.add_argument("--ema", action="store_true", help="the averaged weights instead of the raw ones")
-    export.add_argument("--step", type=int, help="of this commit instead of the newest")
+    export.add_argument("--ema", action="store_true", help="write the EMA weights instead of the raw ones")
+    export.add_argument("--step", type=int, help="step of the commit (default: the newest)")
 
 
 def checkpoint_list(args: argparse.Namespace) -> int:
@@ -49,7 +49,7 @@ def checkpoint_verify(args: argparse.Namespace) -> int:
     report = [{"step": entry.fields["step"], "problems": verify_commit(run, entry)} for entry in run.log.commits()]
     show(args, report, "\n".join(f"step {c['step']:>8}  {'; '.join(c['problems']) or 'whole'}" for c in report))
     if bad := [str(c["step"]) for c in report if c["problems"]]:
-        raise UserError(f"{args.run}: the commits at step {', '.join(bad)} are not whole; training passes over them")
+        raise UserError(f"{args.run}: the commits at step {', '.join(bad)} are not whole; training skips them")
     return 0
 
 
@@ -63,10 +63,10 @@ def checkpoint_sweep(args: argparse.Namespace) -> int:
         remove(run, found)
     lines = [f"{folder}: saved by an attempt that ended, never committed" for folder in found.abandoned]
     lines += [f"{folder}: a retired commit" for folder in found.retired]
-    lines += [f"{path}: begun, never finished" for path, _ in found.uploads]
+    lines += [f"{path}: an upload that was never finished" for path, _ in found.uploads]
     if lines:
-        lines.append("all deleted" if args.yes else "--yes deletes these")
-    show(args, asdict(found) | {"deleted": args.yes}, "\n".join(lines) or "nothing is left over")
+        lines.append("all are deleted" if args.yes else "--yes deletes all of these")
+    show(args, asdict(found) | {"deleted": args.yes}, "\n".join(lines) or "nothing was left behind")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What all commands share: how they are declared, and how their reports are shown."""
+"""What the commands share: declaring a command, types of arguments, printing a report."""
 
 import argparse
 import json
@@ -57,5 +57,5 @@ def class_numbers(text: str, classes: int) -> list[int]:
     """What --classes asks for, as in "0,7,42". Raises UserError unless all are numbers of a model's ``classes``."""
     numbers = text.split(",")
     if not all(number.isdecimal() and int(number) < classes for number in numbers):
-        raise UserError(f"--classes {text}: give numbers from 0 to {classes - 1}, commas between them")
+        raise UserError(f"--classes {text}: give numbers from 0 to {classes - 1}, separated by commas")
     return [int(number) for number in numbers]

@@ -1,4 +1,4 @@
-"""fitv2 curves: scaling curves, their laws, and predictions."""
+"""fitv2 curves: scaling laws from the losses of runs, and predictions."""
 
 import argparse
 from pathlib import Path
@@ -9,21 +9,23 @@ from fitv2_scale.cli.common import make, show
 
 
 def add(commands: Any) -> None:
-    curves = make(commands, "curves", curves_of_runs, "scaling curves: a table, fits, pictures, predictions")
+    curves = make(commands, "curves", curves_of_runs, "fit scaling laws to runs: table, plots, predictions")
     curves.add_argument("runs", nargs="*", metavar="RUN", help="folders or s3:// URLs of runs")
-    curves.add_argument("--experiment", metavar="NAME", help="all training runs of an MLflow experiment instead")
-    curves.add_argument("--uri", help="MLflow's tracking URI (default: that of the first run's config); none: nowhere")
-    curves.add_argument("--out", default="curves", metavar="FOLDER", help="for report and pictures (default: curves)")
-    curves.add_argument("--published", action="store_true", help="the paper's FIDs beside those of the runs")
+    curves.add_argument("--experiment", metavar="NAME", help="read all training runs of an MLflow experiment instead")
+    curves.add_argument("--uri", help="MLflow tracking URI (default: the first run's); none: do not publish")
     curves.add_argument(
-        "--target", type=float, metavar="FID", help="steps and FLOPs to this (default: 26.08, FiT-B/2's)"
+        "--out", default="curves", metavar="FOLDER", help="folder of report and plots (default: curves)"
+    )
+    curves.add_argument("--published", action="store_true", help="also show the FIDs of the papers")
+    curves.add_argument(
+        "--target", type=float, metavar="FID", help="estimate steps and FLOPs to reach it (default: 26.08, FiT-B/2's)"
     )
     curves.add_argument(
         "--predict",
         action="append",
         default=[],
         metavar="CONFIG@STEP",
-        help="the loss that a network will have, as in fitv2_3b2@2000000; kept, and scored by later calls",
+        help="predict a loss, as in fitv2_3b2@2000000; the prediction is stored and scored by later calls",
     )
 
 
@@ -35,7 +37,7 @@ def curves_of_runs(args: argparse.Namespace) -> int:
     if args.runs and args.experiment:
         raise UserError("give runs or --experiment, not both")
     if args.experiment and not args.uri:
-        raise UserError("say with --uri which MLflow has the experiment, as in --uri sqlite:////runs/mlflow.db")
+        raise UserError("--experiment needs --uri, as in --uri sqlite:////runs/mlflow.db")
     if args.experiment:
         curves = read_curves.from_mlflow(args.uri, args.experiment)
     else:

@@ -16,40 +16,43 @@ _SAMPLING = ("cfg", "guided_channels", "solver", "steps", "rope", "attention_sca
 
 
 def add(commands: Any) -> None:
-    evaluate = make(commands, "evaluate", evaluate_it, "measure images: FID, sFID, IS, precision, recall")
+    evaluate = make(commands, "evaluate", evaluate_it, "measure FID, sFID, IS, precision and recall of images")
     evaluate.add_argument(
         "source",
         metavar="WHAT",
-        help="RUN, RUN@STEP or a weights file, to make images with; or pictures: a folder, tars, a dataset, an .npz; "
-        "or an .npz of features",
+        help="RUN, RUN@STEP or a weights file to sample from; or images: a folder, tars, a dataset, an .npz; or "
+        "features: an .npz",
     )
-    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="of the run's config")
-    evaluate.add_argument("--network", metavar="FILE", help="TorchScript, uint8 (N, 3, H, W) to features")
-    evaluate.add_argument("--network-sha256", metavar="HEX", help="its digest, checked before it is loaded")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the run's config")
+    evaluate.add_argument("--network", metavar="FILE", help="feature network as TorchScript, from uint8 (N, 3, H, W)")
+    evaluate.add_argument("--network-sha256", metavar="HEX", help="digest of FILE, checked before it is loaded")
     evaluate.add_argument(
-        "--reference", metavar="REF", help="an .npz as ADM's, a folder of HxW.npz, or pictures as WHAT"
-    )
-    evaluate.add_argument(
-        "--reference-images", type=whole(1), default=50_000, metavar="N", help="at most (default 50000)"
+        "--reference", metavar="REF", help="an .npz in ADM's format, a folder of HxW.npz, or images as in WHAT"
     )
     evaluate.add_argument(
-        "--save-statistics", type=new_file(".npz"), metavar="FILE.npz", help="of the pictures, as a reference"
+        "--reference-images", type=whole(1), default=50_000, metavar="N", help="maximum number (default 50000)"
+    )
+    evaluate.add_argument(
+        "--save-statistics",
+        type=new_file(".npz"),
+        metavar="FILE.npz",
+        help="save the images' statistics as a reference",
     )
     evaluate.add_argument("--suite", metavar="NAME", help="in1k256, ood, hr, ablation, or a .yaml file")
-    evaluate.add_argument("--size", action="append", metavar="HxW", help="pixels, multiples of 16; may be repeated")
+    evaluate.add_argument("--size", action="append", metavar="HxW", help="in pixels, multiples of 16; may be repeated")
     evaluate.add_argument(
-        "--images", type=whole(1), metavar="N", help="made of each size (default 50000, or the suite's)"
+        "--images", type=whole(1), metavar="N", help="images of each size (default 50000, or the suite's)"
     )
-    evaluate.add_argument("--nfe", metavar="5,10,…", help="a table and a plot of quality against evaluations")
-    evaluate.add_argument("--classes", metavar="A,B,…", help="of the images (default: all)")
-    evaluate.add_argument("--cfg", type=float, help="guidance; this and the next five as in `fitv2 sample`")
+    evaluate.add_argument("--nfe", metavar="5,10,…", help="table and plot of FID against these numbers of evaluations")
+    evaluate.add_argument("--classes", metavar="A,B,…", help="class numbers (default: all)")
+    evaluate.add_argument("--cfg", type=float, help="guidance scale; this and the next five as in `fitv2 sample`")
     for name in _SAMPLING[1:]:
         evaluate.add_argument(f"--{name.replace('_', '-')}", type=int if name == "steps" else str)
-    evaluate.add_argument("--seed", type=whole(0), default=0, help="of classes and noise (default 0)")
+    evaluate.add_argument("--seed", type=whole(0), default=0, help="seed of classes and noise (default 0)")
     evaluate.add_argument("--config", metavar="FILE", help="the config of a weights file")
-    evaluate.add_argument("--vae", default="", metavar="FOLDER", help="that decodes a dataset of sd-vae latents")
-    evaluate.add_argument("--out", metavar="FOLDER", help="for the results (default: the run)")
-    evaluate.add_argument("--keep-features", action="store_true", help="as an .npz beside the result")
+    evaluate.add_argument("--vae", default="", metavar="FOLDER", help="VAE that decodes a dataset of sd-vae latents")
+    evaluate.add_argument("--out", metavar="FOLDER", help="folder for the results (default: the run)")
+    evaluate.add_argument("--keep-features", action="store_true", help="save the features as an .npz beside the result")
 
 
 def evaluate_it(args: argparse.Namespace) -> int:
@@ -66,7 +69,7 @@ def evaluate_it(args: argparse.Namespace) -> int:
     if not is_network(args.source):
         return _pictures(args, means)
     if args.save_statistics:
-        raise UserError("--save-statistics is of pictures: make some with `fitv2 sample … --images N --folder DIR`")
+        raise UserError("--save-statistics needs images: make some with `fitv2 sample … --images N --folder DIR`")
     done = evaluate_weights(
         args.source,
         lambda weights: _cells(args, weights),
@@ -87,12 +90,12 @@ def _pictures(args: argparse.Namespace, means: "Means") -> int:
     if int(os.environ.get("RANK", 0)) > 0:
         return 0  # one process is enough
     if args.size and len(args.size) > 1:
-        raise UserError("pictures are measured at one size: give one --size")
+        raise UserError("images are measured at one size: give one --size")
     result = evaluate_pictures(args.source, args.size[0] if args.size else None, means, args.save_statistics)
     figures = {name: result[name] for name in FIGURES if result.get(name) is not None}
     lines = [f"{args.source}: {result['images']:,} images" + (f" of {result['size']}" if result["size"] else "")]
     lines += [f"{name:>10} {value:.4f}" for name, value in figures.items()]
-    lines += [f"{args.save_statistics}: their statistics"] if args.save_statistics else []
+    lines += [f"{args.save_statistics}: statistics of these images"] if args.save_statistics else []
     show(args, result, "\n".join(lines))
     return 0
 
@@ -125,7 +128,7 @@ def _cells(args: argparse.Namespace, weights: "Weights") -> "list[Cell]":
 
 
 def _few_steps(nfe: str | None, solver: str | None) -> list[dict]:
-    """The changes to ``sampling`` for each number of evaluations; of heun a step takes two."""
+    """The changes to ``sampling`` for each number of evaluations; a step of heun takes two."""
     if nfe is None:
         return [{}]
     counts = nfe.split(",")
@@ -133,7 +136,7 @@ def _few_steps(nfe: str | None, solver: str | None) -> list[dict]:
     if each is None:
         raise UserError(f"--nfe needs a solver of fixed steps: euler, heun or sde, not {solver}")
     if not all(count.isdecimal() and int(count) >= each and int(count) % each == 0 for count in counts):
-        raise UserError(f"--nfe {nfe}: give numbers as in 4,8,50" + (", even ones for heun" if each == 2 else ""))
+        raise UserError(f"--nfe {nfe}: give {'even ' if each == 2 else ''}numbers as in 4,8,50")
     return [{"solver": solver or "euler", "steps": int(count) // each} for count in counts]
 
 
@@ -145,7 +148,7 @@ def _report(args: argparse.Namespace, done: "Evaluated") -> None:
     suite = load_suite(args.suite) if args.suite else None
     table = suite_table(suite, done.results) if suite else results_table(done.results)
     where = done.store.path(f"{FOLDER}/{done.step}.json")
-    lines = [table, "", *_other_sizes(done.results), f"{where}: all that was measured of these weights"]
+    lines = [table, "", *_other_sizes(done.results), f"{where}: all measurements of these weights"]
     if suite:
         done.store.put(f"{FOLDER}/{done.step}/{suite.name}.md", f"{table}\n".encode())
     if args.nfe:
@@ -160,10 +163,10 @@ def _report(args: argparse.Namespace, done: "Evaluated") -> None:
 
 
 def _other_sizes(results: list[dict[str, Any]]) -> list[str]:
-    """A line for each reference that is of pictures of another size: nobody forbids it, but it should be known."""
+    """A line for each reference whose images have another size: it is allowed, but should be known."""
     sizes = {(r["reference"]["source"], r["reference"]["size"], r["size"]) for r in results}
     return [
-        f"{where} is of pictures of {its}, ours are {ours}"
+        f"the images of {where} are {its}, those measured are {ours}"
         for where, its, ours in sorted(sizes)
         if its not in (None, ours)
     ]

@@ -1,4 +1,4 @@
-"""fitv2 plan: what a run will need, before it is started."""
+"""fitv2 plan: what a run will need in memory, time and storage."""
 
 import argparse
 from typing import Any
@@ -8,23 +8,23 @@ from fitv2_scale.cli.common import config_arguments, make, show
 
 
 def add(commands: Any) -> None:
-    plan = make(commands, "plan", plan_run, "say what a run will need before it is started")
+    plan = make(commands, "plan", plan_run, "forecast memory, time and storage of a run")
     config_arguments(plan)
-    plan.add_argument("--nodes", type=int, default=1, help="(default 1)")
-    plan.add_argument("--gpus-per-node", type=int, default=1, help="one rank on each (default 1)")
-    rests = plan.add_argument_group("what time and goodput rest on; the report names the source of each")
+    plan.add_argument("--nodes", type=int, default=1, help="number of nodes (default 1)")
+    plan.add_argument("--gpus-per-node", type=int, default=1, help="GPUs per node, one rank each (default 1)")
+    rests = plan.add_argument_group("assumptions for time and goodput; the report names the source of each")
     rests.add_argument(
         "--bench",
         action="append",
         default=[],
         metavar="FILE",
-        help="what `fitv2 bench step --json` or `fitv2 bench checkpoint --json` has printed; may be repeated",
+        help="output of `fitv2 bench step --json` or `fitv2 bench checkpoint --json`; may be repeated",
     )
-    rests.add_argument("--mfu", type=float, metavar="SHARE", help="of the GPU's peak, without a bench of steps")
-    rests.add_argument("--network", type=float, metavar="GB/S", help="between nodes, for each GPU")
-    rests.add_argument("--failures", type=float, metavar="RATE", help="of a node in a day, as in 0.0065")
-    rests.add_argument("--detect", type=float, metavar="SECONDS", help="until a failure ends the job")
-    rests.add_argument("--restart", type=float, metavar="SECONDS", help="from there to training again")
+    rests.add_argument("--mfu", type=float, metavar="SHARE", help="fraction of the GPU's peak, without a bench")
+    rests.add_argument("--network", type=float, metavar="GB/S", help="bandwidth between nodes, per GPU")
+    rests.add_argument("--failures", type=float, metavar="RATE", help="failures per node and day, as in 0.0065")
+    rests.add_argument("--detect", type=float, metavar="SECONDS", help="from a failure to the end of its job")
+    rests.add_argument("--restart", type=float, metavar="SECONDS", help="from there until training continues")
 
 
 def plan_run(args: argparse.Namespace) -> int:

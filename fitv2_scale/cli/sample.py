@@ -1,4 +1,4 @@
-"""fitv2 sample: pictures of any size from trained weights."""
+"""fitv2 sample: images of any size from trained weights."""
 
 import argparse
 from pathlib import Path
@@ -13,43 +13,49 @@ if TYPE_CHECKING:  # torch is imported when there is something to do
 
 
 def add(commands: Any) -> None:
-    sample = make(commands, "sample", sample_pictures, "make pictures of any size from EMA weights")
+    sample = make(commands, "sample", sample_pictures, "sample images of any size from EMA weights")
     sample.add_argument("weights", metavar="RUN_OR_WEIGHTS", help="RUN, RUN@STEP, or .safetensors/.bin with --config")
-    sample.add_argument("overrides", nargs="*", metavar="key=value", help="of the config, as in layout.tensor=2")
+    sample.add_argument("overrides", nargs="*", metavar="key=value", help="config changes, as in layout.tensor=2")
     sample.add_argument("--config", metavar="FILE", help="the config of a weights file")
-    sample.add_argument("--size", action="append", metavar="HxW", help="pixels, multiples of 16; may be repeated")
+    sample.add_argument("--size", action="append", metavar="HxW", help="in pixels, multiples of 16; may be repeated")
     sample.add_argument("--classes", metavar="A,B,…", help="class numbers (default: spread evenly over all)")
     sample.add_argument(
-        "--columns", type=whole(1), default=8, help="classes shown where --classes is not given (default 8)"
+        "--columns", type=whole(1), default=8, help="number of classes, if --classes is not given (default 8)"
     )
     sample.add_argument("--cfg", type=float, help="guidance scale; 1: none (default: the config's sampling.cfg, 1.5)")
-    sample.add_argument("--guided-channels", metavar="all|three", help="three: as released (default all)")
-    sample.add_argument("--solver", metavar="euler|heun|dopri5|sde", help="(default: the config's, euler)")
-    sample.add_argument("--steps", type=int, help="of euler, heun and sde (default: the config's, 50)")
+    sample.add_argument(
+        "--guided-channels",
+        metavar="all|three",
+        help="channels guided (default all; released: three)",
+    )
+    sample.add_argument("--solver", metavar="euler|heun|dopri5|sde", help="solver (default: the config's, euler)")
+    sample.add_argument("--steps", type=int, help="steps of euler, heun and sde (default: the config's, 50)")
     sample.add_argument(
         "--rope",
         metavar="MODE",
-        help="positions of large images: none, pi, ntk, yarn, vision_ntk, vision_yarn (default: as published)",
+        help="RoPE of large images: none, pi, ntk, yarn, vision_ntk, vision_yarn (default: as published)",
     )
-    sample.add_argument("--attention-scale", metavar="none|paper|released", help="(default: as published)")
+    sample.add_argument(
+        "--attention-scale", metavar="none|paper|released", help="of the logits (default: as published)"
+    )
     sample.add_argument("--seed", type=whole(0), default=0, help="of the noise, with each image's index (default 0)")
     sample.add_argument(
         "--out",
         type=new_file(".png"),
         default="samples.png",
         metavar="FILE.png",
-        help="the grid, a row a size and a column a class",
+        help="the grid: one row per size, one column per class",
     )
-    sample.add_argument("--compare", action="store_true", help="all ways of extrapolation at one --size, into --out")
+    sample.add_argument("--compare", action="store_true", help="compare all RoPE modes at one --size, in --out")
     sample.add_argument(
-        "--images", type=whole(1), metavar="N", help="N single pictures of random classes, into --folder"
+        "--images", type=whole(1), metavar="N", help="sample N single images of random classes into --folder"
     )
-    sample.add_argument("--folder", metavar="DIR", help="of the single pictures; a killed call goes on there")
+    sample.add_argument("--folder", metavar="DIR", help="folder of the single images; a killed call continues there")
     sample.add_argument(
         "--npz",
         type=new_file(".npz"),
         metavar="FILE.npz",
-        help="the single pictures as ADM's evaluator reads them; needs --images",
+        help="the single images in the format of ADM's evaluator; needs --images",
     )
 
 
@@ -62,9 +68,9 @@ def sample_pictures(args: argparse.Namespace) -> int:
     if args.compare and len(sizes) > 1:
         raise UserError("--compare shows one size: give one --size")
     if args.npz and args.images is None:
-        raise UserError("--npz writes single pictures: say how many with --images N")
+        raise UserError("--npz needs the number of images as --images N")
     if args.compare and args.images is not None:
-        raise UserError("--compare makes one picture of --size and --images single ones: give one of the two")
+        raise UserError("--compare makes a grid and --images makes single images: give one of the two")
     with join() as world, opened(args.weights, world, args.config, args.overrides) as weights:
         sampling = _sampling(args, weights.config.sampling)
         report, text = make_them(args, weights, sampling, sizes)
@@ -91,21 +97,21 @@ def _grid(args: argparse.Namespace, weights: "Weights", sampling: "SamplingConfi
         png = grid_png([decode(made[r].tokens, codec) for r in requests], rows=len(sizes))
         _write(args.out, png)
     nfe = sum(one.nfe for one in made.values()) / len(made)
-    return {"file": args.out, "nfe": nfe}, f"{args.out}: pictures from the EMA weights of {weights.name}, NFE {nfe:g}"
+    return {"file": args.out, "nfe": nfe}, f"{args.out}: images from the EMA weights of {weights.name}, NFE {nfe:g}"
 
 
 def _many(args: argparse.Namespace, weights: "Weights", sampling: "SamplingConfig", sizes: list[str]) -> tuple:
     from fitv2_scale.evaluate.sampling.png_folder import make_pictures, random_requests, write_npz
 
     if args.npz and len(sizes) > 1:
-        raise UserError("an .npz for ADM's evaluator holds pictures of one size: give one --size")
+        raise UserError("an .npz for ADM's evaluator holds images of one size: give one --size")
     labels = _labels(args, weights) if args.classes else list(range(weights.classes))
     requests = random_requests(sizes, args.images, labels, args.seed)
     folder = args.folder or f"{args.npz or 'samples'}.pictures"
     done = make_pictures(weights, requests, sampling, args.seed, folder, weights.codec())
     if args.npz and weights.world.is_first:
         write_npz(folder, requests, args.npz)
-    text = f"{folder}: {args.images} pictures from the EMA weights of {weights.name}, NFE {done.nfe:g}, {done.made} new"
+    text = f"{folder}: {args.images} images from the EMA weights of {weights.name}, NFE {done.nfe:g}, {done.made} new"
     report = {"folder": folder, "images": args.images, "made": done.made, "nfe": done.nfe, "npz": args.npz}
     return report, text + (f"; {args.npz}" if args.npz else "")
 

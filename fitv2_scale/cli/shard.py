@@ -16,26 +16,29 @@ def add(commands: Any) -> None:
     write.add_argument("--codec", default="dct", help="dct: weight-free block DCT (default); sd-vae: needs --vae")
     write.add_argument("--vae", default="", metavar="FOLDER", help="sd-vae: folder of a diffusers AutoencoderKL")
     write.add_argument(
-        "--latent", choices=("mean", "sample"), default="mean", help="sd-vae: of its posterior (default mean)"
+        "--latent",
+        choices=("mean", "sample"),
+        default="mean",
+        help="sd-vae: which part of its posterior (default mean)",
     )
-    write.add_argument("--max-tokens", type=int, default=256, help="most tokens an image may have (default 256)")
+    write.add_argument("--max-tokens", type=int, default=256, help="maximum tokens of an image (default 256)")
     _shard_arguments(write)
     importing = make(shard, "import", shard_import, "convert the published FiTv2 latents to shards")
     importing.add_argument("src", metavar="SRC", help="folder of from_16_to_L, greater_than_L_resize and _crop")
-    importing.add_argument("--max-tokens", type=int, metavar="L", help="which set, where SRC holds several")
+    importing.add_argument("--max-tokens", type=int, metavar="L", help="which set, if SRC holds several")
     importing.add_argument("--classes", type=int, default=1000, help="number of classes (default 1000)")
     _shard_arguments(importing)
-    inspect = make(shard, "inspect", shard_inspect, "say what a dataset holds")
+    inspect = make(shard, "inspect", shard_inspect, "summarize what a dataset holds")
     inspect.add_argument("url", metavar="URL", help="folder or s3:// URL of a dataset")
-    inspect.add_argument("--picture", metavar="FILE", help="also draw the histogram of lengths to FILE.png")
+    inspect.add_argument("--picture", metavar="FILE", help="also save a histogram of token counts as FILE.png")
     verify = make(shard, "verify", shard_verify, "check every frame of a dataset against its digest")
     verify.add_argument("url", metavar="URL", help="folder or s3:// URL of a dataset")
 
 
 def _shard_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dst", metavar="DST", help="folder of the dataset to write")
-    parser.add_argument("--holdout", type=float, default=0.0, help="share of images set aside at DST/holdout")
-    parser.add_argument("--workers", type=int, help="processes (default: all cores)")
+    parser.add_argument("--holdout", type=float, default=0.0, help="fraction of the images to hold out, at DST/holdout")
+    parser.add_argument("--workers", type=int, help="number of processes (default: one per core)")
 
 
 def shard_write(args: argparse.Namespace) -> int:
@@ -64,8 +67,8 @@ def _written(args: argparse.Namespace, report: Any) -> int:
     )
     if report.skipped:
         raise UserError(
-            f"{report.skipped} of the images could not be read and were left out, the rest is written: "
-            f"{report.url}/skipped.json names them"
+            f"{report.skipped} of the images cannot be read and were left out, all others are written; "
+            f"{report.url}/skipped.json lists the reasons"
         )
     return 0
 
@@ -85,10 +88,8 @@ def shard_verify(args: argparse.Namespace) -> int:
 
     report = verify(args.url)
     rate = f"{report.bytes / 1e6:.1f} MB at {report.mb_per_second:.0f} MB/s"
-    good = f"{args.url}: all is well, {rate}"
+    good = f"{args.url}: no problems, {rate}"
     show(args, asdict(report), "\n".join(report.problems) or good)
     if report.problems:
-        raise UserError(
-            f"{args.url}: {len(report.problems)} problems found; restore the files named or write them anew"
-        )
+        raise UserError(f"{args.url}: {len(report.problems)} problems; restore the listed files or write them again")
     return 0

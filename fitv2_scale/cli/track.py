@@ -1,4 +1,4 @@
-"""fitv2 track: MLflow."""
+"""fitv2 track: publishes runs to MLflow."""
 
 import argparse
 import sys
@@ -10,10 +10,10 @@ from fitv2_scale.cli.common import make, run_argument, show
 
 def add(commands: Any) -> None:
     track = commands.add_parser("track", help="publish runs to MLflow").add_subparsers(required=True)
-    sync = make(track, "sync", track_sync, "publish a run's journal to MLflow, from anywhere")
+    sync = make(track, "sync", track_sync, "publish the journal of a run to MLflow, from any machine")
     run_argument(sync)
-    sync.add_argument("--uri", help="tracking URI (default: the one in the run's config)")
-    sync.add_argument("--follow", action="store_true", help="go on until the run is done, or until Ctrl-C")
+    sync.add_argument("--uri", help="MLflow tracking URI (default: that of the run's config)")
+    sync.add_argument("--follow", action="store_true", help="continue until the run is done, or until Ctrl-C")
 
 
 def track_sync(args: argparse.Namespace) -> int:
@@ -25,11 +25,11 @@ def track_sync(args: argparse.Namespace) -> int:
     run = Run.open(args.run)
     uri, experiment = args.uri or run.config["tracking"]["uri"], run.config["tracking"]["experiment"]
     if args.follow:
-        _say(f"{args.run}: publishing to MLflow until the run is done; Ctrl-C ends this, and nothing is lost")
+        _say(f"{args.run}: publishing to MLflow until the run is done; Ctrl-C ends the upload and loses nothing")
         follow(run, resolve_uri(args.run, uri), experiment, lambda: run_is_over(run), Timing(poll=10.0), _say)
     report = sync(args.run, uri, experiment, say=_say)
     sent = f"{report['metrics']} metrics and {report['pictures']} pictures sent"
-    show(args, report, f"{args.run}: {sent}, MLflow at {report['uri']} has all that is committed")
+    show(args, report, f"{args.run}: {sent}; MLflow at {report['uri']} has all committed steps")
     return 0
 
 

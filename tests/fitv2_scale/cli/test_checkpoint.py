@@ -84,7 +84,7 @@ def test_verify_says_what_is_damaged_and_fails(run, capfd):
     whole, damaged = json.loads(out)
     assert whole == {"step": 1, "problems": []} and damaged["step"] == 2
     assert "rank-00000.safetensors has 0 bytes" in damaged["problems"][0]
-    assert "the commits at step 2 are not whole; training passes over them" in err
+    assert "the commits at step 2 are not whole; training skips them" in err
 
 
 @pytest.mark.parametrize("kind", ["param", "ema"])

@@ -214,13 +214,13 @@ def test_sweep_says_first_and_deletes_only_what_nobody_needs(kind, request, tmp_
         assert report["deleted"] == bool(yes) and (yes or store.list("") == before)
     assert store.list("steps/") == sorted(f"steps/{path}" for path in needed)
     assert [path for path, _ in store.uploads()] == ["steps/00000040.0002/big"]  # the newest attempt's
-    assert main(["checkpoint", "sweep", url]) == 0 and "nothing is left over" in capfd.readouterr().out
+    assert main(["checkpoint", "sweep", url]) == 0 and "nothing was left behind" in capfd.readouterr().out
 
     second.end(75, "SIGTERM")  # now it saves nothing more
     assert main(["checkpoint", "sweep", url]) == 0
     said = capfd.readouterr().out
     assert "steps/00000040.0002: saved by an attempt that ended, never committed" in said and "--yes deletes" in said
-    assert main(["checkpoint", "sweep", url, "--yes"]) == 0 and "all deleted" in capfd.readouterr().out
+    assert main(["checkpoint", "sweep", url, "--yes"]) == 0 and "all are deleted" in capfd.readouterr().out
     assert store.list("steps/") == [f"steps/{path}" for path in (*needed[:2], needed[3])] and not store.uploads()
     if kind == "local":
         assert sorted(p.name for p in (tmp_path / "run" / "steps").iterdir()) == [

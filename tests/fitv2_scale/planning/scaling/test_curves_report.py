@@ -202,7 +202,7 @@ def test_what_cannot_be_done_is_said(capsys, folder):
     out = ("--out", folder / "out", "--uri", "none")
     assert "give runs, --experiment NAME, or --published" in refused(capsys, *out)
     assert "give runs or --experiment, not both" in refused(capsys, run, "--experiment", "x")
-    assert "say with --uri which MLflow" in refused(capsys, "--experiment", "x")
+    assert "--experiment needs --uri, as in" in refused(capsys, "--experiment", "x")
     assert "is not a run" in refused(capsys, folder / "nothing")
     assert "give CONFIG@STEP" in refused(capsys, run, *out, "--predict", "fitv2_3b2")
     assert "cannot read the config configs/no.yaml" in refused(capsys, run, *out, "--predict", "no@5")
