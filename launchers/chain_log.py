@@ -74,7 +74,7 @@ def outcome_of(run: Run, before: int, code: int) -> tuple[int, str, bool]:
     ended by itself and not by a failure."""
     newest = newest_attempt(run.log.entries())
     if newest > before:
-        end = Attempt(newest, run).ended()
+        end = Attempt(newest, run).read_end()
         if end is None:
             return RETRY, f"attempt {newest} was killed", False
         return end["code"], end["reason"], end["code"] in (*FINAL, RETRY)
@@ -111,7 +111,7 @@ def signal_seconds(run: Run, asked: int) -> int:
     if asked:
         return asked
     for number in range(newest_attempt(run.log.entries()), 0, -1):
-        if pace := Attempt(number, run).pace():
+        if pace := Attempt(number, run).read_pace():
             return max(LEAST_SIGNAL, math.ceil(2 * (pace["step_seconds"] + pace["save_seconds"])))
     return LEAST_SIGNAL
 

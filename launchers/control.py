@@ -8,7 +8,7 @@ from typing import Any
 
 from data_sharding.errors import UserError
 from fitv2_scale.run.log import newest_attempt, now
-from fitv2_scale.run.requests import save_path
+from fitv2_scale.run.requests import save_request_path
 from fitv2_scale.run.run import Attempt, Run
 from launchers import slurm
 from launchers.chain import CHAIN_FILE, Chain
@@ -41,10 +41,10 @@ def save(url: str) -> str:
     """Asks the attempt that runs for a commit at its next step."""
     run = Run.open(url)
     newest = newest_attempt(run.log.entries())
-    if newest == 0 or Attempt(newest, run).ended() is not None:
+    if newest == 0 or Attempt(newest, run).read_end() is not None:
         raise UserError(f"{run.url}: no attempt is running, so there is nothing to save.")
-    order = {"time": now(), "nonce": secrets.token_hex(8)}
-    run.store.put_json(save_path(newest), order)
+    request = {"time": now(), "nonce": secrets.token_hex(8)}
+    run.store.put_json(save_request_path(newest), request)
     return f"{run.url}: attempt {newest} commits at its next step"
 
 
@@ -52,7 +52,7 @@ def log_file(url: str, rank: int) -> Path:
     """What that rank printed: in the newest chain of jobs, else in the newest attempt. Raises UserError."""
     run = Run.open(url)
     newest, submit = newest_attempt(run.log.entries()), ChainLog(run.store).submit
-    files = [run.local(f"attempts/{newest}/logs/rank-{rank:05d}.log")]
+    files = [run.local_path(f"attempts/{newest}/logs/rank-{rank:05d}.log")]
     if submit:
         files.insert(0, Path(submit["home"]) / f"rank-{rank}.log")
     for file in files:

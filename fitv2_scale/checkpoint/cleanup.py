@@ -22,7 +22,7 @@ def leftovers(run: Run) -> Leftovers:
     """
     entries = run.log.entries()
     newest = newest_attempt(entries)
-    over = newest + (1 if newest and Attempt(newest, run).ended() else 0)
+    over = newest + (1 if newest and Attempt(newest, run).read_end() else 0)
     committed = {e.fields["path"] for e in run.log.commits()}
     named = {e.fields["path"] for e in entries if e.kind == "COMMIT"}
     folders = sorted({_folder(path) for path in run.store.list("steps/")} - committed)

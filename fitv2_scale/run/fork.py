@@ -1,6 +1,7 @@
-"""Where a forked run leaves its parent."""
+"""The commit of another run that a new run starts from."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from data_sharding.errors import UserError
 from data_sharding.storage.open_store import open_store
@@ -17,14 +18,18 @@ class Fork:
 
     @classmethod
     def parse(cls, text: str, child: str) -> "Fork":
-        """``child`` is the URL of the new run. Once that has commits, the parent's may be gone. Raises UserError."""
+        """``child`` is the URL of the new run. Once that has commits, the parent's commit need not exist any more.
+
+        Raises UserError.
+        """
         url, step = parse_reference(text, "--fork-from")
         run = Run.open(url)
         steps = [entry.fields["step"] for entry in run.log.commits()]
-        begun = open_store(child).exists("run.json") and Run.open(child).log.commits()
-        if step not in steps and not begun:
+        child_has_commits = open_store(child).exists("run.json") and Run.open(child).log.commits()
+        if step not in steps and not child_has_commits:
             raise UserError(f"--fork-from {text}: {url} has commits at {steps or 'no step'}, choose one of them")
         return cls(run, step)
 
-    def parent(self) -> dict:
+    def parent(self) -> dict[str, Any]:
+        """For the new run's run.json."""
         return {"run": self.run.id, "url": self.run.url, "step": self.step}

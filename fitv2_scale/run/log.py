@@ -8,15 +8,14 @@ An entry is one object ``log/<8-digit number>``, written once by conditional cre
     {"n":4,"kind":"RETIRE","attempt":2,"nonce":"77ab…","time":"…","entry":2}
     {"n":5,"kind":"STOP","attempt":2,"nonce":"e2d9…","time":"…"}
 
-* CLAIM begins an attempt; its number is one more than any claimed before, so numbers are unique.
+* CLAIM starts an attempt; its number is one more than any claimed before, so numbers are unique.
 * COMMIT makes a checkpoint count. Its data and manifest are durable before the entry is written.
 * RETIRE withdraws the COMMIT numbered ``entry``. Only then may the data be deleted.
-* STOP, written from outside, ends the attempt that runs and the chain of jobs behind it. It is in force while no CLAIM
-  follows it: a launcher asks ``stop_requested`` before it starts a successor, and a person who starts `train` by hand
-  thereby takes the STOP back.
+* STOP, written by `fitv2 stop`, ends the running attempt and its chain of jobs. It is in force until the next CLAIM, so
+  `train` started by hand revokes it. A chain compares the STOP's number with the log's length at its submission.
 
-Why an old attempt cannot commit: an append goes to the first free number, after every entry before it was read. Whoever
-finds a newer CLAIM among those stops; and if one lands in between, the number is taken and the append looks again.
+Why an old attempt cannot commit: an append takes the first free number, after it has read every entry before. If one of
+those is a newer CLAIM, it raises StaleAttempt; if one is written in between, the number is taken and it reads again.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +35,7 @@ class StaleAttempt(Exception):
 
 @dataclass(frozen=True)
 class LogEntry:
-    """One log entry. ``attempt`` is who wrote it; for a STOP, the newest attempt at that time (0: none yet)."""
+    """One entry. ``attempt`` wrote it; for a STOP, it is the newest attempt at that time (0: none yet)."""
 
     n: int
     kind: str
@@ -63,7 +62,7 @@ class RunLog:
         return self._log.entries()
 
     def claim(self) -> LogEntry:
-        """Begins an attempt. A claim that meets another on its number becomes the newer attempt."""
+        """Starts an attempt. If another claim takes the number first, this one becomes the newer attempt."""
         return self._append("CLAIM", lambda before: newest_attempt(before) + 1, {})
 
     def commit(self, attempt: int, step: int, path: str, manifest: str) -> LogEntry:
@@ -81,12 +80,12 @@ class RunLog:
         return self._append("RETIRE", lambda before: require_newest(attempt, before), {"entry": entry})
 
     def stop(self, at_once: bool = False) -> LogEntry:
-        """Asks the running attempt to save and end, and the chain to end with it; ``at_once``: without saving. Anyone
-        may call this."""
+        """Asks the running attempt to save and end, and its chain to end; ``at_once``: without saving. Any process may
+        call this."""
         return self._append("STOP", newest_attempt, {"at_once": at_once})
 
     def commits(self) -> list[LogEntry]:
-        """The COMMITs that were not RETIREd, oldest first."""
+        """The COMMITs that no RETIRE has withdrawn, oldest first."""
         entries = self.entries()
         retired = {e.fields["entry"] for e in entries if e.kind == "RETIRE"}
         return [e for e in entries if e.kind == "COMMIT" and e.n not in retired]
@@ -96,11 +95,11 @@ class RunLog:
         last = next((e for e in reversed(self.entries()) if e.kind in ("CLAIM", "STOP")), None)
         return last is not None and last.kind == "STOP"
 
-    def _append(self, kind: str, writer: Callable[[Sequence[LogEntry]], int], fields: dict[str, Any]) -> LogEntry:
-        """Creates the next entry. ``writer`` names its attempt, given every entry before it, or raises StaleAttempt."""
+    def _append(self, kind: str, attempt_of: Callable[[Sequence[LogEntry]], int], fields: dict[str, Any]) -> LogEntry:
+        """Creates the next entry. ``attempt_of(all entries before)`` is its attempt, or raises StaleAttempt."""
 
         def build(before: Sequence[LogEntry], nonce: str) -> dict[str, Any]:
-            attempt = writer(before)
+            attempt = attempt_of(before)
             head = {"n": len(before) + 1, "kind": kind, "attempt": attempt, "nonce": nonce, "time": now()}
             return head | fields
 

@@ -1,7 +1,7 @@
-"""What an attempt is made of: packages, CUDA, driver, GPUs, code. Recorded when it begins; ``Run.claim``
-compares it with the attempt before.
+"""Provenance of an attempt: packages, CUDA, driver, GPUs, code. It is recorded at the start; ``Run.claim`` compares it
+with the previous attempt's.
 
-A job trains a copy of the code, which has no git any more: whoever makes the copy leaves ``SOURCE`` in it.
+A job trains with a copy of the code, which is no git checkout: ``fitv2 submit`` writes ``SOURCE`` into the copy.
 """
 
 import hashlib
@@ -30,15 +30,15 @@ _MOST_DIFF = 1 << 20  # characters; a longer one is cut
 
 
 def provenance() -> dict[str, Any]:
-    """What this process is made of; secrets hidden. A sample:
+    """Of this process, secrets redacted. A sample:
 
     {"python": "3.11.2", "packages": {"torch": "2.13.0", "deepspeed": null, …}, "cuda": "13.0" or null,
      "nccl": "2.27.7" or null, "driver": "580.65.06" or null, "hostname": "n17", "pid": 4711, "argv": […],
      "git": "4f0c…-dirty" or null, "code": "9a31…", "diff": "diff --git …",
      "gpus": [{"node": "n17", "name": "NVIDIA H100", "uuid": "…"}]}
 
-    ``code`` is a digest of the packages as they are imported; ``diff`` is what git does not know of them;
-    ``gpus`` are those of this node, or of all ranks where an attempt says it.
+    ``code`` is a digest of our packages as they are imported; ``diff`` are their changes since the git commit; ``gpus``
+    are this node's, in start.json those of all ranks.
     """
     import torch  # only here: a report command needs no torch
 
@@ -61,7 +61,7 @@ def provenance() -> dict[str, Any]:
 
 
 def own_gpu(device: "torch.device") -> dict[str, str] | None:
-    """Which GPU ``device`` is; None if it is none."""
+    """Node, model and UUID of ``device``; None if it is not a GPU."""
     import torch
 
     if device.type != "cuda":
@@ -71,16 +71,16 @@ def own_gpu(device: "torch.device") -> dict[str, str] | None:
 
 
 def installed() -> dict[str, str | None]:
-    """Versions of the packages that results may depend on; None for one that is not there."""
+    """Versions of the packages that results may depend on; None for one that is not installed."""
     return {name: _version(name) for name in _PACKAGES}
 
 
 def source() -> dict[str, str | None]:
-    """{"git": the commit, with "-dirty" behind it if tracked files were changed, "diff": those changes}; None and ""
-    where git knows nothing of this code."""
+    """{"git": the commit, ending with "-dirty" if tracked files have changes, "diff": those changes}; None and "" if
+    this code is not in a git repository."""
     with suppress(OSError, DataError):
-        if (left := LocalStore(str(_ROOT)).read_json(SOURCE)) is not None:
-            return left
+        if (written := LocalStore(str(_ROOT)).read_json(SOURCE)) is not None:
+            return written
     here = Path(__file__)
     try:
         _git("ls-files", "--error-unmatch", str(here))  # not the tree around a virtual environment

@@ -1,4 +1,4 @@
-"""Secrets leave before anything is written: configs, provenance, reasons and log lines pass through ``redact``."""
+"""Removes secrets from what is written: configs, provenance, reasons and log lines pass through ``redact``."""
 
 import re
 from typing import Any
@@ -19,9 +19,9 @@ _ASSIGNMENT = re.compile(r"([A-Za-z_][\w.\-]*)=([^\s&]+)")
 
 
 def redact(value: Any) -> Any:
-    """A copy of a JSON-like ``value`` (dicts, lists, tuples, scalars) with everything that looks like a secret hidden.
+    """A copy of a JSON-like ``value`` (dicts, lists, tuples, scalars) with all that looks like a secret replaced.
 
-    Hidden are: the value under a key one of whose words is token, secret, password, key and the like; the user part of
+    That is: the value under a key one of whose words is token, secret, password, key and the like; the user part of
     a URL (``https://me:pw@host`` becomes ``https://[redacted]@host``); ``name=value`` inside a string, and the item
     after ``--name`` in a list (a command line), when the name is such a word.
 

@@ -1,10 +1,11 @@
-"""What a RUN is: a folder that says what is trained, a log that says what counts, and one folder per attempt.
+"""A RUN: a folder with the run's identity, the log that decides what counts, and one folder per attempt.
 
-    run.json              what the run is; written once (see ``Run``)
-    log/00000001 …        who trains and what is committed (see ``run_log``)
+    run.json              identity of the run; written once (see ``Run``)
+    log/00000001 …        who trains and what is committed (see ``log``)
     attempts/<n>/         start.json, end.json (see ``Attempt``), journal/ (see ``tracking.journal``)
-    ledger/               images that cannot be read, and what replaces them (see ``substitutions``)
-    tracking/             what the uploader keeps (see ``tracking.publisher``)
+    ledger/00000001.json  images that cannot be read, and their substitutes (see ``substitutions``)
+    tracking/             the uploader's state (see ``tracking.publisher``)
+    chain/00000001 …      jobs on a cluster (see ``launchers.chain_log``)
 
 The config has two halves. The *recipe* decides what is learned; it is hashed, and a run keeps it for life. The
 *runtime* half (layout, logging, storage) may differ from attempt to attempt.
@@ -27,14 +28,14 @@ from fitv2_scale.run import local_files
 from fitv2_scale.run.log import LogEntry, RunLog, now
 from fitv2_scale.run.redact import redact
 
-# How an attempt ends: exit codes of `fitv2 train`, and codes in end.json. The README says what launchers make of them.
+# How an attempt ends: exit codes of `fitv2 train`, and codes in end.json. README.md says how launchers react to each.
 DONE, RETRY, GIVE_UP, BAD_INPUT, BUG = 0, 75, 93, 2, 1
-NOT_FINITE = "loss or gradient was not finite"  # how the reason of a GIVE_UP begins, if that is why
+NOT_FINITE = "loss or gradient was not finite"  # how the reason begins if this is the cause of a GIVE_UP
 
 _IDENTITY = "run.json"
 # Versions up to a2e80d5 wrote these keys of run.json under other names. Such runs continue, so both are read.
 _FORMER_KEYS = {"science": "recipe", "science_hash": "recipe_hash"}
-# Of a start.json: what results may depend on. Not the layout, on which they do not depend.
+# Keys of start.json on which results may depend. The layout is not among them: results do not depend on it.
 _COMPARED = ("python", "packages", "cuda", "nccl", "driver", "git", "code", "gpus")
 
 log = logging.getLogger(__name__)
@@ -42,14 +43,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Run:
-    """One training run. The identity, a sample of run.json:
+    """One training run. A sample of run.json:
 
     {"id": "demo-5f1c09ab", "created": "2025-06-01T12:00:00.000000+00:00", "config": {…}, "recipe": {…},
      "recipe_hash": "0c9d…", "plan_hash": "77e1…", "parent": {"run": "/runs/first", "step": 1000} or null}
 
     ``config`` (as resolved when the run was made) and ``recipe`` are free of secrets; ``recipe_hash`` is the sha256
-    of the latter as canonical JSON; ``plan_hash`` says which data, in which order (null for imported weights, whose
-    commits then say); ``parent`` is where a fork left.
+    of the latter as canonical JSON; ``plan_hash`` identifies the data and its order (null for imported weights: their
+    commits have it); ``parent`` is the commit that a fork started from.
     """
 
     id: str
@@ -87,7 +88,7 @@ class Run:
             "parent": redact(parent),
         }
         if not store.exists(_IDENTITY):
-            with suppress(FileExistsError):  # if another process was first, what it made is checked below
+            with suppress(FileExistsError):  # another process was first: its identity is checked below
                 store.create_json(_IDENTITY, new, indent=1)
                 _check_exclusive(store, new)
         run = Run.open(url)
@@ -100,14 +101,14 @@ class Run:
             changes.append(f"parent: {json.dumps(run.parent)} -> {json.dumps(new['parent'])}")
         if changes:
             raise UserError(
-                f"{store.url} is a run of something else ({'; '.join(changes)}); "
-                "give a new run folder, or branch off with --fork-from RUN@STEP."
+                f"{store.url} holds a different run ({'; '.join(changes)}); "
+                "give a new run folder, or fork it with --fork-from RUN@STEP."
             )
         return run
 
     @staticmethod
     def open(url: str) -> "Run":
-        """The run at ``url``, for commands that report on it. Raises UserError if there is none."""
+        """The run at ``url``. Raises UserError if there is none."""
         store = open_store(url)
         record = store.read_json(_IDENTITY)
         if record is None:
@@ -122,21 +123,21 @@ class Run:
     def url(self) -> str:
         return self.store.url
 
-    def local(self, rel: str) -> Path:
-        """Where the file ``rel`` grows: in the run if that is local, else on this node (see ``scratch``)."""
-        return local_files.local(self.store, self.id, rel)
+    def local_path(self, rel: str) -> Path:
+        """Where the file ``rel`` grows: in the run if that is local, else on this node (see ``local_files``)."""
+        return local_files.local_path(self.store, self.id, rel)
 
-    def ship(self, rel: str) -> None:
-        """Brings the file ``rel``, or all files below it, from this node to a run that is elsewhere."""
-        local_files.ship(self.store, self.id, rel)
+    def upload(self, rel: str) -> None:
+        """Copies the file ``rel``, or all files below it, from this node to a run that is not local."""
+        local_files.upload(self.store, self.id, rel)
 
-    def fetch(self, rel: str) -> Path:
+    def download(self, rel: str) -> Path:
         """The object ``rel`` as a file on this node. Raises FileNotFoundError."""
-        return local_files.fetch(self.store, self.id, rel)
+        return local_files.download(self.store, self.id, rel)
 
     def claim(self, provenance: dict[str, Any]) -> "Attempt":
-        """Begins an attempt, which makes every older one stale; writes its start.json, and code.diff if git does not
-        know all of the code."""
+        """Starts an attempt, which makes every older one stale. Writes its start.json, and code.diff if the code has
+        changes that are not in git."""
         entry = self.log.claim()
         attempt = Attempt(entry.attempt, self)
         before = self.store.read_json(f"attempts/{entry.attempt - 1}/start.json") or {}
@@ -150,7 +151,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One stretch of training by one set of processes. Samples of what it writes to attempts/<number>/:
+    """Training by one set of processes, from their start to their end. Samples of its files in attempts/<number>/:
 
     start.json  {"attempt": 2, "time": "2025-06-01T12:00:00.000000+00:00", "packages": {…}, "changed": [], …}
     end.json    {"attempt": 2, "time": "2025-06-01T13:00:00.000000+00:00", "code": 75, "reason": "SIGUSR1"}
@@ -161,7 +162,7 @@ class Attempt:
 
     @property
     def changed(self) -> list[str]:
-        """What it is made of and the attempt before was not: ["packages.torch: 2.12.0 -> 2.13.0"]."""
+        """Differences of packages, code and machine to the previous attempt: ["packages.torch: 2.12.0 -> 2.13.0"]."""
         return (self.run.store.read_json(f"{self.path}/start.json") or {}).get("changed", [])
 
     @property
@@ -172,11 +173,11 @@ class Attempt:
     @property
     def folder(self) -> Path:
         """Its folder on local disk, for journals and logs."""
-        return self.run.local(self.path)
+        return self.run.local_path(self.path)
 
-    def ship(self, file: Path) -> None:
-        """Brings a file of ``folder`` to a run that is elsewhere."""
-        self.run.ship(f"{self.path}/{file.relative_to(self.folder)}")
+    def upload(self, file: Path) -> None:
+        """Copies a file of ``folder`` to a run that is not local."""
+        self.run.upload(f"{self.path}/{file.relative_to(self.folder)}")
 
     def commit(self, step: int, path: str, manifest_digest: str) -> LogEntry:
         """Makes the checkpoint count. Call after its files, its manifest and ``Journal.seal``.
@@ -189,43 +190,43 @@ class Attempt:
         """Withdraws the COMMIT with log number ``entry``, so that its data may go. Raises as ``commit`` does."""
         return self.run.log.retire(self.number, entry)
 
-    def note_pace(self, step_seconds: float, save_seconds: float) -> None:
-        """How long a step and a save take at most, for launchers: so long before a time limit they must be told."""
+    def record_pace(self, step_seconds: float, save_seconds: float) -> None:
+        """Records the longest step and save. Launchers ask for a save so long before a time limit."""
         pace = {"step_seconds": round(step_seconds, 3), "save_seconds": round(save_seconds, 3)}
         try:
             self.run.store.put_json(f"{self.path}/pace.json", pace, indent=1)
         except (OSError, StorageDown) as error:
-            log.warning("the pace of attempt %d could not be noted: %s", self.number, error)
+            log.warning("attempt %d could not record its step and save times: %s", self.number, error)
 
-    def pace(self) -> dict[str, float] | None:
+    def read_pace(self) -> dict[str, float] | None:
         """{"step_seconds": 1.5, "save_seconds": 40.0}, or None if it has not saved yet."""
         return self.run.store.read_json(f"{self.path}/pace.json")
 
     def end(self, code: int, reason: str) -> None:
         """Records why the attempt ended. ``code`` is the exit code of `train`: 0, 2, 75, 93, or another for a bug.
 
-        Storage that cannot be written is no reason to end otherwise: no record means 75.
+        If the storage cannot be written, the code stays the same; launchers take a missing record for 75.
         """
         end = {"attempt": self.number, "time": now(), "code": code, "reason": redact(reason)}
         try:
             self.run.store.put_json(f"{self.path}/end.json", end, indent=1)
         except (OSError, StorageDown) as error:
             log.warning(
-                "attempt %d ends with %d (%s), which could not be recorded: %s", self.number, code, reason, error
+                "attempt %d ends with %d (%s), but this could not be recorded: %s", self.number, code, reason, error
             )
 
-    def ended(self) -> dict[str, Any] | None:
+    def read_end(self) -> dict[str, Any] | None:
         """end.json, or None if the attempt was killed or still runs."""
         return self.run.store.read_json(f"{self.path}/end.json")
 
 
 def _check_exclusive(store: Store, identity: dict[str, Any]) -> None:
-    """Creates the identity once more, with the same bytes: on storage that takes it, two attempts could both commit."""
+    """Creates the identity a second time, with the same bytes. Where that succeeds, two attempts could both commit."""
     with suppress(FileExistsError):
         store.create_json(_IDENTITY, identity, indent=1)
         raise UserError(
-            f"{store.url}: this storage overwrites what a conditional create must leave alone (versioned buckets of "
-            "some servers do); put the run into another bucket."
+            f"{store.url}: a conditional create overwrites an existing object on this storage (versioned buckets of "
+            "some servers do that); put the run into another bucket."
         )
 
 
@@ -250,9 +251,9 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Between two start.json. What one of them does not say is no change."""
+    """The differences between two start.json, of keys that both have."""
     compared = [key for key in _COMPARED if key in old and key in new]
     sides = [{key: side[key] for key in compared} for side in (old, new)]
     for side in sides:
-        side["gpus"] = sorted({gpu["name"] for gpu in side.get("gpus", [])})  # their kind, not which ones
+        side["gpus"] = sorted({gpu["name"] for gpu in side.get("gpus", [])})  # their model, not which devices
     return [line.replace('"', "") for line in differences(*sides)]

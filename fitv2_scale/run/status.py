@@ -1,4 +1,4 @@
-"""What became of a run so far, read from its log and its attempts."""
+"""The state of a run: its attempts, their ends, its last commit. Read from its log and its attempts."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from fitv2_scale.run.substitutions import summary
 
 
 def status(run: Run) -> dict[str, Any]:
-    """What `fitv2 status` shows, ready for JSON. A sample:
+    """The report of `fitv2 status`, ready for JSON. A sample:
 
     {"id": …, "url": …, "created": …, "recipe_hash": …, "plan_hash": …, "parent": null, "stop_requested": false,
      "last_commit": {"step": 200, "time": …, "attempt": 1, "path": "steps/200"} or null,
@@ -16,12 +16,12 @@ def status(run: Run) -> dict[str, Any]:
      "attempts": [{"attempt": 1, "started": …, "ended": … or null, "code": 75 or null, "why": "SIGUSR1", "changed": [],
                    "last_step": 200 or null}]}
 
-    ``last_step`` is the highest step an attempt committed, retired or not.
+    ``last_step`` is the highest step that the attempt committed, retired or not.
     """
     entries, commits = run.log.entries(), run.log.commits()
     attempts = []
     for claim in (e for e in entries if e.kind == "CLAIM"):
-        end = Attempt(claim.attempt, run).ended() or {}
+        end = Attempt(claim.attempt, run).read_end() or {}
         steps = [e.fields["step"] for e in entries if e.kind == "COMMIT" and e.attempt == claim.attempt]
         attempts.append(
             {

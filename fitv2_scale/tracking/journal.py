@@ -42,18 +42,18 @@ class Journal:
     disk, and a third thread may ``seal``. A slow or full disk delays only ``seal``; until it can be written, records
     wait in memory.
 
-    ``folder`` is the attempt's folder (``Attempt.folder``); ``ship`` uploads a sealed segment to a run on another
-    storage (``Attempt.ship``). A killed process loses at most the last second, all of it after the last commit: call
+    ``folder`` is the attempt's folder (``Attempt.folder``); ``upload`` uploads a sealed segment to a run on another
+    storage (``Attempt.upload``). A killed process loses at most the last second, all of it after the last commit: call
     ``seal`` before the COMMIT entry is appended, when every record up to the committed step has been written.
     """
 
     def __init__(
-        self, folder: Path, attempt: int, start_step: int, ship: Callable[[Path], None] = lambda segment: None
+        self, folder: Path, attempt: int, start_step: int, upload: Callable[[Path], None] = lambda segment: None
     ) -> None:
-        self._folder, self._ship = folder / "journal", ship
+        self._folder, self._upload = folder / "journal", upload
         self._folder.mkdir(parents=True, exist_ok=True)
         fsync_folder(folder)
-        self._segment, self._shipped = 0, 0  # the one being written; the first that is not shipped yet
+        self._segment, self._uploaded = 0, 0  # the one being written; the first that is not uploaded yet
         self._file: FileIO | None = None
         self._full: deque[FileIO] = deque()  # segments that are written, but not durable yet
         self._unwritten = bytearray()  # lines of this segment that are not in its file yet
@@ -78,7 +78,7 @@ class Journal:
     def seal(self) -> None:
         """Makes all records so far durable and begins the next segment. Call before each COMMIT and at the end.
 
-        Raises the errors of the disk and of ``ship``. Nothing is lost then: the next call does the rest.
+        Raises the errors of the disk and of ``upload``. Nothing is lost then: the next call does the rest.
         """
         with self._file_lock:
             self._flush()
@@ -90,9 +90,9 @@ class Journal:
                 os.fsync(self._full[0].fileno())
                 self._full.popleft().close()
             fsync_folder(self._folder)
-            while self._shipped < self._segment:
-                self._ship(self._path(self._shipped))
-                self._shipped += 1
+            while self._uploaded < self._segment:
+                self._upload(self._path(self._uploaded))
+                self._uploaded += 1
 
     def _path(self, segment: int) -> Path:
         return self._folder / f"{segment:05d}.jsonl"
@@ -186,7 +186,7 @@ def read(run: Run, after: Position = Position()) -> Iterator[Record]:
 def read_attempt(run: Run, start: Position) -> Iterator[Record]:
     """Every complete record of one attempt from ``start`` on, committed or not.
 
-    Of a run on another storage: the segments that were shipped, and on the node that writes them also the others.
+    Of a run on another storage: the segments that were uploaded, and on the node that writes them also the others.
     """
     for segment in count(start.segment):
         offset = start.offset if segment == start.segment else 0
@@ -208,9 +208,9 @@ def read_attempt(run: Run, start: Position) -> Iterator[Record]:
 
 
 def _segment(run: Run, path: str, offset: int) -> bytes:
-    """A segment's bytes from ``offset`` on. The writing node's copy is never shorter than the shipped one."""
+    """A segment's bytes from ``offset`` on. The writing node's copy is never shorter than the uploaded one."""
     try:
-        with open(run.local(path), "rb") as file:
+        with open(run.local_path(path), "rb") as file:
             file.seek(offset)
             return file.read()
     except FileNotFoundError:

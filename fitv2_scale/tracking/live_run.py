@@ -114,7 +114,7 @@ def final_status(attempt: Attempt) -> tuple[str, int]:
     KILLED stands for exit code 75 (saved, wants another attempt) and for a missing end.json. The next attempt sets the
     run RUNNING again.
     """
-    end = attempt.ended() or {"code": None, "time": now()}
+    end = attempt.read_end() or {"code": None, "time": now()}
     return {0: "FINISHED", 75: "KILLED", None: "KILLED"}.get(end["code"], "FAILED"), ms(end["time"])
 
 

@@ -26,7 +26,7 @@ class RunLock:
     """
 
     def __init__(self, run: Run) -> None:
-        path = run.local("tracking/lock")
+        path = run.local_path("tracking/lock")
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "ab")  # noqa: SIM115 - __exit__ closes it
 

@@ -125,7 +125,7 @@ class Publisher:
         if not self._run.store.exists(picture):
             return "missing"
         try:
-            canonical.log_artifact(self._run.fetch(picture), "samples")
+            canonical.log_artifact(self._run.download(picture), "samples")
         except ServerError as error:
             self._picture_failures[picture] += 1
             if self._picture_failures[picture] < _PICTURE_TRIES:

@@ -87,7 +87,7 @@ def attempt_has_ended(run: Run) -> bool:
     """Whether the newest attempt has written its end.json; False while storage does not answer."""
     with suppress(StorageDown):
         newest = newest_attempt(run.log.entries())
-        return newest > 0 and Attempt(newest, run).ended() is not None
+        return newest > 0 and Attempt(newest, run).read_end() is not None
     return False
 
 
@@ -95,7 +95,7 @@ def run_is_over(run: Run) -> bool:
     """True if no further attempt is expected: the newest has ended, with an exit code that does not ask for one."""
     with suppress(StorageDown):
         newest = newest_attempt(run.log.entries())
-        end = Attempt(newest, run).ended() if newest else None
+        end = Attempt(newest, run).read_end() if newest else None
         return end is not None and end["code"] != RETRY
     return False
 
@@ -120,7 +120,7 @@ class Process:
 
 
 def _log(run: Run, line: str) -> None:
-    with suppress(OSError), open(run.local("tracking/uploader.log"), "a") as file:  # a full disk must not stop us
+    with suppress(OSError), open(run.local_path("tracking/uploader.log"), "a") as file:  # a full disk must not stop us
         file.write(f"{now()} {redact(line)}\n")
 
 

@@ -24,7 +24,7 @@ class Uploader:
 
     def __init__(self, run_url: str, uri: str, experiment: str) -> None:
         run = Run.open(run_url)
-        self._log = run.local("tracking/uploader.log")
+        self._log = run.local_path("tracking/uploader.log")
         self._log.parent.mkdir(parents=True, exist_ok=True)
         self._command = [sys.executable, "-m", "fitv2_scale.tracking.uploader", run.url]
         self._command += ["--experiment", experiment, "--follow", str(os.getpid())]

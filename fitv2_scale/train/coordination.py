@@ -15,7 +15,7 @@ from data_sharding.stream.loader import Loader, SubstitutesNeeded
 from data_sharding.stream.substitutes import LostFrame
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
 from fitv2_scale.parallel.world import World
-from fitv2_scale.run.requests import Orders
+from fitv2_scale.run.requests import Requests
 from fitv2_scale.run.substitutions import SubstitutionLog
 from fitv2_scale.train.batch_broadcast import Relay
 from fitv2_scale.train.signals import StopSignal
@@ -32,10 +32,10 @@ class Agreement:
         stop: StopSignal,
         substitutions: SubstitutionLog,
         checkpoints: Checkpointer,
-        orders: Orders | None,
+        requests: Requests | None,
     ):
-        """``orders``: rank 0's alone."""
-        self._world, self._relay, self._stop, self._orders = world, relay, stop, orders
+        """``requests``: on rank 0 only."""
+        self._world, self._relay, self._stop, self._requests = world, relay, stop, requests
         self._substitutions = substitutions
         self._checkpoints = checkpoints
         self._saves_obeyed = 0
@@ -104,6 +104,6 @@ class Agreement:
 
     def _wishes(self) -> tuple[str | None, int]:
         """What somebody told this rank: why to stop, if it should, and how many saves were asked for so far."""
-        if self._orders is None:
+        if self._requests is None:
             return self._stop.name, 0
-        return self._stop.name or ("STOP" if self._orders.stop else None), self._orders.saves
+        return self._stop.name or ("STOP" if self._requests.stop else None), self._requests.saves

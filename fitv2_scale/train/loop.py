@@ -13,7 +13,7 @@ from fitv2_scale.data import Data
 from fitv2_scale.parallel.world import World, join
 from fitv2_scale.run.fork import Fork
 from fitv2_scale.run.log import StaleAttempt
-from fitv2_scale.run.requests import followed
+from fitv2_scale.run.requests import watch_requests
 from fitv2_scale.run.run import BAD_INPUT, BUG, DONE, GIVE_UP, RETRY, Attempt, Run
 from fitv2_scale.train.coordination import Agreement
 from fitv2_scale.train.metrics.meter import Meter
@@ -53,11 +53,11 @@ def train(config: Config, fork_from: str | None = None) -> int:
         with (
             log_to(run, number, world.rank),
             _recorded(run, number, world) as end,
-            followed(run, number, world.is_first) as orders,
+            watch_requests(run, number, world.is_first) as requests,
             Watchdog(config.watchdog, world, run, number).watching() as watchdog,
         ):
             session = open_session(config, world, layout, data, run, number, fork)
-            agreement = Agreement(world, session.relay, stop, session.substitutions, session.checkpoints, orders)
+            agreement = Agreement(world, session.relay, stop, session.substitutions, session.checkpoints, requests)
             end(*_loop(session, agreement, watchdog))
         return end.code
 
@@ -102,7 +102,7 @@ def _loop(s: Session, agreement: Agreement, watchdog: Watchdog) -> tuple[int, st
             if commit or end or agreement.save_ended:
                 with watchdog.within("save"):
                     failed = s.save(done, begin=commit, last=end, totals=meter.totals)
-                    s.note_pace(watchdog.longest_step)
+                    s.record_pace(watchdog.longest_step)
                 if failed is not None:  # nothing is lost yet: the next save may do better
                     progress.say(failed)
                     if s.checkpoints.gave_up or (end and s.checkpoints.newest != done):
@@ -133,7 +133,7 @@ def _profile(s: Session) -> Profile:
     if steps and not range(max(s.start, steps.start), min(last, steps.stop)):
         taken = f"this attempt takes the steps after {s.start} up to {last}"
         _say(s.world.is_first, f"profile.steps={asked}: nothing is profiled, {taken}")
-    folder = s.run.local(f"attempts/{s.number}/profile") if s.world.is_first else None
+    folder = s.run.local_path(f"attempts/{s.number}/profile") if s.world.is_first else None
     return Profile(steps, folder, s.world.device)
 
 

@@ -111,10 +111,10 @@ class Session:
             failed = (self._settle() if last else None) or failed
         return failed
 
-    def note_pace(self, step_seconds: float) -> None:
+    def record_pace(self, step_seconds: float) -> None:
         """On rank 0, once a save has shown how long it takes."""
         if self.attempt and self.checkpoints.seconds:
-            self.attempt.note_pace(step_seconds, self.checkpoints.seconds)
+            self.attempt.record_pace(step_seconds, self.checkpoints.seconds)
 
     def _settle(self) -> str | None:
         step = self.checkpoints.newest

@@ -70,8 +70,8 @@ def open_session(
         log.warning("%s", notes[-1])
     substitutions = _open_substitutions(run, number, data, restored, fork, config, world)
     checkpoints.prepare(engine)
-    folder = run.local(f"attempts/{number}")
-    journal = Journal(folder, number, restored.step if restored else 0, attempt.ship) if world.is_first else None
+    folder = run.local_path(f"attempts/{number}")
+    journal = Journal(folder, number, restored.step if restored else 0, attempt.upload) if world.is_first else None
     evaluation = Evaluation.open(config, world, layout, data, engine, journal, run.store)
     uploader = _start_uploader(run, config, notes) if world.is_first else None
     audit = None
@@ -151,8 +151,8 @@ def log_to(run: Run, number: int, rank: int) -> Iterator[None]:
     the end, with all else that rank 0's node has of the attempt."""
     folder = f"attempts/{number}"
     file = f"{folder}/logs/rank-{rank:05d}.log"
-    run.local(file).parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(run.local(file), delay=True)
+    run.local_path(file).parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(run.local_path(file), delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     try:
@@ -161,6 +161,6 @@ def log_to(run: Run, number: int, rank: int) -> Iterator[None]:
         logging.getLogger().removeHandler(handler)
         try:
             handler.close()
-            run.ship(folder if rank == 0 else file)
+            run.upload(folder if rank == 0 else file)
         except (OSError, UserError) as error:
-            log.warning("%s stays on its node: %s", run.local(folder), error)
+            log.warning("%s stays on its node: %s", run.local_path(folder), error)

@@ -234,16 +234,16 @@ class Watchdog:
     def _write_stacks(self) -> None:
         rel = f"attempts/{self._number}/logs/rank-{self._rank:05d}.stacks"
         with suppress(Exception):
-            file = self._run.local(rel)
+            file = self._run.local_path(rel)
             file.parent.mkdir(parents=True, exist_ok=True)
             with open(file, "w") as stacks:
                 faulthandler.dump_traceback(stacks, all_threads=True)
-            self._run.ship(rel)
+            self._run.upload(rel)
         with suppress(Exception):  # this part of torch is private
             for name, dump in _flight_recorders():
                 rel = f"attempts/{self._number}/logs/rank-{self._rank:05d}.{name}.json"
-                self._run.local(rel).write_bytes(dump())
-                self._run.ship(rel)
+                self._run.local_path(rel).write_bytes(dump())
+                self._run.upload(rel)
 
 
 def _flight_recorders() -> list[tuple[str, Callable[[], bytes]]]:

@@ -129,9 +129,9 @@ def test_the_signal_comes_early_enough(tiny, tmp_path):
     """300 s before the limit, or twice what the newest attempt that has saved was seen to need."""
     run = Run.open_or_create(str(tmp_path / "run"), {}, {}, None)
     assert signal_seconds(run, 0) == 300
-    run.claim({}).note_pace(1.2, 20.0)
+    run.claim({}).record_pace(1.2, 20.0)
     assert signal_seconds(run, 0) == 300
-    run.claim({}).note_pace(30.25, 170.0)
+    run.claim({}).record_pace(30.25, 170.0)
     run.claim({})  # has not saved yet
     assert signal_seconds(run, 0) == 401 and signal_seconds(run, 60) == 60
 

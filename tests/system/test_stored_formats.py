@@ -114,7 +114,7 @@ def test_the_records_of_attempts_are_frozen(tmp_path):
     attempt = run.claim(made_of)
     attempt.retire(attempt.commit(10, "steps/00000010.0001", "0c9d").n)
     run.log.stop()
-    attempt.note_pace(1.25, 40.0)
+    attempt.record_pace(1.25, 40.0)
     attempt.end(75, "SIGUSR1")
     written = '"attempt": 1, "nonce": "NONCE", "time": "TIME"'
     assert {file.name: fixed(file) for file in (tmp_path / "run" / "log").iterdir()} == {

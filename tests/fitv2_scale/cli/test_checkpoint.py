@@ -135,7 +135,7 @@ def test_import_of_what_does_not_fit(weights, run, tmp_path, capfd):
     assert "tensors are missing" in sentence(weights, "configs/fitv2_b2.yaml")
     assert "none.yaml" in sentence(weights, "none.yaml")
     assert not Path(target).exists()
-    assert "is a run of something else" in refused(capfd, "import", str(weights), str(run), "--config", CONFIG)[1]
+    assert "holds a different run" in refused(capfd, "import", str(weights), str(run), "--config", CONFIG)[1]
 
 
 def test_sweep(run, capfd):

@@ -118,7 +118,7 @@ def test_attempts_leave_records_and_status_reads_them(tmp_path):
     start = json.loads((first.folder / "start.json").read_bytes())
     assert start == {"attempt": 1, "time": run.log.entries()[0].time, "hostname": "n1", "changed": []}
     end = json.loads((tmp_path / "attempts" / "1" / "end.json").read_bytes())
-    assert end == first.ended() and (end["code"], end["reason"]) == (75, "SIGUSR1")
+    assert end == first.read_end() and (end["code"], end["reason"]) == (75, "SIGUSR1")
 
     report = status(Run.open(str(tmp_path)))
     assert json.loads(json.dumps(report)) == report

@@ -38,7 +38,7 @@ def test_storage_that_overwrites_is_refused(on_s3, client):
     """A versioned bucket of this server ignores the condition: two attempts could both have a number of the log."""
     client.create_bucket(Bucket="versioned")
     client.put_bucket_versioning(Bucket="versioned", VersioningConfiguration={"Status": "Enabled"})
-    with pytest.raises(UserError, match="overwrites what a conditional create must leave alone"):
+    with pytest.raises(UserError, match="a conditional create overwrites an existing object"):
         Run.open_or_create("s3://versioned/run", {}, {}, None)
 
 
@@ -134,8 +134,8 @@ def test_an_uploader_follows_a_run_on_s3(rgw, on_s3, tmp_path):
 
     run = Run.open_or_create(on_s3("run"), {"model": {"dim": 8}}, {}, "plan")
     attempt = run.claim({})
-    journal = Journal(attempt.folder, 1, 0, attempt.ship)
-    assert attempt.folder.is_relative_to(local_files.local(run.store, run.id, ""))
+    journal = Journal(attempt.folder, 1, 0, attempt.upload)
+    assert attempt.folder.is_relative_to(local_files.local_path(run.store, run.id, ""))
     uploader = Uploader(run.url, f"sqlite:///{tmp_path}/mlflow.db", "test")
     for step in range(1, 11):
         journal.metrics(step, {"loss": 1 / step})
@@ -143,9 +143,9 @@ def test_an_uploader_follows_a_run_on_s3(rgw, on_s3, tmp_path):
             journal.seal()
             attempt.commit(step, f"steps/{step}", "sha256:0")
     attempt.end(0, "done")
-    assert uploader.process.wait(300) == 0, run.local("tracking/uploader.log").read_text()
+    assert uploader.process.wait(300) == 0, run.local_path("tracking/uploader.log").read_text()
     assert json.loads(run.store.read("tracking/ack.json"))["segment"] == 1
-    assert run.local("tracking/uploader.log").read_text() == ""
+    assert run.local_path("tracking/uploader.log").read_text() == ""
 
 
 @pytest.mark.s3
