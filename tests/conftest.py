@@ -16,6 +16,7 @@ pytest_plugins = (
     # datasets
     "tests.support.published_latents",
     "tests.support.samples",
+    "tests.support.small_vae",
     "tests.support.written_datasets",
     # runs
     "tests.support.mlflow_queries",
