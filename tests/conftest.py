@@ -18,7 +18,9 @@ pytest_plugins = (
     "tests.support.samples",
     "tests.support.small_vae",
     "tests.support.written_datasets",
+    "tests.support.loaders",
     # runs
+    "tests.support.evaluations",
     "tests.support.mlflow_queries",
     "tests.support.run_locations",
     "tests.support.slurm_jobs",

@@ -26,6 +26,7 @@ from fitv2_scale.model.packed_batch import PackedBatch
 from fitv2_scale.model.to_torch import packing_to_torch
 from fitv2_scale.parallel.boxes import LogicalTensor
 from fitv2_scale.parallel.build import make_engine
+from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.engine_spec import freeze
 from fitv2_scale.parallel.world import World, join
 from tests.support.ranks import run_ranks
@@ -206,3 +207,7 @@ def assert_the_same(found: Trace, expected: Trace) -> None:
     for name, value in expected.state.items():
         off = (found.state[name] - value).abs().max()
         assert off <= 1e-5, f"{name} is off by {off}"
+
+
+def engine_of(config: Config, world: World) -> Engine:
+    return make_engine(config, Layout.of(world.size, config.layout.replicate, config.layout.tensor), world)

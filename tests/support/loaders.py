@@ -1,7 +1,9 @@
 """Loaders of conftest's dataset, and the comparison of what they give."""
 
 import numpy as np
+import pytest
 
+from data_sharding.format.manifest import Manifest
 from data_sharding.plan.balance import Cost
 from data_sharding.plan.pack_layout import PackShape
 from data_sharding.stream.loader import Loader
@@ -21,3 +23,8 @@ def same(a, b) -> bool:
         and np.array_equal(p.layout.cu_seqlens, q.layout.cu_seqlens)
         for p, q in zip(a.packs, b.packs, strict=True)
     )
+
+
+@pytest.fixture
+def manifest(dataset):
+    return Manifest.load(dataset)

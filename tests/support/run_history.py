@@ -41,3 +41,11 @@ def last_step(run: str, attempt: int) -> int:
 def reach(run: str, step: int, attempt: int) -> None:
     """Waits until the attempt has begun the step after ``step``."""
     wait(f"step {step} of attempt {attempt}", lambda: last_step(run, attempt) >= step)
+
+
+def metrics(run: str) -> dict[int, dict[str, float]]:
+    """All metrics of each step along the canonical curve."""
+    found: dict[int, dict[str, float]] = {}
+    for record in read(Run.open(run)):
+        found.setdefault(record.step, {}).update(record.metrics or {})
+    return found

@@ -10,6 +10,8 @@ from PIL import Image
 from data_sharding.write.images import write_dataset
 from fitv2_scale.config.load import parse_config
 from fitv2_scale.config.schema import Config
+from fitv2_scale.train.loop import train
+from tests.support.ranks import run_ranks
 
 IMAGES, CLASSES = 240, 5
 # Overrides of configs/demo.yaml for `fitv2 bench`: as small a network, images of a preset's sizes.
@@ -65,3 +67,11 @@ def make_tiny(dataset: str, parent: Path, name: str = "run", **changes) -> Confi
 def tiny(dataset, tmp_path):
     """``tiny("name", train__steps=10)``: see make_tiny."""
     return partial(make_tiny, dataset, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def two_step_run(dataset, tmp_path_factory) -> str:
+    """The folder of a run with a commit at step 2, for tests that only read it. Its EMA is nearly its weights."""
+    config = make_tiny(dataset, tmp_path_factory.mktemp("two_step"), train__steps=2, ema__decay=0.1)
+    assert run_ranks(2, train, config) == [0, 0]
+    return config.run

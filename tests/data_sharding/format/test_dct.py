@@ -100,5 +100,3 @@ def test_codecs_by_name():
     assert get_codec("dct").digest == DctCodec().digest and len(DctCodec().digest) == 64
     with pytest.raises(UserError, match="there is no codec 'jpeg': use 'dct' or 'sd-vae'"):
         get_codec("jpeg")
-
-

@@ -1,22 +1,15 @@
 """What is particular about the engine ``zero3``. That it trains as every engine does in every layout is in test_tensor,
 what it does with what is not finite in test_nonfinite."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.schema import Config
 from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.model.flow import flow_loss, make_flow_batch
 from fitv2_scale.model.packed_batch import PackedBatch
-from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.world import World, join
 from fitv2_scale.train.loop import DONE, train
@@ -28,6 +21,7 @@ from tests.support.layout_grid import (
     Trace,
     alone,
     assert_the_same,
+    engine_of,
     make_config,
     packs_of,
     run_cell,
@@ -42,10 +36,6 @@ from tests.support.run_history import losses, reach, trained
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 (PACK,) = packs_of(STEPS, 0, 1, 1, 1)  # no step's
-
-
-def engine_of(config: Config, world: World) -> Engine:
-    return make_engine(config, Layout.of(world.size, config.layout.replicate, config.layout.tensor), world)
 
 
 def whole(config: Config, engine: Engine, world: World) -> dict[str, Tensor]:
@@ -251,59 +241,3 @@ def test_a_run_goes_from_engine_to_engine(tiny):
         assert run_ranks(world, train, moved) == [DONE] * world
     assert trained(moved.run) == trained(whole.run)
     assert losses(moved.run) == pytest.approx(losses(whole.run), rel=1e-6)
-
-
-def train_twice(config: Config) -> list[Trace]:
-    """Two engines, one after the other, in one process and group; then a third in a group of its own."""
-    traces = []
-    for engines in (2, 1):
-        with join() as world:
-            traces += [steps_of(engine_of(config, world), config, Cell(1), world) for _ in range(engines)]
-    return traces
-
-
-def started_plainly(extensions: str) -> tuple[list[Trace], str]:
-    """What was trained, and what it wrote to stdout, in a process that no launcher started."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        del os.environ[name]
-    os.environ["TORCH_EXTENSIONS_DIR"] = extensions
-    said = Path(extensions + ".stdout")
-    with said.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        traces = train_twice(make_config("zero3"))
-        sys.stdout.flush()
-    return traces, said.read_text()
-
-
-def test_engines_one_after_the_other_are_alike_and_quiet(tmp_path):
-    ((first, second, third), said) = run_ranks(1, started_plainly, str(tmp_path / "extensions"))[0]
-    assert first == second == third
-    assert said == ""
-    assert not (tmp_path / "extensions").exists()  # nothing was compiled
-
-
-def python(code: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-
-
-IMPORT = """
-import os, sys, threading, torch
-def seen(): return torch.nn.functional.linear, os.environ.get("DS_ACCELERATOR"), threading.active_count()
-before = seen()
-import fitv2_scale.parallel.zero3
-assert seen() == before, seen()
-assert "mlflow" not in sys.modules
-import mlflow
-"""
-
-
-def test_importing_it_says_and_changes_nothing():
-    done = python(IMPORT)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-def test_without_deepspeed_it_is_a_sentence():
-    done = python("import sys; sys.modules['deepspeed'] = None; import fitv2_scale.parallel.zero3")
-    assert done.stderr.splitlines()[-1] == (
-        "data_sharding.errors.UserError: layout.engine=zero3 needs DeepSpeed: pip install -e '.[zero3]'"
-    )

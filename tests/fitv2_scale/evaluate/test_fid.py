@@ -1,20 +1,16 @@
-"""FID, IS, precision and recall against closed forms, scipy and brute force; and the feature network."""
+"""FID and IS against closed forms and scipy; and what cannot be measured."""
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import sqrtm
-from torch import nn
 
 from data_sharding.errors import UserError
-from fitv2_scale.evaluate.feature_network import FeatureNetwork
 from fitv2_scale.evaluate.features import Features, npz_bytes, read_npz
 from fitv2_scale.evaluate.fid import Gaussian, frechet_distance, inception_score
 from fitv2_scale.evaluate.precision_recall import precision_recall
 from fitv2_scale.evaluate.results import measure
-from tests.support.feature_networks import CLASSES, POOL, ByFlags, PoolAlone, Tiny, save_network
 
 rng = np.random.default_rng
 
@@ -93,36 +89,6 @@ def _kl(p: np.ndarray) -> np.ndarray:
     return (p * (np.log(p) - np.log(p.mean(0)))).sum(1)
 
 
-def brute_force(made: np.ndarray, real: np.ndarray, k: int) -> tuple[float, float]:
-    """By the definition, one pair at a time."""
-
-    def radius(x, i):
-        return sorted(((x[i] - y) ** 2).sum() for j, y in enumerate(x) if j != i)[k - 1]
-
-    def share(x, centres):
-        radii = [radius(centres, i) for i in range(len(centres))]
-        inside = [any(((y - c) ** 2).sum() <= r for c, r in zip(centres, radii, strict=True)) for y in x]
-        return sum(inside) / len(x)
-
-    return share(made, real), share(real, made)
-
-
-@settings(max_examples=15)
-@given(seed=st.integers(0, 2**32 - 1), k=st.integers(1, 3), block=st.sampled_from([1, 7, 64]))
-def test_precision_and_recall_are_those_of_brute_force(seed, k, block):
-    made, real = rng(seed).normal(size=(23, 3)) + 100, 1.5 * rng(seed + 1).normal(size=(31, 3)) + 100.5
-    assert precision_recall(made, real, k, block=block) == brute_force(made, real, k)
-
-
-def test_precision_and_recall_know_what_is_missing():
-    left, right = rng(0).normal(size=(200, 4)), rng(1).normal(size=(200, 4)) + 50
-    both = np.concatenate((left, right))
-    assert precision_recall(left, left) == (1.0, 1.0)
-    assert precision_recall(left, right) == (0.0, 0.0)
-    precision, recall = precision_recall(left + 1e-3, both)
-    assert precision > 0.99 and recall == pytest.approx(0.5, abs=0.01)
-
-
 def features_file(**arrays) -> Features:
     return Features.from_arrays(read_npz(npz_bytes(arrays)), "file.npz")
 
@@ -153,63 +119,6 @@ REFERENCE = Gaussian.of(GOOD)
 def test_what_cannot_be_measured(act, sentence):
     with pytest.raises(UserError, match=sentence):
         act()
-
-
-PICTURES = rng(0).integers(0, 256, (60, 32, 48, 3), np.uint8)  # more than one batch
-
-
-def test_a_network_that_gives_all(tmp_path):
-    file, digest = save_network(Tiny(), tmp_path)
-    found = FeatureNetwork.load(file, digest.upper())(PICTURES)
-    expected = Tiny()(torch.from_numpy(PICTURES).permute(0, 3, 1, 2))
-    np.testing.assert_allclose(found.pool, expected["pool"].detach(), atol=1e-6)
-    np.testing.assert_allclose(found.probabilities, expected["logits"].detach().softmax(1), atol=1e-6)
-    channels_last = expected["spatial"].detach().permute(0, 2, 3, 1)
-    np.testing.assert_allclose(found.spatial.reshape(60, 2, 2, 3), channels_last, atol=1e-6)
-    assert found.pool.shape == (60, POOL) and found.probabilities.shape == (60, CLASSES)
-
-
-def test_networks_that_give_less(tmp_path):
-    alone = FeatureNetwork.load(*save_network(PoolAlone(), tmp_path))(PICTURES)
-    assert list(alone.arrays()) == ["pool"] and alone.pool.shape == (60, 3)
-    flags = FeatureNetwork.load(*save_network(ByFlags(), tmp_path))(PICTURES)
-    assert list(flags.arrays()) == ["pool", "probabilities"]
-    np.testing.assert_allclose(flags.pool, PICTURES.mean((1, 2)) / 255, rtol=1e-5)
-    np.testing.assert_allclose(flags.probabilities.sum(1), 1, rtol=1e-6)
-
-
-class Trap(nn.Module):
-    """Would leave a trace if it was loaded, as the hooks of a module of a stranger might."""
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return images.float().mean((1, 2, 3))
-
-
-def test_networks_that_are_refused(tmp_path, monkeypatch):
-    file, digest = save_network(Trap(), tmp_path)
-    loaded = []
-    monkeypatch.setattr(torch.jit, "load", lambda *a, **k: loaded.append(a))
-    with pytest.raises(UserError, match="is a program: give its digest as --network-sha256"):
-        FeatureNetwork.load(file, None)
-    with pytest.raises(UserError, match=f"has the sha256 {digest}, not 00.*is not loaded"):
-        FeatureNetwork.load(file, "00" * 32)
-    assert not loaded
-    monkeypatch.undo()
-    with pytest.raises(UserError, match="pool is float32"):  # not a row an image
-        FeatureNetwork.load(file, digest)(PICTURES)
-    with pytest.raises(UserError, match="cannot read the network"):
-        FeatureNetwork.load(str(tmp_path / "none.pt"), digest)
-    with pytest.raises(UserError, match="the network does not take uint8"):
-        FeatureNetwork.load(*save_network(Tiny(), tmp_path))(PICTURES[:, :2])
-
-
-def test_no_torchscript(tmp_path):
-    import hashlib
-
-    file = tmp_path / "network.pt"
-    file.write_bytes(b"no network")
-    with pytest.raises(UserError, match="is no TorchScript"):
-        FeatureNetwork.load(str(file), hashlib.sha256(b"no network").hexdigest())
 
 
 def test_figures_that_cannot_be_had_are_none(tmp_path):

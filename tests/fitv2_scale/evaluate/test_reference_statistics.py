@@ -1,0 +1,59 @@
+"""References: our own, those that others made, halves, datasets."""
+
+import numpy as np
+import pytest
+from scipy.linalg import sqrtm
+
+from fitv2_scale.evaluate.evaluate import Means, evaluate_pictures
+from fitv2_scale.evaluate.features import read_npz
+from fitv2_scale.evaluate.image_sets import open_pictures
+from tests.support.feature_networks import POOL
+
+
+def test_statistics_are_in_adms_format(photographs, feature_network, reference):
+    """As its evaluator reads them: mu and sigma of all, the spatial ones too, and pictures."""
+    arrays = read_npz(reference)
+    assert {n: a.shape for n, a in arrays.items() if n != "network"} == {
+        "mu": (POOL,), "sigma": (POOL, POOL), "mu_s": (12,), "sigma_s": (12, 12),
+        "arr_0": (80, 32, 48, 3), "pool": (80, POOL),
+    }  # fmt: skip
+    assert arrays["arr_0"].dtype == np.uint8 and arrays["mu"].dtype == arrays["sigma"].dtype == np.float64
+    again = evaluate_pictures(photographs, "32x48", Means(**feature_network, reference=reference), None)
+    assert again["fid"] < 1e-3 and again["sfid"] < 1e-3 and (again["precision"], again["recall"]) == (1.0, 1.0)
+
+
+def test_a_reference_that_others_made(photographs, feature_network, reference, tmp_path):
+    """Without our extra arrays: the features for precision and recall are computed from its pictures. And a batch of
+    pictures alone, as `fitv2 sample --npz` writes it, is a reference too."""
+    arrays = read_npz(reference)
+    published, batch = str(tmp_path / "published.npz"), str(tmp_path / "batch.npz")
+    np.savez(published, **{name: arrays[name] for name in ("mu", "sigma", "mu_s", "sigma_s", "arr_0")})
+    np.savez(batch, arr_0=arrays["arr_0"])
+    ours = evaluate_pictures(photographs, "32x32", Means(**feature_network, reference=reference), None)
+    for other in (published, batch):
+        found = evaluate_pictures(photographs, "32x32", Means(**feature_network, reference=other), None)
+        assert [found[n] for n in ("fid", "sfid", "is")] == pytest.approx([ours[n] for n in ("fid", "sfid", "is")])
+        assert (found["precision"], found["recall"]) == (ours["precision"], ours["recall"])
+    assert ours["fid"] > 1e-4
+
+
+def test_two_halves(photographs, feature_network, reference, tmp_path):
+    """Of precomputed features, against the formula with scipy's root."""
+    pool = read_npz(reference)["pool"]
+    first, second = str(tmp_path / "first.npz"), str(tmp_path / "second.npz")
+    np.savez(first, pool=pool[::2])
+    np.savez(second, pool=pool[1::2])
+    found = evaluate_pictures(first, None, Means(reference=second), None)
+    a, b = (np.cov(half.astype(np.float64), rowvar=False) for half in (pool[::2], pool[1::2]))
+    shift = pool[::2].mean(0, dtype=np.float64) - pool[1::2].mean(0, dtype=np.float64)
+    expected = shift @ shift + np.trace(a + b - 2 * sqrtm(a @ b).real)
+    assert found["fid"] == pytest.approx(expected, abs=1e-6) and found["fid"] < 0.1 * np.trace(a)
+    assert found["sfid"] is found["is"] is None and found["images"] == 40
+
+
+def test_a_dataset_is_measured_as_decoded(dataset, photographs, feature_network):
+    means = Means(**feature_network, reference=dataset, reference_images=100)
+    assert evaluate_pictures(dataset, "32x48", means, None)["fid"] < 1e-3
+    pictures = open_pictures(dataset, (48, 32), 100)
+    assert pictures.count == 100 and {p.shape for p in pictures.read()} == {(48, 32, 3)}
+    assert evaluate_pictures(photographs, "32x48", means, None)["fid"] > 1e-2  # others

@@ -1,0 +1,28 @@
+"""The suites of evaluations, and the published figures beside them."""
+
+import pytest
+
+from fitv2_scale.config.sections import SamplingConfig
+from fitv2_scale.evaluate.suites import load_suite, suite_table
+
+
+@pytest.mark.parametrize("name", ["in1k256", "ood", "hr", "ablation"])
+def test_suites_are_whole(name):
+    suite = load_suite(name)
+    table = suite_table(suite, [])
+    for row in suite.published:
+        assert set(row.figures) <= set(suite.sizes) and f"| {row.model} " in table
+        for fid, sfid, score, precision, recall in row.figures.values():
+            assert fid > 1 and (sfid or 2) > 1 and (score or 2) > 1
+            assert 0 < (precision or 0.5) < 1 and 0 < (recall or 0.5) < 1
+    for cell in suite.cells:
+        SamplingConfig(**{key: value for key, value in cell.items() if key != "size"})
+
+
+def test_published_rows_of_the_paper():
+    by = {name: {row.model: row.figures for row in load_suite(name).published} for name in ("in1k256", "ood", "hr")}
+    assert by["in1k256"]["DiT-XL/2"]["256x256"] == (2.27, 4.60, 278.24, 0.83, 0.57)
+    assert by["in1k256"]["SiT-XL/2"]["160x320"] == (17.38, 28.59, 110.32, 0.52, 0.65)
+    assert by["in1k256"]["FiTv2-3B/2"]["128x384"] == (13.73, 23.26, 145.38, 0.61, 0.48)
+    assert by["ood"]["FiTv2-XL/2"]["224x448"] == (5.54, 14.53, 233.11, 0.77, 0.51)
+    assert by["hr"]["FiTv2-3B/2 (1.6)"]["256x768"] == (16.08, 19.75, 140.10, 0.72, 0.52)

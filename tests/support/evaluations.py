@@ -1,0 +1,39 @@
+"""What evaluations need: pictures, a feature network, a reference, and the network's options of the command line."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fitv2_scale.evaluate.evaluate import Means, evaluate_pictures
+from tests.support.feature_networks import Tiny, save_network
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory) -> str:
+    """80 pictures of many sizes, in two folders."""
+    root, rng = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0)
+    for i in range(80):
+        height, width = rng.integers(24, 150, 2)
+        ramp = np.add.outer(np.arange(height), np.arange(width))[..., None] * rng.uniform(0.2, 2, 3)
+        folder = root / str(i % 2)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((ramp + rng.integers(0, 40, ramp.shape)).astype(np.uint8)).save(folder / f"{i}.png")
+    return str(root)
+
+
+@pytest.fixture(scope="session")
+def feature_network(tmp_path_factory) -> dict[str, str]:
+    """Options of the command line, and of ``Means``."""
+    file, digest = save_network(Tiny(), tmp_path_factory.mktemp("network"))
+    return {"network": file, "network_sha256": digest}
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory, photographs, feature_network) -> str:
+    file = str(tmp_path_factory.mktemp("reference") / "32x48.npz")
+    evaluate_pictures(photographs, "32x48", Means(**feature_network), file)
+    return file
+
+
+def network_options(network: dict[str, str]) -> list[str]:
+    return [word for name, value in network.items() for word in (f"--{name.replace('_', '-')}", value)]
