@@ -143,9 +143,9 @@ def test_the_lines_of_a_journal_are_frozen(tmp_path):
     ]
 
 
-def test_the_manifest_of_a_dataset_is_frozen(stored):
+def test_the_manifest_of_a_dataset_is_frozen(stored_samples):
     """What of it does not depend on zstd's version, which decides how many bytes a frame has."""
-    path, _ = stored
+    path, _ = stored_samples
     header = json.loads((path / "manifest.json").read_text())
     assert (header["format"], header["version"]) == ("fitv2-shards", 1)
     assert list(header) == [

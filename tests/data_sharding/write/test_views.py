@@ -148,7 +148,7 @@ def test_damaged_bytes_have_a_reason_that_is_always_the_same():
         assert len(reasons) == 1 and "0x" not in reasons.pop()
 
 
-def test_pictures_of_one_size_are_encoded_together(folder, monkeypatch):
+def test_pictures_of_one_size_are_encoded_together():
     calls = []
 
     class Spy:
