@@ -1,4 +1,4 @@
-"""What is in a dataset: counts, classes, bytes, codec, and a histogram of lengths, as numbers, text or a picture."""
+"""Figures of a dataset: counts, classes, bytes, codec and a histogram of lengths; as numbers, text or a picture."""
 
 import numpy as np
 
@@ -11,11 +11,11 @@ _BAR = 50  # characters of the longest bar
 
 
 def inspect(url: str) -> dict:
-    """The figures of the dataset at ``url``, all JSON types. Lengths are in tokens; an absent view counts nowhere.
+    """The figures of the dataset at ``url``, all JSON types. Lengths are in tokens; an absent view is not counted.
 
     ``lengths`` maps "resize" and "crop" to {"images", "mean", "min", "max", "counts"}; ``counts[i]`` images have
-    bin_edges[i] <= length < bin_edges[i+1]. ``mean_length_mixed`` is that of training, which draws one of an image's
-    views at even odds. Reads the manifest only. Raises DataError.
+    bin_edges[i] <= length < bin_edges[i+1]. ``mean_length_mixed`` is the mean in training with both views, which
+    draws one of an image's views with equal probability. Reads the manifest only. Raises DataError.
     """
     manifest = Manifest.load(url)
     header, totals = manifest.header, manifest.header.totals

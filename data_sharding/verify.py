@@ -1,6 +1,5 @@
-"""Whether every byte of a dataset is what was written. Collects all problems, not only the first."""
+"""Verifies every byte of a dataset. Collects all problems, not only the first."""
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,15 +13,16 @@ from data_sharding.format.manifest import Manifest
 from data_sharding.format.shard import END_OF_ARCHIVE, decompress, scan_frame
 from data_sharding.storage.byte_ranges import fs_call, read_range
 from data_sharding.stream.frames import fetch_frame, open_frame
-from data_sharding.worker_pool import run_tasks
+from data_sharding.worker_pool import cores, run_tasks
 
 _SPAN = 1 << 25  # bytes read at once
-_WORTH_PROCESSES = 1 << 28  # bytes of a dataset; below, starting them takes longer than the work
+_WORTH_PROCESSES = 1 << 28  # bytes of a dataset below which starting processes takes longer than the work
 
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """``problems`` holds one sentence each, naming file, frame and cause; empty if all is well. ``bytes`` were read."""
+    """``problems`` has a sentence per problem, with file, frame and cause; it is empty if all is well. ``bytes`` is the
+    number of bytes read."""
 
     url: str
     shards: int
@@ -40,7 +40,7 @@ class VerifyReport:
 
 @dataclass(frozen=True)
 class _ShardTask:
-    """``digest`` is that of the manifest: each process loads it itself, once."""
+    """``digest`` is the manifest's: each process loads the manifest itself, once."""
 
     url: str
     digest: str
@@ -50,7 +50,7 @@ class _ShardTask:
 def verify(url: str) -> VerifyReport:
     """Reads all of the dataset at ``url``: columns, shards, frames and samples against the manifest, and ids unique.
 
-    On a process for each core, a shard at a time.
+    Uses one process per core, each with one shard at a time.
     """
     started = time.monotonic()
     try:
@@ -66,13 +66,13 @@ def verify(url: str) -> VerifyReport:
         read += size
 
     totals = manifest.header.totals
-    cores = min(len(os.sched_getaffinity(0)), len(manifest.shards))
-    if cores == 1 or totals["bytes"] < _WORTH_PROCESSES:
+    workers = min(cores(), len(manifest.shards))
+    if workers == 1 or totals["bytes"] < _WORTH_PROCESSES:
         for shard in range(len(manifest.shards)):
             collect(shard, *_verify_shard(manifest, shard))
     else:
         tasks = [_ShardTask(manifest.url, manifest.digest, shard) for shard in range(len(manifest.shards))]
-        run_tasks(tasks, _verify_task, cores, collect)
+        run_tasks(tasks, _verify_task, workers, collect)
     problems = _duplicates(manifest) + _strays(manifest)
     problems += [problem for shard in sorted(found) for problem in found[shard]]
     return VerifyReport(
@@ -94,18 +94,18 @@ def _verify_task(task: _ShardTask, report: Callable) -> None:
 def _manifest(url: str, digest: str) -> Manifest:
     manifest = Manifest.load(url)
     if manifest.digest != digest:
-        raise DataError(f"{url} has been written anew: verify it again")
+        raise DataError(f"{url} was written again during the verification: verify it again")
     return manifest
 
 
 def _verify_shard(manifest: Manifest, shard: int) -> tuple[int, list[str]]:
-    """Bytes read, and problems."""
+    """(bytes read, problems) of one shard."""
     entry = manifest.shards[shard]
     url = f"{manifest.url}/{entry.name}"
     try:
         size = fs_call(url, "size")
     except FileNotFoundError:
-        return 0, [f"{url} is missing: restore it from a copy or write the dataset anew"]
+        return 0, [f"{url} is missing: restore it from a copy or write the dataset again"]
     digest, problems, end = xxhash.xxh3_128(), [], 0
     for frames, start, stop in _spans(manifest, shard):
         data = memoryview(read_range(url, start, min(stop, size)) if start < size else b"")
@@ -115,7 +115,7 @@ def _verify_shard(manifest: Manifest, shard: int) -> tuple[int, list[str]]:
             try:
                 open_frame(manifest, f, stored, scan_frame)
             except DataError:
-                stored, found = _again(manifest, f, stored)
+                stored, found = _read_again(manifest, f, stored)
                 problems += found
             digest.update(stored)
         end = stop
@@ -125,14 +125,14 @@ def _verify_shard(manifest: Manifest, shard: int) -> tuple[int, list[str]]:
     rest = read_range(url, end, size)
     digest.update(rest)
     if not _is_end(rest):
-        problems.append(f"{url}: {len(rest)} bytes after the last frame are not the end of an archive")
+        problems.append(f"{url}: {len(rest)} bytes after the last frame are not the end of a tar archive")
     elif digest.hexdigest() != entry.xxh3_128 and not problems:
         problems.append(f"{url}: its bytes do not match the digest in the manifest")
     return size, problems
 
 
-def _again(manifest: Manifest, f: int, seen: memoryview) -> tuple[bytes | memoryview, list[str]]:
-    """The bytes and the problems of a frame that was wrong at first: on its way perhaps, and not where it is stored."""
+def _read_again(manifest: Manifest, f: int, seen: memoryview) -> tuple[bytes | memoryview, list[str]]:
+    """(bytes, problems) of a wrong frame, read once more: the error may be one of the transfer, not of the storage."""
     try:
         data = fetch_frame(manifest, f)
         open_frame(manifest, f, data, scan_frame)
@@ -142,7 +142,7 @@ def _again(manifest: Manifest, f: int, seen: memoryview) -> tuple[bytes | memory
 
 
 def _spans(manifest: Manifest, shard: int) -> Iterator[tuple[range, int, int]]:
-    """Runs of whole frames of about ``_SPAN`` bytes: which, and from which byte to which."""
+    """Consecutive whole frames, about ``_SPAN`` bytes at a time: (frames, first byte, end)."""
     first, last = np.searchsorted(manifest.frame_shard, [shard, shard + 1]).tolist()
     starts, ends = manifest.frame_offset, manifest.frame_offset + manifest.frame_bytes
     while first < last:

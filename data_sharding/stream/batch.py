@@ -1,4 +1,4 @@
-"""What a rank is handed for one step: packs of static shape, made of the samples that were read."""
+"""The batch of one rank for one step: packs of static shape, made from the samples that were read."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from data_sharding.plan.balance import Cost, PackAssignment
 from data_sharding.plan.pack_layout import PackLayout, PackShape, lay_out
 from data_sharding.plan.plan import StepSet
 
-TOKEN_BYTES = 16 * 2 + 4 * 8  # of a pack: latents, and where the token lies
+TOKEN_BYTES = 16 * 2 + 4 * 8  # of a token in a pack: its latent, and its position in the layout
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Pack:
 
     layout: PackLayout
     latents: np.ndarray  # float16 (T, 16) as stored, zero at padding
-    label: np.ndarray  # int64 (I,), of the image that was read
+    label: np.ndarray  # int64 (I,), of the image that was read (a substitute's own)
     weight: np.ndarray  # float32 (I,), 1 / images of the step, 0 at padding
     sample_id: np.ndarray  # int64 (I,), of the image that was planned; 0 at padding
     epoch: np.ndarray  # int64 (I,)
@@ -27,12 +27,12 @@ class Pack:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """This rank's part of one step, and what all ranks know of the whole step."""
+    """This rank's part of one step, and figures of the whole step, which are the same on all ranks."""
 
     step: int
     packs: list[Pack]
     id_sum: int  # of this rank's planned images: sum of hashed ids modulo 2**64, signed
-    step_id_sum: int  # of the step, from the plan
+    step_id_sum: int  # the same sum over the whole step, from the plan
     step_lengths: np.ndarray  # int64, tokens of each image of the step
     step_capacity: int  # tokens that the packs of all ranks have room for
     step_cost_max: int  # of the slowest rank, in the units of Cost
@@ -41,10 +41,12 @@ class StepBatch:
 
     @property
     def step_images(self) -> int:
+        """Images of the step, over all ranks."""
         return len(self.step_lengths)
 
     @property
     def step_tokens(self) -> int:
+        """Tokens of the step without padding, over all ranks."""
         return int(self.step_lengths.sum())
 
 
@@ -57,10 +59,11 @@ def make_batch(
     arrays: dict[int, np.ndarray],
     substituted: int,
 ) -> StepBatch:
-    """The part of ``rank``; ``arrays`` holds the chosen view of its images, both flips, by their index into the step.
+    """The batch of ``rank``. ``arrays`` holds the chosen view of each of its images, float16 (2 flips, h, w, 16), by
+    their index into the step; ``substituted`` counts the replaced images of the step.
 
     Raises:
-        DataError: shorter substitutes leave a pack more padding than it has slots for.
+        DataError: substitutes are shorter than planned, and a pack has too few slots for the extra padding.
     """
     mine = assignment.packs[rank]
     work = cost.of(images.tokens)
@@ -81,9 +84,9 @@ def make_batch(
 def _make_pack(images: StepSet, members: np.ndarray, arrays: dict[int, np.ndarray], shape: PackShape) -> Pack:
     chosen = [arrays[i][flip] for i, flip in zip(members.tolist(), images.flip[members].tolist(), strict=True)]
     if not shape.holds(len(chosen), sum(a.shape[0] * a.shape[1] for a in chosen)):  # each (h, w, 16)
-        raise DataError(  # of what is planned all fits; only a shorter substitute leaves more to pad
-            "an image that cannot be read has only shorter ones to stand in for it, and its pack no slot left for "
-            "the padding: restore the shards that the run's ledger names"
+        raise DataError(  # the planned images always fit; only a shorter substitute needs more padding
+            "an image that cannot be read was replaced by a shorter one, and its pack has no slot left for the extra "
+            "padding: restore the damaged shards (`fitv2 shard verify` lists them)"
         )
     layout = lay_out([a.shape[:2] for a in chosen], shape)
     latents = np.zeros((shape.tokens, 16), DTYPE)

@@ -1,8 +1,7 @@
-"""Reading one frame: fetch (one ranged read, its digest checked), then open (decompress, parse, compare with the
-manifest).
+"""Reading one frame: fetch (one ranged read, digest checked), then open (decompress, parse, compare with the manifest).
 
-The two halves are apart so that a cache can stand between them: nothing is used before ``open_frame`` has checked it,
-whoever delivered the bytes. Both keep no state, so any number of threads may call them.
+They are two functions so that a cache can stand between them: nothing is used before ``open_frame`` has checked it,
+whatever the source of the bytes. Both are stateless, so any number of threads may call them.
 """
 
 from collections.abc import Callable
@@ -18,16 +17,16 @@ from data_sharding.storage.files import read
 from data_sharding.storage.retry import CorruptRead, RetriesExhausted, RetryPolicy, call_with_retry
 from data_sharding.stream.disk_cache import DiskCache
 
-_PROBE = 10.0  # seconds; whether the storage answers at all
+_PROBE = 10.0  # seconds in which the storage must answer, else it counts as down
 
 
 class UnreadableFrame(DataError):
-    """A frame that cannot be had: missing, damaged where it is stored, or out of reach until the deadline."""
+    """A frame that cannot be read: missing, damaged where it is stored, or not readable until the deadline."""
 
 
 @dataclass(frozen=True)
 class FrameReader:
-    """How this process reads frames: how long it retries, and through which cache of its node."""
+    """Reads frames: with which retries, and through which cache of the node (None: without)."""
 
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     cache: DiskCache | None = None
@@ -58,8 +57,8 @@ def fetch_frame(manifest: Manifest, f: int, policy: RetryPolicy | None = None) -
     """The compressed bytes of frame ``f``, equal to their digest.
 
     Raises:
-        UnreadableFrame: it cannot be had.
-        StorageDown: nothing can be had, so the frame is not to blame.
+        UnreadableFrame: the frame cannot be read.
+        StorageDown: the storage does not answer at all, so the frame is not at fault.
         Cancelled: see RetryPolicy.
     """
     start = int(manifest.frame_offset[f])
@@ -78,18 +77,18 @@ def fetch_frame(manifest: Manifest, f: int, policy: RetryPolicy | None = None) -
             check=checked,
         )
     except FileNotFoundError as error:
-        raise _lost(manifest, f, "the shard is missing") from error
+        raise _unreadable(manifest, f, "the shard is missing") from error
     except CorruptRead as error:
-        raise _lost(manifest, f, str(error)) from error
+        raise _unreadable(manifest, f, str(error)) from error
     except RetriesExhausted as error:
         try:
             read(f"{manifest.url}/{FILE}", deadline=_PROBE)
         except (OSError, UserError):
             raise StorageDown(
                 f"{manifest.url} cannot be reached ({error}): check the storage, the network and the credentials, then "
-                "start the run again, it goes on from its last commit"
+                "start the run again; it continues from its last commit"
             ) from error
-        raise _lost(manifest, f, str(error)) from error
+        raise _unreadable(manifest, f, str(error)) from error
 
 
 def check_frame(manifest: Manifest, f: int, data: bytes) -> None:
@@ -113,7 +112,7 @@ def open_frame(manifest: Manifest, f: int, data: bytes, parse: Callable = parse_
         check_frame(manifest, f, data)
         samples = parse(data, int(manifest.frame_raw_bytes[f]))
     except (CorruptRead, ValueError) as error:
-        raise _lost(manifest, f, str(error)) from error
+        raise _unreadable(manifest, f, str(error)) from error
     rows = slice(int(manifest.frame_first[f]), int(manifest.frame_first[f + 1]))
     for found, column in (
         ([s.id for s in samples], "sample_id"),
@@ -121,24 +120,24 @@ def open_frame(manifest: Manifest, f: int, data: bytes, parse: Callable = parse_
         ([s.size for s in samples], "size"),
     ):
         if not np.array_equal(found, getattr(manifest, column)[rows]):
-            raise _lost(manifest, f, f"its samples disagree with the manifest's {column}")
+            raise _unreadable(manifest, f, f"its samples disagree with the manifest's {column}")
     return samples
 
 
 def open_lazily(manifest: Manifest, f: int, data: bytes) -> RawFrame:
-    """As ``open_frame``, but of what the digest vouches for only the ids are compared. Raises UnreadableFrame."""
+    """As ``open_frame``, but parses no array: only the digest and the ids are compared. Raises UnreadableFrame."""
     try:
         check_frame(manifest, f, data)
         frame = RawFrame(data, int(manifest.frame_raw_bytes[f]))
     except (CorruptRead, ValueError) as error:
-        raise _lost(manifest, f, str(error)) from error
+        raise _unreadable(manifest, f, str(error)) from error
     if not np.array_equal(frame.ids, manifest.sample_id[manifest.frame_first[f] : manifest.frame_first[f + 1]]):
-        raise _lost(manifest, f, "its samples disagree with the manifest's sample_id")
+        raise _unreadable(manifest, f, "its samples disagree with the manifest's sample_id")
     return frame
 
 
-def _lost(manifest: Manifest, f: int, cause: str) -> UnreadableFrame:
+def _unreadable(manifest: Manifest, f: int, cause: str) -> UnreadableFrame:
     return UnreadableFrame(
         f"{manifest.frame_url(f)}, frame {f} (at byte {manifest.frame_offset[f]}): {cause}; restore the shard from a "
-        "copy or write the dataset anew, `fitv2 shard verify` lists all that is damaged"
+        "copy or write the dataset again (`fitv2 shard verify` lists all damage)"
     )

@@ -1,7 +1,7 @@
-"""From shards to packed batches: what one rank trains on, step by step, prefetched in a thread.
+"""From shards to packed batches: the batches of one rank, step by step, prefetched in a thread.
 
-The state of a loader is its next step and the substitutes. Threads, never processes: a forked child of a process that
-holds network connections can hang.
+The state of a loader is its next step and the substitutes. It uses threads, never processes: a forked child of a
+process that holds network connections can hang.
 """
 
 import threading
@@ -21,11 +21,11 @@ from data_sharding.plan.plan import Plan, StepSet
 from data_sharding.storage.filesystems import Cancelled
 from data_sharding.stream.batch import TOKEN_BYTES, StepBatch, make_batch
 from data_sharding.stream.frames import FrameReader, UnreadableFrame
-from data_sharding.stream.memory_cache import Frame, MemoryCache
+from data_sharding.stream.memory_cache import FrameKey, MemoryCache
 from data_sharding.stream.substitutes import LostFrame, Substitutes, frames_of
 
 _READERS = 8  # frames read at once
-_AHEAD = 16  # most steps prepared ahead; as a rule their bytes end it sooner
+_AHEAD = 16  # the most steps prepared ahead; usually the limit in bytes is reached first
 _PREFETCH_BYTES = 256 << 20
 
 
@@ -38,26 +38,28 @@ class SubstitutesNeeded(DataError):
 
 
 @dataclass
-class _Part:
-    """This rank's part of a step on its way: where each image lies, and its frames as they come."""
+class _PendingStep:
+    """This rank's part of a step that is being read: where each image is, and the frames that have arrived."""
 
     step: int
-    images: StepSet  # rows and labels of substitutes in place
-    substituted: int  # images of the whole step
+    images: StepSet  # with rows and labels of the substitutes
+    substituted: int  # images of the whole step that are replaced
     assignment: PackAssignment
-    place: dict[int, tuple[Frame, int]]  # index into the step -> frame, index in it
+    place: dict[int, tuple[FrameKey, int]]  # index into the step -> (frame, index in the frame)
     bytes: int  # of its packs
-    needs: set[Frame]
-    frames: dict[Frame, RawFrame]  # those that were in memory
-    coming: "dict[Frame, Future[RawFrame]]"
+    needs: set[FrameKey]  # all its frames
+    frames: dict[FrameKey, RawFrame]  # those in memory
+    in_flight: "dict[FrameKey, Future[RawFrame]]"  # those requested
 
 
 class Loader:
-    """Iterates over one rank's StepBatch of each of ``steps``. A context manager: leaving it ends the thread.
+    """Iterates over one rank's StepBatch of each of ``steps``. A context manager: entering it starts the thread,
+    leaving it ends the thread.
 
-    What it holds at any time: ``cache_bytes`` of decoded frames, and ``prefetch_bytes`` of frames and batches of steps
-    to come, though never less than one step. The process grows by up to 1.6 times as much (measured): frames are
-    allocated by several threads, and glibc keeps the gaps that they leave.
+    ``cost``, ``shapes`` and ``nodes`` (ranks of each node) divide a step's images among the ranks: see
+    ``plan.balance.assign_packs`` and ``plan.pack_shapes``. Memory: ``cache_bytes`` of decoded frames, and
+    ``prefetch_bytes`` of frames and batches of future steps, but at least one step. The process grows by up to 1.6
+    times as much (measured): several threads allocate frames, and glibc keeps the gaps that they leave.
     """
 
     def __init__(
@@ -80,13 +82,13 @@ class Loader:
         reader = reader or FrameReader()
         self.reader = replace(reader, retry=replace(reader.retry, cancelled=self._closed))
         self._cache = MemoryCache(cache_bytes)
-        self._asked: dict[Frame, Future[RawFrame]] = {}  # not in the cache yet
-        self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
+        self._requested: dict[FrameKey, Future[RawFrame]] = {}  # frames that are not in the cache yet
+        self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
         # Shared with the thread, under this lock:
         self._changed = threading.Condition()
         self._ready: deque[tuple[int, StepBatch | BaseException]] = deque()  # (bytes, batch)
-        self._next = steps.start  # to hand out
-        self._round = 0  # counts restarts
+        self._next = steps.start  # the step that ``next`` returns
+        self._generation = 0  # counts restarts
         self._substitutes = substitutes or Substitutes(plan.manifests)
 
     def __enter__(self) -> "Loader":
@@ -118,54 +120,54 @@ class Loader:
             return item
 
     def is_ready(self, seconds: float) -> bool:
-        """Whether ``next`` need not wait, or no longer does after so many seconds."""
+        """Waits for up to ``seconds`` until ``next`` would not block; whether it would not."""
         with self._changed:
             return bool(self._changed.wait_for(lambda: self._ready or self._next == self.steps.stop, timeout=seconds))
 
     def restart(self, step: int, substitutes: Substitutes) -> None:
-        """Continues with ``step``; it and all later ones are read with ``substitutes``."""
+        """Makes ``step`` the next one; it and all later ones are read with ``substitutes``."""
         with self._changed:
             self._ready.clear()
-            self._next, self._substitutes, self._round = step, substitutes, self._round + 1
+            self._next, self._substitutes, self._generation = step, substitutes, self._generation + 1
             self._changed.notify_all()
 
-    def _work(self) -> None:
-        done = -1  # the round that was worked on last
+    def _run(self) -> None:
+        done = -1  # the last generation that was worked on
         pool = ThreadPoolExecutor(_READERS, thread_name_prefix="frames")
         try:
-            while (begun := self._next_round(done)) is not None:
-                done, step, substitutes = begun
+            while (started := self._next_generation(done)) is not None:
+                done, step, substitutes = started
                 try:
-                    self._prepare(step, substitutes, done, pool)
+                    self._prepare_steps(step, substitutes, done, pool)
                 except SubstitutesNeeded as error:
-                    self._hand_over(0, error, done)
+                    self._deliver(0, error, done)
         except Cancelled:
             return
-        except BaseException as error:  # handed to the training thread, which raises it
-            self._hand_over(0, error, done)
+        except BaseException as error:  # passed to the training thread, which raises it
+            self._deliver(0, error, done)
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _next_round(self, done: int) -> tuple[int, int, Substitutes] | None:
-        """(round, first step, substitutes) once there is a round after ``done``; None once the loader is closed."""
+    def _next_generation(self, done: int) -> tuple[int, int, Substitutes] | None:
+        """(generation, first step, substitutes) once it is not ``done``; None once the loader is closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed.is_set() or self._round != done)
-            return None if self._closed.is_set() else (self._round, self._next, self._substitutes)
+            self._changed.wait_for(lambda: self._closed.is_set() or self._generation != done)
+            return None if self._closed.is_set() else (self._generation, self._next, self._substitutes)
 
-    def _prepare(self, step: int, substitutes: Substitutes, round_: int, pool: ThreadPoolExecutor) -> None:
-        """All steps from ``step`` on, in order, until the loader is closed or restarted."""
-        ahead: deque[_Part] = deque()
-        part: _Part | None = None  # the next one that has not asked for its frames
+    def _prepare_steps(self, step: int, substitutes: Substitutes, generation: int, pool: ThreadPoolExecutor) -> None:
+        """Delivers all steps from ``step`` on, in order, until the loader is closed or restarted."""
+        ahead: deque[_PendingStep] = deque()
+        pending: _PendingStep | None = None  # the first one whose frames are not requested yet
         while ahead or step < self.steps.stop:
             while step < self.steps.stop:
-                part = part or self._part(step, substitutes)
-                if not self._has_room(part, ahead):
+                pending = pending or self._pending_step(step, substitutes)
+                if not self._has_room(pending, ahead):
                     break
-                self._ask(part, pool)
-                ahead.append(part)
-                step, part = step + 1, None
+                self._request_frames(pending, pool)
+                ahead.append(pending)
+                step, pending = step + 1, None
             if ahead:
-                frames = self._frames(ahead[0], round_)
+                frames = self._frames(ahead[0], generation)
                 if frames is None:
                     return
                 ready = ahead.popleft()
@@ -174,35 +176,35 @@ class Loader:
                 batch = make_batch(
                     ready.step, ready.images, ready.assignment, self.cost, self.rank, arrays, ready.substituted
                 )
-                self._hand_over(ready.bytes, batch, round_)
-            elif not self._wait_for_room(part, round_):
+                self._deliver(ready.bytes, batch, generation)
+            elif not self._wait_for_room(pending, generation):
                 return
 
-    def _wait_for_room(self, part: _Part, round_: int) -> bool:
-        """False if the loader was closed or restarted instead."""
+    def _wait_for_room(self, pending: _PendingStep, generation: int) -> bool:
+        """True once there is room; False if the loader was closed or restarted."""
         with self._changed:
-            self._changed.wait_for(lambda: self._is_stale(round_) or self._has_room(part, ()))
-            return not self._is_stale(round_)
+            self._changed.wait_for(lambda: self._is_stale(generation) or self._has_room(pending, ()))
+            return not self._is_stale(generation)
 
-    def _is_stale(self, round_: int) -> bool:
-        return self._closed.is_set() or self._round != round_
+    def _is_stale(self, generation: int) -> bool:
+        return self._closed.is_set() or self._generation != generation
 
-    def _has_room(self, part: _Part, ahead: Sequence[_Part]) -> bool:
+    def _has_room(self, pending: _PendingStep, ahead: Sequence[_PendingStep]) -> bool:
         with self._changed:
             held = [size for size, _ in self._ready] + [p.bytes for p in ahead]
         if not held:
             return True
-        frames = part.needs.union(*(p.needs for p in ahead))
+        frames = pending.needs.union(*(p.needs for p in ahead))
         size = sum(int(self.plan.manifests[d].frame_raw_bytes[f]) for d, f in frames if (d, f) not in self._cache)
-        return len(held) < _AHEAD and sum(held) + part.bytes + size <= self.prefetch_bytes
+        return len(held) < _AHEAD and sum(held) + pending.bytes + size <= self.prefetch_bytes
 
-    def _hand_over(self, size: int, item: StepBatch | BaseException, round_: int) -> None:
+    def _deliver(self, size: int, item: StepBatch | BaseException, generation: int) -> None:
         with self._changed:
-            if self._round == round_:
+            if self._generation == generation:
                 self._ready.append((size, item))
                 self._changed.notify_all()
 
-    def _part(self, step: int, substitutes: Substitutes) -> _Part:
+    def _pending_step(self, step: int, substitutes: Substitutes) -> _PendingStep:
         images = self.plan.step(step)
         assignment = assign_packs(images.tokens, self.cost, self.nodes, self.shapes)
         lost = substitutes.is_lost(images.dataset, images.row)
@@ -216,52 +218,52 @@ class Loader:
             index = images.row[which] - manifest.frame_first[frame]
             for i, f, at in zip(which.tolist(), frame.tolist(), index.tolist(), strict=True):
                 place[i] = (dataset, f), at
-        return _Part(
+        return _PendingStep(
             step, images, int(lost.sum()), assignment, place, size, {frame for frame, _ in place.values()}, {}, {}
         )
 
-    def _ask(self, part: _Part, pool: ThreadPoolExecutor) -> None:
-        for frame in sorted(part.needs):
+    def _request_frames(self, pending: _PendingStep, pool: ThreadPoolExecutor) -> None:
+        for frame in sorted(pending.needs):
             dataset, f = frame
             if frame in self._cache:
-                part.frames[frame] = self._cache.get(frame)
+                pending.frames[frame] = self._cache.get(frame)
                 continue
-            if frame not in self._asked:
-                self._asked[frame] = pool.submit(self.reader.read, self.plan.manifests[dataset], f)
-            part.coming[frame] = self._asked[frame]
+            if frame not in self._requested:
+                self._requested[frame] = pool.submit(self.reader.read, self.plan.manifests[dataset], f)
+            pending.in_flight[frame] = self._requested[frame]
 
-    def _frames(self, part: _Part, round_: int) -> dict[Frame, RawFrame] | None:
-        """All frames of the part, or None if the loader was closed or restarted.
+    def _frames(self, pending: _PendingStep, generation: int) -> dict[FrameKey, RawFrame] | None:
+        """All frames of the step, or None if the loader was closed or restarted.
 
         Raises:
-            SubstitutesNeeded: some cannot be read; all others have come by then.
-            StorageDown: so many do not come that not all can be tried until the deadline.
+            SubstitutesNeeded: some cannot be read; all others are in the cache by then.
+            StorageDown: so many do not arrive that not all of them were tried before the deadline.
         """
         policy = self.reader.retry
-        give_up = time.monotonic() + policy.deadline + 5 * policy.attempt  # waits and last attempts included
-        while wait(part.coming.values(), timeout=0.1).not_done:
-            if self._is_stale(round_):
+        deadline = time.monotonic() + policy.deadline + 5 * policy.attempt  # including the waits and the last attempts
+        while wait(pending.in_flight.values(), timeout=0.1).not_done:
+            if self._is_stale(generation):
                 return None
-            if time.monotonic() > give_up:
+            if time.monotonic() > deadline:
                 raise StorageDown(
-                    f"{self.plan.manifests[0].url}: more frames do not come than could be tried in "
+                    f"{self.plan.manifests[0].url}: so many frames do not arrive that not all could be tried within "
                     f"{policy.deadline:.0f} s: check the storage, then start the run again"
                 )
         lost_frames = []
-        for frame, future in part.coming.items():
-            self._asked.pop(frame, None)
+        for frame, future in pending.in_flight.items():
+            self._requested.pop(frame, None)
             try:
-                part.frames[frame] = future.result()
-                self._cache.put(frame, part.frames[frame])
+                pending.frames[frame] = future.result()
+                self._cache.put(frame, pending.frames[frame])
             except UnreadableFrame as error:
                 lost_frames.append(LostFrame(*frame, str(error)))
         if lost_frames:
             raise SubstitutesNeeded(lost_frames)
-        return part.frames
+        return pending.frames
 
 
 def _with_substitutes(images: StepSet, lost: np.ndarray, substitutes: Substitutes) -> StepSet:
-    """Rows and labels of the images to read; ids, epochs, views, flips and lengths stay those that were planned."""
+    """``images`` with the rows and labels of the substitutes; ids, epochs, views, flips and lengths stay as planned."""
     row, label = images.row.copy(), images.label.copy()
     for i in lost.tolist():
         dataset = int(images.dataset[i])

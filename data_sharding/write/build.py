@@ -1,20 +1,21 @@
-"""Building a dataset: items to samples to shards, in parallel, resumable, the same bytes every time.
+"""Building a dataset: items to samples to shards, in parallel, resumable, with the same bytes every time.
 
-Which item goes into which shard follows from the source and the options alone. Each shard is made in one go by one
-process and leaves, last, a record in ``parts/``. A writer that starts again skips the shards that have a record, so one
-that was killed goes on where it was. When all records are there, the manifests are written from them and ``parts/`` is
-removed.
+Which item goes into which shard depends on the source and the options only. Each shard is written as a whole by one
+process, which then writes a record of it into ``parts/``. A writer that is started again skips the shards that have a
+record, so it continues where it was killed. When all records exist, the manifests are written from them and ``parts/``
+is removed.
 
-    DST/parts/options.json                      what this unfinished dataset is made of
+    DST/parts/options.json                      the options of this unfinished dataset
     DST/parts/shard-000000.tar.zst.json         {"index": {"name": …, "frames": [[…], …], …}, "skipped": […]}
     DST/skipped.json                            [{"source": "cat/3.jpg", "reason": "OSError: image file is trunc…"}]
     DST/holdout/                                with holdout > 0: a dataset of its own
 
-Several tasks (of ``srun``, say) may build one dataset. There is nothing to claim, hence no lease to expire and no clock
-to trust: task p of n makes shards p, p+n, p+2n, … and then any of the others' that has no record yet, from their far
-end. So what a killed task leaves undone is done by the rest, and a number of tasks that is not true (SLURM_NTASKS in a
-batch script that starts one) costs nothing. Two that make the same shard write the same bytes, each whole; the later
-one stops as soon as it sees the record. Whoever finds all records there commits, at worst two at once the same files.
+Several tasks (such as those of ``srun``) may build one dataset. They claim nothing, so no lease can expire and no clock
+is trusted: task p of n writes shards p, p+n, p+2n, … and then those of the others that have no record yet, from their
+far ends. So the shards of a killed task are written by the rest, and a wrong number of tasks (SLURM_NTASKS in a batch
+script that starts one) does no harm. Two tasks that write the same shard write the same bytes, each a whole file; the
+later one stops as soon as it sees the record. A task that finds all records commits; two that do so at the same time
+write the same files.
 """
 
 import json
@@ -40,7 +41,7 @@ from data_sharding.write.views import square_side
 
 @dataclass(frozen=True)
 class Options:
-    """All that decides the bytes of a dataset. ``source`` and ``codec`` are digests, ``holdout`` a share of images."""
+    """Everything that determines a dataset's bytes. ``source`` and ``codec`` are digests, ``holdout`` a fraction."""
 
     source: str
     codec: str
@@ -51,19 +52,22 @@ class Options:
     def __post_init__(self):
         square_side(self.max_tokens)
         if not 0 <= self.holdout < 1:
-            raise UserError(f"holdout is the share of images to set aside, at least 0 and below 1, not {self.holdout}")
+            raise UserError(
+                f"holdout is the fraction of images to set aside: at least 0 and below 1, not {self.holdout}"
+            )
         if self.images_per_shard < 1:
             raise UserError(f"images_per_shard must be at least 1, not {self.images_per_shard}")
 
     @classmethod
     def of(cls, header: Header) -> "Options":
-        made = header.source
-        return cls(made["digest"], header.codec["digest"], header.max_tokens, made["images_per_shard"], made["holdout"])
+        """The options that a finished dataset was written with."""
+        source, codec = header.source, header.codec["digest"]
+        return cls(source["digest"], codec, header.max_tokens, source["images_per_shard"], source["holdout"])
 
 
 @dataclass(frozen=True)
 class WriteReport:
-    """``images`` and ``held_out`` are in the two datasets, ``skipped`` in neither; ``encoded`` ones by this call."""
+    """``images`` and ``held_out`` are in the two datasets, ``skipped`` in neither; this call wrote ``encoded``."""
 
     url: str
     images: int
@@ -76,7 +80,7 @@ class WriteReport:
 
 
 def is_finished(dst: str, options: Options) -> bool:
-    """Whether the dataset is complete. Raises UserError if it is, or was begun, with other options."""
+    """Whether the dataset is complete. Raises UserError if it exists, in whole or part, with other options."""
     record = f"{dst}/parts/options.json"
     if finished := exists(f"{dst}/{FILE}"):
         begun = Options.of(Manifest.load(dst).header)
@@ -87,8 +91,8 @@ def is_finished(dst: str, options: Options) -> bool:
     for name, value in asdict(begun).items():
         if (now := getattr(options, name)) != value:
             raise UserError(
-                f"{dst} was begun with another {name} ({value}, now {now}): "
-                "give the same options and source as then, or another folder"
+                f"{dst} was started with another {name} ({value}, now {now}): give the same options and source as "
+                "before, or another folder"
             )
     return finished
 
@@ -104,9 +108,9 @@ def build(
     workers: int | None,
     progress: bool,
 ) -> int:
-    """Writes what is not yet there of the dataset, until all of it is; returns how many items this call has made.
+    """Writes the missing shards, then the manifests. Returns the number of items that this call encoded or copied.
 
-    ``codec`` is the manifest's record of it. Raises UserError if no item at all of a dataset could be read.
+    ``codec`` is its record in the manifest. Raises UserError if not one item of a dataset could be read.
     """
     datasets = _divide(items, dst, options.holdout)
     if not exists(f"{dst}/parts/options.json"):
@@ -130,13 +134,13 @@ def build(
     try:
         _commit(src, datasets, tasks, options, codec, classes)
     except FileNotFoundError:
-        if not exists(f"{dst}/{FILE}"):  # else another task was first, and has cleaned up
+        if not exists(f"{dst}/{FILE}"):  # else another task was first, and has removed them
             raise
     return made
 
 
 def report(dst: str, made: int, started: float) -> WriteReport:
-    """Removes what was only of use for building, and says what is there."""
+    """Removes the files that only building needed, and reports what was written."""
     urls = [dst, *([f"{dst}/holdout"] if Manifest.load(dst).header.source["holdout"] else [])]
     for url in urls:
         _clean(url)
@@ -155,11 +159,11 @@ def report(dst: str, made: int, started: float) -> WriteReport:
 
 
 def _divide(items: Iterable[Item], dst: str, holdout: float) -> dict[str, tuple[Item, ...]]:
-    """URL of each dataset, ``dst`` first, and its items in order of id, which is a fixed shuffle of the keys."""
+    """{URL: items} of each dataset, ``dst`` first. Items are in order of id, which is a fixed shuffle of the keys."""
     items = sorted(items, key=lambda item: item.id)
     held = round(holdout * len(items))
     if holdout and not 0 < held < len(items):
-        raise UserError(f"holdout {holdout} sets aside {held} of {len(items)} images: choose another share")
+        raise UserError(f"holdout {holdout} sets aside {held} of {len(items)} images: choose another fraction")
     order = np.argsort(words64(0, Purpose.HOLDOUT, 0, [item.id for item in items]), kind="stable")
     chosen = set(order[:held].tolist())
     datasets = {dst: tuple(item for i, item in enumerate(items) if i not in chosen)}
@@ -176,7 +180,7 @@ def _commit(
     codec: dict[str, str | float],
     classes: tuple[str, ...],
 ) -> None:
-    """From the records: the list of skipped items, then the manifests, that of ``dst`` last."""
+    """Writes, from the records, the list of skipped items, then the manifests, that of ``dst`` last."""
     parts = [(task.dataset, from_json(read(task.part), task.part)) for task in tasks]
     skipped = sorted((s for _, part in parts for s in part["skipped"]), key=lambda s: s["source"])
     if skipped:
@@ -187,7 +191,7 @@ def _commit(
         if not indexes:
             first = skipped[0]
             raise UserError(
-                f"none of the {len(datasets[url])} images of {src} that go to {url} could be read, such as "
+                f"none of the {len(datasets[url])} images of {src} for {url} could be read, for example "
                 f"{first['source']} ({first['reason']}): check the source, then write to another folder"
             )
         write_manifest(
@@ -207,7 +211,7 @@ def _commit(
 
 
 def _clean(url: str) -> None:
-    """Removes the records, and what killed writers left of files they had not finished."""
+    """Removes the records, and the unfinished files of killed writers."""
     fs, _ = file_system(url)
     fs.invalidate_cache()
     if exists(f"{url}/parts"):
@@ -218,5 +222,5 @@ def _clean(url: str) -> None:
 
 
 def _remove(url: str, method: str, **options) -> None:
-    with suppress(FileNotFoundError):  # another task cleans as well; or an attempt has, whose reply was lost
+    with suppress(FileNotFoundError):  # removed by another task, or by an attempt whose reply was lost
         fs_call(url, method, **options)

@@ -1,22 +1,22 @@
-"""Where images come from. In each case an image's key says class and name, and its id follows from the key alone.
+"""The sources of images. In each, an image's key holds its class and name, and its id depends on the key only.
 
-A folder with one folder for each class:
+A folder with one folder per class:
 
     SRC/cat/0007.jpg    key "cat/0007.jpg", class "cat"
     SRC/cat/kittens/a.png    key "cat/kittens/a.png", class "cat"
 
-A tar of class tars, as ImageNet is shipped (ILSVRC2012_img_train.tar), or a folder with the class tars. Nothing is
-unpacked. Keys and labels are those of the same images as class folders:
+A tar of class tars, as ImageNet is distributed (ILSVRC2012_img_train.tar), or a folder with the class tars. Nothing is
+unpacked. Keys and labels are the same as those of the class folders:
 
     SRC: n01440764.tar: n01440764_18.JPEG    key "n01440764/n01440764_18.JPEG", class "n01440764"
 
 WebDataset tars, as a folder or a pattern such as data/train-{0000..0146}.tar; their samples are grouped by the
 webdataset library's own rule:
 
-    train-0000.tar: 0007.jpg, 0007.cls    key "train-0000/0007.jpg", label as .cls, or "label" in .json, says
+    train-0000.tar: 0007.jpg, 0007.cls    key "train-0000/0007.jpg", label from .cls, or from "label" in .json
 
-A class's label is its place in sorted order, classes without images included (sorted WNIDs are ImageNet's labels); or,
-where all WebDataset labels are numbers, that number. Files that are not named like an image are left aside.
+A class's label is its index in sorted order, including classes without images (sorted WNIDs are ImageNet's labels); or,
+if all WebDataset labels are numbers, that number. Files without an image suffix are ignored.
 """
 
 import json
@@ -32,12 +32,12 @@ from data_sharding.storage.byte_ranges import ByteRange, Member, fs_call, list_t
 from data_sharding.storage.filesystems import file_system
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
-_LISTERS = 16  # tars listed side by side: it is all waiting for the storage
+_LISTERS = 16  # tars listed in parallel: the time is spent waiting for the storage
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """One image file. ``id`` depends on ``key`` alone, so it survives another sharding or place of the source."""
+class ImageFile:
+    """One image file. ``id`` depends on ``key`` only, so it survives another sharding or location of the source."""
 
     id: int
     key: str
@@ -46,11 +46,11 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Source:
+class ImageSource:
     """``entries`` in order of key. ``digest`` covers every class, key, label and file size."""
 
     classes: tuple[str, ...]
-    entries: tuple[Entry, ...]
+    entries: tuple[ImageFile, ...]
     digest: str
 
 
@@ -59,11 +59,11 @@ def sample_id(key: str) -> int:
     return int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
 
 
-def open_source(src: str) -> Source:
-    """Lists whichever kind of source ``src`` is (see the module).
+def open_source(src: str) -> ImageSource:
+    """Lists the images of ``src``, whichever kind of source it is (see the module).
 
     Raises:
-        UserError: there is nothing there, or none of these kinds; or two images share an id.
+        UserError: there is nothing at ``src``, or another kind of source; or two images have the same id.
     """
     fs, _ = file_system(src)
     if "{" in src:
@@ -71,9 +71,7 @@ def open_source(src: str) -> Source:
     if src.endswith(".tar") and _is_file(src):
         return open_tars([src])
     if not fs_call(src, "isdir"):
-        raise UserError(
-            f"{src} is not a folder: give the folder that holds one folder of images for each class, or tars"
-        )
+        raise UserError(f"{src} is not a folder: give a folder with one folder of images per class, or with tars")
     listing = fs_call(src, "ls", detail=True)
     tars = sorted(item["name"] for item in listing if item["type"] == "file" and item["name"].endswith(".tar"))
     if tars and not _folders(listing):
@@ -81,16 +79,16 @@ def open_source(src: str) -> Source:
     return open_folder(src)
 
 
-def open_folder(src: str) -> Source:
+def open_folder(src: str) -> ImageSource:
     """Lists a class-folder tree. Raises UserError if it is empty, without class folders or without images."""
     fs, root = file_system(src)
     root = root.rstrip("/")
     top = fs_call(src, "ls", detail=True)
     if not top:
-        raise UserError(f"{src} is empty: put the images in it, one folder for each class")
+        raise UserError(f"{src} is empty: put the images in it, one folder per class")
     classes = _folders(top)
     if not classes:
-        raise UserError(f"{src} holds no class folders: move its images into one folder for each class")
+        raise UserError(f"{src} has no class folders: move its images into one folder per class")
     prefix = fs.unstrip_protocol(root)
     images = {}
     for path, info in fs_call(src, "find", detail=True).items():
@@ -98,18 +96,16 @@ def open_folder(src: str) -> Source:
         if _is_image(key) and "/" in key and key.partition("/")[0] in classes:
             images[key] = ByteRange(f"{prefix}/{key}", None, info["size"])
     if not images:
-        raise UserError(
-            f"the class folders in {src} hold no images: files named {', '.join(IMAGE_SUFFIXES)} are looked for"
-        )
+        raise UserError(f"the class folders in {src} hold no images (files that end in {', '.join(IMAGE_SUFFIXES)})")
     return _source(classes, {key: (key.partition("/")[0], data) for key, data in images.items()})
 
 
-def open_tars(urls: list[str]) -> Source:
-    """Lists class tars, a tar of them, or WebDataset tars: what it is shows in the first files of the first tar."""
+def open_tars(urls: list[str]) -> ImageSource:
+    """Lists class tars, a tar of them, or WebDataset tars: the first files of the first tar tell which."""
     first = [member.name.lower() for member in islice(list_tar(urls[0]), 100)]
     if any(name.endswith(".tar") for name in first):
         if len(urls) > 1:
-            raise UserError(f"{urls[0]} is a tar of tars, and there are others beside it: give it alone")
+            raise UserError(f"{urls[0]} is a tar of tars, and there are other tars: give this one alone")
         inner = [(_stem(m.name), m.data.url, m.data.start) for m in list_tar(urls[0]) if m.name.endswith(".tar")]
         return _class_tars(inner, urls[0])
     if any(name.endswith((".cls", ".json")) for name in first):
@@ -119,25 +115,27 @@ def open_tars(urls: list[str]) -> Source:
     return _class_tars([(_stem(url), url, 0) for url in urls], urls[0])
 
 
-def _class_tars(tars: list[tuple[str, str, int]], src: str) -> Source:
-    """``tars``: class, url and start of each."""
+def _class_tars(tars: list[tuple[str, str, int]], src: str) -> ImageSource:
+    """``tars``: (class, URL, first byte) of each."""
     images = {}
-    for (name, _, _), members in zip(tars, _side_by_side(lambda tar: list(list_tar(*tar[1:])), tars), strict=True):
+    for (name, _, _), members in zip(tars, _in_parallel(lambda tar: list(list_tar(*tar[1:])), tars), strict=True):
         images |= {f"{name}/{m.name}": (name, m.data) for m in members if _is_image(m.name)}
     if not images:
-        raise UserError(f"{src} holds no images: files named {', '.join(IMAGE_SUFFIXES)} are looked for")
+        raise UserError(f"{src} holds no images (files that end in {', '.join(IMAGE_SUFFIXES)})")
     return _source(sorted({name for name, _, _ in tars}), images)
 
 
-def _webdataset(urls: list[str]) -> Source:
+def _webdataset(urls: list[str]) -> ImageSource:
     samples: dict[str, tuple[str, ByteRange]] = {}
-    for url, found in zip(urls, _side_by_side(_webdataset_samples, urls), strict=True):
+    for url, found in zip(urls, _in_parallel(_webdataset_samples, urls), strict=True):
         for key, label, data in found:
             if key in samples:
-                raise UserError(f"{url}: the sample {key} occurs twice: keys must be unique in a tar, and tars by name")
+                raise UserError(
+                    f"{url}: the sample {key} occurs twice: keys must be unique in a tar, and so must the tars' names"
+                )
             samples[key] = label, data
     if not samples:
-        raise UserError(f"{urls[0]} holds no images: files named {', '.join(IMAGE_SUFFIXES)} are looked for")
+        raise UserError(f"{urls[0]} holds no images (files that end in {', '.join(IMAGE_SUFFIXES)})")
     labels = {label for label, _ in samples.values()}
     if all(label.isascii() and label.isdecimal() for label in labels):
         samples = {key: (str(int(label)), data) for key, (label, data) in samples.items()}
@@ -146,7 +144,7 @@ def _webdataset(urls: list[str]) -> Source:
 
 
 def _webdataset_samples(url: str) -> list[tuple[str, str, ByteRange]]:
-    """Key, label and bytes of each image of a tar."""
+    """(key, label, byte range) of each image of a tar."""
     files = ({"fname": member.name, "data": member, "__url__": url} for member in list_tar(url))
     found = []
     try:
@@ -157,7 +155,7 @@ def _webdataset_samples(url: str) -> list[tuple[str, str, ByteRange]]:
                 label = _label(sample, f"{url}: {images[0].name}")
                 found.append((f"{_stem(url)}/{images[0].name}", label, images[0].data))
     except ValueError as error:
-        raise UserError(f"{url} is no WebDataset: {error.args[0]}") from error
+        raise UserError(f"{url} is not a WebDataset: {error.args[0]}") from error
     return found
 
 
@@ -179,11 +177,11 @@ def _webdataset_library():
     return SimpleNamespace(expand_urls=shardlists.expand_urls, group_by_keys=tariterators.group_by_keys)
 
 
-def _source(classes: list[str], images: dict[str, tuple[str, ByteRange]]) -> Source:
-    """``images``: key to class and bytes."""
+def _source(classes: list[str], images: dict[str, tuple[str, ByteRange]]) -> ImageSource:
+    """``images``: {key: (class, byte range)}."""
     labels = {name: label for label, name in enumerate(classes)}
     keys = sorted(images)
-    entries = tuple(Entry(sample_id(key), key, labels[images[key][0]], images[key][1]) for key in keys)
+    entries = tuple(ImageFile(sample_id(key), key, labels[images[key][0]], images[key][1]) for key in keys)
     refuse_collisions(entries)
     lines = "".join(
         f"{entry.key}\t{entry.data.size}\n"
@@ -192,7 +190,7 @@ def _source(classes: list[str], images: dict[str, tuple[str, ByteRange]]) -> Sou
         for entry in entries
     )
     digest = blake2b("\n".join([*classes, "", lines]).encode(), digest_size=16)
-    return Source(tuple(classes), entries, digest.hexdigest())
+    return ImageSource(tuple(classes), entries, digest.hexdigest())
 
 
 def refuse_collisions(entries) -> None:
@@ -205,7 +203,7 @@ def refuse_collisions(entries) -> None:
 
 def _is_file(url: str) -> bool:
     try:
-        return fs_call(url, "info")["type"] == "file"  # s3fs's isfile takes any failure for a no
+        return fs_call(url, "info")["type"] == "file"  # s3fs's isfile returns False after any error
     except (FileNotFoundError, NotADirectoryError):
         return False
 
@@ -223,6 +221,6 @@ def _stem(name: str) -> str:
     return name.rpartition("/")[2].removesuffix(".tar")
 
 
-def _side_by_side(work: Callable, items: list) -> Iterator:
+def _in_parallel(work: Callable, items: list) -> Iterator:
     with ThreadPoolExecutor(_LISTERS) as pool:
         yield from pool.map(work, items)

@@ -1,4 +1,4 @@
-"""``fitv2 shard write``: images to latents. How the shards come about is told in ``build.py``."""
+"""``fitv2 shard write``: images to latents. ``build.py`` writes the shards."""
 
 import time
 from collections.abc import Iterator
@@ -12,21 +12,21 @@ from data_sharding.storage.byte_ranges import read_all
 from data_sharding.storage.filesystems import file_system
 from data_sharding.worker_pool import cores
 from data_sharding.write.build import Options, WriteReport, build, is_finished, report
-from data_sharding.write.image_sources import Entry, open_source
+from data_sharding.write.image_sources import ImageFile, open_source
 from data_sharding.write.shard_task import Made, Skipped
 from data_sharding.write.views import UnreadableImage, encode_views, load_rgb, views_of
 
 
 @dataclass(frozen=True)
 class EncodeImages:
-    """The ``Maker`` of this command. It names its codec, so that each process makes its own."""
+    """The ``Maker`` of this command. It holds the codec's name, so that each process creates its own codec."""
 
     codec: str
     vae: str
     latent: Latent
     max_tokens: int
 
-    def __call__(self, entries: tuple[Entry, ...]) -> Iterator[Made | Skipped]:
+    def __call__(self, entries: tuple[ImageFile, ...]) -> Iterator[Made | Skipped]:
         codec = get_codec(self.codec, self.vae, self.latent)
         pixels, views, skipped = {}, {}, {}
         for entry, data in zip(entries, read_all(entry.data for entry in entries), strict=True):
@@ -56,27 +56,27 @@ def write_dataset(
     vae: str = "",
     latent: Latent = "mean",
 ) -> WriteReport:
-    """Writes the images of ``src`` (``sources.py`` says of which kinds) as a dataset at ``dst``; goes on with one that
-    is unfinished, and leaves a finished one alone.
+    """Writes the images of ``src`` (see ``image_sources``) as a dataset at ``dst``. Continues an unfinished dataset;
+    does not change a finished one.
 
-    ``codec``, ``vae`` and ``latent`` go to ``get_codec``. ``holdout`` sets aside exactly round(holdout * images),
+    ``codec``, ``vae`` and ``latent`` are those of ``get_codec``. ``holdout`` sets aside round(holdout * images) images,
     chosen by key. ``workers`` is the number of processes (all cores of this job, or as many as keep its GPUs busy).
-    Images that cannot be read are listed in ``dst/skipped.json``; the rest is written.
+    Images that cannot be read are listed in ``dst/skipped.json``; all others are written.
 
     Raises:
-        UserError: bad options or source, ``dst`` was begun with others, or no image could be read.
+        UserError: bad options or source, ``dst`` was started with others, or no image could be read.
     """
     started = time.monotonic()
     src, dst = src.rstrip("/"), dst.rstrip("/")
-    made_by = get_codec(codec, vae, latent)
+    encoder = get_codec(codec, vae, latent)
     refuse_inside(src, dst)
     source = open_source(src)
-    options = Options(source.digest, made_by.digest, max_tokens, images_per_shard, holdout)
+    options = Options(source.digest, encoder.digest, max_tokens, images_per_shard, holdout)
     made = 0
     if not is_finished(dst, options):
         make = EncodeImages(codec, vae, latent, max_tokens)
         workers = _writers(codec) if workers is None else workers
-        made = build(src, dst, options, source.entries, source.classes, made_by.record, make, workers, progress)
+        made = build(src, dst, options, source.entries, source.classes, encoder.record, make, workers, progress)
     return report(dst, made, started)
 
 

@@ -1,4 +1,4 @@
-"""``fitv2 shard import``: the published latents of FiT (``published.py``) to shards.
+"""``fitv2 shard import``: the published latents of FiT (``published_latents.py``) to shards.
 
 A file is one view of an image (facts of the format: whlzy/FiT, in1k_latent_dataset.py):
 
@@ -7,8 +7,8 @@ A file is one view of an image (facts of the format: whlzy/FiT, in1k_latent_data
     size       (h, w) in tokens
     label      0 .. 999
 
-They are stored as they are, but in float16. Archives are unpacked into DST/parts first, for the views of an image lie
-in two of them, in no known order; that takes as much space as their content until the dataset is complete.
+They are stored unchanged, but in float16. Archives are unpacked into DST/parts first, because the views of an image are
+in two of them, in an unknown order; that takes the space of their content until the dataset is complete.
 """
 
 import time
@@ -27,7 +27,7 @@ from data_sharding.worker_pool import cores
 from data_sharding.write.archives import Archive, unpack
 from data_sharding.write.build import Options, WriteReport, build, is_finished, report
 from data_sharding.write.images import refuse_inside
-from data_sharding.write.published_latents import LatentEntry, Published, list_entries, open_published
+from data_sharding.write.published_latents import LatentFiles, PublishedLatents, list_entries, open_published
 from data_sharding.write.shard_task import Made, Skipped
 
 # Its weights came without a digest, and each flip is one draw of the posterior.
@@ -45,14 +45,14 @@ class ReadLatents:
     max_tokens: int
     classes: int
 
-    def __call__(self, entries: tuple[LatentEntry, ...]) -> Iterator[Made | Skipped]:
+    def __call__(self, entries: tuple[LatentFiles, ...]) -> Iterator[Made | Skipped]:
         data = iter(read_all(data for entry in entries for _, data in entry.views))
         for entry in entries:
             files = {view: next(data) for view, _ in entry.views}
             try:
                 views = {view: self._parse(file) for view, file in files.items()}
                 if "resize" not in views:
-                    raise _Unreadable("there is a crop view, but no resize view")
+                    raise _Unreadable("it has a crop view, but no resize view")
                 if len({label for label, _ in views.values()}) > 1:
                     raise _Unreadable("its two views have different labels")
             except _Unreadable as error:
@@ -62,14 +62,14 @@ class ReadLatents:
                 yield Made(sample, entry.key, None)
 
     def _parse(self, file: bytes) -> tuple[int, np.ndarray]:
-        """Label and float16 feature of one file. Raises _Unreadable where it is not as described above."""
+        """Label and float16 feature of one file. Raises _Unreadable if it is not as described above."""
         try:
             tensors = load(file)
             feature, grid, size, label = (tensors[name] for name in ("feature", "grid", "size", "label"))
         except KeyError as error:
-            raise _Unreadable(f"it holds no {error}") from error
+            raise _Unreadable(f"it has no tensor {error}") from error
         except (SafetensorError, ValueError, TypeError) as error:
-            raise _Unreadable(f"no whole .safetensors: {error}") from error
+            raise _Unreadable(f"not a complete .safetensors file: {error}") from error
         shape = feature.shape
         if feature.dtype.kind != "f" or len(shape) != 4 or shape[0] != 2 or shape[3] != CHANNELS or 0 in shape:
             raise _Unreadable(f"feature is {feature.dtype}{list(shape)}, not float32[2, h, w, {CHANNELS}]")
@@ -80,7 +80,7 @@ class ReadLatents:
             raise _Unreadable(f"{h}x{w} are more than {self.max_tokens} tokens")
         row, column = np.mgrid[:h, :w].reshape(2, -1)
         if grid.shape != (2, h * w) or not np.array_equal(grid, [column, row]):
-            raise _Unreadable(f"grid does not count the columns and rows of {h}x{w} tokens")
+            raise _Unreadable(f"grid does not number the columns and rows of {h}x{w} tokens")
         if label.size != 1 or label.dtype.kind not in "iu" or not 0 <= label.item() < self.classes:
             raise _Unreadable(f"label {label.ravel().tolist()} is not one of 0 .. {self.classes - 1}")
         if not np.abs(feature).max() <= np.finfo(DTYPE).max:
@@ -98,15 +98,15 @@ def import_dataset(
     classes: int = 1000,
     progress: bool = True,
 ) -> WriteReport:
-    """Writes the published latents in ``src`` as a dataset at ``dst``; goes on with one that is unfinished, and leaves
-    a finished one alone.
+    """Writes the published latents in ``src`` as a dataset at ``dst``. Continues an unfinished dataset, and does not
+    change a finished one.
 
-    ``max_tokens`` chooses where ``src`` holds several sets. An image's id follows from its file's name. Classes have no
-    names there: theirs are "0" .. Files that are not as they should be are listed in ``dst/skipped.json``.
+    ``max_tokens`` selects one of several sets in ``src``. An image's id depends on its file's name. Classes are named
+    by their numbers, "0" and up. Files of another format are listed in ``dst/skipped.json``.
 
     Raises:
-        UserError: ``src`` is not so laid out, lacks a part or is damaged; ``dst`` was begun with other options; or not
-            one file could be read.
+        UserError: ``src`` has another layout, lacks a part or is damaged; ``dst`` was started with other options; or
+            not one file could be read.
     """
     started = time.monotonic()
     src, dst = src.rstrip("/"), dst.rstrip("/")
@@ -122,8 +122,8 @@ def import_dataset(
     return report(dst, made, started)
 
 
-def _entries(published: Published, dst: str, workers: int, progress: bool) -> list[LatentEntry]:
-    """Unpacks what is packed, and lists all of it."""
+def _entries(published: PublishedLatents, dst: str, workers: int, progress: bool) -> list[LatentFiles]:
+    """Unpacks the archives, and lists all images."""
     if workers < 1:
         raise UserError(f"workers must be at least 1, not {workers}")
     groups, archives = [], []

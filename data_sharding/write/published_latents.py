@@ -1,11 +1,11 @@
-"""The layout in which FiT's latents were published (whlzy/FiT, in1k_latent_dataset.py), found and listed.
+"""Finds and lists latents in the layout in which FiT's were published (whlzy/FiT, in1k_latent_dataset.py).
 
-    SRC/from_16_to_256/          one .safetensors an image: the resize view of images no larger than 256 tokens
-    SRC/greater_than_256_resize/ that of the larger ones,
-    SRC/greater_than_256_crop/   and under the same file names their crop view, where they have one
+    SRC/from_16_to_256/          one .safetensors per image: the resize view of images of at most 256 tokens
+    SRC/greater_than_256_resize/ the resize view of larger images
+    SRC/greater_than_256_crop/   their crop view, under the same file names, if they have one
 
-Each may also be ``.tar`` or ``.tar.gz``, or its parts, which are one file cut in pieces (``.tar.gz.part_aa``, …).
-``less_than_16`` belongs to no training set, and is left aside as the released code does.
+Each may also be a ``.tar`` or ``.tar.gz``, or one that is split into parts (``.tar.gz.part_aa``, …). ``less_than_16``
+belongs to no training set and is ignored, as in the released code.
 """
 
 import re
@@ -25,8 +25,8 @@ _NAME = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class LatentEntry:
-    """One image: where its views lie, "resize" first. ``key`` is the file's name inside its folder."""
+class LatentFiles:
+    """The files of one image: byte ranges of its views, "resize" first. ``key`` is the file's name in its folder."""
 
     id: int
     key: str
@@ -34,8 +34,8 @@ class LatentEntry:
 
 
 @dataclass(frozen=True)
-class Group:
-    """One of the three. ``files`` holds (url, bytes): of a folder's files, of a tar, or of the parts in order."""
+class LatentGroup:
+    """One of the three. ``files`` holds (URL, bytes) of a folder's files, of a tar, or of the parts in order."""
 
     name: str
     view: str
@@ -44,25 +44,25 @@ class Group:
 
     @property
     def is_tar(self) -> bool:
-        """Whether it can be read where it lies."""
+        """Whether it is a tar that can be read in place."""
         return len(self.files) == 1 and self.files[0][0].endswith(".tar")
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedLatents:
     """``groups`` in the order above. ``digest`` covers the names and sizes of all files."""
 
     max_tokens: int
-    groups: tuple[Group, ...]
+    groups: tuple[LatentGroup, ...]
     digest: str
 
 
-def open_published(src: str, max_tokens: int | None) -> Published:
-    """Finds the three groups. Raises UserError if one, or a part of one, is missing, or it is not clear which."""
+def open_published(src: str, max_tokens: int | None) -> PublishedLatents:
+    """Finds the three groups. Raises UserError if one, or a part of one, is missing, or if there are several sets."""
     fs, root = file_system(src)
     root = root.rstrip("/")
     if not fs_call(src, "isdir"):
-        raise UserError(f"{src} is not a folder: give the one with from_16_to_256, greater_than_256_resize and _crop")
+        raise UserError(f"{src} is not a folder: give the one with from_16_to_256, greater_than_256_resize and …_crop")
     found: dict[int, dict[str, list[tuple[str, dict]]]] = {}
     for item in fs_call(src, "ls", detail=True):
         name = item["name"].rstrip("/").rpartition("/")[2]
@@ -76,11 +76,11 @@ def open_published(src: str, max_tokens: int | None) -> Published:
     groups = []
     for name, view in views.items():
         if name not in found[limit]:
-            raise UserError(f"{src} lacks {name} (a folder, .tar, .tar.gz or its parts): the three belong together")
+            raise UserError(f"{src} lacks {name} (a folder, .tar, .tar.gz or its parts): all three groups are needed")
         items = sorted(found[limit][name], key=lambda pair: pair[0])
         if any(item["type"] == "directory" for _, item in items):
             if len(items) > 1:
-                raise UserError(f"{src} holds {name} both as a folder and packed: move one of them away")
+                raise UserError(f"{src} holds {name} both as a folder and as an archive: move one of them away")
             folder = items[0][1]["name"].rstrip("/")
             inside = sorted(fs_call(fs.unstrip_protocol(folder), "find", detail=True).items())
             files = [(path, info["size"]) for path, info in inside if path.endswith(".safetensors")]
@@ -88,14 +88,14 @@ def open_published(src: str, max_tokens: int | None) -> Published:
             _refuse_gaps(src, name, [part for part, _ in items])
             folder, files = "", [(item["name"], item["size"]) for _, item in items]
         urls = tuple((fs.unstrip_protocol(path), size) for path, size in files)
-        groups.append(Group(name, view, fs.unstrip_protocol(folder) if folder else "", urls))
+        groups.append(LatentGroup(name, view, fs.unstrip_protocol(folder) if folder else "", urls))
     prefix = len(fs.unstrip_protocol(root)) + 1
     lines = "".join(f"{url[prefix:]}\t{size}\n" for group in groups for url, size in group.files)
-    return Published(limit, tuple(groups), blake2b(lines.encode(), digest_size=16).hexdigest())
+    return PublishedLatents(limit, tuple(groups), blake2b(lines.encode(), digest_size=16).hexdigest())
 
 
-def list_entries(groups: list[tuple[Group, str | None]]) -> list[LatentEntry]:
-    """The images of all groups, views joined by file name; beside each packed group stands the tar to read.
+def list_entries(groups: list[tuple[LatentGroup, str | None]]) -> list[LatentFiles]:
+    """The images of all groups, their views joined by file name; with each archive comes the tar to read instead.
 
     Raises:
         UserError: a tar is damaged, an image occurs twice, or there is none.
@@ -108,13 +108,13 @@ def list_entries(groups: list[tuple[Group, str | None]]) -> list[LatentEntry]:
                 raise UserError(f"the {group.view} view of {key} occurs twice, again in {group.name}: remove one")
             known.append((group.view, data))
     if not views:
-        raise UserError("there is not one .safetensors in these folders")
-    entries = [LatentEntry(sample_id(key), key, tuple(found)) for key, found in sorted(views.items())]
+        raise UserError("these folders hold no .safetensors file")
+    entries = [LatentFiles(sample_id(key), key, tuple(found)) for key, found in sorted(views.items())]
     refuse_collisions(entries)
     return entries
 
 
-def _files(group: Group, tar: str | None) -> Iterator[tuple[str, ByteRange]]:
+def _files(group: LatentGroup, tar: str | None) -> Iterator[tuple[str, ByteRange]]:
     if tar is None:
         for url, size in group.files:
             yield url[len(group.folder) + 1 :], ByteRange(url, None, size)
@@ -131,20 +131,22 @@ def _limit(src: str, limits: set[int], wanted: int | None) -> int:
     if wanted in limits:
         return wanted
     if not limits:
-        raise UserError(f"{src} holds no latents as published: from_16_to_256, greater_than_256_resize and _crop")
+        raise UserError(
+            f"{src} holds none of the published folders: from_16_to_256, greater_than_256_resize and …_crop"
+        )
     there = ", ".join(map(str, sorted(limits)))
-    raise UserError(f"{src} holds latents of at most {there} tokens: choose with --max-tokens")
+    raise UserError(f"{src} holds latents of at most {there} tokens: give one of these numbers as --max-tokens")
 
 
 def _refuse_gaps(src: str, name: str, parts: list[str]) -> None:
-    """Parts count aa, ab, … az, ba or 00, 01, …; a missing last one shows when the archive ends too early."""
+    """Parts are numbered aa, ab, … az, ba or 00, 01, …; if the last one is missing, the archive ends too early."""
     if parts == [""]:
         return
     numbers = [_number(part) for part in parts]
     first = 1 if parts[0].isdecimal() and numbers[0] == 1 else 0
     for expected, number, part in zip(range(first, first + len(parts)), numbers, parts, strict=True):
         if number != expected:
-            raise UserError(f"{src}: of {name} the part before {part or 'the whole'} is missing, or it is there twice")
+            raise UserError(f"{src}: a part of {name} before {part or 'the whole'} is missing, or one is there twice")
 
 
 def _number(part: str) -> int:

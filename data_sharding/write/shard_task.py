@@ -1,4 +1,4 @@
-"""Making one shard: items to samples to one file, and its record in ``parts/``. ``build.py`` says what comes of it."""
+"""Writing one shard: items to samples to one file, and its record in ``parts/``, from which ``build.py`` continues."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,18 +11,18 @@ from data_sharding.storage.files import put
 from data_sharding.storage.json_bytes import to_json
 from data_sharding.worker_pool import Progress
 
-_CHUNK = 64  # items handed over at once: enough pictures of one size for a batch, few enough to hold in memory
+_CHUNK = 64  # items per call of the maker: enough pictures of one size for a batch, few enough for the memory
 
 
 class Item(Protocol):
-    """What one sample is made from. Items are picklable and small."""
+    """The source of one sample. Items are picklable and small."""
 
     id: int
     key: str
 
 
 class Made(NamedTuple):
-    """``source`` is the item's key, ``pixels`` the (height, width) of its image, None where that is not known."""
+    """``source`` is the item's key, ``pixels`` the (height, width) of its image, None if unknown."""
 
     sample: Sample
     source: str
@@ -30,13 +30,13 @@ class Made(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """``reason`` holds no path and no address, so that it is the same every time."""
+    """``reason`` contains no path and no address, so that it is the same every time."""
 
     source: str
     reason: str
 
 
-Maker = Callable[[tuple[Item, ...]], Iterable[Made | Skipped]]  # picklable; one result an item, in order
+Maker = Callable[[tuple[Item, ...]], Iterable[Made | Skipped]]  # picklable; one result per item, in order
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,12 @@ class ShardTask:
 
     @property
     def part(self) -> str:
+        """URL of the record."""
         return f"{self.dataset}/parts/{self.name}.json"
 
 
 def write_shard(task: ShardTask, progress: Progress) -> None:
-    """Writes one shard and then its record, unless or until another task has."""
+    """Writes one shard and then its record; stops if another task has written the record."""
     builder, skipped = ShardBuilder(task.name), []
     for at in range(0, len(task.items), _CHUNK):
         if exists(task.part) or exists(f"{task.root}/{FILE}"):
@@ -77,6 +78,6 @@ def write_shard(task: ShardTask, progress: Progress) -> None:
             put(f"{task.dataset}/{task.name}", data)
         if not exists(f"{task.root}/{FILE}"):
             put(task.part, record)
-    except FileNotFoundError:  # `_clean` of another task has swept the temporary file
+    except FileNotFoundError:  # `_clean` of another task has removed the temporary file
         if not exists(f"{task.root}/{FILE}"):
             raise

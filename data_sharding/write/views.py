@@ -1,4 +1,4 @@
-"""FiT's two views of an image, as pixels and as tokens: resized whole to at most ``max_tokens``; ADM's centre crop.
+"""FiT's two views of an image, as pixels and as patches: resized to at most ``max_tokens``; ADM's centre crop.
 
 A token is 16x16 pixels; S = 16 * sqrt(max_tokens) is the side of a square image of max_tokens.
 """
@@ -18,7 +18,7 @@ TOKEN_PIXELS = 16
 
 
 class UnreadableImage(Exception):
-    """These bytes are no image, or not a whole one. The message holds no path and no address: it is stored."""
+    """The bytes are not a complete image. The message is stored, so it contains no path and no address."""
 
 
 def square_side(max_tokens: int) -> int:
@@ -30,7 +30,7 @@ def square_side(max_tokens: int) -> int:
 
 
 def load_rgb(data: bytes) -> Image.Image:
-    """Decodes an image file, upright (EXIF) and in RGB; transparency is laid on white. Raises UnreadableImage."""
+    """Decodes an image file, upright (EXIF) and in RGB; transparency becomes white. Raises UnreadableImage."""
     try:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
         if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 255 instead of scaling them
@@ -41,7 +41,7 @@ def load_rgb(data: bytes) -> Image.Image:
         return image.convert("RGB")
     except MemoryError:
         raise
-    except Image.UnidentifiedImageError as error:  # its message holds an object's address
+    except Image.UnidentifiedImageError as error:  # its message contains an object's address
         raise UnreadableImage("not an image of a known format") from error
     except Exception as error:  # Pillow's decoders raise nearly any type on damaged bytes
         raise UnreadableImage(f"{type(error).__name__}: {error}") from error
@@ -49,7 +49,7 @@ def load_rgb(data: bytes) -> Image.Image:
 
 def resize_view(image: Image.Image, max_tokens: int) -> Image.Image:
     """The whole image with sides floored to multiples of 16 and at most ``max_tokens`` tokens; never larger than it
-    was, except sides under 16 pixels (FiT, in1k_dataset.py:34-53; facts of the public latents follow from it)."""
+    was, except sides under 16 pixels (FiT, in1k_dataset.py:34-53; the public latents agree with it)."""
     h, w = resize_tokens(image.height, image.width, max_tokens)
     return _resize(image, w * TOKEN_PIXELS, h * TOKEN_PIXELS)
 
@@ -65,7 +65,7 @@ def resize_tokens(height: int, width: int, max_tokens: int) -> tuple[int, int]:
     else:
         h, w = height // TOKEN_PIXELS, width // TOKEN_PIXELS
     h, w = max(h, 1), max(w, 1)
-    # Raising a side to one token can pass the limit in images more than max_tokens times as long as wide.
+    # With a side raised to one token, an image more than max_tokens times as long as wide can exceed the limit.
     return min(h, max_tokens // w) or 1, min(w, max_tokens)
 
 
@@ -96,17 +96,17 @@ def views_of(image: Image.Image, max_tokens: int) -> dict[str, np.ndarray]:
 
 
 def encode_views(images: dict[int, dict[str, np.ndarray]], codec: Codec) -> dict[int, dict[str, np.ndarray]]:
-    """The views of some images, by id, as ``views_of`` gives them; each becomes float16 (2, h, w, 16): as it is and
+    """The views of some images, by id, as ``views_of`` returns them; each becomes float16 (2, h, w, 16): as it is and
     mirrored, encoded separately.
 
-    Pictures of one size are encoded together, in the order in which they come, so the calls that a codec sees follow
-    from ``images`` alone.
+    Pictures of one size are encoded together, in the order of ``images``, so the calls of the codec depend on
+    ``images`` only.
     """
     by_size: dict[tuple, list[tuple[int, str]]] = {}
     for image, views in images.items():
         for view, pixels in views.items():
             by_size.setdefault(pixels.shape, []).append((image, view))
-    tokens: dict[int, dict[str, np.ndarray]] = {image: {} for image in images}
+    patches: dict[int, dict[str, np.ndarray]] = {image: {} for image in images}
     for (height, width, _), named in by_size.items():
         count = max(codec.batch_pixels // (2 * height * width), 1)
         for at in range(0, len(named), count):
@@ -115,8 +115,8 @@ def encode_views(images: dict[int, dict[str, np.ndarray]], codec: Codec) -> dict
             draws = [Draw(image, 2 * VIEWS.index(view) + flip) for image, view in batch for flip in (0, 1)]
             latents = patchify(codec.encode(pixels, draws)).astype(np.float16)
             for i, (image, view) in enumerate(batch):
-                tokens[image][view] = latents[2 * i : 2 * i + 2]
-    return tokens
+                patches[image][view] = latents[2 * i : 2 * i + 2]
+    return patches
 
 
 def _resize(image: Image.Image, width: int, height: int) -> Image.Image:

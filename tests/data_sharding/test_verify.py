@@ -80,7 +80,7 @@ def test_a_shard_without_its_end_is_found_even_if_the_manifest_says_so(dataset):
     header["totals"]["bytes"] += len(data) - header["shards"][2]["bytes"]
     header["shards"][2] |= {"bytes": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)}
     (dataset / "manifest.json").write_text(json.dumps(header))
-    assert ["not the end of an archive" in problem for problem in verify(str(dataset)).problems] == [True]
+    assert ["not the end of a tar archive" in problem for problem in verify(str(dataset)).problems] == [True]
 
 
 def test_a_missing_shard_is_found_and_the_others_are_read(dataset):

@@ -50,7 +50,7 @@ def test_no_dataset_is_one_sentence(tmp_path):
     ):
         Manifest.load(str(tmp_path / "nothing"))
     (tmp_path / "parts").mkdir()
-    with pytest.raises(DataError, match="unfinished, run the same `fitv2 shard write` or `import` again"):
+    with pytest.raises(DataError, match="unfinished; run the same `fitv2 shard write` or `import` again"):
         Manifest.load(str(tmp_path))
 
 

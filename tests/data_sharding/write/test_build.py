@@ -11,7 +11,7 @@ import pytest
 from data_sharding import worker_pool
 from data_sharding.storage.byte_ranges import ByteRange
 from data_sharding.write import build, shard_task
-from data_sharding.write.image_sources import Entry, open_folder
+from data_sharding.write.image_sources import ImageFile, open_folder
 from data_sharding.write.images import write_dataset
 from tests.support.repository import ROOT
 from tests.support.waiting import wait
@@ -59,7 +59,7 @@ def test_a_worker_that_is_killed_is_reported_and_nothing_hangs(tmp_path):
     # Two workers and multiprocessing's resource tracker.
     wait("workers", lambda: process.poll() is not None or len(children(process.pid)) >= 3)
     os.kill(children(process.pid)[-1], signal.SIGKILL)
-    assert "a process was killed" in process.communicate()[0]
+    assert "a worker process was killed" in process.communicate()[0]
 
 
 def test_an_error_in_a_worker_keeps_its_traceback(image_folder, tmp_path):
@@ -91,11 +91,11 @@ def test_each_task_begins_with_its_own_and_ends_with_the_others_from_behind(monk
     turns = []
     for place in range(3):
         monkeypatch.setenv("SLURM_PROCID", str(place))
-        turns.append(worker_pool.in_turn(list(range(8))))
+        turns.append(worker_pool.order_for_slurm_task(list(range(8))))
     assert turns == [[0, 3, 6, 7, 4, 1, 5, 2], [1, 4, 7, 5, 2, 6, 3, 0], [2, 5, 6, 3, 0, 7, 4, 1]]
     monkeypatch.delenv("SLURM_PROCID")
     monkeypatch.delenv("SLURM_NTASKS")
-    assert worker_pool.in_turn(list(range(8))) == list(range(8))
+    assert worker_pool.order_for_slurm_task(list(range(8))) == list(range(8))
 
 
 def test_a_task_that_dies_leaves_its_shards_to_the_others(tmp_path):
@@ -163,7 +163,7 @@ def test_a_shard_finished_after_the_commit_leaves_no_record(tmp_path):
         shard_task.put(f"{tmp_path}/manifest.json", b"{}")  # another task commits meanwhile
         return [shard_task.Skipped(item.key, "for the test") for item in items]
 
-    item = Entry(1, "ant/1.jpg", 0, ByteRange("", None, 0))
+    item = ImageFile(1, "ant/1.jpg", 0, ByteRange("", None, 0))
     task = shard_task.ShardTask(str(tmp_path), str(tmp_path), "shard-000000.tar.zst", (item,), (), make)
     shard_task.write_shard(task, lambda *_: None)
     assert list(tmp_path.iterdir()) == [tmp_path / "manifest.json"]

@@ -67,18 +67,18 @@ def test_a_finished_dataset_is_left_alone(image_folder, written_dataset):
 @pytest.mark.parametrize("change", [{"max_tokens": 25}, {"holdout": 0.2}, {"images_per_shard": 8}])
 def test_other_options_are_refused_finished_or_not(image_folder, written_dataset, tmp_path, monkeypatch, change):
     name = next(iter(change))
-    with pytest.raises(UserError, match=f"was begun with another {name} .*or another folder"):
+    with pytest.raises(UserError, match=f"was started with another {name} .*or another folder"):
         write_dataset(image_folder, str(written_dataset[0]), **{**OPTIONS, **change})
     monkeypatch.setattr(build, "run_tasks", lambda *_: sys.exit("killed"))
     with pytest.raises(SystemExit):
         write_dataset(image_folder, str(tmp_path), workers=1, **OPTIONS)
-    with pytest.raises(UserError, match=f"was begun with another {name} "):
+    with pytest.raises(UserError, match=f"was started with another {name} "):
         write_dataset(image_folder, str(tmp_path), **{**OPTIONS, **change})
 
 
 def test_another_source_is_refused(image_folder, written_dataset, tmp_path):
     make_images(tmp_path / "fewer", 59)
-    with pytest.raises(UserError, match="was begun with another source"):
+    with pytest.raises(UserError, match="was started with another source"):
         write_dataset(str(tmp_path / "fewer"), str(written_dataset[0]), **OPTIONS)
 
 
@@ -112,7 +112,7 @@ def test_unreadable_images_are_listed_and_the_rest_is_written(tmp_path):
 def test_no_readable_image_at_all_is_an_error(tmp_path):
     (tmp_path / "images/ant").mkdir(parents=True)
     (tmp_path / "images/ant/a.jpg").write_bytes(b"nothing")
-    with pytest.raises(UserError, match=r"none of the 1 images of .* could be read, such as ant/a\.jpg \(not an image"):
+    with pytest.raises(UserError, match=r"none of the 1 images of .* could be read, for example ant/a\.jpg \(not an image"):
         write_dataset(str(tmp_path / "images"), str(tmp_path / "set"), workers=1, progress=False)
     assert not (tmp_path / "set/manifest.json").exists()
 
@@ -121,8 +121,8 @@ def test_bad_sources_are_one_sentence_each(tmp_path):
     for make, message in (
         (lambda: None, "is not a folder"),
         (lambda: (tmp_path / "src").mkdir(), "is empty"),
-        (lambda: (tmp_path / "src/a.jpg").write_bytes(b""), "holds no class folders"),
-        (lambda: (tmp_path / "src/.git").mkdir(), "holds no class folders"),
+        (lambda: (tmp_path / "src/a.jpg").write_bytes(b""), "has no class folders"),
+        (lambda: (tmp_path / "src/.git").mkdir(), "has no class folders"),
         (lambda: (tmp_path / "src/ant").mkdir(), "hold no images"),
     ):
         make()

@@ -73,10 +73,10 @@ def test_the_manifest_names_weights_scale_and_kind_of_latent(image_folder, vae_f
     assert codec["name"] == "sd-vae" and codec["scale"] == 0.18215 and codec["latent"] == "sample"
     assert codec["vae"] == load_vae(vae_folder, "mean").weights
     assert codec["digest"] != get_codec("sd-vae", vae_folder, "mean").digest
-    with pytest.raises(UserError, match="was begun with another codec"):
+    with pytest.raises(UserError, match="was started with another codec"):
         write_dataset(image_folder, str(written_dataset[0]), vae=vae_folder, latent="mean", **OPTIONS)
     other = save_vae(tmp_path / "other", seed=1)
-    with pytest.raises(UserError, match="was begun with another codec"):
+    with pytest.raises(UserError, match="was started with another codec"):
         write_dataset(image_folder, str(written_dataset[0]), vae=other, latent="sample", **OPTIONS)
 
 
@@ -88,7 +88,7 @@ def test_pictures_come_from_the_header_and_a_folder(vae_folder, written_dataset,
     with pytest.raises(UserError, match="set sampling.vae to the vae_folder"):
         codec_of(header.codec)
     other = save_vae(tmp_path / "other", seed=1)
-    with pytest.raises(UserError, match="was written with the VAE .*, and .* holds"):
+    with pytest.raises(UserError, match="was written with the VAE .*, but .* holds"):
         codec_of(header.codec, other)
     from data_sharding.write.import_latents import CODEC
 

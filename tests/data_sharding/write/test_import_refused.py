@@ -16,16 +16,16 @@ from tests.support.published_latents import GROUPS, OPTIONS, latent, published, 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"feature": None}, "it holds no 'feature'"),
-        ({"label": None}, "it holds no 'label'"),
+        ({"feature": None}, "it has no tensor 'feature'"),
+        ({"label": None}, "it has no tensor 'label'"),
         ({"feature": np.zeros((3, 4, 16), np.float32)}, r"feature is float32\[3, 4, 16\], not float32\[2, h, w, 16\]"),
         ({"feature": np.zeros((2, 3, 4, 16), np.int32)}, "feature is int32"),
         ({"feature": np.full((2, 3, 4, 16), np.nan, np.float32)}, "not finite in float16"),
         ({"feature": np.full((2, 3, 4, 16), 7e4, np.float32)}, "not finite in float16"),
         ({"size": np.array([4, 3])}, r"size \[4, 3\] is not that of the feature, \[3, 4\]"),
-        ({"grid": np.zeros((2, 12))}, "grid does not count"),
-        ({"grid": np.mgrid[:3, :4].reshape(2, -1)}, "grid does not count"),  # rows first
-        ({"grid": np.zeros((2, 11))}, "grid does not count"),
+        ({"grid": np.zeros((2, 12))}, "grid does not number"),
+        ({"grid": np.mgrid[:3, :4].reshape(2, -1)}, "grid does not number"),  # rows first
+        ({"grid": np.zeros((2, 11))}, "grid does not number"),
         ({"label": np.array(1000)}, r"label \[1000\] is not one of 0 \.\. 999"),
         ({"label": np.array(0.5)}, r"label \[0\.5\]"),
     ],
@@ -50,8 +50,8 @@ def check_skipped(tmp_path, files, reason):
 @pytest.mark.parametrize(
     ("resize", "crop", "reason"),
     [
-        (latent("r", 3, 4, 0)[:-7], None, "no whole .safetensors"),
-        (b"", None, "no whole .safetensors"),
+        (latent("r", 3, 4, 0)[:-7], None, "not a complete .safetensors"),
+        (b"", None, "not a complete .safetensors"),
         (latent("r", 3, 4, 1), latent("c", 4, 4, 2), "different labels"),
         (None, latent("c", 4, 4, 2), "a crop view, but no resize view"),
         (latent("r", 4, 5, 1), None, "4x5 are more than 16 tokens"),
@@ -77,11 +77,11 @@ def test_sources_that_lack_something_are_one_sentence_each(tmp_path):
 
     first = "from_16_to_16.tar.gz.part_"
     refused("group", "folders", "lacks greater_than_16_crop", lambda src: shutil.rmtree(src / GROUPS[2]))
-    refused("none", "parts", "of from_16_to_16 the part before ac", lambda src: (src / f"{first}ab").unlink())
-    refused("first", "parts", "the part before ab", lambda src: (src / f"{first}aa").unlink())
+    refused("none", "parts", "a part of from_16_to_16 before ac", lambda src: (src / f"{first}ab").unlink())
+    refused("first", "parts", "a part of from_16_to_16 before ab", lambda src: (src / f"{first}aa").unlink())
     refused("last", "parts", "from_16_to_16 ends too early: its last part", lambda src: (src / f"{first}ac").unlink())
     both = GROUPS[1] + ".tar"
-    refused("both", "folders", "both as a folder and packed", lambda src: (src / both).write_bytes(b""))
+    refused("both", "folders", "both as a folder and as an archive", lambda src: (src / both).write_bytes(b""))
 
     def flip(path: Path) -> None:
         data = bytearray(path.read_bytes())
@@ -96,7 +96,7 @@ def test_sources_that_lack_something_are_one_sentence_each(tmp_path):
     refused("cut2", "tar", "not a complete tar", lambda src: shorten(src / cut, 15000))
     refused("not", "tar", "not a complete tar", lambda src: (src / cut).write_bytes(b"x" * 2000))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no latents as published"):
+    with pytest.raises(UserError, match="holds none of the published folders"):
         import_dataset(str(tmp_path / "empty"), dst)
     with pytest.raises(UserError, match="is not a folder"):
         import_dataset(str(tmp_path / "nowhere"), dst)
@@ -127,11 +127,11 @@ def test_which_set_must_be_said_where_there_are_two(tmp_path, imported):
     src = write_layout(tmp_path / "src", "folders")
     for group in GROUPS:
         (src / group.replace("16", "25").replace("from_25", "from_16")).mkdir()
-    with pytest.raises(UserError, match="at most 16, 25 tokens: choose with --max-tokens"):
+    with pytest.raises(UserError, match="at most 16, 25 tokens: give one of these numbers as --max-tokens"):
         import_dataset(str(src), str(tmp_path / "set"), **OPTIONS)
     import_dataset(str(src), str(tmp_path / "set"), max_tokens=16, **OPTIONS)
     assert shards_of(tmp_path / "set") == shards_of(imported[1])
-    with pytest.raises(UserError, match="choose"):
+    with pytest.raises(UserError, match="at most 16, 25 tokens: give one of these numbers as --max-tokens"):
         import_dataset(str(src), str(tmp_path / "other"), max_tokens=36, **OPTIONS)
 
 
@@ -146,7 +146,7 @@ def test_another_source_or_option_is_refused(imported, tmp_path):
     files = published()
     del files[GROUPS[0]]["s3.safetensors"]
     src = write_layout(tmp_path / "src", "folders", files)
-    with pytest.raises(UserError, match="was begun with another source"):
+    with pytest.raises(UserError, match="was started with another source"):
         import_dataset(str(src), str(imported[1]), **OPTIONS)
-    with pytest.raises(UserError, match="was begun with another images_per_shard"):
+    with pytest.raises(UserError, match="was started with another images_per_shard"):
         import_dataset(str(imported[0]), str(imported[1]), **OPTIONS | {"images_per_shard": 7})
