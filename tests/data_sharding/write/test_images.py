@@ -112,7 +112,9 @@ def test_unreadable_images_are_listed_and_the_rest_is_written(tmp_path):
 def test_no_readable_image_at_all_is_an_error(tmp_path):
     (tmp_path / "images/ant").mkdir(parents=True)
     (tmp_path / "images/ant/a.jpg").write_bytes(b"nothing")
-    with pytest.raises(UserError, match=r"none of the 1 images of .* could be read, for example ant/a\.jpg \(not an image"):
+    with pytest.raises(
+        UserError, match=r"none of the 1 images of .* could be read, for example ant/a\.jpg \(not an image"
+    ):
         write_dataset(str(tmp_path / "images"), str(tmp_path / "set"), workers=1, progress=False)
     assert not (tmp_path / "set/manifest.json").exists()
 

@@ -131,5 +131,5 @@ def test_the_command(tmp_path, capsys):
     src = write_layout(tmp_path / "src", "gz", files)
     assert main(["shard", "import", str(src), str(tmp_path / "set"), "--workers", "1", "--json"]) == 2
     out, err = capsys.readouterr()
-    assert json.loads(out)["images"] == 42 and "1 of the images could not be read" in err
+    assert json.loads(out)["images"] == 42 and "1 of the images cannot be read and were left out" in err
     assert exists(str(tmp_path / "set/skipped.json"))
