@@ -1,4 +1,4 @@
-"""Batch scripts: a template that reads as the script does, and what fills it."""
+"""Batch scripts: a template with @NAMES@ in it, and their values."""
 
 import re
 import shlex
@@ -23,8 +23,8 @@ def train_script(
     signal: int,
     fork_from: str | None = None,
 ) -> str:
-    """The script of one attempt of the run at URL ``run``, whose files lie in ``home``; the run's log has ``log_seen``
-    entries, and ranks are told to save ``signal`` seconds before the time limit."""
+    """The script of one attempt of the run at URL ``run``, whose files lie in ``home``. The run's log has ``log_seen``
+    entries; the job gets its signal to save ``signal`` seconds before the time limit. Raises UserError."""
     template = Path(site.template) if site.template else _FOLDER / "train.sh.in"
     fork = f" --fork-from {shlex.quote(fork_from)}" if fork_from else ""
     fields = {"RUN": run, "SIGNAL": str(signal), "SEEN": str(log_seen), "FORK": fork}
@@ -53,12 +53,12 @@ def _render(template: Path, site: SlurmConfig, name: str, nodes: int, home: Path
     except OSError as error:
         raise UserError(f"slurm.template {template} cannot be read: {error.strerror}.") from error
     if unknown := sorted({mark for mark in _MARK.findall(text) if mark not in fields}):
-        raise UserError(f"{template} has @{unknown[0]}@, which is none of {', '.join(sorted(fields))}.")
+        raise UserError(f"{template} has @{unknown[0]}@, which is not one of {', '.join(sorted(fields))}.")
     return _MARK.sub(lambda mark: fields[mark[1]], text)
 
 
 def _options(site: SlurmConfig, name: str, nodes: int, home: Path) -> list[str]:
-    """The sbatch options of ``site``, without those that only a chain has."""
+    """The sbatch options of ``site``; those of chains alone are in the template."""
     tasks = site.tasks_per_node
     gpus = {
         "gres": f"--gres=gpu:{tasks}",
@@ -90,10 +90,10 @@ def _exports(site: SlurmConfig) -> list[str]:
 
 
 def _refuse_secrets(site: SlurmConfig) -> None:
-    """A script is a file that others may read, and Slurm keeps a copy."""
+    """Other users may read the script, and Slurm keeps a copy of it."""
     for key in ("setup", "extra", "wrap", "on_event"):
         if redact(value := getattr(site, key)) != value:
             raise UserError(
-                f"slurm.{key} holds what looks like a secret: export it in the shell that you submit from instead, "
+                f"slurm.{key} contains what looks like a secret: export it in the shell that you submit from instead; "
                 "jobs inherit its environment."
             )

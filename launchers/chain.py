@@ -1,37 +1,36 @@
-"""What a job of a chain does before and after training. Run by the batch script, on the first node of the job.
+"""What a job of a chain does before and after training. The batch script calls this on the first node of the job.
 
-    python -m launchers.chain before HOME        prints "train" or "drain"
-    python -m launchers.chain after HOME CODE    exits with what became of it; CODE is srun's, or the signal (USR1,
+    python -m launchers.chain before HOME        prints "train", or "drain" if the job has nothing to do
+    python -m launchers.chain after HOME CODE    exits with the outcome; CODE is srun's exit code, or the signal (USR1,
                                                  TERM) that came before srun was started
 
-It trains nothing and claims nothing. The successor is queued before training, so that it is there when this node dies;
-singleton dependency keeps it waiting until this job is gone. Afterwards it is kept or cancelled, as the records say.
+It neither trains nor claims an attempt. The successor is queued before training, so that it is there if this node dies;
+its singleton dependency makes it wait until this job has ended. Afterwards it is kept or cancelled, by the verdict.
 """
 
 import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from data_sharding.errors import UserError
 from data_sharding.storage.local_store import LocalStore
 from fitv2_scale.run.log import newest_attempt, now
 from fitv2_scale.run.run import RETRY, Run
 from launchers import slurm
-from launchers.chain_log import ChainLog, Verdict, excluded, outcome_of, signal_seconds, verdict
+from launchers.chain_log import ChainLog, Outcome, Verdict, nodes_to_exclude, outcome_of, signal_seconds, verdict
 from launchers.hostlist import expand
-from launchers.notify import HUNG, publish, tell, was_hung
+from launchers.notify import HUNG, run_event_command, sync_mlflow, was_hung
 
 CHAIN_FILE = "chain.json"
 
 
 @dataclass(frozen=True)
 class Chain:
-    """What a submission wants; chain.json in its home."""
+    """The settings of a submission, which all of its jobs read; chain.json in its home."""
 
     run: str  # URL
     name: str  # of its jobs
@@ -45,7 +44,7 @@ class Chain:
     exclude_minutes: float
     on_event: str
     tracked: bool
-    signal_seconds: int = 0  # as asked; 0: learned
+    signal_seconds: int = 0  # as configured; 0: from measured times
 
     @classmethod
     def load(cls, home: str | Path) -> "Chain":
@@ -57,83 +56,86 @@ class Chain:
     def save(self) -> None:
         LocalStore(self.home).put_json(CHAIN_FILE, asdict(self), indent=1)
 
-    def judge(self, run: Run, history: ChainLog) -> Verdict:
-        return verdict(history.since_submit, run.log.entries(), self.steps, self.fruitless)
+    def verdict(self, run: Run, chain_log: ChainLog) -> Verdict:
+        return verdict(chain_log.since_submit, run.log.entries(), self.steps, self.fruitless)
 
 
 @dataclass(frozen=True)
-class This:
-    """The job that this runs in."""
+class ThisJob:
+    """The job that this process runs in."""
 
-    job: str
-    restart: int
+    id: str
+    restart: int  # how often Slurm has requeued it
     nodes: list[str]
 
     @classmethod
-    def of(cls, environment: Any) -> "This":
+    def of(cls, environment: Mapping[str, str]) -> "ThisJob":
         restart = int(environment.get("SLURM_RESTART_COUNT", 0))
         return cls(environment["SLURM_JOB_ID"], restart, expand(environment["SLURM_JOB_NODELIST"]))
 
 
 def before(home: str) -> str:
-    """ "train", with a START on record and a successor in the queue; or "drain"."""
+    """Returns "train", with a START in the chain's log and a successor in the queue, or "drain"."""
     chain = Chain.load(home)
-    run, this = Run.open(chain.run), This.of(os.environ)
-    history = ChainLog(run.store)
-    outcome = chain.judge(run, history)
-    if outcome.event:
-        _say(f"{outcome.reason}: nothing to do")
-        _cancel_pending(chain, this)
-        if history.records[-1]["kind"] == "START":  # the last job was killed, and could not
-            _announce(chain, outcome.event, outcome.reason)
+    run, job = Run.open(chain.run), ThisJob.of(os.environ)
+    chain_log = ChainLog(run.store)
+    decision = chain.verdict(run, chain_log)
+    if decision.event:
+        _print(f"{decision.reason}: nothing to do")
+        _cancel_pending(chain, job)
+        if chain_log.records[-1]["kind"] == "START":  # the last job was killed, before it could notify
+            _notify(chain, decision.event, decision.reason)
         return "drain"
     log = run.log.entries()
-    commits = sum(entry.kind == "COMMIT" for entry in log)
-    history.add(
+    commits, seconds = sum(entry.kind == "COMMIT" for entry in log), signal_seconds(run, chain.signal_seconds)
+    chain_log.add(
         "START",
-        job=this.job,
-        restart=this.restart,
-        nodes=this.nodes,
+        job=job.id,
+        restart=job.restart,
+        nodes=job.nodes,
         commits=commits,
         attempt=newest_attempt(log),
-        signal=(told := signal_seconds(run, chain.signal_seconds)),
+        signal=seconds,
     )
-    _keep_successor(chain, history, this, told)
+    _ensure_successor(chain_log, job, seconds)
     return "train"
 
 
 def after(home: str, ended: str) -> int:
     """Records how the job ended, and keeps the successor or cancels it. Returns the job's exit code."""
     chain = Chain.load(home)
-    run, this = Run.open(chain.run), This.of(os.environ)
-    history = ChainLog(run.store)
-    start = history.newest_start
-    if start is None or (start["job"], start["restart"]) != (this.job, this.restart):
-        _say("a newer job has taken over")  # this node was believed dead
+    run, job = Run.open(chain.run), ThisJob.of(os.environ)
+    chain_log = ChainLog(run.store)
+    start = chain_log.newest_start
+    if start is None or (start["job"], start["restart"]) != (job.id, job.restart):
+        _print("a newer job has taken over")  # Slurm believed this node dead
         return RETRY
     if ended.isdigit():
-        code, reason, clean = outcome_of(run, start["attempt"], int(ended))
+        outcome = outcome_of(run, start["attempt"], int(ended))
     else:
-        code, reason, clean = RETRY, f"SIG{ended} came before its ranks were started", True
-    srun_log = Path(home) / f"srun-{this.job}.log"
-    blamed = hung_nodes(run, start["attempt"]) or ([] if clean else culprits(srun_log.read_text(), this.nodes))
-    history.add("END", job=this.job, restart=this.restart, code=code, reason=reason, blamed=blamed)
-    _say(f"ended with {code}: {reason}" + (f"; {', '.join(blamed)} will be avoided" if blamed else ""))
-    outcome = chain.judge(run, history)
-    if outcome.event is None:
-        told = signal_seconds(run, chain.signal_seconds)
-        _keep_successor(chain, history, this, told, anew=told > start.get("signal", told))
+        outcome = Outcome(RETRY, f"SIG{ended} came before its ranks were started", True)
+    srun_output = Path(home) / f"srun-{job.id}.log"
+    blamed = hung_nodes(run, start["attempt"])
+    if not blamed and not outcome.clean:
+        blamed = first_failed_node(srun_output.read_text(), job.nodes)
+    code, reason = outcome.code, outcome.reason
+    chain_log.add("END", job=job.id, restart=job.restart, code=code, reason=reason, blamed=blamed)
+    _print(f"ended with {code}: {reason}" + (f"; {', '.join(blamed)} will be avoided" if blamed else ""))
+    decision = chain.verdict(run, chain_log)
+    if decision.event is None:
+        seconds = signal_seconds(run, chain.signal_seconds)
+        _ensure_successor(chain_log, job, seconds, replace=seconds > start.get("signal", seconds))
         if was_hung(run, start["attempt"]):
-            _announce(chain, HUNG, reason)
+            _notify(chain, HUNG, reason)
         return code
-    _cancel_pending(chain, this)
-    _say(f"the chain ends: {outcome.reason}")
-    _announce(chain, outcome.event, outcome.reason)
-    return outcome.code
+    _cancel_pending(chain, job)
+    _print(f"the chain ends: {decision.reason}")
+    _notify(chain, decision.event, decision.reason)
+    return decision.code
 
 
 def hung_nodes(run: Run, before: int) -> list[str]:
-    """Nodes of the ranks that the watchdog of the newest attempt found hanging."""
+    """The nodes of ranks that the watchdog reported as hung in the newest attempt, if that is newer than ``before``."""
     newest = newest_attempt(run.log.entries())
     found = run.store.read_json(f"attempts/{newest}/hung.json") if newest > before else None
     return sorted({rank["node"] for rank in found or ()})
@@ -142,77 +144,83 @@ def hung_nodes(run: Run, before: int) -> list[str]:
 _FAILED = re.compile(r"^srun: error: (?:Node failure on )?([^:\s]+)(?:: tasks? [\d,-]+: (.*))?$", re.MULTILINE)
 
 
-def culprits(srun_said: str, nodes: Sequence[str]) -> list[str]:
-    """The node of the first task that failed, if that is one node of several; the others fail because of it."""
-    for failure in _FAILED.finditer(srun_said):
+def first_failed_node(srun_output: str, nodes: Sequence[str]) -> list[str]:
+    """The node of the first task that failed, if that is one of several nodes: the others fail because of it."""
+    for failure in _FAILED.finditer(srun_output):
         if failure[1] in nodes and len(nodes) > 1:
             return [failure[1]]
-        if failure[2]:  # several nodes at once: not a node's fault
+        if failure[2]:  # several nodes at once: no node's fault
             return []
     return []
 
 
-def _keep_successor(chain: Chain, history: ChainLog, this: This, told: int, anew: bool = False) -> None:
-    """Sees to it that one job is pending, as the newest submission wants it, away from nodes that failed, and that it
-    is told to save ``told`` seconds before its time limit. Slurm can't change that of a pending job: if it must, that
-    one is queued ``anew``. A job that somebody has cancelled queues none: they may have cancelled its successor too.
+def _ensure_successor(chain_log: ChainLog, job: ThisJob, seconds: int, replace: bool = False) -> None:
+    """Makes sure that exactly one job is pending, with the settings of the newest submission and without nodes that
+    failed, which gets its signal to save ``seconds`` before its time limit.
 
-    What Slurm refuses is said and not fatal: this job was submitted with --requeue.
+    Slurm cannot change that of a pending job, so ``replace`` cancels the pending one and queues another. A job that was
+    cancelled queues none: whoever did that may have cancelled its successor too.
+
+    An error of Slurm is printed and not fatal, since this job was submitted with --requeue.
     """
-    history.refresh()  # a person may have submitted again meanwhile
-    assert history.submit is not None
-    newest = Chain.load(history.submit["home"])
+    chain_log.refresh()  # a person may have submitted again meanwhile
+    assert chain_log.submit is not None
+    newest = Chain.load(chain_log.submit["home"])
     if not slurm.available():
-        return  # `submit` has queued successors
+        return  # `fitv2 submit` has queued slurm.successors
     try:
         usable = slurm.usable_nodes(newest.partition)
-        avoid = excluded(history.records, usable, newest.least, newest.exclude_minutes, now())
-        nodes = node_count(len(set(usable) - set(avoid)), newest.least, newest.most)
+        excluded = nodes_to_exclude(chain_log.records, usable, newest.least, newest.exclude_minutes, now())
+        nodes = node_count(len(set(usable) - set(excluded)), newest.least, newest.most)
         jobs = slurm.queue(newest.name)
-        cancelled = any(job.id == this.job and job.state == "COMPLETING" for job in jobs)
-        pending = [job for job in jobs if job.state == "PENDING" and job.id != this.job]
+        cancelled = any(other.id == job.id and other.state == "COMPLETING" for other in jobs)
+        pending = [other for other in jobs if other.state == "PENDING" and other.id != job.id]
         script = f"{newest.home}/job.sh"
-        kept = [] if anew and not cancelled else [job for job in pending if job.script == script][:1]
-        slurm.cancel([job.id for job in pending if job not in kept])
+        kept = [] if replace and not cancelled else [other for other in pending if other.script == script][:1]
+        slurm.cancel([other.id for other in pending if other not in kept])
         if kept:
-            slurm.set_pending(kept[0].id, nodes, nodes * newest.tasks_per_node, avoid)
+            slurm.set_pending(kept[0].id, nodes, nodes * newest.tasks_per_node, excluded)
         elif not cancelled:
-            options = [f"--nodes={nodes}", *_signal_option(script, told)]
-            options += [f"--exclude={','.join(avoid)}"] if avoid else []
+            options = [f"--nodes={nodes}", *_signal_option(script, seconds)]
+            options += [f"--exclude={','.join(excluded)}"] if excluded else []
             successor = slurm.sbatch(script, *options)
-            _say(f"job {successor} is queued to go on, with {nodes} nodes")
+            _print(f"job {successor} is queued as the successor, on {nodes} nodes")
         if not cancelled:
-            slurm.do_not_requeue(this.job)  # else both would come back when a node dies
+            slurm.do_not_requeue(job.id)  # else both would come back when a node dies
     except slurm.SlurmError as error:
-        _say(f"no successor: {error}")
+        _print(f"no successor: {error}")
 
 
-def _signal_option(script: str, told: int) -> list[str]:
-    """What is signalled in which way, the script says; when, is known better now."""
+def _signal_option(script: str, seconds: int) -> list[str]:
+    """The script's own --signal option with a newer number of seconds; nothing if it has none."""
     found = re.search(r"^#SBATCH --signal=(\S+)@\d+$", Path(script).read_text(), re.MULTILINE)
-    return [f"--signal={found[1]}@{told}"] if found else []
+    return [f"--signal={found[1]}@{seconds}"] if found else []
 
 
 def node_count(usable: int, least: int, most: int) -> int:
     return max(least, min(most, usable))
 
 
-def _cancel_pending(chain: Chain, this: This) -> None:
+def _cancel_pending(chain: Chain, job: ThisJob) -> None:
     if slurm.available():
         try:
-            slurm.cancel([job.id for job in slurm.queue(chain.name) if job.state == "PENDING" and job.id != this.job])
+            jobs = slurm.queue(chain.name)
+            slurm.cancel([other.id for other in jobs if other.state == "PENDING" and other.id != job.id])
         except slurm.SlurmError as error:
-            _say(f"what is pending will drain by itself: {error}")
+            _print(f"the pending job could not be cancelled, it will end by itself: {error}")
 
 
-def _announce(chain: Chain, event: str, reason: str) -> None:
-    """Publishes what the uploader had no time for, and runs slurm.on_event."""
-    problems = [publish(chain.run) if chain.tracked else None, tell(chain.on_event, event, chain.run, reason)]
+def _notify(chain: Chain, event: str, reason: str) -> None:
+    """Uploads what MLflow does not have yet, and runs slurm.on_event."""
+    problems = [
+        sync_mlflow(chain.run) if chain.tracked else None,
+        run_event_command(chain.on_event, event, chain.run, reason),
+    ]
     for problem in filter(None, problems):
-        _say(problem)
+        _print(problem)
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     print(f"{now()[:19]} job {os.environ.get('SLURM_JOB_ID')}: {text}", file=sys.stderr, flush=True)
 
 
@@ -223,7 +231,7 @@ def main() -> int:
             return 0
         return after(sys.argv[2], sys.argv[3])
     except UserError as error:
-        _say(str(error))
+        _print(str(error))
     except Exception:
         traceback.print_exc()
     return RETRY

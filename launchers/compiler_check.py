@@ -1,8 +1,8 @@
-"""What training compiles on the machine that it runs on, and whether that can be done there; for `fitv2 doctor`.
+"""Checks for `fitv2 doctor` whether this machine can compile what training compiles.
 
-That is the network's blocks, by torch.compile: Triton (on CUDA) and Inductor (on a CPU) call a compiler and load what
-it makes. DeepSpeed compiles operators of its own when it first uses them (FusedAdam, its CPU collectives), each for a
-minute or more; the engine is set up so that it uses none.
+That is the network's blocks, by torch.compile: Triton (on CUDA) and Inductor (on a CPU) call a compiler and load its
+output. DeepSpeed compiles operators of its own at their first use (FusedAdam, its CPU collectives), each for a minute
+or more; the engine is set up so that it uses none.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ _TRIAL = "#include <Python.h>\nint trial(void) { return PY_MAJOR_VERSION; }\n"
 
 
 def check_compiler(layout: LayoutConfig | None) -> str:
-    """Compiles a trial as torch.compile would, where it would, and loads it. Raises UserError with what is missing."""
+    """Compiles and loads a trial library in torch.compile's cache. Raises UserError with what is missing."""
     on_cuda = torch.cuda.is_available()
     if not (layout.compiles(on_cuda) if layout else on_cuda):
         return "not needed: nothing is compiled"
@@ -45,14 +45,16 @@ def check_compiler(layout: LayoutConfig | None) -> str:
             ctypes.CDLL(str(made))
         except OSError as error:
             raise UserError(
-                f"what is compiled into {cache} cannot be loaded ({error}): set TORCHINDUCTOR_CACHE_DIR and "
-                "TRITON_CACHE_DIR to a folder whose files may be executed"
+                f"libraries in {cache} cannot be loaded ({error}): set TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR to "
+                "a folder whose files may be executed"
             ) from error
-    return f"{compiler}, into {cache}, " + ("which has kernels" if filled else "still empty: the first steps fill it")
+    return f"{compiler}, into {cache}, " + (
+        "which has kernels" if filled else "still empty: the first steps will fill it"
+    )
 
 
 def check_deepspeed() -> str:
-    """Imports DeepSpeed, which on some machines fails. Raises UserError if it is not installed."""
+    """Imports DeepSpeed, which fails on some machines. Raises UserError if it is not installed."""
     from fitv2_scale.parallel import deepspeed_setup
 
     version = deepspeed_setup.deepspeed.__version__
@@ -60,7 +62,7 @@ def check_deepspeed() -> str:
 
 
 def _cache(on_cuda: bool) -> Path:
-    """Where torch.compile keeps what it loads again."""
+    """The folder of torch.compile's cache."""
     try:
         # Only here: importing it takes a second, and makes the folder.
         from torch._inductor.runtime.cache_dir_utils import cache_dir, triton_cache_dir
@@ -85,4 +87,4 @@ def _compile(command: list[str]) -> None:
         raise UserError(f"the compiler {command[0]} took more than {_SECONDS} s for a trial; {_OFF}") from error
     if done.returncode:
         first = next(iter(done.stderr.splitlines()), f"exit code {done.returncode}")
-        raise UserError(f"the compiler {command[0]} fails ({first}), which torch.compile needs: mend it, {_OFF}")
+        raise UserError(f"the compiler {command[0]} fails ({first}), which torch.compile needs: repair it, {_OFF}")

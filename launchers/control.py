@@ -1,5 +1,5 @@
-"""What a person does to a run while it trains somewhere else: stop it, save it, look at it. The run itself is what all
-sides see; Slurm is only asked where it can be reached."""
+"""Stop, save, logs and status of a run that trains elsewhere. Requests go through the run's storage, which all sides
+reach; Slurm is used where it is installed."""
 
 import secrets
 from dataclasses import asdict
@@ -18,38 +18,42 @@ from launchers.chain_log import ChainLog
 def stop(url: str, at_once: bool) -> list[str]:
     """Ends the run's attempt and its chain, saving unless ``at_once``. Returns what was done, in sentences.
 
-    The STOP in the log is enough: the attempt and its launcher read it. What Slurm is told here only makes it sooner.
+    The STOP in the log suffices, for the attempt and its launcher read it. Slurm only makes it faster.
     """
     run = Run.open(url)
     run.log.stop(at_once)
-    said = [f"{run.url}: STOP is in its log; the attempt that runs {'does not save' if at_once else 'saves'} and ends"]
+    done = [
+        f"{run.url}: STOP is in its log; the running attempt {'ends without saving' if at_once else 'saves and ends'}"
+    ]
     try:
         jobs = slurm.queue(job_name(run.id)) if slurm.available() else []
         pending = [job.id for job in jobs if job.state == "PENDING"]
         slurm.cancel(pending)
-        said += [f"job {job} was pending and is cancelled" for job in pending]
-        if at_once:  # the attempt sees it by itself, but not if it hangs
+        done += [f"job {job} was pending and is cancelled" for job in pending]
+        if at_once:  # the attempt sees the STOP by itself, but not if it hangs
             running = [job.id for job in jobs if job.state == "RUNNING"]
             slurm.cancel(running, signal="USR2")  # kills at once; before a KILL, Slurm sends TERM, on which ranks save
-            said += [f"the processes of job {job} are killed" for job in running]
+            done += [f"the processes of job {job} are killed" for job in running]
     except slurm.SlurmError as error:
-        said.append(f"Slurm could not be told: {error}")
-    return said
+        done.append(f"jobs could not be cancelled: {error}")
+    return done
 
 
 def save(url: str) -> str:
-    """Asks the attempt that runs for a commit at its next step."""
+    """Asks the running attempt for a commit at its next step. Raises UserError if there is none."""
     run = Run.open(url)
     newest = newest_attempt(run.log.entries())
     if newest == 0 or Attempt(newest, run).read_end() is not None:
         raise UserError(f"{run.url}: no attempt is running, so there is nothing to save.")
-    request = {"time": now(), "nonce": secrets.token_hex(8)}
-    run.store.put_json(save_request_path(newest), request)
+    run.store.put_json(save_request_path(newest), {"time": now(), "nonce": secrets.token_hex(8)})
     return f"{run.url}: attempt {newest} commits at its next step"
 
 
 def log_file(url: str, rank: int) -> Path:
-    """What that rank printed: in the newest chain of jobs, else in the newest attempt. Raises UserError."""
+    """The file with the output of that rank: of the newest chain of jobs, else of the newest attempt.
+
+    Raises UserError if there is none.
+    """
     run = Run.open(url)
     newest, submit = newest_attempt(run.log.entries()), ChainLog(run.store).submit
     files = [run.local_path(f"attempts/{newest}/logs/rank-{rank:05d}.log")]
@@ -58,7 +62,7 @@ def log_file(url: str, rank: int) -> Path:
     for file in files:
         if file.is_file():
             return file
-    raise UserError(f"there is no log of rank {rank}: neither {' nor '.join(map(str, files))} exists.")
+    raise UserError(f"there is no log of rank {rank} (looked for {', '.join(map(str, files))}).")
 
 
 def jobs(run: Run) -> list[dict[str, Any]]:
@@ -69,21 +73,21 @@ def jobs(run: Run) -> list[dict[str, Any]]:
     report = []
     for start in (r for r in records if r["kind"] == "START"):
         end = ends.get((start["job"], start["restart"]), {})
-        kept = {key: start[key] for key in ("job", "restart", "nodes")} | {"started": start["time"]}
+        head = {key: start[key] for key in ("job", "restart", "nodes")} | {"started": start["time"]}
         fields = {key: end.get(key) for key in ("code", "reason")}
-        report.append(kept | {"ended": end.get("time"), **fields, "blamed": end.get("blamed", [])})
+        report.append(head | {"ended": end.get("time"), **fields, "blamed": end.get("blamed", [])})
     return report
 
 
 def chain(run: Run) -> dict[str, Any] | None:
-    """What became of the run's newest chain of jobs: {"event": "no-progress", "code": 93, "reason": …}; ``event`` is
-    null while it goes on. None if it never had one."""
-    history = ChainLog(run.store)
-    if history.submit is None or not Path(history.submit["home"], CHAIN_FILE).exists():
+    """The state of the run's newest chain of jobs: {"event": "no-progress", "code": 93, "reason": …}; ``event`` is null
+    while it continues. None if the run never had a chain."""
+    chain_log = ChainLog(run.store)
+    if chain_log.submit is None or not Path(chain_log.submit["home"], CHAIN_FILE).exists():
         return None
-    return asdict(Chain.load(history.submit["home"]).judge(run, history))
+    return asdict(Chain.load(chain_log.submit["home"]).verdict(run, chain_log))
 
 
 def job_name(run_id: str) -> str:
-    """Of a run's jobs; unique to it."""
+    """The name of a run's jobs; unique to the run."""
     return f"fitv2-{run_id}"

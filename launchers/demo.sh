@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# From a fresh clone to a trained FiTv2, on a machine without a GPU: shards real photographs, trains on two processes,
-# is killed half way, resumes by itself, and leaves pictures and an MLflow run. Takes no arguments.
+# From a fresh clone to a trained FiTv2, on a machine without a GPU: writes shards of real photographs, trains in two
+# processes, kills them half way, resumes, and leaves pictures and an MLflow run. Takes no arguments.
 #
-# Everything it makes lies in .venv, data/ and runs/ of the repository; run again, it begins a new run beside the old.
+# It writes to .venv, data/ and runs/ of the repository; a second call makes a new run beside the first.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launchers/venv.sh
@@ -17,7 +17,7 @@ last_commit() {
     echo 0
 }
 
-# SIGKILL to the processes that train, not to the one that supervises them.
+# Sends SIGKILL to the processes that train, not to their supervisor.
 kill_training() {
   local process words
   for process in /proc/[0-9]*; do
@@ -42,11 +42,11 @@ say "Encoding them to shards: fitv2 shard write"
 .venv/bin/fitv2 shard write data/crops data/photographs --max-tokens 100 --holdout 0.02
 .venv/bin/fitv2 shard inspect data/photographs
 
-say "What the run will need: fitv2 plan"
+say "Forecasting memory and time: fitv2 plan"
 .venv/bin/fitv2 plan "$config" --gpus-per-node 2
 
-say "Training $steps steps on two processes, which will be killed half way"
-# One thread a process: two processes on two cores.
+say "Training $steps steps in two processes, which will be killed half way"
+# One thread per process: two processes on two cores.
 OMP_NUM_THREADS=1 .venv/bin/fitv2 train "$config" run="$run" --supervise --processes 2 &
 training=$!
 trap end_training EXIT
@@ -54,11 +54,11 @@ while [ "$(last_commit)" -lt $((steps / 2)) ]; do
   kill -0 $training 2>/dev/null || { wait $training; exit 1; }
   sleep 2
 done
-say "kill -9 to all of them, somewhere after the commit at step $(last_commit)"
+say "Killing both processes with kill -9, after the commit at step $(last_commit)"
 sleep 3
 kill_training
 
-say "The supervisor sees it and begins another attempt, which goes on from the last commit"
+say "The supervisor starts another attempt, which continues from the last commit"
 wait $training
 trap - EXIT
 .venv/bin/fitv2 track sync "$run"
@@ -66,11 +66,11 @@ trap - EXIT
 
 cat <<TEXT
 
-==> Done. What to look at:
+==> Done. Results:
 
-  pictures    $run/samples/, one grid every so often, from the EMA weights; the last is
+  pictures    $run/samples/, grids of samples from the EMA weights; the last one is
               $run/samples/$(printf '%08d' "$steps").png
   curves      .venv/bin/mlflow server --backend-store-uri sqlite:///$PWD/runs/mlflow.db --port 5000
-              and http://127.0.0.1:5000 in a browser: one unbroken run, restart and all
+              and http://127.0.0.1:5000 in a browser: one continuous run, across the restart
   more        .venv/bin/fitv2 sample $run --size 128x256 --cfg 3 --out more.png
 TEXT

@@ -1,13 +1,13 @@
-"""The demo's images: crops of the colour photographs that scikit-image and scikit-learn carry in their packages.
+"""The demo's images: crops of the colour photographs in the packages of scikit-image and scikit-learn.
 
     python -m launchers.demo_images DST [--crops 2000] [--scale 1]
 
-    DST/astronaut/astronaut-0000.jpg …   one folder, so one class, for each photograph
-    DST/CREDITS.txt                      who made each photograph and under which licence; written last
+    DST/astronaut/astronaut-0000.jpg …   one folder, hence one class, per photograph
+    DST/CREDITS.txt                      author and licence of each photograph; written last
 
-Each crop covers 55 to 100 % of its photograph, has an aspect ratio of its own and is shrunk to a size of its own, as
-photographs collected from many places would be. Everything is drawn by key: the same crops on every machine, and with
-another --scale the same ones, so many times as large, but never enlarged.
+Each crop covers 55 to 100 % of its photograph, has its own aspect ratio and is shrunk to its own size, like photographs
+collected from many sources. All draws are keyed: the crops are the same on every machine, and the same with another
+--scale, only larger or smaller by that factor, but never larger than the photograph.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from data_sharding.rng import Purpose, uniform
 
 @dataclass(frozen=True)
 class Photograph:
-    """``file`` is relative to the installed ``package``; ``credit`` is what that package documents."""
+    """``file`` is relative to the installed ``package``; ``credit`` is from that package's documentation."""
 
     name: str
     package: str
@@ -33,7 +33,7 @@ class Photograph:
     credit: str
 
 
-# Left aside: everything that is no natural colour photograph, and the Middlebury motorcycle, for which scikit-image
+# Left out: everything that is no natural colour photograph, and the Middlebury motorcycle, for which scikit-image
 # documents authors but no licence.
 PHOTOGRAPHS = (
     Photograph(
@@ -71,7 +71,7 @@ PHOTOGRAPHS = (
 
 
 def crop(photograph: Image.Image, draws: np.ndarray, scale: float = 1.0) -> Image.Image:
-    """One crop, decided by five draws in [0, 1): area, aspect, place across, place down, size."""
+    """One crop, determined by five draws in [0, 1): area, aspect, position across, position down, size."""
     area, aspect, across, down, size = draws
     pixels = photograph.width * photograph.height * (0.55 + 0.45 * area)
     ratio = photograph.width / photograph.height * 2 ** (1.5 * aspect - 0.75)  # up to 1.7 times flatter or steeper
@@ -85,7 +85,7 @@ def crop(photograph: Image.Image, draws: np.ndarray, scale: float = 1.0) -> Imag
 
 
 def write_photographs(dst: Path, crops: int, scale: float = 1.0) -> None:
-    """Writes ``crops`` crops in all, dealt evenly to the photographs, and their credits."""
+    """Writes ``crops`` crops in all, the same number of each photograph, and their credits."""
     for i, photograph in enumerate(PHOTOGRAPHS):
         image = _open(photograph)
         folder = dst / photograph.name
@@ -102,7 +102,7 @@ def _open(photograph: Photograph) -> Image.Image:
         with files(photograph.package).joinpath(photograph.file).open("rb") as file:
             return Image.open(file).convert("RGB")
     except (ModuleNotFoundError, FileNotFoundError) as error:
-        raise UserError("the photographs are missing: pip install 'fitv2-scale[demo]'") from error
+        raise UserError("the photographs are not installed: pip install 'fitv2-scale[demo]'") from error
 
 
 def main(argv: list[str] | None = None) -> int:

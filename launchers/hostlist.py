@@ -1,4 +1,4 @@
-"""Slurm's short forms of many names and counts; compute nodes may lack the `scontrol` that expands them."""
+"""Expands Slurm's short forms of host names and counts, since compute nodes may lack `scontrol`, which does that."""
 
 import itertools
 import re

@@ -1,7 +1,7 @@
-"""`fitv2 doctor`: is this machine, or are all nodes of this job, fit for training? Seconds, before hours.
+"""`fitv2 doctor`: checks whether this machine, or all nodes of this job, are fit for training. It takes seconds.
 
-Started plainly it looks at this machine; under torchrun or `fitv2 submit -- doctor CONFIG` at every node, and compares
-them. So does each job of a chain, in all its ranks, before it trains.
+Started by itself it checks this machine; under torchrun or `fitv2 submit -- doctor CONFIG` it checks every node and
+compares them. Each job of a chain does that too, in all its ranks, before it trains.
 """
 
 import os
@@ -30,41 +30,45 @@ from fitv2_scale.parallel.world import World, join
 from fitv2_scale.run.provenance import installed
 from launchers.compiler_check import check_compiler, check_deepspeed
 
-_USED_BYTES = 2 << 30  # of a GPU, before training: somebody else is on it
+_USED_BYTES = 2 << 30  # of a GPU before training; more means that another process uses it
 _TEMPORARY_BYTES = 1 << 30
-_CLOCK_SECONDS = 5.0  # more than this between clocks spoils the times of journals and logs
+_CLOCK_SECONDS = 5.0  # a larger difference between clocks spoils the times of journals and logs
 _REDUCED_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class Finding:
+    """The result of one check."""
+
     what: str
-    fault: str  # empty: all is well
+    fault: str  # empty: none
     detail: str
     seconds: float
 
 
 @dataclass(frozen=True)
-class Examination:
+class CheckReport:
+    """The results of all checks."""
+
     findings: list[Finding]  # the same on all ranks
-    guilty: bool  # whether this rank has found a fault; all have, if it is one of all together
+    own_fault: bool  # whether this rank has a fault; True on all ranks if a check of all together failed
 
     @property
     def faults(self) -> list[str]:
         return [f"{f.what}: {f.fault}" for f in self.findings if f.fault]
 
 
-def examine(config: Config | None) -> Examination:
-    """All that can be checked from here. A collective if there are several ranks."""
+def check_nodes(config: Config | None) -> CheckReport:
+    """Runs all checks that apply; those of run and data need ``config``. Collective if there are several ranks."""
     with join() as world:
         mine = [_finding(what, check) for what, check in _checks(config, world)]
         everyones = world.all_gather(mine)
         merged = [_merge(row, world) for row in zip(*everyones, strict=True)]
-        guilty = any(f.fault for f in mine)
+        own_fault = any(f.fault for f in mine)
         if world.size > 1 and not any(f.fault for f in merged):
             merged += [_finding("nodes alike", lambda: _alike(world)), _finding("collectives", lambda: _reduce(world))]
-            guilty = any(f.fault for f in merged)
-        return Examination(merged, guilty)
+            own_fault = any(f.fault for f in merged)
+        return CheckReport(merged, own_fault)
 
 
 def to_text(findings: list[Finding]) -> str:
@@ -95,13 +99,13 @@ def _finding(what: str, check: Callable[[], str]) -> Finding:
     fault, detail = "", ""
     try:
         detail = check()
-    except Exception as error:  # whatever it is, it belongs into the report
+    except Exception as error:  # of any kind: it belongs in the report
         fault = str(error) or repr(error)
     return Finding(what, fault, detail, time.perf_counter() - begun)
 
 
 def _merge(row: tuple[Finding, ...], world: World) -> Finding:
-    """One line for all ranks: the slowest's time, and which of them have a fault."""
+    """One line for all ranks: the time of the slowest, and the faults of each."""
     if world.size == 1:
         return row[0]
     faults = [f"rank {rank}: {f.fault}" for rank, f in enumerate(row) if f.fault]
@@ -114,7 +118,7 @@ def _gpu(index: int) -> str:
     free, total = torch.cuda.mem_get_info(index)
     used = total - free - torch.cuda.memory_reserved(index)
     if used > _USED_BYTES:
-        raise UserError(f"{used / 2**30:.1f} GiB of GPU {index} are taken: another process is on it")
+        raise UserError(f"{used / 2**30:.1f} GiB of GPU {index} are in use: another process runs on it")
     names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
     if len(names) > 1:
         raise UserError(f"this node has GPUs of several types: {', '.join(sorted(names))}")
@@ -134,7 +138,7 @@ def _temporary() -> str:
 
 
 def _run_folder(url: str, world: World) -> str:
-    """Each rank writes, is refused a second create, and reads what the next rank wrote; then all is deleted."""
+    """Each rank creates an object, fails to create it again, and reads that of the next rank; then all are deleted."""
     folder = f"doctor-{world.broadcast(secrets.token_hex(4))}"
     faults: list[Exception] = []
     skew = 0.0
@@ -147,33 +151,33 @@ def _run_folder(url: str, world: World) -> str:
             store.create(f"{folder}/{world.rank}", b"again")
         except FileExistsError:
             return
-        raise UserError(f"{url} overwrites what a conditional create must leave alone")
+        raise UserError(f"{url}: a conditional create overwrites an existing object on this storage")
 
     def read() -> None:
         other = (world.rank + 1) % world.size
         if (found := store.read(f"{folder}/{other}")) != str(other).encode():
-            raise UserError(f"{url} gives {found!r} for what rank {other} wrote")
+            raise UserError(f"{url} returns {found!r} for the object that rank {other} wrote")
 
     def delete() -> None:
         if world.is_first:
             store.delete_tree(folder)
 
     store = open_store(url)
-    for act in (write, read, delete):
+    for stage in (write, read, delete):
         try:
-            act()
-        except Exception as error:  # a rank that leaves here would leave the others waiting
+            stage()
+        except Exception as error:  # if this rank raised here, the others would wait for it
             faults.append(error)
         world.all_gather(None)
     if faults:
         raise faults[0]
     if abs(skew) > _CLOCK_SECONDS:
-        raise UserError(f"the clock of {socket.gethostname()} is {skew:+.0f} s off that of the file server")
-    return f"{url}: every rank reads what another one wrote; clock {skew:+.1f} s"
+        raise UserError(f"the clock of {socket.gethostname()} differs by {skew:+.0f} s from the file server's")
+    return f"{url}: every rank reads what another rank wrote; clock {skew:+.1f} s"
 
 
 def _clock_skew(store: Any, path: str) -> float:
-    """Seconds that this node is ahead of the file server; 0 where there is none to ask."""
+    """Seconds that this node's clock is ahead of the file server's; 0 for a run on S3."""
     if not isinstance(store, LocalStore):
         return 0.0
     return time.time() - os.stat(store.path(path)).st_mtime
@@ -182,17 +186,17 @@ def _clock_skew(store: Any, path: str) -> float:
 def _data(url: str, cache: str) -> str:
     manifest = Manifest.load(url, cache)
     FrameReader(RetryPolicy(deadline=20.0)).read(manifest, 0)
-    return f"{url}: {len(manifest.sample_id)} images, its first frame is whole"
+    return f"{url}: {len(manifest.sample_id)} images, the first frame is intact"
 
 
 def _alike(world: World) -> str:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    made_of = world.all_gather({"machine": platform.machine(), "GPU": gpu, **installed()})
+    versions = world.all_gather({"machine": platform.machine(), "GPU": gpu, **installed()})
     times = world.all_gather(time.time())
-    for key in made_of[0]:
-        if len(values := {str(m[key]) for m in made_of}) > 1:
+    for key in versions[0]:
+        if len(values := {str(v[key]) for v in versions}) > 1:
             raise UserError(f"nodes differ in {key}: {', '.join(sorted(values))}")
-    return f"{world.size} ranks, the same versions; asked within {max(times) - min(times):.1f} s"
+    return f"{world.size} ranks, the same versions; answers within {max(times) - min(times):.1f} s"
 
 
 def _reduce(world: World) -> str:

@@ -1,4 +1,4 @@
-"""Config overrides that are secret go along in a job's environment: files and command lines show them to others."""
+"""Secret config overrides travel in a job's environment, since files and command lines can be read by other users."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,9 +7,10 @@ _VARIABLE = "FITV2_PRIVATE"  # as JSON
 
 
 def to_environment(overrides: Sequence[str]) -> dict[str, str]:
+    """The variables that hold ``overrides``."""
     return {_VARIABLE: json.dumps(list(overrides))}
 
 
 def of_environment(environment: Mapping[str, str]) -> list[str]:
-    """The overrides that the job was submitted with."""
+    """The secret overrides that the job was submitted with."""
     return json.loads(environment.get(_VARIABLE, "[]"))

@@ -1,4 +1,4 @@
-"""Slurm's programs as functions. Each raises SlurmError with what the program said."""
+"""Slurm's programs as functions. Each raises SlurmError with the program's error message."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ _UNUSABLE = ("down", "drain", "fail", "maint", "unknown", "inval")
 
 
 class SlurmError(UserError):
-    """A program of Slurm failed or is not there."""
+    """A program of Slurm failed, or is not installed."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,13 @@ def available() -> bool:
 
 
 def sbatch(script: str, *options: str, environment: Mapping[str, str] | None = None) -> str:
-    """Queues the script in the file ``script``, with ``environment`` besides our own; returns the job's id."""
+    """Queues the script in the file ``script``; the job inherits this process's environment and ``environment``.
+    Returns the job's id."""
     return _run("sbatch", "--parsable", *options, script, extra=environment).split(";")[0].strip()
 
 
 def check(script: str, *options: str) -> None:
-    """Asks Slurm whether it would take the script with this text; nothing is queued."""
+    """Raises SlurmError if Slurm would not accept the script with this text; queues nothing."""
     _run("sbatch", "--test-only", *options, text=script)
 
 
@@ -46,13 +47,13 @@ def queue(name: str) -> list[Job]:
 
 
 def cancel(jobs: Sequence[str], signal: str | None = None) -> None:
-    """Ends jobs; with ``signal``, sends that to the processes of their steps instead."""
+    """Cancels jobs; with ``signal``, sends that to the processes of their steps instead."""
     if jobs:
         _run("scancel", *(["--signal", signal] if signal else []), *jobs)
 
 
 def set_pending(job: str, nodes: int, tasks: int, excluded: Sequence[str]) -> None:
-    """Gives a pending job another size and other nodes to avoid, without losing its place in the queue."""
+    """Changes the size and the excluded nodes of a pending job, which keeps its place in the queue."""
     _run("scontrol", "update", f"JobId={job}", f"NumTasks={tasks}", f"NumNodes={nodes}-{nodes}")
     _run("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(excluded)}")
 
@@ -66,7 +67,7 @@ def partitions() -> list[str]:
 
 
 def usable_nodes(partition: str) -> list[str]:
-    """Names of the nodes (of the default partition if ``partition`` is empty) that are up, busy or not."""
+    """Names of the nodes that are up, busy or not; of the default partition if ``partition`` is empty."""
     lines = _run("sinfo", "--noheader", "--Node", "--format", "%N|%T|%P").split()
     rows = [line.split("|") for line in lines]
     mine = [r for r in rows if (r[2].rstrip("*") == partition if partition else r[2].endswith("*"))]
@@ -74,12 +75,12 @@ def usable_nodes(partition: str) -> list[str]:
 
 
 def is_usable(state: str) -> bool:
-    """Whether a node in this state (sinfo's %T) runs jobs, now or when others have ended. ``*``: it does not answer."""
+    """Whether a node in this state (sinfo's %T) runs jobs, now or after its present ones. ``*``: it does not answer."""
     return not state.endswith("*") and not state.startswith(_UNUSABLE)
 
 
 def _run(*command: str, text: str | None = None, extra: Mapping[str, str] | None = None) -> str:
-    # Inside a job, its own variables would count as options of the next one.
+    # The variables of the job that this runs in would count as options of the next one.
     environment = {k: v for k, v in os.environ.items() if k == "SLURM_CONF" or not k.startswith(("SLURM_", "SBATCH_"))}
     try:
         done = subprocess.run(
@@ -90,6 +91,6 @@ def _run(*command: str, text: str | None = None, extra: Mapping[str, str] | None
     except subprocess.TimeoutExpired:
         raise SlurmError(f"{command[0]} has not answered for {_TIMEOUT} s: try again when Slurm is back.") from None
     if done.returncode:
-        said = " ".join(done.stderr.replace(f"{command[0]}: error: ", "").split()) or f"exit code {done.returncode}"
-        raise SlurmError(f"{command[0]} refuses: {said}")
+        message = " ".join(done.stderr.replace(f"{command[0]}: error: ", "").split()) or f"exit code {done.returncode}"
+        raise SlurmError(f"{command[0]} fails: {message}")
     return done.stdout

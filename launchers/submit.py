@@ -1,4 +1,4 @@
-"""`fitv2 submit`: everything that can be wrong is found here, before anything is queued; then a chain begins."""
+"""`fitv2 submit`: checks everything before it queues anything, then starts a chain of jobs."""
 
 import json
 import re
@@ -28,7 +28,7 @@ from fitv2_scale.run.run import Run, flatten
 from launchers import slurm
 from launchers.batch_script import command_script, train_script
 from launchers.chain import CHAIN_FILE, Chain, node_count
-from launchers.chain_log import LEAST_SIGNAL, ChainLog, signal_seconds
+from launchers.chain_log import MIN_SIGNAL_SECONDS, ChainLog, signal_seconds
 from launchers.control import job_name
 from launchers.secret_overrides import to_environment
 
@@ -40,14 +40,14 @@ _PACKAGES = (data_sharding, fitv2_scale, launchers)
 
 @dataclass(frozen=True)
 class Submission:
-    """What was queued, or with ``--dry-run`` would be: ``jobs`` is then empty."""
+    """The jobs that were queued; with ``--dry-run`` the script alone, and no ``jobs``."""
 
     run: str
     name: str
     nodes: int
     jobs: list[str]
     script: str
-    advice: str = ""  # on the number of nodes
+    advice: str = ""  # about the number of nodes
 
 
 def parse_nodes(text: str) -> tuple[int, int]:
@@ -62,8 +62,8 @@ def parse_nodes(text: str) -> tuple[int, int]:
 def sweep(config: str, overrides: list[str], axes: list[str]) -> Iterator[list[str]]:
     """The overrides of each combination of the axes ``key=a,b,c``, each with a run of its own below ``run``.
 
-    A value of a whole section, as in model=fitv2_s2,fitv2_b2, is that section of the config of this name in the folder
-    of ``config``.
+    A value for a whole section, as in model=fitv2_s2,fitv2_b2, names a config in the folder of ``config`` that has the
+    section.
     """
     parsed = [axis.partition("=") for axis in axes]
     for axis, (_, equals, values) in zip(axes, parsed, strict=True):
@@ -87,7 +87,10 @@ def _section_or_value(config: str, key: str, value: str) -> str:
 
 
 def submit(config: Config, nodes: str, dry_run: bool, fork_from: str | None = None) -> Submission:
-    """Queues a chain of jobs that train, or replaces what is pending of the run's chain. Raises UserError."""
+    """Queues the first job of a chain that trains, or replaces the pending jobs of the run's chain.
+
+    Raises UserError.
+    """
     least, most = parse_nodes(nodes)
     if not config.run:
         raise UserError("give the run's folder as run=FOLDER")
@@ -101,18 +104,18 @@ def submit(config: Config, nodes: str, dry_run: bool, fork_from: str | None = No
     url = open_store(config.run).url
     home = _home(site, url) / secrets.token_hex(4)
     known = Run.open(url) if open_store(url).exists("run.json") else None
-    told = signal_seconds(known, site.signal_seconds) if known else site.signal_seconds or LEAST_SIGNAL
-    if site.walltime_seconds <= told:
+    seconds = signal_seconds(known, site.signal_seconds) if known else site.signal_seconds or MIN_SIGNAL_SECONDS
+    if site.walltime_seconds <= seconds:
         raise UserError(
-            f"slurm.walltime={site.walltime} leaves no time to train: {told} s before the limit Slurm asks to save. "
-            "Raise it, or set slurm.signal_seconds."
+            f"slurm.walltime={site.walltime} leaves no time to train: Slurm asks for a save {seconds} s before the "
+            "limit. Raise it, or set slurm.signal_seconds."
         )
     if dry_run:
         name = job_name(known.id if known else f"{Path(url).name}-new")
-        script = train_script(site, name, count, url, home, 0, told, fork_from)
+        script = train_script(site, name, count, url, home, 0, seconds, fork_from)
         return Submission(url, name, count, [], script, _advice(config, data, most))
-    # The name is not known before the run is made: Slurm is asked with another.
-    slurm.check(train_script(site, "fitv2", count, url, home, 0, told, fork_from))
+    # The job's name has the run's id; Slurm is asked before the run is created, so with another name.
+    slurm.check(train_script(site, "fitv2", count, url, home, 0, seconds, fork_from))
     run = Run.open_or_create(config.run, config.model_dump(mode="json"), config.recipe(), data.plan.hash, parent)
     chain = Chain(
         run=run.url,
@@ -130,15 +133,15 @@ def submit(config: Config, nodes: str, dry_run: bool, fork_from: str | None = No
         signal_seconds=site.signal_seconds,
     )
     seen = len(run.log.entries())
-    script = train_script(site, chain.name, count, run.url, home, seen, told, fork_from)
-    private = write_home(home, config, run.url)
+    script = train_script(site, chain.name, count, run.url, home, seen, seconds, fork_from)
+    secret = write_home(home, config, run.url)
     chain.save()
     (home / "job.sh").write_text(script)
     _keep_copy(run, home)
     older = [job.id for job in slurm.queue(chain.name) if job.state == "PENDING"]
     ChainLog(run.store).add("SUBMIT", home=str(home), log=seen, nodes=nodes, git=source()["git"])
     slurm.cancel(older)
-    jobs = [slurm.sbatch(str(home / "job.sh"), environment=to_environment(private)) for _ in range(1 + site.successors)]
+    jobs = [slurm.sbatch(str(home / "job.sh"), environment=to_environment(secret)) for _ in range(1 + site.successors)]
     return Submission(run.url, chain.name, count, jobs, script, _advice(config, data, most))
 
 
@@ -151,7 +154,7 @@ def submit_command(site: SlurmConfig, nodes: str, command: list[str], dry_run: b
     name = f"fitv2-{'-'.join(command[:2])}"
     script = command_script(site, re.sub(r"[^A-Za-z0-9_.-]", "_", name), count, home, command)
     if redact(command) != command or redact(script) != script:
-        raise UserError("the command holds what looks like a secret: export it in the shell that you submit from.")
+        raise UserError("the command contains what looks like a secret: export it in the shell that you submit from.")
     jobs = []
     if not dry_run:
         slurm.check(script)
@@ -164,7 +167,7 @@ def submit_command(site: SlurmConfig, nodes: str, command: list[str], dry_run: b
 def _check_cluster(site: SlurmConfig) -> None:
     if not slurm.available():
         raise UserError(
-            "sbatch is not on this machine: use a login node of the cluster, or look at the script with --dry-run."
+            "sbatch is not on this machine: use a login node of the cluster, or print the script with --dry-run."
         )
     if site.partition and site.partition not in (known := slurm.partitions()):
         raise UserError(f"slurm.partition={site.partition}: this cluster has {', '.join(known)}.")
@@ -172,13 +175,13 @@ def _check_cluster(site: SlurmConfig) -> None:
 
 def _check_data(config: Config) -> None:
     if presets := [url for url in config.data.urls if is_preset(url)]:
-        raise UserError(f"{presets[0]} has sizes only, for `fitv2 plan` and --dry-run: give a dataset as data.url.")
+        raise UserError(f"{presets[0]} has sizes only, for `fitv2 plan` and --dry-run: set data.url to a dataset.")
 
 
 def _check_training(
     config: Config, least: int, most: int, fork_from: str | None
 ) -> "tuple[Data, dict[str, Any] | None]":
-    """What training would find out first. Returns its data and the parent of a fork."""
+    """The checks that training makes first. Returns its data and the parent of a fork."""
     from fitv2_scale.data import Data  # only here: torch takes seconds
     from fitv2_scale.run.fork import Fork
 
@@ -190,8 +193,8 @@ def _check_training(
 
 
 def _advice(config: Config, data: "Data", nodes: int) -> str:
-    """What `fitv2 plan` says of the number of nodes, from published figures of GPUs; nothing where none are asked for.
-    No job depends on it, so what it cannot say is said instead."""
+    """The sentence of `fitv2 plan` about the number of nodes, from published figures of GPUs; nothing if no GPUs are
+    requested. No job depends on it, so an error is returned as the sentence."""
     if config.slurm.gpus == "none":
         return ""
     from fitv2_scale.planning.forecast.assumptions import Assumptions
@@ -204,16 +207,16 @@ def _advice(config: Config, data: "Data", nodes: int) -> str:
 
 
 def _home(site: SlurmConfig, url: str) -> Path:
-    """Where the files of jobs lie: a folder that all nodes see."""
+    """The folder for the files of jobs, which all nodes must see. Raises UserError if there is none."""
     if site.folder:
         return Path(site.folder).absolute() / Path(url).name
     if not isinstance(open_store(url), LocalStore):
-        raise UserError(f"{url} is no folder: give one that all nodes see as slurm.folder, for what jobs print.")
+        raise UserError(f"{url} is not a folder: set slurm.folder to one that all nodes see, for the output of jobs.")
     return Path(url) / "jobs"
 
 
 def write_home(home: Path, config: Config, url: str) -> list[str]:
-    """The code and the config as they are now, without secrets. Returns these, as overrides."""
+    """Writes the code and the config as they are now, without secrets. Returns the secrets, as overrides."""
     _copy_code(home / "code")
     plain = config.model_dump(mode="json") | {"run": url}
     shown = redact(plain)
@@ -223,7 +226,7 @@ def write_home(home: Path, config: Config, url: str) -> list[str]:
 
 
 def _copy_code(folder: Path) -> None:
-    """The packages as they are imported here: tracked or not, installed or not."""
+    """Copies the packages that this process has imported, whether or not git tracks them."""
     for package in _PACKAGES:
         folder_of = Path(package.__path__[0])
         shutil.copytree(folder_of, folder / folder_of.name, ignore=shutil.ignore_patterns("__pycache__", "*.png", ".*"))
@@ -231,7 +234,7 @@ def _copy_code(folder: Path) -> None:
 
 
 def _keep_copy(run: Run, home: Path) -> None:
-    """For a run that is not on a disk: what it was submitted with, in the run."""
+    """Copies config, chain and script into the run, if it is not on a disk."""
     if not isinstance(run.store, LocalStore):
         for name in ("config.yaml", CHAIN_FILE, "job.sh"):
             run.store.put(f"jobs/{home.name}/{name}", (home / name).read_bytes())

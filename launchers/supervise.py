@@ -1,5 +1,5 @@
-"""`fitv2 train --supervise`: what a chain of Slurm jobs does, on one machine: attempt after attempt, until the run is
-done, was stopped, or gets no further."""
+"""`fitv2 train --supervise`: what a chain of Slurm jobs does, on one machine. It starts attempt after attempt until the
+run is done, is stopped, or makes no progress."""
 
 import os
 import signal
@@ -14,98 +14,115 @@ from data_sharding.storage.open_store import open_store
 from fitv2_scale.config.schema import Config
 from fitv2_scale.run.log import newest_attempt
 from fitv2_scale.run.run import BAD_INPUT, GIVE_UP, RETRY, Run
-from launchers.chain_log import outcome_of, verdict
-from launchers.notify import HUNG, tell, was_hung
+from launchers.chain_log import Record, outcome_of, verdict
+from launchers.notify import HUNG, run_event_command, was_hung
 
 _POLL = 0.2  # seconds
-_GRACE = 10.0  # seconds that the others get when a rank has failed; they can no longer save without it
-_LEAVE = 120.0  # seconds that the others get when a rank is done
+_AFTER_FAILURE = 10.0  # seconds for the others to end when a rank has failed; they cannot save without it
+_AFTER_SUCCESS = 120.0  # seconds for the others to end when a rank is done
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def supervise(config: Config, command: Sequence[str], processes: int) -> int:
-    """Runs ``command`` as that many ranks, again and again. Returns 0, 2, 75 (it was told to stop) or 93."""
-    run = _run(config)
-    records = [{"kind": "SUBMIT", "log": len(run.log.entries()) if run else 0}]
-    with _Signals().noted() as signals:
+    """Runs ``command`` as that many ranks, again and again. Returns 0, 2, 75 (it got a signal or a STOP) or 93."""
+    run = _open_run(config)
+    records: list[Record] = [{"kind": "SUBMIT", "log": len(run.log.entries()) if run else 0}]
+    with forwarded_signals() as signals:
         while True:
             log = run.log.entries() if run else []
             before, commits = newest_attempt(log), sum(entry.kind == "COMMIT" for entry in log)
             records.append({"kind": "START", "commits": commits})
-            code = _attempt(command, processes, signals)
-            run = run or _run(config)
+            code = run_processes(command, processes, signals)
+            run = run or _open_run(config)
             code, reason = _outcome(run, before, code)
             log = run.log.entries() if run else []
             records.append({"kind": "END", "code": code, "reason": reason})
-            outcome = verdict(records, log, config.train.steps, config.slurm.fruitless)
-            if outcome.event is None and run and was_hung(run, before):
-                _tell(config, HUNG, reason)
-            if outcome.event is not None:
-                _tell(config, outcome.event, outcome.reason)
-            if outcome.event == "stopped" or signals.last is not None:
+            decision = verdict(records, log, config.train.steps, config.slurm.fruitless)
+            if decision.event is None and run and was_hung(run, before):
+                _notify(config, HUNG, reason)
+            if decision.event is not None:
+                _notify(config, decision.event, decision.reason)
+            if decision.event == "stopped" or signals.last is not None:
                 return RETRY
-            if outcome.event is not None:
-                if outcome.code == GIVE_UP:
-                    _say(outcome.reason)
-                return outcome.code
-            _say(f"{reason}: another attempt begins")
+            if decision.event is not None:
+                if decision.code == GIVE_UP:
+                    _print(decision.reason)
+                return decision.code
+            _print(f"{reason}: another attempt starts")
 
 
-class _Signals:
-    """Notes what this process is told, and tells it to the ranks."""
+class Signals:
+    """Forwards the signals that this process receives to the ranks that run."""
 
-    def __init__(self) -> None:
-        self.last: int | None = None
-        self.ranks: list[subprocess.Popen] = []
+    def __init__(self, received: int | None = None) -> None:
+        self.last = received  # the last signal, None if there was none
+        self._ranks: Sequence[subprocess.Popen] = ()
 
-    def _note(self, number: int, frame: object) -> None:
+    def receive(self, number: int, frame: object = None) -> None:
+        """A handler for ``signal.signal``."""
         self.last = number
-        self.tell(number)
-
-    def tell(self, number: int) -> None:
-        for rank in self.ranks:
-            rank.send_signal(number)
+        self._forward()
 
     @contextmanager
-    def noted(self) -> Iterator["_Signals"]:
-        before = {number: signal.signal(number, self._note) for number in _FORWARDED}
+    def forwarded_to(self, ranks: Sequence[subprocess.Popen]) -> Iterator[None]:
+        """Forwards to ``ranks`` what is received, and at once what was received before they started."""
+        self._ranks = ranks
+        self._forward()
         try:
-            yield self
+            yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            self._ranks = ()
+
+    def _forward(self) -> None:
+        if self.last is not None:
+            for rank in self._ranks:
+                rank.send_signal(self.last)
 
 
-def _attempt(command: Sequence[str], processes: int, signals: _Signals) -> int:
+@contextmanager
+def forwarded_signals() -> Iterator[Signals]:
+    signals = Signals()
+    handlers = {number: signal.signal(number, signals.receive) for number in _FORWARDED}
+    try:
+        yield signals
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def run_processes(command: Sequence[str], processes: int, signals: Signals) -> int:
     """Runs the ranks to their end; the first that fails ends all. Returns the first exit code that is not 0, or 0."""
+    ranks: list[subprocess.Popen] = []
     port = _free_port()
-    held = set(_FORWARDED)
-    # Held back in the ranks from the start, until the trainer can note them; and here, so that none is missed between.
-    signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    # Blocked in the ranks from their start, until the trainer has handlers; and here, until all ranks have started, so
+    # that a signal reaches all of them.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
     try:
         for rank in range(processes):
-            environment = {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(processes),
-                "LOCAL_WORLD_SIZE": str(processes),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-            }
-            # A session of its own: Ctrl-C is forwarded, once, and not also sent by the terminal.
-            signals.ranks.append(subprocess.Popen(command, env=os.environ | environment, start_new_session=True))
-        if signals.last is not None:  # it came when there were no ranks to tell
-            signals.tell(signals.last)
+            # In a session of its own: Ctrl-C is forwarded, once, and not also sent by the terminal.
+            environment = os.environ | _environment(rank, processes, port)
+            ranks.append(subprocess.Popen(command, env=environment, start_new_session=True))
+        with signals.forwarded_to(ranks):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
+            return _wait(ranks)
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
-    try:
-        return _wait(signals.ranks)
-    finally:
-        for rank in signals.ranks:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)  # if a rank could not be started
+        for rank in ranks:
             rank.kill()
             rank.wait()
-        signals.ranks.clear()
+
+
+def _environment(rank: int, processes: int, port: int) -> dict[str, str]:
+    """torchrun's variables."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+    }
 
 
 def _wait(ranks: Sequence[subprocess.Popen]) -> int:
@@ -114,22 +131,22 @@ def _wait(ranks: Sequence[subprocess.Popen]) -> int:
         time.sleep(_POLL)
         ended = [rank.returncode for rank in ranks if rank.poll() is not None]
         if not failed and any(ended):
-            failed, deadline = next(filter(None, ended)), time.monotonic() + _GRACE
+            failed, deadline = next(filter(None, ended)), time.monotonic() + _AFTER_FAILURE
         elif ended and deadline == float("inf"):
-            deadline = time.monotonic() + _LEAVE
+            deadline = time.monotonic() + _AFTER_SUCCESS
     return failed or next(filter(None, (rank.returncode for rank in ranks)), 0)
 
 
 def _outcome(run: Run | None, before: int, code: int) -> tuple[int, str]:
-    """Of the ranks that ended with ``code``, when attempt ``before`` had been the newest."""
+    """Code and reason of ranks that ended with ``code``; ``before`` was the newest attempt when they started."""
     if run:
         return outcome_of(run, before, code)[:2]
     if code == BAD_INPUT:
         return BAD_INPUT, "bad input"
-    return RETRY, f"exit code {code} before there was a run"
+    return RETRY, f"exit code {code} before the run was created"
 
 
-def _run(config: Config) -> Run | None:
+def _open_run(config: Config) -> Run | None:
     return Run.open(config.run) if open_store(config.run).exists("run.json") else None
 
 
@@ -139,10 +156,10 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _tell(config: Config, event: str, reason: str) -> None:
-    if problem := tell(config.slurm.on_event, event, open_store(config.run).url, reason):
-        _say(problem)
+def _notify(config: Config, event: str, reason: str) -> None:
+    if problem := run_event_command(config.slurm.on_event, event, open_store(config.run).url, reason):
+        _print(problem)
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     print(f"fitv2: {text}", file=sys.stderr, flush=True)

@@ -1,9 +1,9 @@
-# Sourced by launchers/demo.sh and tests/run.sh: makes .venv in the repository's root and installs into it.
+# Sourced by launchers/demo.sh and tests/run.sh: makes .venv in the root of the repository and installs into it.
 #
 #   make_venv EXTRA    EXTRA is an optional-dependency group of pyproject.toml
 #
-# Does nothing when .venv already holds what pyproject.toml and constraints.txt ask for. FITV2_PYTHON names the
-# interpreter to use; else the newest of python3.12, python3.11 and python3 that fits.
+# Does nothing if .venv already has what pyproject.toml and constraints.txt require. FITV2_PYTHON names the
+# interpreter; otherwise it is the newest of python3.12, python3.11 and python3 that is suitable.
 
 say() { printf '\n==> %s\n' "$*"; }
 die() { printf '%s\n' "$*" >&2; exit 2; }
@@ -16,10 +16,10 @@ find_python() {
       return
     fi
   done
-  die "Python 3.11 or 3.12 is needed: install it, or name it in FITV2_PYTHON."
+  die "Python 3.11 or 3.12 is required: install it, or set FITV2_PYTHON to it."
 }
 
-# Debian ships venv apart from Python. As root this installs it, else it says how.
+# Debian packages venv apart from Python. As root this installs it; otherwise it prints the command.
 make_empty_venv() {
   local python=$1
   if ! "$python" -c 'import ensurepip' 2>/dev/null; then
@@ -32,7 +32,7 @@ make_empty_venv() {
   "$python" -m venv .venv
 }
 
-# torch alone and first: its default build brings several GB of CUDA packages, of no use where there is no GPU.
+# torch alone and first: its default build brings several GB of CUDA packages, which are useless without a GPU.
 install_torch() {
   local wanted=$1 plan
   if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then
@@ -44,7 +44,7 @@ install_torch() {
     .venv/bin/python -m pip install -q "$wanted"
   else # uv knows where PyTorch keeps its CPU builds
     .venv/bin/python -m pip install -q uv && .venv/bin/uv pip install -q --python .venv/bin/python \
-      --torch-backend cpu "$wanted" || die "No CPU build of $wanted can be had here, and this machine has no GPU."
+      --torch-backend cpu "$wanted" || die "No CPU build of $wanted can be downloaded, and this machine has no GPU."
   fi
 }
 

@@ -98,10 +98,10 @@ def print_log(args: argparse.Namespace) -> int:
 
 def examine_nodes(args: argparse.Namespace) -> int:
     from fitv2_scale.config.load import load_config
-    from launchers.preflight import as_report, examine, to_text
+    from launchers.preflight import as_report, check_nodes, to_text
 
     words = args.overrides
-    found = examine(load_config(words[0], words[1:]) if words else None)
+    found = check_nodes(load_config(words[0], words[1:]) if words else None)
     if os.environ.get("RANK", "0") == "0":
         show(args, as_report(found.findings), to_text(found.findings))
     if found.faults:

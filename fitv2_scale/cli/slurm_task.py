@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 
-from launchers.rank import HELD, cache_environment, examine_node, rank_environment
+from launchers.rank import BLOCKED, cache_environment, check_node, rank_environment
 from launchers.secret_overrides import of_environment
 
 
@@ -19,7 +19,7 @@ def main() -> int:
     arguments, secret = sys.argv[1:], of_environment(os.environ)
     training = arguments[0] == "train"
     if training:
-        signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+        signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
         arguments += secret
     os.environ.update(rank_environment(os.environ) | cache_environment(os.environ))
     node = os.environ.get("SLURMD_NODENAME")
@@ -32,7 +32,7 @@ def main() -> int:
 
     if training:
         config = load_config(arguments[1], secret)
-        if config.slurm.doctor and (code := examine_node(config, node)) is not None:
+        if config.slurm.doctor and (code := check_node(config, node)) is not None:
             return code
     code = fitv2(arguments)
     # That an attempt wants another one, or none, is in its end.json. To srun it would be a failure: it would end the

@@ -126,7 +126,7 @@ def test_a_template_of_ones_own(tmp_path):
         f"{tmp_path} user@host.org\n"
     )
     template.write_text("@NONE@")
-    with pytest.raises(UserError, match="has @NONE@, which is none of"):
+    with pytest.raises(UserError, match="has @NONE@, which is not one of"):
         train_script(SlurmConfig(template=str(template)), "n", 1, "r", tmp_path, 0, 300)
 
 
@@ -140,7 +140,7 @@ def test_a_template_of_ones_own(tmp_path):
     ],
 )
 def test_secrets_in_a_script_are_refused(site, tmp_path):
-    with pytest.raises(UserError, match=f"slurm.{next(iter(site))} holds what looks like a secret"):
+    with pytest.raises(UserError, match=f"slurm.{next(iter(site))} contains what looks like a secret"):
         train_script(SlurmConfig(**site), "n", 1, "r", tmp_path, 0, 300)
 
 
@@ -239,10 +239,13 @@ def test_without_slurm(without_slurm, config_file, tmp_path, capfd):
         (["data.url=/no/such/set"], "there is no dataset at /no/such/set"),
         (["run=''"], "give the run's folder as run=FOLDER"),
         (["layout.replicate=3"], "layout.replicate is 3, which does not divide the 2 processes"),
-        (["slurm.walltime=5"], "slurm.walltime=5 leaves no time to train: 300 s before the limit Slurm asks to save"),
+        (
+            ["slurm.walltime=5"],
+            "slurm.walltime=5 leaves no time to train: Slurm asks for a save 300 s before the limit",
+        ),
         (["slurm.gpus=typed"], "slurm.gpus=typed needs slurm.gpu_type"),
         (["--nodes", "none"], "--nodes none: give a number"),
-        (["slurm.setup=[export PASSWORD=x]"], "slurm.setup holds what looks like a secret"),
+        (["slurm.setup=[export PASSWORD=x]"], "slurm.setup contains what looks like a secret"),
     ],
 )
 def test_what_is_wrong_is_one_sentence_before_anything_is_queued(words, said, config_file, tmp_path, capfd):

@@ -9,8 +9,8 @@ from data_sharding.storage.local_store import LocalStore
 from fitv2_scale.config.slurm import SlurmConfig
 from fitv2_scale.run.log import LogEntry
 from fitv2_scale.run.run import NOT_FINITE, Run
-from launchers.chain import culprits, node_count
-from launchers.chain_log import ChainLog, excluded, signal_seconds, verdict
+from launchers.chain import first_failed_node, node_count
+from launchers.chain_log import ChainLog, nodes_to_exclude, signal_seconds, verdict
 from launchers.hostlist import counts, expand
 from launchers.slurm import is_usable
 from launchers.submit import parse_nodes
@@ -121,8 +121,8 @@ def test_two_writers_of_the_history_lose_nothing(tmp_path):
 def test_nodes_that_failed_are_avoided_if_enough_are_left(blamed, usable, least, names):
     records = [end(75, nodes) for nodes in blamed]
     nodes = [f"n{i + 1}" for i in range(usable)]
-    assert excluded(records, nodes, least, 120, "2025-06-01T13:59:00.000000+00:00") == names
-    assert excluded(records, nodes, least, 120, "2025-06-01T14:01:00.000000+00:00") == []  # forgotten
+    assert nodes_to_exclude(records, nodes, least, 120, "2025-06-01T13:59:00.000000+00:00") == names
+    assert nodes_to_exclude(records, nodes, least, 120, "2025-06-01T14:01:00.000000+00:00") == []  # forgotten
 
 
 def test_the_signal_comes_early_enough(tiny, tmp_path):
@@ -154,7 +154,7 @@ CANCELLED = "srun: Job step aborted: Waiting up to 32 seconds for job step to fi
     ],
 )
 def test_whose_task_failed_first(said, nodes, names):
-    assert culprits(said, nodes) == names
+    assert first_failed_node(said, nodes) == names
 
 
 def test_numbers_of_nodes():

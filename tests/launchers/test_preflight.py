@@ -1,4 +1,4 @@
-"""The doctor finds what is wrong with a machine, and with one of several, before training does."""
+"""`fitv2 doctor` finds faults of a machine, and of one of several, before training does."""
 
 import json
 import os
@@ -14,16 +14,16 @@ from fitv2_scale.cli.__main__ import main
 from fitv2_scale.config.layout import LayoutConfig
 from launchers import preflight
 from launchers.compiler_check import check_compiler
-from launchers.preflight import examine
+from launchers.preflight import check_nodes
 from tests.support.ranks import run_ranks
 
 
 def as_rank(change: str, config) -> tuple[list[str], list[str], bool]:
-    """Examines with a second rank that is made worse: what was looked at, the faults, whether this rank is guilty."""
+    """Checks with a second rank that is made worse: what was checked, the faults, whether this rank has one."""
     if os.environ["RANK"] == "1" and change:
         make_worse(change)
-    found = examine(config)
-    return [f.what for f in found.findings], found.faults, found.guilty
+    found = check_nodes(config)
+    return [f.what for f in found.findings], found.faults, found.own_fault
 
 
 def make_worse(change: str) -> None:
@@ -43,17 +43,17 @@ def test_two_ranks_that_are_well(tiny):
 
 
 @pytest.mark.parametrize(
-    "change,said,guilty",
+    "change,message,own_fault",
     [
         ("version", "nodes alike: nodes differ in torch: 0.1, ", [True, True]),
         ("disk", "temporary folder: rank 1: ", [False, True]),
         ("clock", "run folder: rank 1: the clock of ", [False, True]),
     ],
 )
-def test_one_of_two_that_is_not(tiny, change, said, guilty):
-    (_, first, first_guilty), (_, second, second_guilty) = run_ranks(2, as_rank, change, tiny())
-    assert first == second and len(first) == 1 and first[0].startswith(said)
-    assert [first_guilty, second_guilty] == guilty
+def test_one_of_two_that_is_not(tiny, change, message, own_fault):
+    (_, first, first_fault), (_, second, second_fault) = run_ranks(2, as_rank, change, tiny())
+    assert first == second and len(first) == 1 and first[0].startswith(message)
+    assert [first_fault, second_fault] == own_fault
 
 
 def test_a_machine_by_itself(tiny, capsys, tmp_path, monkeypatch):
@@ -69,7 +69,7 @@ def test_a_machine_by_itself(tiny, capsys, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "compiler,said",
     [
-        ("echo 'no space left' >&2; exit 1", "fails (no space left), which torch.compile needs: mend it, or set"),
+        ("echo 'no space left' >&2; exit 1", "fails (no space left), which torch.compile needs: repair it, or set"),
         ('for made; do :; done; echo junk >"$made"', "cannot be loaded ("),
     ],
 )

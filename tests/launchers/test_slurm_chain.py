@@ -99,7 +99,7 @@ def test_save_stop_and_stop_now(slurm, fitv2, job_config, tiny):
     wait("a commit", run.log.commits)
     assert end_of(config.run, 1) is None  # it goes on
     said = fitv2("stop", config.run)
-    assert "STOP is in its log; the attempt that runs saves and ends" in said and "is cancelled" in said
+    assert "STOP is in its log; the running attempt saves and ends" in said and "is cancelled" in said
     wait_for_the_end(slurm)
     end = end_of(config.run, 1)
     assert end["code"] == 75 and end["reason"].startswith("STOP: saved at step"), story(config.run)
@@ -131,8 +131,8 @@ def test_save_stop_and_stop_now(slurm, fitv2, job_config, tiny):
     "words,said",
     [
         (["slurm.partition=gpu"], "slurm.partition=gpu: this cluster has test."),
-        (["--nodes", "9"], "sbatch refuses: .*(node|Node)"),
-        (["slurm.extra=[--no-such-option]"], "sbatch refuses: .*no-such-option"),
+        (["--nodes", "9"], "sbatch fails: .*(node|Node)"),
+        (["slurm.extra=[--no-such-option]"], "sbatch fails: .*no-such-option"),
         (["data.url=/no/such/set"], "there is no dataset at /no/such/set"),
         (["data.url=preset:imagenet256"], "preset:imagenet256 has sizes only"),
         (["train.stepps=3"], "unknown key train.stepps, did you mean train.steps?"),

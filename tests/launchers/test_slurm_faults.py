@@ -122,7 +122,7 @@ def test_a_stopped_rank_is_named_and_its_node_avoided(slurm, fitv2, job_config, 
 
 
 def test_crash_loops_end_after_three_jobs(slurm, fitv2, job_config, tmp_path):
-    """One that fails at step 3 every time, and one that dies before it can begin an attempt; side by side."""
+    """One that fails at step 3 every time, and one that dies before it can start an attempt; side by side."""
     events, late, early = tmp_path / "events", str(tmp_path / "late"), str(tmp_path / "early")
     command = tmp_path / "tell"
     command.write_text(f'#!/bin/sh\necho "$1|$2|$3" >>{events}\n')
@@ -141,7 +141,7 @@ def test_crash_loops_end_after_three_jobs(slurm, fitv2, job_config, tmp_path):
 
     run = Run.open(early)
     assert [(job["code"], job["reason"]) for job in jobs(run)] == [
-        (75, "died before it could begin an attempt (exit code 1)")
+        (75, "failed before an attempt started (exit code 1)")
     ] * 3, story(run.url)
     assert run.log.entries() == []
     for folder in (early, late):

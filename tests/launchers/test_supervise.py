@@ -12,7 +12,7 @@ import yaml
 from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
 from fitv2_scale.train.loop import DONE, train
-from launchers.supervise import _attempt, _Signals, supervise
+from launchers.supervise import Signals, run_processes, supervise
 from tests.support.commits import commit_bytes
 from tests.support.kill_storm import check_storm
 from tests.support.rank_processes import ranks_of_config
@@ -107,10 +107,8 @@ def test_three_attempts_without_a_commit_are_enough(tiny, tmp_path, capfd):
 
 
 def test_a_signal_before_there_are_ranks_is_passed_on():
-    signals = _Signals()
-    signals.last = signal.SIGTERM
     waits = "import signal; raise SystemExit(7 * (signal.sigwait({signal.SIGTERM, signal.SIGUSR1}) == signal.SIGTERM))"
-    assert _attempt([sys.executable, "-c", waits], 2, signals) == 7
+    assert run_processes([sys.executable, "-c", waits], 2, Signals(received=signal.SIGTERM)) == 7
 
 
 def test_bad_input_is_not_tried_again(tiny, capfd):
