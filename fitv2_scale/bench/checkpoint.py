@@ -31,6 +31,7 @@ from fitv2_scale.bench.reshard import lay_out_anew
 from fitv2_scale.bench.step_data import open_steps
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
 from fitv2_scale.checkpoint.commit import read_manifest
+from fitv2_scale.checkpoint.restore import restore
 from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
@@ -38,7 +39,7 @@ from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.world import World, join
 from fitv2_scale.run.log import LogEntry
-from fitv2_scale.run.run import Run
+from fitv2_scale.run.run import Attempt, Run
 from fitv2_scale.train.step import train_step
 
 _FOLDER = "fitv2-bench-checkpoint"  # below what the user gives: all that is written, and deleted, is in it
@@ -130,11 +131,9 @@ class _Bench:
         cls, config: Config, world: World, engine: Engine, data: Data, store: Store, batches: Iterator[StepBatch]
     ) -> "_Bench":
         run = _make_run(world, f"{store.url}/run")
-        attempt = run.claim({}) if world.is_first else None
-        number = world.broadcast(attempt.number if attempt else None)
-        checkpoints = Checkpointer(run, attempt, number, world, config.checkpoint)
+        attempt = Attempt(world.run_on_rank0(lambda: run.claim({}).number), run)
         began = time.perf_counter()
-        checkpoints.prepare(engine)
+        checkpoints = Checkpointer(engine, attempt, world, config.checkpoint)
         prepared = max(world.all_gather(time.perf_counter() - began))
 
         def retire() -> None:
@@ -154,7 +153,7 @@ class _Bench:
 
     def _wait_for_staging(self) -> None:
         began = time.perf_counter()
-        self.checkpoints.staged()
+        self.checkpoints.wait_for_staging()
         self.waited += time.perf_counter() - began
 
     def round(self) -> _Round:
@@ -177,14 +176,14 @@ class _Bench:
         """Begins a save and trains until all ranks have done with it."""
         self._make_room()
         began, clock, self.waited, steps = time.perf_counter(), time.time(), 0.0, []
-        self.checkpoints.begin(self.engine, self.saved, self.data.plan.cursor(0))
+        self.checkpoints.start_save(self.saved, self.data.plan.cursor(0))
         stall = time.perf_counter() - began
         ended = False
         while not ended:
             steps.append(self.step(next(self.batches)))
-            ended = self.world.all_reduce_sum(torch.tensor(int(self.checkpoints.ended))).item() == self.world.size
+            ended = self.world.all_reduce_sum(torch.tensor(int(self.checkpoints.save_ended))).item() == self.world.size
         began = time.perf_counter()
-        self._settle()
+        self._finish_save()
         stall += self.waited + time.perf_counter() - began
         committed = datetime.fromisoformat(self._newest().time).timestamp()
         return _Save(self._longest(stall), self._longest(committed - clock), steps)
@@ -192,12 +191,12 @@ class _Bench:
     def _save_blocking(self) -> float:
         self._make_room()
         began = time.perf_counter()
-        self.checkpoints.begin(self.engine, self.saved, self.data.plan.cursor(0))
-        self._settle()
+        self.checkpoints.start_save(self.saved, self.data.plan.cursor(0))
+        self._finish_save()
         return self._longest(time.perf_counter() - began)
 
-    def _settle(self) -> None:
-        if (failure := self.checkpoints.settle()) is not None:
+    def _finish_save(self) -> None:
+        if (failure := self.checkpoints.finish_save()) is not None:
             raise UserError(f"nothing can be measured: {failure}")
 
     def _make_room(self) -> None:
@@ -234,7 +233,7 @@ class _Bench:
         if isinstance(self.store, LocalStore) and not cached:
             self.world.run_on_rank0(lambda: forget(Path(run.url)))
         began = time.perf_counter()
-        restored = Checkpointer(run, None, 0, self.world).restore(self.engine, run)
+        restored = restore(self.engine, run, self.world)
         seconds = self._longest(time.perf_counter() - began)
         assert restored is not None and not restored.quarantined
         return seconds

@@ -1,9 +1,8 @@
-"""Saving, restoring and retiring commits of a run.
+"""Saving and retiring commits of a run.
 
-A save writes data, then a manifest with the digests of each file, then COMMIT in the run's log: until that entry stands
-there is no checkpoint. All that goes on in the background: training waits for no more than a copy of the state (see
-``staging``). A restore walks the log backwards to the newest commit that is whole; what is not is named, quarantined
-with the reason, and never deleted.
+A save writes data, then a manifest with the digests of each file, then COMMIT in the run's log: without that entry
+there is no checkpoint. All of it happens in the background: training waits only for a copy of the state in memory (see
+``staging``).
 """
 
 import logging
@@ -12,124 +11,104 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import timedelta
+from functools import cached_property
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from data_sharding.errors import UserError
 from data_sharding.plan.plan import Cursor
-from fitv2_scale.checkpoint.checksums import Damaged
 from fitv2_scale.checkpoint.commit import (
-    MOMENTS,
+    cause_of,
     commit_folder,
     glance,
-    open_commit,
     quarantine,
     quarantined,
     write_commit,
 )
-from fitv2_scale.checkpoint.dcp_storage import BoxReader
-from fitv2_scale.checkpoint.dcp_tensor import BoxedTensor
 from fitv2_scale.checkpoint.policy import to_retire
 from fitv2_scale.checkpoint.staging import Staging
 from fitv2_scale.config.sections import CheckpointConfig
 from fitv2_scale.parallel.boxes import LogicalTensor
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.world import World
-from fitv2_scale.run.log import LogEntry
-from fitv2_scale.run.run import Attempt, Run
+from fitv2_scale.run.run import Attempt
 
 _TIMEOUT = timedelta(minutes=30)  # for which a rank that has written waits for the others
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Restored:
-    step: int
-    cursor: Cursor | None  # None after an import of public weights
-    accounting: dict[str, float]  # what was handed to ``begin``; empty if nothing was
-    quarantined: list[str]  # a sentence for each newer commit that was passed over
-
-
 class Checkpointer:
-    """Saves and restores on all ranks together. ``attempt`` is rank 0's own; the others only write their data.
+    """Commits the state of ``engine`` to the run of ``attempt``, on all ranks together: rank 0 writes manifest and log,
+    the others only their data. All ranks make it together; it allocates what saves need, as much memory as the state.
 
-    At most one save is in flight. ``begin`` starts it; the state must not change before ``staged`` has returned; what
-    came of it is learned by ``settle``, which waits for it. ``newest`` is the step that is committed or on its way.
+    At most one save is in flight. ``start_save`` starts it; the state must not change before ``wait_for_staging`` has
+    returned; ``finish_save`` waits for the save and tells whether it succeeded. ``newest`` is the step that is
+    committed or being saved, to begin with the one that was restored.
 
-    A save that the storage does not take is no end: training goes on, and saves again when a save is next due.
-    ``failed`` counts how many have failed in a row.
+    A save that the storage refuses ends nothing: training continues, and saves again at the next interval.
+    ``failed_in_a_row`` counts such saves.
     """
 
     def __init__(
         self,
-        run: Run,
-        attempt: Attempt | None,
-        number: int,
+        engine: Engine,
+        attempt: Attempt,
         world: World,
         config: CheckpointConfig = CheckpointConfig(),  # noqa: B008 - immutable
+        newest: int = 0,
     ):
-        self._run, self._attempt, self._number, self._world, self._config = run, attempt, number, world, config
-        self.failed = self.newest = 0
-        self.seconds = 0.0  # that the longest save has taken until it counted
-        self._failures = self._committed = 0
-        self._staging: Staging | None = None
-        self._writers: World | None = None  # the same ranks, in a group of the threads that write
+        self._engine, self._attempt, self._config = engine, attempt, config
+        self.newest = self._committed = newest
+        self.failed_in_a_row = self._failed = 0
+        self.longest_save = 0.0  # seconds from the start to the COMMIT
         self._saving: Future[None] | None = None
-        self._saved: tuple[Engine, dict[str, LogicalTensor]] | None = None
+        self._staging = Staging(engine.boxes())
+        # The same ranks, in a group of their own for the threads that write.
+        self._writers = replace(world, cpu_group=dist.new_group(backend="gloo", timeout=_TIMEOUT))
 
-    def prepare(self, engine: Engine) -> None:
-        """Allocates what saves of ``engine`` need, so that the first of them takes no longer than the others."""
-        if self._staging is None:
-            self._staging = Staging(engine.boxes())
-            self._writers = replace(self._world, cpu_group=dist.new_group(backend="gloo", timeout=_TIMEOUT))
-
-    def begin(
+    def start_save(
         self,
-        engine: Engine,
         step: int,
         cursor: Cursor,
         before_commit: Callable[[], None] = lambda: None,
         accounting: dict[str, float] | None = None,
     ) -> None:
-        """Starts to commit the state after ``step`` steps. The save before must have been settled.
+        """Starts to commit the state after ``step`` steps. The save before must have been finished.
 
         ``before_commit`` is called on rank 0, in another thread, when all data is durable. ``accounting`` is what the
         run has taken so far; the manifest keeps rank 0's.
         """
         assert self._saving is None, "the save before is still in flight"
-        self.prepare(engine)
-        # A name of its own for each try: a COMMIT whose reply was lost may still come to stand for the last one.
-        folder = commit_folder(step, self._number, self._failures)
-        header = {"step": step, "attempt": self._number, "cursor": asdict(cursor), "scalars": engine.scalars()}
+        number = self._attempt.number
+        # A new name for each try: the COMMIT of the last one, whose reply was lost, may still appear in the log.
+        folder = commit_folder(step, number, self._failed)
+        header = {"step": step, "attempt": number, "cursor": asdict(cursor), "scalars": self._engine.scalars()}
         header["accounting"] = accounting or {}
-        self._staging.mark(self._live(engine))
+        self._staging.mark(self._live)
         began = time.monotonic()
         self._saving = _in_background(lambda: self._save(step, folder, header, before_commit, began))
         self.newest = step
 
-    def _live(self, engine: Engine) -> dict[str, LogicalTensor]:
-        """The boxes of its state, which stay where they are from the first step on; to list them takes time."""
-        if self._saved is None or self._saved[0] is not engine:
-            self._saved = (engine, engine.boxes())
-        return self._saved[1]
+    @cached_property
+    def _live(self) -> dict[str, LogicalTensor]:
+        """The boxes of the state, listed at the first save: they stay where they are from the first step on."""
+        return self._engine.boxes()
 
-    def staged(self) -> None:
-        """From here on the state may change: what is being saved of it has been copied, or the device will wait."""
-        if self._staging is not None:
-            self._staging.wait()
+    def wait_for_staging(self) -> None:
+        """When this returns, the state may change: what is being saved has been copied, or the device will wait."""
+        self._staging.wait()
 
     @property
-    def ended(self) -> bool:
-        """Whether this rank's part of the save in flight is over, well or not."""
+    def save_ended(self) -> bool:
+        """Whether this rank's part of the save in flight has ended, well or not."""
         return self._saving is not None and self._saving.done()
 
-    def settle(self) -> str | None:
-        """Waits for the save in flight, if there is one. Returns None, or why the storage did not take it.
+    def finish_save(self) -> str | None:
+        """Waits for the save in flight, if there is one. Returns None, or why the storage refused it.
 
         Raises StaleAttempt on all ranks if a newer attempt took over.
         """
@@ -141,50 +120,50 @@ class Checkpointer:
         except (OSError, UserError) as error:
             failure = f"the save at step {self.newest} failed: {error}"
             log.warning("%s", failure)
-            self.failed, self._failures, self.newest = self.failed + 1, self._failures + 1, self._committed
+            self.newest = self._committed
+            self.failed_in_a_row += 1
+            self._failed += 1
             return failure
-        self.failed, self._committed = 0, self.newest
+        self.failed_in_a_row, self._committed = 0, self.newest
         return None
 
     @contextmanager
-    def settled(self) -> Iterator[None]:
-        """Waits at the end for a save in flight: what it commits is good, however the attempt ends. But not if
-        somebody is in a hurry (KeyboardInterrupt)."""
+    def finishing_saves(self) -> Iterator[None]:
+        """Waits at the end for a save in flight: what it commits is good, however the attempt ends. A second Ctrl-C
+        (KeyboardInterrupt) does not wait."""
         try:
             yield
         except Exception:
             with suppress(Exception):
-                self.settle()
+                self.finish_save()
             raise
-        self.settle()
+        self.finish_save()
 
-    def save(
-        self, engine: Engine, step: int, cursor: Cursor, before_commit: Callable[[], None] = lambda: None
-    ) -> str | None:
-        """``begin`` and ``settle``."""
-        self.begin(engine, step, cursor, before_commit)
-        return self.settle()
+    def save(self, step: int, cursor: Cursor, before_commit: Callable[[], None] = lambda: None) -> str | None:
+        """``start_save`` and ``finish_save``."""
+        self.start_save(step, cursor, before_commit)
+        return self.finish_save()
 
     def _save(self, step: int, folder: str, header: dict, before_commit: Callable[[], None], began: float) -> None:
         self._staging.copy()
-        run, ranks = self._run, self._writers
+        ranks = self._writers
         try:
-            writer = write_commit(run, folder, ranks.rank, header, self._staging.tensors, ranks.cpu_group)
+            writer = write_commit(self._attempt.run, folder, ranks.rank, header, self._staging.tensors, ranks.cpu_group)
         except CheckpointException as error:
             ranks.run_on_rank0(lambda: self._discard(folder))
-            raise _cause(error) from error
+            raise cause_of(error) from error
         ranks.run_on_rank0(lambda: self._commit(step, folder, writer.manifest_digest, before_commit))
-        self.seconds = max(self.seconds, time.monotonic() - began)
+        self.longest_save = max(self.longest_save, time.monotonic() - began)
 
     @property
     def gave_up(self) -> bool:
-        """True once so many saves in a row have failed that it is better to start anew elsewhere."""
-        return self.failed >= self._config.max_failed
+        """True once so many saves in a row have failed that another attempt, elsewhere, is the better choice."""
+        return self.failed_in_a_row >= self._config.max_failed
 
     def _discard(self, folder: str) -> None:
-        """Frees what a failed save has taken, if it can; `sweep` does else. Its COMMIT was not even tried."""
+        """Frees the space of a failed save if it can, else `sweep` does: its COMMIT was never tried."""
         with suppress(OSError, UserError):
-            self._run.store.delete_tree(folder)
+            self._attempt.run.store.delete_tree(folder)
 
     def _commit(self, step: int, folder: str, digest: str, before_commit: Callable[[], None]) -> None:
         before_commit()
@@ -195,67 +174,26 @@ class Checkpointer:
             log.warning("old commits were not deleted: %s", error)
 
     def _retire(self) -> None:
-        """Deletes what is no longer needed, once the newest two that stay were looked at."""
-        commits, bad = self._run.log.commits(), quarantined(self._run)
+        """Deletes the commits that are no longer needed, after a check of the newest two that stay."""
+        run = self._attempt.run
+        commits, bad = run.log.commits(), quarantined(run)
         if not to_retire(commits, bad, self._config):
             return
         while problems := {
             entry.n: (entry, problem)
             for entry in [entry for entry in commits if entry.n not in bad][-2:]
-            if (problem := glance(self._run, entry))
+            if (problem := glance(run, entry))
         }:
             for entry, problem in problems.values():
-                quarantine(self._run, entry, problem)
+                quarantine(run, entry, problem)
             bad |= problems.keys()
         for entry in to_retire(commits, bad, self._config):
             self._attempt.retire(entry.n)
-            self._run.store.delete_tree(entry.fields["path"])
-
-    def restore(self, engine: Engine, run: Run, step: int | None = None) -> Restored | None:
-        """Fills ``engine`` from the newest whole commit of ``run`` (or the one at ``step``); None if there is none."""
-        found = self._world.run_on_rank0(lambda: [asdict(e) for e in reversed(run.log.commits())])
-        entries = [LogEntry(**e) for e in found if step is None or e["fields"]["step"] == step]
-        passed_over: list[str] = []
-        for entry in entries:
-            manifest, problem = self._world.run_on_rank0(lambda e=entry: open_commit(run, e))
-            problem = problem or self._fill(engine, run, entry, manifest)
-            if problem is None:
-                cursor = Cursor(**manifest["cursor"]) if manifest["cursor"] else None
-                self.newest = self._committed = manifest["step"]
-                return Restored(manifest["step"], cursor, manifest.get("accounting", {}), passed_over)
-            passed_over.append(f"commit at step {entry.fields['step']} is not whole ({problem}); it was passed over")
-            self._world.run_on_rank0(lambda e=entry, p=problem: quarantine(run, e, p))
-        if entries:
-            raise UserError(f"{run.url}: no commit is whole: " + "; ".join(passed_over))
-        return None
-
-    def _fill(self, engine: Engine, run: Run, entry: LogEntry, manifest: dict) -> str | None:
-        """Reads the commit into ``engine``; returns what is wrong with it, alike on all ranks."""
-        wanted, stored = engine.boxes(), manifest["tensors"].keys()
-        if not manifest["moments"]:  # imported weights: the optimizer begins anew
-            wanted = {name: logical for name, logical in wanted.items() if not name.startswith(MOMENTS)}
-        missing = [name for name in wanted if name not in stored]
-        if missing:
-            raise UserError(
-                f"{run.url}: the commit at step {manifest['step']} holds no {missing[0]}: not this network's"
-            )
-        state = {name: BoxedTensor(logical) for name, logical in wanted.items()}
-        reader = BoxReader(run.store, entry.fields["path"], manifest)
-        try:
-            dcp.load(state, storage_reader=reader, process_group=self._world.cpu_group)
-        except CheckpointException as error:
-            cause = _cause(error)
-            if isinstance(cause, Damaged):
-                return str(cause)
-            raise cause from error
-        if manifest["moments"]:
-            engine.load_scalars(manifest["scalars"])
-        engine.loaded()
-        return None
+            run.store.delete_tree(entry.fields["path"])
 
 
 def _in_background(work: Callable[[], None]) -> Future[None]:
-    """What comes of ``work``, in a thread that does not keep a process alive that has met its end otherwise."""
+    """Does ``work`` in a thread that does not keep the process alive."""
     future: Future[None] = Future()
 
     def act() -> None:
@@ -266,12 +204,3 @@ def _in_background(work: Callable[[], None]) -> Future[None]:
 
     threading.Thread(target=act, name="save", daemon=True).start()
     return future
-
-
-def _cause(error: CheckpointException) -> BaseException:
-    """What one of the ranks met: a bug before trouble with the storage, and that before damage."""
-
-    def gravity(cause: BaseException) -> int:
-        return 2 if isinstance(cause, Damaged) else 1 if isinstance(cause, OSError | UserError) else 0
-
-    return min((cause for cause, _ in error.failures.values()), key=gravity)

@@ -8,10 +8,11 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from data_sharding.errors import UserError
 from fitv2_scale.checkpoint.checksums import CHUNK, ChunkReader, Damaged
-from fitv2_scale.checkpoint.dcp_storage import FORMAT, MANIFEST, BoxWriter
+from fitv2_scale.checkpoint.dcp_storage import FORMAT, MANIFEST, BoxReader, BoxWriter
 from fitv2_scale.checkpoint.dcp_tensor import BoxedTensor
 from fitv2_scale.parallel.boxes import LogicalTensor
 from fitv2_scale.run.log import LogEntry
@@ -37,12 +38,35 @@ def attempt_of(folder: str) -> int | None:
 def write_commit(
     run: Run, folder: str, rank: int, header: dict, tensors: dict[str, LogicalTensor], group: Any
 ) -> BoxWriter:
-    """Writes data and manifest of a commit, all ranks of ``group`` together."""
+    """Writes data and manifest of a commit, all ranks of ``group`` together. Raises CheckpointException (see
+    ``cause_of``)."""
     moments = sorted({name.split("/", 1)[1] for name in tensors if name.startswith(MOMENTS)})
     writer = BoxWriter(run.store, folder, rank, header | {"moments": moments})
     state = {name: BoxedTensor(logical) for name, logical in tensors.items()}
     dcp.save(state, storage_writer=writer, process_group=group)
     return writer
+
+
+def read_tensors(run: Run, entry: LogEntry, manifest: dict, tensors: dict[str, LogicalTensor], group: Any) -> None:
+    """Fills ``tensors`` from the commit's tensors of the same names, all ranks of ``group`` together.
+
+    Raises, on all ranks, the gravest of what they met: Damaged if nothing worse.
+    """
+    state = {name: BoxedTensor(logical) for name, logical in tensors.items()}
+    reader = BoxReader(run.store, entry.fields["path"], manifest)
+    try:
+        dcp.load(state, storage_reader=reader, process_group=group)
+    except CheckpointException as error:
+        raise cause_of(error) from error
+
+
+def cause_of(error: CheckpointException) -> BaseException:
+    """The gravest of what the ranks met: a bug before trouble with the storage, and that before damage."""
+
+    def harmless(cause: BaseException) -> int:
+        return 2 if isinstance(cause, Damaged) else 1 if isinstance(cause, OSError | UserError) else 0
+
+    return min((cause for cause, _ in error.failures.values()), key=harmless)
 
 
 def read_manifest(run: Run, entry: LogEntry) -> dict:

@@ -7,14 +7,10 @@ high-resolution stage trains: the released loader drops just these, which costs 
 from dataclasses import dataclass
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 
 from data_sharding.errors import UserError
 from fitv2_scale.checkpoint.checksums import Damaged
-from fitv2_scale.checkpoint.commit import read_manifest
-from fitv2_scale.checkpoint.dcp_storage import BoxReader
-from fitv2_scale.checkpoint.dcp_tensor import BoxedTensor
+from fitv2_scale.checkpoint.commit import read_manifest, read_tensors
 from fitv2_scale.checkpoint.weights import SUFFIXES, open_weights
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.parallel.engine import Engine
@@ -43,7 +39,7 @@ def is_weights(text: str) -> bool:
     return text.endswith(SUFFIXES)
 
 
-def begin_with(source: Source, engine: Engine, model: ModelConfig, world: World) -> None:
+def load_initial_weights(source: Source, engine: Engine, model: ModelConfig, world: World) -> None:
     """Fills weights and EMA of ``engine``, on all ranks together.
 
     Raises:
@@ -80,19 +76,15 @@ def _from_run(source: Source, engine: Engine, world: World) -> None:
         manifest = read_manifest(run, entries[-1])
         _check(source, engine, manifest["tensors"])
         for kind in ("param/", "ema/"):
-            state = {
-                f"ema/{name.removeprefix(kind)}": BoxedTensor(logical)
+            tensors = {
+                f"ema/{name.removeprefix(kind)}": logical
                 for name, logical in engine.boxes().items()
                 if name.startswith(kind)
             }
-            reader = BoxReader(run.store, entries[-1].fields["path"], manifest)
-            dcp.load(state, storage_reader=reader, process_group=world.cpu_group)
-    except (Damaged, CheckpointException) as error:
-        causes = [cause for cause, _ in getattr(error, "failures", {}).values()] or [error]
-        if not all(isinstance(cause, Damaged) for cause in causes):
-            raise
+            read_tensors(run, entries[-1], manifest, tensors, world.cpu_group)
+    except Damaged as error:
         raise UserError(
-            f"{source.url}: the commit at step {source.step} is not whole ({causes[0]}): choose another"
+            f"{source.url}: the commit at step {source.step} is not whole ({error}): choose another"
         ) from error
 
 

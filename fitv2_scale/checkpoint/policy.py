@@ -1,4 +1,4 @@
-"""When to commit, and which commits to keep. Decided here, in arithmetic; done elsewhere."""
+"""When to commit, and which commits to keep: the decisions, as arithmetic. ``checkpointer`` carries them out."""
 
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -10,33 +10,33 @@ from fitv2_scale.run.log import LogEntry
 def to_retire(commits: Sequence[LogEntry], quarantined: Collection[int], config: CheckpointConfig) -> list[LogEntry]:
     """The commits (oldest first) that are no longer needed.
 
-    Never one that is known to be damaged, which also does not count as kept; nor one kept for ever; nor one of the
-    newest ``keep_last``.
+    Never one that is known to be damaged, which does not count as kept either; never a milestone or one of
+    ``keep_every``; never one of the newest ``keep_last``.
     """
     sound = [entry for entry in commits if entry.n not in quarantined]
     return [entry for entry in sound[: -config.keep_last] if not config.keeps(entry.fields["step"])]
 
 
-class Cadence:
+class SaveSchedule:
     """Says after which steps to commit, alike on all ranks.
 
-    By steps this is arithmetic. By minutes, rank 0's clock decides, and the others hear of it (``share``: rank 0's
-    value on all ranks) not at each step but at steps agreed on before: at each of them the next is set half way to
-    where the time would be up at the pace so far, so that there are few, and a slower pace is noticed.
+    By steps this is arithmetic. By minutes, rank 0's clock decides: ``broadcast`` gives its value to all ranks, not at
+    each step but at steps that all have agreed on before. At each of them the next is set half way to where the time
+    would be up at the pace so far: so there are few of them, and a slower pace is noticed.
     """
 
     def __init__(
         self,
         config: CheckpointConfig,
         start: int,
-        share: Callable[[float], float],
+        broadcast: Callable[[float], float],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._config, self._share, self._clock = config, share, clock
+        self._config, self._broadcast, self._clock = config, broadcast, clock
         self.saved(start)
 
     def saved(self, step: int) -> None:
-        """A commit was made after ``step``, or was tried: the interval begins anew."""
+        """A save was started after ``step``: the interval starts again."""
         self._from, self._began, self._ask = step, self._clock(), step + 1
 
     def due(self, step: int) -> bool:
@@ -47,7 +47,7 @@ class Cadence:
             return step % self._config.every_steps == 0
         if step != self._ask:
             return False
-        interval, elapsed = 60 * self._config.every_minutes, self._share(self._clock() - self._began)
+        interval, elapsed = 60 * self._config.every_minutes, self._broadcast(self._clock() - self._began)
         pace = elapsed / (step - self._from)
         self._ask = step + max(1, int((interval - elapsed) / pace / 2)) if pace > 0 else step + 1
         return elapsed >= interval

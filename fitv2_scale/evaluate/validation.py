@@ -73,7 +73,7 @@ class Validation:
             batch = pack_to_torch(pack, self._world.device)
             t_I = self._t_K[batch.epoch_I]
             flow = noised(batch, t_I, batch.label_I, Purpose.VALIDATION_NOISE, _SEED)
-            total += velocity_losses(network, flow, batch).share(batch)
+            total += velocity_losses(network, flow, batch).weighted_sum(batch)
         return self._world.all_reduce_sum(total.cpu() if self._counts else torch.zeros((), dtype=torch.float64)).item()
 
 

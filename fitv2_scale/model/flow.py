@@ -80,8 +80,9 @@ class FlowLosses:
     loss_I: Tensor
     t_I: Tensor
 
-    def share(self, batch: PackedBatch) -> Tensor:
-        """The pack's share of the global loss: sum over its images of weight x image loss. Add over packs and ranks."""
+    def weighted_sum(self, batch: PackedBatch) -> Tensor:
+        """The pack's part of the global loss: the sum over its images of weight x image loss. Adds up over packs and
+        ranks."""
         return (self.loss_I * batch.weight_I).sum()
 
 
@@ -99,5 +100,5 @@ def velocity_losses(network: Callable[..., Tensor], flow: FlowBatch, batch: Pack
 def flow_loss(
     network: Callable[..., Tensor], batch: PackedBatch, config: FlowConfig, classes: int, seed: int
 ) -> Tensor:
-    """This pack's share of the global loss."""
-    return flow_losses(network, batch, config, classes, seed).share(batch)
+    """This pack's part of the global loss."""
+    return flow_losses(network, batch, config, classes, seed).weighted_sum(batch)

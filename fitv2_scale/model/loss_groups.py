@@ -1,7 +1,8 @@
-"""The loss by time and by resolution: sums of each pack on the device, where nothing waits for them, names on the host.
+"""The loss by time and by resolution: sums of each pack on the device, where the host does not wait for them; names on
+the host.
 
 A group's loss is the sum over its images of weight x loss, divided by the sum of their weights. The first group is all
-images. So the losses by time, each times its share of the weight, add up to the loss; those by resolution likewise.
+images. So the losses by time, each multiplied by its part of the weight, add up to the loss; those by resolution too.
 """
 
 import torch
@@ -14,7 +15,7 @@ _TIMES = 4  # buckets of equal width; in the first is mostly noise
 _SHORTEST, _LENGTHS = 64, 6  # up to 64 tokens, then up to twice as many; the last is without an end
 
 _EDGES = [_SHORTEST << k for k in range(_LENGTHS - 1)]
-NAMES = (
+GROUPS = (
     "loss",
     *(f"loss_t{k}" for k in range(_TIMES)),
     *(f"loss_tokens_le{edge}" for edge in _EDGES),
@@ -23,8 +24,8 @@ NAMES = (
 
 
 @torch.no_grad()
-def tally(losses: FlowLosses, batch: PackedBatch) -> Tensor:
-    """float32 (2, groups), on the device: for each of NAMES the sum of weight x loss, and of weight."""
+def group_sums(losses: FlowLosses, batch: PackedBatch) -> Tensor:
+    """float32 (2, groups), on the device: for each of GROUPS the sum of weight x loss, and of weight."""
     device = losses.t_I.device
     time_I = (losses.t_I * _TIMES).long().clamp(max=_TIMES - 1)
     edges = _SHORTEST << torch.arange(_LENGTHS - 1, device=device)
@@ -37,7 +38,7 @@ def tally(losses: FlowLosses, batch: PackedBatch) -> Tensor:
     return (sums_2I1 * member_IG).sum(1)
 
 
-def by_group(sums: list[list[float]]) -> dict[str, float]:
-    """The loss of each group but the first that had images, from the sums over steps and ranks of what ``tally`` gave:
-    {"loss_t0": 1.2, …, "loss_tokens_le256": 0.9}"""
-    return {name: x / w for name, x, w in list(zip(NAMES, *sums, strict=True))[1:] if w > 0}
+def loss_by_group(sums: list[list[float]]) -> dict[str, float]:
+    """The loss of each group but the first that had images, from the sums over steps and ranks of what ``group_sums``
+    gave: {"loss_t0": 1.2, …, "loss_tokens_le256": 0.9}"""
+    return {name: x / w for name, x, w in list(zip(GROUPS, *sums, strict=True))[1:] if w > 0}

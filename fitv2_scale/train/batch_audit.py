@@ -1,6 +1,6 @@
-"""A record of what was really trained on: proof that two runs, or two layouts, saw the same.
+"""A record of what was trained on: proof that two runs, or two layouts, trained on the same.
 
-With ``train.audit`` each rank appends a line a step to attempts/<n>/audit/rank-00000.jsonl:
+With ``train.audit`` each rank that reads appends a line per step to attempts/<n>/audit/rank-00000.jsonl:
 
     {"step": 7, "epoch": [0, 0], "id": [51, 902], "t": ["3f1a2b3c", "3e99aa01"], "noise": ["9f…", "04…"]}
 
@@ -20,7 +20,7 @@ from fitv2_scale.config.model import FlowConfig
 from fitv2_scale.model.flow import noise_words, sample_t
 
 
-class Audit:
+class BatchAudit:
     def __init__(self, folder: Path, rank: int, flow: FlowConfig, seed: int):
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / f"rank-{rank:05d}.jsonl"

@@ -1,4 +1,4 @@
-"""Storage is read once a tensor group: its first rank reads a step's batch and hands it to the others."""
+"""Each tensor-parallel group reads a step's batch from storage once: its first rank reads and broadcasts it."""
 
 import torch.distributed as dist
 
@@ -6,18 +6,18 @@ from data_sharding.stream.batch import StepBatch
 from fitv2_scale.config.layout import Layout
 
 
-class Relay:
+class BatchBroadcast:
     def __init__(self, layout: Layout, rank: int):
         """All ranks make theirs together, after joining the process group."""
         self.reads = layout.tensor_rank(rank) == 0  # whether this rank reads what its group trains on
         self._group: dist.ProcessGroup | None = None
         if layout.tensor > 1:
             ranks = range(layout.data_parallel * layout.tensor)
-            teams = [list(ranks[i : i + layout.tensor]) for i in ranks[:: layout.tensor]]
-            self._group, _ = dist.new_subgroups_by_enumeration(teams, backend="gloo")
+            groups = [list(ranks[i : i + layout.tensor]) for i in ranks[:: layout.tensor]]
+            self._group, _ = dist.new_subgroups_by_enumeration(groups, backend="gloo")
 
-    def share(self, batch: StepBatch | None) -> StepBatch:
-        """The reader's batch, on all ranks of its group."""
+    def broadcast(self, batch: StepBatch | None) -> StepBatch:
+        """The batch of the rank that reads, on all ranks of its group; the others pass None."""
         box = [batch]
         if self._group is not None:
             dist.broadcast_object_list(box, group=self._group, group_src=0)

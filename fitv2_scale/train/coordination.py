@@ -1,8 +1,8 @@
-"""What ranks must agree on before a step: that all have their data, what replaces data that cannot be had, that it is
-the planned data, whether to stop, whether all have done with the save in flight.
+"""What all ranks agree on before each step: that every rank has its data, which images are substituted, that the images
+are the planned ones, whether to save or to stop, and whether the save in flight has ended everywhere.
 
-One small all-reduce a step on the CPU group. A rank that cannot go on says so instead of leaving; else the others would
-wait for it in a collective for ever.
+One small all-reduce a step on the CPU group. A rank that cannot continue reports that here instead of leaving: the
+others would wait for it in a collective for ever.
 """
 
 from collections.abc import Sequence
@@ -17,53 +17,53 @@ from fitv2_scale.checkpoint.checkpointer import Checkpointer
 from fitv2_scale.parallel.world import World
 from fitv2_scale.run.requests import Requests
 from fitv2_scale.run.substitutions import SubstitutionLog
-from fitv2_scale.train.batch_broadcast import Relay
+from fitv2_scale.train.batch_broadcast import BatchBroadcast
 from fitv2_scale.train.signals import StopSignal
 
-_POLL = 0.2  # seconds until a rank that waits for data looks for a signal
-_STOP_PATIENCE = 5.0  # seconds that data may take once a stop is asked for; what was done so far can still be saved
+_POLL = 0.2  # seconds after which a rank that waits for data looks for a signal
+_STOP_PATIENCE = 5.0  # seconds that data may take after a stop was requested; the steps done can still be saved
 
 
-class Agreement:
+class Coordination:
     def __init__(
         self,
         world: World,
-        relay: Relay,
+        batch_broadcast: BatchBroadcast,
         stop: StopSignal,
         substitutions: SubstitutionLog,
         checkpoints: Checkpointer,
         requests: Requests | None,
     ):
-        """``requests``: on rank 0 only."""
-        self._world, self._relay, self._stop, self._requests = world, relay, stop, requests
+        """``requests`` is None on all ranks but the first."""
+        self._world, self._batch_broadcast, self._stop, self._requests = world, batch_broadcast, stop, requests
         self._substitutions = substitutions
         self._checkpoints = checkpoints
         self._saves_obeyed = 0
-        # Agreed: the same on all ranks after each ``next``.
+        # Agreed on: the same on all ranks after each ``next_batch``.
         self.stop_reason: str | None = None
-        self.save_asked = False  # for a commit after this step
-        self.save_ended = False  # that in flight: all ranks may settle it without waiting
+        self.should_save = False  # after this step, because somebody requested it
+        self.save_ended = False  # the one in flight, on all ranks: none of them waits when it finishes it
 
-    def next(self, step: int, loader: Loader | None) -> StepBatch | None:
-        """This rank's part of ``step``, once every rank has its own; None if the step cannot be taken now, for which
-        ``stop_reason`` says why: the storage is down, or a stop was asked for while some rank waited for data.
+    def next_batch(self, step: int, loader: Loader | None) -> StepBatch | None:
+        """This rank's part of ``step``, once every rank has its own. None if the step cannot be taken now, with the
+        reason in ``stop_reason``: the storage is down, or a stop was requested while some rank waited for data.
 
-        A rank that does not read has no loader: it gets its part from the one of its tensor group that does.
+        A rank without a loader gets its part from the rank of its tensor group that has one.
 
         If a frame cannot be read on any rank, all ranks substitute the same images of equal length and take this step
-        again. Raises on all ranks what any of them met while loading, and RuntimeError if the ids that the
-        ranks hold do not add up to those that the plan says.
+        again. Raises on all ranks what any of them met while loading, and RuntimeError if the ids that the ranks hold
+        do not add up to those of the plan.
         """
-        self.save_asked = False
+        self.should_save = False
         while True:
             batch, lost, error = self._load(loader) if loader else (None, (), None)
-            stop, saves = self._wishes()
+            stop, saves = self._requested()
             mine = [error is not None, len(lost), batch is not None or loader is None, stop is not None]
-            mine += [saves > self._saves_obeyed, self._checkpoints.ended, batch.id_sum if batch else 0]
+            mine += [saves > self._saves_obeyed, self._checkpoints.save_ended, batch.id_sum if batch else 0]
             sums = self._world.all_reduce_sum(torch.tensor(mine, dtype=torch.int64)).tolist()
             errors, lost_frames, ready, stops, to_save, ended, id_sum = sums
             self.save_ended = ended == self._world.size
-            self.save_asked, self._saves_obeyed = self.save_asked or to_save > 0, saves
+            self.should_save, self._saves_obeyed = self.should_save or to_save > 0, saves
             if errors:
                 error = next(filter(None, self._world.all_gather(error)))
                 if not isinstance(error, StorageDown):
@@ -74,25 +74,29 @@ class Agreement:
                 self.stop_reason = next(filter(None, self._world.all_gather(stop)))
             if not lost_frames:
                 break
-            everyones = [frame for rank in self._world.all_gather(lost) for frame in rank]
-            records = self._world.run_on_rank0(lambda lost=everyones: self._substitutions.write(lost, step))
-            substitutes = self._substitutions.apply(records)
-            if loader:
-                loader.restart(step, substitutes)
+            self._substitute(lost, step, loader)
         if ready < self._world.size:
             return None
-        batch = self._relay.share(batch)
+        batch = self._batch_broadcast.broadcast(batch)
         if id_sum != batch.step_id_sum:
             raise RuntimeError(
                 f"step {batch.step}: the ranks' images are not the planned ones (sum of hashed ids differs)"
             )
         return batch
 
+    def _substitute(self, lost: Sequence[LostFrame], step: int, loader: Loader | None) -> None:
+        """Replaces the frames that any rank has lost, on all ranks; ``loader`` then begins again at ``step``."""
+        all_lost = [frame for rank in self._world.all_gather(lost) for frame in rank]
+        records = self._world.run_on_rank0(lambda: self._substitutions.write(all_lost, step))
+        substitutes = self._substitutions.apply(records)
+        if loader:
+            loader.restart(step, substitutes)
+
     def _load(self, loader: Loader) -> tuple[StepBatch | None, Sequence[LostFrame], Exception | None]:
-        """(batch, lost frames, error), of which one is there; none of them if a stop is asked for and no data comes."""
+        """(batch, lost frames, error): one of the three, or none if a stop was requested and no data comes."""
         patience = _STOP_PATIENCE
         while not loader.is_ready(_POLL):
-            patience -= _POLL if self._wishes()[0] else 0
+            patience -= _POLL if self._requested()[0] else 0
             if patience <= 0:
                 return None, (), None
         try:
@@ -102,8 +106,8 @@ class Agreement:
         except Exception as error:
             return None, (), error
 
-    def _wishes(self) -> tuple[str | None, int]:
-        """What somebody told this rank: why to stop, if it should, and how many saves were asked for so far."""
+    def _requested(self) -> tuple[str | None, int]:
+        """Why this rank was asked to stop, if it was, and how many saves it was asked for so far."""
         if self._requests is None:
             return self._stop.name, 0
         return self._stop.name or ("STOP" if self._requests.stop else None), self._requests.saves

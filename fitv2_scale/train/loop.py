@@ -1,4 +1,4 @@
-"""Training: claim the run, restore its newest whole commit, and step until done, told to stop, or unable to go on."""
+"""Training: claims the run, restores its newest whole commit, and steps until done or stopped."""
 
 import logging
 import sys
@@ -14,12 +14,12 @@ from fitv2_scale.parallel.world import World, join
 from fitv2_scale.run.fork import Fork
 from fitv2_scale.run.log import StaleAttempt
 from fitv2_scale.run.requests import watch_requests
-from fitv2_scale.run.run import BAD_INPUT, BUG, DONE, GIVE_UP, RETRY, Attempt, Run
-from fitv2_scale.train.coordination import Agreement
+from fitv2_scale.run.run import BAD_INPUT, BUG, DONE, GIVE_UP, RETRY, Attempt
+from fitv2_scale.train.coordination import Coordination
 from fitv2_scale.train.metrics.meter import Meter
-from fitv2_scale.train.monitor import Watch
-from fitv2_scale.train.profiler import Profile
-from fitv2_scale.train.progress_bar import Progress
+from fitv2_scale.train.monitor import Monitor
+from fitv2_scale.train.profiler import Profiler
+from fitv2_scale.train.progress_bar import ProgressBar
 from fitv2_scale.train.session import Session
 from fitv2_scale.train.setup import claim, is_complete, log_to, open_session
 from fitv2_scale.train.signals import StopSignal
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 def train(config: Config, fork_from: str | None = None) -> int:
-    """Trains in the processes it is started in; returns the exit code, the same on all ranks. Raises UserError."""
+    """Trains in the processes that call it; returns the exit code, the same on all ranks. Raises UserError."""
     if not config.run:
         raise UserError("give the run's folder as run=FOLDER")
     if presets := [url for url in config.data.urls if is_preset(url)]:
@@ -39,73 +39,71 @@ def train(config: Config, fork_from: str | None = None) -> int:
     with StopSignal().caught() as stop, join() as world:
         try:
             if world.run_on_rank0(lambda: is_complete(config)):
-                _say(
-                    world.is_first, f"{config.run} has done its {config.train.steps} steps; raise train.steps to go on"
-                )
+                steps = config.train.steps
+                _say(world.is_first, f"{config.run} has done its {steps} steps; raise train.steps to continue")
                 return DONE
             hosts = world.hosts()
             layout = config.layout.over(world.size, len(set(hosts)))
             data = Data.open(config, layout.nodes(hosts))
-            run, number = claim(config, data.plan, fork, world)
+            attempt = claim(config, data.plan, fork, world)
         except StorageDown as error:
             _say(world.is_first, str(error))
             return RETRY
         with (
-            log_to(run, number, world.rank),
-            _recorded(run, number, world) as end,
-            watch_requests(run, number, world.is_first) as requests,
-            Watchdog(config.watchdog, world, run, number).watching() as watchdog,
+            log_to(attempt, world.rank),
+            _recorded(attempt, world) as end,
+            watch_requests(attempt.run, attempt.number, world.is_first) as requests,
+            Watchdog(config.watchdog, world, attempt).watching() as watchdog,
         ):
-            session = open_session(config, world, layout, data, run, number, fork)
-            agreement = Agreement(world, session.relay, stop, session.substitutions, session.checkpoints, requests)
-            end(*_loop(session, agreement, watchdog))
+            s = open_session(config, world, layout, data, attempt, fork)
+            coordination = Coordination(world, s.batch_broadcast, stop, s.substitutions, s.checkpoints, requests)
+            end(*_loop(s, coordination, watchdog))
         return end.code
 
 
-def _loop(s: Session, agreement: Agreement, watchdog: Watchdog) -> tuple[int, str]:
+def _loop(s: Session, coordination: Coordination, watchdog: Watchdog) -> tuple[int, str]:
     """All steps of an attempt. Returns exit code and reason."""
-    steps = s.config.train.steps
+    steps, checkpoints = s.config.train.steps, s.checkpoints
     with (
         s.open_loader() as loader,
-        Progress(s.start, steps, shown=s.world.is_first) as progress,
-        _profile(s) as profile,
-        s.checkpoints.settled(),
+        ProgressBar(s.start, steps, shown=s.world.is_first) as progress,
+        _profiler(s) as profiler,
+        checkpoints.finishing_saves(),
     ):
         progress.say(s.headline())
         meter = _meter(s)
-        watch = Watch(s, meter, progress)
+        monitor = Monitor(s, meter, progress)
         for step in range(s.start, steps):
             asked = time.perf_counter()
             with watchdog.within("data", step):
-                batch = agreement.next(step, loader)
+                batch = coordination.next_batch(step, loader)
             waited = time.perf_counter() - asked
-            if batch is not None:  # else nothing is done of this step; what was done before is kept
-                with watchdog.within("step"), profile.step(step):
+            if batch is not None:  # else nothing of this step is done; what was done before is kept
+                with watchdog.within("step"), profiler.step(step):
                     sums, result = train_step(s.engine, batch, s.config, s.world.device, s.wait_for_staging)
-                    if s.audit:
-                        s.audit.record(batch)
-                    watch.add(batch, waited, sums, result)
+                    s.audit(batch)
+                    monitor.add(batch, waited, sums, result)
                 progress.advance()
-            done, stop = step + (batch is not None), agreement.stop_reason
+            done, stop = step + (batch is not None), coordination.stop_reason
             end = done == steps or stop is not None
-            unsaved = s.checkpoints.newest != done
-            commit = unsaved and (end or agreement.save_asked or s.cadence.due(done))
+            unsaved = checkpoints.newest != done
+            commit = unsaved and (end or coordination.should_save or s.save_schedule.due(done))
             evaluate = batch is not None and s.evaluation.due(done)
             with watchdog.within("step"):
-                reason = watch.examine(newest=commit or evaluate, report=commit)
+                reason = monitor.examine(newest=commit or evaluate, report=commit)
             if reason is not None:
                 progress.say(reason)
                 return GIVE_UP, reason
             if evaluate:
                 with watchdog.within("evaluate"):
                     s.evaluate(done, progress.say)
-            if commit or end or agreement.save_ended:
+            if commit or end or coordination.save_ended:
                 with watchdog.within("save"):
-                    failed = s.save(done, begin=commit, last=end, totals=meter.totals)
+                    failed = s.save(done, start=commit, last=end, accounting=meter.accounting)
                     s.record_pace(watchdog.longest_step)
-                if failed is not None:  # nothing is lost yet: the next save may do better
+                if failed is not None:  # nothing is lost yet: the next save may succeed
                     progress.say(failed)
-                    if s.checkpoints.gave_up or (end and s.checkpoints.newest != done):
+                    if checkpoints.gave_up or (end and checkpoints.newest != done):
                         return RETRY, failed
             if stop is not None and done < steps:
                 progress.say(reason := f"{stop}: saved at step {done}")
@@ -119,26 +117,26 @@ def _meter(s: Session) -> Meter:
         s.world,
         config.model,
         s.data.plan.max_seqlen,
-        s.totals,
-        s.times,
-        created=s.run.created,
+        s.accounting,
+        s.clock,
+        created=s.attempt.run.created,
         peak_tflops=config.tracking.peak_tflops,
         loss_counts=s.layout.tensor_rank(s.world.rank) == 0,
         spike_sigma=config.train.spike_sigma,
     )
 
 
-def _profile(s: Session) -> Profile:
+def _profiler(s: Session) -> Profiler:
     asked, steps, last = s.config.profile.steps, s.config.profile.range, s.config.train.steps
     if steps and not range(max(s.start, steps.start), min(last, steps.stop)):
         taken = f"this attempt takes the steps after {s.start} up to {last}"
         _say(s.world.is_first, f"profile.steps={asked}: nothing is profiled, {taken}")
-    folder = s.run.local_path(f"attempts/{s.number}/profile") if s.world.is_first else None
-    return Profile(steps, folder, s.world.device)
+    folder = s.attempt.folder / "profile" if s.world.is_first else None
+    return Profiler(steps, folder, s.world.device)
 
 
 class _End:
-    """How the attempt ended: set by calling it, recorded in end.json when ``_recorded`` is left."""
+    """How the attempt ended: set by calling it; ``_recorded`` writes it to end.json."""
 
     code, reason = BUG, "unknown"
 
@@ -147,8 +145,9 @@ class _End:
 
 
 @contextmanager
-def _recorded(run: Run, number: int, world: World) -> Iterator[_End]:
-    """Writes the attempt's end.json, whatever happens short of a kill. A bug leaves its traceback in the rank's log."""
+def _recorded(attempt: Attempt, world: World) -> Iterator[_End]:
+    """Writes the attempt's end.json, however the attempt ends, short of a kill. The traceback of a bug is in the rank's
+    log."""
     end = _End()
     try:
         yield end
@@ -167,7 +166,7 @@ def _recorded(run: Run, number: int, world: World) -> Iterator[_End]:
         raise
     finally:
         if world.is_first:
-            Attempt(number, run).end(end.code, end.reason)
+            attempt.end(end.code, end.reason)
 
 
 def _say(shown: bool, text: str) -> None:

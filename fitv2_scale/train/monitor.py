@@ -1,7 +1,7 @@
-"""Examines every step, but late: the host reads a step's numbers while the device is busy with the next one.
+"""Examines every step, one step late: the host reads its results while the device is busy with the next step.
 
-What is decided here rests on numbers that are the same on all ranks, and on no clock: all ranks decide the same, after
-the same step.
+What is decided here depends on numbers that are the same on all ranks, and on no clock: all ranks decide the same,
+after the same step.
 """
 
 from collections import deque
@@ -14,29 +14,29 @@ from torch import Tensor
 from data_sharding.stream.batch import StepBatch
 from fitv2_scale.parallel.engine import StepResult
 from fitv2_scale.run.run import NOT_FINITE
-from fitv2_scale.train.metrics.accounting import Moment, Times
+from fitv2_scale.train.metrics.accounting import AttemptClock, Elapsed
 from fitv2_scale.train.metrics.meter import Meter, StepNumbers
-from fitv2_scale.train.progress_bar import Progress
+from fitv2_scale.train.progress_bar import ProgressBar
 from fitv2_scale.train.session import Session
 
 
-class Watch:
-    def __init__(self, s: Session, meter: Meter, progress: Progress):
+class Monitor:
+    def __init__(self, s: Session, meter: Meter, progress: ProgressBar):
         self._s, self._meter, self._progress = s, meter, progress
         self._pending: deque[_Pending] = deque()
         self._skipped_in_row, self._examined = 0, s.start
 
     def add(self, batch: StepBatch, waited: float, sums: Tensor, result: StepResult) -> None:
-        """Takes note of a step whose work has just been handed to the device. ``sums`` is what ``breakdown.tally``
-        gives, added up over this rank's packs."""
+        """Notes a step whose work has just been handed to the device. ``waited``: seconds for its data; ``sums`` is
+        what ``loss_groups.group_sums`` gives, added up over this rank's packs."""
         numbers = torch.cat([sums.flatten(), torch.stack([result.norm, result.skipped])])
-        self._pending.append(_Pending(batch, waited, _Departing(numbers, self._s.times)))
+        self._pending.append(_Pending(batch, waited, _ToHost(numbers, self._s.clock)))
 
     def examine(self, newest: bool, report: bool) -> str | None:
-        """Examines the steps whose turn it is: all but the newest, that one too if ``newest``.
+        """Examines all steps but the newest, that one too if ``newest``.
 
-        Journals every ``train.log_every`` steps, and all that is examined if ``report``. Returns why the run has to be
-        given up, if it has. A collective.
+        Reports every ``train.log_every`` steps, and all that has been examined if ``report``. Returns why the run must
+        be given up, if it must. A collective.
         """
         while len(self._pending) > (0 if newest else 1):
             if (reason := self._examine(self._pending.popleft())) is not None:
@@ -47,7 +47,7 @@ class Watch:
 
     def _examine(self, step: "_Pending") -> str | None:
         train, done = self._s.config.train, step.batch.step + 1
-        (*sums, norm, skipped), ended = step.numbers.arrived()
+        (*sums, norm, skipped), ended = step.numbers.wait()
         numbers = StepNumbers(np.reshape(sums, (2, -1)), norm, bool(skipped), ended)
         self._meter.update(step.batch, numbers, step.waited)
         self._examined = done
@@ -62,7 +62,7 @@ class Watch:
         s = self._s
         metrics, spikes = self._meter.report()
         metrics |= {"lr": s.config.optimizer.lr_at(done - 1), "images": s.data.plan.total_images(done)}
-        s.record(done, metrics)
+        s.recorder.metrics(done, metrics)
         self._progress.show(done, metrics)
         if spikes:
             self._progress.say(str(max(spikes, key=lambda spike: spike.sigmas)))
@@ -72,22 +72,22 @@ class Watch:
 class _Pending:
     batch: StepBatch
     waited: float  # seconds for its data
-    numbers: "_Departing"
+    numbers: "_ToHost"
 
 
-class _Departing:
+class _ToHost:
     """A small tensor on its way from the device to the host."""
 
-    def __init__(self, values: Tensor, times: Times):
+    def __init__(self, values: Tensor, clock: AttemptClock):
         self._host, self._event = values.to("cpu", non_blocking=True), None  # from CUDA: into pinned memory
-        self._times, self._there = times, times.now()
+        self._clock, self._arrived = clock, clock.now()
         if values.is_cuda:
             self._event = torch.cuda.Event(blocking=True)  # sleeps: the loader needs the core
             self._event.record()
 
-    def arrived(self) -> tuple[list[float], Moment]:
-        """The values, and when they were there. Waits for the copy, not for what the device was given after it."""
+    def wait(self) -> tuple[list[float], Elapsed]:
+        """The values, and when they arrived. Waits for the copy, not for what the device was given after it."""
         if self._event:
             self._event.synchronize()
-            self._there = self._times.now()
-        return self._host.tolist(), self._there
+            self._arrived = self._clock.now()
+        return self._host.tolist(), self._arrived

@@ -1,4 +1,4 @@
-"""Where the time and the memory of some steps go: a trace for Perfetto, and a picture of the memory.
+"""Profiles some steps: a trace for Perfetto, and a snapshot of the memory.
 
 In attempts/<n>/profile, for the steps after step 100 up to step 103:
 
@@ -17,10 +17,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 _ALLOCATIONS = 1_000_000  # the newest that a memory snapshot keeps
 
 
-class Profile:
-    """Profiles the ``steps``, counted from 0, into ``folder``; no folder, no profile. Use as a context manager.
+class Profiler:
+    """Profiles ``steps``, counted from 0, into ``folder``; without a folder it does nothing. Use as a context manager.
 
-    An attempt that begins or ends among the steps profiles those that it takes.
+    An attempt that starts or ends among the steps profiles those that it takes.
     """
 
     def __init__(self, steps: range, folder: Path | None, device: torch.device):
@@ -28,7 +28,7 @@ class Profile:
         self._profiler: profile | None = None
         self._first = self._done = 0
 
-    def __enter__(self) -> "Profile":
+    def __enter__(self) -> "Profiler":
         return self
 
     def __exit__(self, *exc) -> None:
@@ -41,14 +41,14 @@ class Profile:
             yield
             return
         if self._profiler is None:
-            self._begin(step)
+            self._start(step)
         with record_function(f"step {step + 1}"):
             yield
         self._done = step + 1
         if self._done == self._steps.stop:
             self._finish()
 
-    def _begin(self, step: int) -> None:
+    def _start(self, step: int) -> None:
         activities = [ProfilerActivity.CPU]
         if self._on_cuda:
             activities.append(ProfilerActivity.CUDA)

@@ -1,54 +1,50 @@
-"""One attempt on one rank: what it holds, and how it loads, records, evaluates and saves."""
+"""One attempt on one rank: what it consists of, and how it loads, evaluates and saves."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 from data_sharding.storage.retry import RetryPolicy
+from data_sharding.stream.batch import StepBatch
 from data_sharding.stream.disk_cache import DiskCache
 from data_sharding.stream.frames import FrameReader
 from data_sharding.stream.loader import Loader
-from fitv2_scale.checkpoint.checkpointer import Checkpointer, Restored
-from fitv2_scale.checkpoint.policy import Cadence
+from fitv2_scale.checkpoint.checkpointer import Checkpointer
+from fitv2_scale.checkpoint.policy import SaveSchedule
+from fitv2_scale.checkpoint.restore import Restored
 from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.world import World
-from fitv2_scale.run.run import Attempt, Run
+from fitv2_scale.run.run import Attempt
 from fitv2_scale.run.substitutions import SubstitutionLog
-from fitv2_scale.tracking.journal import Journal
-from fitv2_scale.tracking.uploader_process import Uploader
-from fitv2_scale.train.batch_audit import Audit
-from fitv2_scale.train.batch_broadcast import Relay
-from fitv2_scale.train.in_loop_eval import Evaluation
-from fitv2_scale.train.metrics.accounting import Times, Totals
+from fitv2_scale.train.batch_broadcast import BatchBroadcast
+from fitv2_scale.train.in_loop_eval import InLoopEvaluation
+from fitv2_scale.train.metrics.accounting import Accounting, AttemptClock
+from fitv2_scale.train.recorder import Recorder
 
 
 @dataclass(frozen=True)
 class Session:
-    """One attempt, on one rank. ``attempt``, ``journal`` and ``uploader`` are rank 0's alone, ``audit`` is those ranks'
-    that read."""
+    """Made by ``setup.open_session``, on all ranks together."""
 
     config: Config
     world: World
     layout: Layout
-    relay: Relay
+    batch_broadcast: BatchBroadcast
     data: Data
-    run: Run
-    number: int
-    attempt: Attempt | None
+    attempt: Attempt
     engine: Engine
     checkpoints: Checkpointer
-    cadence: Cadence
+    save_schedule: SaveSchedule
     restored: Restored | None
-    journal: Journal | None
-    uploader: Uploader | None
-    audit: Audit | None
+    recorder: Recorder
+    audit: Callable[[StepBatch], None]  # records what was trained on, if that is asked for
     substitutions: SubstitutionLog
-    evaluation: Evaluation
-    times: Times
-    totals: Totals  # of the run before this attempt
+    evaluation: InLoopEvaluation
+    clock: AttemptClock
+    accounting: Accounting  # of the run before this attempt
     notes: list[str]  # sentences for the user: what was passed over, what changes
 
     @property
@@ -58,15 +54,15 @@ class Session:
 
     def headline(self) -> str:
         """What this attempt is about to do, and what it could not use."""
-        begins = f"goes on at step {self.start}" if self.restored else "begins"
+        starts = f"continues at step {self.start}" if self.restored else "starts"
         ranks = f"{self.world.size} rank{'s' if self.world.size > 1 else ''} on {self.world.device.type}"
         shapes = " or ".join(str(shape.tokens) for shape in self.data.shapes)
-        headline = f"{self.run.url}: attempt {self.number} {begins} with {ranks}, packs of {shapes} tokens"
-        return "\n".join([*self.notes, headline])
+        run, number = self.attempt.run.url, self.attempt.number
+        return "\n".join([*self.notes, f"{run}: attempt {number} {starts} with {ranks}, packs of {shapes} tokens"])
 
     def open_loader(self) -> AbstractContextManager[Loader | None]:
         """None on ranks that do not read."""
-        if not self.relay.reads:
+        if not self.batch_broadcast.reads:
             return nullcontext()
         data, config = self.data, self.config.data
         disk = DiskCache(config.cache_dir, int(config.cache_disk_gib * 2**30)) if config.cache_dir else None
@@ -83,47 +79,40 @@ class Session:
             substitutes=self.substitutions.substitutes,
         )
 
-    def record(self, step: int, metrics: dict[str, float]) -> None:
-        if self.journal:
-            self.journal.metrics(step, metrics)
-        if self.uploader:
-            self.uploader.check()
-
     def evaluate(self, step: int, say: Callable[[str], None]) -> None:
-        """Shows what is due after ``step`` steps (see Evaluation)."""
-        with self.times.aside("evaluation"):
-            self.checkpoints.staged()
-            self.evaluation.run(step, say)
+        """Evaluates what is due after ``step`` steps (see InLoopEvaluation)."""
+        with self.clock.outside_steps("evaluation"):
+            self.checkpoints.wait_for_staging()
+            self.evaluation.run(step, self.recorder, say)
 
-    def save(self, step: int, begin: bool, last: bool, totals: Callable[[], Totals]) -> str | None:
-        """Learns what came of the save in flight, then begins that of the state after ``step`` steps if ``begin``; if
-        ``last``, sees to it that this state is committed. Returns None, or why a save failed."""
-        with self.times.aside("checkpoint"):
-            return self._save(step, begin, last, totals)
+    def save(self, step: int, start: bool, last: bool, accounting: Callable[[], Accounting]) -> str | None:
+        """Finishes the save in flight, then starts that of the state after ``step`` steps if ``start``; if ``last``,
+        finishes that one too. Returns None, or why a save failed."""
+        with self.clock.outside_steps("checkpoint"):
+            return self._save(step, start, last, accounting)
 
-    def _save(self, step: int, begin: bool, last: bool, totals: Callable[[], Totals]) -> str | None:
-        failed = self._settle()
-        if (begin or last) and self.checkpoints.newest != step and not self.checkpoints.gave_up:
+    def _save(self, step: int, start: bool, last: bool, accounting: Callable[[], Accounting]) -> str | None:
+        failed = self._finish_save()
+        if (start or last) and self.checkpoints.newest != step and not self.checkpoints.gave_up:
             cursor = replace(self.data.plan.cursor(step), ledger=self.substitutions.substitutes.version)
-            seal = self.journal.seal if self.journal else lambda: None
-            self.checkpoints.begin(self.engine, step, cursor, seal, totals().accounting())
-            self.cadence.saved(step)
-            failed = (self._settle() if last else None) or failed
+            self.checkpoints.start_save(step, cursor, self.recorder.seal, accounting().record())
+            self.save_schedule.saved(step)
+            failed = (self._finish_save() if last else None) or failed
+        return failed
+
+    def _finish_save(self) -> str | None:
+        step = self.checkpoints.newest
+        failed = self.checkpoints.finish_save()
+        if failed is not None:
+            self.recorder.metrics(step, {"failed_saves": self.checkpoints.failed_in_a_row})
         return failed
 
     def record_pace(self, step_seconds: float) -> None:
-        """On rank 0, once a save has shown how long it takes."""
-        if self.attempt and self.checkpoints.seconds:
-            self.attempt.record_pace(step_seconds, self.checkpoints.seconds)
-
-    def _settle(self) -> str | None:
-        step = self.checkpoints.newest
-        failed = self.checkpoints.settle()
-        if failed is not None:
-            self.record(step, {"failed_saves": self.checkpoints.failed})
-        return failed
+        """Once a save has shown how long it takes."""
+        if self.checkpoints.longest_save:
+            self.recorder.pace(step_seconds, self.checkpoints.longest_save)
 
     def wait_for_staging(self) -> None:
         """When this returns, the optimizer may change the state (see Checkpointer)."""
-        with self.times.aside("checkpoint"):
-            self.checkpoints.staged()
+        with self.clock.outside_steps("checkpoint"):
+            self.checkpoints.wait_for_staging()

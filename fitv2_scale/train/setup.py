@@ -1,15 +1,17 @@
-"""Everything an attempt sets up before its first step, in the order in which it can go wrong cheaply."""
+"""Everything an attempt sets up before its first step; what is cheap to check comes first."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from data_sharding.errors import DataError, UserError
 from data_sharding.plan.plan import Plan
 from data_sharding.storage.open_store import open_store
-from fitv2_scale.checkpoint.checkpointer import Checkpointer, Restored
-from fitv2_scale.checkpoint.init_from import Source, begin_with
-from fitv2_scale.checkpoint.policy import Cadence
+from data_sharding.stream.batch import StepBatch
+from fitv2_scale.checkpoint.checkpointer import Checkpointer
+from fitv2_scale.checkpoint.init_from import Source, load_initial_weights
+from fitv2_scale.checkpoint.policy import SaveSchedule
+from fitv2_scale.checkpoint.restore import Restored, restore
 from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
@@ -24,96 +26,99 @@ from fitv2_scale.run.substitutions import SubstitutionLog, substitutes_of, subst
 from fitv2_scale.tracking.destination import journal_only_reason
 from fitv2_scale.tracking.journal import Journal
 from fitv2_scale.tracking.uploader_process import Uploader
-from fitv2_scale.train.batch_audit import Audit
-from fitv2_scale.train.batch_broadcast import Relay
-from fitv2_scale.train.in_loop_eval import Evaluation
-from fitv2_scale.train.metrics.accounting import Times, Totals
+from fitv2_scale.train.batch_audit import BatchAudit
+from fitv2_scale.train.batch_broadcast import BatchBroadcast
+from fitv2_scale.train.in_loop_eval import InLoopEvaluation
+from fitv2_scale.train.metrics.accounting import Accounting, AttemptClock
+from fitv2_scale.train.recorder import NullRecorder, RankZeroRecorder, Recorder
 from fitv2_scale.train.session import Session
 
 log = logging.getLogger(__name__)
 
 
 def is_complete(config: Config) -> bool:
-    """True if the run is there and has committed all of its steps already."""
+    """True if the run exists and has committed all of its steps."""
     if not open_store(config.run).exists("run.json"):
         return False
     commits = Run.open(config.run).log.commits()
     return bool(commits) and commits[-1].fields["step"] >= config.train.steps
 
 
-def claim(config: Config, plan: Plan, fork: Fork | None, world: World) -> tuple[Run, int]:
-    """Makes or continues the run and begins an attempt, on all ranks. Raises UserError if the run is another one."""
-
+def claim(config: Config, plan: Plan, fork: Fork | None, world: World) -> Attempt:
+    """Makes or continues the run and starts an attempt, on all ranks. Raises UserError if the run is another one."""
     gpus = world.all_gather(own_gpu(world.device))
 
-    def first() -> int:
+    def claim_on_rank0() -> int:
         parent = fork.parent() if fork else None
         run = Run.open_or_create(config.run, config.model_dump(mode="json"), config.recipe(), plan.hash, parent)
         facts = {"parameters": parameter_count(config.model), "datasets": [m.digest for m in plan.manifests]}
         return run.claim(provenance() | facts | {"gpus": [gpu for gpu in gpus if gpu]}).number
 
-    number = world.run_on_rank0(first)
-    return Run.open(config.run), number
+    number = world.run_on_rank0(claim_on_rank0)
+    return Attempt(number, Run.open(config.run))
 
 
 def open_session(
-    config: Config, world: World, layout: Layout, data: Data, run: Run, number: int, fork: Fork | None
+    config: Config, world: World, layout: Layout, data: Data, attempt: Attempt, fork: Fork | None
 ) -> Session:
     """Builds the engine, restores the newest whole commit, starts journal and uploader."""
-    times = Times()
-    engine, relay = make_engine(config, layout, world), Relay(layout, world.rank)
-    attempt = Attempt(number, run) if world.is_first else None
-    checkpoints = Checkpointer(run, attempt, number, world, config.checkpoint)
-    restored, data, notes, forked = _restore(checkpoints, engine, run, data, fork, config, world)
-    if attempt and attempt.changed:
-        notes = [*notes, f"since attempt {number - 1}: {'; '.join(attempt.changed)}"]
+    clock = AttemptClock()
+    engine, batch_broadcast = make_engine(config, layout, world), BatchBroadcast(layout, world.rank)
+    restored, data, notes, forked = _restore(engine, attempt.run, data, fork, config, world)
+    start = restored.step if restored else 0
+    if world.is_first and attempt.changed:
+        notes = [*notes, f"since attempt {attempt.number - 1}: {'; '.join(attempt.changed)}"]
         log.warning("%s", notes[-1])
-    substitutions = _open_substitutions(run, number, data, restored, fork, config, world)
-    checkpoints.prepare(engine)
-    folder = run.local_path(f"attempts/{number}")
-    journal = Journal(folder, number, restored.step if restored else 0, attempt.upload) if world.is_first else None
-    evaluation = Evaluation.open(config, world, layout, data, engine, journal, run.store)
-    uploader = _start_uploader(run, config, notes) if world.is_first else None
-    audit = None
-    if config.train.audit and relay.reads:
-        audit = Audit(folder / "audit", layout.data_rank(world.rank), config.flow, config.seed)
+    substitutions = _open_substitutions(attempt, data, restored, fork, config, world)
+    checkpoints = Checkpointer(engine, attempt, world, config.checkpoint, newest=start)
+    evaluation = InLoopEvaluation(config, world, layout, data, engine)
+    recorder: Recorder = _rank_zero_recorder(attempt, start, config, notes) if world.is_first else NullRecorder()
     return Session(
         config=config,
         world=world,
         layout=layout,
-        relay=relay,
+        batch_broadcast=batch_broadcast,
         data=data,
-        run=run,
-        number=number,
         attempt=attempt,
         engine=engine,
         checkpoints=checkpoints,
-        cadence=Cadence(config.checkpoint, restored.step if restored else 0, world.broadcast),
+        save_schedule=SaveSchedule(config.checkpoint, start, world.broadcast),
         restored=restored,
-        journal=journal,
-        uploader=uploader,
-        audit=audit,
+        recorder=recorder,
+        audit=_audit(config, layout, attempt, world, batch_broadcast),
         substitutions=substitutions,
         evaluation=evaluation,
-        times=times,
-        totals=Totals.of(restored.accounting, forked) if restored else Totals(),
+        clock=clock,
+        accounting=Accounting.of(restored.accounting, forked) if restored else Accounting(),
         notes=notes,
     )
 
 
-def _start_uploader(run: Run, config: Config, notes: list[str]) -> Uploader | None:
-    if config.tracking.uri == "none":
-        return None
-    if (why := journal_only_reason(run.url, config.tracking.uri)) is not None:
-        notes.append(why)
-        return None
-    return Uploader(run.url, config.tracking.uri, config.tracking.experiment)
+def _rank_zero_recorder(attempt: Attempt, start: int, config: Config, notes: list[str]) -> RankZeroRecorder:
+    """Starts journal and uploader. If training must not publish by itself, ``notes`` gets the reason."""
+    run, tracking = attempt.run, config.tracking
+    journal, check_uploader = Journal(attempt.folder, attempt.number, start, attempt.upload), lambda: None
+    if tracking.uri != "none":
+        if (why := journal_only_reason(run.url, tracking.uri)) is not None:
+            notes.append(why)
+        else:
+            check_uploader = Uploader(run.url, tracking.uri, tracking.experiment).check
+    return RankZeroRecorder(attempt, journal, check_uploader)
+
+
+def _audit(
+    config: Config, layout: Layout, attempt: Attempt, world: World, batch_broadcast: BatchBroadcast
+) -> Callable[[StepBatch], None]:
+    if not (config.train.audit and batch_broadcast.reads):
+        return lambda batch: None
+    return BatchAudit(attempt.folder / "audit", layout.data_rank(world.rank), config.flow, config.seed).record
 
 
 def _open_substitutions(
-    run: Run, number: int, data: Data, restored: Restored | None, fork: Fork | None, config: Config, world: World
+    attempt: Attempt, data: Data, restored: Restored | None, fork: Fork | None, config: Config, world: World
 ) -> SubstitutionLog:
     """The substitutes that earlier attempts recorded. A fork starts records of its own."""
+    run = attempt.run
     records = substitution_records(run.store)
     substitutes = substitutes_of(world.run_on_rank0(records.entries), data.plan.manifests)
     if restored and restored.cursor and restored.cursor.ledger > substitutes.version and fork is None:
@@ -121,35 +126,35 @@ def _open_substitutions(
             f"{run.url}/ledger holds {substitutes.version} records of substituted images, but the commit at step "
             f"{restored.step} was made with {restored.cursor.ledger}: restore the folder"
         )
-    return SubstitutionLog(records, run.log, number, config.seed, config.data.max_substituted, substitutes)
+    return SubstitutionLog(records, run.log, attempt.number, config.seed, config.data.max_substituted, substitutes)
 
 
 def _restore(
-    checkpoints: Checkpointer, engine: Engine, run: Run, data: Data, fork: Fork | None, config: Config, world: World
+    engine: Engine, run: Run, data: Data, fork: Fork | None, config: Config, world: World
 ) -> tuple[Restored | None, Data, list[str], bool]:
-    """The newest whole commit, the data as it goes on from there, what there is to say, and whether the commit is
-    another run's."""
-    restored = checkpoints.restore(engine, run)
+    """What was restored, the data from there on, notes for the user, and whether the commit is that of a fork's
+    parent."""
+    restored = restore(engine, run, world)
     forked = restored is None and fork is not None
     if forked:
-        restored = checkpoints.restore(engine, fork.run, fork.step)
+        restored = restore(engine, fork.run, world, fork.step)
     if restored is None:
         if config.init_from:
-            begin_with(Source.parse(config.init_from), engine, config.model, world)
-            return None, data, [f"begins with the weights of {config.init_from}"], False
+            load_initial_weights(Source.parse(config.init_from), engine, config.model, world)
+            return None, data, [f"starts with the weights of {config.init_from}"], False
         return None, data, [], False
-    # A fork may have other data; it then begins its own plan at the step where it branches off.
+    # A fork may have other data; its own plan then starts at the step where it branches off.
     if restored.cursor is None or (forked and restored.cursor.plan_hash != data.plan.hash):
-        return restored, data, restored.quarantined, forked
+        return restored, data, list(restored.quarantined), forked
     data, notes = data.continued(restored.cursor, restored.step, config)
     return restored, data, [*restored.quarantined, *notes], forked
 
 
 @contextmanager
-def log_to(run: Run, number: int, rank: int) -> Iterator[None]:
-    """Appends this rank's log records, tracebacks included, to a file of its own. To a run that is elsewhere it goes at
-    the end, with all else that rank 0's node has of the attempt."""
-    folder = f"attempts/{number}"
+def log_to(attempt: Attempt, rank: int) -> Iterator[None]:
+    """Appends this rank's log records, tracebacks included, to attempts/<n>/logs/rank-00000.log. If the run is on
+    S3, the file is uploaded at the end; rank 0 uploads all that its node has of the attempt."""
+    run, folder = attempt.run, attempt.path
     file = f"{folder}/logs/rank-{rank:05d}.log"
     run.local_path(file).parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(run.local_path(file), delay=True)

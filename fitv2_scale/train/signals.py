@@ -1,4 +1,4 @@
-"""Signals that ask a run to save and end."""
+"""The signals that ask a run to save and end."""
 
 import signal
 import threading
@@ -25,13 +25,13 @@ class StopSignal:
     @contextmanager
     def caught(self) -> Iterator["StopSignal"]:
         if threading.current_thread() is not threading.main_thread():
-            yield self  # only the main thread may set handlers; nobody can send us a signal to note
+            yield self  # only the main thread may set handlers
             return
         before = {s: signal.signal(s, self._note) for s in _SIGNALS}
-        held = signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # by a launcher, until they can be noted
+        blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # by a launcher, until they can be noted
         try:
             yield self
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, held)  # a repeated one is not to kill a rank that is leaving
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)  # a repeated one must not kill a rank that is leaving
             for s, handler in before.items():
                 signal.signal(s, handler)

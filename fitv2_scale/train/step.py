@@ -8,7 +8,7 @@ from torch import Tensor
 from data_sharding.stream.batch import StepBatch
 from fitv2_scale.config.schema import Config
 from fitv2_scale.model.flow import flow_losses
-from fitv2_scale.model.loss_groups import NAMES, tally
+from fitv2_scale.model.loss_groups import GROUPS, group_sums
 from fitv2_scale.model.to_torch import pack_to_torch
 from fitv2_scale.parallel.engine import Engine, StepResult
 
@@ -25,15 +25,15 @@ def train_step(
     ``wait_for_staging`` is called between the last backward pass and the update: it returns once the weights, moments
     and EMA may change (see ``Checkpointer``).
 
-    Returns this rank's part of the loss by group, float32 (2, groups) on the device (see ``loss_groups.tally``), which
-    adds up over the data-parallel ranks, and what the engine says of the step.
+    Returns this rank's part of the loss by group, float32 (2, groups) on the device (see ``loss_groups.group_sums``),
+    which adds up over the data-parallel ranks, and the engine's result.
     """
-    total = torch.zeros((2, len(NAMES)), device=device)
+    total = torch.zeros((2, len(GROUPS)), device=device)
     for i, pack in enumerate(batch.packs):
         packed = pack_to_torch(pack, device)
         losses = flow_losses(engine.network, packed, config.flow, config.model.classes, config.seed)
-        engine.backward(poison_if_not_finite(losses.share(packed)), last=i == len(batch.packs) - 1)
-        total += tally(losses, packed)
+        engine.backward(poison_if_not_finite(losses.weighted_sum(packed)), last=i == len(batch.packs) - 1)
+        total += group_sums(losses, packed)
     wait_for_staging()
     return total, engine.step(config.optimizer.lr_at(batch.step), config.optimizer.max_norm)
 

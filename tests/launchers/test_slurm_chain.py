@@ -106,7 +106,7 @@ def test_save_stop_and_stop_now(slurm, fitv2, job_config, tiny):
     commits = len(run.log.commits())
     assert commits == 2 and len(jobs(run)) == 1
     assert "there is nothing to save" in fitv2("save", config.run, code=2)
-    assert "attempt 1 begins with 2 ranks" in fitv2("logs", config.run)
+    assert "attempt 1 starts with 2 ranks" in fitv2("logs", config.run)
     assert "task 1 on node" in fitv2("logs", config.run, "--rank", "1")
 
     fitv2("submit", job_config(**options), "--nodes", "1")  # takes the STOP back

@@ -111,7 +111,7 @@ def test_a_stopped_rank_is_named_and_its_node_avoided(slurm, fitv2, job_config, 
     end = wait("the watchdog", lambda: end_of(config.run, 1))
     reach(config.run, 0, 2)
     fitv2("stop", config.run)
-    said = "rank 1 on node2 has not been heard of for"
+    said = "rank 1 on node2 has not been heard from for"
     assert end["code"] == 75 and end["reason"].startswith(said), story(config.run)
     wait_for_the_end(slurm)
     first, second = jobs(Run.open(config.run))

@@ -14,23 +14,30 @@ from data_sharding.storage.s3_store import S3Store
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
 from fitv2_scale.checkpoint.cleanup import leftovers, remove
 from fitv2_scale.checkpoint.commit import verify_commit
+from fitv2_scale.checkpoint.restore import restore
 from fitv2_scale.config.sections import CheckpointConfig
 from fitv2_scale.parallel.boxes import Box, LogicalTensor
 from fitv2_scale.parallel.world import World, join
 from fitv2_scale.run.log import RunLog
-from fitv2_scale.run.run import Run
+from fitv2_scale.run.run import Attempt, Run
 
 CURSOR = Cursor("plan", 0, [[0, 1, [1]]], [0], 0, [0])
 
 
 class State:
-    """What ``Checkpointer`` wants of an engine. Rows of each tensor are split over the ranks, unevenly."""
+    """What ``Checkpointer`` needs of an engine. Rows of each tensor are split over the ranks, unevenly."""
 
     def __init__(self, step: int, world: World, rows: int = 50) -> None:
         self.shapes = {"param/w": (rows, 1200), "param/b": (7,), "exp_avg/b": (7,), "exp_avg_sq/b": (7,), "ema/b": (7,)}
         self.step = step
         self._world = world
         self.tensors = {name: self._mine(tensor).clone() for name, tensor in self.expected(step).items()}
+
+    def move_to(self, step: int) -> None:
+        """Becomes the state of ``step``, in the same memory."""
+        self.step = step
+        for name, tensor in self.expected(step).items():
+            self.tensors[name].copy_(self._mine(tensor))
 
     def expected(self, step: int) -> dict[str, torch.Tensor]:
         rng = torch.Generator().manual_seed(step)
@@ -75,12 +82,17 @@ def opened(env: dict[str, str], url: str, policy: RetryPolicy | None = None) -> 
         yield world, run
 
 
-def saver(world: World, run: Run, kind: type[State] = State, **config) -> Callable[..., str | None]:
+def saver(world: World, run: Run, kind: type[State] = State, rows: int = 50, **config) -> Callable[[int], str | None]:
     """``save(step)`` of a new attempt, for states of class ``kind``."""
-    attempt = run.claim({}) if world.is_first else None
-    number = world.broadcast(attempt.number if attempt else None)
-    checkpoints = Checkpointer(run, attempt, number, world, CheckpointConfig(**config))
-    return lambda step, **size: checkpoints.save(kind(step, world, **size), step, CURSOR)
+    attempt = Attempt(world.run_on_rank0(lambda: run.claim({}).number), run)
+    state = kind(0, world, rows)
+    checkpoints = Checkpointer(state, attempt, world, CheckpointConfig(**config))
+
+    def save(step: int) -> str | None:
+        state.move_to(step)
+        return checkpoints.save(step, CURSOR)
+
+    return save
 
 
 def recover(env: dict[str, str], *urls: str, rows: int = 50) -> list[dict]:
@@ -90,13 +102,13 @@ def recover(env: dict[str, str], *urls: str, rows: int = 50) -> list[dict]:
 
 def _recover(env: dict[str, str], url: str, rows: int) -> dict:
     with opened(env, url) as (world, run):
-        save = saver(world, run)
+        save = saver(world, run, rows=rows)
         state = State(-1, world, rows)
         problems = {e.fields["step"]: verify_commit(run, e) for e in run.log.commits()}
-        restored = Checkpointer(run, None, 0, world).restore(state, run)
+        restored = restore(state, run, world)
         assert restored is not None, "nothing was restored"
         assert state.is_whole(restored.step), "what was restored is not what was saved"
-        assert save(1000, rows=rows) is None
+        assert save(1000) is None
         remove(run, leftovers(run))
         committed = {e.fields["path"] for e in run.log.commits()}
         there = {"/".join(path.split("/")[:2]) for path in run.store.list("steps/")}

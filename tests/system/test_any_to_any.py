@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
+from fitv2_scale.checkpoint.restore import restore
 from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.schema import Config
 from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.world import World, join
-from fitv2_scale.run.run import Run
+from fitv2_scale.run.run import Attempt, Run
 from tests.support.checkpoint_state import CURSOR
 from tests.support.layout_grid import Cell, make_config, steps_of
 from tests.support.ranks import run_ranks
@@ -101,8 +102,8 @@ def save(where: Where, url: str) -> list[float]:
         engine.loaded()
         world.run_on_rank0(lambda: Run.open_or_create(url, {}, {}, None) and None)
         run = Run.open(url)
-        attempt = run.claim({}) if world.is_first else None
-        assert Checkpointer(run, attempt, 1, world).save(engine, DONE, CURSOR) is None
+        attempt = Attempt(world.run_on_rank0(lambda: run.claim({}).number), run)
+        assert Checkpointer(engine, attempt, world).save(DONE, CURSOR) is None
         return next_losses(engine, where, world)
 
 
@@ -112,7 +113,7 @@ def load(where: Where, url: str) -> tuple[list[str], dict[str, float], list[floa
         engine, run = engine_of(where, world), Run.open(url)
         for _, held, _ in parts(engine):
             held.fill_(float("nan"))  # what a load leaves out
-        restored = Checkpointer(run, None, 0, world).restore(engine, run)
+        restored = restore(engine, run, world)
         assert (restored.step, restored.cursor, restored.quarantined) == (DONE, CURSOR, [])
         wrong = [name for name, held, values in parts(engine) if not torch.equal(held, values)]
         return wrong, engine.scalars(), next_losses(engine, where, world)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from data_sharding.storage import s3_store
-from fitv2_scale.checkpoint.checkpointer import Checkpointer
+from fitv2_scale.checkpoint.restore import restore
 from fitv2_scale.run.log import StaleAttempt
 from fitv2_scale.run.run import Run
 from tests.support.checkpoint_state import State, opened, recover, saver
@@ -66,7 +66,7 @@ def save_for_ever(env, url: str) -> None:
         save, state = saver(world, run), State(-1, world)
         if commits := run.log.commits():
             newest = commits[-1].fields["step"]
-            restored = Checkpointer(run, None, 0, world).restore(state, run)
+            restored = restore(state, run, world)
             assert restored.step == newest and not restored.quarantined and state.is_whole(newest)
             state.step = newest
         for step in range(state.step + 1, 10**6):

@@ -37,12 +37,12 @@ def fill(folder: Path, leave: int) -> Path:
 
 def saves_on_a_full_disk(folder: str, leave: int) -> list:
     with opened({}, f"{folder}/run") as (world, run):
-        save, said = saver(world, run), []
-        said.append(save(1, rows=100))
+        save, said = saver(world, run, rows=100), []
+        said.append(save(1))
         ballast = world.run_on_rank0(lambda: fill(Path(folder), leave))
-        said += [save(2, rows=100), save(3, rows=100)]
+        said += [save(2), save(3)]
         world.run_on_rank0(ballast.unlink)
-        return [*said, save(4, rows=100)]
+        return [*said, save(4)]
 
 
 @pytest.mark.parametrize("leave", [0, 4096, 100_000, 400_000])
@@ -62,12 +62,12 @@ def train_on_a_full_disk(config, folder: str, full: tuple[int, int]) -> int:
 
     save = Session.save
 
-    def act(self, step, begin, last, totals):
-        if step in full and begin:
-            failed = self._settle()  # of the save before, which met the disk as it was
+    def act(self, step, start, last, accounting):
+        if step in full and start:
+            failed = self._finish_save()  # of the save before, which met the disk as it was
             self.world.run_on_rank0(lambda: fill(Path(folder), 0) and None if step == full[0] else ballast.unlink())
-            return save(self, step, begin, last, totals) or failed
-        return save(self, step, begin, last, totals)
+            return save(self, step, start, last, accounting) or failed
+        return save(self, step, start, last, accounting)
 
     ballast = Path(folder, "ballast")
     Session.save = act

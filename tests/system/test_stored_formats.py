@@ -54,7 +54,7 @@ class Counted(State):
 
 def commit_step_3(url: str) -> str | None:
     with opened({}, url) as (world, run):
-        return saver(world, run, Counted)(3, rows=5)
+        return saver(world, run, Counted, rows=5)(3)
 
 
 def test_the_bytes_of_a_commit_are_frozen(tmp_path):

@@ -8,8 +8,8 @@ from data_sharding.errors import DataError, UserError
 from data_sharding.format.codec import SD_VAE, Codec
 from data_sharding.format.codecs import codec_of, get_codec
 from data_sharding.format.manifest import Manifest
-from fitv2_scale.checkpoint.checkpointer import Checkpointer
-from fitv2_scale.checkpoint.init_from import Source, begin_with, is_weights
+from fitv2_scale.checkpoint.init_from import Source, is_weights, load_initial_weights
+from fitv2_scale.checkpoint.restore import restore
 from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.load import load_config, parse_config
 from fitv2_scale.config.schema import Config
@@ -80,7 +80,7 @@ def opened(
         config = load_config(config_file, overrides)
         config = config.model_copy(update={"layout": config.layout.model_copy(update={"compile": False})})
         engine, layout = _engine(config, world)
-        begin_with(Source.parse(source), engine, config.model, world)
+        load_initial_weights(Source.parse(source), engine, config.model, world)
         weights = Weights(source, None, config, engine, layout, world)
     else:
         if config_file is not None:
@@ -92,7 +92,7 @@ def opened(
         if logical_shapes(config.model) != logical_shapes(parse_config(tree, run.url).model):
             raise UserError(f"{source}: these overrides make another network than the run's; leave model.… out")
         engine, layout = _engine(config, world)
-        restored = Checkpointer(run, None, 0, world).restore(engine, run, step)
+        restored = restore(engine, run, world, step)
         if restored is None:
             raise UserError(f"{run.url} has no commit" + (" yet" if step is None else f" at step {step}"))
         weights = Weights(f"{run.url}@{restored.step}", restored.step, config, engine, layout, world)

@@ -1,4 +1,5 @@
-"""What a run has taken so far, carried from attempt to attempt in the manifests of its commits; and where time goes."""
+"""Where the time of an attempt goes, and what the whole run has taken: kept from attempt to attempt in the manifests of
+its commits, under ``accounting``."""
 
 import time
 from collections import Counter
@@ -7,55 +8,53 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-Aside = Literal["evaluation", "checkpoint"]
+OutsideSteps = Literal["evaluation", "checkpoint"]
 
 
 @dataclass(frozen=True)
-class Moment:
-    """Seconds of an attempt, on one rank: since it began, and those of them that were set aside."""
+class Elapsed:
+    """Seconds of an attempt, on one rank: all, and those among them that went to evaluation and to checkpoints."""
 
-    elapsed: float
+    total: float
     evaluation: float
     checkpoint: float
 
-    def since(self, other: "Moment") -> "Moment":
-        return Moment(
-            self.elapsed - other.elapsed, self.evaluation - other.evaluation, self.checkpoint - other.checkpoint
-        )
+    def since(self, other: "Elapsed") -> "Elapsed":
+        return Elapsed(self.total - other.total, self.evaluation - other.evaluation, self.checkpoint - other.checkpoint)
 
     @property
     def steps(self) -> float:
-        """Seconds that were not set aside."""
-        return self.elapsed - self.evaluation - self.checkpoint
+        """Seconds that went to steps, waiting for data included."""
+        return self.total - self.evaluation - self.checkpoint
 
 
-class Times:
-    """The clock of an attempt, on this rank; it begins when this is made."""
+class AttemptClock:
+    """The clock of an attempt, on this rank; it starts when it is made."""
 
     def __init__(self) -> None:
-        self._began, self._aside = time.perf_counter(), Counter()
+        self._began, self._outside = time.perf_counter(), Counter()
 
-    def now(self) -> Moment:
-        return Moment(time.perf_counter() - self._began, self._aside["evaluation"], self._aside["checkpoint"])
+    def now(self) -> Elapsed:
+        return Elapsed(time.perf_counter() - self._began, self._outside["evaluation"], self._outside["checkpoint"])
 
     @contextmanager
-    def aside(self, what: Aside) -> Iterator[None]:
-        """What happens inside is no part of a step."""
+    def outside_steps(self, what: OutsideSteps) -> Iterator[None]:
+        """The time inside is counted as ``what``, not as part of a step."""
         began = time.perf_counter()
         try:
             yield
         finally:
-            self._aside[what] += time.perf_counter() - began
+            self._outside[what] += time.perf_counter() - began
 
 
 @dataclass(frozen=True)
-class Totals:
-    """Sums over the steps that a commit keeps: what was done after it and lost is not in them.
+class Accounting:
+    """Sums over the steps that a commit keeps: steps after it that were lost are not counted.
 
     ``tokens`` and ``flops`` (forward and backward of the images, without padding and recomputation) are exact, on any
-    number of ranks. ``device_seconds`` is the attempts' time, each times its processes, ``step_seconds`` that in which
-    they stepped, ``evaluation_seconds`` that of validation and pictures. A fork takes over its parent's tokens, FLOPs
-    and device seconds.
+    number of ranks. ``device_seconds`` is the time of all attempts, each multiplied by its processes, ``step_seconds``
+    the part that went to steps, ``evaluation_seconds`` that of validation and pictures. A fork inherits its parent's
+    tokens, FLOPs and device seconds.
     """
 
     tokens: int = 0
@@ -65,10 +64,11 @@ class Totals:
     evaluation_seconds: float = 0.0
 
     @classmethod
-    def of(cls, accounting: dict[str, float], fork: bool = False) -> "Totals":
-        """From the manifest of a commit; of one that has none, all are 0."""
-        kept = {k: v for k, v in accounting.items() if not (fork and k in ("step_seconds", "evaluation_seconds"))}
+    def of(cls, recorded: dict[str, float], fork: bool = False) -> "Accounting":
+        """From the manifest of a commit; all are 0 if it has none."""
+        kept = {k: v for k, v in recorded.items() if not (fork and k in ("step_seconds", "evaluation_seconds"))}
         return cls(**kept)
 
-    def accounting(self) -> dict[str, float]:
+    def record(self) -> dict[str, float]:
+        """As a manifest holds it."""
         return asdict(self)

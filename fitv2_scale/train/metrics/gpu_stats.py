@@ -1,4 +1,4 @@
-"""What the devices of all ranks are busy with: peak memory, and utilisation as NVML tells it. Nothing without CUDA."""
+"""GPU statistics of all ranks: peak memory, and utilisation as NVML reports it. Nothing without CUDA."""
 
 import logging
 import math
@@ -8,13 +8,13 @@ import torch
 
 from fitv2_scale.parallel.world import World
 
-_NODES_EVERY = 10  # reports: a value a node in each of them would be most of what is journalled
+_NODES_EVERY = 10  # reports: values of each node in all of them would be most of the journal
 
 log = logging.getLogger(__name__)
 
 
-class DeviceUse:
-    """Made by all ranks together. A report is a sum over the ranks of what ``mine`` gives."""
+class GpuStats:
+    """Made by all ranks together. ``metrics`` takes the sum over the ranks of what ``local_values`` gives."""
 
     def __init__(self, world: World):
         self._world, self._on_cuda = world, world.device.type == "cuda"
@@ -22,9 +22,9 @@ class DeviceUse:
         self._node = [sorted(set(names), key=names.index).index(name) for name in names]
         self._reports = 0
 
-    def mine(self) -> np.ndarray:
+    def local_values(self) -> np.ndarray:
         """float64 (2 * ranks,) of which this rank fills its own two: peak memory in GiB since the last call, and
-        utilisation in percent, NaN if it cannot be had. Empty without CUDA."""
+        utilisation in percent, NaN if it cannot be read. Empty without CUDA."""
         if not self._on_cuda:
             return np.zeros(0)
         values, device = np.zeros((2, self._world.size)), self._world.device
@@ -37,10 +37,10 @@ class DeviceUse:
             return {}
         memory, busy = summed.reshape(2, -1)
         self._reports += 1
-        return over_nodes(memory, busy, self._node if self._reports % _NODES_EVERY == 1 else [])
+        return by_node(memory, busy, self._node if self._reports % _NODES_EVERY == 1 else [])
 
 
-def over_nodes(memory: np.ndarray, busy: np.ndarray, node: list[int]) -> dict[str, float]:
+def by_node(memory: np.ndarray, busy: np.ndarray, node: list[int]) -> dict[str, float]:
     """The most memory and the mean utilisation of all ranks, and of each node if there are several.
 
     ``node`` is the number of each rank's node, or empty. {"gpu_memory_gib": 61.2, "gpu_utilisation": 97.0,
@@ -55,6 +55,6 @@ def over_nodes(memory: np.ndarray, busy: np.ndarray, node: list[int]) -> dict[st
 def _utilisation(device: torch.device) -> float:
     try:
         return float(torch.cuda.utilization(device))
-    except Exception as error:  # no NVML, or one that refuses: no reason for a run to end
-        log.debug("the utilisation of %s cannot be had: %s", device, error)
+    except Exception as error:  # no NVML, or one that refuses: no reason to end a run
+        log.debug("the utilisation of %s cannot be read: %s", device, error)
         return math.nan

@@ -1,4 +1,4 @@
-"""What a run reports about itself: numbers over a window of steps, for the journal and the progress bar."""
+"""The metrics of a run by name: numbers over a window of steps, for the journal and the progress bar."""
 
 import math
 import time
@@ -11,25 +11,25 @@ import torch
 from data_sharding.stream.batch import StepBatch
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.model.counts import forward_flops
-from fitv2_scale.model.loss_groups import NAMES, by_group
+from fitv2_scale.model.loss_groups import GROUPS, loss_by_group
 from fitv2_scale.parallel.world import World
-from fitv2_scale.train.metrics.accounting import Moment, Times, Totals
-from fitv2_scale.train.metrics.gpu_stats import DeviceUse
+from fitv2_scale.train.metrics.accounting import Accounting, AttemptClock, Elapsed
+from fitv2_scale.train.metrics.gpu_stats import GpuStats
 from fitv2_scale.train.metrics.loss_spikes import SpikeDetector
 
 _PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}  # dense bf16, of the SXM boards; from the data sheets
 
-_NOTICEABLE = 1e-3  # seconds a window
+_NOTICEABLE = 1e-3  # seconds in a window; a shorter stall is not reported
 
 
 @dataclass(frozen=True)
 class StepNumbers:
-    """What came out of a step, on the host, and when it was done."""
+    """The results of a step, on the host, and when it ended."""
 
-    sums: np.ndarray  # this rank's share of the loss, by group (see ``breakdown.tally``): shares of all add up
+    sums: np.ndarray  # this rank's part of the loss by group (see ``loss_groups.group_sums``); adds up over the ranks
     norm: float  # of the gradient, the same on all ranks
     skipped: bool  # the same on all ranks
-    ended: Moment
+    ended: Elapsed
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Spike:
 class _Window:
     """Sums over the steps since the last report."""
 
-    began: Moment
+    began: Elapsed
     steps: list[int] = field(default_factory=list)
     numbers: list[StepNumbers] = field(default_factory=list)
     images: int = 0
@@ -59,11 +59,11 @@ class _Window:
 
 
 class Meter:
-    """Fed by every rank with each step; made by all together, and ``report`` is a collective.
+    """Every rank updates it with each step. All ranks make it together, and ``report`` is a collective.
 
-    ``totals`` is what the run had taken before this attempt, ``times`` the attempt's own, ``created`` when the run
-    began, in ISO 8601. ``loss_counts`` is false on ranks that repeat another's share of the loss. ``spike_sigma`` 0
-    looks for no spikes.
+    ``before`` is what the run had taken before this attempt, ``created`` when the run was made, in ISO 8601.
+    ``loss_counts`` is false on ranks whose part of the loss repeats that of another rank of their tensor group.
+    ``spike_sigma`` 0: spikes are not looked for.
     """
 
     def __init__(
@@ -71,8 +71,8 @@ class Meter:
         world: World,
         model: ModelConfig,
         max_seqlen: int,
-        totals: Totals,
-        times: Times,
+        before: Accounting,
+        clock: AttemptClock,
         *,
         created: str,
         peak_tflops: float | None,
@@ -81,12 +81,12 @@ class Meter:
     ):
         self._world, self._loss_counts = world, loss_counts
         self._flops = np.array([0] + [3 * forward_flops(model, n) for n in range(1, max_seqlen + 1)])
-        self._before, self._totals, self._times = totals, totals, times
+        self._before, self._accounting, self._clock = before, before, clock
         self._created = datetime.fromisoformat(created).timestamp()
-        self._devices = DeviceUse(world)
+        self._gpus = GpuStats(world)
         self._peak = peak_tflops or known_peak(world.device)
         self._spikes = SpikeDetector(spike_sigma) if spike_sigma else None
-        self._window = _Window(times.now())
+        self._window = _Window(clock.now())
 
     @property
     def steps(self) -> int:
@@ -106,12 +106,12 @@ class Meter:
         w.data_wait += data_wait
 
     def report(self) -> tuple[dict[str, float], list[Spike]]:
-        """The window's metrics and spikes, the same on all ranks but for times; begins a new window.
+        """The window's metrics and spikes, the same on all ranks except for times; starts a new window.
 
-        Loss and norm are over the steps that were not skipped, NaN if there is none.
+        Loss and norm are averages over the steps that were not skipped, NaN if there is none.
         """
         w, steps = self._window, len(self._window.steps)
-        losses, sums, devices = self._summed(w)
+        losses, sums, gpus = self._summed(w)
         counted = list(losses.values()) or [math.nan]
         norms = [n.norm for n in w.numbers if not n.skipped] or [math.nan]
         took = w.numbers[-1].ended.since(w.began)
@@ -120,7 +120,7 @@ class Meter:
             "loss": sum(counted) / len(counted),
             "loss_min": min(counted),
             "loss_max": max(counted),
-            **by_group(sums),
+            **loss_by_group(sums),
             "grad_norm": sum(norms) / len(norms),
             "images_per_second": w.images / seconds,
             "tokens_per_second": w.tokens / seconds,
@@ -129,56 +129,56 @@ class Meter:
             "data_wait_share": w.data_wait / seconds,
             "skipped_steps": float(steps - len(losses)),
             "substituted_images": float(w.substituted),
-            **self._devices.metrics(devices),
+            **self._gpus.metrics(gpus),
         }
         if self._peak:
             metrics["mfu"] = w.flops / seconds / (self._peak * 1e12 * self._world.size)
         spikes = self._find_spikes(losses)
         if self._spikes:
             metrics["loss_spikes"] = float(len(spikes))
-        self._totals = replace(
-            self._totals,
-            tokens=self._totals.tokens + w.tokens,
-            flops=self._totals.flops + w.flops,
-            step_seconds=self._totals.step_seconds + seconds - w.data_wait,
+        self._accounting = replace(
+            self._accounting,
+            tokens=self._accounting.tokens + w.tokens,
+            flops=self._accounting.flops + w.flops,
+            step_seconds=self._accounting.step_seconds + seconds - w.data_wait,
         )
-        metrics |= self._since_the_beginning(took)
+        metrics |= self._run_metrics(took)
         self._window = _Window(w.numbers[-1].ended)
         return metrics, spikes
 
-    def totals(self) -> Totals:
-        """Of the run up to the last report, and its time up to now."""
-        now = self._times.now()
+    def accounting(self) -> Accounting:
+        """Of the run: steps up to the last report, time up to now."""
+        now = self._clock.now()
         return replace(
-            self._totals,
-            device_seconds=self._before.device_seconds + now.elapsed * self._world.size,
+            self._accounting,
+            device_seconds=self._before.device_seconds + now.total * self._world.size,
             evaluation_seconds=self._before.evaluation_seconds + now.evaluation,
         )
 
     def _summed(self, w: _Window) -> tuple[dict[int, float], np.ndarray, np.ndarray]:
-        """Over the ranks: the loss of each step that counts, by step; sums by group; what devices do."""
+        """Over the ranks: the loss of each step that was not skipped, by step; the sums by group; GPU statistics."""
         sums = np.stack([n.sums for n in w.numbers])  # (steps, 2, groups)
         kept = np.array([not n.skipped for n in w.numbers])
         mine = np.concatenate((sums[:, 0, 0], sums[kept].sum(0).flatten()))
         if not self._loss_counts:
             mine = np.zeros_like(mine)  # and not NaN, whatever this rank has seen
-        parts = [len(sums), len(sums) + 2 * len(NAMES)]
-        summed = self._world.all_reduce_sum(torch.from_numpy(np.concatenate((mine, self._devices.mine())))).numpy()
-        by_step, groups, devices = np.split(summed, parts)
+        parts = [len(sums), len(sums) + 2 * len(GROUPS)]
+        summed = self._world.all_reduce_sum(torch.from_numpy(np.concatenate((mine, self._gpus.local_values())))).numpy()
+        by_step, groups, gpus = np.split(summed, parts)
         losses = {step: x for step, x, counts in zip(w.steps, by_step.tolist(), kept.tolist(), strict=True) if counts}
-        return losses, groups.reshape(2, -1), devices
+        return losses, groups.reshape(2, -1), gpus
 
-    def _since_the_beginning(self, window: Moment) -> dict[str, float]:
-        """Sums over the run; and what was set aside in the window, if anything was."""
-        totals, age = self.totals(), time.time() - self._created
+    def _run_metrics(self, window: Elapsed) -> dict[str, float]:
+        """Sums over the run; and the seconds of the window that went to something other than steps, if any did."""
+        run, age = self.accounting(), time.time() - self._created
         found = {
-            "tokens": float(totals.tokens),
-            "flops": float(totals.flops),
-            "gpu_hours": totals.device_seconds / 3600,
-            "goodput": totals.step_seconds / age,
+            "tokens": float(run.tokens),
+            "flops": float(run.flops),
+            "gpu_hours": run.device_seconds / 3600,
+            "goodput": run.step_seconds / age,
         }
         if window.evaluation:
-            found |= {"evaluation_seconds": window.evaluation, "goodput_evaluation": totals.evaluation_seconds / age}
+            found |= {"evaluation_seconds": window.evaluation, "goodput_evaluation": run.evaluation_seconds / age}
         if window.checkpoint > _NOTICEABLE:
             found["checkpoint_stall_seconds"] = window.checkpoint
         return found

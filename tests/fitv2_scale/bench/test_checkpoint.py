@@ -15,6 +15,7 @@ from fitv2_scale.bench.checkpoint_report import to_text
 from fitv2_scale.bench.reshard import lay_out_anew
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
 from fitv2_scale.checkpoint.commit import verify_commit
+from fitv2_scale.checkpoint.restore import restore
 from fitv2_scale.checkpoint.staging import Staging
 from fitv2_scale.cli.__main__ import main
 from fitv2_scale.config.load import load_config
@@ -31,7 +32,7 @@ def measure(folder: str, saves: int, copy: float = 0.0) -> dict | None:
     asked = threading.Event()
     Staging.mark = preceded(Staging.mark, asked.clear)
     Staging.wait = preceded(Staging.wait, asked.set)
-    Checkpointer.settle = preceded(Checkpointer.settle, asked.set)
+    Checkpointer.finish_save = preceded(Checkpointer.finish_save, asked.set)
     Staging.copy = preceded(Staging.copy, lambda: asked.wait() and time.sleep(copy))
     return checkpoint.measure(load_config("configs/demo.yaml", BENCHED), saves, folder)
 
@@ -79,7 +80,7 @@ def relaid(url: str, ranks: int) -> None:
         (entry,) = other.log.commits()
         assert verify_commit(other, entry) == []
         state = State(-1, world)
-        assert Checkpointer(other, None, 0, world).restore(state, other).step == 3 and state.is_whole(3)
+        assert restore(state, other, world).step == 3 and state.is_whole(3)
         assert len(list(Path(url, "other", entry.fields["path"]).glob("*.safetensors"))) == ranks
 
 

@@ -68,10 +68,10 @@ def train_slowly(config) -> tuple[int, int, int]:
 
 
 def train_blocking(config) -> int:
-    """Trains with each save settled before anything else is done, and of what the engine says it holds at that time."""
+    """Trains with each save finished before anything else is done, and of what the engine holds at that time."""
     save = Session.save
-    Session.save = lambda self, step, begin, last, totals: save(self, step, begin, last or begin, totals)
-    checkpointer.Checkpointer._live = lambda self, engine: engine.boxes()
+    Session.save = lambda self, step, start, last, accounting: save(self, step, start, last or start, accounting)
+    checkpointer.Checkpointer._live = property(lambda self: self._engine.boxes())
     return train(config)
 
 

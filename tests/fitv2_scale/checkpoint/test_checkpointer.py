@@ -14,6 +14,7 @@ from data_sharding.errors import UserError
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
 from fitv2_scale.checkpoint.checksums import CHUNK
 from fitv2_scale.checkpoint.commit import verify_commit
+from fitv2_scale.checkpoint.restore import restore
 from fitv2_scale.model.counts import logical_shapes
 from fitv2_scale.parallel.world import World
 from fitv2_scale.run.run import Run
@@ -77,18 +78,18 @@ def damages(data: bytes) -> Iterator[bytes | None]:
 def restore_damaged(url: str) -> list[str]:
     """Restores after each damage to each file of the commit at step 2; returns the files."""
     with opened({}, url) as (world, run):
-        state, checkpoints = State(-1, world), Checkpointer(run, None, 0, world)
+        state = State(-1, world)
         paths = run.store.list(f"{run.log.commits()[-1].fields['path']}/")
         for file in (Path(run.store.path(path)) for path in paths):
             whole = file.read_bytes()
             for data in damages(whole):
                 file.unlink() if data is None else file.write_bytes(data)
-                restored = checkpoints.restore(state, run)
+                restored = restore(state, run, world)
                 assert restored.step == 1 and state.is_whole(1), file.name
                 (said,) = restored.quarantined
                 assert "commit at step 2 is not whole" in said and file.name in said
                 file.write_bytes(whole)
-        assert checkpoints.restore(state, run).step == 2 and state.is_whole(2)  # nothing was lost
+        assert restore(state, run, world).step == 2 and state.is_whole(2)  # nothing was lost
         return [Path(path).name for path in paths]
 
 
@@ -166,17 +167,17 @@ class Large(State):
 
 
 def save_and_load(url: str) -> tuple[int, int, int]:
-    """Growth by what a save needs beforehand, by the save, and by a load."""
+    """Growth by what saves need, by a save, and by a load."""
     with opened({}, url) as (world, run):
-        state, checkpoints = Large(1, world), Checkpointer(run, run.claim({}), 1, world)
-        prepared = peak_growth(lambda: checkpoints.prepare(state))
-        saved = peak_growth(lambda: checkpoints.save(state, 1, CURSOR))
-        loaded = peak_growth(lambda: checkpoints.restore(state, run))
+        state, attempt, made = Large(1, world), run.claim({}), []
+        allocated = peak_growth(lambda: made.append(Checkpointer(state, attempt, world)))
+        saved = peak_growth(lambda: made[0].save(1, CURSOR))
+        loaded = peak_growth(lambda: restore(state, run, world))
         assert state.is_whole(1)
-        return prepared, saved, loaded
+        return allocated, saved, loaded
 
 
 def test_memory_that_a_save_and_a_load_take(tmp_path):
     """Of a state of 269 MB: a save, one buffer of its size; a load, the rooms into which chunks are fetched ahead."""
-    ((prepared, saved, loaded),) = run_ranks(1, save_and_load, str(tmp_path / "run"))
-    assert prepared < 1.05 * 269e6 and saved < 40e6 and loaded < 7 * CHUNK, (prepared, saved, loaded)
+    ((allocated, saved, loaded),) = run_ranks(1, save_and_load, str(tmp_path / "run"))
+    assert allocated < 1.05 * 269e6 and saved < 40e6 and loaded < 7 * CHUNK, (allocated, saved, loaded)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fitv2_scale.checkpoint.policy import Cadence, to_retire
+from fitv2_scale.checkpoint.policy import SaveSchedule, to_retire
 from fitv2_scale.config.sections import CheckpointConfig
 from fitv2_scale.run.log import LogEntry
 
@@ -53,18 +53,18 @@ def test_fewer_than_two_cannot_be_asked_for():
 def due_steps(config: CheckpointConfig, paces: list[float], start: int = 0, ranks: int = 1) -> list[int]:
     """The steps after which a run commits whose steps take ``paces`` seconds; each rank's own clock is off."""
     now, shared = [0.0], []
-    own = [Cadence(config, start, lambda value: shared[-1], lambda r=r: now[0] + 1e4 * r) for r in range(ranks)]
-    own[0]._share = lambda value: shared.append(value) or value
+    own = [SaveSchedule(config, start, lambda value: shared[-1], lambda r=r: now[0] + 1e4 * r) for r in range(ranks)]
+    own[0]._broadcast = lambda value: shared.append(value) or value
     found = []
     for step, seconds in enumerate(paces, start + 1):
         now[0] += seconds
-        said = {cadence.due(step) for cadence in own}
+        said = {schedule.due(step) for schedule in own}
         assert len(said) == 1, "the ranks disagree"
         if said.pop():
             found.append(step)
             now[0] += 3
-            for cadence in own:
-                cadence.saved(step)
+            for schedule in own:
+                schedule.saved(step)
     due_steps.asked = len(shared)
     return found
 

@@ -7,7 +7,7 @@ import pytest
 
 from data_sharding.storage import s3_store
 from data_sharding.storage.retry import RetryPolicy
-from fitv2_scale.checkpoint.checkpointer import Checkpointer
+from fitv2_scale.checkpoint.restore import restore
 from fitv2_scale.run.run import Run
 from tests.services.faultproxy import FaultProxy, Rule
 from tests.services.rgw import environment
@@ -51,10 +51,10 @@ def three_saves(env, url: str, deadline: float) -> list[str | None]:
     """Saves steps 1, 2, 3, from two ranks, in several parts each; then restores."""
     s3_store.PART = PART
     with opened(env, url, RetryPolicy(deadline, attempt=3)) as (world, run):
-        save = saver(world, run, keep_last=3)
-        said = [save(step, rows=ROWS) for step in (1, 2, 3)]
+        save = saver(world, run, rows=ROWS, keep_last=3)
+        said = [save(step) for step in (1, 2, 3)]
         state = State(-1, world, ROWS)
-        restored = Checkpointer(run, None, 0, world).restore(state, run)
+        restored = restore(state, run, world)
         assert restored.step == 3 and not restored.quarantined and state.is_whole(3)
         return said
 

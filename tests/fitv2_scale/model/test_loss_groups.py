@@ -11,7 +11,7 @@ from data_sharding.plan.pack_layout import PackShape, lay_out
 from data_sharding.write.images import write_dataset
 from fitv2_scale.data import Data
 from fitv2_scale.model.flow import FlowLosses
-from fitv2_scale.model.loss_groups import NAMES, by_group, tally
+from fitv2_scale.model.loss_groups import GROUPS, group_sums, loss_by_group
 from fitv2_scale.model.packed_batch import PackedBatch
 from fitv2_scale.model.to_torch import packing_to_torch
 from fitv2_scale.train.loop import DONE, train
@@ -43,19 +43,19 @@ def test_a_pack_is_divided_by_time_and_by_length(images):
         weight_I[i], t_I[i], loss_I[i] = 1 / 8, t, loss
     zeros = torch.zeros(shape.images, dtype=torch.int64)
     batch = PackedBatch(torch.zeros(0), packing_to_torch(layout), zeros, weight_I, zeros, zeros)
-    sums = dict(zip(NAMES, tally(FlowLosses(loss_I, t_I), batch).double().T.tolist(), strict=True))
-    expected = {name: [0.0, 0.0] for name in NAMES}
+    sums = dict(zip(GROUPS, group_sums(FlowLosses(loss_I, t_I), batch).double().T.tolist(), strict=True))
+    expected = {name: [0.0, 0.0] for name in GROUPS}
     for t, tokens, loss in images:
         for name in ("loss", *group_of(t, tokens)):
             expected[name] = [expected[name][0] + loss / 8, expected[name][1] + 1 / 8]
-    for name in NAMES:
+    for name in GROUPS:
         assert sums[name] == pytest.approx(expected[name], rel=1e-6), name
 
 
 def test_a_group_without_images_has_no_loss():
-    sums = np.zeros((2, len(NAMES)))
+    sums = np.zeros((2, len(GROUPS)))
     sums[:, 0], sums[:, 2], sums[:, 3] = (2.0, 4.0), (0.5, 1.0), (1.5, 3.0)
-    assert by_group(sums) == {"loss_t1": 0.5, "loss_t2": 0.5}
+    assert loss_by_group(sums) == {"loss_t1": 0.5, "loss_t2": 0.5}
 
 
 def test_groups_make_up_the_loss(tiny):

@@ -195,8 +195,8 @@ def steps_without_waiting(config) -> int:
     with join() as world:
         layout = Layout.of(world.size, config.layout.replicate, config.layout.tensor)
         data = Data.open(config, layout.nodes(world.hosts()))
-        run, number = claim(config, data.plan, None, world)
-        s = open_session(config, world, layout, data, run, number, None)
+        attempt = claim(config, data.plan, None, world)
+        s = open_session(config, world, layout, data, attempt, None)
         with s.open_loader() as loader:
             for batch in islice(loader, 3):
                 train_step(s.engine, batch, config, world.device, s.wait_for_staging)

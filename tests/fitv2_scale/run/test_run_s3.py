@@ -266,5 +266,5 @@ def three_commits(env, url: str) -> None:
     from tests.support.checkpoint_state import opened, saver
 
     with opened(env, url) as (world, run):
-        save = saver(world, run)
-        assert [save(step, rows=3) for step in (1, 2, 3)] == [None] * 3
+        save = saver(world, run, rows=3)
+        assert [save(step) for step in (1, 2, 3)] == [None] * 3

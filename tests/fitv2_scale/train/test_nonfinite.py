@@ -13,7 +13,7 @@ import torch.distributed as dist
 import fitv2_scale.train.loop as module
 import fitv2_scale.train.step as step_module
 from fitv2_scale.model.flow import FlowLosses
-from fitv2_scale.model.loss_groups import NAMES
+from fitv2_scale.model.loss_groups import GROUPS
 from fitv2_scale.parallel.engine import StepResult
 from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
@@ -57,7 +57,7 @@ def left_out(train_step: Callable, steps: set[int]) -> Callable:
     """``steps`` are not done at all."""
 
     def step(engine, batch, *rest):
-        nan, one = torch.full((2, len(NAMES)), math.nan), torch.tensor(1.0)
+        nan, one = torch.full((2, len(GROUPS)), math.nan), torch.tensor(1.0)
         return (nan, StepResult(nan[0, 0], one)) if batch.step in steps else train_step(engine, batch, *rest)
 
     return step

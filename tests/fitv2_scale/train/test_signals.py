@@ -42,12 +42,13 @@ def train_until_told(config, moment: str, number: int, rank: int) -> int:
 def tell_in_the_middle(moment: str, number: int, told: Path) -> None:
     import fitv2_scale.checkpoint.checkpointer as checkpointer
     import fitv2_scale.train.in_loop_eval as evaluation
+    import fitv2_scale.train.setup as setup
     import fitv2_scale.train.step as step
-    from fitv2_scale.train.coordination import Agreement
+    from fitv2_scale.train.coordination import Coordination
 
     place, name = {
-        "loading": (checkpointer.Checkpointer, "restore"),
-        "first batch": (Agreement, "_load"),
+        "loading": (setup, "restore"),
+        "first batch": (Coordination, "_load"),
         "a step": (step, "poison_if_not_finite"),
         "evaluation": (evaluation, "sample"),
         "a save": (checkpointer, "write_commit"),

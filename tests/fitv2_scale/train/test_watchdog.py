@@ -11,43 +11,43 @@ import pytest
 from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
 from fitv2_scale.train.loop import train
-from fitv2_scale.train.watchdog import Beat, blame
+from fitv2_scale.train.watchdog import Beat, find_hung
 from tests.support.ranks import Ranks
 from tests.support.run_history import reach
 from tests.support.tiny_runs import make_tiny
 
 LIMITS = {"step": 8.0, "compile": 30.0, "load": 60.0, "save": 60.0}  # all shorter than a test waits
-STRICT = {f"watchdog__{section}_seconds": seconds for section, seconds in LIMITS.items()}
+STRICT = {f"watchdog__{phase}_seconds": seconds for phase, seconds in LIMITS.items()}
 STRICT |= {"train__steps": 100_000, "checkpoint__every_steps": 50_000}
 
 
-def beat(rank: int, section: str = "step", step: int = 7, patience: float = 30.0, where: str = "a.py:1") -> Beat:
-    return Beat(rank, f"n{rank}", section, step, 40.0, patience, where)
+def beat(rank: int, phase: str = "step", step: int = 7, patience: float = 30.0, where: str = "a.py:1") -> Beat:
+    return Beat(rank, f"n{rank}", phase, step, 40.0, patience, where)
 
 
 @pytest.mark.parametrize(
     "beats,unheard,guilty",
     [
         ([beat(0), beat(1), beat(2)], [0, 31, 1], [1]),  # silent
-        ([beat(0), beat(1, "save", patience=1800), beat(2)], [0, 31, 1], [1]),  # patient, but in another section
+        ([beat(0), beat(1, "save", patience=1800), beat(2)], [0, 31, 1], [1]),  # patient, but in another phase
         ([beat(0), beat(1, step=6), beat(2)], [0, 1, 1], [1]),  # behind
-        ([beat(0), beat(1, "data"), beat(2)], [0, 1, 1], [1]),  # in another section
+        ([beat(0), beat(1, "data"), beat(2)], [0, 1, 1], [1]),  # in another phase
         ([beat(0), beat(1, where="b.py:1"), beat(2)], [0, 1, 1], [1]),  # at another line
         ([beat(0), beat(1, where="b.py:1")], [0, 1], [0, 1]),  # which of two cannot be told
         ([beat(0, "save"), beat(1, "save")], [0, 1], [0, 1]),  # all wait for something outside
         ([beat(0, step=6), beat(1)], [0, 31], [1]),  # silence counts first
     ],
 )
-def test_who_is_to_blame(beats, unheard, guilty):
-    found = blame({b.rank: b for b in beats}, dict(enumerate(map(float, unheard))))
+def test_who_is_to_find_hung(beats, unheard, guilty):
+    found = find_hung({b.rank: b for b in beats}, dict(enumerate(map(float, unheard))))
     assert [h.rank for h in found] == guilty
 
 
 def test_what_is_said():
-    (hung,) = blame({0: beat(0), 1: beat(1)}, {0: 0.0, 1: 31.4})
-    assert str(hung) == "rank 1 on n1 has not been heard of for 31 s, at step 7, in a.py:1"
-    (hung,) = blame({0: beat(0), 1: beat(1, "data", 6)}, {0: 0.0, 1: 0.4})
-    assert str(hung) == "rank 1 on n1 has been in section data for 40 s, at step 6, in a.py:1"
+    (hung,) = find_hung({0: beat(0), 1: beat(1)}, {0: 0.0, 1: 31.4})
+    assert str(hung) == "rank 1 on n1 has not been heard from for 31 s, at step 7, in a.py:1"
+    (hung,) = find_hung({0: beat(0), 1: beat(1, "data", 6)}, {0: 0.0, 1: 0.4})
+    assert str(hung) == "rank 1 on n1 has been in phase data for 40 s, at step 6, in a.py:1"
 
 
 def end_of(run: str, seconds: float = 120) -> dict:
@@ -68,7 +68,7 @@ def test_a_stopped_rank_is_named(tiny, stopped):
         ranks.signal(stopped, signal.SIGSTOP)
         end = end_of(config.run)
         assert end["code"] == 75 and end["reason"].startswith(f"rank {stopped} on "), end
-        assert "has not been heard of" in end["reason"]
+        assert "has not been heard from" in end["reason"]
         (hung,) = json.loads(Path(config.run, "attempts/1/hung.json").read_text())
         assert (hung["rank"], hung["silent"]) == (stopped, True)
         stacks = sorted(p.name for p in Path(config.run, "attempts/1/logs").glob("*.stacks"))
@@ -110,13 +110,13 @@ def test_ranks_that_are_suspended_together_go_on(tiny):
 
 
 def test_a_rank_that_never_returns_from_a_step_is_named(dataset, tmp_path):
-    """It lives and is heard, and the others wait for it in the same section of the same step; but at another line."""
+    """It lives and is heard, and the others wait for it in the same phase of the same step; but at another line."""
     config = make_tiny(dataset, tmp_path, **STRICT)
     ranks = Ranks(3, train_to_a_standstill, config)
     try:
         end = end_of(config.run)
         assert end["code"] == 75 and end["reason"].startswith("rank 1 on "), end
-        assert "has been in section step" in end["reason"] and "at step 6, in loop.py:" in end["reason"]
+        assert "has been in phase step" in end["reason"] and "at step 6, in loop.py:" in end["reason"]
         assert "train_to_a_standstill" in Path(config.run, "attempts/1/logs/rank-00001.stacks").read_text()
     finally:
         ranks.kill()

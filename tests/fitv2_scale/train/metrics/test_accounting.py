@@ -10,7 +10,7 @@ from fitv2_scale.model.counts import forward_flops
 from fitv2_scale.run.run import Run
 from fitv2_scale.tracking.journal import read
 from fitv2_scale.train.loop import DONE, train
-from fitv2_scale.train.metrics.accounting import Times, Totals
+from fitv2_scale.train.metrics.accounting import Accounting, AttemptClock
 from tests.support.paused_training import train_paused
 from tests.support.ranks import Ranks, run_ranks
 from tests.support.run_history import metrics, reach
@@ -66,19 +66,19 @@ def test_a_fork_takes_over_what_its_weights_took_and_begins_its_own_time(tiny):
     parent, found = metrics(tiny("parent").run)[5], metrics(child.run)
     assert found[6]["tokens"] > parent["tokens"] > 0 and found[6]["gpu_hours"] > parent["gpu_hours"]
     kept = {"tokens": 7, "flops": 9, "device_seconds": 2.0, "step_seconds": 1.5, "evaluation_seconds": 0.5}
-    assert Totals.of(kept) == Totals(7, 9, 2.0, 1.5, 0.5)
-    assert Totals.of(kept, fork=True) == Totals(7, 9, 2.0)
-    assert Totals.of({}) == Totals()
+    assert Accounting.of(kept) == Accounting(7, 9, 2.0, 1.5, 0.5)
+    assert Accounting.of(kept, fork=True) == Accounting(7, 9, 2.0)
+    assert Accounting.of({}) == Accounting()
 
 
-def test_time_set_aside_is_told_apart():
-    times = Times()
-    with times.aside("evaluation"):
+def test_time_outside_steps_is_told_apart():
+    clock = AttemptClock()
+    with clock.outside_steps("evaluation"):
         time.sleep(0.02)
-    before = times.now()
-    with pytest.raises(OSError), times.aside("checkpoint"):
+    before = clock.now()
+    with pytest.raises(OSError), clock.outside_steps("checkpoint"):
         time.sleep(0.01)
         raise OSError
-    took = times.now().since(before)
+    took = clock.now().since(before)
     assert before.evaluation >= 0.02 and before.checkpoint == took.evaluation == 0
-    assert 0.01 <= took.checkpoint < took.elapsed and took.steps == took.elapsed - took.checkpoint
+    assert 0.01 <= took.checkpoint < took.total and took.steps == took.total - took.checkpoint

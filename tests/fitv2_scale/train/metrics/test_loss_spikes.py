@@ -8,7 +8,7 @@ from fitv2_scale.run.run import Run
 from fitv2_scale.tracking.journal import read
 from fitv2_scale.train.loop import DONE, train
 from fitv2_scale.train.metrics.loss_spikes import SpikeDetector
-from fitv2_scale.train.progress_bar import Progress
+from fitv2_scale.train.progress_bar import ProgressBar
 from tests.support.ranks import run_ranks
 
 SPIKE = 40  # counted from 0
@@ -64,7 +64,7 @@ def test_a_run_tells_of_its_spikes(tiny, sigma):
 
 
 def train_with_a_spike(config) -> tuple[int, list[str]]:
-    train_step, said, say = module.train_step, [], Progress.say
+    train_step, said, say = module.train_step, [], ProgressBar.say
 
     def step(engine, batch, *rest):
         loss, result = train_step(engine, batch, *rest)
@@ -74,5 +74,5 @@ def train_with_a_spike(config) -> tuple[int, list[str]]:
         said.append(text)
         say(progress, text)
 
-    module.train_step, Progress.say = step, listen
+    module.train_step, ProgressBar.say = step, listen
     return train(config), said

@@ -1,0 +1,63 @@
+"""Restoring a commit into an engine: the newest one that is whole.
+
+Walks the run's log backwards. A commit that is not whole is named, quarantined with the reason, and never deleted.
+"""
+
+from dataclasses import asdict, dataclass
+
+from data_sharding.errors import UserError
+from data_sharding.plan.plan import Cursor
+from fitv2_scale.checkpoint.checksums import Damaged
+from fitv2_scale.checkpoint.commit import MOMENTS, open_commit, quarantine, read_tensors
+from fitv2_scale.parallel.engine import Engine
+from fitv2_scale.parallel.world import World
+from fitv2_scale.run.log import LogEntry
+from fitv2_scale.run.run import Run
+
+
+@dataclass(frozen=True)
+class Restored:
+    step: int
+    cursor: Cursor | None  # None after an import of public weights
+    accounting: dict[str, float]  # as given to ``Checkpointer.start_save``; empty if nothing was
+    quarantined: list[str]  # a sentence for each newer commit that was passed over
+
+
+def restore(engine: Engine, run: Run, world: World, step: int | None = None) -> Restored | None:
+    """Fills ``engine``, on all ranks together, from the newest whole commit of ``run`` (or the one at ``step``).
+
+    Returns None if the run has no commit (at ``step``). Raises UserError if none of its commits is whole, or if they
+    are another network's.
+    """
+    found = world.run_on_rank0(lambda: [asdict(e) for e in reversed(run.log.commits())])
+    entries = [LogEntry(**e) for e in found if step is None or e["fields"]["step"] == step]
+    passed_over: list[str] = []
+    for entry in entries:
+        manifest, problem = world.run_on_rank0(lambda e=entry: open_commit(run, e))
+        problem = problem or _fill(engine, run, entry, manifest, world)
+        if problem is None:
+            cursor = Cursor(**manifest["cursor"]) if manifest["cursor"] else None
+            return Restored(manifest["step"], cursor, manifest.get("accounting", {}), passed_over)
+        passed_over.append(f"commit at step {entry.fields['step']} is not whole ({problem}); it was passed over")
+        world.run_on_rank0(lambda e=entry, p=problem: quarantine(run, e, p))
+    if entries:
+        raise UserError(f"{run.url}: no commit is whole: " + "; ".join(passed_over))
+    return None
+
+
+def _fill(engine: Engine, run: Run, entry: LogEntry, manifest: dict, world: World) -> str | None:
+    """Reads the commit into ``engine``; returns what is wrong with it, the same on all ranks."""
+    tensors, stored = engine.boxes(), manifest["tensors"].keys()
+    if not manifest["moments"]:  # imported weights: the optimizer starts from zero
+        tensors = {name: logical for name, logical in tensors.items() if not name.startswith(MOMENTS)}
+    missing = [name for name in tensors if name not in stored]
+    if missing:
+        raise UserError(f"{run.url}: the commit at step {manifest['step']} holds no {missing[0]}: not this network's")
+    try:
+        read_tensors(run, entry, manifest, tensors, world.cpu_group)
+    except Damaged as error:
+        return str(error)
+    if manifest["moments"]:
+        engine.load_scalars(manifest["scalars"])
+    engine.loaded()
+    return None

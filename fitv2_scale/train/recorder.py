@@ -1,0 +1,61 @@
+"""What rank 0 records of an attempt: metrics and pictures in the journal, and its pace for the launchers."""
+
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+from data_sharding.errors import StorageDown
+from fitv2_scale.run.run import Attempt
+from fitv2_scale.tracking.journal import Journal
+
+log = logging.getLogger(__name__)
+
+
+class Recorder(Protocol):
+    """All ranks call it alike."""
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """Records measurements of ``step``."""
+
+    def picture(self, step: int, make_png: Callable[[], bytes]) -> None:
+        """Stores a picture as samples/<step>.png. If the storage refuses it, that is logged and training continues."""
+
+    def seal(self) -> None:
+        """Makes everything recorded so far durable: to be called before each COMMIT (see ``Journal.seal``)."""
+
+    def pace(self, step_seconds: float, save_seconds: float) -> None:
+        """Records the longest step and the longest save (see ``Attempt.record_pace``)."""
+
+
+class NullRecorder:
+    """That of all ranks but the first: records nothing."""
+
+    def metrics(self, step: int, values: dict[str, float]) -> None: ...
+    def picture(self, step: int, make_png: Callable[[], bytes]) -> None: ...
+    def seal(self) -> None: ...
+    def pace(self, step_seconds: float, save_seconds: float) -> None: ...
+
+
+class RankZeroRecorder:
+    """``check_uploader`` is called with each record of metrics: it restarts the uploader if that has died."""
+
+    def __init__(self, attempt: Attempt, journal: Journal, check_uploader: Callable[[], None]):
+        self._attempt, self._journal, self._check_uploader = attempt, journal, check_uploader
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        self._journal.metrics(step, values)
+        self._check_uploader()
+
+    def picture(self, step: int, make_png: Callable[[], bytes]) -> None:
+        path, png = f"samples/{step:08d}.png", make_png()
+        try:
+            self._attempt.run.store.put(path, png)
+            self._journal.picture(step, path)
+        except (OSError, StorageDown) as error:
+            log.warning("the pictures of step %d could not be stored: %s", step, error)
+
+    def seal(self) -> None:
+        self._journal.seal()
+
+    def pace(self, step_seconds: float, save_seconds: float) -> None:
+        self._attempt.record_pace(step_seconds, save_seconds)
