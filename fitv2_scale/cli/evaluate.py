@@ -8,7 +8,7 @@ from data_sharding.errors import UserError
 from fitv2_scale.cli.common import class_numbers, make, new_file, show, whole
 
 if TYPE_CHECKING:  # torch is imported when there is something to do
-    from fitv2_scale.evaluate.evaluate import Evaluated, Means
+    from fitv2_scale.evaluate.evaluate import Evaluation, EvaluationOptions
     from fitv2_scale.evaluate.generated_features import Cell
     from fitv2_scale.evaluate.sampling.load_weights import Weights
 
@@ -56,9 +56,9 @@ def add(commands: Any) -> None:
 
 
 def evaluate_it(args: argparse.Namespace) -> int:
-    from fitv2_scale.evaluate.evaluate import Means, evaluate_weights, is_network
+    from fitv2_scale.evaluate.evaluate import EvaluationOptions, evaluate_weights, is_network
 
-    means = Means(
+    options = EvaluationOptions(
         network=args.network,
         network_sha256=args.network_sha256,
         reference=args.reference,
@@ -67,13 +67,13 @@ def evaluate_it(args: argparse.Namespace) -> int:
         keep_features=args.keep_features,
     )
     if not is_network(args.source):
-        return _pictures(args, means)
+        return _pictures(args, options)
     if args.save_statistics:
         raise UserError("--save-statistics needs images: make some with `fitv2 sample … --images N --folder DIR`")
     done = evaluate_weights(
         args.source,
         lambda weights: _cells(args, weights),
-        means,
+        options,
         config_file=args.config,
         overrides=args.overrides,
         out=args.out,
@@ -83,16 +83,16 @@ def evaluate_it(args: argparse.Namespace) -> int:
     return 0
 
 
-def _pictures(args: argparse.Namespace, means: "Means") -> int:
-    from fitv2_scale.evaluate.evaluate import evaluate_pictures
-    from fitv2_scale.evaluate.results import FIGURES
+def _pictures(args: argparse.Namespace, options: "EvaluationOptions") -> int:
+    from fitv2_scale.evaluate.evaluate import evaluate_images
+    from fitv2_scale.evaluate.results import METRICS
 
     if int(os.environ.get("RANK", 0)) > 0:
         return 0  # one process is enough
     if args.size and len(args.size) > 1:
         raise UserError("images are measured at one size: give one --size")
-    result = evaluate_pictures(args.source, args.size[0] if args.size else None, means, args.save_statistics)
-    figures = {name: result[name] for name in FIGURES if result.get(name) is not None}
+    result = evaluate_images(args.source, args.size[0] if args.size else None, options, args.save_statistics)
+    figures = {name: result[name] for name in METRICS if result.get(name) is not None}
     lines = [f"{args.source}: {result['images']:,} images" + (f" of {result['size']}" if result["size"] else "")]
     lines += [f"{name:>10} {value:.4f}" for name, value in figures.items()]
     lines += [f"{args.save_statistics}: statistics of these images"] if args.save_statistics else []
@@ -104,7 +104,7 @@ def _cells(args: argparse.Namespace, weights: "Weights") -> "list[Cell]":
     from fitv2_scale.config.load import with_changes
     from fitv2_scale.config.model import parse_size
     from fitv2_scale.evaluate.generated_features import Cell
-    from fitv2_scale.evaluate.sampling.sampler import rope_of
+    from fitv2_scale.evaluate.sampling.sampler import rope_for_size
     from fitv2_scale.evaluate.suites import load_suite
 
     suite = load_suite(args.suite) if args.suite else None
@@ -121,7 +121,7 @@ def _cells(args: argparse.Namespace, weights: "Weights") -> "list[Cell]":
         rows, columns = parse_size(size)
         for few in _few_steps(args.nfe, args.solver):
             sampling = with_changes(weights.config.sampling, cell | asked | few)
-            rope = rope_of(sampling, weights.config.model, rows, columns)  # "auto" is said as what it is here
+            rope = rope_for_size(sampling, weights.config.model, rows, columns)  # "auto" is said as what it is here
             sampling = with_changes(sampling, {"rope": rope.mode, "attention_scale": rope.attention_scale})
             cells.append(Cell(size, sampling, images, args.seed, tuple(labels)))
     return cells
@@ -140,7 +140,7 @@ def _few_steps(nfe: str | None, solver: str | None) -> list[dict]:
     return [{"solver": solver or "euler", "steps": int(count) // each} for count in counts]
 
 
-def _report(args: argparse.Namespace, done: "Evaluated") -> None:
+def _report(args: argparse.Namespace, done: "Evaluation") -> None:
     from fitv2_scale.evaluate.nfe_sweep import save_plot
     from fitv2_scale.evaluate.results import FOLDER
     from fitv2_scale.evaluate.suites import load_suite, results_table, suite_table

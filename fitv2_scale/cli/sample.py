@@ -60,7 +60,7 @@ def add(commands: Any) -> None:
 
 
 def sample_pictures(args: argparse.Namespace) -> int:
-    from fitv2_scale.evaluate.sampling.load_weights import opened
+    from fitv2_scale.evaluate.sampling.load_weights import open_weights
     from fitv2_scale.parallel.world import join
 
     make_them = _compare if args.compare else _many if args.images is not None else _grid
@@ -71,7 +71,7 @@ def sample_pictures(args: argparse.Namespace) -> int:
         raise UserError("--npz needs the number of images as --images N")
     if args.compare and args.images is not None:
         raise UserError("--compare makes a grid and --images makes single images: give one of the two")
-    with join() as world, opened(args.weights, world, args.config, args.overrides) as weights:
+    with join() as world, open_weights(args.weights, world, args.config, args.overrides) as weights:
         sampling = _sampling(args, weights.config.sampling)
         report, text = make_them(args, weights, sampling, sizes)
         if world.is_first:
@@ -101,14 +101,14 @@ def _grid(args: argparse.Namespace, weights: "Weights", sampling: "SamplingConfi
 
 
 def _many(args: argparse.Namespace, weights: "Weights", sampling: "SamplingConfig", sizes: list[str]) -> tuple:
-    from fitv2_scale.evaluate.sampling.png_folder import make_pictures, random_requests, write_npz
+    from fitv2_scale.evaluate.sampling.png_folder import fill_folder, random_requests, write_npz
 
     if args.npz and len(sizes) > 1:
         raise UserError("an .npz for ADM's evaluator holds images of one size: give one --size")
     labels = _labels(args, weights) if args.classes else list(range(weights.classes))
     requests = random_requests(sizes, args.images, labels, args.seed)
     folder = args.folder or f"{args.npz or 'samples'}.pictures"
-    done = make_pictures(weights, requests, sampling, args.seed, folder, weights.codec())
+    done = fill_folder(weights, requests, sampling, args.seed, folder, weights.codec())
     if args.npz and weights.world.is_first:
         write_npz(folder, requests, args.npz)
     text = f"{folder}: {args.images} images from the EMA weights of {weights.name}, NFE {done.nfe:g}, {done.made} new"
@@ -126,10 +126,10 @@ def _compare(args: argparse.Namespace, weights: "Weights", sampling: "SamplingCo
 
 
 def _labels(args: argparse.Namespace, weights: "Weights") -> list[int]:
-    from fitv2_scale.evaluate.sampling.image_grid import spread_labels
+    from fitv2_scale.evaluate.sampling.image_grid import evenly_spaced_labels
 
     if args.classes is None:
-        return spread_labels(args.columns, weights.classes)
+        return evenly_spaced_labels(args.columns, weights.classes)
     return class_numbers(args.classes, weights.config.model.classes)
 
 

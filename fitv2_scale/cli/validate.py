@@ -15,11 +15,11 @@ def add(commands: Any) -> None:
 
 def validate_weights(args: argparse.Namespace) -> int:
     from fitv2_scale.data import Data
-    from fitv2_scale.evaluate.sampling.load_weights import opened
+    from fitv2_scale.evaluate.sampling.load_weights import open_weights
     from fitv2_scale.parallel.world import join
     from fitv2_scale.train.in_loop_eval import validation_of
 
-    with join() as world, opened(args.weights, world, args.config, args.overrides) as weights:
+    with join() as world, open_weights(args.weights, world, args.config, args.overrides) as weights:
         config, layout = weights.config, weights.layout
         data = Data.open(config, layout.nodes(world.hosts()))
         validation = validation_of(config, data, world, layout)

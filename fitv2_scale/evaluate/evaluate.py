@@ -1,6 +1,6 @@
-"""`fitv2 evaluate`: of weights, whose images all ranks make and the first one measures; or of pictures that are there.
+"""`fitv2 evaluate`: metrics of weights, whose images all ranks generate and rank 0 measures; or of existing images.
 
-Measuring comes after the ranks have parted: the figures of 50,000 images take the first one minutes, and no rank waits.
+Rank 0 measures after the process group has been left: the metrics of 50,000 images take minutes, and no rank waits.
 """
 
 from collections.abc import Callable
@@ -19,19 +19,19 @@ from fitv2_scale.checkpoint.init_from import is_weights
 from fitv2_scale.config.model import PIXELS_PER_TOKEN, parse_size
 from fitv2_scale.evaluate.feature_network import FeatureNetwork
 from fitv2_scale.evaluate.features import Features, npz_bytes, read_npz
-from fitv2_scale.evaluate.generated_features import Cell, collect_features, make_features
-from fitv2_scale.evaluate.image_sets import open_pictures
+from fitv2_scale.evaluate.generated_features import Cell, collect_features, generate_features
+from fitv2_scale.evaluate.image_sets import open_image_set
 from fitv2_scale.evaluate.reference_statistics import (
     Reference,
     check_reference,
-    measure_pictures,
+    features_of_images,
     open_reference,
+    reference_from_features,
     reference_identity,
-    reference_of,
     save_statistics,
 )
 from fitv2_scale.evaluate.results import FOLDER, measure, read_result, write_result
-from fitv2_scale.evaluate.sampling.load_weights import Weights, opened
+from fitv2_scale.evaluate.sampling.load_weights import Weights, open_weights
 from fitv2_scale.parallel.world import join
 from fitv2_scale.run.log import now
 from fitv2_scale.run.reference import split_reference
@@ -39,8 +39,8 @@ from fitv2_scale.run.run import Run
 
 
 @dataclass(frozen=True)
-class Means:
-    """What figures are made with, as on the command line."""
+class EvaluationOptions:
+    """The feature network, the reference and other options of the command line."""
 
     network: str | None = None
     network_sha256: str | None = None
@@ -62,14 +62,14 @@ class Means:
     def _reference(self) -> str:
         if not self.reference:
             raise UserError(
-                "give what to compare with as --reference: an .npz as ADM's, a folder of pictures, a dataset"
+                "give the images to compare with as --reference: an .npz in ADM's format, a folder or a dataset"
             )
         return self.reference
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """``results`` in the order of the cells; on ranks other than the first None."""
+class Evaluation:
+    """``results`` are in the order of the cells; None on ranks other than 0."""
 
     store: Store
     step: str
@@ -78,7 +78,7 @@ class Evaluated:
 
 
 def is_network(source: str) -> bool:
-    """Whether ``source`` is a run or a file of weights, and not pictures or features."""
+    """Whether ``source`` is a run or a file of weights, rather than images or features."""
     if source.endswith(".npz"):
         return False
     if split_reference(source)[1] is not None and not exists(source):
@@ -89,116 +89,125 @@ def is_network(source: str) -> bool:
 def evaluate_weights(
     source: str,
     cells_of: Callable[[Weights], list[Cell]],
-    means: Means,
+    options: EvaluationOptions,
     *,
     config_file: str | None = None,
     overrides: list[str] | None = None,
     out: str | None = None,
-) -> Evaluated:
-    """Measures each cell and keeps the result in the run, or in ``out``. What is there already is not made again.
+) -> Evaluation:
+    """Measures each cell and stores the result in the run, or in ``out``. Existing results are not computed again.
 
     Raises:
-        UserError: see ``opened``, ``FeatureNetwork.load``, ``check_reference``, ``measure``.
+        UserError: see ``open_weights``, ``FeatureNetwork.load``, ``check_reference``, ``measure``.
     """
-    with join() as world, opened(source, world, config_file, overrides) as weights:
+    with join() as world, open_weights(source, world, config_file, overrides) as weights:
         run = None if weights.step is None else Run.open(split_reference(weights.name)[0])
         if run is None and not out:
-            raise UserError(f"{source} is no run that could keep the figures: give a folder as --out")
+            raise UserError(f"{source} is not a run, which would store the metrics: give a folder as --out")
         store, step = (open_store(out) if out else run.store), Path(source).stem if run is None else str(weights.step)
-        network = means.load_network(world.device)
+        network = options.load_network(world.device)
         if network is None:
-            raise UserError("give the network that makes features of pictures as --network, and its --network-sha256")
+            raise UserError("give the network that computes features of images as --network, and its --network-sha256")
         cells = cells_of(weights)
-        world.run_on_rank0(lambda: [_check(cell, means, network) for cell in cells])
-        work = [_Work.of(cell, weights, network, step) for cell in cells]
-        for piece in work:
-            if not world.run_on_rank0(lambda p=piece: p.result(store, means)):
-                make_features(weights, piece.cell, network, store, piece.folder)
+        world.run_on_rank0(lambda: [_check(cell, options, network) for cell in cells])
+        jobs = [_CellJob.of(cell, weights, network, step) for cell in cells]
+        for job in jobs:
+            if not world.run_on_rank0(lambda job=job: job.result(store, options)):
+                generate_features(weights, job.cell, network, store, job.folder)
         first, name = world.is_first, weights.name
     if not first:
-        return Evaluated(store, step, None, run)
+        return Evaluation(store, step, None, run)
     references: dict[tuple, Reference] = {}
-    results = [_finish(piece, store, means, network, references, name) for piece in work]
-    return Evaluated(store, step, results, run)
+    results = [_measure_cell(job, store, options, network, references, name) for job in jobs]
+    return Evaluation(store, step, results, run)
 
 
 @dataclass(frozen=True)
-class _Work:
+class _CellJob:
+    """A cell with the name of its objects and the step of the weights."""
+
     cell: Cell
     name: str
     step: str
 
     @classmethod
-    def of(cls, cell: Cell, weights: Weights, network: FeatureNetwork, step: str) -> "_Work":
+    def of(cls, cell: Cell, weights: Weights, network: FeatureNetwork, step: str) -> "_CellJob":
         return cls(cell, cell.name(weights.name, network.digest), step)
 
     @property
     def folder(self) -> str:
         return f"{FOLDER}/{self.step}/{self.name}"
 
-    def result(self, store: Store, means: Means) -> dict[str, Any] | None:
-        """What was found earlier, against the same reference."""
+    def result(self, store: Store, options: EvaluationOptions) -> dict[str, Any] | None:
+        """The stored result, if there is one against the same reference."""
         found = read_result(store, self.step, self.name)
-        same = found is not None and means.identity(self.cell.size).items() <= found["reference"].items()
+        same = found is not None and options.identity(self.cell.size).items() <= found["reference"].items()
         return found if same else None
 
 
-def _check(cell: Cell, means: Means, network: FeatureNetwork) -> None:
-    """Finds out what is wrong before any image is made."""
+def _check(cell: Cell, options: EvaluationOptions, network: FeatureNetwork) -> None:
+    """Raises UserError for bad input before any image is generated."""
     height, width = (side * PIXELS_PER_TOKEN for side in parse_size(cell.size))
     size = network(np.zeros((1, height, width, 3), np.uint8)).pool.shape[1]
     if cell.images <= size:
         raise UserError(f"{cell.images} images are too few for a covariance of {size} features: give --images 50000")
-    check_reference(means.identity(cell.size)["source"], network, size)
+    check_reference(options.identity(cell.size)["source"], network, size)
 
 
-def _finish(
-    piece: _Work, store: Store, means: Means, network: FeatureNetwork, references: dict[tuple, Reference], name: str
+def _measure_cell(
+    job: _CellJob,
+    store: Store,
+    options: EvaluationOptions,
+    network: FeatureNetwork,
+    references: dict[tuple, Reference],
+    name: str,
 ) -> dict[str, Any]:
-    if (found := piece.result(store, means)) is not None:
-        store.delete_tree(piece.folder)  # of an evaluation that was killed just before it did so
+    """Computes and stores the metrics of a cell, and deletes the features of its images."""
+    if (found := job.result(store, options)) is not None:
+        store.delete_tree(job.folder)  # left behind by an evaluation that was killed before it deleted them
         return found
-    features, nfe = collect_features(piece.cell, store, piece.folder)
-    identity = means.identity(piece.cell.size)
-    size = tuple(side * PIXELS_PER_TOKEN for side in parse_size(piece.cell.size))
+    features, nfe = collect_features(job.cell, store, job.folder)
+    identity = options.identity(job.cell.size)
+    size = tuple(side * PIXELS_PER_TOKEN for side in parse_size(job.cell.size))
     key = (identity["source"], size)
     if key not in references:
-        references[key] = open_reference(identity["source"], size, network, means.reference_images, means.vae)
-    figures = measure(features, references[key], network.device)
-    step = int(piece.step) if piece.step.isdigit() else None
-    about = {"step": step, "weights": name, "label": piece.cell.label, "time": now(), "network": network.digest}
-    result = about | piece.cell.record() | {"nfe": nfe} | figures
+        references[key] = open_reference(identity["source"], size, network, options.reference_images, options.vae)
+    metrics = measure(features, references[key], network.device)
+    step = int(job.step) if job.step.isdigit() else None
+    about = {"step": step, "weights": name, "label": job.cell.label, "time": now(), "network": network.digest}
+    result = about | job.cell.record() | {"nfe": nfe} | metrics
     result["reference"] |= identity
-    if means.keep_features:
-        store.put(f"{piece.folder}.npz", npz_bytes(features.arrays()))
-    write_result(store, piece.step, piece.name, result)
-    store.delete_tree(piece.folder)
+    if options.keep_features:
+        store.put(f"{job.folder}.npz", npz_bytes(features.arrays()))
+    write_result(store, job.step, job.name, result)
+    store.delete_tree(job.folder)
     return result
 
 
-def evaluate_pictures(source: str, size: str | None, means: Means, save: str | None) -> dict[str, Any]:
-    """Figures of pictures or features against the reference; with ``save``, an .npz, also their own statistics.
+def evaluate_images(source: str, size: str | None, options: EvaluationOptions, save: str | None) -> dict[str, Any]:
+    """Metrics of images or features against the reference. With ``save``, an .npz, also writes their own statistics.
 
     Raises:
-        UserError: see ``open_pictures``, ``FeatureNetwork.load``, ``open_reference``, ``measure``.
+        UserError: see ``open_image_set``, ``FeatureNetwork.load``, ``open_reference``, ``measure``.
     """
-    network = means.load_network("cuda" if torch.cuda.is_available() else "cpu")
+    network = options.load_network("cuda" if torch.cuda.is_available() else "cpu")
     pixels = None if size is None else tuple(side * PIXELS_PER_TOKEN for side in parse_size(size))
-    features, pictures = _features_of(source, pixels, means, network)
-    shape = pixels if pictures is None else pictures.size
+    features, images = _features_of(source, pixels, options, network)
+    shape = pixels if images is None else images.size
     result: dict[str, Any] = {"source": source, "images": len(features)}
     result |= {"size": None if shape is None else "{}x{}".format(*shape), "network": network and network.digest}
     if save:
-        save_statistics(save, reference_of(features, source, shape), pictures, network)
+        save_statistics(save, reference_from_features(features, source, shape), images, network)
         result["saved"] = save
-    if means.reference or not save:
-        result |= measure(features, means.open_reference(shape, network), "cpu" if network is None else network.device)
+    if options.reference or not save:
+        device = "cpu" if network is None else network.device
+        result |= measure(features, options.open_reference(shape, network), device)
     return result
 
 
-def _features_of(source: str, size: tuple[int, int] | None, means: Means, network: FeatureNetwork | None):
+def _features_of(source: str, size: tuple[int, int] | None, options: EvaluationOptions, network: FeatureNetwork | None):
     arrays = read_npz(source) if source.endswith(".npz") else {}
     if "pool" in arrays and "mu" not in arrays:
         return Features.from_arrays(arrays, source), None
-    pictures = open_pictures(source, size, means.reference_images, means.vae)
-    return measure_pictures(pictures, network), pictures
+    images = open_image_set(source, size, options.reference_images, options.vae)
+    return features_of_images(images, network), images

@@ -1,15 +1,15 @@
 """The network whose features are compared: a TorchScript file that the user gives.
 
-Its forward takes uint8 (N, 3, H, W), RGB of 0 to 255 at the pictures' own size, and does all preprocessing itself. For
-figures like ADM's it resizes the whole picture, square or not, to 299 x 299 bilinearly as TensorFlow 1 does (pixel
-i of the output is taken at i * side / 299, no antialiasing), and maps it to (x - 128) / 128. It returns one of
+Its forward takes uint8 (N, 3, H, W), RGB of 0 to 255 at the images' own size, and does all preprocessing itself. For
+metrics like ADM's it resizes the whole image, square or not, to 299 x 299 bilinearly as TensorFlow 1 does (pixel i of
+the output is taken at i * side / 299, no antialiasing), and maps it to (x - 128) / 128. It returns one of
 
 * a dict of ``pool`` (N, D); ``spatial`` (N, S) or (N, C, h, w); ``logits`` or ``probabilities`` (N, K);
-* a tensor: ``pool`` alone, so that there is neither sFID nor IS;
-* or it takes ``return_features`` and ``no_output_bias``, as the Inception file that came with StyleGAN2-ADA does:
-  called twice, for ``pool`` and for ``probabilities``; it has no spatial features, so that there is no sFID.
+* a tensor: only ``pool``, so there is neither sFID nor IS;
+* or it takes ``return_features`` and ``no_output_bias``, like the Inception file that came with StyleGAN2-ADA: it is
+  called twice, for ``pool`` and for ``probabilities``; without spatial features, so there is no sFID.
 
-Loading TorchScript runs code that is in it, hence the digest, which is compared before anything is loaded.
+Loading TorchScript runs code from the file, hence the digest, which is compared before anything is loaded.
 """
 
 import hashlib
@@ -38,11 +38,11 @@ class FeatureNetwork:
 
     @classmethod
     def load(cls, file: str, sha256: str | None, device: torch.device | str = "cpu") -> "FeatureNetwork":
-        """Raises UserError if the file is not the one with this sha256, or no TorchScript."""
+        """Raises UserError if the file does not have this sha256, or is not TorchScript."""
         if not sha256:
             raise UserError(
-                f"{file} is a program: give its digest as --network-sha256, which whoever published it says, and "
-                f"`sha256sum {file}` computes"
+                f"{file} is a program: give its digest as --network-sha256; its publisher names it, and "
+                f"`sha256sum {file}` computes it"
             )
         try:
             data = Path(file).read_bytes()
@@ -50,37 +50,37 @@ class FeatureNetwork:
             raise UserError(f"cannot read the network {file}: {error.strerror}") from error
         found = hashlib.sha256(data).hexdigest()
         if not hmac.compare_digest(found, sha256.lower()):
-            raise UserError(
-                f"{file} has the sha256 {found}, not {sha256}: it is not the network you mean, and is not loaded"
-            )
+            raise UserError(f"{file} has the sha256 {found}, not {sha256}: it is another network, and is not loaded")
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that TorchScript is old
+                warnings.simplefilter("ignore")  # TorchScript is deprecated
                 module = torch.jit.load(io.BytesIO(data), map_location=device).eval()
         except RuntimeError as error:
-            raise UserError(f"{file} is no TorchScript: {str(error).strip().splitlines()[0]}") from error
+            raise UserError(f"{file} is not TorchScript: {str(error).strip().splitlines()[0]}") from error
         return cls(module, found, torch.device(device))
 
     @torch.inference_mode()
-    def __call__(self, pictures: np.ndarray) -> Features:
-        """Of uint8 (N, H, W, 3).
+    def __call__(self, images_NHWC: np.ndarray) -> Features:
+        """The features of uint8 (N, H, W, 3).
 
         Raises:
-            UserError: the network does not take them, or returns something else than the module's docstring says.
+            UserError: the network does not accept them, or its output is not as the module's docstring says.
         """
         parts = []
-        for at in range(0, len(pictures), _BATCH):
-            images_NCHW = torch.from_numpy(pictures[at : at + _BATCH]).to(self.device).permute(0, 3, 1, 2).contiguous()
+        for at in range(0, len(images_NHWC), _BATCH):
+            batch_NHWC = torch.from_numpy(images_NHWC[at : at + _BATCH]).to(self.device)
+            images_NCHW = batch_NHWC.permute(0, 3, 1, 2).contiguous()
             try:
                 named = self._named(images_NCHW)
             except RuntimeError as error:
                 raise UserError(
-                    f"the network does not take uint8 {list(images_NCHW.shape)}: {str(error).strip().splitlines()[-1]}"
+                    f"the network does not accept uint8 {list(images_NCHW.shape)}: "
+                    f"{str(error).strip().splitlines()[-1]}"
                 ) from error
             arrays = {name: np.asarray(tensor.float().cpu()) for name, tensor in named.items()}
             part = Features.from_arrays(arrays, "the network")
             if len(part) != len(images_NCHW):
-                raise UserError(f"the network gave {len(part)} rows for {len(images_NCHW)} pictures")
+                raise UserError(f"the network returned {len(part)} rows for {len(images_NCHW)} images")
             parts.append(part)
         return Features.joined(parts)
 
@@ -93,7 +93,7 @@ class FeatureNetwork:
             output = {"pool": output}
         if not isinstance(output, dict) or "pool" not in output:
             raise UserError(
-                "the network must return a tensor, or a dict with `pool`: fitv2_scale/evaluate/feature_network.py"
+                "the network must return a tensor, or a dict with `pool`; see fitv2_scale/evaluate/feature_network.py"
             )
         pool = output["pool"]
         named = {"pool": pool.flatten(1) if pool.ndim > 2 else pool}

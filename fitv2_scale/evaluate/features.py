@@ -1,6 +1,6 @@
-"""What a network says of images, and the files that keep it.
+"""Features of images, and their files.
 
-A features file is an .npz of float arrays, one row an image: ``pool`` (N, D), and where the network gives them
+A features file is an .npz of float arrays with one row per image: ``pool`` (N, D), and if the network has them
 ``spatial`` (N, S) and ``probabilities`` (N, K). With the Inception network of ADM's evaluator D is 2048 (pool_3), S is
 2023 (mixed_6/conv, the first 7 channels of 17 x 17, channels fastest) and K is 1008 (softmax of the logits without
 their bias).
@@ -31,7 +31,7 @@ class Features:
         return Features(**{name: array[rows] for name, array in self.arrays().items()})
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Those that there are, by name."""
+        """The arrays that are not None, by name."""
         named = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: array for name, array in named.items() if array is not None}
 
@@ -41,21 +41,19 @@ class Features:
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray], where: str) -> "Features":
-        """Raises UserError unless they are what the module's docstring says."""
+        """Raises UserError unless the arrays are as the module's docstring says. ``where`` names them."""
         found = {field.name: arrays[field.name] for field in fields(cls) if field.name in arrays}
         for name, array in found.items():
             if array.ndim != 2 or array.dtype.kind != "f":
-                raise UserError(f"{where}: {name} is {array.dtype}{list(array.shape)}, not floats, a row an image")
+                raise UserError(f"{where}: {name} is {array.dtype}{list(array.shape)}, not floats [images, features]")
             if len(array) != len(found["pool"]):
-                raise UserError(f"{where}: {name} has {len(array)} rows and pool {len(found['pool'])}")
+                raise UserError(f"{where}: {name} has {len(array)} rows, but pool has {len(found['pool'])}")
         return cls(**found)
 
 
 def read_npz(data: bytes | str, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-    """The arrays of an .npz (of ``names``, those that there are), a path or its bytes; nothing is unpickled.
-
-    Raises UserError.
-    """
+    """The arrays of an .npz, given as a path or as bytes; with ``names`` only those of them that exist. Nothing is
+    unpickled. Raises UserError."""
     where = data if isinstance(data, str) else "an .npz of this run"
     try:
         with np.load(data if isinstance(data, str) else io.BytesIO(data), allow_pickle=False) as opened:
@@ -63,7 +61,7 @@ def read_npz(data: bytes | str, names: Sequence[str] | None = None) -> dict[str,
     except FileNotFoundError:
         raise UserError(f"there is no file {where}") from None
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
-        raise UserError(f"{where} is no whole .npz of plain arrays ({error}): get it again") from error
+        raise UserError(f"{where} is not an intact .npz of plain arrays ({error}): get it again") from error
 
 
 def npz_bytes(arrays: dict[str, np.ndarray]) -> bytes:

@@ -1,4 +1,4 @@
-"""How far two sets of features lie apart, and how sure a classifier is of one: FID, sFID and IS, in float64.
+"""FID and sFID, the distance between two sets of features, and the inception score of one set; in float64.
 
 The conventions are those of ADM's evaluator (guided-diffusion, evaluations/evaluator.py): covariances divide by N - 1,
 and the inception score is the mean over splits of 5,000 images in their order.
@@ -23,7 +23,7 @@ class Gaussian:
 
     @classmethod
     def of(cls, features: np.ndarray, name: str = "features") -> "Gaussian":
-        """Of features (N, D); more than D images, or the covariance has no inverse.
+        """Mean and covariance of features (N, D), with N > D, so that the covariance has an inverse.
 
         Raises:
             UserError: a feature is not finite, or there are too few images.
@@ -32,7 +32,7 @@ class Gaussian:
         check_finite(features, name)
         if count <= size:
             raise UserError(
-                f"{count} images are too few for a covariance of {size} {name}: give at least {size + 1}, best 50,000"
+                f"{count} images are too few for a covariance of {size} {name}: give at least {size + 1}, better 50,000"
             )
         blocks = [features[at : at + _BLOCK] for at in range(0, count, _BLOCK)]
         mean = sum(block.sum(0, dtype=np.float64) for block in blocks) / count
@@ -48,7 +48,7 @@ class Gaussian:
         if self.covariance.shape != (size, size):
             raise UserError(f"{name}: a mean of shape {self.mean.shape} has no covariance of {self.covariance.shape}")
         if not (np.isfinite(self.mean).all() and np.isfinite(self.covariance).all()):
-            raise UserError(f"{name}: its statistics hold NaN or infinity: get the file again, or make it anew")
+            raise UserError(f"{name}: its statistics hold NaN or infinity: get the file again, or compute it again")
         if not np.allclose(self.covariance, self.covariance.T, rtol=1e-5, atol=1e-6 * abs(self.covariance).max()):
             raise UserError(f"{name}: its covariance is not symmetric: get the file again")
 
@@ -57,7 +57,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """|m_a - m_b|^2 + tr(A + B - 2 (A B)^(1/2)) (Heusel et al., arXiv 1706.08500).
 
     With A = X X' and B = Y Y', the trace of the root is the sum of the singular values of X' Y. Unlike a matrix square
-    root of A B, which ADM takes, that needs no offset where a covariance is singular, and stays real.
+    root of A B, which ADM uses, this needs no offset if a covariance is singular, and stays real.
 
     Raises:
         UserError: features of different sizes.
@@ -65,27 +65,27 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     if a.mean.shape != b.mean.shape:
         raise UserError(
             f"features of size {a.mean.size} cannot be compared with a reference of size {b.mean.size}: use the "
-            "network that it was made with"
+            "network of the reference"
         )
     shift = a.mean - b.mean
     cross = np.linalg.svd(_factor(a.covariance).T @ _factor(b.covariance), compute_uv=False).sum()
     distance = shift @ shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross
-    return max(float(distance), 0.0)  # of equal ones rounding leaves a little less
+    return max(float(distance), 0.0)  # rounding may give slightly less for equal statistics
 
 
 def inception_score(probabilities: np.ndarray, split: int = IS_SPLIT) -> float:
     """The mean over splits of exp E[KL(p(y|x) || p(y))] of class probabilities (N, K) (arXiv 1606.03498).
 
     Raises:
-        UserError: rows that are no probabilities.
+        UserError: rows that are not probabilities.
     """
     check_finite(probabilities, "probabilities")
     scores = []
     for at in range(0, len(probabilities), split):
         part = probabilities[at : at + split].astype(np.float64)
         if part.min() < 0 or not np.allclose(part.sum(1), 1, atol=1e-3):
-            raise UserError("probabilities must not be negative, and sum to 1 for each image: give softmax outputs")
-        part = part / part.sum(1, keepdims=True)  # of float32
+            raise UserError("probabilities must not be negative and must sum to 1 per image: give softmax outputs")
+        part = part / part.sum(1, keepdims=True)  # the sums were rounded to float32
         mean = part.mean(0)
         ratio = np.divide(part, mean, out=np.ones_like(part), where=part > 0)
         scores.append(np.exp((part * np.log(ratio)).sum(1).mean()))
@@ -93,12 +93,12 @@ def inception_score(probabilities: np.ndarray, split: int = IS_SPLIT) -> float:
 
 
 def check_finite(features: np.ndarray, name: str) -> None:
-    """Raises UserError that says which row has a NaN or an infinity."""
+    """Raises UserError that names the first row with a NaN or an infinity."""
     for at in range(0, len(features), _BLOCK):
         bad = ~np.isfinite(features[at : at + _BLOCK]).all(1)
         if bad.any():
             raise UserError(
-                f"{name}: row {at + int(bad.argmax())} holds NaN or infinity: look at that image, or at the network"
+                f"{name}: row {at + int(bad.argmax())} holds NaN or infinity: check that image, or the network"
             )
 
 

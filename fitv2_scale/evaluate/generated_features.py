@@ -1,7 +1,7 @@
-"""Features of images that a network makes: by all ranks, in parts that a killed evaluation goes on from.
+"""Features of generated images: computed by all ranks, in parts, so that a killed evaluation can be continued.
 
-Image i has the class and the noise that (seed, i) give it, so any number of ranks makes the same set. A rank puts the
-features of what it has just made into one object ``part-<lowest index>.npz``; the images themselves are not kept.
+Image i has the class and the noise of (seed, i), so any number of ranks generates the same set. A rank writes the
+features of the images that it has just generated to one object ``part-<lowest index>.npz``; images are not stored.
 """
 
 import hashlib
@@ -18,15 +18,15 @@ from fitv2_scale.evaluate.feature_network import FeatureNetwork
 from fitv2_scale.evaluate.features import Features, npz_bytes, read_npz
 from fitv2_scale.evaluate.sampling.image_grid import decode
 from fitv2_scale.evaluate.sampling.load_weights import Weights
-from fitv2_scale.evaluate.sampling.png_folder import chunks, random_requests
-from fitv2_scale.evaluate.sampling.sampler import Request, sample
+from fitv2_scale.evaluate.sampling.png_folder import chunk_requests, random_requests
+from fitv2_scale.evaluate.sampling.sampler import ImageRequest, sample
 
-_PATIENCE = 3  # times that parts which the storage does not show are made again
+_TRIES = 3  # rounds of generating those images whose features are not in the storage
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One set of images to make and measure: ``images`` of ``size`` (as in "160x320"), of classes drawn from
+    """One set of images to generate and measure: ``images`` of ``size`` (as in "160x320"), with classes drawn from
     ``labels``."""
 
     size: str
@@ -36,7 +36,7 @@ class Cell:
     labels: tuple[int, ...]
 
     def record(self) -> dict[str, Any]:
-        """How its images come about, as a result says it: what ``sampling`` holds and this solver uses."""
+        """How the images are generated, for the result: the settings of ``sampling`` that its solver uses."""
         s = self.sampling
         steps = {"atol": s.atol, "rtol": s.rtol} if s.solver == "dopri5" else {"steps": s.steps}
         names = ("cfg", "guided_channels", "solver", "rope", "attention_scale")
@@ -45,35 +45,34 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """The same for all weights that it is made with."""
+        """A readable name, the same for all weights."""
         s = self.sampling
         steps = "" if s.solver == "dopri5" else str(s.steps)
         return f"{self.size}-cfg{s.cfg:g}-{s.solver}{steps}-{s.rope}-{self.images}"
 
     def name(self, weights: str, network: str) -> str:
-        """Of its objects: readable, and another one for anything else that is measured."""
+        """The name of its objects in the storage: readable, and unique for cell, weights and feature network."""
         identity = [self.record(), self.labels, weights, network]
         return f"{self.label}-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]}"
 
-    def requests(self) -> list[Request]:
+    def requests(self) -> list[ImageRequest]:
         return random_requests([self.size], self.images, list(self.labels), self.seed)
 
 
-def make_features(weights: Weights, cell: Cell, network: FeatureNetwork, store: Store, folder: str) -> None:
-    """Sees to it that the features of all images of ``cell`` lie below ``folder``; makes those that do not yet. A
-    collective."""
+def generate_features(weights: Weights, cell: Cell, network: FeatureNetwork, store: Store, folder: str) -> None:
+    """Generates those images of ``cell`` whose features ``folder`` lacks, and writes these there. A collective."""
     world, requests = weights.world, cell.requests()
     codec = weights.codec()
-    for _ in range(_PATIENCE):
-        there = world.run_on_rank0(lambda: _indices(store, folder))
-        to_do = [request for request in requests if request.index not in there]
+    for _ in range(_TRIES):
+        existing = world.run_on_rank0(lambda: _indices(store, folder))
+        to_do = [request for request in requests if request.index not in existing]
         if not to_do:
             return
         with tqdm(
-            total=len(requests), initial=len(there), desc=cell.size, unit="image", disable=not world.is_first
+            total=len(requests), initial=len(existing), desc=cell.size, unit="image", disable=not world.is_first
         ) as bar:
-            for chunk in chunks(to_do, weights, cell.sampling):
-                made = sample(
+            for chunk in chunk_requests(to_do, weights, cell.sampling):
+                samples = sample(
                     weights.engine.network,
                     chunk,
                     model=weights.config.model,
@@ -83,19 +82,19 @@ def make_features(weights: Weights, cell: Cell, network: FeatureNetwork, store: 
                     tensor=weights.layout.tensor,
                     gather=False,
                 )
-                if made:
-                    pictures = np.stack([np.asarray(decode(one.tokens, codec)) for one in made.values()])
-                    index = np.array([request.index for request in made])
-                    nfe = np.array([one.nfe for one in made.values()])
-                    arrays = {"index": index, "nfe": nfe} | network(pictures).arrays()
+                if samples:
+                    images = np.stack([np.asarray(decode(one.tokens, codec)) for one in samples.values()])
+                    index = np.array([request.index for request in samples])
+                    nfe = np.array([one.nfe for one in samples.values()])
+                    arrays = {"index": index, "nfe": nfe} | network(images).arrays()
                     store.put(f"{folder}/part-{index.min():06d}.npz", npz_bytes(arrays))
                 bar.update(len(chunk))
         world.all_gather(None)  # all have written
-    raise RuntimeError(f"{store.path(folder)}: the storage does not show what was written")
+    raise RuntimeError(f"{store.path(folder)}: the storage does not list the objects that were written")
 
 
 def collect_features(cell: Cell, store: Store, folder: str) -> tuple[Features, float]:
-    """What ``make_features`` left, in the order of the images, and their mean NFE."""
+    """The features that ``generate_features`` wrote, in the order of the images, and their mean NFE."""
     parts = [read_npz(store.read(path)) for path in _parts(store, folder)]
     names = [name for name in parts[0] if name not in ("index", "nfe")]
     index, rows = np.unique(np.concatenate([part["index"] for part in parts]), return_index=True)

@@ -1,4 +1,4 @@
-"""Quality against the number of evaluations of the velocity (NFE), as a plot; with guidance one is two passes."""
+"""Plots FID against the number of evaluations of the velocity (NFE); with guidance an evaluation is two passes."""
 
 import io
 from typing import Any
@@ -8,11 +8,11 @@ from data_sharding.storage.store import Store
 
 
 def save_plot(results: list[dict[str, Any]], store: Store, path: str) -> None:
-    """FID over NFE, a line for each size, guidance and solver."""
+    """FID against NFE, one line for each size, guidance, solver and RoPE mode."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UserError("the plot needs matplotlib: pip install matplotlib; the results are kept") from error
+        raise UserError("the plot needs matplotlib: pip install matplotlib; the results are stored") from error
     lines: dict[str, list[tuple[float, float]]] = {}
     for r in results:
         name = f"{r['size']}, cfg {r['cfg']:g}, {r['solver']}, rope {r['rope']}"
@@ -22,7 +22,9 @@ def save_plot(results: list[dict[str, Any]], store: Store, path: str) -> None:
     for name, points in lines.items():
         axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
     axes.set_xscale("log")
-    axes.set(xlabel="evaluations of the velocity", ylabel="FID", title=f"{results[0]['images']:,} images")
+    axes.set(
+        xlabel="evaluations of the velocity", ylabel="FID", title=f"FID against NFE, {results[0]['images']:,} images"
+    )
     axes.set_xticks(ticks := sorted({r["nfe"] for r in results}), [f"{tick:g}" for tick in ticks], minor=False)
     axes.minorticks_off()
     axes.grid(alpha=0.3)

@@ -1,9 +1,9 @@
 """Precision and recall by nearest neighbours (Kynkäänniemi et al., arXiv 1904.06991), in memory that does not grow with
-the square of the images.
+the square of the number of images.
 
-A set's manifold is the union of the balls around its features, each as large as the distance to the third nearest other
-one. Precision is the share of made images inside the manifold of the real ones, recall the other way round. ADM's
-evaluator does the same in float16 where that does not overflow; here it is float64.
+The manifold of a set is the union of the balls around its features, with the distance to the third nearest other
+feature as radius. Precision is the share of generated images inside the manifold of the real ones; recall is the
+reverse. ADM's evaluator does the same in float16 where that does not overflow; here it is float64.
 """
 
 import numpy as np
@@ -14,32 +14,38 @@ from data_sharding.errors import UserError
 from fitv2_scale.evaluate.fid import check_finite
 
 NEIGHBOURS = 3
-_BLOCK = 4096  # a side of the distances held at once: 128 MiB
+_BLOCK = 4096  # rows and columns of the distances in memory at once: 128 MiB
 
 
 def precision_recall(
-    made: np.ndarray, real: np.ndarray, k: int = NEIGHBOURS, device: torch.device | str = "cpu", block: int = _BLOCK
+    generated: np.ndarray,
+    real: np.ndarray,
+    k: int = NEIGHBOURS,
+    device: torch.device | str = "cpu",
+    block: int = _BLOCK,
 ) -> tuple[float, float]:
-    """Of features (N, D) of made and (M, D) of real images.
+    """Precision and recall from features (N, D) of generated and (M, D) of real images.
 
     Raises:
         UserError: features of different sizes, not finite, or of too few images.
     """
-    if made.shape[1] != real.shape[1]:
-        raise UserError(f"made images have {made.shape[1]} features and real ones {real.shape[1]}: use one network")
-    for name, features in (("made", made), ("real", real)):
+    if generated.shape[1] != real.shape[1]:
+        raise UserError(
+            f"generated images have {generated.shape[1]} features and real ones {real.shape[1]}: use one network"
+        )
+    for name, features in (("generated", generated), ("real", real)):
         check_finite(features, f"{name} features")
         if len(features) <= k:
             raise UserError(f"{len(features)} {name} images are too few for {k} neighbours: give at least {k + 1}")
-    # Distances are differences of large sums; about a common centre these are smaller.
+    # Distances are differences of large sums, which are smaller around a common centre.
     centre_D = torch.from_numpy(real.mean(0, dtype=np.float64)).to(device)
-    made_ND, real_MD = (torch.from_numpy(features).to(device).double() - centre_D for features in (made, real))
+    made_ND, real_MD = (torch.from_numpy(features).to(device).double() - centre_D for features in (generated, real))
     made_N, real_M = _radii(made_ND, k, block), _radii(real_MD, k, block)
     return _inside(made_ND, real_MD, real_M, block), _inside(real_MD, made_ND, made_N, block)
 
 
 def _radii(x_ND: Tensor, k: int, block: int) -> Tensor:
-    """Squared distance from each row to its k-th nearest other one, (N,)."""
+    """Squared distance from each row to its k-th nearest other row, (N,)."""
     radii = []
     for rows in x_ND.split(block):
         nearest = rows.new_empty(len(rows), 0)

@@ -1,13 +1,13 @@
-"""What an evaluation found, and where it is kept.
+"""The results of an evaluation, and their files.
 
 In the RUN (or the folder given as --out):
 
-    evaluations/<step>/<cell>.json    one set of images: how they were made, figures, reference, conventions
+    evaluations/<step>/<cell>.json    one set of images: how they were generated, metrics, reference, conventions
     evaluations/<step>.json           the step: {"step": 400000, "fid": 26.0, "sfid": …, …, "cells": [all of the above]}
 
-The figures at the top of ``<step>.json`` are those of its first cell: most images first, then square ones, small ones,
-little guidance, and many evaluations. Whoever wants one figure a step (`fitv2 curves`) reads ``fid`` there. <step> is a
-plain number, without leading zeros.
+The metrics at the top of ``<step>.json`` are those of the first cell, in this order: most images, then square, small,
+little guidance, most evaluations. To get one FID per step (`fitv2 curves`), read ``fid`` there. <step> is a plain
+number, without leading zeros.
 """
 
 from typing import Any
@@ -21,19 +21,19 @@ from fitv2_scale.evaluate.fid import IS_SPLIT, Gaussian, frechet_distance, incep
 from fitv2_scale.evaluate.precision_recall import NEIGHBOURS, precision_recall
 from fitv2_scale.evaluate.reference_statistics import NEIGHBOUR_IMAGES, Reference
 
-FIGURES = ("fid", "sfid", "is", "precision", "recall")
+METRICS = ("fid", "sfid", "is", "precision", "recall")
 FOLDER = "evaluations"
 
 
 def measure(features: Features, reference: Reference, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """The figures of images with these features, None where features or reference lack what a figure needs; and the
-    conventions that they follow.
+    """The metrics of images with these features, and the conventions that they follow. A metric is None if features or
+    reference lack what it needs.
 
     Raises:
         UserError: too few images, features that are not finite, or of another network than the reference's.
     """
     spatial, real = features.spatial, reference.features
-    found: dict[str, float | None] = dict.fromkeys(FIGURES)
+    found: dict[str, float | None] = dict.fromkeys(METRICS)
     found["fid"] = frechet_distance(Gaussian.of(features.pool, "pool features"), reference.pool)
     if spatial is not None and reference.spatial is not None:
         found["sfid"] = frechet_distance(Gaussian.of(spatial, "spatial features"), reference.spatial)
@@ -57,11 +57,11 @@ def read_result(store: Store, step: str, cell: str) -> dict[str, Any] | None:
 
 
 def write_result(store: Store, step: str, cell: str, result: dict[str, Any]) -> None:
-    """Keeps the result of a cell, and brings ``<step>.json`` up to date."""
+    """Writes the result of a cell, and updates ``<step>.json``."""
     store.put_json(_path(step, cell), result, indent=1)
     names = [path for path in store.list(f"{FOLDER}/{step}/") if path.endswith(".json")]
     cells = sorted((store.read_json(path) for path in names), key=_rank)
-    head = {name: cells[0][name] for name in ("step", "weights", *FIGURES)}
+    head = {name: cells[0][name] for name in ("step", "weights", *METRICS)}
     store.put_json(f"{FOLDER}/{step}.json", head | {"cells": cells}, indent=1)
 
 

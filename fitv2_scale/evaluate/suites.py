@@ -1,11 +1,11 @@
-"""Suites: the published tables as files, and our figures beside theirs. They lie in published/, a part of this
-package: a job that runs a copy of the code has them, wherever it runs.
+"""Suites: published tables as files, and our metrics beside theirs. They are in published/, a part of this package, so
+a job that runs a copy of the code has them everywhere.
 
 title: ImageNet at 256 x 256 and at other aspects of the same area (Tab. IV)
 images: 50000
-sampling: {solver: dopri5, guided_channels: three}     # of all cells
+sampling: {solver: dopri5, guided_channels: three}     # for all cells
 cells:
-  - {size: 256x256, rope: none}                        # what else differs from the run's section `sampling`
+  - {size: 256x256, rope: none}                        # other changes to the run's section `sampling`
 published:                                             # FID, sFID, IS, precision, recall by size; null: not given
   - {model: DiT-XL/2, seen: 1792M, 256x256: [2.27, 4.60, 278.24, 0.83, 0.57]}
 """
@@ -17,20 +17,20 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data_sharding.errors import UserError
-from fitv2_scale.evaluate.results import FIGURES
+from fitv2_scale.evaluate.results import METRICS
 
 _FOLDER = Path(__file__).with_name("published")
 _HEADS = {"fid": "FID", "sfid": "sFID", "is": "IS", "precision": "Prec.", "recall": "Rec."}
 
 
 class Published(BaseModel):
-    """A row of a published table; ``figures`` by size, each as ``FIGURES``."""
+    """A row of a published table; ``metrics`` by size, in the order of ``METRICS``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
     seen: str = ""  # images trained on, as in 512M
-    figures: dict[str, tuple[float | None, float | None, float | None, float | None, float | None]]
+    metrics: dict[str, tuple[float | None, float | None, float | None, float | None, float | None]]
 
 
 class Suite(BaseModel):
@@ -48,7 +48,7 @@ class Suite(BaseModel):
 
 
 def load_suite(name: str) -> Suite:
-    """Of a file, or of the name of one in published/. Raises UserError."""
+    """The suite in a file, given by its path or by its name in published/. Raises UserError."""
     if not name.endswith((".yaml", ".yml")):
         known = {file.stem: file for file in sorted(_FOLDER.glob("*.yaml"))}
         if name not in known:
@@ -60,7 +60,7 @@ def load_suite(name: str) -> Suite:
         tree["cells"] = [common | cell for cell in tree["cells"]]
         own = ("model", "seen")
         tree["published"] = [
-            {k: row[k] for k in own if k in row} | {"figures": {k: v for k, v in row.items() if k not in own}}
+            {k: row[k] for k in own if k in row} | {"metrics": {k: v for k, v in row.items() if k not in own}}
             for row in rows
         ]
         suite = Suite.model_validate({"name": Path(name).stem} | tree)
@@ -73,28 +73,28 @@ def load_suite(name: str) -> Suite:
         first = error.errors()[0]
         raise UserError(f"{name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     except KeyError as error:
-        raise UserError(f"{name} is no suite: it has no {error.args[0]}; those in {_FOLDER} are examples") from None
+        raise UserError(f"{name} is not a suite: it has no {error.args[0]}; see the examples in {_FOLDER}") from None
     except (yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{name} is no suite: {' '.join(str(error).split())}") from error
+        raise UserError(f"{name} is not a suite: {' '.join(str(error).split())}") from error
 
 
 def suite_table(suite: Suite, results: list[dict[str, Any]]) -> str:
-    """Markdown: for each size the published rows, and ours below them."""
+    """Markdown: a table for each size, with the published rows and ours below them."""
     lines = [f"# {suite.title}"]
     for size in suite.sizes:
-        rows = [(row.model, row.seen, "", row.figures[size]) for row in suite.published if size in row.figures]
-        rows += [("**ours**", "", _how(r), [r[name] for name in FIGURES]) for r in results if r["size"] == size]
+        rows = [(row.model, row.seen, "", row.metrics[size]) for row in suite.published if size in row.metrics]
+        rows += [("**ours**", "", _how(r), [r[name] for name in METRICS]) for r in results if r["size"] == size]
         lines += ["", f"## {size}", "", *_markdown(rows)]
     return "\n".join(lines)
 
 
 def results_table(results: list[dict[str, Any]]) -> str:
-    """Markdown: a row a cell."""
-    return "\n".join(_markdown([(r["size"], "", _how(r), [r[name] for name in FIGURES]) for r in results]))
+    """Markdown: a table with one row for each cell."""
+    return "\n".join(_markdown([(r["size"], "", _how(r), [r[name] for name in METRICS]) for r in results]))
 
 
 def _how(result: dict[str, Any]) -> str:
-    """Of what its figures depend on, what differs from table to table."""
+    """The settings of a result that differ between tables."""
     return (
         f"{result['weights']}, {result['images']:,} images, cfg {result['cfg']:g}, {result['solver']}, "
         f"NFE {result['nfe']:g}, rope {result['rope']}"
@@ -103,7 +103,7 @@ def _how(result: dict[str, Any]) -> str:
 
 def _markdown(rows: list[tuple]) -> list[str]:
     heads = ("model", "seen", "how", *_HEADS.values())
-    cells = [heads, *((model, seen, how, *map(_number, figures)) for model, seen, how, figures in rows)]
+    cells = [heads, *((model, seen, how, *map(_number, metrics)) for model, seen, how, metrics in rows)]
     used = [i for i in range(len(heads)) if any(row[i] for row in cells[1:]) or i == 0]
     width = {i: max(len(row[i]) for row in cells) for i in used}
     lines = [

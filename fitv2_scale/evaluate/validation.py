@@ -1,8 +1,9 @@
 """Validation: the velocity loss on a fixed grid of held-out images x times x noise.
 
-The grid is the same in every run on the same dataset, whatever its seed: so runs can be compared. Its times are evenly
-spaced over (0, 1), whatever times are trained on; images are seen whole and not mirrored, with their class. Each rank
-keeps its share of the images in memory, and all ranks do as many packs of one shape.
+The grid is the same in every run on the same dataset, independent of the seed, so that runs can be compared. Its times
+are evenly spaced over (0, 1), independent of the times of training; images are whole (the resize view), not flipped,
+and have their class. Each rank keeps its part of the images in memory, and all ranks have the same number of packs of
+one shape.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +32,8 @@ _SEED = 0  # of the grid, in every run
 
 
 class Validation:
-    """Made by all ranks together, before they need it: what cannot be read is met by all of them then."""
+    """The validation set in memory. All ranks create it together, before they need it, so that all of them learn of an
+    image that cannot be read."""
 
     def __init__(
         self,
@@ -44,18 +46,18 @@ class Validation:
         layout: Layout,
         reader: FrameReader,
     ):
-        """``shape`` is that of its packs, ``cost`` decides who takes what.
+        """``shape`` is the shape of its packs; ``cost`` balances the images over ranks.
 
         Raises:
-            UserError: an image that no pack can hold, or one that cannot be read.
+            UserError: an image is too large for a pack, or cannot be read.
         """
         self._world, self._counts = world, layout.tensor_rank(world.rank) == 0
         self._t_K = (torch.arange(config.timesteps, device=world.device) + 0.5) / config.timesteps
-        grid = grid_of(manifests, config)
+        grid = validation_grid(manifests, config)
         self.images = len(grid.row) // config.timesteps
         if (longest := int(grid.tokens.max())) > shape.max_seqlen:
             raise UserError(
-                f"{manifests[0].url} holds images of {longest} tokens, this run's packs only those of up to "
+                f"{manifests[0].url} holds images of {longest} tokens, but packs of this run only hold images of up to "
                 f"{shape.max_seqlen}: set validation.url to a dataset with a smaller --max-tokens"
             )
         rank = layout.data_rank(world.rank)
@@ -67,7 +69,7 @@ class Validation:
 
     @torch.no_grad()
     def loss(self, network: Callable[..., Tensor]) -> float:
-        """Mean over the grid of each image's loss, the same on all ranks. A collective."""
+        """The mean over the grid of the loss of each image, the same on all ranks. A collective."""
         total = torch.zeros((), dtype=torch.float64, device=self._world.device)
         for pack in self._packs:
             batch = pack_to_torch(pack, self._world.device)
@@ -78,28 +80,28 @@ class Validation:
 
 
 def held_out(training: Sequence[Manifest], config: ValidationConfig, classes: int) -> list[Manifest]:
-    """The datasets that ``config`` names, or else those that were set aside when the training data were written.
+    """The datasets that ``config`` names, or else the images set aside when the training data were written.
 
     Raises:
-        UserError: there are none, or they do not suit the training data.
+        UserError: there are none, or they do not match the training data.
     """
     urls = config.urls or [f"{m.url}/holdout" for m in training if m.header.source.get("holdout")]
     if not urls:
         raise UserError(
-            f"{training[0].url} has no images set aside for validation: write it with `--holdout 0.02`, name another "
-            "dataset in validation.url, or train with validation.every_steps=0"
+            f"{training[0].url} has no images set aside for validation: write it with `--holdout 0.02`, give another "
+            "dataset as validation.url, or train with validation.every_steps=0"
         )
     found = [Manifest.load(url) for url in urls]
     for manifest in found:
         if manifest.header.codec["digest"] != training[0].header.codec["digest"]:
-            raise UserError(f"{manifest.url} was written with another codec than {training[0].url}: write it anew")
+            raise UserError(f"{manifest.url} was written with another codec than {training[0].url}: write it again")
         if len(manifest.classes) > classes:
-            raise UserError(f"{manifest.url} has {len(manifest.classes)} classes, the model only {classes}")
+            raise UserError(f"{manifest.url} has {len(manifest.classes)} classes, but the model only {classes}")
     return found
 
 
-def grid_of(manifests: Sequence[Manifest], config: ValidationConfig) -> StepSet:
-    """Every image of the grid at every time, as a step trains on them; the epoch is the index of the time."""
+def validation_grid(manifests: Sequence[Manifest], config: ValidationConfig) -> StepSet:
+    """Every image of the grid at every time, as a StepSet; its epoch is the index of the time."""
     dataset = np.repeat(np.arange(len(manifests)), [len(m.sample_id) for m in manifests])
     row = np.concatenate([np.arange(len(m.sample_id)) for m in manifests])
     ids = np.concatenate([sample_ids(d, m.sample_id) for d, m in enumerate(manifests)])
@@ -115,7 +117,7 @@ def grid_of(manifests: Sequence[Manifest], config: ValidationConfig) -> StepSet:
 def _read(
     manifests: Sequence[Manifest], grid: StepSet, mine: np.ndarray, reader: FrameReader
 ) -> tuple[dict[int, np.ndarray], Exception | None]:
-    """The latents of some of the grid's places, by place; or what went wrong."""
+    """The latents of the images ``mine`` (indices in the grid), by index; or the error."""
     arrays: dict[int, np.ndarray] = {}
     try:
         for d, manifest in enumerate(manifests):

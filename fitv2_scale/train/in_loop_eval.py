@@ -7,7 +7,7 @@ from data_sharding.stream.frames import FrameReader
 from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
-from fitv2_scale.evaluate.sampling.image_grid import decode, grid_png, grid_requests, spread_labels
+from fitv2_scale.evaluate.sampling.image_grid import decode, evenly_spaced_labels, grid_png, grid_requests
 from fitv2_scale.evaluate.sampling.sampler import sample
 from fitv2_scale.evaluate.validation import Validation, held_out
 from fitv2_scale.parallel.engine import Engine
@@ -68,7 +68,7 @@ class InLoopEvaluation:
     def _sample(self, done: int, recorder: Recorder) -> None:
         """Samples the configured grid."""
         config = self._config
-        labels = spread_labels(config.sampling.columns, self._data.classes)
+        labels = evenly_spaced_labels(config.sampling.columns, self._data.classes)
         requests = grid_requests(config.sampling.sizes, labels)
         made = sample(
             self._engine.network,

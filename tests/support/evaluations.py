@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fitv2_scale.evaluate.evaluate import Means, evaluate_pictures
+from fitv2_scale.evaluate.evaluate import EvaluationOptions, evaluate_images
 from tests.support.feature_networks import Tiny, save_network
 
 
@@ -23,7 +23,7 @@ def photographs(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def feature_network(tmp_path_factory) -> dict[str, str]:
-    """Options of the command line, and of ``Means``."""
+    """Options of the command line, and of ``EvaluationOptions``."""
     file, digest = save_network(Tiny(), tmp_path_factory.mktemp("network"))
     return {"network": file, "network_sha256": digest}
 
@@ -31,7 +31,7 @@ def feature_network(tmp_path_factory) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory, photographs, feature_network) -> str:
     file = str(tmp_path_factory.mktemp("reference") / "32x48.npz")
-    evaluate_pictures(photographs, "32x48", Means(**feature_network), file)
+    evaluate_images(photographs, "32x48", EvaluationOptions(**feature_network), file)
     return file
 
 

@@ -1,4 +1,4 @@
-"""A network to make pictures with: from a run's commit, or from a file of weights, in any layout."""
+"""Loads a network to generate images with: from a run's commit or from a file of weights, in any layout."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,13 +20,13 @@ from fitv2_scale.parallel.world import World
 from fitv2_scale.run.reference import split_reference
 from fitv2_scale.run.run import Run
 
-# Pictures need none of what the training was spread over; packs come in many shapes, each of which would be compiled.
+# Sampling does not need the layout of training; and its packs have many shapes, each of which would be compiled.
 _LAYOUT = {"engine": "fsdp", "replicate": 1, "tensor": 1, "checkpointing": "none", "compile": False}
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What ``opened`` gives: the EMA weights lie in ``engine.network``."""
+    """A network with the EMA weights in ``engine.network``, from ``open_weights``."""
 
     name: str  # runs/first@1000, or the file
     step: int | None  # None: a file of weights
@@ -36,7 +36,7 @@ class Weights:
     world: World
 
     def codec(self) -> Codec:
-        """What makes pictures of its latents: that of the dataset; where there is none, the VAE of sampling.vae.
+        """The codec that decodes its latents: that of the dataset, or if that cannot be read the VAE of sampling.vae.
 
         Raises:
             UserError: there is neither.
@@ -48,13 +48,13 @@ class Weights:
             if vae:
                 return get_codec(SD_VAE, vae)
             raise UserError(
-                f"how these latents become pictures is not known: {error}; give data.url=FOLDER, the dataset, or "
-                "sampling.vae=FOLDER, the diffusers AutoencoderKL"
+                f"the codec of these latents is not known: {error}; give the dataset as data.url=FOLDER, or the "
+                "diffusers AutoencoderKL as sampling.vae=FOLDER"
             ) from error
 
     @property
     def classes(self) -> int:
-        """Those that it was trained on, as far as that can be seen."""
+        """The number of classes it was trained on; those of the model if the dataset cannot be read."""
         try:
             return min(len(self._manifest().classes), self.config.model.classes)
         except DataError:
@@ -65,18 +65,18 @@ class Weights:
 
 
 @contextmanager
-def opened(
+def open_weights(
     source: str, world: World, config_file: str | None = None, overrides: list[str] | None = None
 ) -> Iterator[Weights]:
-    """The EMA weights of ``source``: RUN, its newest whole commit; RUN@STEP; or a file of weights, with the config that
-    ``config_file`` holds. A collective.
+    """The EMA weights of ``source``: RUN (its newest intact commit), RUN@STEP, or a file of weights with the config in
+    ``config_file``. A collective.
 
     Raises:
-        UserError: there are no such weights, or they are not those of the config.
+        UserError: there are no such weights, or they do not match the config.
     """
     if is_weights(source):
         if config_file is None:
-            raise UserError(f"{source}: give the config of these weights as --config FILE, as in configs/")
+            raise UserError(f"{source}: give the config of these weights as --config FILE, one like those in configs/")
         config = load_config(config_file, overrides)
         config = config.model_copy(update={"layout": config.layout.model_copy(update={"compile": False})})
         engine, layout = _engine(config, world)
@@ -84,13 +84,13 @@ def opened(
         weights = Weights(source, None, config, engine, layout, world)
     else:
         if config_file is not None:
-            raise UserError(f"{source} is a run, which has its config: leave --config out")
+            raise UserError(f"{source} is a run, which has its own config: leave out --config")
         url, step = split_reference(source)
         run = Run.open(url)
         tree = run.config | {"layout": run.config["layout"] | _LAYOUT}
         config = parse_config(tree, f"{run.url}/run.json", overrides)
         if logical_shapes(config.model) != logical_shapes(parse_config(tree, run.url).model):
-            raise UserError(f"{source}: these overrides make another network than the run's; leave model.… out")
+            raise UserError(f"{source}: these overrides describe another network than the run's; leave out model.…")
         engine, layout = _engine(config, world)
         restored = restore(engine, run, world, step)
         if restored is None:
@@ -101,7 +101,7 @@ def opened(
 
 
 def _engine(config: Config, world: World) -> tuple[Engine, Layout]:
-    """An engine for no training: the moments of one tensor are as few as it will keep."""
+    """An engine for sampling. It must have optimizer state, so it gets the moments of a single tensor."""
     names = matching(logical_shapes(config.model), config.trainable)
     config = config.model_copy(update={"trainable": names[-1:] or config.trainable})
     layout = config.layout.over(world.size, len(set(world.hosts())))

@@ -1,7 +1,7 @@
-"""All ways of RoPE extrapolation at one size, from the same noise: as figures, and as pictures."""
+"""Compares all methods of RoPE extrapolation at one size, with the same noise: numbers, and images."""
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
@@ -10,10 +10,10 @@ from fitv2_scale.config.model import ModelConfig, RopeConfig, parse_size
 from fitv2_scale.config.sections import SamplingConfig
 from fitv2_scale.evaluate.sampling.image_grid import decode
 from fitv2_scale.evaluate.sampling.load_weights import Weights
-from fitv2_scale.evaluate.sampling.sampler import Request, rope_of, sample
+from fitv2_scale.evaluate.sampling.sampler import ImageRequest, rope_for_size, sample
 from fitv2_scale.model.extrapolation import turns
 
-_WAYS = (
+_VARIANTS = (
     ("none", "none"),
     ("pi", "none"),
     ("ntk", "none"),
@@ -26,13 +26,13 @@ _WAYS = (
 
 
 @dataclass(frozen=True)
-class Way:
+class RopeVariant:
     rope: RopeConfig
-    is_default: bool  # what `fitv2 sample` takes at this size
-    frequency_2F: torch.Tensor  # radians a token, rows then columns
-    attention: float  # factor of q k
+    is_default: bool  # `fitv2 sample` uses it at this size
+    frequency_2F: torch.Tensor  # radians per token, rows then columns
+    attention: float  # factor of q·k
     nfe: float | None = None  # mean over the images
-    pictures: tuple[Image.Image, ...] = ()
+    images: tuple[Image.Image, ...] = ()
 
     @property
     def name(self) -> str:
@@ -50,23 +50,23 @@ class Way:
         }
 
 
-def ways(model: ModelConfig, sampling: SamplingConfig, size: str) -> list[Way]:
-    """Each way at ``size``, no pictures made yet."""
+def variants(model: ModelConfig, sampling: SamplingConfig, size: str) -> list[RopeVariant]:
+    """Each variant at ``size``, without images."""
     rows, columns = parse_size(size)
-    default, found = rope_of(sampling, model, rows, columns), []
-    for mode, scale in _WAYS:
+    default, found = rope_for_size(sampling, model, rows, columns), []
+    for mode, scale in _VARIANTS:
         rope = model.rope.model_copy(update={"mode": mode, "attention_scale": scale})
         frequency_I2F, factor_I = turns(rope, torch.tensor([[rows, columns]]), model.head_dim, model.rope_theta)
-        found.append(Way(rope, rope == default, frequency_I2F[0], factor_I.item()))
+        found.append(RopeVariant(rope, rope == default, frequency_I2F[0], factor_I.item()))
     return found
 
 
-def compare(weights: Weights, sampling: SamplingConfig, size: str, labels: list[int], seed: int) -> list[Way]:
-    """Pictures of ``labels`` by each way, all in one call. A collective; pictures are rank 0's."""
+def compare(weights: Weights, sampling: SamplingConfig, size: str, labels: list[int], seed: int) -> list[RopeVariant]:
+    """Images of ``labels`` by each variant, all in one call. A collective; only rank 0 has the images."""
     rows, columns = parse_size(size)
-    model, found = weights.config.model, ways(weights.config.model, sampling, size)
-    requests = [[Request(i, label, rows, columns, way.rope) for i, label in enumerate(labels)] for way in found]
-    made = sample(
+    model, found = weights.config.model, variants(weights.config.model, sampling, size)
+    requests = [[ImageRequest(i, label, rows, columns, one.rope) for i, label in enumerate(labels)] for one in found]
+    samples = sample(
         weights.engine.network,
         [request for row in requests for request in row],
         model=model,
@@ -77,39 +77,39 @@ def compare(weights: Weights, sampling: SamplingConfig, size: str, labels: list[
     )
     codec = weights.codec() if weights.world.is_first else None
     done = []
-    for way, row in zip(found, requests, strict=True):
-        pictures = tuple(decode(made[request].tokens, codec) for request in row) if codec else ()
-        nfe = sum(made[request].nfe for request in row) / len(row)
-        done.append(Way(way.rope, way.is_default, way.frequency_2F, way.attention, nfe, pictures))
+    for one, row in zip(found, requests, strict=True):
+        images = tuple(decode(samples[request].tokens, codec) for request in row) if codec else ()
+        nfe = sum(samples[request].nfe for request in row) / len(row)
+        done.append(replace(one, nfe=nfe, images=images))
     return done
 
 
-def to_text(found: list[Way]) -> str:
-    lines = [f"{'':2}{'way':24}{'longest wave, tokens':>24}{'q k times':>12}{'NFE':>8}"]
-    for way in found:
-        wave = way.report()["longest_wave_tokens"]
+def to_text(found: list[RopeVariant]) -> str:
+    lines = [f"{'':2}{'RoPE':24}{'longest wave, tokens':>24}{'q·k times':>12}{'NFE':>8}"]
+    for one in found:
+        wave = one.report()["longest_wave_tokens"]
         lines.append(
-            f"{'*' if way.is_default else '':2}{way.name:24}"
-            f"{wave['rows']:14.1f} x {wave['columns']:7.1f}{way.attention:12.4f}{way.nfe:8.1f}"
+            f"{'*' if one.is_default else '':2}{one.name:24}"
+            f"{wave['rows']:14.1f} x {wave['columns']:7.1f}{one.attention:12.4f}{one.nfe:8.1f}"
         )
-    return "\n".join([*lines, "* what `fitv2 sample` takes at this size"])
+    return "\n".join([*lines, "* the default of `fitv2 sample` at this size"])
 
 
-def plot(found: list[Way], size: str) -> bytes:
-    """A PNG: a row of pictures a way, below the frequencies of each axis relative to plain RoPE."""
+def plot(found: list[RopeVariant], size: str) -> bytes:
+    """A PNG: the frequencies of each axis relative to plain RoPE, and below them a row of images for each variant."""
     from matplotlib.figure import Figure
 
-    count, (width, height) = len(found[0].pictures), found[0].pictures[0].size
+    count, (width, height) = len(found[0].images), found[0].images[0].size
     cell = 1.5  # inches
     row = cell * height / width
     figure = Figure(figsize=(max(7.0, 1.6 + cell * count), 2.8 + (row + 0.05) * len(found)), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=[2.8, (row + 0.05) * len(found)])
     above.suptitle(f"RoPE at {size}", fontsize=11)
     for axes, axis in zip(above.subplots(1, 2, sharey=True), (0, 1), strict=True):
-        for way, line in zip(found, range(len(found), 0, -1), strict=True):  # ever thinner: some lie on each other
-            if way.rope.attention_scale == "none":
-                ratio_F = way.frequency_2F[axis] / found[0].frequency_2F[axis]
-                axes.plot(range(len(ratio_F)), ratio_F, linewidth=line, label=way.name)
+        for one, line in zip(found, range(len(found), 0, -1), strict=True):  # ever thinner, since some lines coincide
+            if one.rope.attention_scale == "none":
+                ratio_F = one.frequency_2F[axis] / found[0].frequency_2F[axis]
+                axes.plot(range(len(ratio_F)), ratio_F, linewidth=line, label=one.name)
         axes.set_title(("along the height", "along the width")[axis], fontsize=9)
         axes.set_xlabel("pair of channels", fontsize=8)
         axes.tick_params(labelsize=8)
@@ -118,12 +118,12 @@ def plot(found: list[Way], size: str) -> bytes:
             axes.set_ylabel("frequency / plain RoPE's", fontsize=8)
             axes.legend(fontsize=6)
     grid = below.subplots(len(found), count, squeeze=False, gridspec_kw={"wspace": 0.02, "hspace": 0.02})
-    for way, row_of_axes in zip(found, grid, strict=True):
-        for axes, picture in zip(row_of_axes, way.pictures, strict=True):
-            axes.imshow(picture)
+    for one, row_of_axes in zip(found, grid, strict=True):
+        for axes, image in zip(row_of_axes, one.images, strict=True):
+            axes.imshow(image)
             axes.set_xticks([])
             axes.set_yticks([])
-        label = way.name.replace(" + ", "\n+ ") + ("\n(default)" if way.is_default else "")
+        label = one.name.replace(" + ", "\n+ ") + ("\n(default)" if one.is_default else "")
         row_of_axes[0].set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center")
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=110)

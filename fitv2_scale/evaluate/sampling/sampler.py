@@ -1,7 +1,7 @@
-"""Pictures from the network: many sizes in one pack, each with its own positions, guided, by the solver asked for.
+"""Generates images with the network: many sizes in one pack, each with its own positions, with guidance and a solver.
 
-All that is random for an image is keyed by (seed, index) alone, so the pictures do not depend on how many ranks make
-them, nor on what lies beside them in a pack.
+All random numbers of an image are keyed by (seed, index) alone, so an image depends neither on the number of ranks nor
+on the other images of its pack.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,16 +27,16 @@ from fitv2_scale.model.to_torch import packing_to_torch
 from fitv2_scale.parallel.world import World
 
 Network = Callable[..., Tensor]
-_FIRST_THREE = 12  # of the 16 channels of a token: those of three of the four latent channels
+_FIRST_THREE = 12  # of the 16 channels of a token, those of three of the four latent channels
 
 
 @dataclass(frozen=True)
-class Request:
-    index: int  # of the image, which keys its noise
+class ImageRequest:
+    index: int  # of the image; keys its noise
     label: int
     rows: int  # in tokens
     columns: int
-    rope: RopeConfig | None = None  # None: what the sampling's config says
+    rope: RopeConfig | None = None  # None: by the config's section ``sampling``
 
     @property
     def tokens(self) -> int:
@@ -46,13 +46,13 @@ class Request:
 @dataclass(frozen=True)
 class Sample:
     tokens: np.ndarray  # (rows, columns, 16) float32: the latent at t = 1
-    nfe: int  # evaluations of the velocity at this image; with guidance each is two passes through the network
+    nfe: int  # evaluations of the velocity for this image; with guidance each is two passes through the network
 
 
 @torch.no_grad()
 def sample(
     network: Network,
-    requests: list[Request],
+    requests: list[ImageRequest],
     *,
     model: ModelConfig,
     sampling: SamplingConfig,
@@ -60,11 +60,12 @@ def sample(
     world: World,
     tensor: int = 1,
     gather: bool = True,
-) -> dict[Request, Sample]:
-    """The sample of each request; without ``gather`` only of those that this rank made.
+) -> dict[ImageRequest, Sample]:
+    """The sample of each request; without ``gather`` only of the requests of this rank.
 
-    A collective: each rank makes its share in one pack, all packs of one shape, so that all call the network alike.
-    The ``tensor`` ranks of a tensor group make the same share together; without ``gather`` the first of them has it.
+    A collective: each rank generates its images in one pack, and all packs have one shape, so all ranks call the
+    network alike. The ``tensor`` ranks of a tensor group compute the same pack together; without ``gather`` only the
+    first of them returns its samples.
 
     Raises:
         UserError: a label that is no class of ``model``.
@@ -72,92 +73,92 @@ def sample(
     for request in requests:
         if not 0 <= request.label < model.classes:
             raise UserError(f"class {request.label} is out of range: the model has classes 0 to {model.classes - 1}")
-    share = _Share.of(requests, 1 if sampling.cfg == 1.0 else 2, world, tensor)
-    field = _Field(network, share, model, sampling, world.device)
+    pack = _RankPack.of(requests, 1 if sampling.cfg == 1.0 else 2, world, tensor)
+    guided = _GuidedVelocity(network, pack, model, sampling, world.device)
     if sampling.solver == "dopri5":
-        with _lockstep(field, world) as velocity:
-            made = _solve(velocity, field.images, share.mine, sampling, seed)
+        with _lockstep(guided, world) as velocity:
+            made = _solve(velocity, guided.images, pack.requests, sampling, seed)
     else:
-        made = _solve(field, field.images, share.mine, sampling, seed)
+        made = _solve(guided, guided.images, pack.requests, sampling, seed)
     if not gather:
         return made if world.rank % tensor == 0 else {}
     return {request: one for part in world.all_gather(made) for request, one in part.items()}
 
 
 @dataclass(frozen=True)
-class _Share:
-    """What one rank makes, and where it lies in its pack: its images, once more without class if guided, padding."""
+class _RankPack:
+    """The requests of one rank and its pack: the images, with guidance once more without class, then padding."""
 
-    mine: list[Request]
-    copies: int
+    requests: list[ImageRequest]
+    copies: int  # 2 with guidance
     layout: PackLayout
     slots: int
 
     @classmethod
-    def of(cls, requests: list[Request], copies: int, world: World, tensor: int) -> "_Share":
+    def of(cls, requests: list[ImageRequest], copies: int, world: World, tensor: int) -> "_RankPack":
         cost = np.array([r.tokens for r in requests])
         shares, longest = partition(cost, world.size // tensor), int(cost.max())
         capacity = copies * max(int(cost[s].sum()) for s in shares)
         slots = copies * max(len(s) for s in shares) + -(-capacity // longest)
-        mine = [requests[i] for i in shares[world.rank // tensor].tolist()]
-        layout = lay_out([(r.rows, r.columns) for r in mine] * copies, PackShape(capacity, slots, longest))
-        return cls(mine, copies, layout, slots)
+        own = [requests[i] for i in shares[world.rank // tensor].tolist()]
+        layout = lay_out([(r.rows, r.columns) for r in own] * copies, PackShape(capacity, slots, longest))
+        return cls(own, copies, layout, slots)
 
     @property
     def tokens(self) -> int:
-        """Of its images, each once."""
+        """Tokens of its images, counted once."""
         return self.layout.tokens // self.copies
 
 
-class _Field:
-    """The guided velocity of a share's tokens, packed without padding: (N, 16), (I,) -> (N, 16) float32."""
+class _GuidedVelocity:
+    """The guided velocity of the tokens of a rank's images, without padding: (N, 16), (I,) -> (N, 16) float32."""
 
     def __init__(
-        self, network: Network, share: _Share, model: ModelConfig, sampling: SamplingConfig, device: torch.device
+        self, network: Network, pack: _RankPack, model: ModelConfig, sampling: SamplingConfig, device: torch.device
     ):
-        self._network, self._share, self._sampling, self._device = network, share, sampling, device
-        packing = packing_to_torch(share.layout)
+        self._network, self._pack, self._sampling, self._device = network, pack, sampling, device
+        packing = packing_to_torch(pack.layout)
         self._packing = Packing(**{
             name: to_device(value, device) if isinstance(value, Tensor) else value
             for name, value in vars(packing).items()
         })  # fmt: skip
-        label_I = torch.full((share.slots,), model.classes)
-        label_I[: len(share.mine)] = torch.tensor([r.label for r in share.mine], dtype=torch.int64)
+        label_I = torch.full((pack.slots,), model.classes)
+        label_I[: len(pack.requests)] = torch.tensor([r.label for r in pack.requests], dtype=torch.int64)
         self._label_I = to_device(label_I, device)
-        ropes = [r.rope or rope_of(sampling, model, r.rows, r.columns) for r in share.mine] * share.copies
-        ropes += [RopeConfig()] * (share.slots - len(ropes))
+        ropes = [r.rope or rope_for_size(sampling, model, r.rows, r.columns) for r in pack.requests] * pack.copies
+        ropes += [RopeConfig()] * (pack.slots - len(ropes))
         self._rope = extrapolated_table(self._packing, ropes, model.head_dim, model.rope_theta)
 
     @property
     def images(self) -> Images:
-        tokens, count = self._share.tokens, len(self._share.mine)
+        tokens, count = self._pack.tokens, len(self._pack.requests)
         packing = self._packing
         return Images(packing.image_T[:tokens], packing.place_T[:tokens], packing.cu_seqlens_I1.diff()[:count].long())
 
     def __call__(self, x_NC: Tensor, t_I: Tensor) -> Tensor:
-        share, cfg = self._share, self._sampling.cfg
+        pack, cfg, images = self._pack, self._sampling.cfg, len(self._pack.requests)
         x_TC = x_NC.new_zeros(len(self._packing.image_T), TOKEN_CHANNELS)
-        t_slots = x_NC.new_zeros(share.slots)
-        for copy in range(share.copies):
-            x_TC[copy * share.tokens : (copy + 1) * share.tokens] = x_NC
-            t_slots[copy * len(share.mine) : (copy + 1) * len(share.mine)] = t_I
+        t_slots = x_NC.new_zeros(pack.slots)
+        for copy in range(pack.copies):
+            x_TC[copy * pack.tokens : (copy + 1) * pack.tokens] = x_NC
+            t_slots[copy * images : (copy + 1) * images] = t_I
         velocity_TC = self._network(x_TC, t_slots, self._label_I, self._packing, self._rope).float()
-        conditional_NC = velocity_TC[: share.tokens]
-        if share.copies == 1:
+        conditional_NC = velocity_TC[: pack.tokens]
+        if pack.copies == 1:
             return conditional_NC
-        free_NC = velocity_TC[share.tokens : 2 * share.tokens]
+        free_NC = velocity_TC[pack.tokens : 2 * pack.tokens]
         guided_NC = free_NC + cfg * (conditional_NC - free_NC)
         if self._sampling.guided_channels == "all":
             return guided_NC
         return torch.cat((guided_NC[:, :_FIRST_THREE], conditional_NC[:, _FIRST_THREE:]), 1)
 
     def idle(self) -> None:
-        """A call of the network for the sake of the ranks that need theirs."""
-        self(torch.zeros(self._share.tokens, TOKEN_CHANNELS, device=self._device), torch.zeros((), device=self._device))
+        """Calls the network without using the result, because other ranks need to call it."""
+        self(torch.zeros(self._pack.tokens, TOKEN_CHANNELS, device=self._device), torch.zeros((), device=self._device))
 
 
-def rope_of(sampling: SamplingConfig, model: ModelConfig, rows: int, columns: int) -> RopeConfig:
-    """The positions that ``sampling`` asks for at a size; what it leaves to "auto" is as published."""
+def rope_for_size(sampling: SamplingConfig, model: ModelConfig, rows: int, columns: int) -> RopeConfig:
+    """The RoPE that ``sampling`` asks for at a size; "auto" is as published."""
     chosen, asked = default_rope(model.rope, rows, columns), {}
     if sampling.rope != "auto":
         asked["mode"], asked["attention_scale"] = sampling.rope, "none"
@@ -167,8 +168,8 @@ def rope_of(sampling: SamplingConfig, model: ModelConfig, rows: int, columns: in
 
 
 def _solve(
-    velocity: Velocity, images: Images, requests: list[Request], sampling: SamplingConfig, seed: int
-) -> dict[Request, Sample]:
+    velocity: Velocity, images: Images, requests: list[ImageRequest], sampling: SamplingConfig, seed: int
+) -> dict[ImageRequest, Sample]:
     device = images.image_N.device
     index_I = torch.tensor([r.index for r in requests], dtype=torch.int64, device=device)
 
@@ -194,19 +195,19 @@ def _solve(
 
 
 @contextmanager
-def _lockstep(field: _Field, world: World) -> Iterator[Velocity]:
-    """For ranks that need the network differently often, but must call it equally often, as all hold parts of it: who
-    is done, or has failed, goes on calling until all are."""
+def _lockstep(guided: _GuidedVelocity, world: World) -> Iterator[Velocity]:
+    """For ranks that need different numbers of network calls, but must call it equally often, since every rank holds a
+    part of it: a rank that is done, or has failed, continues to call until all are done."""
 
-    def anyone(working: int) -> bool:
+    def any_working(working: int) -> bool:
         return world.size > 1 and world.all_reduce_sum(torch.tensor([working])).item() > 0
 
     def velocity(x_NC: Tensor, t_I: Tensor) -> Tensor:
-        anyone(1)
-        return field(x_NC, t_I)
+        any_working(1)
+        return guided(x_NC, t_I)
 
     try:
         yield velocity
     finally:
-        while anyone(0):
-            field.idle()
+        while any_working(0):
+            guided.idle()

@@ -1,14 +1,14 @@
-"""From noise (t = 0) to data (t = 1) along a velocity field: fixed steps, adaptive steps, and a stochastic path.
+"""Solvers from noise (t = 0) to data (t = 1) along a velocity field: fixed steps, adaptive steps, and an SDE.
 
-State is packed, x (N, C), the tokens of I images end to end. Each solver keeps nothing but the last state, and says how
-often it asked for the velocity at each image (NFE; with guidance an evaluation is two passes through the network).
+State is packed, x (N, C): the tokens of I images, one after another. Each solver stores only the last state, and
+returns the number of evaluations of the velocity for each image (NFE; with guidance an evaluation is two passes through
+the network).
 
-dopri5 is torchode's, although that brings torchtyping, which is no longer developed, and with it typeguard < 3: of the
-libraries that are looked after, it alone gives each image of a batch its own error norm and steps. torchdiffeq takes
-one step for the whole batch, and scipy's RK45 solves for one state, so that either would call the network for each
-image alone: 846 times for 18 samples of the demo, by scipy, where torchode calls it 68 times for one pack. (An image
-that is done is evaluated along with the rest: on a CPU, where a call costs what it computes, the pack took 25 s and
-scipy 17.)
+dopri5 is torchode's, although that requires torchtyping, which is no longer developed, and so typeguard < 3: among the
+maintained libraries only torchode gives each image of a batch its own error norm and steps. torchdiffeq takes one step
+for the whole batch, and scipy's RK45 solves for one state, so either would call the network for each image separately:
+846 times for 18 samples of the demo, by scipy, where torchode calls it 68 times for one pack. (Images that are done are
+evaluated with the rest: on a CPU, where the cost of a call is its computation, the pack took 25 s and scipy 17 s.)
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ LAST_STEP = 0.04  # of the SDE, as in SiT and FiTv2
 
 @dataclass(frozen=True)
 class Images:
-    """Where the images lie among the N tokens."""
+    """The positions of the images among the N tokens."""
 
     image_N: Tensor  # int64, ascending
     place_N: Tensor  # int64, index of the token in its image
@@ -38,14 +38,14 @@ class Images:
 
 
 def euler(velocity: Velocity, x_NC: Tensor, images: Images, steps: int) -> tuple[Tensor, Tensor]:
-    """The first-order method. Returns x at t = 1 and the NFE of each image, int64 (I,)."""
+    """Euler's first-order method. Returns x at t = 1 and the NFE of each image, int64 (I,)."""
     for k in range(steps):
         x_NC = x_NC + velocity(x_NC, images.times(k / steps)) / steps
     return x_NC, images.count(steps)
 
 
 def heun(velocity: Velocity, x_NC: Tensor, images: Images, steps: int) -> tuple[Tensor, Tensor]:
-    """The second-order method: the mean of the velocities at both ends of an Euler step. Returns as ``euler``."""
+    """Heun's second-order method: the mean of the velocities at both ends of an Euler step. Returns as ``euler``."""
     for k in range(steps):
         first_NC = velocity(x_NC, images.times(k / steps))
         second_NC = velocity(x_NC + first_NC / steps, images.times((k + 1) / steps))
@@ -56,12 +56,12 @@ def heun(velocity: Velocity, x_NC: Tensor, images: Images, steps: int) -> tuple[
 def sde(
     velocity: Velocity, x_NC: Tensor, images: Images, steps: int, noise: Callable[[int], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Euler and Maruyama's method on dx = (v + w s) dt + sqrt(2 w) dW with w = sigma_t = 1 - t, as SiT samples
+    """The Euler-Maruyama method on dx = (v + w s) dt + sqrt(2 w) dW with w = sigma_t = 1 - t, as in SiT
     (arXiv 2401.08740; "Euler", diffusion form "sigma", last step "Mean").
 
-    On the linear path the score is s = (t v - x) / (1 - t), so that w s = t v - x and nothing is divided by zero. The
-    first ``steps`` - 1 steps are even and end at 1 - LAST_STEP; the last one follows the mean. ``noise(k)`` is the
-    standard normal of step k, (N, C). Returns as ``euler``.
+    On the linear path the score is s = (t v - x) / (1 - t), so w s = t v - x without a division by zero. The first
+    ``steps`` - 1 steps are equal and end at 1 - LAST_STEP; the last one follows the mean. ``noise(k)`` is the standard
+    normal of step k, (N, C). Returns as ``euler``.
     """
 
     def drift(t: float) -> Tensor:
@@ -76,12 +76,12 @@ def sde(
 
 
 def dopri5(velocity: Velocity, x_NC: Tensor, images: Images, atol: float, rtol: float) -> tuple[Tensor, Tensor]:
-    """Dormand and Prince's method of order 5, by torchode: each image has its own error norm (the RMS over its own
-    tokens) and its own steps, so what it becomes does not depend on the images beside it. Returns as ``euler``."""
+    """The Dormand-Prince method of order 5, by torchode: each image has its own error norm (the RMS over its tokens)
+    and its own steps, so it does not depend on the other images of the pack. Returns as ``euler``."""
     import torchode
 
     count, longest = len(images.length_I), int(images.length_I.max())
-    at_N = images.image_N * longest + images.place_N  # where the tokens lie when images are padded to the longest
+    at_N = images.image_N * longest + images.place_N  # indices of the tokens when images are padded to the longest
     channels = x_NC.shape[1]
 
     def pad(packed_NC: Tensor) -> Tensor:
@@ -101,5 +101,5 @@ def dopri5(velocity: Velocity, x_NC: Tensor, images: Images, atol: float, rtol: 
     failed = solution.status != torchode.Status.SUCCESS.value
     if failed.any():
         raise ArithmeticError(f"dopri5 found no step small enough for {int(failed.sum())} images: is a velocity NaN?")
-    # Two evaluations to find the first step, then six a step, for the last of one step is the first of the next.
+    # Two evaluations to find the first step, then six per step, since the last of one step is the first of the next.
     return packed(solution.ys[:, -1]), 2 + 6 * solution.stats["n_steps"]

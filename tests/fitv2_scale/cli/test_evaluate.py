@@ -31,7 +31,7 @@ def test_figures_reach_mlflow_at_their_step(two_step_run, feature_network, refer
     client = MlflowClient(f"sqlite:///{tmp_path}/tracked/mlflow.db")
     found = client.get_run(json.loads(Path(copy, "tracking/mlflow.json").read_text())["mlflow_run"])
     for _ in range(2):
-        assert main(call) == 0 and "MLflow: 5 figures in run" in capfd.readouterr().out
+        assert main(call) == 0 and "MLflow: 5 metrics in run" in capfd.readouterr().out
     step = json.loads(Path(copy, "evaluations/2.json").read_text())
     for name in ("fid", "recall"):
         (sent,) = client.get_metric_history(found.info.run_id, f"evaluate/32x48-cfg1.5-euler1-none-30/{name}")
@@ -82,16 +82,16 @@ def test_the_command_with_a_suite_and_with_few_steps(two_step_run, feature_netwo
         (["RUN", "NETWORK", "REFERENCE", "--nfe", "5", "--solver", "dopri5"], "--nfe needs a solver of fixed steps"),
         (["RUN", "NETWORK", "REFERENCE", "--suite", "none"], "there is no suite none: .*hr, in1k256, ood"),
         (["RUN", "NETWORK", "REFERENCE", "--suite", "hr", "--size", "32x48"], "leave --size out"),
-        (["RUN", "NETWORK", "--size", "32x48"], "give what to compare with as --reference"),
+        (["RUN", "NETWORK", "--size", "32x48"], "give the images to compare with as --reference"),
         (["RUN", "REFERENCE", "--size", "32x48"], "give the network .* as --network"),
-        (["RUN", "NETWORK", "REFERENCE", "--suite", "configs/demo.yaml"], "demo.yaml is no suite: it has no cells"),
+        (["RUN", "NETWORK", "REFERENCE", "--suite", "configs/demo.yaml"], "demo.yaml is not a suite: it has no cells"),
         (["/no/run@7", "NETWORK", "REFERENCE", "--size", "32x48"], "/no/run is not a run"),
         (["RUN@7", "NETWORK", "REFERENCE", "--size", "32x48"], "has no commit at step 7"),
         (["RUN", "NETWORK", "--reference", "/no/ref.npz", "--size", "32x48"], "cannot read the reference /no/ref.npz"),
-        (["RUN", "NETWORK", "--reference", "SMALL", "--size", "32x48"], "the network gives 12 features and .* is of 5"),
+        (["RUN", "NETWORK", "--reference", "SMALL", "--size", "32x48"], "the network gives 12 features, but .* has 5"),
         (["RUN", "NETWORK", "--reference", "OTHER", "--size", "32x48"], "is of the network 00000"),
-        (["PHOTOGRAPHS", "NETWORK", "REFERENCE"], "pictures of many sizes: say the one to measure at as --size"),
-        (["PHOTOGRAPHS", "REFERENCE", "--size", "32x48"], "holds pictures: give the network"),
+        (["PHOTOGRAPHS", "NETWORK", "REFERENCE"], "images of many sizes: give the size to measure at as --size"),
+        (["PHOTOGRAPHS", "REFERENCE", "--size", "32x48"], "holds images: give the network"),
         (["PHOTOGRAPHS", "REFERENCE", "--size", "32x48", "--network", "TINY"], "give its digest as --network-sha256"),
         (["PHOTOGRAPHS", "REFERENCE", "--size", "32x48", "--network", "TINY", "--network-sha256", "ab"],
          "has the sha256 .* not ab"),

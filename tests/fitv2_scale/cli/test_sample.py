@@ -135,7 +135,7 @@ def test_weights_files_that_cannot_become_pictures(two_step_run, tmp_path):
     assert main(["checkpoint", "export", two_step_run, weights, "--ema"]) == 0
     for words, sentence in (
         (["--config", str(config), "model.hidden=64"], "the config wants .* choose another config"),
-        (["--config", str(config), "data.url=nowhere"], "how these latents become pictures is not known.*sampling.vae"),
+        (["--config", str(config), "data.url=nowhere"], "the codec of these latents is not known.*sampling.vae"),
         ([], "give the config of these weights as --config FILE"),
     ):
         with pytest.raises(SystemExit, match=f"fitv2: .*{sentence}"):

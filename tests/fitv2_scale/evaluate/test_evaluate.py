@@ -10,7 +10,7 @@ import pytest
 from data_sharding.errors import UserError
 from fitv2_scale.checkpoint.weights import export_weights
 from fitv2_scale.config.sections import SamplingConfig
-from fitv2_scale.evaluate.evaluate import Means, evaluate_weights
+from fitv2_scale.evaluate.evaluate import EvaluationOptions, evaluate_weights
 from fitv2_scale.evaluate.features import read_npz
 from fitv2_scale.evaluate.generated_features import Cell
 from tests.support.ranks import run_ranks
@@ -20,12 +20,14 @@ def cells(weights, size="32x48", images=40, steps=(2, 4)) -> list[Cell]:
     return [Cell(size, SamplingConfig(cfg=2.0, steps=n), images, 7, tuple(range(weights.classes))) for n in steps]
 
 
-def evaluated(source: str, means: Means, out: str | None = None, config: str | None = None) -> list[dict] | None:
+def evaluated(
+    source: str, means: EvaluationOptions, out: str | None = None, config: str | None = None
+) -> list[dict] | None:
     return evaluate_weights(source, cells, means, out=out, config_file=config).results
 
 
 def test_the_same_figures_on_any_number_of_ranks(two_step_run, feature_network, reference, tmp_path):
-    means = Means(**feature_network, reference=reference, keep_features=True)
+    means = EvaluationOptions(**feature_network, reference=reference, keep_features=True)
     outs = [str(tmp_path / f"ranks{size}") for size in (1, 2, 3)]
     for size, out in zip((1, 2, 3), outs, strict=True):
         first, *others = run_ranks(size, evaluated, two_step_run, means, out)
@@ -50,7 +52,7 @@ def test_an_evaluation_goes_on_where_it_was_killed(
     """And is not made again when it is there, but for another reference."""
     from fitv2_scale.evaluate import generated_features
 
-    out, means = str(tmp_path / "killed"), Means(**feature_network, reference=reference)
+    out, means = str(tmp_path / "killed"), EvaluationOptions(**feature_network, reference=reference)
     made, real = [], generated_features.sample
 
     def counted(network, requests, *, kill_at=99, **options):
@@ -62,7 +64,7 @@ def test_an_evaluation_goes_on_where_it_was_killed(
     def some(requests, weights, sampling):
         return [requests[i : i + 15] for i in range(0, len(requests), 15)]
 
-    monkeypatch.setattr(generated_features, "chunks", some)
+    monkeypatch.setattr(generated_features, "chunk_requests", some)
     monkeypatch.setattr(generated_features, "sample", partial(counted, kill_at=2))
     with pytest.raises(Killed):
         evaluated(two_step_run, means, out)
@@ -72,7 +74,7 @@ def test_an_evaluation_goes_on_where_it_was_killed(
     assert sum(map(len, made)) == 80  # two cells of 40
     assert evaluated(two_step_run, means, out) == results and len(made) == 6
     assert not list(Path(out).rglob("part-*"))
-    evaluated(two_step_run, Means(**feature_network, reference=photographs), out)
+    evaluated(two_step_run, EvaluationOptions(**feature_network, reference=photographs), out)
     assert len(made) == 12
     step = json.loads(Path(out, "evaluations/2.json").read_text())
     assert step["fid"] == step["cells"][0]["fid"] and step["step"] == 2 and len(step["cells"]) == 2
@@ -85,7 +87,7 @@ def test_weights_from_a_file(two_step_run, feature_network, reference, tiny, tmp
     weights, config = str(tmp_path / "weights.safetensors"), tmp_path / "config.yaml"
     export_weights(two_step_run, weights, ema=True)
     config.write_text(yaml.safe_dump(tiny().model_dump(mode="json")))
-    means, out = Means(**feature_network, reference=reference), str(tmp_path / "out")
+    means, out = EvaluationOptions(**feature_network, reference=reference), str(tmp_path / "out")
     found = evaluated(weights, means, out, str(config))
     of_run = evaluated(two_step_run, means, str(tmp_path / "of_run"))
     assert [r["fid"] for r in found] == [r["fid"] for r in of_run] and found[0]["step"] is None

@@ -53,7 +53,7 @@ def test_networks_that_are_refused(tmp_path, monkeypatch):
         FeatureNetwork.load(file, digest)(PICTURES)
     with pytest.raises(UserError, match="cannot read the network"):
         FeatureNetwork.load(str(tmp_path / "none.pt"), digest)
-    with pytest.raises(UserError, match="the network does not take uint8"):
+    with pytest.raises(UserError, match="the network does not accept uint8"):
         FeatureNetwork.load(*save_network(Tiny(), tmp_path))(PICTURES[:, :2])
 
 
@@ -62,5 +62,5 @@ def test_no_torchscript(tmp_path):
 
     file = tmp_path / "network.pt"
     file.write_bytes(b"no network")
-    with pytest.raises(UserError, match="is no TorchScript"):
+    with pytest.raises(UserError, match="is not TorchScript"):
         FeatureNetwork.load(str(file), hashlib.sha256(b"no network").hexdigest())

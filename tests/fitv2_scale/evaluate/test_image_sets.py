@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from fitv2_scale.evaluate.image_sets import open_pictures
+from fitv2_scale.evaluate.image_sets import open_image_set
 
 
 def test_pictures_cover_the_size_and_are_not_stretched(tmp_path):
@@ -11,7 +11,7 @@ def test_pictures_cover_the_size_and_are_not_stretched(tmp_path):
     wide = np.zeros((40, 200, 3), np.uint8)
     wide[:, 60:140] = 200
     Image.fromarray(wide).save(tmp_path / "wide.png")
-    (square,) = open_pictures(str(tmp_path), (32, 32), 1).read()
-    (band,) = open_pictures(str(tmp_path), (16, 160), 1).read()
+    (square,) = open_image_set(str(tmp_path), (32, 32), 1).read()
+    (band,) = open_image_set(str(tmp_path), (16, 160), 1).read()
     assert (square == 200).all()
     assert band.shape == (16, 160, 3) and (band[:, 60:100] == 200).all() and not band[:, [0, 40, 120, 159]].any()

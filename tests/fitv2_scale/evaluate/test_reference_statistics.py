@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy.linalg import sqrtm
 
-from fitv2_scale.evaluate.evaluate import Means, evaluate_pictures
+from fitv2_scale.evaluate.evaluate import EvaluationOptions, evaluate_images
 from fitv2_scale.evaluate.features import read_npz
-from fitv2_scale.evaluate.image_sets import open_pictures
+from fitv2_scale.evaluate.image_sets import open_image_set
 from tests.support.feature_networks import POOL
 
 
@@ -18,7 +18,7 @@ def test_statistics_are_in_adms_format(photographs, feature_network, reference):
         "arr_0": (80, 32, 48, 3), "pool": (80, POOL),
     }  # fmt: skip
     assert arrays["arr_0"].dtype == np.uint8 and arrays["mu"].dtype == arrays["sigma"].dtype == np.float64
-    again = evaluate_pictures(photographs, "32x48", Means(**feature_network, reference=reference), None)
+    again = evaluate_images(photographs, "32x48", EvaluationOptions(**feature_network, reference=reference), None)
     assert again["fid"] < 1e-3 and again["sfid"] < 1e-3 and (again["precision"], again["recall"]) == (1.0, 1.0)
 
 
@@ -29,9 +29,9 @@ def test_a_reference_that_others_made(photographs, feature_network, reference, t
     published, batch = str(tmp_path / "published.npz"), str(tmp_path / "batch.npz")
     np.savez(published, **{name: arrays[name] for name in ("mu", "sigma", "mu_s", "sigma_s", "arr_0")})
     np.savez(batch, arr_0=arrays["arr_0"])
-    ours = evaluate_pictures(photographs, "32x32", Means(**feature_network, reference=reference), None)
+    ours = evaluate_images(photographs, "32x32", EvaluationOptions(**feature_network, reference=reference), None)
     for other in (published, batch):
-        found = evaluate_pictures(photographs, "32x32", Means(**feature_network, reference=other), None)
+        found = evaluate_images(photographs, "32x32", EvaluationOptions(**feature_network, reference=other), None)
         assert [found[n] for n in ("fid", "sfid", "is")] == pytest.approx([ours[n] for n in ("fid", "sfid", "is")])
         assert (found["precision"], found["recall"]) == (ours["precision"], ours["recall"])
     assert ours["fid"] > 1e-4
@@ -43,7 +43,7 @@ def test_two_halves(photographs, feature_network, reference, tmp_path):
     first, second = str(tmp_path / "first.npz"), str(tmp_path / "second.npz")
     np.savez(first, pool=pool[::2])
     np.savez(second, pool=pool[1::2])
-    found = evaluate_pictures(first, None, Means(reference=second), None)
+    found = evaluate_images(first, None, EvaluationOptions(reference=second), None)
     a, b = (np.cov(half.astype(np.float64), rowvar=False) for half in (pool[::2], pool[1::2]))
     shift = pool[::2].mean(0, dtype=np.float64) - pool[1::2].mean(0, dtype=np.float64)
     expected = shift @ shift + np.trace(a + b - 2 * sqrtm(a @ b).real)
@@ -52,8 +52,8 @@ def test_two_halves(photographs, feature_network, reference, tmp_path):
 
 
 def test_a_dataset_is_measured_as_decoded(dataset, photographs, feature_network):
-    means = Means(**feature_network, reference=dataset, reference_images=100)
-    assert evaluate_pictures(dataset, "32x48", means, None)["fid"] < 1e-3
-    pictures = open_pictures(dataset, (48, 32), 100)
+    means = EvaluationOptions(**feature_network, reference=dataset, reference_images=100)
+    assert evaluate_images(dataset, "32x48", means, None)["fid"] < 1e-3
+    pictures = open_image_set(dataset, (48, 32), 100)
     assert pictures.count == 100 and {p.shape for p in pictures.read()} == {(48, 32, 3)}
-    assert evaluate_pictures(photographs, "32x48", means, None)["fid"] > 1e-2  # others
+    assert evaluate_images(photographs, "32x48", means, None)["fid"] > 1e-2  # others

@@ -11,8 +11,8 @@ def test_suites_are_whole(name):
     suite = load_suite(name)
     table = suite_table(suite, [])
     for row in suite.published:
-        assert set(row.figures) <= set(suite.sizes) and f"| {row.model} " in table
-        for fid, sfid, score, precision, recall in row.figures.values():
+        assert set(row.metrics) <= set(suite.sizes) and f"| {row.model} " in table
+        for fid, sfid, score, precision, recall in row.metrics.values():
             assert fid > 1 and (sfid or 2) > 1 and (score or 2) > 1
             assert 0 < (precision or 0.5) < 1 and 0 < (recall or 0.5) < 1
     for cell in suite.cells:
@@ -20,7 +20,7 @@ def test_suites_are_whole(name):
 
 
 def test_published_rows_of_the_paper():
-    by = {name: {row.model: row.figures for row in load_suite(name).published} for name in ("in1k256", "ood", "hr")}
+    by = {name: {row.model: row.metrics for row in load_suite(name).published} for name in ("in1k256", "ood", "hr")}
     assert by["in1k256"]["DiT-XL/2"]["256x256"] == (2.27, 4.60, 278.24, 0.83, 0.57)
     assert by["in1k256"]["SiT-XL/2"]["160x320"] == (17.38, 28.59, 110.32, 0.52, 0.65)
     assert by["in1k256"]["FiTv2-3B/2"]["128x384"] == (13.73, 23.26, 145.38, 0.61, 0.48)

@@ -19,7 +19,7 @@ from data_sharding.write.images import write_dataset
 from fitv2_scale.cli.__main__ import main
 from fitv2_scale.config.layout import Layout
 from fitv2_scale.data import Data
-from fitv2_scale.evaluate.validation import grid_of, held_out
+from fitv2_scale.evaluate.validation import held_out, validation_grid
 from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.model.init import fill_initial
 from fitv2_scale.model.to_torch import packing_to_torch
@@ -132,8 +132,8 @@ def test_the_grid_is_the_same_at_every_step_and_after_a_resume(tiny, dataset):
     first = found[2]
     assert found[4] == first and found[8] == found[6] == pytest.approx(first, rel=1e-6)
     manifests = [Manifest.load(dataset)]
-    grid = grid_of(manifests, tiny(**changes).validation)
-    assert np.array_equal(grid.sample_id, grid_of(manifests, tiny(**changes, seed=5).validation).sample_id)
+    grid = validation_grid(manifests, tiny(**changes).validation)
+    assert np.array_equal(grid.sample_id, validation_grid(manifests, tiny(**changes, seed=5).validation).sample_id)
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def apart(tmp_path_factory) -> str:
 
 def test_what_was_set_aside_is_what_is_looked_at(tiny, apart):
     config = tiny(data__url=apart, train__steps=2, validation__every_steps=1)
-    grid = grid_of(held_out([Manifest.load(apart)], config.validation, CLASSES), config.validation)
+    grid = validation_grid(held_out([Manifest.load(apart)], config.validation, CLASSES), config.validation)
     assert set(grid.sample_id) == set(Manifest.load(f"{apart}/holdout").sample_id)
     assert not set(grid.sample_id) & set(Manifest.load(apart).sample_id)
     assert len(grid.sample_id) == 12 * 8 and set(zip(grid.epoch.tolist(), grid.sample_id.tolist(), strict=True)) == {
@@ -177,7 +177,7 @@ def test_what_cannot_be_looked_at_is_refused_at_once(tiny, dataset, apart, tmp_p
         run_ranks(1, train, tiny("b", validation__every_steps=2, validation__url=str(tmp_path / "nowhere")))
     make_pictures(tmp_path / "large", 20)
     write_dataset(str(tmp_path / "large"), str(tmp_path / "set"), max_tokens=36, workers=1, progress=False)
-    with pytest.raises(UserError, match="images of 3. tokens, this run's packs only those of up to 16"):
+    with pytest.raises(UserError, match="images of 3. tokens, but packs of this run only hold images of up to 16"):
         run_ranks(2, train, tiny("c", validation__every_steps=2, validation__url=str(tmp_path / "set")))
     shard = next(Path(apart, "holdout").glob("shard-*"))
     bytes_ = shard.read_bytes()

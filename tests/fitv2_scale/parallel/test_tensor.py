@@ -14,7 +14,7 @@ from data_sharding.errors import UserError
 from fitv2_scale.config.layout import Layout, LayoutConfig
 from fitv2_scale.config.schema import Config
 from fitv2_scale.config.sections import SamplingConfig
-from fitv2_scale.evaluate.sampling.sampler import Request, sample
+from fitv2_scale.evaluate.sampling.sampler import ImageRequest, sample
 from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.tensor import tensor_linear
 from fitv2_scale.parallel.tensor_pieces import TensorGroup
@@ -184,7 +184,7 @@ def test_a_tensor_group_makes_the_same_pictures():
 
 
 def make_pictures(tensor: int) -> dict[int, np.ndarray]:
-    config, requests = make_config(), [Request(i, label=i, rows=2 + i, columns=3) for i in range(3)]
+    config, requests = make_config(), [ImageRequest(i, label=i, rows=2 + i, columns=3) for i in range(3)]
     with join() as world:
         engine = make_engine(config, Layout.of(world.size, 1, tensor), world)
         steps_of(engine, config, Cell(world.size, tensor), world)  # before the first step the velocity is zero

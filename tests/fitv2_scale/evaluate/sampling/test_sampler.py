@@ -13,7 +13,7 @@ from fitv2_scale.config.model import ModelConfig, RopeConfig, parse_size
 from fitv2_scale.config.schema import Config
 from fitv2_scale.config.sections import SamplingConfig
 from fitv2_scale.evaluate.sampling.image_grid import grid_requests
-from fitv2_scale.evaluate.sampling.sampler import Request, rope_of, sample
+from fitv2_scale.evaluate.sampling.sampler import ImageRequest, rope_for_size, sample
 from fitv2_scale.parallel.boxes import Box
 from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.world import join
@@ -139,7 +139,7 @@ def constant(x_TC, t_I, label_I, packing, rope):
 def test_guidance(cfg, channels):
     requests = grid_requests(["32x48", "16x16"], [0, 3])
 
-    def draw(velocity) -> dict[Request, np.ndarray]:
+    def draw(velocity) -> dict[ImageRequest, np.ndarray]:
         options = SamplingConfig(cfg=cfg, steps=3, guided_channels=channels)
         made = sample(velocity, requests, model=MODEL, sampling=options, seed=0, world=_Alone())
         return {request: one.tokens for request, one in made.items()}
@@ -156,7 +156,7 @@ def test_guidance(cfg, channels):
 
 def test_a_class_that_the_model_has_not():
     with pytest.raises(UserError, match="class 5 is out of range: the model has classes 0 to 4"):
-        sample(constant, [Request(0, 5, 1, 1)], model=MODEL, sampling=SamplingConfig(), seed=0, world=_Alone())
+        sample(constant, [ImageRequest(0, 5, 1, 1)], model=MODEL, sampling=SamplingConfig(), seed=0, world=_Alone())
 
 
 def test_positions_are_as_published_unless_asked_for():
@@ -164,14 +164,14 @@ def test_positions_are_as_published_unless_asked_for():
     published = {"256x256": plain, "128x384": plain, "160x320": RopeConfig(mode="vision_ntk")}
     published |= {size: scaled for size in ("320x320", "224x448", "160x480")}
     for size, rope in published.items():
-        assert rope_of(SamplingConfig(), MODEL, *parse_size(size)) == rope
+        assert rope_for_size(SamplingConfig(), MODEL, *parse_size(size)) == rope
     stage = MODEL.model_copy(update={"rope": RopeConfig(mode="vision_ntk")})
     for size in ("512x512", "320x640", "256x768"):
-        assert rope_of(SamplingConfig(), stage, *parse_size(size)) == RopeConfig(mode="vision_ntk")
+        assert rope_for_size(SamplingConfig(), stage, *parse_size(size)) == RopeConfig(mode="vision_ntk")
     asked = SamplingConfig(rope="yarn")
-    assert rope_of(asked, MODEL, 20, 20) == RopeConfig(mode="yarn")
+    assert rope_for_size(asked, MODEL, 20, 20) == RopeConfig(mode="yarn")
     asked = SamplingConfig(attention_scale="paper")
-    assert rope_of(asked, MODEL, 20, 20) == RopeConfig(mode="vision_ntk", attention_scale="paper")
+    assert rope_for_size(asked, MODEL, 20, 20) == RopeConfig(mode="vision_ntk", attention_scale="paper")
 
 
 def test_sampling_leaves_the_run_as_it_was(tiny):
