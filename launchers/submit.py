@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -22,6 +22,10 @@ from data_sharding.storage.open_store import open_store
 from fitv2_scale.config.load import load_config
 from fitv2_scale.config.schema import Config
 from fitv2_scale.config.slurm import SlurmConfig
+from fitv2_scale.data import Data
+from fitv2_scale.planning.forecast.assumptions import Assumptions
+from fitv2_scale.planning.forecast.plan_report import node_advice
+from fitv2_scale.run.fork import Fork
 from fitv2_scale.run.provenance import SOURCE, source
 from fitv2_scale.run.redact import redact
 from fitv2_scale.run.run import Run, flatten
@@ -31,9 +35,6 @@ from launchers.chain import CHAIN_FILE, Chain, node_count
 from launchers.chain_log import MIN_SIGNAL_SECONDS, ChainLog, signal_seconds
 from launchers.control import job_name
 from launchers.secret_overrides import to_environment
-
-if TYPE_CHECKING:
-    from fitv2_scale.data import Data
 
 _PACKAGES = (data_sharding, fitv2_scale, launchers)
 
@@ -178,13 +179,8 @@ def _check_data(config: Config) -> None:
         raise UserError(f"{presets[0]} has sizes only, for `fitv2 plan` and --dry-run: set data.url to a dataset.")
 
 
-def _check_training(
-    config: Config, least: int, most: int, fork_from: str | None
-) -> "tuple[Data, dict[str, Any] | None]":
+def _check_training(config: Config, least: int, most: int, fork_from: str | None) -> tuple[Data, dict[str, Any] | None]:
     """The checks that training makes first. Returns its data and the parent of a fork."""
-    from fitv2_scale.data import Data  # only here: torch takes seconds
-    from fitv2_scale.run.fork import Fork
-
     for nodes in {least, most}:
         tasks = config.slurm.tasks_per_node
         layout = config.layout.over(nodes * tasks, nodes)
@@ -192,14 +188,11 @@ def _check_training(
     return data, Fork.parse(fork_from, config.run).parent() if fork_from else None
 
 
-def _advice(config: Config, data: "Data", nodes: int) -> str:
+def _advice(config: Config, data: Data, nodes: int) -> str:
     """The sentence of `fitv2 plan` about the number of nodes, from published figures of GPUs; nothing if no GPUs are
     requested. No job depends on it, so an error is returned as the sentence."""
     if config.slurm.gpus == "none":
         return ""
-    from fitv2_scale.planning.forecast.assumptions import Assumptions
-    from fitv2_scale.planning.forecast.plan_report import node_advice
-
     try:
         return node_advice(config, data, nodes, config.slurm.tasks_per_node, Assumptions())
     except UserError as error:
