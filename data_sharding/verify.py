@@ -12,6 +12,7 @@ from data_sharding.errors import DataError
 from data_sharding.format.manifest import Manifest
 from data_sharding.format.shard import END_OF_ARCHIVE, decompress, scan_frame
 from data_sharding.storage.byte_ranges import fs_call, read_range
+from data_sharding.storage.store import Bytes
 from data_sharding.stream.frames import fetch_frame, open_frame
 from data_sharding.worker_pool import cores, run_tasks
 
@@ -131,7 +132,7 @@ def _verify_shard(manifest: Manifest, shard: int) -> tuple[int, list[str]]:
     return size, problems
 
 
-def _read_again(manifest: Manifest, f: int, seen: memoryview) -> tuple[bytes | memoryview, list[str]]:
+def _read_again(manifest: Manifest, f: int, seen: Bytes) -> tuple[Bytes, list[str]]:
     """(bytes, problems) of a wrong frame, read once more: the error may be one of the transfer, not of the storage."""
     try:
         data = fetch_frame(manifest, f)

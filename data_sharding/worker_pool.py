@@ -8,14 +8,14 @@ import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from tqdm import tqdm
 
 from data_sharding.errors import UserError
 
 Task = TypeVar("Task")
-Progress = Callable[..., None]  # called with what a task reports, such as (more images, whether made here)
+Progress = Callable[..., object]  # called with what a task reports, such as (more images, whether made here)
 
 WORKER = "FITV2_WORKER"  # in the environment of a process of the pool: its number, from 0
 
@@ -44,7 +44,7 @@ def run_tasks(tasks: list[Task], work: Callable[[Task, Progress], None], workers
             processes.append(process)
             busy.append(ours)
         while busy:
-            for pipe in wait(busy):
+            for pipe in cast(list[Connection], wait(busy)):  # some of these; typeshed admits sockets, too
                 try:
                     message = pipe.recv()
                     if message == "ready" and waiting:

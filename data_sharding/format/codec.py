@@ -3,7 +3,7 @@
 ``dct`` and ``sd_vae`` implement it; ``codecs`` chooses one.
 """
 
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, NotRequired, Protocol, TypedDict
 
 import numpy as np
 
@@ -17,6 +17,16 @@ class Draw(NamedTuple):
     picture: int
 
 
+class CodecRecord(TypedDict):
+    """A codec in the manifest. sd-vae adds ``latent``, and in ``vae`` the digest of its weights if that is known."""
+
+    name: str
+    digest: str
+    scale: float
+    latent: NotRequired[str]
+    vae: NotRequired[str]
+
+
 class Codec(Protocol):
     """The interface that the writer and the sampler use.
 
@@ -25,14 +35,16 @@ class Codec(Protocol):
     """
 
     name: str
-    digest: str
     scale: float
     downsample: int
     channels: int
     batch_pixels: int  # about how many pixels to encode in one call
 
     @property
-    def record(self) -> dict[str, str | float]:
+    def digest(self) -> str: ...
+
+    @property
+    def record(self) -> CodecRecord:
         """The manifest's record of it: name, digest, scale, and whatever else ``codec_of`` needs."""
         ...
 

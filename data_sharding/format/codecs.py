@@ -1,7 +1,7 @@
 """Chooses a codec: by the name that a user gives, or by the record in a dataset's manifest."""
 
 from data_sharding.errors import UserError
-from data_sharding.format.codec import SD_VAE, Codec, Latent
+from data_sharding.format.codec import SD_VAE, Codec, CodecRecord, Latent
 from data_sharding.format.dct import DctCodec
 
 
@@ -22,14 +22,14 @@ def get_codec(name: str, vae: str = "", latent: Latent = "mean") -> Codec:
     return _sd_vae(vae, latent)
 
 
-def codec_of(record: dict[str, str | float], vae: str = "") -> Codec:
+def codec_of(record: CodecRecord, vae: str = "") -> Codec:
     """The codec that decodes a dataset whose header holds ``record``; ``vae`` as for ``get_codec``.
 
     Raises:
         UserError: as ``get_codec``, or ``vae`` holds other weights than the dataset was written with.
     """
     if record["name"] != SD_VAE:
-        return get_codec(str(record["name"]))
+        return get_codec(record["name"])
     if not vae:
         raise UserError(
             "decoding these latents needs the VAE that encoded them: set sampling.vae to the folder of its diffusers "

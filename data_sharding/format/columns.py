@@ -63,7 +63,7 @@ def read_column(url: str, name: str, file: dict[str, int | str], totals: dict[st
 def blocks(column: np.ndarray) -> Iterator[np.ndarray]:
     """A whole column, some rows at a time. Through the file where it is mapped: what is read through the mapping counts
     as this process's memory."""
-    if not isinstance(column, np.memmap):
+    if not isinstance(column, np.memmap) or column.filename is None:
         yield from (column[at : at + _ROWS] for at in range(0, len(column), _ROWS))
         return
     row = column.itemsize * int(np.prod(column.shape[1:]))

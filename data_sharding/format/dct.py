@@ -5,7 +5,7 @@ from hashlib import sha256
 
 import numpy as np
 
-from data_sharding.format.codec import Draw
+from data_sharding.format.codec import CodecRecord, Draw
 
 _CELL = 8
 # Levels (of 255) that make one unit of latent: the standard deviations of the five coefficients over the resize views
@@ -46,7 +46,7 @@ class DctCodec:
     batch_pixels = 1  # one picture at a time stays in the cache
 
     @property
-    def record(self) -> dict[str, str | float]:
+    def record(self) -> CodecRecord:
         return {"name": self.name, "digest": self.digest, "scale": self.scale}
 
     @property

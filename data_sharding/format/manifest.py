@@ -18,11 +18,13 @@ import hashlib
 import io
 import json
 from dataclasses import asdict, dataclass, fields
+from typing import TypedDict
 
 import numpy as np
 import xxhash
 
 from data_sharding.errors import DataError
+from data_sharding.format.codec import CodecRecord
 from data_sharding.format.columns import COLUMNS, blocks, read_column
 from data_sharding.format.shard import ShardIndex
 from data_sharding.storage.byte_ranges import fs_call
@@ -44,18 +46,26 @@ class ShardEntry:
     xxh3_128: str
 
 
+class SourceRecord(TypedDict):
+    """The source's digest, and the writer's options that decide the bytes."""
+
+    digest: str
+    images_per_shard: int
+    holdout: float
+
+
 @dataclass(frozen=True)
 class Header:
     """``manifest.json`` (sample in the module's docstring) without ``format``, ``version`` and ``class_count``."""
 
-    codec: dict[str, str | float]
+    codec: CodecRecord
     dtype: str
     max_tokens: int
     classes: tuple[str, ...]
     shards: tuple[ShardEntry, ...]
     columns: dict[str, dict[str, int | str]]
     totals: dict[str, int]
-    source: dict[str, str | int | float]
+    source: SourceRecord
 
     def to_json(self) -> bytes:
         """The bytes of ``manifest.json``."""
@@ -180,12 +190,12 @@ def write_manifest(
     url: str,
     indexes: list[ShardIndex],
     *,
-    codec: dict[str, str | float],
+    codec: CodecRecord,
     dtype: str,
     max_tokens: int,
     classes: tuple[str, ...],
     skipped: int,
-    source: dict[str, str | int | float],
+    source: SourceRecord,
 ) -> Header:
     """Writes the columns and then ``manifest.json``, which makes the dataset exist. Returns the header."""
     written = {}

@@ -7,7 +7,7 @@ or another version of torch or cuDNN, may change the last bits.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from hashlib import sha256
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from data_sharding.errors import UserError
-from data_sharding.format.codec import SD_VAE, Draw, Latent
+from data_sharding.format.codec import SD_VAE, CodecRecord, Draw, Latent
 from data_sharding.rng import Purpose, uniform
 from data_sharding.worker_pool import WORKER
 
@@ -51,7 +51,8 @@ def load_vae(folder: str, latent: Latent) -> "SdVae":
     logging.disable_progress_bar()
     try:
         # low_cpu_mem_usage would need another package. .bin files load with weights_only.
-        vae, info = AutoencoderKL.from_pretrained(
+        # diffusers' annotation leaves out what output_loading_info adds to the result.
+        vae, info = AutoencoderKL.from_pretrained(  # pyrefly: ignore[not-iterable]
             folder, local_files_only=True, torch_dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True
         )
     except Exception as error:  # OSError, SafetensorError, RuntimeError, ValueError, UnpicklingError …
@@ -109,9 +110,14 @@ class SdVae:
         return sha256(f"sd-vae 1 {self._latent} {self.weights}".encode()).hexdigest()
 
     @property
-    def record(self) -> dict[str, str | float]:
-        more = {"latent": self._latent, "vae": self.weights}
-        return {"name": self.name, "digest": self.digest, "scale": self.scale, **more}
+    def record(self) -> CodecRecord:
+        return {
+            "name": self.name,
+            "digest": self.digest,
+            "scale": self.scale,
+            "latent": self._latent,
+            "vae": self.weights,
+        }
 
     def encode(self, pixels: np.ndarray, draws: list[Draw]) -> np.ndarray:
         """As in ``Codec``."""
@@ -144,7 +150,7 @@ def _noise(draws: list[Draw], shape: tuple[int, ...]) -> np.ndarray:
 
 
 @contextmanager
-def _reproducibly() -> Iterator[None]:
+def _reproducibly() -> Generator[None]:
     """Without gradients, and with the same bits each time."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -18,7 +18,7 @@ import io
 import json
 import tarfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from math import prod
 from typing import NamedTuple
@@ -26,6 +26,8 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 import zstandard
+
+from data_sharding.storage.store import Bytes
 
 VIEWS = ("resize", "crop")
 DTYPE = "float16"
@@ -36,6 +38,7 @@ FRAME_RAW_BYTES = 1 << 20  # 128 KiB would compress as well; 1 MiB keeps the req
 LEVEL = -1
 _KEY = 16  # hex digits of an id
 END_OF_ARCHIVE = bytes(2 * tarfile.BLOCKSIZE)
+_Shape = tuple[int, int, int, int]  # of a view: flips, h, w, channels
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +92,7 @@ class ShardIndex:
     def from_record(cls, record: dict) -> "ShardIndex":
         """The inverse of ``to_record``."""
         frames = [FrameRow(*row) for row in record["frames"]]
-        return cls(**{**record, "frames": frames, "samples": [SampleRow(*row) for row in record["samples"]]})
+        return replace(cls(**record), frames=frames, samples=[SampleRow(*row) for row in record["samples"]])
 
 
 class ShardBuilder:
@@ -141,7 +144,7 @@ def pack_sample(sample: Sample, *, class_name: str, source: str, pixels: tuple[i
     return b"".join(members)
 
 
-def parse_frame(frame: bytes, raw_bytes: int) -> list[Sample]:
+def parse_frame(frame: Bytes, raw_bytes: int) -> list[Sample]:
     """The samples of one compressed frame.
 
     Raises:
@@ -154,12 +157,13 @@ def parse_frame(frame: bytes, raw_bytes: int) -> list[Sample]:
     ]
 
 
-def scan_frame(frame: bytes, raw_bytes: int) -> list[SampleRow]:
+def scan_frame(frame: Bytes, raw_bytes: int) -> list[SampleRow]:
     """The manifest's rows for the samples of one frame. Checks and raises as ``parse_frame``, but copies no array."""
-    return [
-        SampleRow(id, label, tuple(views[v][0][1:3] if v in views else (0, 0) for v in VIEWS))
-        for id, label, views in _samples(decompress(frame, raw_bytes))
-    ]
+    rows = []
+    for id, label, views in _samples(decompress(frame, raw_bytes)):
+        resize, crop = (views[v][0][1:3] if v in views else (0, 0) for v in VIEWS)
+        rows.append(SampleRow(id, label, (resize, crop)))
+    return rows
 
 
 class RawFrame:
@@ -210,9 +214,9 @@ class RawFrame:
         return np.frombuffer(data, DTYPE).reshape(shape)
 
 
-def _samples(raw: bytes) -> Iterator[tuple[int, int, dict[str, tuple[tuple[int, ...], memoryview]]]]:
+def _samples(raw: bytes) -> Iterator[tuple[int, int, dict[str, tuple[_Shape, memoryview]]]]:
     """Id, label, and shape and data of each view, of each sample in a sequence of tar members."""
-    views: dict[str, tuple[tuple[int, ...], memoryview]] = {}
+    views: dict[str, tuple[_Shape, memoryview]] = {}
     for name, data in _members(raw):
         key, _, kind = name.partition(".")
         if kind == "json":
@@ -229,7 +233,7 @@ def _samples(raw: bytes) -> Iterator[tuple[int, int, dict[str, tuple[tuple[int, 
         raise ValueError("the last sample has no .json")
 
 
-def decompress(frame: bytes, raw_bytes: int) -> bytes:
+def decompress(frame: Bytes, raw_bytes: int) -> bytes:
     """Decompresses exactly one whole frame of known size. Raises ValueError for anything else."""
     cause = "their header gives another size"
     try:
@@ -272,7 +276,7 @@ def _size(raw: bytes, at: int) -> int:
     return int(raw[at + 124 : at + 135], 8)
 
 
-def _array(name: str, data: memoryview) -> tuple[tuple[int, ...], memoryview]:
+def _array(name: str, data: memoryview) -> tuple[_Shape, memoryview]:
     """Shape and values."""
     start = 10 + int.from_bytes(data[8:10], "little")  # .npy 1.0: magic, version, length of the header that follows
     shape, dtype = _npy_header(bytes(data[:start]))

@@ -109,7 +109,7 @@ class Plan:
     @property
     def max_seqlen(self) -> int:
         """Tokens of the longest view that the plan may choose."""
-        return max(int(m.header.max_tokens) for m in self.manifests)
+        return max(m.header.max_tokens for m in self.manifests)
 
     @property
     def hash(self) -> str:

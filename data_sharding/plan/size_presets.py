@@ -73,7 +73,7 @@ def sizes_only(url: str, size: np.ndarray, max_tokens: int) -> Manifest:
         shards=(),
         columns={},
         totals={},
-        source={},
+        source={"digest": url, "images_per_shard": 0, "holdout": 0.0},
     )
     empty = np.empty(0, np.int64)
     return Manifest(

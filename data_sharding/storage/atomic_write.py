@@ -2,14 +2,14 @@
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from io import BufferedWriter
 from pathlib import Path
 
 
 @contextmanager
-def atomic_write(path: str | Path, *, durable: bool, temporary: Path | None = None) -> Iterator[BufferedWriter]:
+def atomic_write(path: str | Path, *, durable: bool, temporary: Path | None = None) -> Generator[BufferedWriter]:
     """A new file that takes the place of ``path`` when the context is left without an error, and is removed otherwise.
 
     ``durable``: a power cut after that loses neither the bytes nor the name. ``temporary``: see ``temporary_file``. The
@@ -26,7 +26,7 @@ def atomic_write(path: str | Path, *, durable: bool, temporary: Path | None = No
 
 
 @contextmanager
-def temporary_file(path: Path, temporary: Path | None = None) -> Iterator[tuple[BufferedWriter, Path]]:
+def temporary_file(path: Path, temporary: Path | None = None) -> Generator[tuple[BufferedWriter, Path]]:
     """A file beside ``path``, open for writing, and its own path; it is removed when the context is left.
 
     Its name is ``.<name of path>.<16 hex digits>.tmp``, drawn at random, for two writers must not share it; or

@@ -125,7 +125,8 @@ def _list(file: BinaryIO, url: str, start: int) -> Iterator[Member]:
                 if info.isreg():
                     yield Member(info.name.removeprefix("./"), ByteRange(url, info.offset_data, info.size))
                 end = tar.offset
-                tar.members = []  # else tarfile would keep all headers in memory
+                # Else tarfile would keep all headers in memory. typeshed does not list this attribute.
+                tar.members = []  # pyrefly: ignore[missing-attribute]
     except tarfile.TarError as error:
         raise UserError(f"{url} is not a complete tar ({error}): download or copy it again") from error
     file.seek(end)

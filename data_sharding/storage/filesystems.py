@@ -52,7 +52,7 @@ def file_system(url: str, *, instead_of: AbstractFileSystem | None = None) -> tu
                 fs = fsspec.filesystem(protocol, config_kwargs=_BOTO_CONFIG, skip_instance_cache=True)
                 fs.retries = 1  # how often s3fs tries one request
                 _connected[key] = fs
-            return _connected[key], _connected[key]._strip_protocol(url)
+            return _connected[key], str(_connected[key]._strip_protocol(url))  # of a list it returns a list
     except ImportError as error:
         raise UserError(
             f"{url} needs a package that is not installed ({error}): pip install 'fitv2-scale[s3]'"
@@ -101,6 +101,7 @@ def attempt(
     """
     if isinstance(method, str) and not _is_async(fs, method):
         return getattr(fs, method)(*args, **kw)
+    assert isinstance(fs, AsyncFileSystem) and fs.loop is not None, f"{type(fs).__name__} has no event loop"
     coroutine = getattr(fs, f"_{method}") if isinstance(method, str) else partial(method, fs)
     future: Future = asyncio.run_coroutine_threadsafe(coroutine(*args, **kw), fs.loop)
     deadline = time.monotonic() + seconds

@@ -3,7 +3,7 @@
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from io import BufferedWriter
 from pathlib import Path
@@ -73,7 +73,7 @@ class LocalStore(Store):
             file.write(data)
 
     @contextmanager
-    def writing(self, path: str, size: int) -> Iterator[Writable]:
+    def writing(self, path: str, size: int) -> Generator[Writable]:
         with atomic_write(self._destination(path), durable=True) as file:
             yield _Steadily(file)
 

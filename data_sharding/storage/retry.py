@@ -121,17 +121,20 @@ def _is_refusal(error: Exception) -> bool:
     return isinstance(error, PermissionError) or _status(error) in (401, 403) or type(error).__name__ in _NO_LOGIN
 
 
+def _response(error: Exception) -> dict:
+    """The server's reply behind an error of s3fs, as botocore parsed it; empty if there is none."""
+    return getattr(error.__cause__, "response", None) or {}
+
+
 def _status(error: Exception) -> int | None:
-    """The HTTP status behind an error of s3fs."""
-    response = getattr(error.__cause__, "response", None) or {}
-    return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return _response(error).get("ResponseMetadata", {}).get("HTTPStatusCode")
 
 
 def _sentence(error: Exception) -> str:
     """The error in one line: the server's own code if there is one; else the text, with the class unless it is an
     OSError."""
     if status := _status(error):
-        code = error.__cause__.response.get("Error", {}).get("Code", "")
+        code = _response(error).get("Error", {}).get("Code", "")
         return f"{status} {code}".removesuffix(f" {status}").strip()  # a HEAD has no body to name the code
     text = " ".join(str(error).split())
     return text if isinstance(error, OSError) and text else f"{type(error).__name__}: {text}".removesuffix(": ")

@@ -8,7 +8,7 @@ digests of the caller.
 import base64
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -61,7 +61,7 @@ class S3Store(Store):
         self._write("pipe_file", path, data, chunksize=_SINGLE, ContentMD5=_md5(data))
 
     @contextmanager
-    def writing(self, path: str, size: int) -> Iterator[Writable]:
+    def writing(self, path: str, size: int) -> Generator[Writable]:
         if size <= PART:
             whole = _Buffer()
             yield whole

@@ -40,7 +40,7 @@ class Store(ABC):
 
     def read(self, path: str) -> bytes:
         """The whole object. Raises FileNotFoundError if there is none."""
-        return self.read_range(path, None, None, lambda data: data)
+        return self.read_range(path, None, None, bytes)
 
     @abstractmethod
     def read_range(

@@ -19,7 +19,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -138,7 +138,7 @@ class DiskCache:
                 self._path(digest, "tmp").unlink(missing_ok=True)
 
     @contextmanager
-    def _claimed(self, digest: str, seconds: float, policy: RetryPolicy | None) -> Iterator[bool]:
+    def _claimed(self, digest: str, seconds: float, policy: RetryPolicy | None) -> Generator[bool]:
         path = self._path(digest, "lock")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -161,7 +161,7 @@ class DiskCache:
 
 
 @contextmanager
-def _locked(path: Path, seconds: float, policy: RetryPolicy | None) -> Iterator[int | None]:
+def _locked(path: Path, seconds: float, policy: RetryPolicy | None) -> Generator[int | None]:
     """The descriptor of ``path``, made if need be, under an exclusive lock; None if it cannot be had in time."""
     file = _acquire(path, seconds, policy)
     try:

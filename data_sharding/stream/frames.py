@@ -15,6 +15,7 @@ from data_sharding.format.manifest import FILE, Manifest, digest_words
 from data_sharding.format.shard import RawFrame, Sample, parse_frame
 from data_sharding.storage.files import read
 from data_sharding.storage.retry import CorruptRead, RetriesExhausted, RetryPolicy, call_with_retry
+from data_sharding.storage.store import Bytes
 from data_sharding.stream.disk_cache import DiskCache
 
 _PROBE = 10.0  # seconds in which the storage must answer, else it counts as down
@@ -91,7 +92,7 @@ def fetch_frame(manifest: Manifest, f: int, policy: RetryPolicy | None = None) -
         raise _unreadable(manifest, f, str(error)) from error
 
 
-def check_frame(manifest: Manifest, f: int, data: bytes) -> None:
+def check_frame(manifest: Manifest, f: int, data: Bytes) -> None:
     """Raises CorruptRead if ``data`` is not frame ``f`` as it was written."""
     found, expected = xxhash.xxh3_128_hexdigest(data), int(manifest.frame_bytes[f])
     if len(data) != expected:
@@ -106,7 +107,7 @@ def frame_digest(manifest: Manifest, f: int) -> str:
     return f"{high:016x}{low:016x}"
 
 
-def open_frame(manifest: Manifest, f: int, data: bytes, parse: Callable = parse_frame) -> list:
+def open_frame(manifest: Manifest, f: int, data: Bytes, parse: Callable = parse_frame) -> list:
     """The samples in ``data``, fetched as frame ``f``, as ``parse`` returns them. Raises UnreadableFrame."""
     try:
         check_frame(manifest, f, data)

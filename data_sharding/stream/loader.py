@@ -177,7 +177,7 @@ class Loader:
                     ready.step, ready.images, ready.assignment, self.cost, self.rank, arrays, ready.substituted
                 )
                 self._deliver(ready.bytes, batch, generation)
-            elif not self._wait_for_room(pending, generation):
+            elif pending and not self._wait_for_room(pending, generation):
                 return
 
     def _wait_for_room(self, pending: _PendingStep, generation: int) -> bool:

@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from data_sharding.errors import UserError
+from data_sharding.format.codec import CodecRecord
 from data_sharding.format.manifest import FILE, Header, Manifest, write_manifest
 from data_sharding.format.shard import DTYPE, ShardIndex
 from data_sharding.rng import Purpose, words64
@@ -35,7 +36,7 @@ from data_sharding.storage.files import put, read
 from data_sharding.storage.filesystems import file_system
 from data_sharding.storage.json_bytes import from_json, to_json
 from data_sharding.worker_pool import cores, order_for_slurm_task, progress_bar, run_tasks
-from data_sharding.write.shard_task import Item, Maker, ShardTask, write_shard
+from data_sharding.write.shard_task import ItemT, Maker, ShardTask, write_shard
 from data_sharding.write.views import square_side
 
 
@@ -101,10 +102,10 @@ def build(
     src: str,
     dst: str,
     options: Options,
-    items: Iterable[Item],
+    items: Iterable[ItemT],
     classes: tuple[str, ...],
-    codec: dict[str, str | float],
-    make: Maker,
+    codec: CodecRecord,
+    make: Maker[ItemT],
     workers: int | None,
     progress: bool,
 ) -> int:
@@ -158,7 +159,7 @@ def report(dst: str, made: int, started: float) -> WriteReport:
     )
 
 
-def _divide(items: Iterable[Item], dst: str, holdout: float) -> dict[str, tuple[Item, ...]]:
+def _divide(items: Iterable[ItemT], dst: str, holdout: float) -> dict[str, tuple[ItemT, ...]]:
     """{URL: items} of each dataset, ``dst`` first. Items are in order of id, which is a fixed shuffle of the keys."""
     items = sorted(items, key=lambda item: item.id)
     held = round(holdout * len(items))
@@ -174,10 +175,10 @@ def _divide(items: Iterable[Item], dst: str, holdout: float) -> dict[str, tuple[
 
 def _commit(
     src: str,
-    datasets: dict[str, tuple[Item, ...]],
-    tasks: list[ShardTask],
+    datasets: dict[str, tuple[ItemT, ...]],
+    tasks: list[ShardTask[ItemT]],
     options: Options,
-    codec: dict[str, str | float],
+    codec: CodecRecord,
     classes: tuple[str, ...],
 ) -> None:
     """Writes, from the records, the list of skipped items, then the manifests, that of ``dst`` last."""

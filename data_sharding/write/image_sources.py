@@ -106,7 +106,7 @@ def open_tars(urls: list[str]) -> ImageSource:
     if any(name.endswith(".tar") for name in first):
         if len(urls) > 1:
             raise UserError(f"{urls[0]} is a tar of tars, and there are other tars: give this one alone")
-        inner = [(_stem(m.name), m.data.url, m.data.start) for m in list_tar(urls[0]) if m.name.endswith(".tar")]
+        inner = [(_stem(m.name), m.data.url, m.data.start or 0) for m in list_tar(urls[0]) if m.name.endswith(".tar")]
         return _class_tars(inner, urls[0])
     if any(name.endswith((".cls", ".json")) for name in first):
         return _webdataset(urls)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from data_sharding.errors import UserError
-from data_sharding.format.codec import SD_VAE
+from data_sharding.format.codec import SD_VAE, CodecRecord
 from data_sharding.format.shard import CHANNELS, DTYPE, Sample
 from data_sharding.storage.byte_ranges import read_all
 from data_sharding.worker_pool import cores
@@ -31,7 +31,12 @@ from data_sharding.write.published_latents import LatentFiles, PublishedLatents,
 from data_sharding.write.shard_task import Made, Skipped
 
 # Its weights came without a digest, and each flip is one draw of the posterior.
-CODEC = {"name": SD_VAE, "digest": "published sd-vae-ft-ema latents", "scale": 0.18215, "latent": "sample"}
+CODEC: CodecRecord = {
+    "name": SD_VAE,
+    "digest": "published sd-vae-ft-ema latents",
+    "scale": 0.18215,
+    "latent": "sample",
+}
 
 
 class _Unreadable(Exception):
@@ -112,7 +117,7 @@ def import_dataset(
     src, dst = src.rstrip("/"), dst.rstrip("/")
     refuse_inside(src, dst)
     published = open_published(src, max_tokens)
-    options = Options(published.digest, str(CODEC["digest"]), published.max_tokens, images_per_shard, holdout)
+    options = Options(published.digest, CODEC["digest"], published.max_tokens, images_per_shard, holdout)
     made = 0
     if not is_finished(dst, options):
         workers = cores() if workers is None else workers

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from data_sharding.format.manifest import FILE
 from data_sharding.format.shard import Sample, ShardBuilder
@@ -17,8 +17,14 @@ _CHUNK = 64  # items per call of the maker: enough pictures of one size for a ba
 class Item(Protocol):
     """The source of one sample. Items are picklable and small."""
 
-    id: int
-    key: str
+    @property
+    def id(self) -> int: ...
+
+    @property
+    def key(self) -> str: ...
+
+
+ItemT = TypeVar("ItemT", bound=Item)
 
 
 class Made(NamedTuple):
@@ -36,19 +42,19 @@ class Skipped(NamedTuple):
     reason: str
 
 
-Maker = Callable[[tuple[Item, ...]], Iterable[Made | Skipped]]  # picklable; one result per item, in order
+Maker = Callable[[tuple[ItemT, ...]], Iterable[Made | Skipped]]  # picklable; one result per item, in order
 
 
 @dataclass(frozen=True)
-class ShardTask:
+class ShardTask(Generic[ItemT]):
     """One shard of the dataset at ``dataset``, which is ``root`` or its holdout, for one process to write."""
 
     root: str
     dataset: str
     name: str
-    items: tuple[Item, ...]
+    items: tuple[ItemT, ...]
     classes: tuple[str, ...]
-    make: Maker
+    make: Maker[ItemT]
 
     @property
     def part(self) -> str:

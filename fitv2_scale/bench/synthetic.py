@@ -9,7 +9,7 @@ import xxhash
 
 from data_sharding.format.codecs import get_codec
 from data_sharding.format.columns import COLUMNS
-from data_sharding.format.manifest import FILE, Header, ShardEntry
+from data_sharding.format.manifest import FILE, Header, ShardEntry, SourceRecord
 from data_sharding.plan.size_presets import open_preset
 
 _FRAME_IMAGES, _SHARD_FRAMES = 64, 16
@@ -45,11 +45,7 @@ def write_columns(url: str, images: int) -> None:
         _entry(start, min(start + _SHARD_FRAMES, frames), images) for start in range(0, frames, _SHARD_FRAMES)
     )
     totals = {key: sum(getattr(s, key) for s in shards) for key in ("samples", "frames", "bytes")} | {"skipped": 0}
-    source: dict[str, str | int | float] = {
-        "digest": "",
-        "images_per_shard": _SHARD_FRAMES * _FRAME_IMAGES,
-        "holdout": 0.0,
-    }
+    source: SourceRecord = {"digest": "", "images_per_shard": _SHARD_FRAMES * _FRAME_IMAGES, "holdout": 0.0}
     header = Header(get_codec("dct").record, "float16", _MAX_TOKENS, _CLASSES, shards, columns, totals, source)
     Path(url, FILE).write_bytes(header.to_json())
 
