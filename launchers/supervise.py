@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
 from data_sharding.storage.open_store import open_store
@@ -64,7 +64,7 @@ class Signals:
         self._forward()
 
     @contextmanager
-    def forwarded_to(self, ranks: Sequence[subprocess.Popen]) -> Iterator[None]:
+    def forwarded_to(self, ranks: Sequence[subprocess.Popen]) -> Generator[None]:
         """Forwards to ``ranks`` what is received, and at once what was received before they started."""
         self._ranks = ranks
         self._forward()
@@ -80,7 +80,7 @@ class Signals:
 
 
 @contextmanager
-def forwarded_signals() -> Iterator[Signals]:
+def forwarded_signals() -> Generator[Signals]:
     signals = Signals()
     handlers = {number: signal.signal(number, signals.receive) for number in _FORWARDED}
     try:

@@ -9,7 +9,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -69,7 +69,7 @@ def measure(config: Config, saves: int, where: str | None) -> dict[str, Any] | N
 
 
 @contextmanager
-def _place(world: World, where: str | None) -> Iterator[Store]:
+def _place(world: World, where: str | None) -> Generator[Store]:
     """Where to write: empty, and empty afterwards."""
     with ExitStack() as stack:
         if where is None and world.is_first:

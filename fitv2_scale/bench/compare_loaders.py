@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -147,7 +147,7 @@ def _start(module: str, url: str, **options: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def _folder(folder: str | None) -> Iterator[Path]:
+def _folder(folder: str | None) -> Generator[Path]:
     if folder:
         yield Path(folder).absolute()
         return
@@ -156,7 +156,7 @@ def _folder(folder: str | None) -> Iterator[Path]:
 
 
 @contextmanager
-def _stored(root: Path, s3: str | None, images: int, ways: list[str]) -> Iterator[str]:
+def _stored(root: Path, s3: str | None, images: int, ways: list[str]) -> Generator[str]:
     """Where the latents lie, a folder for each way: ``root`` itself, or below ``s3``."""
     prepare(root, images, ways)
     if not s3:

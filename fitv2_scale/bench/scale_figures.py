@@ -10,7 +10,7 @@ import multiprocessing
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -142,7 +142,7 @@ def _plan_far_apart(url: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _watched() -> Iterator[Callable[[], int]]:
+def _watched() -> Generator[Callable[[], int]]:
     """Gives a function that says how many bytes of anonymous memory this process has had at most."""
     ended, most = threading.Event(), _status("RssAnon")
 

@@ -1,6 +1,6 @@
 """The steps that `fitv2 bench step` trains on: a dataset's, or a preset's sizes with random latents."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -16,7 +16,7 @@ from fitv2_scale.data import Data
 
 
 @contextmanager
-def open_steps(config: Config, data: Data, rank: int, steps: int) -> Iterator[Iterator[StepBatch]]:
+def open_steps(config: Config, data: Data, rank: int, steps: int) -> Generator[Iterator[StepBatch]]:
     """The first ``steps`` of data rank ``rank``: read and prefetched as in training, a preset's drawn before."""
     if any(is_preset(url) for url in config.data.urls):
         yield iter([_draw(data, rank, step) for step in range(steps)])

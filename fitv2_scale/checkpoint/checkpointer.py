@@ -8,7 +8,7 @@ there is no checkpoint. All of it happens in the background: training waits only
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
@@ -128,7 +128,7 @@ class Checkpointer:
         return None
 
     @contextmanager
-    def finishing_saves(self) -> Iterator[None]:
+    def finishing_saves(self) -> Generator[None]:
         """Waits at the end for a save in flight: what it commits is good, however the attempt ends. A second Ctrl-C
         (KeyboardInterrupt) does not wait."""
         try:

@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Generator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,7 +26,7 @@ from fitv2_scale.parallel.mesh import Groups
 
 
 @contextmanager
-def _added(mapping: MutableMapping, **items: Any) -> Iterator[None]:
+def _added(mapping: MutableMapping, **items: Any) -> Generator[None]:
     """Adds what is not there, for the time of the block."""
     added = {key: value for key, value in items.items() if key not in mapping}
     mapping.update(added)
@@ -103,7 +103,7 @@ class _Mpu:
 
 
 @contextmanager
-def _no_compiler() -> Iterator[None]:
+def _no_compiler() -> Generator[None]:
     """Keeps DeepSpeed from compiling its CPU collectives (a minute of C++ at the first use); gloo's will do."""
     name = "deepspeed_shm_comm"
     before = buildable[name]

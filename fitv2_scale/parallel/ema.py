@@ -1,6 +1,6 @@
 """The network for a while with its EMA in place of its weights."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 @contextmanager
-def exchanged(pairs: Callable[[], Iterable[tuple[Tensor, Tensor]]], loaded: Callable[[], None]) -> Iterator[None]:
+def exchanged(pairs: Callable[[], Iterable[tuple[Tensor, Tensor]]], loaded: Callable[[], None]) -> Generator[None]:
     """Inside, the weights hold the values of the EMA, and the EMA those of the weights; afterwards all is as before,
     bit for bit.
 

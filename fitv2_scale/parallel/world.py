@@ -3,7 +3,7 @@ sets torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_POR
 
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -65,7 +65,7 @@ class World:
 
 
 @contextmanager
-def join() -> Iterator[World]:
+def join() -> Generator[World]:
     """Joins the process group, a group of one if started plainly, and leaves it at the end."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():

@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 
 from data_sharding.errors import StorageDown
@@ -53,7 +53,7 @@ class Requests:
 
 
 @contextmanager
-def watch_requests(run: Run, attempt: int, is_first: bool) -> Iterator[Requests | None]:
+def watch_requests(run: Run, attempt: int, is_first: bool) -> Generator[Requests | None]:
     """The requests to this attempt, kept up to date by a thread; None on ranks other than 0."""
     if not is_first:
         yield None

@@ -5,7 +5,7 @@ import errno
 import fcntl
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -49,7 +49,7 @@ class RunLock:
 
 
 @contextmanager
-def writer_lock(uri: str, seconds: float) -> Iterator[None]:
+def writer_lock(uri: str, seconds: float) -> Generator[None]:
     """The right to write to the MLflow at ``uri``. A lock is taken only for an SQLite file on a shared file system;
     everything else has locks of its own.
 
@@ -92,7 +92,7 @@ def _try_lock(lock: IO[str]) -> OSError | None:
 
 
 @contextmanager
-def tables_lock(uri: str) -> Iterator[None]:
+def tables_lock(uri: str) -> Generator[None]:
     """For the time in which MLflow may create the tables of an SQLite file: one process at a time, where the file
     system has locks. MLflow does not ensure this itself, and uploaders that start together, as those of a sweep do,
     would leave a file with half of its tables. No lock for other URIs."""

@@ -11,7 +11,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -183,7 +183,7 @@ def _name(name: str) -> str:
 
 
 @contextmanager
-def server_errors() -> Iterator[None]:
+def server_errors() -> Generator[None]:
     """Turns any exception inside into a ServerError."""
     try:
         yield

@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from data_sharding.errors import StorageDown, UserError
@@ -145,7 +145,7 @@ class _End:
 
 
 @contextmanager
-def _recorded(attempt: Attempt, world: World) -> Iterator[_End]:
+def _recorded(attempt: Attempt, world: World) -> Generator[_End]:
     """Writes the attempt's end.json, however the attempt ends, short of a kill. The traceback of a bug is in the rank's
     log."""
     end = _End()

@@ -7,7 +7,7 @@ In attempts/<n>/profile, for the steps after step 100 up to step 103:
 00000100-00000103.memory.txt       CPU, for which torch has no such snapshot: bytes by operator
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,7 +35,7 @@ class Profiler:
         self._finish()
 
     @contextmanager
-    def step(self, step: int) -> Iterator[None]:
+    def step(self, step: int) -> Generator[None]:
         """Around each step of the attempt."""
         if self._folder is None or step not in self._steps:
             yield

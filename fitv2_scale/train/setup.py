@@ -1,7 +1,7 @@
 """Everything an attempt sets up before its first step; what is cheap to check comes first."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 from data_sharding.errors import DataError, UserError
@@ -151,7 +151,7 @@ def _restore(
 
 
 @contextmanager
-def log_to(attempt: Attempt, rank: int) -> Iterator[None]:
+def log_to(attempt: Attempt, rank: int) -> Generator[None]:
     """Appends this rank's log records, tracebacks included, to attempts/<n>/logs/rank-00000.log. If the run is on
     S3, the file is uploaded at the end; rank 0 uploads all that its node has of the attempt."""
     run, folder = attempt.run, attempt.path

@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -23,7 +23,7 @@ class StopSignal:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     @contextmanager
-    def caught(self) -> Iterator["StopSignal"]:
+    def caught(self) -> Generator["StopSignal"]:
         if threading.current_thread() is not threading.main_thread():
             yield self  # only the main thread may set handlers
             return

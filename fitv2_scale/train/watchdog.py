@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -121,7 +121,7 @@ class Watchdog:
         self._ended = threading.Event()
 
     @contextmanager
-    def watching(self) -> Iterator["Watchdog"]:
+    def watching(self) -> Generator["Watchdog"]:
         thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         thread.start()
         try:
@@ -133,7 +133,7 @@ class Watchdog:
             self._socket.close()
 
     @contextmanager
-    def within(self, phase: Phase, step: int | None = None) -> Iterator[None]:
+    def within(self, phase: Phase, step: int | None = None) -> Generator[None]:
         """The main thread is in ``phase`` inside; ``step`` is given where a step starts."""
         if step is not None:
             self._step = step

@@ -1,6 +1,6 @@
 """Loads a network to generate images with: from a run's commit or from a file of weights, in any layout."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -67,7 +67,7 @@ class Weights:
 @contextmanager
 def open_weights(
     source: str, world: World, config_file: str | None = None, overrides: list[str] | None = None
-) -> Iterator[Weights]:
+) -> Generator[Weights]:
     """The EMA weights of ``source``: RUN (its newest intact commit), RUN@STEP, or a file of weights with the config in
     ``config_file``. A collective.
 

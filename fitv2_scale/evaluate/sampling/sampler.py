@@ -4,7 +4,7 @@ All random numbers of an image are keyed by (seed, index) alone, so an image dep
 on the other images of its pack.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -195,7 +195,7 @@ def _solve(
 
 
 @contextmanager
-def _lockstep(guided: _GuidedVelocity, world: World) -> Iterator[Velocity]:
+def _lockstep(guided: _GuidedVelocity, world: World) -> Generator[Velocity]:
     """For ranks that need different numbers of network calls, but must call it equally often, since every rank holds a
     part of it: a rank that is done, or has failed, continues to call until all are done."""
 

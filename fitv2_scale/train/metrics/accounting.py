@@ -3,7 +3,7 @@ its commits, under ``accounting``."""
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -38,7 +38,7 @@ class AttemptClock:
         return Elapsed(time.perf_counter() - self._began, self._outside["evaluation"], self._outside["checkpoint"])
 
     @contextmanager
-    def outside_steps(self, what: OutsideSteps) -> Iterator[None]:
+    def outside_steps(self, what: OutsideSteps) -> Generator[None]:
         """The time inside is counted as ``what``, not as part of a step."""
         began = time.perf_counter()
         try:
