@@ -89,9 +89,10 @@ def _checks(config: Config | None, world: World) -> Iterator[tuple[str, Callable
     yield "temporary folder", _temporary
     if config and config.run:
         yield "run folder", lambda: _run_folder(config.run, world)
-    for url in config.data.urls if config else []:
-        if not is_preset(url):
-            yield "data", lambda url=url: "" if local_rank else _data(url, config.data.cache_dir)  # once a node
+    if config:
+        for url in config.data.urls:
+            if not is_preset(url):
+                yield "data", lambda url=url: "" if local_rank else _data(url, config.data.cache_dir)  # once a node
 
 
 def _finding(what: str, check: Callable[[], str]) -> Finding:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from data_sharding.errors import UserError
 from fitv2_scale.config.schema import Config
@@ -24,11 +25,11 @@ class _SlurmAlone(Section):
 class _Loader(yaml.SafeLoader):
     """YAML in which 5:20 is text; to YAML 1.1 it is a number of base 60."""
 
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int | str:
-        return node.value if ":" in node.value else super().construct_yaml_int(node)
+    def construct_int_or_text(self, node: yaml.ScalarNode) -> int | str:
+        return node.value if ":" in node.value else self.construct_yaml_int(node)
 
 
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_int_or_text)
 
 
 def load_config(path: str, overrides: list[str] | None = None) -> Config:
@@ -73,7 +74,7 @@ def parse_config(tree: dict, where: str, overrides: list[str] | None = None) -> 
 def with_changes(section: S, changes: dict[str, Any]) -> S:
     """``section`` with other values, validated. Raises UserError with one sentence that names the key."""
     try:
-        return type(section).model_validate(section.model_dump() | changes)
+        return section.model_validate(section.model_dump() | changes)
     except ValidationError as error:
         raise UserError(_sentence(error.errors()[0])) from None
 
@@ -116,7 +117,7 @@ def _set(tree: dict, dotted: str, value: Any) -> None:
     tree[leaf] = value
 
 
-def _sentence(error: dict) -> str:
+def _sentence(error: ErrorDetails) -> str:
     path = [str(p) for p in error["loc"]]
     key = ".".join(path)
     if error["type"] == "extra_forbidden":

@@ -40,7 +40,7 @@ def provenance() -> dict[str, Any]:
     ``code`` is a digest of our packages as they are imported; ``diff`` are their changes since the git commit; ``gpus``
     are this node's, in start.json those of all ranks.
     """
-    import torch  # only here: a report command needs no torch
+    import torch.cuda.nccl  # only here: a report command needs no torch
 
     gpus = [own_gpu(torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
     return redact(

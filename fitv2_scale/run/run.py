@@ -141,7 +141,7 @@ class Run:
         entry = self.log.claim()
         attempt = Attempt(entry.attempt, self)
         before = self.store.read_json(f"attempts/{entry.attempt - 1}/start.json") or {}
-        start = {"attempt": entry.attempt, "time": entry.time, **redact(provenance)}
+        start: dict[str, Any] = {"attempt": entry.attempt, "time": entry.time, **redact(provenance)}
         start["changed"] = _changes(before, start)
         if diff := start.pop("diff", None):
             self.store.put(f"{attempt.path}/code.diff", diff.encode())

@@ -117,7 +117,9 @@ class Journal:
         with self._lines_lock:
             lines, self._lines = self._lines, []
         self._unwritten += b"".join(lines)
-        if self._unwritten and self._file is None:
+        if not self._unwritten:
+            return
+        if self._file is None:
             self._file = open(self._path(self._segment), "xb", buffering=0)  # noqa: SIM115 - seal closes it
         while self._unwritten:
             del self._unwritten[: self._file.write(self._unwritten)]

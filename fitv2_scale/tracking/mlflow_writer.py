@@ -136,7 +136,7 @@ class ServerRun:
             self._client.set_terminated(self.id, status, end_ms)
 
     def _send(
-        self, items: list[T], most: int, send: Callable[[list[T]], None], key: Callable[[T], str]
+        self, items: list[T], most: int, send: Callable[[list[T]], object], key: Callable[[T], str]
     ) -> dict[str, str]:
         """Sends ``items``, ``most`` at a time. Finds those that are refused by bisection, leaves them out, and returns
         the reason of each by its ``key``."""

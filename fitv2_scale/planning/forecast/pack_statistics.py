@@ -50,10 +50,10 @@ def measure_packing(data: Data, ranks: int, steps: range) -> dict[str, float]:
     return {"packs_per_rank": packs / len(steps), "fill": tokens / room, "imbalance": imbalance / len(steps)}
 
 
-def packing_on(data: Data, nodes: Nodes, max_tokens: int) -> dict[str, float]:
+def packing_on(data: Data, nodes: Nodes, max_tokens: int) -> tuple[dict[str, float], int]:
     """``measure_packing`` over some steps of ``data`` on other ``nodes`` (data-parallel ranks of each), and the largest
     capacity."""
     shapes = shapes_for_plan(data.plan, 0, data.cost, nodes, max_tokens)
     steps = range(0, data.plan.window_length(0), max(1, data.plan.window_length(0) // _SAMPLED_STEPS))
     packing = measure_packing(replace(data, nodes=nodes, shapes=shapes), sum(nodes), steps)
-    return packing | {"capacity": shapes[-1].tokens}
+    return packing, shapes[-1].tokens

@@ -38,9 +38,9 @@ class CurvesOptions:
 
 @dataclass(frozen=True)
 class Analysis:
-    """The laws and FID curves, for report and plots."""
+    """The laws, of ``metric``, and the FID curves, for report and plots."""
 
-    metric: str | None
+    metric: str
     laws: list[tuple[Curve, RunLaw]]
     surface: SurfaceLaw | None
     why_no_surface: str | None
@@ -51,7 +51,7 @@ def analyse(curves: Sequence[Curve], options: CurvesOptions) -> Analysis:
     """Fits the laws. Raises UserError if there are neither curves nor published points."""
     if not curves and not options.published:
         raise UserError("give runs, --experiment NAME, or --published (only the paper's points)")
-    metric = common_loss(curves) if curves else None
+    metric = common_loss(curves)
     laws = [(curve, law_of_run(curve, metric)) for curve in curves]
     surface = why = None
     if curves:
@@ -72,7 +72,7 @@ def build_report(analysis: Analysis, options: CurvesOptions) -> dict[str, Any]:
     for prediction in made:
         kept.add(prediction)
     return {
-        "metric": analysis.metric,
+        "metric": analysis.metric if analysis.laws else None,
         "runs": [_run(curve, law, analysis.metric) for curve, law in analysis.laws],
         "surface": _surface(analysis.surface) if analysis.surface else None,
         "why_no_surface": analysis.why_no_surface,

@@ -30,7 +30,7 @@ class CurveFit:
     A: float
     a: float
 
-    def __call__(self, x: np.ndarray) -> np.ndarray:
+    def __call__(self, x: np.ndarray | float) -> np.ndarray:
         return self.E + self.A * np.asarray(x, float) ** -self.a
 
 
@@ -44,7 +44,7 @@ class SurfaceFit:
     B: float
     beta: float
 
-    def __call__(self, n: np.ndarray, d: np.ndarray) -> np.ndarray:
+    def __call__(self, n: np.ndarray | float, d: np.ndarray | float) -> np.ndarray:
         return self.E + self.A * np.asarray(n, float) ** -self.alpha + self.B * np.asarray(d, float) ** -self.beta
 
 

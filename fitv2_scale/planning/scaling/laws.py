@@ -85,7 +85,7 @@ def law_of_sizes(curves: Sequence[Curve], metric: str, draws: int = DRAWS) -> Su
     n = [np.full(len(p.steps), float(curve.parameters)) for curve, p in zip(used, points, strict=True)]
     d = [curve.along("images", p.steps) for curve, p in zip(used, points, strict=True)]
     y = [p.values for p in points]
-    fit = fit_surface(*map(np.concatenate, (n, d, y)))
+    fit = fit_surface(np.concatenate(n), np.concatenate(d), np.concatenate(y))
     flops_factor, flops_exponent = _cost(used)
     if len(sizes) == _SIZES:
         why = "three sizes just determine E, A and alpha, and leave no degree of freedom: there is no interval"
@@ -97,8 +97,8 @@ def law_of_sizes(curves: Sequence[Curve], metric: str, draws: int = DRAWS) -> Su
     refits = []
     if samples:
         losses = as_rows([[np.exp(fitted[i] + noise) for i, noise in row] for row in samples], np.nan)
-        at = [as_rows([[part[i] for i, _ in row] for row in samples], 1.0) for part in (n, d)]
-        refits = refit_surface(*at, losses, fit)
+        n_rows, d_rows = (as_rows([[part[i] for i, _ in row] for row in samples], 1.0) for part in (n, d))
+        refits = refit_surface(n_rows, d_rows, losses, fit)
     why = None if refits else "the points leave no degree of freedom: there is no interval"
     return SurfaceLaw(fit, tuple(refits), why, flops_factor, flops_exponent)
 

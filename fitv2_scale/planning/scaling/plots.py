@@ -30,13 +30,13 @@ def loss_plot(laws: Sequence[tuple[Curve, RunLaw]], metric: str, file: Path) -> 
 
 def _draw_loss(axes: Axes, curve: Curve, law: RunLaw, metric: str, axis: str, colour: str) -> None:
     points = log_binned(curve.series[metric], 0, _SHOWN)
-    along = curve.along(axis, points.steps)
-    if along is None:
+    if (along := curve.along(axis, points.steps)) is not None:
+        axes.plot(along, points.values, color=colour, lw=1.2, label=f"{_size_name(curve)}  {curve.name}")
+    if law.fit is None:
         return
-    axes.plot(along, points.values, color=colour, lw=1.2, label=f"{_size_name(curve)}  {curve.name}")
-    if law.fit is not None:
-        steps = np.geomspace(law.points.steps[0], law.points.steps[-1], 100)
-        axes.plot(curve.along(axis, steps), law.fit(steps), color="black", lw=1, ls="--")
+    steps = np.geomspace(law.points.steps[0], law.points.steps[-1], 100)
+    if (along := curve.along(axis, steps)) is not None:
+        axes.plot(along, law.fit(steps), color="black", lw=1, ls="--")
 
 
 def fid_plot(curves: Sequence[FidCurve], target: float, file: Path) -> None:
@@ -59,7 +59,8 @@ def fid_plot(curves: Sequence[FidCurve], target: float, file: Path) -> None:
             )
         axes.axhline(target, color="grey", lw=0.8, ls="--", label=f"target, FID {target:g}")
         _finish(axes, _LABELS[by], "FID")
-    figure.axes[0].get_legend().remove()  # the same as the other one, and it would cover points
+    if legend := figure.axes[0].get_legend():
+        legend.remove()  # the same as the other one, and it would cover points
     published = "FID-50K at 256x256 while training, as published"
     figure.suptitle(f"FID of runs; dotted: {published}" if any(curve.ours for curve in curves) else published)
     figure.savefig(file, dpi=120)

@@ -62,15 +62,15 @@ def predict(
         value, refits = float(surface.fit(n, images)), [float(f(n, images)) for f in surface.refits]
         by, runs = "sizes", [curve.name for curve, _ in laws]
     else:
-        own = [(c, law) for c, law in laws if c.model == model and law.fit is not None]
+        own = [(c, law.fit, law.refits) for c, law in laws if c.model == model and law.fit is not None]
         if not own:
             raise UserError(
                 f"{request.text} cannot be predicted: there are no three sizes for a law over sizes, and no run of "
                 "this network is long enough for a law of its own"
             )
-        curve, law = max(own, key=lambda pair: pair[0].last)
+        curve, fit, refits = max(own, key=lambda found: found[0].last)
         at = images / curve.batch
-        value, refits = float(law.fit(at)), [float(f(at)) for f in law.refits]
+        value, refits = float(fit(at)), [float(f(at)) for f in refits]
         by, runs = "run", [curve.name]
     low, high = interval(refits) if refits else (None, None)
     return {

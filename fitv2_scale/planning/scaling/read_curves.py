@@ -11,10 +11,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
-from pydantic import ValidationError
 
 from data_sharding.errors import UserError
 from data_sharding.storage.store import Store
@@ -64,6 +63,12 @@ class Curve:
     def flops_an_image(self) -> float:
         """FLOPs to train on an image: three forward passes."""
         return 3.0 * forward_flops(self.model, round(self._mean_tokens()))
+
+    @overload
+    def along(self, axis: Literal["steps", "images", "flops"], steps: np.ndarray) -> np.ndarray: ...
+
+    @overload
+    def along(self, axis: str, steps: np.ndarray) -> np.ndarray | None: ...
 
     def along(self, axis: str, steps: np.ndarray) -> np.ndarray | None:
         """``steps`` converted to another axis of AXES; None if this run did not record it."""
@@ -130,7 +135,7 @@ def _curve(name: str, config: Mapping[str, Any], points: Iterable[tuple[str, int
     try:
         model = ModelConfig.model_validate(config["model"])
         batch, warmup = int(config["batch"]["images"]), int(config["optimizer"]["warmup_steps"])
-    except (KeyError, TypeError, ValueError, ValidationError) as error:
+    except (KeyError, TypeError, ValueError) as error:  # pydantic's errors are ValueErrors
         raise UserError(
             f"the config of {name} does not describe its network ({type(error).__name__}): leave this run out"
         ) from error
@@ -163,7 +168,7 @@ def _nested(params: Mapping[str, str]) -> dict[str, Any]:
 
 
 def common_loss(curves: Iterable[Curve]) -> str:
-    """The best loss that all curves have. Raises UserError if there is none."""
+    """The best loss that all curves have; of no curves, the best. Raises UserError if there is none."""
     for name in LOSSES:
         if all(name in curve.series for curve in curves):
             return name
