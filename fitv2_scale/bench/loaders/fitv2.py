@@ -44,7 +44,7 @@ def write(samples: Iterable[Sample], folder: Path) -> None:
         max_tokens=256,
         classes=tuple(map(str, range(classes))),
         skipped=0,
-        source={},
+        source={"digest": "random latents", "images_per_shard": _IMAGES_PER_SHARD, "holdout": 0.0},
     )
 
 
