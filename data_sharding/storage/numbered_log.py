@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 from data_sharding.errors import DataError, UserError
+from data_sharding.storage.json_bytes import to_json
 from data_sharding.storage.store import Store
 
 Entry = TypeVar("Entry")
@@ -63,7 +64,7 @@ class NumberedLog(Generic[Entry]):
             if record is None:
                 return before
             assert record["nonce"] == nonce, "an entry must carry its nonce"
-            number, data = len(before) + 1, json.dumps(record).encode()
+            number, data = len(before) + 1, to_json(record)
             try:
                 self._store.create(self._path(number), data)
             except (OSError, UserError):

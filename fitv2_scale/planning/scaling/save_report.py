@@ -1,7 +1,6 @@
 """Saves a report of curves: tables, JSON and plots in a folder, and all of them in an MLflow run."""
 
 import csv
-import json
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_sharding.errors import UserError
+from data_sharding.storage.local_store import LocalStore
 from fitv2_scale.planning.scaling.curves_report import Analysis, CurvesOptions
 from fitv2_scale.planning.scaling.plots import fid_plot, frontier_plot, loss_plot
 from fitv2_scale.planning.scaling.predictions import PREDICTIONS
@@ -38,7 +38,7 @@ def write(report: dict[str, Any], text: str, folder: Path) -> list[Path]:
     """Writes curves.json, curves.txt and the table of runs as runs.csv. Returns them, with predictions.jsonl if there
     is one."""
     files = [folder / "curves.json", folder / "curves.txt"]
-    files[0].write_text(json.dumps(report, indent=2))
+    LocalStore(str(folder)).put_json(files[0].name, report, indent=2)
     files[1].write_text(text + "\n")
     if report["runs"]:
         files.append(folder / "runs.csv")
