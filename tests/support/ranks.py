@@ -4,6 +4,7 @@ A forkserver imports torch and the trainer once; every rank is a fork of it. The
 process, on a port that the system chose, so nothing can collide. A group that hangs is killed and fails the test.
 """
 
+import gc
 import multiprocessing
 import os
 import time
@@ -31,6 +32,9 @@ _context.set_forkserver_preload(
         "fitv2_scale.parallel.deepspeed_setup",
         "deepspeed.runtime.zero.muon.muon_optimizer",  # DeepSpeed imports it in time, and with it torch's compiler
         "s3fs",
+        "hypothesis",  # it and pytest are imported by modules of tests
+        "pytest",
+        "tests.support.tiny_runs",
     ]
 )
 
@@ -125,6 +129,7 @@ def _rank(pipe: Connection, rank: int, size: int, port: int, target: Callable, a
         TORCHELASTIC_USE_AGENT_STORE="True",  # the store is the parent's, as under torchrun
     )
     torch.set_num_threads(1)
+    gc.freeze()  # collections pass over what all ranks have in common
     try:
         pipe.send(target(*args))
     except BaseException as error:
