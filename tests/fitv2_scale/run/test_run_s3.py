@@ -15,7 +15,6 @@ from fitv2_scale.cli.__main__ import main
 from fitv2_scale.run import local_files
 from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
-from fitv2_scale.tracking.sync import sync
 from fitv2_scale.tracking.uploader_process import Uploader
 from fitv2_scale.train.loop import DONE, RETRY, train
 from tests.services.s3 import use
@@ -73,6 +72,8 @@ def s3_commit_bytes(run: Run) -> dict[str, bytes]:
 @pytest.mark.s3
 def test_a_run_on_s3_is_the_run_on_local_disk(rgw, on_s3, tiny, tmp_path, capfd):
     """Killed, continued with the same command, and asked about: the same commits, curve and pictures."""
+    from fitv2_scale.tracking.sync import sync  # and with it MLflow, which this file's ranks do without
+
     changes = {"train__steps": 20, "checkpoint__every_steps": 4, "sampling__every_steps": 10, "sampling__steps": 2}
     changes |= {"sampling__sizes": ["32x32"], "sampling__columns": 2}
     local = tiny("local", **changes)
