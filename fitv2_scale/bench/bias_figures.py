@@ -1,8 +1,8 @@
-"""Whether evening steps by length biases training: one-sided tests of what a step holds, and of any trend over steps.
+"""Tests whether balancing steps by length biases training: one-sided tests of the contents of steps, and of trends.
 
-Under dealing at random each statistic would be about 1 (dispersions) or a standard normal variable (trends). Evening
-may make a step *more* like the whole than chance, never less. ``sorted`` is the control, which the tests must catch:
-the same images in steps of neighbours by length, and by class.
+With random steps each statistic would be about 1 (dispersions) or a standard normal variable (trends). Balancing may
+make a step *more* like the whole dataset than chance, never less. ``sorted`` is the control, which the tests must
+detect: the same images in steps of neighbours by length, and by class.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ def bias(plan: Plan, url: str, steps: int) -> dict[str, Any]:
         "length_dispersion": stats.chi2.isf(_LEVEL, steps - 1) / (steps - 1),
         "class_dispersion": stats.chi2.isf(_LEVEL, freedom) / freedom,
         "length_trend": stats.norm.isf(_LEVEL / 2),
-        "class_trend": stats.norm.isf(_LEVEL / 2 / classes),  # the largest of as many
+        "class_trend": stats.norm.isf(_LEVEL / 2 / classes),  # for the largest of all classes
     }
     found = _statistics(tokens, label, classes)
     control = _statistics(
@@ -52,7 +52,7 @@ def _statistics(tokens: np.ndarray, label: np.ndarray, classes: int) -> dict[str
 
 
 def _trend(values: np.ndarray, variance: np.ndarray) -> np.ndarray:
-    """|covariance| of each column with the row's index, in standard deviations of what chance would give, where a row's
-    entries have ``variance``."""
+    """|covariance| of each column with the row's index, in standard deviations under chance, if the entries of a row
+    have ``variance``."""
     index = np.arange(len(values)) - (len(values) - 1) / 2
     return np.abs(index @ (values - values.mean(0))) / np.sqrt((index @ index) * variance)

@@ -1,8 +1,8 @@
-"""What checkpoints cost on this machine: how long training waits for a save, how fast it is durable, and loads.
+"""Measures checkpoints on this machine: the time that training waits for a save, the time until it is durable, loads.
 
-Everything is measured beside what it is compared with, in the same run: a save in the background beside one that is
-waited for, that one beside plain sequential writes of the same bytes, a load onto another layout beside one onto the
-same. What this leaves on the storage it deletes, before it begins and when it ends.
+Each figure is measured together with what it is compared with, in the same run: a background save with a blocking one,
+a blocking save with plain sequential writes of the same bytes, a load on another layout with one on the same layout.
+Everything written to the storage is deleted, at the start and at the end.
 """
 
 import os
@@ -25,9 +25,9 @@ from data_sharding.storage.local_store import LocalStore
 from data_sharding.storage.open_store import open_store
 from data_sharding.storage.store import Store
 from data_sharding.stream.batch import StepBatch
-from fitv2_scale.bench.checkpoint_report import spread
-from fitv2_scale.bench.latents import forget
-from fitv2_scale.bench.reshard import lay_out_anew
+from fitv2_scale.bench.latents import drop_from_page_cache
+from fitv2_scale.bench.reshard import reshard_commit
+from fitv2_scale.bench.spread import spread
 from fitv2_scale.bench.step_data import open_steps
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
 from fitv2_scale.checkpoint.commit import read_manifest
@@ -42,15 +42,15 @@ from fitv2_scale.run.log import LogEntry
 from fitv2_scale.run.run import Attempt, Run
 from fitv2_scale.train.step import train_step
 
-_FOLDER = "fitv2-bench-checkpoint"  # below what the user gives: all that is written, and deleted, is in it
-_BATCHES = 4  # different ones that are trained on, in turn
-_PIECE = 16 << 20  # bytes a plain writer hands over at once
+_FOLDER = "fitv2-bench-checkpoint"  # below the user's folder or prefix; everything is written to it, and deleted
+_BATCHES = 4  # different batches to train on, in turn
+_PIECE = 16 << 20  # bytes per call of a plain write
 
 
 def measure(config: Config, saves: int, where: str | None) -> dict[str, Any] | None:
     """All figures, on rank 0; None elsewhere. ``where``: an s3:// URL or a folder; None: a temporary one.
 
-    Each of the ``saves`` rounds: a save while training goes on, saves that are waited for, plain writes, and loads.
+    Each of the ``saves`` rounds has a background save while training, blocking saves, plain writes, and loads.
     """
     with ExitStack() as stack:
         world = stack.enter_context(join())
@@ -70,14 +70,14 @@ def measure(config: Config, saves: int, where: str | None) -> dict[str, Any] | N
 
 @contextmanager
 def _place(world: World, where: str | None) -> Generator[Store]:
-    """Where to write: empty, and empty afterwards."""
+    """The storage to write to, empty before and afterwards."""
     with ExitStack() as stack:
         if where is None and world.is_first:
             where = stack.enter_context(tempfile.TemporaryDirectory())
         store = open_store(f"{world.broadcast(where).rstrip('/')}/{_FOLDER}")
 
         def clear() -> None:
-            for part in ("run", "relaid", "plain"):
+            for part in ("run", "resharded", "plain"):
                 store.delete_tree(part)
 
         world.run_on_rank0(clear)
@@ -90,11 +90,11 @@ def _place(world: World, where: str | None) -> Generator[Store]:
 
 @dataclass(frozen=True)
 class _Save:
-    """One save while training went on; the longest of all ranks."""
+    """One background save while training; the longest times of all ranks."""
 
-    stall: float  # seconds for which the training thread was held up
-    durable: float  # seconds from its begin to its COMMIT
-    steps: list[float]  # seconds of each step until all ranks had done with it
+    stall: float  # seconds for which the training thread waited
+    durable: float  # seconds from its start to its COMMIT
+    steps: list[float]  # seconds of each step until all ranks had finished the save
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,9 @@ class _Round:
     background: _Save
     step: float  # without a save
     load: float
-    load_relaid: float
-    cached: float  # the two again, from this machine's memory: what a disk takes differs from one time to the next
-    cached_relaid: float
+    load_resharded: float
+    cached: float  # the same two loads from the page cache, since the times of a disk vary
+    cached_resharded: float
 
 
 @dataclass
@@ -144,7 +144,7 @@ class _Bench:
         return cls(config, world, engine, data, store, batches, run, checkpoints, retire, prepared)
 
     def step(self, batch: StepBatch) -> float:
-        """Trains on it; returns the seconds that this took."""
+        """Trains on the batch and returns the seconds that this took."""
         began = time.perf_counter()
         train_step(self.engine, batch, self.config, self.world.device, self._wait_for_staging)
         if self.world.device.type == "cuda":
@@ -159,21 +159,21 @@ class _Bench:
     def round(self) -> _Round:
         background = self.save_while_training()
         step = statistics.median(self.step(next(self.batches)) for _ in range(3))
-        entry, relaid = self._newest(), _make_run(self.world, f"{self.store.url}/relaid")
-        self.world.run_on_rank0(lambda: lay_out_anew(self.run, entry, relaid, self.world.size + 1))
-        # Each pair in both orders: what a disk was given before slows what it is given next.
+        entry, resharded = self._newest(), _make_run(self.world, f"{self.store.url}/resharded")
+        self.world.run_on_rank0(lambda: reshard_commit(self.run, entry, resharded, self.world.size + 1))
+        # Each pair in both orders, since earlier writes slow a disk down for later ones.
         size = self._own_bytes()
         writes = [self._save_blocking(), self._plain_writes(size), self._plain_writes(size), self._save_blocking()]
-        for run in (self.run, relaid):
-            self._load(run)  # the disk's own memory then holds both
-        order = (self.run, relaid, relaid, self.run)
+        for run in (self.run, resharded):
+            self._load(run)  # afterwards the disk's own cache holds both
+        order = (self.run, resharded, resharded, self.run)
         loads, cached = [self._load(run) for run in order], [self._load(run, cached=True) for run in order]
-        self.world.run_on_rank0(lambda: self.store.delete_tree("relaid"))
+        self.world.run_on_rank0(lambda: self.store.delete_tree("resharded"))
         (blocking, plain), *pairs = map(_outer_and_inner, (writes, loads, cached))
         return _Round(plain, blocking, background, step, *pairs[0], *pairs[1])
 
     def save_while_training(self) -> _Save:
-        """Begins a save and trains until all ranks have done with it."""
+        """Starts a save and trains until all ranks have finished it."""
         self._make_room()
         began, clock, self.waited, steps = time.perf_counter(), time.time(), 0.0, []
         self.checkpoints.start_save(self.saved, self.data.plan.cursor(0))
@@ -197,27 +197,27 @@ class _Bench:
 
     def _finish_save(self) -> None:
         if (failure := self.checkpoints.finish_save()) is not None:
-            raise UserError(f"nothing can be measured: {failure}")
+            raise UserError(f"saving failed: {failure}")
 
     def _make_room(self) -> None:
-        """Deletes what was saved before, and waits for all ranks."""
+        """Deletes the previous saves, and waits for all ranks."""
         self.world.run_on_rank0(self.retire)
         self.saved += 1
 
     def _own_bytes(self) -> int:
-        """That this rank saves."""
+        """The bytes that this rank saves."""
         manifest = self.world.run_on_rank0(lambda: read_manifest(self.run, self._newest()))
         return manifest["files"].get(f"rank-{self.world.rank:05d}.safetensors", {"bytes": 0})["bytes"]
 
     def _plain_writes(self, size: int) -> float:
-        """``size`` bytes by each process, in a file each, one piece after another, made durable; the longest of all."""
+        """Seconds for each process to write ``size`` bytes to a file of its own, durably; the longest of all."""
         piece = memoryview(torch.randn(_PIECE // 4).numpy()).cast("B")
         path, on_disk = f"{self.store.url}/plain/{self.world.rank}", isinstance(self.store, LocalStore)
         if on_disk:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
         else:
             bucket, path = file_system(path)
-        self.world.run_on_rank0(self.retire)  # as before a save: the disk has as much room, in the same places
+        self.world.run_on_rank0(self.retire)  # as before a save, so that the disk has the same free space
         began = time.perf_counter()
         with open(path, "wb", 0) if on_disk else bucket.open(path, "wb") as file:
             for at in range(0, size, _PIECE):
@@ -229,9 +229,9 @@ class _Bench:
         return seconds
 
     def _load(self, run: Run, cached: bool = False) -> float:
-        """From the storage, not from this machine's memory of it, where that is a disk; unless ``cached``."""
+        """Seconds of a load; from a disk, not from the page cache, unless ``cached``."""
         if isinstance(self.store, LocalStore) and not cached:
-            self.world.run_on_rank0(lambda: forget(Path(run.url)))
+            self.world.run_on_rank0(lambda: drop_from_page_cache(Path(run.url)))
         began = time.perf_counter()
         restored = restore(self.engine, run, self.world)
         seconds = self._longest(time.perf_counter() - began)
@@ -246,7 +246,7 @@ class _Bench:
 
 
 def _outer_and_inner(seconds: Sequence[float]) -> tuple[float, float]:
-    """Means of the first and the last of four, and of those between."""
+    """The mean of the first and the last of four, and the mean of the two between."""
     first, *inner, last = seconds
     return statistics.mean((first, last)), statistics.mean(inner)
 
@@ -283,7 +283,7 @@ def _report(bench: _Bench, layout: Layout, first: _Save, rounds: Sequence[_Round
         "share_of_plain": spread([r.plain / r.blocking for r in rounds]),
         "share_of_plain_while_training": spread([r.plain / r.background.durable for r in rounds]),
         "load_megabytes_per_second": spread([size / r.load / 1e6 for r in rounds]),
-        "load_other_layout_times_as_long": spread([r.load_relaid / r.load for r in rounds]),
+        "load_other_layout_times_as_long": spread([r.load_resharded / r.load for r in rounds]),
         "cached_load_megabytes_per_second": spread([size / r.cached / 1e6 for r in rounds]),
-        "cached_load_other_layout_times_as_long": spread([r.cached_relaid / r.cached for r in rounds]),
+        "cached_load_other_layout_times_as_long": spread([r.cached_resharded / r.cached for r in rounds]),
     }

@@ -1,8 +1,8 @@
-"""`fitv2 bench data --against`: this project's loader beside others, on the same latents, in turns.
+"""`fitv2 bench data --against`: compares this project's loader with others on the same latents.
 
-A run is one way reading one epoch after another in a process of its own (``consume``). All ways take their turn, and
-the whole round is repeated, so that what else the machine does meets all of them alike: the ratios within a round say
-more than the rates. Rates are of what reaches the consumer: images, and their latents as float16 without padding.
+In a run one loader reads epoch after epoch in a process of its own (``measure_loader``). A round runs each loader once,
+and rounds are repeated, so that other work of the machine affects all loaders alike: ratios within a round are more
+reliable than rates. Rates count what reaches the consumer: images, and their latents as float16 without padding.
 """
 
 import json
@@ -20,28 +20,28 @@ from typing import Any
 from data_sharding.errors import UserError
 from data_sharding.storage.filesystems import file_system
 from data_sharding.worker_pool import cores
-from fitv2_scale.bench.latents import MAX_TOKENS, PRESET, forget, prepare, upload
-from fitv2_scale.bench.loaders import OURS, PEERS, Source, absent
+from fitv2_scale.bench.latents import MAX_TOKENS, PRESET, drop_from_page_cache, upload, write_latents
+from fitv2_scale.bench.loaders import OURS, PEERS, LoaderConfig, missing_package
+from fitv2_scale.bench.workload import BATCH
 
 ALL = "all"
-BATCH = 256
-# A rank of FiTv2-3B/2 on one H100 at 46 % of its peak, the best that is published for dense models of this size.
+# A rank of FiTv2-3B/2 on one H100 at 46 % of its peak, the best published value for dense models of this size.
 GPU_RANKS, GPU_RATE = 8, 114.0  # ranks of a node; images/s of each
-_TOKEN_BYTES = 16 * 2  # of latents, in float16
-_LIMIT = 900  # seconds, one run
+_TOKEN_BYTES = 16 * 2  # latents in float16
+_LIMIT = 900  # seconds per run
 
 
-def choose(against: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The ways to measure, this project's first, and a sentence for each that is left out.
+def choose_loaders(against: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The loaders to measure, this project's first, and a sentence for each that is left out.
 
     Raises:
-        UserError: one that was asked for by name is not known, or not installed.
+        UserError: a loader that was asked for by name is unknown, or not installed.
     """
     wanted = list(PEERS) if ALL in against else list(dict.fromkeys(against))
     unknown = [name for name in wanted if name not in PEERS]
     if unknown:
         raise UserError(f"there is no loader '{unknown[0]}' to compare with: choose {', '.join(PEERS)} or {ALL}")
-    lacking = {name: package for name in wanted if (package := absent(name))}
+    lacking = {name: package for name in wanted if (package := missing_package(name))}
     remedy = "pip install 'fitv2-scale[peers]'"
     for name, package in lacking.items():
         if name in against:
@@ -55,27 +55,27 @@ def measure(
 ) -> dict[str, Any]:
     """All figures of one comparison.
 
-    ``folder`` keeps the latents that are written for it; ``s3`` is an s3:// prefix to measure from instead of the local
-    disk, which is cleared afterwards.
+    ``folder`` keeps the latents that are written for it; ``s3`` is an s3:// prefix to read from instead of the local
+    disk; it is cleared afterwards.
     """
-    ways, left_out = choose(against)
+    loaders, left_out = choose_loaders(against)
     if images < BATCH or images % BATCH:
-        raise UserError(f"--images is {images}: give a multiple of {BATCH}, the images of a step")
-    with _folder(folder) as root, _stored(root, s3, images, ways) as url:
+        raise UserError(f"--images is {images}: give a multiple of {BATCH}, the number of images of a step")
+    with _folder(folder) as root, _stored_latents(root, s3, images, loaders) as url:
         runs = []
         for repeat in range(repeats):
-            for way in ways:
-                forget(root / way)
-                made = _start("measure_loader", f"{url}/{way}", way=way, seconds=seconds)
-                runs.append({"way": way, "repeat": repeat, **made})
+            for loader in loaders:
+                drop_from_page_cache(root / loader)
+                made = _run_process("measure_loader", f"{url}/{loader}", loader=loader, seconds=seconds)
+                runs.append({"way": loader, "repeat": repeat, **made})
         return {
             "data": f"{images} images of {PRESET}",
             "storage": "s3" if s3 else "local disk",
             "cores": cores(),
             "batch": BATCH,
             "repeats": repeats,
-            "loaders": [_summary(way, runs) for way in ways],
-            "rank": _start("loading_overhead", f"{url}/{OURS}", ranks=GPU_RANKS, rate=GPU_RATE),
+            "loaders": [_summary(loader, runs) for loader in loaders],
+            "rank": _run_process("loading_overhead", f"{url}/{OURS}", ranks=GPU_RANKS, rate=GPU_RATE),
             "left_out": left_out,
             "runs": runs,
         }
@@ -100,7 +100,7 @@ def to_text(report: dict[str, Any]) -> str:
     rank = report["rank"]
     lines += [
         "",
-        f"one of {rank['ranks']} ranks, {rank['images_per_step']} images a step of {rank['step_seconds']:.2f} s: its "
+        f"one of {rank['ranks']} ranks, {rank['images_per_step']} images per step of {rank['step_seconds']:.2f} s: its "
         f"loader uses {rank['cpu_share']:.1%} of a core, and steps wait {rank['wait_share']:.1%} of their time for it",
     ]
     return "\n".join([*lines, *report["left_out"]])
@@ -110,9 +110,9 @@ def _spread(figure: dict[str, float]) -> str:
     return f"{figure['median']:,.0f} ({figure['least']:,.0f} - {figure['most']:,.0f})"
 
 
-def _summary(way: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    mine, ours = ([run for run in runs if run["way"] == name] for name in (way, OURS))
-    row: dict[str, Any] = {"loader": way}
+def _summary(loader: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    mine, ours = ([run for run in runs if run["way"] == name] for name in (loader, OURS))
+    row: dict[str, Any] = {"loader": loader}
     for part in ("cold", "warm"):
         rates = [run[part]["images"] / run[part]["seconds"] for run in mine]
         row[f"{part}_images_per_second"] = _figure(rates)
@@ -131,13 +131,13 @@ def _figure(values: list[float]) -> dict[str, float]:
     return {"median": median(values), "least": min(values), "most": max(values)}
 
 
-def _start(module: str, url: str, **options: Any) -> dict[str, Any]:
-    """What a fresh process of this package's ``module`` reports."""
+def _run_process(module: str, url: str, **options: Any) -> dict[str, Any]:
+    """The report of this package's ``module``, run in a new process."""
     with tempfile.TemporaryDirectory() as scratch:
-        source = Source(url, scratch, BATCH, cores(), "mixed", MAX_TOKENS)
-        asked = json.dumps({"source": asdict(source), **options})
-        command = [sys.executable, "-m", f"fitv2_scale.bench.{module}", asked]
-        # One thread of torch in each process: as many workers as cores would otherwise fight over these.
+        config = LoaderConfig(url, scratch, BATCH, cores(), "mixed", MAX_TOKENS)
+        arguments = json.dumps({"config": asdict(config), **options})
+        command = [sys.executable, "-m", f"fitv2_scale.bench.{module}", arguments]
+        # One torch thread per process, since there are as many workers as cores.
         done = subprocess.run(
             command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=_LIMIT
         )
@@ -156,21 +156,21 @@ def _folder(folder: str | None) -> Generator[Path]:
 
 
 @contextmanager
-def _stored(root: Path, s3: str | None, images: int, ways: list[str]) -> Generator[str]:
-    """Where the latents lie, a folder for each way: ``root`` itself, or below ``s3``."""
-    prepare(root, images, ways)
+def _stored_latents(root: Path, s3: str | None, images: int, loaders: list[str]) -> Generator[str]:
+    """Writes the latents, a folder for each loader, and gives their URL: ``root`` itself, or ``s3``."""
+    write_latents(root, images, loaders)
     if not s3:
         yield str(root)
         return
     if not s3.startswith("s3://"):
-        raise UserError(f"--s3 {s3}: give a bucket and a prefix for this alone, as s3://BUCKET/bench")
+        raise UserError(f"--s3 {s3}: give a bucket and an unused prefix, for example s3://BUCKET/bench")
     url = s3.rstrip("/")
     fs, path = file_system(url)
     if fs.exists(path):
-        raise UserError(f"{url} is there already: give a prefix that nothing is stored under")
+        raise UserError(f"{url} exists already: give a prefix under which nothing is stored")
     try:
-        for way in ways:
-            upload(root / way, f"{url}/{way}")
+        for loader in loaders:
+            upload(root / loader, f"{url}/{loader}")
         yield url
     finally:
         fs.invalidate_cache()

@@ -1,4 +1,4 @@
-"""The figures of `fitv2 bench data`, part by part: of the plan, and of scale."""
+"""The figures of `fitv2 bench data`, part by part: those of the plan, and those of scale."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,13 +11,13 @@ PARTS = (*plan_figures.PARTS, SCALE)
 
 
 def measure(parts: Sequence[str] = PARTS, steps: int | None = None, huge: bool = False) -> dict[str, Any]:
-    """The figures of ``parts``, in their own order; ``steps`` and ``huge`` as in the two modules.
+    """The figures of ``parts``; ``steps`` and ``huge`` as in ``plan_figures`` and ``scale_figures``.
 
     Raises:
         UserError: there is no such part.
     """
     if unknown := sorted(set(parts) - set(PARTS)):
-        raise UserError(f"there is no part {unknown[0]}: choose of {', '.join(PARTS)}")
+        raise UserError(f"there is no part {unknown[0]}: choose from {', '.join(PARTS)}")
     report = plan_figures.measure([part for part in plan_figures.PARTS if part in parts], steps)
     return report | ({SCALE: scale_figures.measure(huge)} if SCALE in parts else {})
 

@@ -1,4 +1,4 @@
-"""The latents that the loaders are compared on: ImageNet's sizes (a preset), values as incompressible as real ones."""
+"""The latents on which loaders are compared: ImageNet's sizes (a preset), values as incompressible as real ones."""
 
 import json
 import os
@@ -11,17 +11,17 @@ from data_sharding.errors import UserError
 from data_sharding.format.shard import CHANNELS, DTYPE, VIEWS, Sample
 from data_sharding.plan.size_presets import open_preset
 from data_sharding.storage.filesystems import file_system
-from fitv2_scale.bench.loaders import load_way
+from fitv2_scale.bench.loaders import import_loader
 
 PRESET = "preset:imagenet256"
 MAX_TOKENS = 256
 CLASSES = 1000
 _DONE = "written.json"
-_UPLOADS = 16  # at once
+_UPLOADS = 16  # in parallel
 
 
 def make_samples(images: int) -> Iterator[Sample]:
-    """The same ones at every call: both flips of each view, standard normal, in float16."""
+    """Samples with both flips of each view, standard normal, in float16; the same at every call."""
     rng = np.random.default_rng(0)
     ids = rng.permutation(np.unique(rng.integers(1 << 62, size=2 * images)))[:images]
     for i, size in enumerate(open_preset(PRESET, images).size.tolist()):
@@ -33,35 +33,35 @@ def make_samples(images: int) -> Iterator[Sample]:
         yield Sample(int(ids[i]), i % CLASSES, views)
 
 
-def prepare(folder: Path, images: int, ways: list[str]) -> None:
-    """The latents in the format of each way, at folder/<way>; those that are there already are kept.
+def write_latents(folder: Path, images: int, loaders: list[str]) -> None:
+    """Writes the latents in the format of each loader to folder/<loader>; those that exist already are kept.
 
     Raises:
         UserError: the folder holds another number of images.
     """
-    for way in ways:
-        target = folder / way
+    for loader in loaders:
+        target = folder / loader
         done, wanted = target / _DONE, json.dumps({"images": images})
         if done.is_file():
             if done.read_text() != wanted:
                 raise UserError(f"{target} holds {done.read_text()}, not {wanted}: choose another --folder")
             continue
         if target.exists() and any(target.iterdir()):
-            raise UserError(f"{target} holds something else, or a write that was cut short: remove it")
+            raise UserError(f"{target} holds other files, or was not written completely: remove it")
         target.mkdir(parents=True, exist_ok=True)
-        load_way(way).write(make_samples(images), target)
+        import_loader(loader).write(make_samples(images), target)
         done.write_text(wanted)
 
 
 def upload(folder: Path, url: str) -> None:
-    """All files below ``folder`` to ``url``, an s3:// prefix."""
+    """Uploads all files below ``folder`` to ``url``, an s3:// prefix."""
     fs, path = file_system(url)
     fs.put(f"{folder}/", f"{path}/", recursive=True, batch_size=_UPLOADS)
 
 
-def forget(folder: Path) -> None:
-    """Takes the files below ``folder`` out of the page cache. The disk's own cache, and names and inodes, stay."""
-    os.sync()  # what is not on disk yet cannot be dropped
+def drop_from_page_cache(folder: Path) -> None:
+    """Removes the files below ``folder`` from the page cache; the disk's own cache, names and inodes stay cached."""
+    os.sync()  # pages that are not on disk yet cannot be dropped
     for path in folder.rglob("*"):
         if path.is_file():
             file = os.open(path, os.O_RDONLY)

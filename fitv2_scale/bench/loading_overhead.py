@@ -1,6 +1,6 @@
-"""What loading costs a rank that trains: its loader alone, at the pace of a GPU.
+"""Measures what loading costs a rank that trains: its loader alone, at the pace of a GPU.
 
-    python -m fitv2_scale.bench.loading_overhead '{"source": {…}, "ranks": 8, "rate": 114.0}'
+    python -m fitv2_scale.bench.loading_overhead '{"config": {…}, "ranks": 8, "rate": 114.0}'
 
 Prints a JSON object as its last line.
 """
@@ -10,28 +10,28 @@ import sys
 import time
 from typing import Any
 
-from fitv2_scale.bench.loaders import Source
+from fitv2_scale.bench.loaders import LoaderConfig
 from fitv2_scale.bench.loaders.fitv2 import open_loader, open_plan, open_reader, to_batch
 
 
-def pace(source: Source, ranks: int, rate: float) -> dict[str, Any]:
-    """Rank 0 of ``ranks``, all on one node, over one window of the plan. It sleeps where it would train. On S3 the
-    other ranks have brought their parts of the frames to the node's cache already: it fetches one of ``ranks``.
+def loading_overhead(config: LoaderConfig, ranks: int, rate: float) -> dict[str, Any]:
+    """Runs rank 0 of ``ranks``, all on one node, over one window of the plan; it sleeps instead of training. On S3 the
+    frames that the other ranks would fetch are put into the node's cache before: it fetches one of ``ranks``.
 
-    ``rate`` is in images/s of one GPU. ``cpu_share``: CPU seconds of this process, all threads, over the time that the
-    steps take at this rate. ``wait_share``: time that the training thread waits for batches, the first one excepted,
+    ``rate`` is in images/s per GPU. ``cpu_share``: CPU seconds of this process, all threads, over the time that the
+    steps take at this rate. ``wait_share``: the time that the training thread waits for batches after the first one,
     over the same.
     """
-    plan, shapes = open_plan(source, (ranks,))
-    steps, step_seconds = plan.window_steps(0), source.batch / ranks / rate
-    if source.is_s3:
+    plan, shapes = open_plan(config, (ranks,))
+    steps, step_seconds = plan.window_steps(0), config.batch / ranks / rate
+    if config.is_s3:
         (manifest,) = plan.manifests
         for f in range(len(manifest.frame_shard)):
             if f % ranks:
-                open_reader(source).read(manifest, f)
+                open_reader(config).read(manifest, f)
     waits = []
     cpu, began = time.process_time(), time.perf_counter()
-    with open_loader(source, plan, shapes, 0, (ranks,), range(steps)) as loader:
+    with open_loader(config, plan, shapes, 0, (ranks,), range(steps)) as loader:
         for _ in range(steps):
             asked = time.perf_counter()
             for pack in next(loader).packs:
@@ -43,7 +43,7 @@ def pace(source: Source, ranks: int, rate: float) -> dict[str, Any]:
         used = time.process_time() - cpu
     return {
         "ranks": ranks,
-        "images_per_step": source.batch // ranks,
+        "images_per_step": config.batch // ranks,
         "step_seconds": step_seconds,
         "steps": steps,
         "cpu_share": used / (steps * step_seconds),
@@ -53,5 +53,5 @@ def pace(source: Source, ranks: int, rate: float) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    asked = json.loads(sys.argv[1])
-    print(json.dumps(pace(Source(**asked["source"]), asked["ranks"], asked["rate"])))
+    arguments = json.loads(sys.argv[1])
+    print(json.dumps(loading_overhead(**arguments | {"config": LoaderConfig(**arguments["config"])})))

@@ -1,4 +1,4 @@
-"""What planning and dealing achieve: balance and fill by images a rank, any number of ranks, time and memory."""
+"""Measures planning and balancing: balance and fill by images per rank, any number of ranks, nodes, time and memory."""
 
 import time
 import tracemalloc
@@ -9,54 +9,51 @@ from typing import Any
 
 import numpy as np
 
-from data_sharding.format.manifest import Manifest
-from data_sharding.plan.balance import Cost, Nodes, assign_packs, partition, partition_over_nodes
+from data_sharding.plan.balance import Nodes, assign_packs, partition, partition_over_nodes
 from data_sharding.plan.pack_shapes import shapes_for_plan
-from data_sharding.plan.plan import MAX_WINDOW_STEPS, Plan, Segment
+from data_sharding.plan.plan import MAX_WINDOW_STEPS
 from data_sharding.plan.size_presets import open_preset
 from fitv2_scale.bench.bias_figures import bias
+from fitv2_scale.bench.workload import BATCH, COST, PACK_TOKENS, plan_of
 
 PARTS = ("balance", "any_ranks", "nodes", "bias", "planning")
 PRESETS = ("preset:imagenet256", "preset:imagenet1024")
 NODES = ((2,) * 4, (8,) * 4, (32,) * 4, (8, 8, 8, 6), (8, 8, 5, 2))
-BATCH = 256
 BIAS_STEPS = 1024
-_COST = Cost(linear=6 * 2304, quadratic=1)  # of FiTv2-3B/2
-_MAX_TOKENS = 16384
 
 
 def measure(parts: Iterable[str] = PARTS, steps: int | None = None) -> dict[str, Any]:
-    """The figures of ``parts``, over an epoch or ``steps`` steps each; a minute or two for all over an epoch."""
+    """The figures of ``parts``, over an epoch or ``steps`` steps; all of them over an epoch take a minute or two."""
     figures = {
         "balance": lambda: [balance(url, images, steps) for url in PRESETS for images in (32, 8, 4, 2)],
         "any_ranks": lambda: [any_ranks(url, ranks) for url in PRESETS for ranks in (96, 384, 640, 768, 1000)],
-        "nodes": lambda: [over_nodes(url, nodes, steps) for url in PRESETS for nodes in NODES],
-        "bias": lambda: [bias(_plan(open_preset(url), BATCH), url, steps or BIAS_STEPS) for url in PRESETS],
+        "nodes": lambda: [node_reads(url, nodes, steps) for url in PRESETS for nodes in NODES],
+        "bias": lambda: [bias(plan_of(open_preset(url), BATCH), url, steps or BIAS_STEPS) for url in PRESETS],
         "planning": lambda: [planning(url) for url in PRESETS],
     }
     return {part: figures[part]() for part in parts}
 
 
 def to_text(report: dict[str, Any]) -> str:
-    """The parts that there are, as tables."""
+    """The parts of ``report`` as tables."""
     tables: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
         "balance": (
-            "images a rank  imbalance  fill    capacities",
+            "images per rank  imbalance  fill    capacities",
             lambda r: (
-                f"{r['images_per_rank']:>13}  {r['imbalance']:<9.4f}  {r['fill']:.4f}  {r['capacities']}"
+                f"{r['images_per_rank']:>15}  {r['imbalance']:<9.4f}  {r['fill']:.4f}  {r['capacities']}"
                 + (f"  (the best pairs: {r['best_pairs']:.4f})" if "best_pairs" in r else "")
             ),
         ),
         "any_ranks": (
-            "ranks on a step of 4,096  slowest over lower bound",
-            lambda r: f"{r['ranks']:>24}  {r['slowest_over_bound']:.4f}",
+            "ranks, 4,096 images  slowest rank over lower bound",
+            lambda r: f"{r['ranks']:>20}  {r['slowest_over_bound']:.4f}",
         ),
         "nodes": (
             "ranks of the nodes  bytes read over stored  imbalance",
             lambda r: f"{' + '.join(map(str, r['nodes'])):>18}  {r['read_over_stored']:<22.4f}  {r['imbalance']:.4f}",
         ),
         "bias": (
-            "test, one-sided at 0.001  statistic  bound  of sorted steps",
+            "test, one-sided at 0.001  statistic  bound  with sorted steps",
             lambda r: f"{r['test']:<25} {r['statistic']:>9.3f} {r['bound']:>6.3f}  {r['sorted']:.3f}",
         ),
         "planning": (
@@ -79,20 +76,20 @@ def balance(url: str, images_per_rank: int, steps: int | None = None) -> dict[st
     """Imbalance and fill over an epoch (or its first ``steps``) of 256-image steps at ``images_per_rank``.
 
     Imbalance: cost of the slowest rank over the mean, averaged over steps. Fill: valid tokens over ranks x packs x
-    capacity. The shapes are chosen as a run does. With two images a rank, ``best_pairs`` is the least imbalance that
-    pairs of these images allow, the dearest with the cheapest.
+    capacity. Shapes are chosen as in a run. With two images per rank, ``best_pairs`` is the least possible imbalance of
+    pairs of these images: the most expensive with the cheapest.
     """
-    plan = _plan(open_preset(url), BATCH)
+    plan = plan_of(open_preset(url), BATCH)
     ranks = BATCH // images_per_rank
-    shapes = shapes_for_plan(plan, 0, _COST, (ranks,), _MAX_TOKENS)
+    shapes = shapes_for_plan(plan, 0, COST, (ranks,), PACK_TOKENS)
     count = steps or plan.samples[0] // BATCH
     imbalance, pairs, tokens, room, seconds = 0.0, 0.0, 0, 0, 0.0
     for k in range(count):
         lengths = plan.step(k).tokens
         began = time.perf_counter()
-        assignment = assign_packs(lengths, _COST, (ranks,), shapes)
+        assignment = assign_packs(lengths, COST, (ranks,), shapes)
         seconds += time.perf_counter() - began
-        cost = _COST.of(lengths)
+        cost = COST.of(lengths)
         loads = [sum(int(cost[pack].sum()) for pack in rank) for rank in assignment.packs]
         imbalance += max(loads) * ranks / sum(loads)
         ascending = np.sort(cost)
@@ -111,20 +108,20 @@ def balance(url: str, images_per_rank: int, steps: int | None = None) -> dict[st
     }
 
 
-def over_nodes(url: str, nodes: Nodes, steps: int | None = None) -> dict[str, Any]:
-    """What nodes read, whole frames each, over what is stored of the images that they train on; and the imbalance.
+def node_reads(url: str, nodes: Nodes, steps: int | None = None) -> dict[str, Any]:
+    """The bytes that nodes read (whole frames) over the stored bytes of the images that they train on; and imbalance.
 
-    Over four windows (or ``steps`` steps), with a cache on each node that holds the frames of one window, the least
-    recently used leaving first. Images count as equally large.
+    Over four windows (or ``steps`` steps), with an LRU cache on each node that holds the frames of one window. All
+    images are counted as equally large.
     """
-    plan = _plan(open_preset(url, images=8 * BATCH * MAX_WINDOW_STEPS), BATCH)
+    plan = plan_of(open_preset(url, images=8 * BATCH * MAX_WINDOW_STEPS), BATCH)
     first, window = plan.manifests[0].frame_first, plan.window_steps(0)
     room = -(-window * BATCH * len(first) // int(first[-1]))
     caches: list[OrderedDict[int, None]] = [OrderedDict() for _ in nodes]
     count, read, imbalance = steps or 4 * window, 0, 0.0
     for k in range(count):
         images = plan.step(k)
-        cost = _COST.of(images.tokens)
+        cost = COST.of(images.tokens)
         members = partition_over_nodes(cost, nodes)
         imbalance += max(int(cost[group].sum()) for group in members) * sum(nodes) / int(cost.sum())
         for cache, (begin, end) in zip(caches, pairwise((0, *accumulate(nodes))), strict=True):
@@ -140,12 +137,12 @@ def over_nodes(url: str, nodes: Nodes, steps: int | None = None) -> dict[str, An
 
 
 def any_ranks(url: str, ranks: int, batch: int = 4096, steps: int = 4) -> dict[str, Any]:
-    """Slowest rank over the lower bound: the mean, the dearest image and, with N = qR + r images, r > 0, the cheapest
-    (q + 1) r images over r, since r ranks at least hold q + 1 or more."""
-    plan = _plan(open_preset(url, images=batch * 16), batch)
+    """Cost of the slowest of R ranks over the lower bound max(mean cost, most expensive image, and with N = qR + r
+    images, r > 0, the cheapest (q + 1) r images / r, since at least r ranks get q + 1 or more images)."""
+    plan = plan_of(open_preset(url, images=batch * 16), batch)
     ratios = []
     for k in range(steps):
-        cost = _COST.of(plan.step(k).tokens)
+        cost = COST.of(plan.step(k).tokens)
         q, r = divmod(len(cost), ranks)
         bound = max(cost.sum() / ranks, cost.max(), np.sort(cost)[: (q + 1) * r].sum() / r if r else 0)
         ratios.append(max(int(cost[group].sum()) for group in partition(cost, ranks)) / bound)
@@ -153,23 +150,18 @@ def any_ranks(url: str, ranks: int, batch: int = 4096, steps: int = 4) -> dict[s
 
 
 def planning(url: str) -> dict[str, Any]:
-    """CPU seconds of planning one epoch, one step set after the other; and, in a second pass over two windows,
-    the most memory that planning holds at once."""
+    """CPU seconds of planning one epoch step by step; and, in a second pass over two windows, the peak memory."""
     manifest = open_preset(url)
-    plan = _plan(manifest, BATCH)
+    plan = plan_of(manifest, BATCH)
     steps = plan.samples[0] // BATCH
     began = time.process_time()
     for k in range(steps):
         plan.step(k)
     seconds = time.process_time() - began
     tracemalloc.start()
-    again = _plan(manifest, BATCH)
+    again = plan_of(manifest, BATCH)
     for k in range(min(steps, 2 * again.window_steps(0))):
         again.step(k)
     extra = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return {"data": url, "steps": steps, "seconds": seconds, "extra_bytes": extra}
-
-
-def _plan(manifest: Manifest, batch: int) -> Plan:
-    return Plan([manifest], 0, "mixed", [Segment(0, batch, (1,))])

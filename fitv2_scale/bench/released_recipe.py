@@ -1,12 +1,12 @@
-"""The way the released recipe trains, written anew, as what `fitv2 bench step --against reference` compares with.
+"""Trains as the released recipe does, in code of our own: `fitv2 bench step --against reference` compares with it.
 
-As there: micro-batches of 16 images padded to the longest of them; a dense boolean mask (B, 1, N, N) for SDPA; bf16
-autocast over float32 weights; nothing compiled; gate and value, modulation, QK-norm and RoPE as single operators;
-torch's AdamW and clip_grad_norm_ with their defaults; an EMA tensor by tensor in Python; and numbers fetched from the
-device in every step. Conditioning is computed once an image and broadcast, which is also how it is released.
+As in the released code: micro-batches of 16 images padded to the longest of them; a dense boolean mask (B, 1, N, N) for
+SDPA; bf16 autocast over float32 weights; nothing compiled; gate and value, modulation, QK-norm and RoPE as separate
+operators; torch's AdamW and clip_grad_norm_ with their defaults; an EMA tensor by tensor in Python; and numbers fetched
+from the device in every step. Conditioning is computed once per image and broadcast, also as released.
 
-Unlike there: gradients of all micro-batches of a step are added up (the released accumulation loses all but the last),
-and blocks are checkpointed only where the config asks for it.
+Unlike the released code: gradients of all micro-batches of a step are added up (the released accumulation loses all but
+the last), and blocks are checkpointed only if the config asks for it.
 """
 
 from collections.abc import Iterator
@@ -28,12 +28,12 @@ from fitv2_scale.model.rope import rope_table, rotate
 _MICRO_BATCH = 16  # images on one GPU, in the released configs
 
 
-class Reference:
+class ReleasedTrainer:
     """Trains on the images of a StepBatch in the released way, on one device."""
 
     def __init__(self, config: Config, device: torch.device):
         if config.model.qk_norm != "layernorm" or config.model.adaln != "lora":
-            raise UserError("--against reference: the released network has qk_norm layernorm and adaln lora")
+            raise UserError("--against reference needs the released network: qk_norm=layernorm and adaln=lora")
         self._config, self._device = config, device
         self.network = FiTv2(config.model).to(device)
         with torch.no_grad():
@@ -50,7 +50,7 @@ class Reference:
         )
 
     def step(self, batch: StepBatch) -> float:
-        """The loss, which is read from the device, as there."""
+        """One step. Returns the loss, read from the device as in the released code."""
         config, total = self._config, 0.0
         for group in self.micro_batches(batch):
             latents_BNC, position_BN2, mask_BN, label_B = (t.to(self._device) for t in group)
@@ -72,7 +72,7 @@ class Reference:
         return total
 
     def loss(self, x1: Tensor, x0: Tensor, t_B: Tensor, label_B: Tensor, position_BN2: Tensor, mask_BN: Tensor):
-        """Mean over images of the mean over each one's tokens and channels: 0-dim."""
+        """The mean over images of the mean over the image's tokens and channels: 0-dim."""
         t_B11, bf16 = t_B[:, None, None], self._config.layout.precision == "bf16"
         with torch.autocast(self._device.type, torch.bfloat16, enabled=bf16):
             velocity = self._forward(t_B11 * x1 + (1 - t_B11) * x0, t_B, label_B, position_BN2, mask_BN)
@@ -103,7 +103,7 @@ class Reference:
             self._ema[name].mul_(decay).add_(p.data, alpha=1 - decay)
 
     def micro_batches(self, batch: StepBatch) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """latents, positions, mask and labels of 16 images each, padded; in random order, as a shuffled epoch is."""
+        """Latents, positions, mask and labels of 16 images each, padded; in random order, as in a shuffled epoch."""
         images = list(_images(batch))
         order = np.random.default_rng(batch.step).permutation(len(images))
         room = max(len(latents) for latents, _, _ in images)

@@ -1,4 +1,4 @@
-"""A commit as ranks of another layout would have saved it, without any of them."""
+"""Rewrites a commit as the ranks of another layout would have saved it, in one process."""
 
 from collections.abc import Iterator
 
@@ -10,14 +10,12 @@ from fitv2_scale.checkpoint.safetensors_file import Entry, Written, write_safete
 from fitv2_scale.run.log import LogEntry
 from fitv2_scale.run.run import Attempt, Run
 
-_WRITTEN_ANEW = ("format", "files", "tensors")
+_REWRITTEN = ("format", "files", "tensors")
 
 
-def lay_out_anew(source: Run, entry: LogEntry, target: Run, ranks: int) -> None:
-    """Commits to ``target`` what ``entry`` of ``source`` holds, each tensor's rows shared out evenly over ``ranks``.
-
-    One tensor in memory at a time.
-    """
+def reshard_commit(source: Run, entry: LogEntry, target: Run, ranks: int) -> None:
+    """Commits the contents of ``entry`` of ``source`` to ``target``, with the rows of each tensor divided evenly among
+    ``ranks``. One tensor is in memory at a time."""
     manifest = source.store.read_json(f"{entry.fields['path']}/{MANIFEST}")
     reader = BoxReader(source.store, entry.fields["path"], manifest)
     attempt: Attempt = target.claim({})
@@ -31,12 +29,12 @@ def lay_out_anew(source: Run, entry: LogEntry, target: Run, ranks: int) -> None:
         for name, offset, part in parts:
             boxes[name].append(box_record(offset, part.shape, file, written.begins[part.key]))
     tensors = {name: {"shape": t["shape"], "boxes": boxes[name]} for name, t in manifest["tensors"].items()}
-    header = {key: value for key, value in manifest.items() if key not in _WRITTEN_ANEW}
+    header = {key: value for key, value in manifest.items() if key not in _REWRITTEN}
     attempt.commit(manifest["step"], folder, write_manifest(target.store, folder, header, files, tensors))
 
 
 def _parts(reader: BoxReader, tensors: dict, rank: int, ranks: int) -> Iterator[tuple[str, tuple[int, ...], Entry]]:
-    """(tensor's name, offset, what to write) of each of the rank's boxes."""
+    """Tensor name, offset and file entry of each box of the rank."""
     for name, tensor in tensors.items():
         rows, *rest = tensor["shape"]
         first, last = (rows * r // ranks for r in (rank, rank + 1))

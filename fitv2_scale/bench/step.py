@@ -1,7 +1,7 @@
-"""What a training step costs on this machine: throughput, MFU, where the time goes, memory, and a comparison.
+"""Measures a training step on this machine: throughput, MFU, time by part, memory, and a comparison.
 
-Throughput is measured over whole steps with nothing between them, as training runs them; the split into parts in steps
-of its own, since looking disturbs.
+Throughput is measured over whole steps without pauses, as in training; the time of each part in separate steps, since
+measuring it slows them down.
 """
 
 import statistics
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from data_sharding.errors import UserError
 from data_sharding.stream.batch import StepBatch
-from fitv2_scale.bench.released_recipe import Reference
+from fitv2_scale.bench.released_recipe import ReleasedTrainer
+from fitv2_scale.bench.spread import spread
 from fitv2_scale.bench.step_data import open_steps
 from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.schema import Config
@@ -38,7 +39,7 @@ from fitv2_scale.train.step import train_step
 
 @dataclass(frozen=True)
 class _Case:
-    """What is measured: the first ``steps`` steps of a run."""
+    """The workload: the first ``steps`` steps of a run."""
 
     config: Config
     world: World
@@ -52,23 +53,23 @@ class _Case:
 
 @dataclass(frozen=True)
 class _Round:
-    """One way, built anew and measured."""
+    """The figures of one trainer, newly built."""
 
     seconds_a_step: float
     peak_bytes: int | None  # on CUDA
     seconds_by_part: dict[str, float] | None = None
-    syncs: int | None = None  # of the device by the host, inside one step, on CUDA
+    syncs: int | None = None  # times that the host waits for the device in one step, on CUDA
 
 
 def measure(config: Config, steps: int, repeats: int, against_reference: bool) -> dict[str, Any] | None:
     """All figures, on rank 0; None elsewhere. ``repeats`` rounds of ``steps`` steps, ours and the reference in turn.
 
     Raises:
-        UserError: the reference is asked for on more than one process, or for a network that was not released.
+        UserError: the reference is requested with more than one process, or with another network than the released one.
     """
     with join() as world:
         if against_reference and world.size > 1:
-            raise UserError("--against reference compares in one process: start it without torchrun")
+            raise UserError("--against reference needs a single process: start it without torchrun")
         hosts = world.hosts()
         layout = config.layout.over(world.size, len(set(hosts)))
         case = _Case(config, world, layout, Data.open(config, layout.nodes(hosts)), steps)
@@ -92,7 +93,7 @@ def _ours(case: _Case, batches: Sequence[StepBatch], split: bool) -> _Round:
 
 
 def _reference(case: _Case, batches: Sequence[StepBatch]) -> _Round:
-    return _measure_steps(Reference(case.config, case.world.device).step, batches, batches, case.world)
+    return _measure_steps(ReleasedTrainer(case.config, case.world.device).step, batches, batches, case.world)
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class _Trainer:
 
 
 def _measure_steps(step: Callable, stream: Iterable[StepBatch], batches: Sequence[StepBatch], world: World) -> _Round:
-    """Steps over ``stream``, after one of each shape that ``batches`` have, which compiles and settles."""
+    """Steps over ``stream``, after a warm-up step of each shape in ``batches``, which compiles and fills caches."""
     on_cuda = world.device.type == "cuda"
     for batch in {(len(b.packs), len(b.packs[0].latents)): b for b in batches}.values():
         step(batch)
@@ -129,10 +130,10 @@ def _wait(device: torch.device) -> None:
 
 
 def _parts(trainer: _Trainer, batches: Sequence[StepBatch]) -> dict[str, float]:
-    """Seconds that each part of a step takes, medians over ``batches``, each part alone on the device.
+    """Seconds of each part of a step, medians over ``batches``; each part runs alone on the device.
 
-    ``reduce`` is what the last backward pass takes longer than the same pass without a reduction; zero3 reduces in
-    every pass, so there it is part of ``backward``. ``ema`` is the update by itself, ``optimizer`` the rest of a step.
+    ``reduce`` is the extra time of the last backward pass over the same pass without a reduction; zero3 reduces in
+    every pass, so there it is part of ``backward``. ``ema`` is the update alone, ``optimizer`` the rest of the step.
     """
     config, engine, device = trainer.config, trainer.engine, trainer.world.device
     ema, weights = _values(engine, "ema"), _values(engine, "param")
@@ -168,12 +169,12 @@ def _parts(trainer: _Trainer, batches: Sequence[StepBatch]) -> dict[str, float]:
 
 
 def _values(engine: Engine, kind: str) -> list[Tensor]:
-    """This rank's part of each tensor's weights or EMA: live memory."""
+    """This rank's part of the weights or EMA of each tensor; not copies."""
     return [box.tensor for name, t in engine.boxes().items() if name.startswith(f"{kind}/") for box in t.boxes]
 
 
 class _Clock:
-    """Times of named parts, which follow each other: by events on CUDA, where nothing is waited for in between."""
+    """Measures named parts that follow each other; on CUDA by events, without waiting between them."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -193,7 +194,7 @@ class _Clock:
         return event
 
     def times(self) -> dict[str, list[float]]:
-        """Seconds, in order."""
+        """Seconds of each part, in order."""
         _wait(self._device)
         found = defaultdict(list)
         for part, began, ended in self._marks:
@@ -203,7 +204,7 @@ class _Clock:
 
 
 def _count_syncs(trainer: _Trainer, batch: StepBatch) -> int | None:
-    """How often the host waits for the device inside a step; torch warns of each."""
+    """How often the host waits for the device in a step; torch warns of each time."""
     if trainer.world.device.type != "cuda":
         return None
     torch.cuda.set_sync_debug_mode("warn")
@@ -232,7 +233,7 @@ def _report(
         "layout": config.layout.model_dump(),
         "steps": len(batches),
         "rounds": len(ours),
-        "seconds_a_step": _spread([r.seconds_a_step for r in ours]),
+        "seconds_a_step": spread([r.seconds_a_step for r in ours]),
         "images_per_second": images / seconds,
         "tokens_per_second": tokens / seconds,
         "fill": sum(b.step_tokens for b in batches) / sum(b.step_capacity for b in batches),
@@ -247,10 +248,10 @@ def _report(
     }
     if theirs:
         report["reference"] = {
-            "seconds_a_step": _spread([r.seconds_a_step for r in theirs]),
+            "seconds_a_step": spread([r.seconds_a_step for r in theirs]),
             "images_per_second": images / statistics.median(r.seconds_a_step for r in theirs),
             "peak_bytes": theirs[-1].peak_bytes,
-            "times_as_long": _spread([t.seconds_a_step / o.seconds_a_step for t, o in zip(theirs, ours, strict=True)]),
+            "times_as_long": spread([t.seconds_a_step / o.seconds_a_step for t, o in zip(theirs, ours, strict=True)]),
         }
     return report
 
@@ -261,10 +262,6 @@ def _planned_peak(case: _Case, batches: Sequence[StepBatch]) -> int:
     return cuda_peak(case.config.model, case.layout, plan_state(case.config, case.layout), compute)
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
-
-
 def to_text(report: dict[str, Any]) -> str:
     r, seconds = report, report["seconds_a_step"]
     on = f"{r['ranks']} x {r['machine']}, torch {r['torch']}"
@@ -272,19 +269,19 @@ def to_text(report: dict[str, Any]) -> str:
         f"step     {seconds['median']:.4g} s ({seconds['lowest']:.4g} to {seconds['highest']:.4g} in {r['rounds']} "
         f"rounds of {r['steps']} steps) on {on}",
         f"speed    {r['images_per_second']:.4g} images/s, {r['tokens_per_second']:.5g} tokens/s, "
-        f"{r['tflops_per_device']:.4g} TFLOP/s a device"
+        f"{r['tflops_per_device']:.4g} TFLOP/s per device"
         + (f", MFU {r['mfu']:.4f} of {r['peak_tflops']:.0f}" if r["mfu"] else ""),
         "parts    " + ", ".join(f"{part} {1000 * s:.4g} ms" for part, s in r["seconds_by_part"].items()),
     ]
     if r["peak_bytes"] is not None:
         lines.append(
-            f"memory   {r['peak_bytes'] / 2**30:.2f} GiB at most, {r['planned_peak_bytes'] / 2**30:.2f} planned; "
-            f"{r['syncs_in_a_step']} synchronisations in a step"
+            f"memory   {r['peak_bytes'] / 2**30:.2f} GiB at the peak, {r['planned_peak_bytes'] / 2**30:.2f} planned; "
+            f"{r['syncs_in_a_step']} synchronizations per step"
         )
     if "reference" in r:
         theirs, times = r["reference"]["seconds_a_step"], r["reference"]["times_as_long"]
         lines.append(
-            f"against  the released way: {theirs['median']:.4g} s, {times['median']:.3f} times as long "
+            f"against  the released recipe: {theirs['median']:.4g} s, {times['median']:.3f} times as long "
             f"({times['lowest']:.3f} to {times['highest']:.3f})"
         )
     return "\n".join(lines)

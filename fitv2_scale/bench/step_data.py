@@ -1,4 +1,4 @@
-"""The steps that `fitv2 bench step` trains on: a dataset's, or a preset's sizes with random latents."""
+"""The steps that `fitv2 bench step` trains on: those of a dataset, or random latents with the sizes of a preset."""
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from fitv2_scale.data import Data
 
 @contextmanager
 def open_steps(config: Config, data: Data, rank: int, steps: int) -> Generator[Iterator[StepBatch]]:
-    """The first ``steps`` of data rank ``rank``: read and prefetched as in training, a preset's drawn before."""
+    """The first ``steps`` steps of data rank ``rank``: prefetched as in training, or for a preset drawn before."""
     if any(is_preset(url) for url in config.data.urls):
         yield iter([_draw(data, rank, step) for step in range(steps)])
         return

@@ -1,4 +1,4 @@
-"""A dataset of any number of images that is a manifest alone: what can be planned but not read."""
+"""Datasets of any number of images that consist of a manifest only: they can be planned but not read."""
 
 import io
 from collections.abc import Callable, Iterator
@@ -20,8 +20,8 @@ _CHUNK = 1 << 20  # rows
 
 
 def write_columns(url: str, images: int) -> None:
-    """A manifest of ``images`` at the local ``url`` with the lengths of ``preset:imagenet256``, over and over, and
-    frames of 64. There are no shards. Takes 20 bytes an image on disk, and little memory."""
+    """Writes a manifest of ``images`` to the local ``url``, with the lengths of ``preset:imagenet256``, repeated, and
+    frames of 64 images. There are no shards. Takes 20 bytes per image on disk, and little memory."""
     frames = -(-images // _FRAME_IMAGES)
     lengths = open_preset("preset:imagenet256", min(images, _CHUNK)).size
     rows: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -57,7 +57,7 @@ def _entry(first: int, end: int, images: int) -> ShardEntry:
 
 
 def _write_column(path: Path, dtype: str, shape: tuple[int, ...], rows: Callable) -> dict[str, int | str]:
-    """Its entry in the header."""
+    """Writes a column and returns its entry in the header."""
     digest, size = xxhash.xxh3_128(), 0
     with open(path, "wb") as file:
         for data in _npy(dtype, shape, rows):
@@ -67,7 +67,7 @@ def _write_column(path: Path, dtype: str, shape: tuple[int, ...], rows: Callable
 
 
 def _npy(dtype: str, shape: tuple[int, ...], rows: Callable) -> Iterator[bytes]:
-    """A .npy file in pieces."""
+    """The bytes of a .npy file, in pieces."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": shape})
     yield header.getvalue()

@@ -1,14 +1,14 @@
-"""The ways of loading latents that `fitv2 bench data --against` compares: each writes the same samples in its own
-format and reads them back as its own documentation recommends, up to tensors that a model could take."""
+"""The loaders that `fitv2 bench data --against` compares. Each module writes the same samples in its own format and
+reads them as its documentation recommends, up to tensors for a model."""
 
 import importlib
 import importlib.metadata
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from data_sharding.format.shard import Sample
 
 OURS = "fitv2"
-PEERS = {  # module here -> the distribution it needs, if any
+PEERS = {  # module -> the distribution that it needs, if any
     "webdataset": "webdataset",
     "streaming": "mosaicml-streaming",
     "files": None,
@@ -25,16 +25,16 @@ PEERS = {  # module here -> the distribution it needs, if any
 
 
 class Batch(NamedTuple):
-    """What reaches the consumer at once."""
+    """A batch as the consumer gets it."""
 
     latents: Tensor  # float32, padding included
-    sample_id: Tensor  # int64, one an image
-    tokens: int  # valid ones
+    sample_id: Tensor  # int64, one per image
+    tokens: int  # without padding
 
 
 @dataclass(frozen=True)
-class Source:
-    """``url`` is the folder of this way's data, local or s3://; ``scratch`` an empty local folder for caches."""
+class LoaderConfig:
+    """``url`` is the folder of the loader's data, local or s3://; ``scratch`` an empty local folder for caches."""
 
     url: str
     scratch: str
@@ -48,22 +48,22 @@ class Source:
         return self.url.startswith("s3://")
 
 
-class Way(Protocol):
-    """A module of this package."""
+class LoaderModule(Protocol):
+    """The interface of a module of this package."""
 
     def write(self, samples: Iterable[Sample], folder: Path) -> None:
-        """All samples in this way's format. Raises nothing of its own."""
+        """Writes all samples in the loader's format. Raises nothing of its own."""
 
-    def epochs(self, source: Source) -> Iterator[Iterator[Batch]]:
-        """One epoch after the other, without end; each gives every image once, in a new order."""
+    def epochs(self, config: LoaderConfig) -> Iterator[Iterator[Batch]]:
+        """Epoch after epoch, without end; each gives every image once, in a new order."""
 
 
-def load_way(name: str) -> Way:
+def import_loader(name: str) -> LoaderModule:
     return importlib.import_module(f"{__name__}.{name}")
 
 
-def absent(name: str) -> str | None:
-    """The distribution that this way lacks here."""
+def missing_package(name: str) -> str | None:
+    """The distribution that the loader needs and that is not installed; None if nothing is missing."""
     wanted = PEERS.get(name)
     try:
         if wanted:
@@ -73,14 +73,13 @@ def absent(name: str) -> str | None:
     return None
 
 
-def padded(
-    sample_id: int, label: int, arrays: dict[str, np.ndarray], source: Source, rng: random.Random
+def padded_sample(
+    sample_id: int, label: int, arrays: dict[str, np.ndarray], config: LoaderConfig, rng: random.Random
 ) -> dict[str, Tensor]:
-    """What FiT's dataset hands over: a random view and flip of float16 (2, h, w, 16), padded to ``max_tokens``."""
-    view = "crop" if source.views == "mixed" and "crop" in arrays and rng.random() < 0.5 else "resize"
-    array = arrays[view][rng.randrange(2)]
+    """A sample as FiT's dataset gives it: a random view and flip of float16 (2, h, w, 16), padded to ``max_tokens``."""
+    array = arrays[choose_view(arrays, config, rng)][rng.randrange(2)]
     h, w = array.shape[:2]
-    n, most = h * w, source.max_tokens
+    n, most = h * w, config.max_tokens
     latents, grid = torch.zeros(most, 16), torch.zeros(2, most, dtype=torch.int64)
     latents[:n] = torch.from_numpy(array.reshape(n, 16))
     grid[:, :n] = _grid(h, w)
@@ -96,12 +95,31 @@ def padded(
     }
 
 
+def choose_view(views: Container[str], config: LoaderConfig, rng: random.Random) -> str:
+    """The view to train on, of those that a sample has: of two, one at random if the run mixes them."""
+    return "crop" if config.views == "mixed" and "crop" in views and rng.random() < 0.5 else "resize"
+
+
 @lru_cache(maxsize=4096)
 def _grid(h: int, w: int) -> Tensor:
     """int64 (2, h * w): column and row."""
     return torch.stack((torch.arange(w).repeat(h), torch.arange(h).repeat_interleave(w)))
 
 
-def seen(batch: dict[str, Tensor]) -> Batch:
-    """A collated batch of ``padded``."""
+def worker_options(config: LoaderConfig) -> dict[str, Any]:
+    """The arguments of a torch DataLoader about its worker processes."""
+    return {
+        "num_workers": config.workers,
+        "persistent_workers": config.workers > 0,
+        "pin_memory": torch.cuda.is_available(),
+    }
+
+
+def endless_epochs(loader: Iterable[dict[str, Tensor]]) -> Iterator[Iterator[Batch]]:
+    """Epoch after epoch of a loader of collated ``padded_sample``s."""
+    while True:
+        yield map(_collated_batch, loader)
+
+
+def _collated_batch(batch: dict[str, Tensor]) -> Batch:
     return Batch(batch["latents"], batch["sample_id"], int(batch["mask"].sum()))

@@ -1,8 +1,8 @@
-"""One file an image, as FiTv2 was released: a map-style dataset over the folders of published latents (the layout of
-``data_sharding.write.published_latents``), a random view and flip at each access, padded, default collation.
+"""One file per image, as in the released FiTv2: a map-style dataset over the folders of published latents (the layout
+of ``data_sharding.write.published_latents``), a random view and flip at each access, padding, default collation.
 
-Two differences, both in its favour: float16 instead of float32 in the files, and on S3, which the released code does
-not know, one GET an image over a connection that each worker keeps.
+There are two differences, both in its favour: float16 instead of float32 in the files, and on S3, which the released
+code does not support, one GET per image over a connection that each worker keeps.
 """
 
 import random
@@ -10,24 +10,31 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 from safetensors.numpy import load, load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 
 from data_sharding.format.shard import Sample
-from fitv2_scale.bench.loaders import Batch, Source, padded, s3, seen
+from fitv2_scale.bench.loaders import (
+    Batch,
+    LoaderConfig,
+    choose_view,
+    endless_epochs,
+    padded_sample,
+    s3,
+    worker_options,
+)
 
 _ENDING = ".safetensors"
 
 
 class _Latents(Dataset):
-    def __init__(self, source: Source):
-        self._source = source
-        folder = f"{source.url}/"
-        if source.is_s3:
-            files = s3.list_urls(source.url, _ENDING)
+    def __init__(self, config: LoaderConfig):
+        self._config = config
+        folder = f"{config.url}/"
+        if config.is_s3:
+            files = s3.list_urls(config.url, _ENDING)
         else:
-            files = sorted(map(str, Path(source.url).rglob(f"*{_ENDING}")))
+            files = sorted(map(str, Path(config.url).rglob(f"*{_ENDING}")))
         self._files: dict[str, dict[str, str]] = {}  # name -> view -> file
         for file in files:
             group, _, name = file.removeprefix(folder).partition("/")
@@ -39,10 +46,10 @@ class _Latents(Dataset):
 
     def __getitem__(self, at: int) -> dict:
         files = self._files[self._names[at]]
-        view = "crop" if self._source.views == "mixed" and "crop" in files and random.random() < 0.5 else "resize"
-        tensors = load(s3.get(files[view]).read()) if self._source.is_s3 else load_file(files[view])
+        file = files[choose_view(files, self._config, random)]
+        tensors = load(s3.get(file).read()) if self._config.is_s3 else load_file(file)
         sample_id = int(self._names[at].removesuffix(_ENDING), 16)
-        return padded(sample_id, int(tensors["label"]), {"resize": tensors["feature"]}, self._source, random)
+        return padded_sample(sample_id, int(tensors["label"]), {"resize": tensors["feature"]}, self._config, random)
 
 
 def write(samples: Iterable[Sample], folder: Path) -> None:
@@ -61,14 +68,5 @@ def write(samples: Iterable[Sample], folder: Path) -> None:
             save_file(tensors, folder / group / f"{sample.id:016x}{_ENDING}")
 
 
-def epochs(source: Source) -> Iterator[Iterator[Batch]]:
-    loader = DataLoader(
-        _Latents(source),
-        batch_size=source.batch,
-        shuffle=True,
-        num_workers=source.workers,
-        persistent_workers=source.workers > 0,
-        pin_memory=torch.cuda.is_available(),
-    )
-    while True:
-        yield map(seen, loader)
+def epochs(config: LoaderConfig) -> Iterator[Iterator[Batch]]:
+    return endless_epochs(DataLoader(_Latents(config), batch_size=config.batch, shuffle=True, **worker_options(config)))

@@ -1,4 +1,4 @@
-"""This project's loader, as a training run uses it: threads in the consumer's process, packs turned into tensors."""
+"""This project's loader, as a training run uses it: threads in the consumer's process, packs converted to tensors."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -8,7 +8,7 @@ import torch
 
 from data_sharding.format.manifest import Manifest, write_manifest
 from data_sharding.format.shard import DTYPE, Sample, ShardBuilder
-from data_sharding.plan.balance import Cost, Nodes
+from data_sharding.plan.balance import Nodes
 from data_sharding.plan.pack_layout import PackShape
 from data_sharding.plan.pack_shapes import choose_shapes
 from data_sharding.plan.plan import Plan, Segment
@@ -17,11 +17,10 @@ from data_sharding.stream.batch import Pack
 from data_sharding.stream.disk_cache import DiskCache
 from data_sharding.stream.frames import FrameReader
 from data_sharding.stream.loader import Loader
-from fitv2_scale.bench.loaders import Batch, Source
+from fitv2_scale.bench.loaders import Batch, LoaderConfig
+from fitv2_scale.bench.workload import COST, PACK_TOKENS
 from fitv2_scale.model.to_torch import pack_to_torch
 
-_COST = Cost(linear=6 * 2304, quadratic=1)  # of FiTv2-3B/2
-_PACK_TOKENS = 16384
 _IMAGES_PER_SHARD = 1000  # as `fitv2 shard write` has it
 _CACHE_BYTES, _DISK_BYTES = 5 << 29, 32 << 30  # the defaults of data.cache_gib and data.cache_disk_gib
 
@@ -48,31 +47,31 @@ def write(samples: Iterable[Sample], folder: Path) -> None:
     )
 
 
-def epochs(source: Source) -> Iterator[Iterator[Batch]]:
-    plan, shapes = open_plan(source, (1,))
-    steps, epoch = plan.samples[0] // source.batch, 0
+def epochs(config: LoaderConfig) -> Iterator[Iterator[Batch]]:
+    plan, shapes = open_plan(config, (1,))
+    steps, epoch = plan.samples[0] // config.batch, 0
     while True:
-        # A new loader for each: at full size an epoch is far larger than the memory for decoded frames, so that no
-        # epoch may find those of the last one.
-        with open_loader(source, plan, shapes, 0, (1,), range(epoch * steps, (epoch + 1) * steps)) as loader:
+        # A new loader for each: at full size an epoch is far larger than the memory for decoded frames, so no epoch
+        # must find those of the last one.
+        with open_loader(config, plan, shapes, 0, (1,), range(epoch * steps, (epoch + 1) * steps)) as loader:
             yield _batches(loader)
         epoch += 1
 
 
-def open_plan(source: Source, nodes: Nodes) -> tuple[Plan, tuple[PackShape, ...]]:
-    plan = Plan([Manifest.load(source.url)], 0, source.views, [Segment(0, source.batch, (1,))])
+def open_plan(config: LoaderConfig, nodes: Nodes) -> tuple[Plan, tuple[PackShape, ...]]:
+    plan = Plan([Manifest.load(config.url)], 0, config.views, [Segment(0, config.batch, (1,))])
     window = [plan.step(k).tokens for k in range(plan.window_steps(0))]
-    return plan, choose_shapes(window, _COST, nodes, _PACK_TOKENS, plan.max_seqlen)
+    return plan, choose_shapes(window, COST, nodes, PACK_TOKENS, plan.max_seqlen)
 
 
 def open_loader(
-    source: Source, plan: Plan, shapes: tuple[PackShape, ...], rank: int, nodes: Nodes, steps: range
+    config: LoaderConfig, plan: Plan, shapes: tuple[PackShape, ...], rank: int, nodes: Nodes, steps: range
 ) -> Loader:
-    return Loader(plan, _COST, shapes, rank, nodes, steps, _CACHE_BYTES, reader=open_reader(source))
+    return Loader(plan, COST, shapes, rank, nodes, steps, _CACHE_BYTES, reader=open_reader(config))
 
 
-def open_reader(source: Source) -> FrameReader:
-    return FrameReader(cache=DiskCache(source.scratch, _DISK_BYTES) if source.is_s3 else None)
+def open_reader(config: LoaderConfig) -> FrameReader:
+    return FrameReader(cache=DiskCache(config.scratch, _DISK_BYTES) if config.is_s3 else None)
 
 
 def _batches(loader: Loader) -> Iterator[Batch]:

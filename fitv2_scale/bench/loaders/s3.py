@@ -1,4 +1,4 @@
-"""S3 for the peers that bring no client of their own: one botocore client a process, made after workers have forked."""
+"""S3 for the loaders without a client of their own: a botocore client per process, created after a fork."""
 
 import os
 from functools import lru_cache
@@ -6,13 +6,13 @@ from typing import BinaryIO
 
 
 def get(url: str) -> BinaryIO:
-    """The body of an object, as a stream."""
+    """The body of an object as a stream."""
     bucket, _, key = url.removeprefix("s3://").partition("/")
     return _client(os.getpid()).get_object(Bucket=bucket, Key=key)["Body"]
 
 
 def list_urls(folder: str, ending: str) -> list[str]:
-    """All objects below ``folder`` whose names end so, in order."""
+    """All objects below ``folder`` whose names end with ``ending``, sorted."""
     bucket, _, prefix = folder.removeprefix("s3://").partition("/")
     pages = _client(os.getpid()).get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/")
     keys = [item["Key"] for page in pages for item in page.get("Contents", [])]

@@ -1,31 +1,31 @@
-"""mosaicml-streaming as its documentation uses it: MDS shards of its default size, uncompressed (float16 latents gain
-nothing), StreamingDataset with its default shuffle and predownload, StreamingDataLoader with persistent workers."""
+"""mosaicml-streaming as in its documentation: MDS shards of the default size, uncompressed (compression does not help
+float16 latents), StreamingDataset with the default shuffle and predownload, StreamingDataLoader with persistent
+workers."""
 
 import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 from streaming import MDSWriter, StreamingDataLoader, StreamingDataset
 from streaming.base.util import clean_stale_shared_memory
 
 from data_sharding.format.shard import Sample
-from fitv2_scale.bench.loaders import Batch, Source, padded, seen
+from fitv2_scale.bench.loaders import Batch, LoaderConfig, endless_epochs, padded_sample, worker_options
 
 _COLUMNS = {"id": "int", "label": "int", "resize": "ndarray:float16", "crop": "ndarray:float16"}
-_NONE = np.zeros(1, np.float16)  # a column can neither be left out nor be empty
+_NONE = np.zeros(1, np.float16)  # for a missing view, since a column can be neither left out nor empty
 
 
 class _Latents(StreamingDataset):
-    def __init__(self, source: Source, **options):
-        super().__init__(batch_size=source.batch, shuffle=True, **options)
-        self._source = source
+    def __init__(self, config: LoaderConfig, **options):
+        super().__init__(batch_size=config.batch, shuffle=True, **options)
+        self._config = config
 
     def __getitem__(self, at: int) -> dict:
         row = super().__getitem__(at)
         arrays = {view: row[view] for view in ("resize", "crop") if row[view].ndim == 4}
-        return padded(row["id"], row["label"], arrays, self._source, random)
+        return padded_sample(row["id"], row["label"], arrays, self._config, random)
 
 
 def write(samples: Iterable[Sample], folder: Path) -> None:
@@ -35,19 +35,11 @@ def write(samples: Iterable[Sample], folder: Path) -> None:
             writer.write({"id": sample.id, "label": sample.label, **views})
 
 
-def epochs(source: Source) -> Iterator[Iterator[Batch]]:
+def epochs(config: LoaderConfig) -> Iterator[Iterator[Batch]]:
     clean_stale_shared_memory()  # of a run that was killed
-    where = {"remote": source.url, "local": source.scratch} if source.is_s3 else {"local": source.url}
-    dataset = _Latents(source, **where)
+    where = {"remote": config.url, "local": config.scratch} if config.is_s3 else {"local": config.url}
+    dataset = _Latents(config, **where)
     for stream in dataset.streams:
-        # Workers that fork would share the connection that fetched the index, and mix their shards' bytes (0.13.0).
+        # Forked workers would share the connection that fetched the index, and mix up the bytes of shards (0.13.0).
         stream._downloader.clean_up()
-    loader = StreamingDataLoader(
-        dataset,
-        batch_size=source.batch,
-        num_workers=source.workers,
-        persistent_workers=source.workers > 0,
-        pin_memory=torch.cuda.is_available(),
-    )
-    while True:
-        yield map(seen, loader)
+    return endless_epochs(StreamingDataLoader(dataset, batch_size=config.batch, **worker_options(config)))

@@ -1,7 +1,7 @@
-"""WebDataset as its README and its ImageNet example use it: shards shuffled, a buffer of 1,000 samples shuffled,
-batches made in the workers. Not mixed between the workers again, which is optional and would slow it down.
+"""WebDataset as in its README and its ImageNet example: shuffled shards, a shuffle buffer of 1,000 samples, batches
+made in the workers. Samples are not mixed between workers again, which is optional and would slow it down.
 
-On S3, a gopen handler with a client that keeps its connection, as its FAQ recommends over a pipe from a command, and
+On S3, with a gopen handler whose client keeps its connection (its FAQ prefers that to a pipe from a command), and with
 its cache of whole shards.
 """
 
@@ -10,13 +10,12 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-import torch
 import webdataset as wds
 
 from data_sharding.format.shard import Sample
-from fitv2_scale.bench.loaders import Batch, Source, padded, s3, seen
+from fitv2_scale.bench.loaders import Batch, LoaderConfig, endless_epochs, padded_sample, s3, worker_options
 
-_SHARDS = 16  # a multiple of the workers of any small machine, else some would have less to do
+_SHARDS = 16  # a multiple of the number of workers on any small machine, so that all have the same work
 _SHUFFLE = 1000
 
 
@@ -29,25 +28,17 @@ def write(samples: Iterable[Sample], folder: Path) -> None:
         writer.close()
 
 
-def epochs(source: Source) -> Iterator[Iterator[Batch]]:
-    if source.is_s3:
+def epochs(config: LoaderConfig) -> Iterator[Iterator[Batch]]:
+    if config.is_s3:
         wds.gopen_schemes["s3"] = lambda url, *args, **kw: s3.get(url)
-        urls, cache = s3.list_urls(source.url, ".tar"), source.scratch
+        urls, cache = s3.list_urls(config.url, ".tar"), config.scratch
     else:
-        urls, cache = sorted(map(str, Path(source.url).glob("*.tar"))), None
+        urls, cache = sorted(map(str, Path(config.url).glob("*.tar"))), None
     dataset = wds.WebDataset(urls, shardshuffle=100, cache_dir=cache).shuffle(_SHUFFLE).decode()
-    dataset = dataset.map(partial(_padded, source=source)).batched(source.batch)
-    loader = wds.WebLoader(
-        dataset,
-        batch_size=None,
-        num_workers=source.workers,
-        persistent_workers=source.workers > 0,
-        pin_memory=torch.cuda.is_available(),
-    )
-    while True:
-        yield map(seen, loader)
+    dataset = dataset.map(partial(_padded, config=config)).batched(config.batch)
+    return endless_epochs(wds.WebLoader(dataset, batch_size=None, **worker_options(config)))
 
 
-def _padded(sample: dict, source: Source) -> dict:
+def _padded(sample: dict, config: LoaderConfig) -> dict:
     arrays = {view: sample[f"{view}.npy"] for view in ("resize", "crop") if f"{view}.npy" in sample}
-    return padded(int(sample["__key__"], 16), sample["cls"], arrays, source, random)
+    return padded_sample(int(sample["__key__"], 16), sample["cls"], arrays, config, random)

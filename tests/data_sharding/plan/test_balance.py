@@ -12,7 +12,7 @@ from data_sharding.plan.pack_shapes import choose_shapes
 from data_sharding.plan.plan import Plan, Segment
 from data_sharding.plan.size_presets import open_preset
 from data_sharding.plan.stratify import assign_to_steps, order_frames
-from fitv2_scale.bench.plan_figures import over_nodes
+from fitv2_scale.bench.plan_figures import node_reads
 from tests.support.plans import COST, manifest, plan_of
 
 lengths = st.lists(st.integers(1, 64), min_size=1, max_size=120).map(lambda x: np.array(x, np.int64))
@@ -125,7 +125,7 @@ def test_every_lane_gives_each_step_its_share(steps, images, seed):
 @pytest.mark.parametrize("preset", ["imagenet256", "imagenet1024"])
 def test_nodes_read_little_that_others_read_too(preset, nodes, most):
     """One window; dealing over all ranks as one node would read nearly everything on each of the four."""
-    assert over_nodes(f"preset:{preset}", nodes, steps=256)["read_over_stored"] <= most
+    assert node_reads(f"preset:{preset}", nodes, steps=256)["read_over_stored"] <= most
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from data_sharding.storage.filesystems import disconnect
 from fitv2_scale.bench import checkpoint
 from fitv2_scale.bench.checkpoint_report import to_text
-from fitv2_scale.bench.reshard import lay_out_anew
+from fitv2_scale.bench.reshard import reshard_commit
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
 from fitv2_scale.checkpoint.commit import verify_commit
 from fitv2_scale.checkpoint.restore import restore
@@ -71,12 +71,12 @@ def test_on_s3(rgw, client):
     assert "Contents" not in client.list_objects_v2(Bucket="bench")
 
 
-def relaid(url: str, ranks: int) -> None:
+def resharded(url: str, ranks: int) -> None:
     with opened({}, f"{url}/one") as (world, run):
         assert saver(world, run)(3) is None
         (entry,) = run.log.commits()
         other = Run.open_or_create(f"{url}/other", {}, {}, None)
-        lay_out_anew(run, entry, other, ranks)
+        reshard_commit(run, entry, other, ranks)
         (entry,) = other.log.commits()
         assert verify_commit(other, entry) == []
         state = State(-1, world)
@@ -86,7 +86,7 @@ def relaid(url: str, ranks: int) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 3, 9])  # of tensors with 50 and 7 rows
 def test_a_commit_laid_out_anew_is_the_same(tmp_path, ranks):
-    run_ranks(1, relaid, str(tmp_path), ranks)
+    run_ranks(1, resharded, str(tmp_path), ranks)
 
 
 @pytest.mark.parametrize(

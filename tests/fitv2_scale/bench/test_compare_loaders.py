@@ -11,7 +11,7 @@ from data_sharding.errors import UserError
 from data_sharding.format.manifest import Manifest
 from data_sharding.stream.frames import FrameReader, read_frame
 from fitv2_scale.bench import compare_loaders
-from fitv2_scale.bench.latents import prepare
+from fitv2_scale.bench.latents import write_latents
 from fitv2_scale.bench.loaders import OURS, PEERS
 from fitv2_scale.cli.__main__ import main
 
@@ -19,7 +19,7 @@ IMAGES = 96
 
 
 def test_arrays_read_lazily_are_those_that_were_written(tmp_path):
-    prepare(tmp_path, IMAGES, [OURS])
+    write_latents(tmp_path, IMAGES, [OURS])
     manifest = Manifest.load(str(tmp_path / OURS))
     for f in range(len(manifest.frame_shard)):
         frame, samples = FrameReader().read(manifest, f), read_frame(manifest, f)
@@ -57,23 +57,23 @@ def test_the_report_is_of_what_was_measured(capsys, tmp_path):
 
 def test_what_is_not_installed_is_left_out_in_a_sentence(monkeypatch, capsys):
     monkeypatch.setitem(PEERS, "other", "no-such-distribution")
-    ways, left_out = compare_loaders.choose(["all"])
-    assert "other" not in ways and {OURS, "files"} <= set(ways)
+    loaders, left_out = compare_loaders.choose_loaders(["all"])
+    assert "other" not in loaders and {OURS, "files"} <= set(loaders)
     assert "other is left out, no-such-distribution is not installed: pip install 'fitv2-scale[peers]'" in left_out
     assert main(["bench", "data", "--against", "files", "other"]) == 2
     assert "other cannot be measured, no-such-distribution is not installed" in capsys.readouterr().err
     with pytest.raises(UserError, match="there is no loader 'wids' to compare with: choose webdataset, streaming, fi"):
-        compare_loaders.choose(["wids"])
+        compare_loaders.choose_loaders(["wids"])
 
 
 def test_latents_that_are_there_are_kept(tmp_path):
-    prepare(tmp_path, IMAGES, ["files"])
-    prepare(tmp_path, IMAGES, ["files"])
+    write_latents(tmp_path, IMAGES, ["files"])
+    write_latents(tmp_path, IMAGES, ["files"])
     with pytest.raises(UserError, match='holds {"images": 96}, not {"images": 128}: choose another --folder'):
-        prepare(tmp_path, 128, ["files"])
+        write_latents(tmp_path, 128, ["files"])
     (tmp_path / "files" / "written.json").unlink()
-    with pytest.raises(UserError, match="a write that was cut short: remove it"):
-        prepare(tmp_path, IMAGES, ["files"])
+    with pytest.raises(UserError, match="was not written completely: remove it"):
+        write_latents(tmp_path, IMAGES, ["files"])
 
 
 def test_peers_are_never_imported_unasked():

@@ -8,7 +8,7 @@ import torch
 
 from data_sharding.errors import UserError
 from fitv2_scale.bench import released_recipe, step
-from fitv2_scale.bench.released_recipe import Reference
+from fitv2_scale.bench.released_recipe import ReleasedTrainer
 from fitv2_scale.bench.step_data import open_steps
 from fitv2_scale.cli.__main__ import main
 from fitv2_scale.config.load import load_config
@@ -32,7 +32,7 @@ def test_the_reference_has_our_loss_and_our_gradient(checkpointing, monkeypatch)
     config = config_of("layout.max_tokens=4096", f"layout.checkpointing={checkpointing}")
     with open_steps(config, Data.open(config, (1,)), 0, 1) as stream:
         (batch,) = stream
-    theirs = Reference(config, torch.device("cpu"))
+    theirs = ReleasedTrainer(config, torch.device("cpu"))
     theirs.network.load_state_dict(build(config.model).state_dict())
     (padded,) = theirs.micro_batches(batch)
     x1, position, mask, label = padded
@@ -71,7 +71,7 @@ def test_a_reference_step_adds_up_its_micro_batches(monkeypatch):
         monkeypatch.setattr(released_recipe, "_MICRO_BATCH", size)
         monkeypatch.setattr(torch, "randn_like", torch.zeros_like)  # no noise, one time: nothing depends on the order
         monkeypatch.setattr(torch, "randn", lambda *size: torch.zeros(*size))
-        trainer = Reference(config, torch.device("cpu"))
+        trainer = ReleasedTrainer(config, torch.device("cpu"))
         trainer.network.load_state_dict(build(config.model).state_dict())
         loss = trainer.step(batch)
         found.append((loss, trainer.network.state_dict(), trainer._ema))

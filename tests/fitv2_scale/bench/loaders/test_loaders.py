@@ -3,23 +3,23 @@
 import numpy as np
 import pytest
 
-from fitv2_scale.bench.latents import MAX_TOKENS, make_samples, prepare
-from fitv2_scale.bench.loaders import OURS, PEERS, Source, absent, load_way
+from fitv2_scale.bench.latents import MAX_TOKENS, make_samples, write_latents
+from fitv2_scale.bench.loaders import OURS, PEERS, LoaderConfig, import_loader, missing_package
 
 IMAGES = 96
 
 
 @pytest.fixture(scope="module", params=[OURS, *PEERS])
-def way(request) -> str:
-    if package := absent(request.param):
+def loader(request) -> str:
+    if package := missing_package(request.param):
         pytest.skip(f"{package} is not installed (the extra `peers`)")
     return request.param
 
 
 @pytest.fixture(scope="module")
-def folder(way, tmp_path_factory):
+def folder(loader, tmp_path_factory):
     root = tmp_path_factory.mktemp("latents")
-    prepare(root, IMAGES, [way])
+    write_latents(root, IMAGES, [loader])
     return root
 
 
@@ -28,13 +28,13 @@ def samples():
     return {sample.id: sample for sample in make_samples(IMAGES)}
 
 
-def source_of(way, folder, tmp_path, views) -> Source:
+def config_of(loader, folder, tmp_path, views) -> LoaderConfig:
     # Batches that IMAGES divides by, and workers none: pytest's process is not to be forked.
-    return Source(str(folder / way), str(tmp_path), 32, 0, views, MAX_TOKENS)
+    return LoaderConfig(str(folder / loader), str(tmp_path), 32, 0, views, MAX_TOKENS)
 
 
-def test_every_image_comes_once_an_epoch(way, folder, samples, tmp_path):
-    epochs = load_way(way).epochs(source_of(way, folder, tmp_path, "resize"))
+def test_every_image_comes_once_an_epoch(loader, folder, samples, tmp_path):
+    epochs = import_loader(loader).epochs(config_of(loader, folder, tmp_path, "resize"))
     orders, tokens = [], sum(sample.size[0][0] * sample.size[0][1] for sample in samples.values())
     for _ in range(2):
         batches = list(next(epochs))
@@ -45,9 +45,9 @@ def test_every_image_comes_once_an_epoch(way, folder, samples, tmp_path):
     assert orders[0] != orders[1] and orders[0] != sorted(orders[0])
 
 
-def test_mixed_views_are_mixed(way, folder, samples, tmp_path):
+def test_mixed_views_are_mixed(loader, folder, samples, tmp_path):
     """Between all crops and none."""
-    epochs = load_way(way).epochs(source_of(way, folder, tmp_path, "mixed"))
+    epochs = import_loader(loader).epochs(config_of(loader, folder, tmp_path, "mixed"))
     (tokens,) = [sum(batch.tokens for batch in next(epochs))]
     epochs.close()
     sizes = np.array([sample.size for sample in samples.values()]).prod(-1)  # (image, view)
@@ -56,9 +56,9 @@ def test_mixed_views_are_mixed(way, folder, samples, tmp_path):
     assert low < tokens < high
 
 
-@pytest.mark.parametrize("way", PEERS, indirect=True)  # our packs are compared in test_stream
-def test_a_padded_row_is_a_flip_of_its_image(way, folder, samples, tmp_path):
-    epochs = load_way(way).epochs(source_of(way, folder, tmp_path, "resize"))
+@pytest.mark.parametrize("loader", PEERS, indirect=True)  # our packs are compared in test_stream
+def test_a_padded_row_is_a_flip_of_its_image(loader, folder, samples, tmp_path):
+    epochs = import_loader(loader).epochs(config_of(loader, folder, tmp_path, "resize"))
     flips = set()
     for batch in next(epochs):
         for row, sample_id in zip(batch.latents.numpy(), batch.sample_id.tolist(), strict=True):
