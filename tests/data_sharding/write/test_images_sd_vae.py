@@ -85,7 +85,7 @@ def test_pictures_come_from_the_header_and_a_folder(vae_folder, written_dataset,
     codec = codec_of(header.codec, vae_folder)
     latent = unpatchify(read_frame(Manifest.load(str(written_dataset[0])), 0)[0].views["resize"][0])
     assert Image.fromarray(codec.decode(latent)).size == (latent.shape[2] * 8, latent.shape[1] * 8)
-    with pytest.raises(UserError, match="set sampling.vae to the vae_folder"):
+    with pytest.raises(UserError, match="set sampling.vae to the folder"):
         codec_of(header.codec)
     other = save_vae(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match="was written with the VAE .*, but .* holds"):
@@ -122,7 +122,7 @@ def test_a_run_on_such_latents_makes_pictures_and_says_at_once_if_it_cannot(writ
     config = make_tiny(str(written_dataset[0]), tmp_path, "with", sampling__vae=vae_folder, **options)
     assert run_ranks(2, train, config, timeout=300) == [0, 0]
     assert Run.open(config.run).store.list("samples/") == ["samples/00000002.png"]
-    with pytest.raises(UserError, match="set sampling.vae to the vae_folder"):
+    with pytest.raises(UserError, match="set sampling.vae to the folder"):
         run_ranks(1, train, make_tiny(str(written_dataset[0]), tmp_path, "without", **options))
     plain = make_tiny(str(written_dataset[0]), tmp_path, "plain", **options | {"sampling__every_steps": 0})
     assert run_ranks(1, train, plain) == [0]  # without pictures nobody needs a VAE
