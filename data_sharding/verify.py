@@ -11,7 +11,8 @@ import xxhash
 from data_sharding.errors import DataError
 from data_sharding.format.manifest import Manifest
 from data_sharding.format.shard import END_OF_ARCHIVE, decompress, scan_frame
-from data_sharding.storage.byte_ranges import fs_call, read_range
+from data_sharding.storage.byte_ranges import read_range
+from data_sharding.storage.files import fs_call
 from data_sharding.storage.store import Bytes
 from data_sharding.stream.frames import fetch_frame, open_frame
 from data_sharding.worker_pool import cores, run_tasks

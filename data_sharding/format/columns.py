@@ -1,9 +1,9 @@
-"""The manifest's columns as files: plain .npy, little-endian, no pickle, each with a digest in the header.
+"""The manifest's columns: .npy files, little-endian, no pickle, each with its digest in the header.
 
-A column is mapped, never read as a whole, so a process holds no more of it in memory than it uses, and all processes of
-a node share that. Columns on an object store are first copied to the node's disk, under the name of their digest:
+A column is memory-mapped, never read as a whole, so a process holds only the parts that it uses, and all processes of a
+node share them. Columns on an object store are first copied to the node's disk, under the name of their digest:
 
-    CACHE/columns/3f09…c2.npy    appears by rename; any number of ranks and runs may use it
+    CACHE/columns/3f09…c2.npy    created by rename; any number of ranks and runs may use it
 """
 
 import io
@@ -19,7 +19,7 @@ from data_sharding.storage.atomic_write import atomic_write
 from data_sharding.storage.byte_ranges import read_range
 from data_sharding.storage.filesystems import file_system, is_local
 
-# column: (dtype, rows counted in, shape of a row). F frames, F+1 their boundaries, N samples.
+# column: (dtype, number of rows, shape of a row). F frames, F+1 their boundaries, N samples.
 COLUMNS: dict[str, tuple[str, str, tuple[int, ...]]] = {
     "frame_shard": ("<i4", "F", ()),  # index into the header's shards
     "frame_offset": ("<i8", "F", ()),  # bytes from the start of the shard's file
@@ -29,9 +29,9 @@ COLUMNS: dict[str, tuple[str, str, tuple[int, ...]]] = {
     "frame_first": ("<i8", "F+1", ()),  # the frame's samples are rows frame_first[f] .. frame_first[f+1]-1
     "sample_id": ("<i8", "N", ()),
     "label": ("<i4", "N", ()),
-    "size": ("<u2", "N", (2, 2)),  # [resize|crop][h, w] in tokens; zeros where the image has no crop view
+    "size": ("<u2", "N", (2, 2)),  # [resize|crop][h, w] in tokens; zeros if the image has no crop view
 }
-_ROWS = 1 << 18  # looked at together
+_ROWS = 1 << 18  # in one block
 _SPAN = 1 << 24  # bytes copied at once
 _REMEDY = "restore it from a copy or write the dataset again"
 
@@ -39,9 +39,9 @@ log = logging.getLogger(__name__)
 
 
 def read_column(url: str, name: str, file: dict[str, int | str], totals: dict[str, int], cache_dir: str) -> np.ndarray:
-    """The column ``name`` of the dataset at ``url``, whose header says ``file`` and ``totals``.
+    """The column ``name`` of the dataset at ``url``; ``file`` and ``totals`` are from its header.
 
-    It is mapped, but from an object store without ``cache_dir``, whence it is read into memory.
+    It is memory-mapped; only from an object store without ``cache_dir`` it is read into memory.
 
     Raises:
         DataError: it is missing, damaged, or not of the header's shape.
@@ -52,7 +52,7 @@ def read_column(url: str, name: str, file: dict[str, int | str], totals: dict[st
     except FileNotFoundError as error:
         raise DataError(f"{where} is missing: {_REMEDY}") from error
     except (ValueError, EOFError) as error:
-        raise DataError(f"{where} is not a whole .npy file: {_REMEDY}") from error
+        raise DataError(f"{where} is not a complete .npy file: {_REMEDY}") from error
     dtype, rows, row_shape = COLUMNS[name]
     shape = ({"F": totals["frames"], "F+1": totals["frames"] + 1, "N": totals["samples"]}[rows], *row_shape)
     if column.shape != shape or column.dtype != np.dtype(dtype):
@@ -61,7 +61,7 @@ def read_column(url: str, name: str, file: dict[str, int | str], totals: dict[st
 
 
 def blocks(column: np.ndarray) -> Iterator[np.ndarray]:
-    """A whole column, some rows at a time. Through the file where it is mapped: what is read through the mapping counts
+    """A whole column, some rows at a time. A mapped one is read from its file: what is read through the mapping counts
     as this process's memory."""
     if not isinstance(column, np.memmap) or column.filename is None:
         yield from (column[at : at + _ROWS] for at in range(0, len(column), _ROWS))
@@ -82,27 +82,27 @@ def _open(where: str, file: dict[str, int | str], cache_dir: str) -> np.ndarray:
         return column
     if cache_dir:
         try:
-            return np.load(_copied(where, file, cache_dir), mmap_mode="r", allow_pickle=False)
+            return np.load(_local_copy(where, file, cache_dir), mmap_mode="r", allow_pickle=False)
         except OSError as error:
             log.warning("%s cannot be used for the manifest (%s): %s is read into memory", cache_dir, error, where)
-    return np.load(io.BytesIO(b"".join(_fetched(where, file))), allow_pickle=False)
+    return np.load(io.BytesIO(b"".join(_download(where, file))), allow_pickle=False)
 
 
-def _copied(where: str, file: dict[str, int | str], cache_dir: str) -> str:
-    """The path of the column's copy on this node. Raises OSError if the disk cannot hold it, and as ``_fetched``."""
+def _local_copy(where: str, file: dict[str, int | str], cache_dir: str) -> str:
+    """The path of the column's copy on this node. Raises OSError if the disk cannot hold it, and as ``_download``."""
     folder = os.path.join(os.path.expanduser(cache_dir), "columns")
     path = os.path.join(folder, f"{file['xxh3_128']}.npy")
     if os.path.exists(path) and _digest(path) == file["xxh3_128"]:
         return path
     os.makedirs(folder, exist_ok=True)
-    with atomic_write(path, durable=False) as copy:  # its digest is compared whenever it is opened
-        for data in _fetched(where, file):
+    with atomic_write(path, durable=False) as copy:  # not durable: its digest is compared whenever it is opened
+        for data in _download(where, file):
             copy.write(data)
     return path
 
 
-def _fetched(where: str, file: dict[str, int | str]) -> Iterator[bytes]:
-    """The file in pieces. Raises DataError if it is missing, or, at its end, if it is not what the header says."""
+def _download(where: str, file: dict[str, int | str]) -> Iterator[bytes]:
+    """The file in pieces. Raises DataError if it is missing or, after the last piece, if its digest is wrong."""
     digest, size = xxhash.xxh3_128(), int(file["bytes"])
     for start in range(0, size, _SPAN):
         try:
@@ -116,7 +116,7 @@ def _fetched(where: str, file: dict[str, int | str]) -> Iterator[bytes]:
 
 
 def _digest(path: str) -> str:
-    # Through the file, not the mapping: see ``blocks``.
+    # From the file, not the mapping: see ``blocks``.
     digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

@@ -27,8 +27,7 @@ from data_sharding.errors import DataError
 from data_sharding.format.codec import CodecRecord
 from data_sharding.format.columns import COLUMNS, blocks, read_column
 from data_sharding.format.shard import ShardIndex
-from data_sharding.storage.byte_ranges import fs_call
-from data_sharding.storage.files import put, read
+from data_sharding.storage.files import fs_call, put, read
 
 FORMAT = "fitv2-shards"
 VERSION = 1  # increase when a reader of the old version would misread the new one

@@ -1,4 +1,4 @@
-"""Local files that no reader ever sees in part: written under a temporary name beside their own, then renamed."""
+"""Local files of which no reader ever sees a part: written under a temporary name in the same folder, then renamed."""
 
 import os
 import secrets
@@ -10,9 +10,9 @@ from pathlib import Path
 
 @contextmanager
 def atomic_write(path: str | Path, *, durable: bool, temporary: Path | None = None) -> Generator[BufferedWriter]:
-    """A new file that takes the place of ``path`` when the context is left without an error, and is removed otherwise.
+    """A new file that replaces ``path`` when the context is left without an error, and is removed after an error.
 
-    ``durable``: a power cut after that loses neither the bytes nor the name. ``temporary``: see ``temporary_file``. The
+    ``durable``: a later power cut loses neither the bytes nor the name. ``temporary``: see ``temporary_file``. The
     folder must exist. Raises OSError.
     """
     with temporary_file(Path(path), temporary) as (file, written):
@@ -27,10 +27,10 @@ def atomic_write(path: str | Path, *, durable: bool, temporary: Path | None = No
 
 @contextmanager
 def temporary_file(path: Path, temporary: Path | None = None) -> Generator[tuple[BufferedWriter, Path]]:
-    """A file beside ``path``, open for writing, and its own path; it is removed when the context is left.
+    """A file in the folder of ``path``, open for writing, and its own path; removed when the context is left.
 
-    Its name is ``.<name of path>.<16 hex digits>.tmp``, drawn at random, for two writers must not share it; or
-    ``temporary``, where the caller knows that nobody else writes, and then finds again what a killed writer left.
+    Its name is ``.<name of path>.<16 hex digits>.tmp``, random, because two writers must not share it; or
+    ``temporary``, if the caller knows that no other process writes: then it reuses the file of a killed writer.
     """
     written = temporary or path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
@@ -41,7 +41,7 @@ def temporary_file(path: Path, temporary: Path | None = None) -> Generator[tuple
 
 
 def destination(temporary: Path) -> Path:
-    """The path for which ``temporary_file`` drew this name."""
+    """The ``path`` of the ``temporary_file`` with this name."""
     return temporary.with_name(temporary.name[1:-21])
 
 

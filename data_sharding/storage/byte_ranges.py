@@ -2,16 +2,15 @@
 
 import io
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
-from data_sharding.errors import DataError, StorageDown, UserError
-from data_sharding.storage.files import read
+from data_sharding.errors import DataError, UserError
+from data_sharding.storage.files import fs_call, read
 from data_sharding.storage.filesystems import file_system, is_local
-from data_sharding.storage.retry import CorruptRead, RetriesExhausted, RetryPolicy, call_with_retry
+from data_sharding.storage.retry import CorruptRead
 
-_POLICY = RetryPolicy(deadline=120, attempt=40)  # an attempt brings up to 32 MB
 _BUFFER = 1 << 23
 _READERS = 8  # requests in flight: a network file system or an object store answers them in parallel
 
@@ -24,7 +23,7 @@ class ByteRange(NamedTuple):
     size: int
 
     def read(self) -> bytes:
-        """Raises FileNotFoundError, or DataError if the tar has become shorter."""
+        """The bytes. Raises FileNotFoundError, StorageDown, or DataError if the file has become shorter."""
         if self.start is None:
             return read(self.url)
         return read_range(self.url, self.start, self.start + self.size)
@@ -47,22 +46,6 @@ def read_range(url: str, start: int, end: int) -> bytes:
         raise DataError(f"{url} ends before byte {end}: it has changed; run the command again") from error
 
 
-def fs_call(url: str, method: str, check: Callable[[Any], Any] = lambda result: result, **options) -> Any:
-    """``check(result)`` of the file system's ``method`` on the path of ``url``, with retries.
-
-    Raises StorageDown, the method's own error if it is permanent, and CorruptRead if ``check`` keeps raising it.
-    """
-    try:
-        return call_with_retry(_POLICY, url, method, check=check, **options)
-    except RetriesExhausted as error:
-        raise StorageDown(f"{url} cannot be reached: {error}; check the storage, then run the command again") from error
-
-
-def exists(url: str) -> bool:
-    file_system(url)[0].invalidate_cache()
-    return fs_call(url, "exists")
-
-
 def read_all(ranges: Iterable[ByteRange]) -> list[bytes]:
     """The bytes of each, read in parallel."""
     with ThreadPoolExecutor(_READERS) as pool:
@@ -70,6 +53,8 @@ def read_all(ranges: Iterable[ByteRange]) -> list[bytes]:
 
 
 class Member(NamedTuple):
+    """A file in a tar."""
+
     name: str
     data: ByteRange
 

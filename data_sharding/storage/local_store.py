@@ -12,7 +12,7 @@ from data_sharding.errors import UserError
 from data_sharding.storage.atomic_write import atomic_write, destination, fsync_folder, temporary_file
 from data_sharding.storage.store import Bytes, Result, Store, Writable
 
-_STEADILY = 16 << 20  # bytes after which a file that grows is handed to the disk
+_WRITEBACK = 16 << 20  # bytes after which the kernel is told to write a growing file to disk
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}
 
 
@@ -21,7 +21,7 @@ class LocalStore(Store):
 
     ``create`` writes a temporary file and links it (link(2)) to its name, which a file system does at most once per
     name, and with the contents complete; O_EXCL would show an empty file first, for ever if the writer is then killed.
-    On NFS a link whose reply was lost may say "exists" for one's own: the nonce tells, as on S3.
+    On NFS, if the reply to a link was lost, the retry fails with "exists" for our own file: the nonce tells, as on S3.
     """
 
     def __init__(self, url: str) -> None:
@@ -34,16 +34,16 @@ class LocalStore(Store):
         begin: int | None,
         end: int | None,
         check: Callable[[Bytes], Result],
-        room: bytearray | None = None,
+        buffer: bytearray | None = None,
     ) -> Result:
         with open(self.path(path), "rb") as file:
             file.seek(begin or 0)
             if end is None:
                 return check(file.read())
             size = end - (begin or 0)
-            if room is None or len(room) < size:
+            if buffer is None or len(buffer) < size:
                 return check(file.read(size))
-            data = memoryview(room)[:size]
+            data = memoryview(buffer)[:size]
             return check(data[: file.readinto(data)])
 
     def size(self, path: str) -> int:
@@ -63,7 +63,7 @@ class LocalStore(Store):
                 if error.errno in _NO_HARD_LINKS:
                     raise UserError(
                         f"{self.url}: this file system has no hard links, which the run log needs; "
-                        "put the run folder on another one."
+                        "put the run folder on another file system."
                     ) from error
                 raise
             fsync_folder(final.parent)
@@ -75,7 +75,7 @@ class LocalStore(Store):
     @contextmanager
     def writing(self, path: str, size: int) -> Generator[Writable]:
         with atomic_write(self._destination(path), durable=True) as file:
-            yield _Steadily(file)
+            yield _EarlyWriteback(file)
 
     def list(self, prefix: str) -> list[str]:
         folder = Path(self.path(prefix if prefix.endswith("/") else os.path.dirname(prefix)))
@@ -99,29 +99,29 @@ class LocalStore(Store):
             folder.rmdir()
 
     def _destination(self, path: str) -> Path:
-        """Where the object will be; its folder is made."""
+        """The path of the object; its folder is created."""
         final = Path(self.path(path))
         _make_folder(final.parent)
         return final
 
 
-class _Steadily:
-    """Hands what is written to the disk as it comes, so that little is left for the fsync to wait for.
+class _EarlyWriteback:
+    """Has data written to disk as it arrives, so that the fsync has little left to wait for.
 
-    The kernel would gather it in memory first. It also need not keep it there: nobody reads a commit that soon.
+    The kernel would collect it in memory first. Nor need it be kept there: nobody reads a commit that soon.
     """
 
     def __init__(self, file: BufferedWriter) -> None:
-        self._file, self._handed = file, 0
+        self._file, self._started = file, 0
 
     def write(self, data: Bytes) -> None:
         self._file.write(data)
-        if self._file.tell() - self._handed >= _STEADILY:
+        if self._file.tell() - self._started >= _WRITEBACK:
             self._file.flush()
             at = self._file.tell()
-            # Of pages that are not on disk yet, this begins the writing and does not wait for it.
-            os.posix_fadvise(self._file.fileno(), self._handed, at - self._handed, os.POSIX_FADV_DONTNEED)
-            self._handed = at
+            # For pages that are not on disk yet, this starts the writing and does not wait for it.
+            os.posix_fadvise(self._file.fileno(), self._started, at - self._started, os.POSIX_FADV_DONTNEED)
+            self._started = at
 
 
 def _make_folder(folder: Path) -> None:

@@ -43,7 +43,7 @@ class S3Store(Store):
         begin: int | None,
         end: int | None,
         check: Callable[[Bytes], Result],
-        room: bytearray | None = None,
+        buffer: bytearray | None = None,
     ) -> Result:
         # One request: for a whole object s3fs would first ask for its size, and trust its cache.
         return self._request("cat_file", path, start=begin, end=end, max_concurrency=1, check=check)

@@ -49,10 +49,10 @@ class Store(ABC):
         begin: int | None,
         end: int | None,
         check: Callable[[Bytes], Result],
-        room: bytearray | None = None,
+        buffer: bytearray | None = None,
     ) -> Result:
-        """``check(bytes [begin, end) of the object)``, fewer if the object ends before. They may lie in ``room`` if it
-        is large enough: a caller that reads much need not allocate memory for each piece.
+        """``check(bytes [begin, end) of the object)``, fewer if the object ends before. They may lie in ``buffer`` if
+        it is large enough: a caller that reads much need not allocate memory for each piece.
 
         ``check`` may raise ``retry.CorruptRead``: over a network, the bytes are then read again.
         Raises FileNotFoundError, CorruptRead.

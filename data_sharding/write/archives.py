@@ -1,4 +1,4 @@
-"""Compressed and cut archives to plain tars, whose files can then be read in any order, by several processes."""
+"""Unpacks compressed and split archives to plain tars, whose files several processes can then read in any order."""
 
 import gzip
 import io
@@ -12,14 +12,14 @@ from fsspec.implementations.local import LocalFileSystem
 
 from data_sharding.errors import UserError
 from data_sharding.storage.atomic_write import atomic_write
-from data_sharding.storage.byte_ranges import exists, list_tar, open_binary
-from data_sharding.storage.files import put, read
+from data_sharding.storage.byte_ranges import list_tar, open_binary
+from data_sharding.storage.files import exists, put, read
 from data_sharding.storage.filesystems import file_system
 from data_sharding.worker_pool import Progress, progress_bar, run_tasks, slurm_task
 
 _BLOCK = 1 << 22
-_BEAT = 5.0  # seconds between signs of life
-_PATIENCE = 60.0  # seconds without one, after which another task takes over
+_HEARTBEAT = 5.0  # seconds between the heartbeats of a task that unpacks
+_TAKEOVER = 60.0  # seconds without one, after which another task takes over
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,12 @@ class Archive:
 
     @property
     def bytes(self) -> int:
+        """Of all parts."""
         return sum(size for _, size in self.parts)
 
 
 def unpack(archives: list[Archive], workers: int, progress: bool) -> None:
-    """Makes every ``tar`` that is not there yet. Of several Slurm tasks, each unpacks its own and waits for the rest.
+    """Creates every ``tar`` that does not exist. Of several Slurm tasks, each unpacks its own and waits for the rest.
 
     Raises:
         UserError: an archive is damaged or ends too early, or ``tar`` is not on a local or shared file system.
@@ -47,23 +48,23 @@ def unpack(archives: list[Archive], workers: int, progress: bool) -> None:
         return
     if not isinstance(file_system(todo[0].tar)[0], LocalFileSystem):
         raise UserError(
-            f"{todo[0].name} must be unpacked to be read, which needs a file system: unpack it with tar and import the "
-            "folder, or write to a file system first"
+            f"{todo[0].name} is an archive that must be unpacked first, which needs a local or shared file system: "
+            "unpack it with tar and import the folder, or write the dataset to such a file system"
         )
-    place, count = slurm_task()
-    tasks = [replace(a, mine=i % count == place) for i, a in enumerate(archives) if a in todo]
+    index, count = slurm_task()
+    tasks = [replace(a, mine=i % count == index) for i, a in enumerate(archives) if a in todo]
     tasks.sort(key=lambda archive: not archive.mine)
     with progress_bar(sum(a.bytes for a in tasks), 0, progress, "B unpacked", unit_scale=True) as bar:
         run_tasks(tasks, _unpack, min(workers, len(tasks)), lambda count, fresh: bar.update(count))
 
 
 def _unpack(archive: Archive, progress: Progress) -> None:
-    if not archive.mine and _others_work(archive):
+    if not archive.mine and _unpacked_by_another(archive):
         progress(archive.bytes, False)
         return
     fs, path = file_system(archive.tar)
     fs.makedirs(os.path.dirname(path), exist_ok=True)
-    # Of this task's name, so that one that starts again reuses the space.
+    # Named by the task, so that a task that is started again reuses the space.
     temporary = Path(f"{path}.{slurm_task()[0]}.tmp")
     beat, count = time.monotonic(), 0
     with (
@@ -76,33 +77,33 @@ def _unpack(archive: Archive, progress: Progress) -> None:
                 out.write(block)
                 progress(parts.tell() - count, True)
                 count = parts.tell()
-                if time.monotonic() - beat > _BEAT:
+                if time.monotonic() - beat > _HEARTBEAT:
                     beat = time.monotonic()
                     put(f"{archive.tar}.beat", str(count).encode())
         except EOFError as error:
-            raise UserError(f"{archive.name} ends too early: its last part is missing, or is not whole") from error
+            raise UserError(f"{archive.name} ends too early: its last part is missing or incomplete") from error
         except (zlib.error, gzip.BadGzipFile) as error:
-            raise UserError(f"{archive.name} is damaged ({error}): get it again") from error
+            raise UserError(f"{archive.name} is damaged ({error}): download it again") from error
         out.flush()
-        for _ in list_tar(str(temporary)):  # nothing is taken for unpacked that cannot be read to its end
+        for _ in list_tar(str(temporary)):  # a tar counts as unpacked only if it can be read to its end
             pass
 
 
-def _others_work(archive: Archive) -> bool:
-    """Waits until another task has unpacked it: True; or until that one gives no sign of life any more: False."""
+def _unpacked_by_another(archive: Archive) -> bool:
+    """Waits until another task has unpacked it (True), or has sent no heartbeat for too long (False)."""
     last, since = b"", time.monotonic()
     while not exists(archive.tar):
-        time.sleep(min(1.0, _PATIENCE / 10))
-        sign = read(f"{archive.tar}.beat") if exists(f"{archive.tar}.beat") else b""
-        if sign != last:
-            last, since = sign, time.monotonic()
-        if time.monotonic() - since > _PATIENCE:
+        time.sleep(min(1.0, _TAKEOVER / 10))
+        heartbeat = read(f"{archive.tar}.beat") if exists(f"{archive.tar}.beat") else b""
+        if heartbeat != last:
+            last, since = heartbeat, time.monotonic()
+        if time.monotonic() - since > _TAKEOVER:
             return False
     return True
 
 
 class _Joined(io.BufferedReader):
-    """Files one after the other, as one."""
+    """Several files, read as one."""
 
     def __init__(self, urls: list[str]):
         super().__init__(_RawJoined(urls), buffer_size=_BLOCK)

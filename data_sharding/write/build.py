@@ -31,8 +31,7 @@ from data_sharding.format.codec import CodecRecord
 from data_sharding.format.manifest import FILE, Header, Manifest, write_manifest
 from data_sharding.format.shard import DTYPE, ShardIndex
 from data_sharding.rng import Purpose, words64
-from data_sharding.storage.byte_ranges import exists, fs_call
-from data_sharding.storage.files import put, read
+from data_sharding.storage.files import exists, fs_call, put, read
 from data_sharding.storage.filesystems import file_system
 from data_sharding.storage.json_bytes import from_json, to_json
 from data_sharding.worker_pool import cores, order_for_slurm_task, progress_bar, run_tasks

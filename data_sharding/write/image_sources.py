@@ -28,7 +28,8 @@ from itertools import islice
 from types import SimpleNamespace
 
 from data_sharding.errors import UserError
-from data_sharding.storage.byte_ranges import ByteRange, Member, fs_call, list_tar
+from data_sharding.storage.byte_ranges import ByteRange, Member, list_tar
+from data_sharding.storage.files import fs_call
 from data_sharding.storage.filesystems import file_system
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")

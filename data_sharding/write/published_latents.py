@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 from data_sharding.errors import UserError
-from data_sharding.storage.byte_ranges import ByteRange, fs_call, list_tar
+from data_sharding.storage.byte_ranges import ByteRange, list_tar
+from data_sharding.storage.files import fs_call
 from data_sharding.storage.filesystems import file_system
 from data_sharding.write.image_sources import refuse_collisions, sample_id
 

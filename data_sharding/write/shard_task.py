@@ -6,8 +6,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from data_sharding.format.manifest import FILE
 from data_sharding.format.shard import Sample, ShardBuilder
-from data_sharding.storage.byte_ranges import exists
-from data_sharding.storage.files import put
+from data_sharding.storage.files import exists, put
 from data_sharding.storage.json_bytes import to_json
 from data_sharding.worker_pool import Progress
 

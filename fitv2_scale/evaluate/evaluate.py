@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from data_sharding.errors import UserError
-from data_sharding.storage.byte_ranges import exists
+from data_sharding.storage.files import exists
 from data_sharding.storage.open_store import open_store
 from data_sharding.storage.store import Store
 from fitv2_scale.checkpoint.init_from import is_weights

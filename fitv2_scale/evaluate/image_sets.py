@@ -15,7 +15,7 @@ import numpy as np
 from data_sharding.errors import UserError
 from data_sharding.format.codecs import codec_of
 from data_sharding.format.manifest import FILE, Manifest
-from data_sharding.storage.byte_ranges import exists
+from data_sharding.storage.files import exists
 from data_sharding.stream.frames import read_frame
 from data_sharding.write.image_sources import IMAGE_SUFFIXES, open_source
 from data_sharding.write.views import UnreadableImage, cover_crop, load_rgb

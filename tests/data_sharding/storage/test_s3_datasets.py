@@ -13,6 +13,7 @@ from data_sharding.errors import DataError, StorageDown, UserError
 from data_sharding.format.columns import COLUMNS
 from data_sharding.format.manifest import Manifest
 from data_sharding.storage import byte_ranges
+from data_sharding.storage import files as files_module
 from data_sharding.storage import files as storage_files
 from data_sharding.storage.byte_ranges import list_tar
 from data_sharding.verify import verify
@@ -46,7 +47,7 @@ def bucket(client) -> str:
 
 @pytest.fixture
 def proxy(rgw, bucket, monkeypatch):
-    monkeypatch.setattr(byte_ranges, "_POLICY", replace(byte_ranges._POLICY, deadline=300, attempt=0.7))
+    monkeypatch.setattr(files_module, "_CALL", replace(files_module._CALL, deadline=300, attempt=0.7))
     monkeypatch.setattr(storage_files, "_START", replace(storage_files._START, deadline=300, attempt=0.7))
     with FaultProxy(rgw.port) as proxy:
         use(monkeypatch, environment(proxy.port))
@@ -142,7 +143,7 @@ def test_verifying_through_faults_finds_what_there_is(proxy, bucket, client, loc
 
 def test_verifying_in_an_outage_is_one_sentence(proxy, bucket, client, local, monkeypatch):
     upload(client, local, "away")
-    monkeypatch.setattr(byte_ranges, "_POLICY", replace(byte_ranges._POLICY, deadline=2))
+    monkeypatch.setattr(files_module, "_CALL", replace(files_module._CALL, deadline=2))
     proxy.rules = [Rule("status", path="tar.zst")]
     began = time.monotonic()
     with pytest.raises(StorageDown, match="cannot be reached: 503 SlowDown, retried for 2 s; check the storage"):

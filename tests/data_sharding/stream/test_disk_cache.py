@@ -18,6 +18,7 @@ import xxhash
 
 from data_sharding.storage.filesystems import Cancelled
 from data_sharding.storage.retry import CorruptRead, RetryPolicy
+from data_sharding.stream import disk_cache
 from data_sharding.stream.disk_cache import DiskCache, _acquire
 from tests.support.waiting import wait
 
@@ -202,6 +203,33 @@ def test_eviction_breaks_no_reader(tmp_path):
         cache = DiskCache(str(tmp_path), 10 * SIZE)
         list(pool.map(lambda i: get(cache, i % 40), range(600)))
     assert 0 < sum(path.stat().st_size for path in files(tmp_path, "frame")) <= 10 * SIZE
+
+
+def test_the_bound_holds_when_writers_are_slow_and_others_evict(tmp_path, monkeypatch):
+    """Three frames are written for as long as 37 others are stored; each must count when it appears."""
+    go_on, slow = threading.Event(), {frame(i)[0] for i in range(3)}
+    plain = disk_cache.temporary_file
+
+    @contextmanager
+    def temporary_file(path, temporary):
+        with plain(path, temporary) as opened:
+            if path.stem in slow:
+                go_on.wait()
+            yield opened
+
+    monkeypatch.setattr(disk_cache, "temporary_file", temporary_file)
+    cache = DiskCache(str(tmp_path), 10 * SIZE)
+    with ThreadPoolExecutor(3) as pool:
+        late = [pool.submit(get, cache, i) for i in range(3)]
+        try:
+            for i in range(3, 40):
+                get(cache, i)
+        finally:
+            go_on.set()
+        for writer in late:
+            writer.result()
+    assert slow & {path.stem for path in files(tmp_path, "frame")}
+    assert sum(path.stat().st_size for path in files(tmp_path, "frame")) <= 10 * SIZE
 
 
 def test_without_a_usable_disk_frames_come_all_the_same(tmp_path, caplog):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data_sharding.format.manifest import Manifest
-from data_sharding.storage.byte_ranges import exists
+from data_sharding.storage.files import exists
 from data_sharding.stream.frames import read_frame
 from data_sharding.verify import verify
 from data_sharding.write import archives
@@ -107,10 +107,10 @@ def test_slurm_tasks_share_the_unpacking_and_take_over_what_one_leaves(imported,
     src, dst = write_layout(tmp_path / "src", "gz"), str(tmp_path / "set")
     monkeypatch.setenv("SLURM_PROCID", "1")
     monkeypatch.setenv("SLURM_NTASKS", "2")
-    monkeypatch.setattr(archives, "_PATIENCE", 0.5)
+    monkeypatch.setattr(archives, "_TAKEOVER", 0.5)
     waited = []
-    honest = archives._others_work
-    monkeypatch.setattr(archives, "_others_work", lambda archive: waited.append(archive.name) or honest(archive))
+    plain = archives._unpacked_by_another
+    monkeypatch.setattr(archives, "_unpacked_by_another", lambda archive: waited.append(archive.name) or plain(archive))
     import_dataset(str(src), dst, **OPTIONS)
     assert waited == [GROUPS[0], GROUPS[2]]
     assert shards_of(tmp_path / "set") == shards_of(imported[1])
