@@ -8,6 +8,8 @@ from typing import Any
 
 from data_sharding.errors import UserError
 
+_SAMPLING_FLAGS = ("cfg", "guided_channels", "solver", "steps", "rope", "attention_scale")
+
 
 def make(commands: Any, name: str, run: Callable, text: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
@@ -51,6 +53,11 @@ def new_file(suffix: str) -> Callable[[str], str]:
         return text
 
     return parse
+
+
+def sampling_changes(args: argparse.Namespace) -> dict[str, Any]:
+    """What flags like --cfg change in the config's section ``sampling``."""
+    return {name: getattr(args, name) for name in _SAMPLING_FLAGS if getattr(args, name) is not None}
 
 
 def class_numbers(text: str, classes: int) -> list[int]:

@@ -5,18 +5,16 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from data_sharding.errors import UserError
-from fitv2_scale.cli.common import class_numbers, make, new_file, show, whole
+from fitv2_scale.cli.common import class_numbers, make, new_file, sampling_changes, show, whole
 
 if TYPE_CHECKING:  # torch is imported when there is something to do
     from fitv2_scale.evaluate.evaluate import Evaluation, EvaluationOptions
     from fitv2_scale.evaluate.generated_features import Cell
     from fitv2_scale.evaluate.sampling.load_weights import Weights
 
-_SAMPLING = ("cfg", "guided_channels", "solver", "steps", "rope", "attention_scale")
-
 
 def add(commands: Any) -> None:
-    evaluate = make(commands, "evaluate", evaluate_it, "measure FID, sFID, IS, precision and recall of images")
+    evaluate = make(commands, "evaluate", evaluate_source, "measure FID, sFID, IS, precision and recall of images")
     evaluate.add_argument(
         "source",
         metavar="WHAT",
@@ -46,8 +44,8 @@ def add(commands: Any) -> None:
     evaluate.add_argument("--nfe", metavar="5,10,…", help="table and plot of FID against these numbers of evaluations")
     evaluate.add_argument("--classes", metavar="A,B,…", help="class numbers (default: all)")
     evaluate.add_argument("--cfg", type=float, help="guidance scale; this and the next five as in `fitv2 sample`")
-    for name in _SAMPLING[1:]:
-        evaluate.add_argument(f"--{name.replace('_', '-')}", type=int if name == "steps" else str)
+    for name in ("guided-channels", "solver", "steps", "rope", "attention-scale"):
+        evaluate.add_argument(f"--{name}", type=int if name == "steps" else str)
     evaluate.add_argument("--seed", type=whole(0), default=0, help="seed of classes and noise (default 0)")
     evaluate.add_argument("--config", metavar="FILE", help="the config of a weights file")
     evaluate.add_argument("--vae", default="", metavar="FOLDER", help="VAE that decodes a dataset of sd-vae latents")
@@ -55,7 +53,7 @@ def add(commands: Any) -> None:
     evaluate.add_argument("--keep-features", action="store_true", help="save the features as an .npz beside the result")
 
 
-def evaluate_it(args: argparse.Namespace) -> int:
+def evaluate_source(args: argparse.Namespace) -> int:
     from fitv2_scale.evaluate.evaluate import EvaluationOptions, evaluate_weights, is_network
 
     options = EvaluationOptions(
@@ -67,7 +65,7 @@ def evaluate_it(args: argparse.Namespace) -> int:
         keep_features=args.keep_features,
     )
     if not is_network(args.source):
-        return _pictures(args, options)
+        return _measure_images(args, options)
     if args.save_statistics:
         raise UserError("--save-statistics needs images: make some with `fitv2 sample … --images N --folder DIR`")
     done = evaluate_weights(
@@ -83,7 +81,7 @@ def evaluate_it(args: argparse.Namespace) -> int:
     return 0
 
 
-def _pictures(args: argparse.Namespace, options: "EvaluationOptions") -> int:
+def _measure_images(args: argparse.Namespace, options: "EvaluationOptions") -> int:
     from fitv2_scale.evaluate.evaluate import evaluate_images
     from fitv2_scale.evaluate.results import METRICS
 
@@ -111,7 +109,6 @@ def _cells(args: argparse.Namespace, weights: "Weights") -> "list[Cell]":
     if suite and args.size:
         raise UserError("a suite has its own sizes: leave --size out")
     wanted = [dict(cell) for cell in suite.cells] if suite else [{"size": size} for size in args.size or ["256x256"]]
-    asked = {name: getattr(args, name) for name in _SAMPLING if getattr(args, name) is not None}
     images = args.images or (suite.images if suite else 50_000)
     classes = weights.config.model.classes
     labels = class_numbers(args.classes, classes) if args.classes else range(weights.classes)
@@ -120,8 +117,8 @@ def _cells(args: argparse.Namespace, weights: "Weights") -> "list[Cell]":
         size = cell.pop("size")
         rows, columns = parse_size(size)
         for few in _few_steps(args.nfe, args.solver):
-            sampling = with_changes(weights.config.sampling, cell | asked | few)
-            rope = rope_for_size(sampling, weights.config.model, rows, columns)  # "auto" is said as what it is here
+            sampling = with_changes(weights.config.sampling, cell | sampling_changes(args) | few)
+            rope = rope_for_size(sampling, weights.config.model, rows, columns)  # what "auto" means for it
             sampling = with_changes(sampling, {"rope": rope.mode, "attention_scale": rope.attention_scale})
             cells.append(Cell(size, sampling, images, args.seed, tuple(labels)))
     return cells

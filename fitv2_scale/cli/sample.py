@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_sharding.errors import UserError
-from fitv2_scale.cli.common import class_numbers, make, new_file, show, whole
+from fitv2_scale.cli.common import class_numbers, make, new_file, sampling_changes, show, whole
 
 if TYPE_CHECKING:  # torch is imported when there is something to do
     from fitv2_scale.config.sections import SamplingConfig
@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # torch is imported when there is something to do
 
 
 def add(commands: Any) -> None:
-    sample = make(commands, "sample", sample_pictures, "sample images of any size from EMA weights")
+    sample = make(commands, "sample", sample_images, "sample images of any size from EMA weights")
     sample.add_argument("weights", metavar="RUN_OR_WEIGHTS", help="RUN, RUN@STEP, or .safetensors/.bin with --config")
     sample.add_argument("overrides", nargs="*", metavar="key=value", help="config changes, as in layout.tensor=2")
     sample.add_argument("--config", metavar="FILE", help="the config of a weights file")
@@ -59,11 +59,12 @@ def add(commands: Any) -> None:
     )
 
 
-def sample_pictures(args: argparse.Namespace) -> int:
+def sample_images(args: argparse.Namespace) -> int:
+    from fitv2_scale.config.load import with_changes
     from fitv2_scale.evaluate.sampling.load_weights import open_weights
     from fitv2_scale.parallel.world import join
 
-    make_them = _compare if args.compare else _many if args.images is not None else _grid
+    sample_as = _compare if args.compare else _single_images if args.images is not None else _grid
     sizes = args.size or ["256x256"]
     if args.compare and len(sizes) > 1:
         raise UserError("--compare shows one size: give one --size")
@@ -72,8 +73,8 @@ def sample_pictures(args: argparse.Namespace) -> int:
     if args.compare and args.images is not None:
         raise UserError("--compare makes a grid and --images makes single images: give one of the two")
     with join() as world, open_weights(args.weights, world, args.config, args.overrides) as weights:
-        sampling = _sampling(args, weights.config.sampling)
-        report, text = make_them(args, weights, sampling, sizes)
+        sampling = with_changes(weights.config.sampling, sampling_changes(args))
+        report, text = sample_as(args, weights, sampling, sizes)
         if world.is_first:
             show(args, {"weights": weights.name, "step": weights.step, "solver": sampling.solver} | report, text)
     return 0
@@ -100,7 +101,7 @@ def _grid(args: argparse.Namespace, weights: "Weights", sampling: "SamplingConfi
     return {"file": args.out, "nfe": nfe}, f"{args.out}: images from the EMA weights of {weights.name}, NFE {nfe:g}"
 
 
-def _many(args: argparse.Namespace, weights: "Weights", sampling: "SamplingConfig", sizes: list[str]) -> tuple:
+def _single_images(args: argparse.Namespace, weights: "Weights", sampling: "SamplingConfig", sizes: list[str]) -> tuple:
     from fitv2_scale.evaluate.sampling.png_folder import fill_folder, random_requests, write_npz
 
     if args.npz and len(sizes) > 1:
@@ -131,13 +132,6 @@ def _labels(args: argparse.Namespace, weights: "Weights") -> list[int]:
     if args.classes is None:
         return evenly_spaced_labels(args.columns, weights.classes)
     return class_numbers(args.classes, weights.config.model.classes)
-
-
-def _sampling(args: argparse.Namespace, config: "SamplingConfig") -> "SamplingConfig":
-    from fitv2_scale.config.load import with_changes
-
-    names = ("cfg", "guided_channels", "solver", "steps", "rope", "attention_scale")
-    return with_changes(config, {name: getattr(args, name) for name in names if getattr(args, name) is not None})
 
 
 def _write(file: str, data: bytes) -> None:

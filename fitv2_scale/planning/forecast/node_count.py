@@ -66,10 +66,11 @@ def explain(tried: Sequence[NodeOption], best: NodeOption, images: int) -> str:
     more = next((c for c in tried if c.nodes >= 2 * best.nodes and c.fits), None)
     if more is None:
         return f"{on}, the most that still give each rank one of the {images} images of a step"
-    days, cost = 1 - more.days / best.days, more.gpu_hours / best.gpu_hours - 1
+    days, cost = more.days / best.days - 1, more.gpu_hours / best.gpu_hours - 1
     return (
         f"{on}: with {images} images per step, more nodes hardly shorten the run; "
-        f"{more.nodes} would take {100 * days:.0f} % fewer days and {100 * cost:.0f} % more GPU-hours"
+        f"{more.nodes} would take {100 * abs(days):.0f} % {'more' if days > 0 else 'fewer'} days "
+        f"and {100 * cost:.0f} % more GPU-hours"
     )
 
 

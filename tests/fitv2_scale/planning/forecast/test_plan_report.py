@@ -141,6 +141,8 @@ def test_nodes_that_are_worth_it():
         "8 would take 9 % fewer days and 82 % more GPU-hours"
     )
     assert choose([choice(1, 8, fits=False), *tried[1:]]).nodes == 4
+    slower = [choice(1, 8), choice(2, 12)]
+    assert "2 would take 50 % more days and 200 % more GPU-hours" in explain(slower, choose(slower), 256)
     assert "the most that still give each rank one" in explain(tried[:3], choose(tried[:3]), 256)
     with pytest.raises(UserError, match="a rank needs at least 1 GB"):
         choose([choice(1, 8, fits=False)])
