@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 
 from fitv2_scale.checkpoint.commit import commit_folder
-from fitv2_scale.checkpoint.dcp_storage import MANIFEST, BoxReader, box_record, write_manifest
-from fitv2_scale.checkpoint.safetensors_file import Entry, Written, write_safetensors
+from fitv2_scale.checkpoint.dcp_storage import MANIFEST, CommitReader, box_record, write_manifest
+from fitv2_scale.checkpoint.safetensors_file import TensorToWrite, Written, write_safetensors
 from fitv2_scale.run.log import LogEntry
 from fitv2_scale.run.run import Attempt, Run
 
@@ -17,7 +17,7 @@ def reshard_commit(source: Run, entry: LogEntry, target: Run, ranks: int) -> Non
     """Commits the contents of ``entry`` of ``source`` to ``target``, with the rows of each tensor divided evenly among
     ``ranks``. One tensor is in memory at a time."""
     manifest = source.store.read_json(f"{entry.fields['path']}/{MANIFEST}")
-    reader = BoxReader(source.store, entry.fields["path"], manifest)
+    reader = CommitReader(source.store, entry.fields["path"], manifest)
     attempt: Attempt = target.claim({})
     folder = commit_folder(manifest["step"], attempt.number)
     boxes: dict[str, list[dict]] = {name: [] for name in manifest["tensors"]}
@@ -33,7 +33,9 @@ def reshard_commit(source: Run, entry: LogEntry, target: Run, ranks: int) -> Non
     attempt.commit(manifest["step"], folder, write_manifest(target.store, folder, header, files, tensors))
 
 
-def _parts(reader: BoxReader, tensors: dict, rank: int, ranks: int) -> Iterator[tuple[str, tuple[int, ...], Entry]]:
+def _parts(
+    reader: CommitReader, tensors: dict, rank: int, ranks: int
+) -> Iterator[tuple[str, tuple[int, ...], TensorToWrite]]:
     """Tensor name, offset and file entry of each box of the rank."""
     for name, tensor in tensors.items():
         rows, *rest = tensor["shape"]
@@ -44,5 +46,5 @@ def _parts(reader: BoxReader, tensors: dict, rank: int, ranks: int) -> Iterator[
             yield (
                 name,
                 offset,
-                Entry(f"{name}@{','.join(map(str, offset))}", torch.float32, (last - first, *rest), read),
+                TensorToWrite(f"{name}@{','.join(map(str, offset))}", torch.float32, (last - first, *rest), read),
             )

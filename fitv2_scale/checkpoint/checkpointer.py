@@ -23,9 +23,9 @@ from data_sharding.plan.plan import Cursor
 from fitv2_scale.checkpoint.commit import (
     cause_of,
     commit_folder,
-    glance,
     quarantine,
     quarantined,
+    quick_check,
     write_commit,
 )
 from fitv2_scale.checkpoint.policy import to_retire
@@ -182,7 +182,7 @@ class Checkpointer:
         while problems := {
             entry.n: (entry, problem)
             for entry in [entry for entry in commits if entry.n not in bad][-2:]
-            if (problem := glance(run, entry))
+            if (problem := quick_check(run, entry))
         }:
             for entry, problem in problems.values():
                 quarantine(run, entry, problem)

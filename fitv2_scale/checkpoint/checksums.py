@@ -1,4 +1,4 @@
-"""Digests of a file's chunks: what is read is checked as it is read, whichever part of it is wanted, by any rank."""
+"""Digests of the chunks of a commit's files: every part that any rank reads is checked as it is read."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -10,12 +10,12 @@ import xxhash
 from data_sharding.storage.retry import CorruptRead
 from data_sharding.storage.store import Bytes, Store
 
-CHUNK = 16 << 20  # bytes that one digest covers
+CHUNK = 16 << 20  # bytes, each with its own digest
 _AHEAD = 4  # chunks that are fetched while one is used
 
 
 class Damaged(Exception):
-    """What is stored is not what was committed; the message names the file."""
+    """A file of a commit is missing, or not as it was committed; the message names it."""
 
 
 class ChunkDigests:
@@ -23,21 +23,21 @@ class ChunkDigests:
 
     def __init__(self) -> None:
         self._done: list[str] = []
-        self._digest, self._room = xxhash.xxh3_128(), CHUNK
+        self._digest, self._left = xxhash.xxh3_128(), CHUNK
 
     def update(self, data: Bytes) -> None:
         data = memoryview(data)
         while len(data):
-            head = data[: self._room]
+            head = data[: self._left]
             self._digest.update(head)
-            self._room -= len(head)
+            self._left -= len(head)
             data = data[len(head) :]
-            if self._room == 0:
+            if self._left == 0:
                 self._done.append(self._digest.hexdigest())
-                self._digest, self._room = xxhash.xxh3_128(), CHUNK
+                self._digest, self._left = xxhash.xxh3_128(), CHUNK
 
     def hexdigests(self) -> list[str]:
-        return self._done + ([self._digest.hexdigest()] if self._room < CHUNK else [])
+        return self._done + ([self._digest.hexdigest()] if self._left < CHUNK else [])
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ class Span:
 
 
 class ChunkReader:
-    """Reads files below ``folder``, of which ``files`` says {"name": {"bytes": 7120, "xxh3_128": ["9f…", …]}}."""
+    """Reads the files below ``folder``, described as in a manifest: {"name": {"bytes": 7120, "xxh3_128": ["9f…", …]}}."""
 
     def __init__(self, store: Store, folder: str, files: dict[str, dict]) -> None:
         self._store, self._folder, self._files = store, folder, files
 
-    def chunk(self, file: str, index: int, room: bytearray | None = None) -> Bytes:
-        """One chunk, checked; in ``room``, of ``CHUNK`` bytes, if the store can read into it. Raises Damaged."""
+    def chunk(self, file: str, index: int, buffer: bytearray | None = None) -> Bytes:
+        """One chunk, checked; in ``buffer``, of ``CHUNK`` bytes, if the store can read into it. Raises Damaged."""
         recorded = self._files[file]
         begin = index * CHUNK
         end = min(begin + CHUNK, recorded["bytes"])
@@ -74,7 +74,7 @@ class ChunkReader:
             return data
 
         try:
-            return self._store.read_range(f"{self._folder}/{file}", begin, end, check, room)
+            return self._store.read_range(f"{self._folder}/{file}", begin, end, check, buffer)
         except FileNotFoundError:
             raise Damaged(f"{file} is missing") from None
         except CorruptRead as error:
@@ -82,7 +82,7 @@ class ChunkReader:
             raise Damaged(cause) from None
 
     def check_size(self, file: str) -> None:
-        """Raises Damaged if the file is gone, or not as long as recorded. Reads nothing of it."""
+        """Raises Damaged if the file is missing, or not as long as recorded. Does not read it."""
         try:
             size = self._store.size(f"{self._folder}/{file}")
         except FileNotFoundError:
@@ -90,35 +90,35 @@ class ChunkReader:
         if size != self._files[file]["bytes"]:
             raise Damaged(f"{file} has {size} bytes, not {self._files[file]['bytes']}")
 
-    def fill(self, wanted: Sequence[Span], memory: Callable[[int], memoryview]) -> Iterator[int]:
-        """Reads each span into ``memory(its place in wanted)``, in order, and yields that place; quickest if the spans
-        are sorted. Raises Damaged, having written nothing that was not checked.
+    def fill(self, spans: Sequence[Span], memory: Callable[[int], memoryview]) -> Iterator[int]:
+        """Reads each span into ``memory(its index)``, in order, and yields the index; fastest if the spans are sorted.
+        Raises Damaged, having written nothing that was not checked.
 
-        Each chunk is fetched once, a few ahead of their use, into rooms that are used again and again. In memory are
-        these, and chunks that a later span wants again.
+        Each chunk is fetched once, a few ahead of their use, into buffers that are reused. Memory holds these buffers,
+        and the chunks that a later span needs again.
         """
-        uses = Counter((span.file, n) for span in wanted for n in span.chunks)
+        uses = Counter((span.file, n) for span in spans for n in span.chunks)
         ahead, fetched = iter(list(uses)), dict[tuple[str, int], Future[Bytes]]()
-        rooms: dict[tuple[str, int], bytearray] = {}
+        buffers: dict[tuple[str, int], bytearray] = {}
         free: list[bytearray] = []
         with ThreadPoolExecutor(_AHEAD, thread_name_prefix="chunks") as pool:
             try:
-                for place, span in enumerate(wanted):
-                    data = memory(place)
+                for index, span in enumerate(spans):
+                    data = memory(index)
                     for n in span.chunks:
                         key = (span.file, n)
                         while key not in fetched or len(fetched) < _AHEAD:
                             if (following := next(ahead, None)) is None:
                                 break
-                            rooms[following] = free.pop() if free else bytearray(CHUNK)
-                            fetched[following] = pool.submit(self.chunk, *following, rooms[following])
+                            buffers[following] = free.pop() if free else bytearray(CHUNK)
+                            fetched[following] = pool.submit(self.chunk, *following, buffers[following])
                         chunk, begin = memoryview(fetched[key].result()), n * CHUNK
                         low, high = max(span.begin, begin), min(span.end, begin + len(chunk))
                         data[low - span.begin : high - span.begin] = chunk[low - begin : high - begin]
                         uses[key] -= 1
                         if not uses[key]:
                             del fetched[key]
-                            free.append(rooms.pop(key))
-                    yield place
+                            free.append(buffers.pop(key))
+                    yield index
             finally:
                 pool.shutdown(cancel_futures=True)

@@ -1,4 +1,4 @@
-"""What a run's folder holds that no commit needs: left by killed attempts, and never needed again."""
+"""Finds and deletes what killed attempts have left in a run's folder and no commit needs."""
 
 from dataclasses import dataclass, field
 
@@ -9,16 +9,18 @@ from fitv2_scale.run.run import Attempt, Run
 
 @dataclass(frozen=True)
 class Leftovers:
-    abandoned: list[str] = field(default_factory=list)  # folders of saves that were never committed
-    retired: list[str] = field(default_factory=list)  # folders of commits that were withdrawn, but not yet deleted
-    uploads: list[tuple[str, str]] = field(default_factory=list)  # (path, id) of files that were never finished
+    abandoned: list[str] = field(default_factory=list)  # folders of saves that were not committed
+    retired: list[str] = field(default_factory=list)  # folders of retired commits, not deleted yet
+    uploads: list[tuple[str, str]] = field(
+        default_factory=list
+    )  # (path, id) of multipart uploads that were not completed
 
 
 def leftovers(run: Run) -> Leftovers:
-    """Finds them, and touches nothing.
+    """Finds them and changes nothing.
 
-    Only what attempts left that can commit no more: those before the newest CLAIM, and the newest once it has ended.
-    What a training attempt is writing is not theirs to be found here, nor is any commit, damaged or not.
+    Only what was left by attempts that can no longer commit: those before the newest CLAIM, and the newest one after it
+    has ended. Never what a running attempt writes, and never a commit, damaged or not.
     """
     entries = run.log.entries()
     newest = newest_attempt(entries)
@@ -34,7 +36,7 @@ def leftovers(run: Run) -> Leftovers:
 
 
 def remove(run: Run, found: Leftovers) -> None:
-    """Deletes them. Stopped half way, it can be run again."""
+    """Deletes them. If it is interrupted, it can be run again."""
     for path, upload in found.uploads:
         run.store.abort_upload(path, upload)
     for folder in found.abandoned + found.retired:

@@ -1,5 +1,5 @@
-"""What a commit of a run is on storage: a folder of data files, a manifest, and the reason why it is not used if it is
-damaged."""
+"""A commit of a run on storage: a folder of data files and a manifest; and quarantine/, the reasons why damaged commits
+are not used."""
 
 import hashlib
 import json
@@ -12,8 +12,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from data_sharding.errors import UserError
 from fitv2_scale.checkpoint.checksums import CHUNK, ChunkReader, Damaged
-from fitv2_scale.checkpoint.dcp_storage import FORMAT, MANIFEST, BoxReader, BoxWriter
-from fitv2_scale.checkpoint.dcp_tensor import BoxedTensor
+from fitv2_scale.checkpoint.dcp_storage import FORMAT, MANIFEST, CommitReader, CommitWriter
+from fitv2_scale.checkpoint.dcp_tensor import DcpTensor
 from fitv2_scale.parallel.boxes import LogicalTensor
 from fitv2_scale.run.log import LogEntry
 from fitv2_scale.run.run import Run
@@ -24,25 +24,25 @@ log = logging.getLogger(__name__)
 
 
 def commit_folder(step: int, attempt: int, failures: int = 0) -> str:
-    """Where an attempt saves a step, after so many of its saves have failed: never where another save did, so that a
-    late delete by an old attempt hits only its own."""
+    """Where an attempt saves ``step`` after ``failures`` of its saves have failed: a folder that no other save uses, so
+    that a late delete by an old attempt deletes only its own data."""
     return f"steps/{step:08d}.{attempt:04d}" + (f".{failures}" if failures else "")
 
 
 def attempt_of(folder: str) -> int | None:
-    """The attempt that saved into ``folder``; None if it is no name that ``commit_folder`` gives."""
+    """The attempt that saved into ``folder``; None if ``commit_folder`` gives no such name."""
     parts = PurePosixPath(folder).name.split(".")
     return int(parts[1]) if len(parts) in (2, 3) and all(part.isdecimal() for part in parts) else None
 
 
 def write_commit(
     run: Run, folder: str, rank: int, header: dict, tensors: dict[str, LogicalTensor], group: Any
-) -> BoxWriter:
+) -> CommitWriter:
     """Writes data and manifest of a commit, all ranks of ``group`` together. Raises CheckpointException (see
     ``cause_of``)."""
     moments = sorted({name.split("/", 1)[1] for name in tensors if name.startswith(MOMENTS)})
-    writer = BoxWriter(run.store, folder, rank, header | {"moments": moments})
-    state = {name: BoxedTensor(logical) for name, logical in tensors.items()}
+    writer = CommitWriter(run.store, folder, rank, header | {"moments": moments})
+    state = {name: DcpTensor(logical) for name, logical in tensors.items()}
     dcp.save(state, storage_writer=writer, process_group=group)
     return writer
 
@@ -52,8 +52,8 @@ def read_tensors(run: Run, entry: LogEntry, manifest: dict, tensors: dict[str, L
 
     Raises, on all ranks, the gravest of what they met: Damaged if nothing worse.
     """
-    state = {name: BoxedTensor(logical) for name, logical in tensors.items()}
-    reader = BoxReader(run.store, entry.fields["path"], manifest)
+    state = {name: DcpTensor(logical) for name, logical in tensors.items()}
+    reader = CommitReader(run.store, entry.fields["path"], manifest)
     try:
         dcp.load(state, storage_reader=reader, process_group=group)
     except CheckpointException as error:
@@ -85,7 +85,7 @@ def read_manifest(run: Run, entry: LogEntry) -> dict:
 
 
 def verify_commit(run: Run, entry: LogEntry) -> list[str]:
-    """Everything wrong with a commit, a sentence each. Reads all of it."""
+    """All problems of a commit, a sentence each. Reads all of it."""
     try:
         manifest = read_manifest(run, entry)
     except Damaged as error:
@@ -102,20 +102,20 @@ def verify_commit(run: Run, entry: LogEntry) -> list[str]:
 
 
 def quarantined(run: Run) -> set[int]:
-    """The numbers of the COMMITs that were found damaged."""
+    """The log numbers of the COMMITs that were found damaged."""
     return {int(PurePosixPath(path).stem) for path in run.store.list("quarantine/")}
 
 
 def open_commit(run: Run, entry: LogEntry) -> tuple[dict, str | None]:
-    """The manifest, or what is wrong with it."""
+    """(manifest, None), or ({}, what is wrong with the commit)."""
     try:
         return read_manifest(run, entry), None
     except Damaged as error:
         return {}, str(error)
 
 
-def glance(run: Run, entry: LogEntry) -> str | None:
-    """What is wrong with a commit, as far as that can be seen without reading its data."""
+def quick_check(run: Run, entry: LogEntry) -> str | None:
+    """What is wrong with a commit as far as its manifest and the sizes of its files show; None if nothing is."""
     try:
         manifest = read_manifest(run, entry)
         reader = ChunkReader(run.store, entry.fields["path"], manifest["files"])
@@ -127,11 +127,11 @@ def glance(run: Run, entry: LogEntry) -> str | None:
 
 
 def quarantine(run: Run, entry: LogEntry, problem: str) -> None:
-    """Keeps the reason, unless the commit has been retired meanwhile: then it is rightly gone."""
-    log.warning("the commit at step %d is not whole: %s", entry.fields["step"], problem)
+    """Records the reason, unless the commit has been retired meanwhile: then its data may be gone."""
+    log.warning("the commit at step %d is damaged: %s", entry.fields["step"], problem)
     if any(e.n == entry.n for e in run.log.commits()):
         record = {"entry": entry.n, "path": entry.fields["path"], "problem": problem}
         try:
             run.store.put_json(f"quarantine/{entry.n:08d}.json", record)
         except (OSError, UserError) as error:  # a run that may only be read
-            log.warning("this could not be noted: %s", error)
+            log.warning("this could not be recorded: %s", error)

@@ -1,14 +1,15 @@
-"""How torch.distributed.checkpoint's plans become files: safetensors for data, JSON for everything else.
+"""The files of a commit, written and read by torch.distributed.checkpoint (DCP): safetensors for data, JSON for the
+rest.
 
-DCP's own file format keeps its metadata as a pickle, and unpickling runs whatever the file says. Here nothing is
-unpickled. A folder holds ``rank-00000.safetensors`` …, one key a box, and ``manifest.json``:
+DCP's own format keeps its metadata as a pickle, and unpickling executes what the file contains. Here nothing is
+unpickled. A folder holds ``rank-00000.safetensors`` …, one key per box, and ``manifest.json``:
 
     {"format": 2, "step": 300, …,
      "files": {"rank-00000.safetensors": {"bytes": 7120, "xxh3_128": ["9f…"]}},
      "tensors": {"param/x_embedder.proj.weight": {"shape": [192, 16], "boxes": [
          {"offset": [0, 0], "shape": [96, 16], "file": "rank-00000.safetensors", "begin": 512}, …]}}}
 
-Each digest covers ``chunks.CHUNK`` bytes of its file.
+Each digest covers ``checksums.CHUNK`` bytes of its file.
 """
 
 import hashlib
@@ -32,7 +33,7 @@ from torch.futures import Future
 
 from data_sharding.storage.store import Store
 from fitv2_scale.checkpoint.checksums import CHUNK, ChunkReader, Span
-from fitv2_scale.checkpoint.safetensors_file import Entry, Written, write_safetensors
+from fitv2_scale.checkpoint.safetensors_file import TensorToWrite, Written, write_safetensors
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -49,21 +50,21 @@ def write_manifest(store: Store, folder: str, header: dict, files: dict[str, Wri
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a box was written: travels from each rank to the one that writes the manifest."""
+    """Where a box was written: sent by each rank to the one that writes the manifest."""
 
     file: str
     begin: int
     written: Written
 
 
-class BoxWriter(StorageWriter):
-    """Writes one file per rank that has something to write. ``manifest_digest`` is there on the first rank after
-    dcp.save: the sha256 of the manifest, for the COMMIT entry."""
+class CommitWriter(StorageWriter):
+    """Writes one file per rank that has something to write. After dcp.save, ``manifest_digest`` is on rank 0 the
+    sha256 of the manifest, for the COMMIT entry; on other ranks it stays empty."""
 
     def __init__(self, store: Store, folder: str, rank: int, header: dict):
         self._store, self._folder = store, folder
         self._rank, self._header = rank, header
-        self.manifest_digest: str | None = None
+        self.manifest_digest = ""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         file, entries = f"rank-{self._rank:05d}.safetensors", self._entries(plan, planner)
@@ -77,10 +78,10 @@ class BoxWriter(StorageWriter):
         return _done(results)
 
     @staticmethod
-    def _entries(plan: SavePlan, planner: SavePlanner) -> list[Entry]:
-        """What this rank writes, as live tensors: whoever writes later copies what ``read`` gives first."""
+    def _entries(plan: SavePlan, planner: SavePlanner) -> list[TensorToWrite]:
+        """What this rank writes; ``read`` gives live memory."""
         return [
-            Entry(
+            TensorToWrite(
                 _key(item.index),
                 item.tensor_data.properties.dtype,
                 tuple(item.tensor_data.chunk.sizes),
@@ -114,13 +115,13 @@ class BoxWriter(StorageWriter):
 
 
 def box_record(offset: tuple[int, ...], shape: tuple[int, ...], file: str, begin: int) -> dict:
-    """A box as the manifest says it."""
+    """A box as the manifest holds it."""
     return {"offset": list(offset), "shape": list(shape), "file": file, "begin": begin}
 
 
-class BoxReader(StorageReader):
-    """Reads what a rank wants of a commit, and no more than the chunks around it, straight to its place: it takes
-    memory for a few chunks, however large the tensors are. Raises Damaged."""
+class CommitReader(StorageReader):
+    """Reads the parts of a commit that a rank needs, and no more than the chunks around them, directly into place: this
+    takes memory for a few chunks, however large the tensors are. Raises Damaged."""
 
     def __init__(self, store: Store, folder: str, manifest: dict):
         self._chunks = ChunkReader(store, folder, manifest["files"])
@@ -162,17 +163,17 @@ class BoxReader(StorageReader):
 
     def _fill(self, parts: list["_Part"]) -> None:
         parts.sort(key=lambda part: (part.span.file, part.span.begin))
-        scratch: dict[int, Tensor] = {}
+        buffers: dict[int, Tensor] = {}
 
-        def memory(place: int) -> memoryview:
-            part = parts[place]
-            if not part.is_all_and_flat:
-                scratch[place] = torch.empty(part.rows)
-            return memoryview(scratch.get(place, part.target).flatten().view(torch.uint8).numpy())
+        def memory(index: int) -> memoryview:
+            part = parts[index]
+            if not part.is_direct:
+                buffers[index] = torch.empty(part.rows)
+            return memoryview(buffers.get(index, part.target).flatten().view(torch.uint8).numpy())
 
-        for place in self._chunks.fill([part.span for part in parts], memory):
-            if (rows := scratch.pop(place, None)) is not None:
-                parts[place].take(rows)
+        for index in self._chunks.fill([part.span for part in parts], memory):
+            if (rows := buffers.pop(index, None)) is not None:
+                parts[index].take(rows)
 
     def reset(self, checkpoint_id=None) -> None: ...
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
@@ -188,16 +189,16 @@ class BoxReader(StorageReader):
 
 @dataclass(frozen=True)
 class _Part:
-    """Some rows (of the first dimension) of a stored box, of which ``target`` takes the columns from ``columns`` on."""
+    """Some rows (along the first dim) of a stored box, of which ``target`` takes the columns from ``columns`` on."""
 
-    span: Span  # the bytes in which the rows lie
-    rows: torch.Size  # their shape, whole
-    columns: tuple[int, ...]  # offset of what is wanted, in all dimensions but the first
-    target: Tensor  # a view of its place
+    span: Span  # the bytes of the whole rows
+    rows: torch.Size  # their shape
+    columns: tuple[int, ...]  # offset of the target in all dims but the first
+    target: Tensor  # a view
 
     @property
-    def is_all_and_flat(self) -> bool:
-        """Whether the bytes can be read straight to their place."""
+    def is_direct(self) -> bool:
+        """Whether the bytes can be read directly into ``target``."""
         return self.target.shape == self.rows and self.target.is_contiguous() and self.target.device.type == "cpu"
 
     def take(self, rows: Tensor) -> None:
@@ -207,7 +208,7 @@ class _Part:
 
 
 def _parts(box: dict, offsets: Sequence[int], lengths: Sequence[int], target: Tensor) -> Iterator[_Part]:
-    """A part of a stored box, a block of rows of about a chunk's size after another. What has no dimension is a row."""
+    """Part of a stored box, as blocks of rows of about a chunk's size. A scalar is one row."""
     if not box["shape"]:
         yield _Part(Span(box["file"], box["begin"], box["begin"] + _ITEM), torch.Size(), (), target)
         return

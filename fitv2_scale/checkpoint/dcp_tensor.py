@@ -1,8 +1,8 @@
-"""Boxes as torch.distributed.checkpoint understands tensors.
+"""An engine's boxes as a tensor of torch.distributed.checkpoint (DCP).
 
 DCP asks a tensor-like object for three things: which pieces it would write, which pieces it wants filled, and the
-memory behind one piece. A tensor subclass that answers them is all it takes for any engine's sharding, several boxes a
-rank included, to be planned, deduplicated and resharded by DCP itself.
+memory of one piece. With a tensor subclass that answers, DCP itself plans, deduplicates and reshards any engine's
+sharding, several boxes per rank included.
 """
 
 import torch
@@ -12,11 +12,11 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from fitv2_scale.parallel.boxes import Box, LogicalTensor
 
 
-class BoxedTensor(torch.Tensor):
-    """A logical tensor of which this process holds some boxes. It has a shape but no data of its own."""
+class DcpTensor(torch.Tensor):
+    """A logical tensor of which this process holds some boxes. It has a shape, and no data of its own."""
 
     @staticmethod
-    def __new__(cls, logical: LogicalTensor) -> "BoxedTensor":
+    def __new__(cls, logical: LogicalTensor) -> "DcpTensor":
         return torch.Tensor._make_wrapper_subclass(cls, torch.Size(logical.shape), dtype=torch.float32)
 
     def __init__(self, logical: LogicalTensor):
@@ -27,7 +27,7 @@ class BoxedTensor(torch.Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         if func is torch.ops.aten.detach.default:  # DCP detaches what it plans
             return args[0]
-        raise TypeError(f"a BoxedTensor is only an address; it does not compute {func}")
+        raise TypeError(f"a DcpTensor only describes where data lies; it cannot compute {func}")
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [_chunk(box) for box in self._boxes]

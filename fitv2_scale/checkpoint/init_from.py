@@ -1,7 +1,7 @@
-"""Weights for a network that begins with them: the EMA of a commit of another run, or a file of public weights.
+"""Initial weights for a new run (``init_from``): the EMA of another run's commit, or a file of public weights.
 
-They become the weights and the EMA; optimizer, step and data begin anew. Every tensor is taken, those too that a
-high-resolution stage trains: the released loader drops just these, which costs what they had learned.
+They become the weights and the EMA; optimizer, step and data start from zero. All tensors are loaded, including those
+that a high-resolution stage trains: the released loader drops these, and with them what they had learned.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from fitv2_scale.run.run import Run
 
 @dataclass(frozen=True)
 class Source:
-    """RUN@STEP, or a weights file (step None)."""
+    """RUN@STEP, or a weights file (then ``step`` is None)."""
 
     url: str
     step: int | None
@@ -84,7 +84,7 @@ def _from_run(source: Source, engine: Engine, world: World) -> None:
             read_tensors(run, entries[-1], manifest, tensors, world.cpu_group)
     except Damaged as error:
         raise UserError(
-            f"{source.url}: the commit at step {source.step} is not whole ({error}): choose another"
+            f"{source.url}: the commit at step {source.step} is damaged ({error}): choose another"
         ) from error
 
 

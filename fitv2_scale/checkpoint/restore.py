@@ -1,6 +1,6 @@
-"""Restoring a commit into an engine: the newest one that is whole.
+"""Restores an engine from the newest intact commit.
 
-Walks the run's log backwards. A commit that is not whole is named, quarantined with the reason, and never deleted.
+Walks the run's log backwards. A damaged commit is reported and quarantined with the reason, and never deleted.
 """
 
 from dataclasses import asdict, dataclass
@@ -20,28 +20,28 @@ class Restored:
     step: int
     cursor: Cursor | None  # None after an import of public weights
     accounting: dict[str, float]  # as given to ``Checkpointer.start_save``; empty if nothing was
-    quarantined: list[str]  # a sentence for each newer commit that was passed over
+    quarantined: list[str]  # a sentence for each newer commit that was skipped
 
 
 def restore(engine: Engine, run: Run, world: World, step: int | None = None) -> Restored | None:
-    """Fills ``engine``, on all ranks together, from the newest whole commit of ``run`` (or the one at ``step``).
+    """Fills ``engine``, on all ranks together, from the newest intact commit of ``run`` (or the one at ``step``).
 
-    Returns None if the run has no commit (at ``step``). Raises UserError if none of its commits is whole, or if they
+    Returns None if the run has no commit (at ``step``). Raises UserError if all of its commits are damaged, or if they
     are another network's.
     """
     found = world.run_on_rank0(lambda: [asdict(e) for e in reversed(run.log.commits())])
     entries = [LogEntry(**e) for e in found if step is None or e["fields"]["step"] == step]
-    passed_over: list[str] = []
+    skipped: list[str] = []
     for entry in entries:
         manifest, problem = world.run_on_rank0(lambda e=entry: open_commit(run, e))
         problem = problem or _fill(engine, run, entry, manifest, world)
         if problem is None:
             cursor = Cursor(**manifest["cursor"]) if manifest["cursor"] else None
-            return Restored(manifest["step"], cursor, manifest.get("accounting", {}), passed_over)
-        passed_over.append(f"commit at step {entry.fields['step']} is not whole ({problem}); it was passed over")
+            return Restored(manifest["step"], cursor, manifest.get("accounting", {}), skipped)
+        skipped.append(f"the commit at step {entry.fields['step']} is damaged ({problem}) and was skipped")
         world.run_on_rank0(lambda e=entry, p=problem: quarantine(run, e, p))
     if entries:
-        raise UserError(f"{run.url}: no commit is whole: " + "; ".join(passed_over))
+        raise UserError(f"{run.url}: all commits are damaged: " + "; ".join(skipped))
     return None
 
 

@@ -1,6 +1,6 @@
-"""Writing a .safetensors file as a stream: one tensor in memory at a time, digests taken on the way.
+"""Writes a .safetensors file as a stream: one tensor in memory at a time, with digests of what is written.
 
-The library's own ``save_file`` wants all tensors at once and writes to local paths only. The format is a little-endian
+The library's own ``save_file`` takes all tensors at once and writes to local paths only. The format is a little-endian
 u64 length, that many bytes of JSON header padded with spaces, then the tensors' bytes; any reader of the format, the
 library's included, reads what is written here.
 """
@@ -19,8 +19,8 @@ _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", t
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A tensor to write. ``read`` is called once, when its turn comes: with what has been staged it may be later."""
+class TensorToWrite:
+    """A tensor to write. ``read`` is called once, when the tensor is written, perhaps in another thread."""
 
     key: str
     dtype: torch.dtype
@@ -35,14 +35,14 @@ class Entry:
 @dataclass(frozen=True)
 class Written:
     bytes: int
-    xxh3_128: list[str]  # of each chunk of the file (see ``chunks``)
+    xxh3_128: list[str]  # of each chunk of the file (see ``checksums``)
     begins: dict[str, int]  # key -> offset of the tensor's first byte in the file
 
 
 def write_safetensors(
-    store: Store, path: str, entries: Sequence[Entry], metadata: dict[str, str] | None = None
+    store: Store, path: str, entries: Sequence[TensorToWrite], metadata: dict[str, str] | None = None
 ) -> Written:
-    """Writes ``entries`` in their order. The file is durable when this returns, and there only if all of it is."""
+    """Writes ``entries`` in their order. When this returns, the file is durable; if it fails, there is no file."""
     header, begins, at = {"__metadata__": metadata} if metadata else {}, {}, 0
     for e in entries:
         header[e.key] = {"dtype": _DTYPES[e.dtype], "shape": list(e.shape), "data_offsets": [at, at + e.nbytes]}

@@ -1,7 +1,7 @@
-"""A rank's state as it was at one moment, in host memory: the copy is made while training goes on.
+"""A copy of a rank's state in host memory, as it was at one moment, made while training continues.
 
-Forward and backward passes only read the state, so they and the copy may overlap; the optimizer has to wait for it. On
-CUDA the copy runs on a stream of its own into pinned memory, and the optimizer's stream waits, not the host.
+Forward and backward passes only read the state, so they may overlap with the copy; the optimizer must wait for it. On
+CUDA the copy runs on its own stream into pinned memory, and the optimizer's stream waits, not the host.
 """
 
 import threading
@@ -16,15 +16,15 @@ from fitv2_scale.parallel.boxes import Box, LogicalTensor
 
 
 class Staging:
-    """One buffer as large as this rank's own boxes, allocated and touched when this is made, and used again and again.
+    """One buffer of the size of this rank's boxes, allocated and touched when this is made, and reused for every save.
 
-    ``tensors`` are the boxes of the copy. A copy is made in three steps: ``mark`` the moment, ``copy``, which may be
-    done by another thread, and ``wait`` before the state changes.
+    ``tensors`` are the boxes of the copy. A copy takes three calls: ``mark`` at the moment to be saved, ``copy``,
+    perhaps in another thread, and ``wait`` before the state changes.
     """
 
     def __init__(self, live: Mapping[str, LogicalTensor]) -> None:
         boxes = _tensors(live)
-        self._buffer = torch.zeros(sum(t.numel() for t in boxes))  # touched: a copy should not wait for pages
+        self._buffer = torch.zeros(sum(t.numel() for t in boxes))  # touched: a copy must not wait for pages
         parts = iter(self._buffer.split([t.numel() for t in boxes]))
         self.tensors = {
             name: LogicalTensor(t.shape, [Box(b.offset, next(parts).view(b.tensor.shape)) for b in t.boxes])
@@ -46,7 +46,7 @@ class Staging:
         return self._buffer.nbytes
 
     def mark(self, live: Mapping[str, LogicalTensor]) -> None:
-        """The copy will be of ``live``, laid out as it was at first, as it is now."""
+        """The next ``copy`` copies ``live`` as it is now; its layout must be that of the first."""
         self._live = _tensors(live)
         assert [t.shape for t in self._live] == [t.shape for t in self._host], "the state has another layout now"
         self._begun.clear()
@@ -54,7 +54,7 @@ class Staging:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
 
     def copy(self) -> None:
-        """Copies what was marked. Returns when the values are in host memory."""
+        """Copies the marked state. Returns when the values are in host memory."""
         try:
             with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext(), torch.no_grad():
                 if self._host:
@@ -62,12 +62,12 @@ class Staging:
                 if self._copied is not None:
                     self._copied.record()
         finally:
-            self._begun.set()  # whatever happened: `wait` must not wait for ever
+            self._begun.set()  # whatever happened: `wait` must not wait forever
         if self._copied is not None:
             self._copied.synchronize()
 
     def wait(self) -> None:
-        """From here on the state may change. On CUDA, it is this thread's stream that waits for the copy."""
+        """When this returns, the state may change. On CUDA only the current stream waits for the copy, not the host."""
         self._begun.wait()
         if self._copied is not None:
             torch.cuda.current_stream(self._stream.device).wait_event(self._copied)
@@ -78,7 +78,7 @@ def _tensors(state: Mapping[str, LogicalTensor]) -> list[Tensor]:
 
 
 def _pin(buffer: Tensor) -> None:
-    """In place: torch's own pinned memory comes in powers of two, which may be almost twice as much."""
+    """In place: torch allocates pinned memory in powers of two, which may be almost twice as much."""
     if buffer.nbytes:
         torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)))
 

@@ -1,6 +1,6 @@
-"""Public weights in and out: logical names are the public names, so both ways are the identity.
+"""Import and export of public weights. Logical names are the public names, so no tensor is renamed or changed.
 
-Both ways are streams, a tensor at a time: memory does not grow with the file.
+Both are streams, one tensor at a time: memory does not grow with the file.
 """
 
 import json
@@ -17,8 +17,8 @@ from data_sharding.errors import UserError
 from data_sharding.storage.open_store import open_store
 from fitv2_scale.checkpoint.checksums import Damaged
 from fitv2_scale.checkpoint.commit import commit_folder, read_manifest
-from fitv2_scale.checkpoint.dcp_storage import BoxReader, box_record, write_manifest
-from fitv2_scale.checkpoint.safetensors_file import Entry, write_safetensors
+from fitv2_scale.checkpoint.dcp_storage import CommitReader, box_record, write_manifest
+from fitv2_scale.checkpoint.safetensors_file import TensorToWrite, write_safetensors
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.config.schema import Config
 from fitv2_scale.model.counts import logical_shapes
@@ -27,7 +27,7 @@ from fitv2_scale.run.run import Run
 
 
 class WrongWeights(UserError):
-    """The file's tensors are not the network's: ``missing`` and ``left_over`` are their names."""
+    """The file's tensors are not the network's: ``missing`` from the file, or ``left_over`` in it, by name."""
 
     def __init__(self, message: str, missing: list[str], left_over: list[str]):
         super().__init__(message)
@@ -39,7 +39,7 @@ SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file, read when it is wanted."""
+    """A tensor in a file; ``read`` reads it."""
 
     shape: tuple[int, ...]
     dtype: str  # as in "torch.float32"
@@ -58,7 +58,7 @@ def open_weights(file: str, model: ModelConfig) -> dict[str, Stored]:
 
 
 def import_weights(file: str, run_url: str, config: Config) -> Run:
-    """Makes a RUN whose first commit, at step 0, holds the file's float32 tensors as weights and as EMA.
+    """Makes a run whose first commit, at step 0, holds the file's float32 tensors as weights and as EMA.
 
     Raises:
         UserError: not a weights file, or names or shapes that are not exactly those of ``config.model``.
@@ -69,7 +69,7 @@ def import_weights(file: str, run_url: str, config: Config) -> Run:
         raise UserError(f"{run_url} has commits already: import into a new run folder")
     attempt = run.claim(provenance())
     folder, data = commit_folder(0, attempt.number), "rank-00000.safetensors"
-    entries = [Entry(name, torch.float32, stored.shape, stored.read) for name, stored in tensors.items()]
+    entries = [TensorToWrite(name, torch.float32, stored.shape, stored.read) for name, stored in tensors.items()]
     written = write_safetensors(run.store, f"{folder}/{data}", entries)
     logical = {  # weights and EMA are the same bytes
         f"{kind}/{name}": {
@@ -88,7 +88,7 @@ def import_weights(file: str, run_url: str, config: Config) -> Run:
 def export_weights(run_url: str, file: str, ema: bool, step: int | None = None) -> int:
     """Writes the weights of the newest commit (or the one at ``step``) as .safetensors; returns their step.
 
-    ``file`` is a local path or an s3:// URL. It is there once all of it is.
+    ``file`` is a local path or an s3:// URL. It appears once it is complete.
     """
     run = Run.open(run_url)
     entries = [e for e in run.log.commits() if step is None or e.fields["step"] == step]
@@ -100,22 +100,24 @@ def export_weights(run_url: str, file: str, ema: bool, step: int | None = None) 
     entry, kind = entries[-1], "ema/" if ema else "param/"
     try:
         manifest = read_manifest(run, entry)
-        reader = BoxReader(run.store, entry.fields["path"], manifest)
+        reader = CommitReader(run.store, entry.fields["path"], manifest)
         written = [
-            Entry(key.removeprefix(kind), torch.float32, tuple(tensor["shape"]), partial(reader.read_tensor, key))
+            TensorToWrite(
+                key.removeprefix(kind), torch.float32, tuple(tensor["shape"]), partial(reader.read_tensor, key)
+            )
             for key, tensor in manifest["tensors"].items()
             if key.startswith(kind)
         ]
         write_safetensors(open_store(folder or "."), name, written, metadata={"format": "pt"})
     except Damaged as error:
         raise UserError(
-            f"the commit at step {entry.fields['step']} is not whole ({error}): choose another --step"
+            f"the commit at step {entry.fields['step']} is damaged ({error}): choose another --step"
         ) from error
     return manifest["step"]
 
 
 def _open(file: str) -> dict[str, Stored]:
-    """What tensors the file holds. Nothing but tensors is unpickled."""
+    """The file's tensors. Nothing but tensors is unpickled."""
     if not Path(file).is_file():
         raise UserError(f"there is no weights file {file}")
     try:
@@ -124,7 +126,7 @@ def _open(file: str) -> dict[str, Stored]:
         if file.endswith(SUFFIXES):
             return _open_pickled(file)
     except SafetensorError as error:
-        raise UserError(f"{file} is not a whole .safetensors file ({error}): fetch it again") from error
+        raise UserError(f"{file} is not a complete .safetensors file ({error}): fetch it again") from error
     except Exception as error:  # torch.load has no exception of its own for a damaged or malicious file
         reason = str(error).splitlines()[0]
         raise UserError(f"{file} does not load as plain tensors ({reason}): it is refused") from error
@@ -132,7 +134,7 @@ def _open(file: str) -> dict[str, Stored]:
 
 
 def _open_safetensors(file: str) -> dict[str, Stored]:
-    # The library checks the file, but reads by mapping it, which leaves all that was read in memory.
+    # The library checks the file, but reads by mapping it, which keeps all that was read in memory.
     with safe_open(file, framework="pt") as opened:
         dtypes = {name: _name_of(opened.get_slice(name).get_dtype()) for name in opened.keys()}  # noqa: SIM118
     with open(file, "rb") as raw:

@@ -1,4 +1,4 @@
-"""Training: claims the run, restores its newest whole commit, and steps until done or stopped."""
+"""Training: claims the run, restores its newest intact commit, and steps until done or stopped."""
 
 import logging
 import sys

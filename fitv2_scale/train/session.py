@@ -45,7 +45,7 @@ class Session:
     evaluation: InLoopEvaluation
     clock: AttemptClock
     accounting: Accounting  # of the run before this attempt
-    notes: list[str]  # sentences for the user: what was passed over, what changes
+    notes: list[str]  # sentences for the user: which commits were skipped, what changes
 
     @property
     def start(self) -> int:

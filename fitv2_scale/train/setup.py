@@ -61,7 +61,7 @@ def claim(config: Config, plan: Plan, fork: Fork | None, world: World) -> Attemp
 def open_session(
     config: Config, world: World, layout: Layout, data: Data, attempt: Attempt, fork: Fork | None
 ) -> Session:
-    """Builds the engine, restores the newest whole commit, starts journal and uploader."""
+    """Builds the engine, restores the newest intact commit, starts journal and uploader."""
     clock = AttemptClock()
     engine, batch_broadcast = make_engine(config, layout, world), BatchBroadcast(layout, world.rank)
     restored, data, notes, forked = _restore(engine, attempt.run, data, fork, config, world)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from fitv2_scale.checkpoint.commit import read_manifest
-from fitv2_scale.checkpoint.dcp_storage import BoxReader
+from fitv2_scale.checkpoint.dcp_storage import CommitReader
 from fitv2_scale.run.run import Run
 
 
@@ -36,6 +36,6 @@ def read_tensors(url: str, kind: str = "", step: int | None = None) -> dict[str,
     run = Run.open(url)
     entry = [e for e in run.log.commits() if step in (None, e.fields["step"])][-1]
     manifest = read_manifest(run, entry)
-    reader = BoxReader(run.store, entry.fields["path"], manifest)
+    reader = CommitReader(run.store, entry.fields["path"], manifest)
     names = [name for name in manifest["tensors"] if name.startswith(kind)]
     return {name.removeprefix(kind): reader.read_tensor(name) for name in names}

@@ -12,7 +12,7 @@ import torch
 
 import fitv2_scale.train.loop as module
 from fitv2_scale.checkpoint import checkpointer
-from fitv2_scale.checkpoint.dcp_storage import BoxWriter
+from fitv2_scale.checkpoint.dcp_storage import CommitWriter
 from fitv2_scale.checkpoint.staging import Staging
 from fitv2_scale.parallel.boxes import Box, LogicalTensor
 from fitv2_scale.run.run import Run
@@ -95,7 +95,7 @@ def test_each_commit_is_the_state_of_its_step(tiny, engine, size, layout):
 
 def train_failing(config, step: int, rank: int) -> tuple[int, list[int]]:
     """The data of the save after ``step`` steps cannot be written by one rank. Returns code and steps taken."""
-    write, train_step, taken = BoxWriter.write_data, module.train_step, []
+    write, train_step, taken = CommitWriter.write_data, module.train_step, []
 
     def act(self, *args):
         if self._folder.startswith(f"steps/{step:08d}") and self._rank == rank:
@@ -106,7 +106,7 @@ def train_failing(config, step: int, rank: int) -> tuple[int, list[int]]:
         taken.append(batch.step)
         return train_step(engine, batch, *rest)
 
-    BoxWriter.write_data, module.train_step = act, counted
+    CommitWriter.write_data, module.train_step = act, counted
     return train(config), taken
 
 

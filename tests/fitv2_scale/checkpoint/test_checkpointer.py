@@ -1,4 +1,4 @@
-"""Checkpoints: any layout reads any other's, damage is found and passed over, and nothing is unpickled."""
+"""Checkpoints: any layout reads any other's, damaged commits are found and skipped, and nothing is unpickled."""
 
 import json
 import pickle
@@ -87,7 +87,7 @@ def restore_damaged(url: str) -> list[str]:
                 restored = restore(state, run, world)
                 assert restored.step == 1 and state.is_whole(1), file.name
                 (said,) = restored.quarantined
-                assert "commit at step 2 is not whole" in said and file.name in said
+                assert "the commit at step 2 is damaged" in said and file.name in said
                 file.write_bytes(whole)
         assert restore(state, run, world).step == 2 and state.is_whole(2)  # nothing was lost
         return [Path(path).name for path in paths]
@@ -126,11 +126,11 @@ def test_a_damaged_commit_is_passed_over(tiny, damage):
     assert commit_bytes(config.run) == commit_bytes(whole.run) != undisturbed
 
 
-def test_when_no_commit_is_whole_training_stops_with_a_sentence(tiny):
+def test_when_all_commits_are_damaged_training_stops_with_a_sentence(tiny):
     config = tiny(train__steps=5)
     assert run_ranks(2, train, config) == [0, 0]
     (newest_commit(config.run) / "rank-00000.safetensors").unlink()
-    with pytest.raises(UserError, match=r"no commit is whole: .*step 5.*rank-00000.safetensors is missing"):
+    with pytest.raises(UserError, match=r"all commits are damaged: .*step 5.*rank-00000.safetensors is missing"):
         run_ranks(2, train, tiny(train__steps=8))
     assert newest_commit(config.run).exists()
 
