@@ -1,4 +1,4 @@
-"""The data of a run as an attempt sees it: the plan, and how its steps are dealt out to ranks and packs."""
+"""The data of a run: the plan, and how its steps are distributed over ranks and packs."""
 
 from dataclasses import dataclass, replace
 
@@ -13,19 +13,19 @@ from data_sharding.plan.plan import Cursor, Plan, Segment
 from data_sharding.plan.size_presets import is_preset, open_preset
 from fitv2_scale.config.schema import Config
 
-_WEIGHT_UNIT = 1_000_000  # weights are shares in millionths: the plan is integer arithmetic
+_WEIGHT_UNIT = 1_000_000  # weights are fractions in millionths: the plan is integer arithmetic
 
 
 @dataclass(frozen=True)
 class Data:
     plan: Plan
     cost: Cost
-    nodes: Nodes  # as the dealing sees them
+    nodes: Nodes  # data-parallel ranks per node, or all as one node if every node holds all data
     shapes: tuple[PackShape, ...]
 
     @classmethod
     def open(cls, config: Config, nodes: Nodes) -> "Data":
-        """``nodes``: data-parallel ranks of each node. Raises UserError if there is no such dataset, or it does not fit
+        """``nodes``: data-parallel ranks of each node. Raises UserError if a dataset does not exist, or does not fit
         the model, the batch or the ranks."""
         cache = config.data.cache_dir
         manifests = [open_preset(url) if is_preset(url) else Manifest.load(url, cache) for url in config.data.urls]
@@ -35,11 +35,11 @@ class Data:
         # A block's multiply-adds on an image of l tokens, 12 d^2 l + 2 d l^2, divided by 2 d.
         cost = Cost(linear=6 * config.model.hidden, quadratic=1)
         if _fits_a_node(manifests, config):
-            nodes = (sum(nodes),)  # each node will hold all of it: balance alone counts
+            nodes = (sum(nodes),)  # each node caches all of it: only balance matters
         return cls(plan, cost, nodes, shapes_for_plan(plan, 0, cost, nodes, config.layout.max_tokens))
 
     def continued(self, cursor: Cursor, step: int, config: Config) -> tuple["Data", list[str]]:
-        """The data from ``step`` on of a run that stands at ``cursor``, and what there is to say about it.
+        """The data from ``step`` on of a run that is at ``cursor``, and notes for the user.
 
         Raises:
             UserError: the run was trained on other data, or in another order.
@@ -53,15 +53,15 @@ class Data:
         plan = self.plan.continued(cursor, step, wanted)
         notes, last = [], plan.schedule[-1]
         if last.start >= step and len(plan.schedule) > 1:
-            notes = [f"from step {last.start}, the next window boundary: {last.images} images a step"]
+            notes = [f"from step {last.start}, the next window boundary: {last.images} images per step"]
             if len(last.weights) > 1:
-                notes[0] += f", shares of the datasets {[round(w / sum(last.weights), 4) for w in last.weights]}"
+                notes[0] += f", fractions of the datasets {[round(w / sum(last.weights), 4) for w in last.weights]}"
         return replace(
             self, plan=plan, shapes=shapes_for_plan(plan, step, self.cost, self.nodes, config.layout.max_tokens)
         ), notes
 
     def codec(self, config: Config) -> Codec:
-        """What turns latents into pictures. Raises UserError if it is missing, or another VAE than the latents' own."""
+        """The codec that decodes the latents. Raises UserError if it is missing, or not the VAE of the latents."""
         return codec_of(self.plan.manifests[0].header.codec, config.sampling.vae)
 
     @property
@@ -76,11 +76,11 @@ def _check(manifest: Manifest, first: Manifest, config: Config) -> None:
             f"set model.classes={len(manifest.classes)} or more"
         )
     if manifest.header.codec["digest"] != first.header.codec["digest"] and not is_preset(manifest.url):
-        raise UserError(f"{manifest.url} and {first.url} were written with different codecs: write one of them anew")
+        raise UserError(f"{manifest.url} and {first.url} were written with different codecs: write one of them again")
 
 
 def _fits_a_node(manifests: list[Manifest], config: Config) -> bool:
-    """Whether a node's cache on disk has room for all shards."""
+    """Whether the disk cache of a node has room for all shards."""
     stored = sum(manifest.header.totals.get("bytes", 0) for manifest in manifests)
     return bool(config.data.cache_dir) and stored <= config.data.cache_disk_gib * 2**30
 

@@ -54,7 +54,7 @@ class Span:
 
 
 class ChunkReader:
-    """Reads the files below ``folder``, described as in a manifest: {"name": {"bytes": 7120, "xxh3_128": ["9f…", …]}}."""
+    """Reads files below ``folder``, described as in a manifest: {"name": {"bytes": 7120, "xxh3_128": ["9f…", …]}}."""
 
     def __init__(self, store: Store, folder: str, files: dict[str, dict]) -> None:
         self._store, self._folder, self._files = store, folder, files

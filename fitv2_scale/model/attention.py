@@ -24,7 +24,7 @@ def _varlen(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, packing: Packing) -> Te
 
 
 def padded_sdpa(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, packing: Packing) -> Tensor:
-    """The same through SDPA over images padded to the longest: far less work than one (T, T) mask on a CPU."""
+    """The same by SDPA over images padded to the longest: on a CPU far less work than one (T, T) mask."""
     token_P, place_T, key_mask = packing.padded
     images, (heads, dim) = packing.cu_seqlens_I1.numel() - 1, q_THD.shape[1:]
 

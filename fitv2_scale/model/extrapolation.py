@@ -1,21 +1,21 @@
-"""RoPE for images larger than those of the training: each image's own frequencies, by its size, inside one pack.
+"""RoPE for images larger than the training images: each image in a pack has frequencies of its own, by its size.
 
 L is ``RopeConfig.train_side``, the side in tokens of a square image as large as the training's. Along an axis of n
-tokens the scale is s = max(1, n / L): one s for both axes, from the longer one, or each axis its own (``vision_``).
-With D = head_dim / 2 channels an axis and plain frequencies f_i = theta^(-2i/D), the modes (FiT, arXiv 2402.12376,
-Sec. 3.4), as FiTv2's code releases them, are
+tokens the scale is s = max(1, n / L): one s for both axes, from the longer one, or one per axis (``vision_``).
+With D = head_dim / 2 channels per axis and plain frequencies f_i = theta^(-2i/D), the modes (FiT, arXiv 2402.12376,
+Sec. 3.4), as in FiTv2's released code, are
 
     pi            f_i / s
-    ntk           (theta s^(D/(D-2)))^(-2i/D); the paper writes |D|, the code means one axis
-    yarn          f_i where L holds more than 32 turns, f_i / s where less than 1, a ramp over i between; q k gets
-                  (1 + ln(s) / 10)^2 with it, s from the longer axis in any case
+    ntk           (theta s^(D/(D-2)))^(-2i/D); the paper writes |D|, the code takes that of one axis
+    yarn          f_i where L holds more than 32 rotations, f_i / s where less than 1, a ramp over i between; q k is
+                  also multiplied by (1 + ln(s) / 10)^2, with s always from the longer axis
 
 and the attention scale multiplies q k by a power of the number of tokens N:
 
     paper         max(1, ln N / ln L^2)
     released      ln 2N / ln L^2 where 2N > L^2, else 1 (so 1.125 for 16 x 16 at L = 16)
 
-All of it is plain RoPE, bit for bit, for an image within L x L, the released attention scale apart.
+For an image within L x L all of these are plain RoPE, bit for bit, except for the released attention scale.
 """
 
 import math
@@ -28,17 +28,17 @@ from fitv2_scale.config.model import RopeConfig
 from fitv2_scale.model.packed_batch import Packing
 from fitv2_scale.model.rope import axis_frequencies, table
 
-_FASTEST, _SLOWEST = 32, 1  # YaRN's beta: turns over L above which, and below which, the ramp ends
+_FASTEST, _SLOWEST = 32, 1  # YaRN's beta: rotations over L above and below which the ramp ends
 
 
-# Of the released commands (README of whlzy/FiT), at L = 16: what the general rule below would not give.
+# Released commands (README of whlzy/FiT), at L = 16, that the general rule below would not give.
 _PUBLISHED = {(10, 20): RopeConfig(mode="vision_ntk")}
 
 
 def default_rope(trained: RopeConfig, rows: int, columns: int) -> RopeConfig:
-    """What the published evaluations take for an image of this size, with a model trained with ``trained``.
+    """The RoPE of the published evaluations for an image of this size, for a model trained with ``trained``.
 
-    A model trained with extrapolation keeps its own. Else: plain RoPE for at most L x L tokens, VisionNTK with the
+    A model trained with extrapolation keeps its own. Otherwise plain RoPE for at most L x L tokens, VisionNTK with the
     released attention scale for more; and VisionNTK alone for 160x320, as in the released command.
     """
     if trained.mode != "none":
@@ -55,7 +55,7 @@ def extrapolated_table(
 ) -> tuple[Tensor, Tensor]:
     """cos and sin, float32 (T, head_dim / 2), as ``rope_table`` gives them, attention scale included.
 
-    ``ropes`` is one for all images or one for each slot of the pack. The sizes are those that the positions show.
+    ``ropes`` is one for all images or one per slot of the pack. The sizes of images are taken from the positions.
     """
     images = packing.cu_seqlens_I1.numel() - 1
     size_I2 = _sizes(packing, images)
@@ -68,12 +68,12 @@ def extrapolated_table(
             frequency, factor = turns(rope, size_I2, head_dim, theta)
             frequency_I2F = torch.where((kind_I == number)[:, None, None], frequency, frequency_I2F)
             factor_I = torch.where(kind_I == number, factor, factor_I)
-    # On q and on k, hence the root.
+    # Applied to q and to k, hence the root.
     return table(packing.positions_T2, frequency_I2F[packing.image_T], factor_I.sqrt()[packing.image_T])
 
 
 def turns(rope: RopeConfig, size_I2: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Radians a token of each pair of channels, float64 (I, 2, head_dim / 4), and the factor of q k, float64 (I,)."""
+    """Radians per token of each pair of channels, float64 (I, 2, head_dim / 4), and the factor of q k, float64 (I,)."""
     size_I2 = size_I2.double()
     plain_F = axis_frequencies(head_dim, theta, size_I2.device)
     own_I2 = (size_I2 / rope.train_side).clamp(min=1)
@@ -95,7 +95,7 @@ def turns(rope: RopeConfig, size_I2: Tensor, head_dim: int, theta: float) -> tup
 
 
 def attention_factor(rope: RopeConfig, size_I2: Tensor) -> Tensor:
-    """What the attention scale multiplies q k by, float64 (I,)."""
+    """The factor by which the attention scale multiplies q k, float64 (I,)."""
     tokens_I, train = size_I2.double().prod(1), math.log(rope.train_side**2)
     if rope.attention_scale == "paper":
         return (tokens_I.log() / train).clamp(min=1)
@@ -108,7 +108,7 @@ def _ramp(axis_dim: int, theta: float, train_side: int) -> Tensor:
     """How far YaRN slows each frequency down, from 0 (not at all) to 1 (as PI): float64 (axis_dim / 2,)."""
 
     def index_of(rotations: int) -> float:
-        """The index, not whole, whose frequency turns so often over L."""
+        """The (fractional) index of the frequency that makes so many rotations over L."""
         return axis_dim * math.log(train_side / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = max(math.floor(index_of(_FASTEST)), 0), min(math.ceil(index_of(_SLOWEST)), axis_dim - 1)

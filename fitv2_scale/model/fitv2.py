@@ -1,8 +1,8 @@
 """The FiTv2 network (arXiv 2410.13925), exactly as released: module names are the public names of its weights.
 
-Letters in shapes: T tokens, I images, D hidden, H heads, C = 16 token channels. Conditioning is computed once an image
-and gathered to tokens. The network knows packed tokens and nothing of processes: linears come from a factory, so that
-tensor parallelism can replace them from outside.
+Letters in shapes: T tokens, I images, D hidden, H heads, C = 16 token channels. Conditioning is computed once per image
+and gathered to its tokens. The network takes packed tokens and knows no processes: linears come from a factory, so that
+tensor parallelism can replace them.
 """
 
 import math
@@ -27,7 +27,7 @@ LinearFactory = Callable[[int, int, Role], nn.Module]
 
 
 def plain_linear(in_features: int, out_features: int, role: Role) -> nn.Module:
-    """The factory at tensor = 1: ``role`` (how a tensor-parallel group would cut the weight) makes no difference."""
+    """The factory at tensor = 1. It ignores ``role``, which says how a tensor-parallel group splits the weight."""
     return nn.Linear(in_features, out_features)
 
 
@@ -50,7 +50,7 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbed(nn.Module):
-    """Sinusoid [cos, sin] of t in [0, 1], not scaled by 1000, then an MLP."""
+    """Sinusoids [cos, sin] of t in [0, 1], not scaled by 1000, then an MLP."""
 
     def __init__(self, config: ModelConfig, linear: LinearFactory):
         super().__init__()
@@ -83,7 +83,7 @@ class Attention(nn.Module):
         self.qkv = linear(config.hidden, 3 * config.hidden, "column")  # rows ordered (3, heads, head_dim)
         self.proj = linear(config.hidden, config.hidden, "row")
         if config.qk_norm == "l2_scale":
-            heads = self.qkv.weight.shape[0] // (3 * config.head_dim)  # those that the factory gives this rank
+            heads = self.qkv.weight.shape[0] // (3 * config.head_dim)  # of this rank, by what the factory made
             self.qk_scale = nn.Parameter(torch.empty(heads))
 
     def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], packing: Packing) -> Tensor:
@@ -91,7 +91,7 @@ class Attention(nn.Module):
         if self.qk_norm == "layernorm":
             q_THD, k_THD = layer_norm(q_THD), layer_norm(k_THD)
         elif self.qk_norm == "l2_scale":
-            # attention() divides by sqrt(head_dim); undone here, so that qk_scale alone is the logits' scale.
+            # attention() divides by sqrt(head_dim): undone here, so that qk_scale alone scales the logits.
             q_THD = F.normalize(q_THD, dim=-1) * (self.qk_scale * math.sqrt(self.head_dim))[:, None]
             k_THD = F.normalize(k_THD, dim=-1)
         out_THD = attention(rotate(q_THD, *rope), rotate(k_THD, *rope), v_THD, packing)
@@ -174,7 +174,7 @@ class FiTv2(nn.Module):
         """The velocity at noised tokens x_TC: (T, 16).
 
         ``t_I`` is the time of each image (0 noise, 1 data), ``label_I`` its class; ``config.classes`` means no class.
-        ``rope`` is a table to take instead of the config's own (see ``extrapolation``).
+        ``rope`` is a table to use instead of the config's own (see ``extrapolation``).
         """
         x_TD = self.x_embedder(x_TC)
         c_ID = self.t_embedder(t_I) + self.y_embedder(label_I)

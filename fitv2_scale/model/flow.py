@@ -1,8 +1,8 @@
 """Rectified flow: t = 0 is noise, t = 1 is data, x_t = t x1 + (1 - t) x0, and the network learns v = x1 - x0.
 
-Each random number is keyed by (seed, purpose, epoch, sample id): the pack and the rank an image is dealt to change
-nothing. The loss follows the released one: the mean over an image's valid tokens and channels, then over the images of
-the global batch, so that every image weighs the same however many tokens it has.
+Each random number is keyed by (seed, purpose, epoch, sample id), so it does not depend on the pack and the rank that an
+image is assigned to. The loss is the released one: the mean over an image's valid tokens and channels, then over the
+images of the global batch, so that every image has the same weight, however many tokens it has.
 """
 
 from collections.abc import Callable
@@ -16,12 +16,12 @@ from fitv2_scale.config.model import TOKEN_CHANNELS, FlowConfig
 from fitv2_scale.model.packed_batch import PackedBatch
 from fitv2_scale.model.rng import normal, uniform, words
 
-_BLOCKS = TOKEN_CHANNELS // 4  # blocks of four words a token's noise takes
+_BLOCKS = TOKEN_CHANNELS // 4  # blocks of four words that the noise of a token takes
 
 
 @dataclass(frozen=True)
 class FlowBatch:
-    """What the network sees for one pack, and what it should answer."""
+    """The network's input for one pack, and its target."""
 
     x_TC: Tensor  # float32 (T, 16), noised tokens
     target_TC: Tensor  # float32 (T, 16), x1 - x0
@@ -41,7 +41,7 @@ def _first_uniform(seed: int, purpose: Purpose, epoch_I: Tensor, id_I: Tensor) -
 
 
 def noise_words(purpose: Purpose, seed: int, epoch_T: Tensor | int, id_T: Tensor, place_T: Tensor) -> Tensor:
-    """The integers behind x0: int64 (T, 16). Value ``16 * place + channel`` of the image's stream is one channel."""
+    """The integers from which x0 is made: int64 (T, 16), value ``16 * place + channel`` of each image's stream."""
     block_TB = place_T[:, None] * _BLOCKS + torch.arange(_BLOCKS, device=place_T.device)
     epoch_T1 = epoch_T[:, None] if isinstance(epoch_T, Tensor) else epoch_T
     return words(seed, purpose, epoch_T1, id_T[:, None], block_TB).flatten(1)
@@ -75,7 +75,7 @@ def image_losses(velocity_TC: Tensor, target_TC: Tensor, batch: PackedBatch) -> 
 
 @dataclass(frozen=True)
 class FlowLosses:
-    """The loss of each image of a pack, with its gradient, and the time it was taken at; both float32 (I,)."""
+    """The loss of each image of a pack, with its gradient, and the time t of each image; both float32 (I,)."""
 
     loss_I: Tensor
     t_I: Tensor

@@ -1,4 +1,4 @@
-"""What is computed once an image, handed to the image's tokens."""
+"""Gathers what is computed once per image to the image's tokens."""
 
 from typing import Any
 
@@ -23,8 +23,8 @@ class _ToTokens(torch.autograd.Function):
 def to_tokens(x_IK: Tensor, image_T: Tensor) -> Tensor:
     """Row ``image_T[t]`` of ``x_IK`` for each token t: (T, K).
 
-    The gradient is a product with a matrix of zeros and ones. index_select's own adds token by token into few rows: on
-    CUDA with atomic additions, in bf16 with a rounding at each, and in an order that differs from run to run. A product
-    adds in float32, in one order, and costs 2 I FLOPs an element, well under a hundredth of a block.
+    The gradient is a product with a matrix of zeros and ones. That of index_select adds token by token into few rows:
+    on CUDA with atomic additions, in bf16 with rounding at each, and in an order that differs from run to run. A
+    product adds in float32, in a fixed order, and costs 2 I FLOPs per element, well under a hundredth of a block.
     """
     return _ToTokens.apply(x_IK, image_T)

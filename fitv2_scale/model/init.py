@@ -1,6 +1,7 @@
 """Initial weights: the released distributions, each value keyed by (seed, tensor name, element).
 
-So a value does not depend on who draws it: any rank can fill any box of any tensor, and every layout starts equal.
+So a value does not depend on the rank that draws it: any rank can fill any box of any tensor, and all layouts start
+equal.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from fitv2_scale.model.rng import normal, uniform, words
 
 _CHUNK = 1 << 20  # elements drawn at once: bounds the int64 temporaries
 _EMBEDDING_STD = 0.02
-_ZERO = (  # what writes to the residual stream's gates or to the output, so that the first output is exactly 0
+_ZERO = (  # write to the residual stream's gates or to the output, so that the first output is exactly 0
     "adaLN_modulation.1.weight",  # as the full head, the global head and the final layer's; lora's up factor is .2
     "adaLN_modulation.2.weight",
     "final_layer.linear.weight",
@@ -44,7 +45,7 @@ def fill_initial(
 
 
 def tensor_id(name: str) -> int:
-    """The id under which a tensor's values are drawn: 63 bits of BLAKE2b of its logical name."""
+    """The id that keys a tensor's values: 63 bits of BLAKE2b of its logical name."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 1
 
 

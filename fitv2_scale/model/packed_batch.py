@@ -1,8 +1,8 @@
 """A packed batch: the tokens of many images end to end, at a static shape.
 
-T tokens, I image slots. Real images come first; the tokens left over are dealt to the next slots as padding images of
-weight zero, none longer than ``max_seqlen``, and slots beyond hold no tokens. So every token belongs to an image, no
-attention row is empty, and the shape of a batch says nothing about its content.
+T tokens, I image slots. Real images come first; the remaining tokens are padding images of weight zero in the next
+slots, none longer than ``max_seqlen``; the slots after them hold no tokens. So every token belongs to an image, no
+attention row is empty, and the shape of a batch does not depend on its content.
 """
 
 from dataclasses import dataclass, fields
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """``tensor`` on ``device``. The host does not wait for the copy: to CUDA it is made from pinned memory."""
+    """``tensor`` on ``device``. The host does not wait for the copy, which to CUDA is from pinned memory."""
     if device.type == "cuda" and not tensor.is_cuda:
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
@@ -21,7 +21,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the images lie among the tokens."""
+    """Which tokens belong to which image."""
 
     cu_seqlens_I1: Tensor  # int32 (I + 1,), cumulative lengths, last = T
     image_T: Tensor  # int64 (T,), the slot of each token
@@ -31,7 +31,7 @@ class Packing:
 
     @cached_property
     def padded(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Indices for attention over images padded to (I, L = max_seqlen), where there is no varlen kernel.
+        """Indices for attention over images padded to (I, L = max_seqlen), for devices without a varlen kernel.
 
         Returns (token of each padded place (I*L,), padded place of each token (T,), key mask (I, 1, 1, L)).
         """

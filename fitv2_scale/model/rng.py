@@ -1,4 +1,4 @@
-"""The torch backend of keyed randomness: the same integers as ``data_sharding.rng``, on CPU and CUDA alike.
+"""The torch backend of keyed random numbers: the same integers as ``data_sharding.rng``, on CPU and CUDA.
 
 Torch has no 64-bit unsigned product, so the words live in int64: a product of two 32-bit words wraps modulo 2**64, and
 masking after an arithmetic shift recovers its high word exactly.
@@ -38,8 +38,8 @@ def uniform(words_: Tensor) -> Tensor:
 def normal(words_: Tensor) -> Tensor:
     """Words (..., even) to standard normals of the same shape, float64, by Box and Muller on neighbouring pairs.
 
-    In float64, because vectorised float32 logarithms may differ in the last bit with the place in the tensor, and
-    the place depends on the layout; rounded to float32 later, such differences vanish.
+    In float64, because vectorised float32 logarithms may differ in the last bit with the position in the tensor, which
+    depends on the layout; rounding to float32 later removes such differences.
     """
     u = uniform(words_)
     radius, angle = torch.sqrt(-2.0 * torch.log(u[..., 0::2])), (2.0 * math.pi) * u[..., 1::2]

@@ -1,4 +1,4 @@
-"""2-D rotary position embedding as released: half of head_dim turns with the row, then half with the column."""
+"""2-D rotary position embedding as released: one half of head_dim rotates with the row, the other with the column."""
 
 import torch
 from torch import Tensor
@@ -13,14 +13,14 @@ def rope_table(positions_T2: Tensor, head_dim: int, theta: float) -> tuple[Tenso
 
 
 def axis_frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
-    """theta ** (-2i / (head_dim / 2)) for i < head_dim / 4, float64: radians a token, along either axis."""
+    """theta ** (-2i / (head_dim / 2)) for i < head_dim / 4, float64: radians per token, along either axis."""
     axis_dim = head_dim // 2
     exponent_F = torch.arange(0, axis_dim, 2, device=device, dtype=torch.float64) / axis_dim
     return theta**-exponent_F
 
 
 def table(positions_T2: Tensor, frequency_F: Tensor, factor_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """cos and sin, float32, times ``factor_T`` if given; ``frequency_F`` is (F,), or each token's own, (T, 2, F)."""
+    """cos and sin, float32, times ``factor_T`` if given; ``frequency_F`` is (F,), or (T, 2, F) for each token's own."""
     angle_TF = (positions_T2[:, :, None] * frequency_F).flatten(1).float()
     cos_TF, sin_TF = angle_TF.cos(), angle_TF.sin()
     if factor_T is None:
@@ -30,7 +30,7 @@ def table(positions_T2: Tensor, frequency_F: Tensor, factor_T: Tensor | None = N
 
 
 def rotate(x_THD: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
-    """Turns each pair of channels of q or k by its token's angle, in float32; the result has x's dtype."""
+    """Rotates each pair of channels of q or k by its token's angle, in float32; the result has x's dtype."""
     even, odd = x_THD.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos_TF[:, None], sin_TF[:, None]
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).type_as(x_THD)

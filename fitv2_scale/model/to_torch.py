@@ -1,4 +1,4 @@
-"""NumPy packs as the network's tensors."""
+"""Packs of NumPy arrays to the network's tensors."""
 
 import torch
 
@@ -18,9 +18,9 @@ def packing_to_torch(layout: PackLayout) -> Packing:
 
 
 def pack_to_torch(pack: Pack, device: torch.device) -> PackedBatch:
-    """The pack on ``device``, on its way when this returns."""
+    """The pack on ``device``; the copies may still be running when this returns."""
     batch = PackedBatch(
-        latents_TC=to_device(torch.from_numpy(pack.latents), device).float(),  # half the bytes on their way
+        latents_TC=to_device(torch.from_numpy(pack.latents), device).float(),  # half the bytes to copy
         packing=packing_to_torch(pack.layout),
         label_I=torch.from_numpy(pack.label),
         weight_I=torch.from_numpy(pack.weight),

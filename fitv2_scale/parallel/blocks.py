@@ -1,7 +1,7 @@
-"""Activation checkpointing and compilation, block by block: what both engines do before they shard a network.
+"""Activation checkpointing and compilation of each block, before an engine shards the network.
 
-A block's own forward is replaced; its module, and so every public name, stays as it is, and an engine's hooks (which
-gather the block's weights) stay outside of what is compiled or computed again.
+Only a block's forward is replaced: its module, and so every public name, stays the same, and the engine's hooks (which
+gather the block's weights) stay outside of what is compiled or recomputed.
 """
 
 from collections.abc import Callable
@@ -18,8 +18,8 @@ from fitv2_scale.config.layout import Checkpointing
 def prepare_blocks(network: nn.Module, checkpointing: Checkpointing, compile_blocks: bool) -> None:
     """Replaces the forward of each of ``network.blocks``. To be called once, before the network is sharded.
 
-    ``none`` keeps what autograd asks for; ``full`` keeps a block's inputs and computes the block again in backward;
-    ``selective`` keeps the results of ``saved_ops`` too, and computes only what lies between them again.
+    ``none`` keeps what autograd needs; ``full`` keeps a block's inputs and recomputes the block in the backward pass;
+    ``selective`` also keeps the results of ``saved_ops``, and recomputes only what lies between them.
     """
     for block in network.blocks:
         forward = block.forward
@@ -31,15 +31,15 @@ def prepare_blocks(network: nn.Module, checkpointing: Checkpointing, compile_blo
 
 
 def saved_ops() -> list[Any]:
-    """The operators whose results ``selective`` keeps: those that cost more FLOPs for a byte of their result than a GPU
-    does in the time it moves a byte (about 200 on an H200).
+    """The operators whose results ``selective`` keeps: those that cost more FLOPs per byte of their result than a GPU
+    computes in the time in which it moves a byte (about 200 on an H200).
 
-    A linear from d channels costs d FLOPs for each byte of its bf16 result (576 or more in FiTv2-3B/2), fused attention
+    A linear from d channels costs d FLOPs per byte of its bf16 result (576 or more in FiTv2-3B/2), fused attention
     twice the image's length (512 at 256 tokens). AdaLN, norms, RoPE, SiLU and gates cost a few. So does attention that
-    writes its scores out, head_dim FLOPs a byte: its products are not here.
+    writes out its scores, head_dim FLOPs per byte: its products are not kept.
 
-    Sums over a tensor-parallel group belong to the products: they are made in place, in the kept memory, and would be
-    made twice.
+    Sums over a tensor-parallel group belong to the products: they are computed in place, in the kept memory, and
+    recomputation would add them twice.
     """
     aten, sums = torch.ops.aten, torch.ops.c10d.allreduce_.default
     names = (

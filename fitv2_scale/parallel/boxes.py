@@ -1,9 +1,9 @@
-"""How an engine says which parts of which logical tensors it holds.
+"""Which parts of which logical tensors a rank holds.
 
 A box is a rectangle of a logical tensor: its offset in global coordinates and a live view of the local memory. Any
-sharding is a list of boxes; a checkpoint is written and read in nothing else.
+sharding is a list of boxes; checkpoints are written and read as boxes only.
 
-There are two steps from a logical tensor to what a rank holds. Tensor parallelism gives a rank *pieces* of it, laid out
+There are two steps from a logical tensor to what a rank holds. Tensor parallelism gives a rank *pieces* of it, placed
 in a local tensor; the engine then keeps a part of that local tensor: some of its rows, or a range of its elements.
 """
 
@@ -18,12 +18,12 @@ from fitv2_scale.parallel.tensor_pieces import Piece
 @dataclass(frozen=True)
 class Box:
     offset: tuple[int, ...]
-    tensor: Tensor  # a view, perhaps a strided one: reading a checkpoint writes into it
+    tensor: Tensor  # a view, perhaps strided: reading a checkpoint writes into it
 
 
 @dataclass(frozen=True)
 class LogicalTensor:
-    """One tensor of the run in its public shape, and this rank's boxes of it (none where it holds nothing)."""
+    """One tensor of the run in its public shape, and this rank's boxes of it (perhaps none)."""
 
     shape: tuple[int, ...]
     boxes: list[Box]
@@ -49,7 +49,7 @@ def flat_boxes(
 
 
 def _boxes(pieces: Sequence[Piece], start: tuple[int, ...], view: Tensor) -> Iterator[Box]:
-    """What the rectangle ``view``, at ``start`` in the local tensor, holds of each piece."""
+    """The part of each piece that lies in the rectangle ``view``, at ``start`` in the local tensor."""
     for piece in pieces:
         low = [max(s, p) for s, p in zip(start, piece.local, strict=True)]
         high = [min(s + n, p + m) for s, n, p, m in zip(start, view.shape, piece.local, piece.shape, strict=True)]
@@ -59,8 +59,8 @@ def _boxes(pieces: Sequence[Piece], start: tuple[int, ...], view: Tensor) -> Ite
 
 
 def _rectangles(local_shape: Sequence[int], flat: Tensor, start: int) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    """(offset, view) of the rectangles of a local vector or matrix that a range of its elements consists of: the end of
-    a row, whole rows, the beginning of a row."""
+    """(offset, view) of the rectangles that make up a range of the elements of a local vector or matrix: the end of a
+    row, whole rows, the beginning of a row."""
     if len(local_shape) == 1:
         yield (start,), flat[: max(0, local_shape[0] - start)]
         return

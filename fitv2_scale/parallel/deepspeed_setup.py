@@ -1,8 +1,8 @@
-"""DeepSpeed's ZeRO stage 3, fitted to a network that exists on the meta device only and to groups that exist already.
+"""Sets up DeepSpeed's ZeRO stage 3 for a network on the meta device and for process groups that exist already.
 
-This file alone knows DeepSpeed's ways of being set up. Importing it imports DeepSpeed, so only the engine does.
-Stage 3 keeps of each tensor a flat range on each data-parallel rank, gathers a module's tensors when its forward or
-backward begins, and drops them when it ends.
+All of DeepSpeed's setup is in this file. Importing it imports DeepSpeed, so only the engine imports it. Stage 3 keeps a
+flat range of each tensor on each data-parallel rank, gathers a module's tensors when its forward or backward begins,
+and frees them when it ends.
 """
 
 import logging
@@ -27,7 +27,7 @@ from fitv2_scale.parallel.mesh import Groups
 
 @contextmanager
 def _added(mapping: MutableMapping, **items: Any) -> Generator[None]:
-    """Adds what is not there, for the time of the block."""
+    """Adds the items whose keys are missing, and removes them afterwards."""
     added = {key: value for key, value in items.items() if key not in mapping}
     mapping.update(added)
     try:
@@ -40,7 +40,7 @@ def _added(mapping: MutableMapping, **items: Any) -> Generator[None]:
 _ACCELERATOR = "cuda" if torch.cuda.is_available() else "cpu"
 
 try:
-    # Its autotuner would import MLflow if it could, which takes seconds, starts a thread and may report home.
+    # Its autotuner would import MLflow, which takes seconds, starts a thread and may send usage data.
     with _added(os.environ, DS_ACCELERATOR=_ACCELERATOR), _added(sys.modules, mlflow=None), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of optional packages that are not installed
         import deepspeed
@@ -53,7 +53,7 @@ except ModuleNotFoundError as error:
         raise
     raise UserError("layout.engine=zero3 needs DeepSpeed: pip install -e '.[zero3]'") from None
 
-# DeepSpeed writes to stdout, which belongs to the commands; its warnings go where the run's do.
+# DeepSpeed logs to stdout, where only commands write; its warnings go to the run's log.
 _log = logging.getLogger("DeepSpeed")
 _log.handlers.clear()
 _log.propagate = True
@@ -62,19 +62,19 @@ _SUB_GROUP = 100_000_000  # elements of a rank updated at once: bounds the copy 
 
 
 class GatheredLinear(nn.Linear):
-    """nn.Linear that lets go of its weight between forward and backward.
+    """nn.Linear that releases its weight between forward and backward.
 
     torch's own keeps a view of the gathered weight for backward, and so, layer by layer, the whole model.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # compiled, a block keeps its weights themselves, which DeepSpeed empties
+        if torch.compiler.is_compiling():  # a compiled block keeps the weights themselves, which DeepSpeed empties
             return super().forward(x)
         return zero3_linear_wrap(x, self.weight, self.bias)
 
 
 class _Mpu:
-    """The process groups, as DeepSpeed asks for them."""
+    """The process groups in the interface that DeepSpeed expects (model parallel unit)."""
 
     def __init__(self, groups: Groups):
         self._groups = groups
@@ -104,7 +104,7 @@ class _Mpu:
 
 @contextmanager
 def _no_compiler() -> Generator[None]:
-    """Keeps DeepSpeed from compiling its CPU collectives (a minute of C++ at the first use); gloo's will do."""
+    """Keeps DeepSpeed from compiling its own CPU collectives (a minute of C++ at first use); gloo's are enough."""
     name = "deepspeed_shm_comm"
     before = buildable[name]
     buildable[name] = False
@@ -117,18 +117,18 @@ def _no_compiler() -> Generator[None]:
 def partition(
     network: FiTv2, config: OptimizerConfig, groups: Groups, precision: Precision
 ) -> tuple[deepspeed.DeepSpeedEngine, DeepSpeedZeroOptimizer_Stage3]:
-    """Takes ``network`` from the meta device to stage 3, one tensor at a time; all values are zero.
+    """Shards ``network``, which is on the meta device, one tensor at a time; all values are zero.
 
     Returns DeepSpeed's engine, which computes the network and averages gradients over the data-parallel ranks, and its
-    optimizer, whose float32 masters and AdamW state are there from the start.
+    optimizer, whose float32 masters and AdamW state exist from the start.
     """
     settings, mpu = _settings(network, precision), _Mpu(groups)
     for block in network.blocks:
-        set_z3_leaf_module(block, True)  # gathered and reduced as a whole: DeepSpeed leaves what is inside alone
+        set_z3_leaf_module(block, True)  # gathered and reduced as a whole
         block.register_forward_pre_hook(_reached_by_gradients)
-    os.environ.setdefault("LOCAL_RANK", "0")  # which a plain start lacks and DeepSpeed reads in every forward pass
+    os.environ.setdefault("LOCAL_RANK", "0")  # unset without a launcher, and DeepSpeed reads it in every forward pass
     with _no_compiler():
-        deepspeed.init_distributed(verbose=False)  # finds the process group that is there
+        deepspeed.init_distributed(verbose=False)  # takes the process group that exists
         init = deepspeed.zero.Init(data_parallel_group=groups.data, config_dict_or_path=settings, mpu=mpu)
         _partition_one_by_one(network, init, groups.device_type)
         adamw = torch.optim.AdamW(
@@ -140,7 +140,7 @@ def partition(
             fused=True,
         )
         engine, optimizer, _, _ = deepspeed.initialize(model=network, optimizer=adamw, config=settings, mpu=mpu)
-    # AdamW would make its state in the first step; a checkpoint may have to fill it before.
+    # AdamW would create its state in the first step; a checkpoint may fill it before.
     for master in optimizer.fp32_partitioned_groups_flat:
         adamw.state[master] = {
             "step": torch.zeros((), dtype=torch.float32, device=master.device),
@@ -151,7 +151,8 @@ def partition(
 
 
 def _reached_by_gradients(block: nn.Module, inputs: tuple) -> tuple:
-    """DeepSpeed takes a block's gradients when those of its inputs are there, and too early if none wants any."""
+    """Makes a block's input require a gradient: DeepSpeed reduces the block's gradients when those of its inputs exist,
+    and too early if no input requires one."""
     x, *others = inputs
     if torch.is_grad_enabled() and not any(isinstance(i, Tensor) and i.requires_grad for i in inputs):
         x = x.detach().requires_grad_()
@@ -162,7 +163,7 @@ def _settings(network: nn.Module, precision: Precision) -> dict:
     """DeepSpeed's configuration."""
     vectors = max(p.numel() for p in network.parameters() if p.dim() == 1)
     return {
-        "train_micro_batch_size_per_gpu": 1,  # asked for; the engine counts packs, not this
+        "train_micro_batch_size_per_gpu": 1,  # required, but not used: the engine counts packs
         "steps_per_print": None,
         "bf16": {"enabled": precision == "bf16"},
         "communication_data_type": "fp32",
@@ -172,9 +173,9 @@ def _settings(network: nn.Module, precision: Precision) -> dict:
             "reduce_bucket_size": ZERO3_BUCKET,
             "sub_group_size": _SUB_GROUP,
             "stage3_prefetch_bucket_size": ZERO3_BUCKET,
-            "stage3_max_reuse_distance": 0,  # by default a whole model of less than 1e9 stays gathered until backward
-            "stage3_param_persistence_threshold": vectors,  # biases stay gathered: too small to send again and again
-            "memory_efficient_linear": False,  # would replace torch's own linear for the whole process
+            "stage3_max_reuse_distance": 0,  # by default a model below 1e9 elements stays gathered until backward
+            "stage3_param_persistence_threshold": vectors,  # biases stay gathered: they are too small to send each time
+            "memory_efficient_linear": False,  # would replace torch.nn.functional.linear in the whole process
         },
     }
 

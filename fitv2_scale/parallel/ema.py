@@ -1,4 +1,4 @@
-"""The network for a while with its EMA in place of its weights."""
+"""Exchanges the weights and the EMA, and back, so that the network computes with the EMA for a while."""
 
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager

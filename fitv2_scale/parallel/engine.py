@@ -1,4 +1,4 @@
-"""What the training loop asks of an engine. Everything about processes, shards and precision hides behind this."""
+"""The interface of engines. Processes, shards and precision are theirs; the training loop knows only this."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -12,14 +12,14 @@ from fitv2_scale.parallel.boxes import LogicalTensor
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did: tensors on the device, the same on all ranks. Reading them waits for the step."""
+    """The result of a step: tensors on the device, the same on all ranks. Reading them waits for the step."""
 
     norm: Tensor  # 0-dim float32, of the whole gradient, before clipping
-    skipped: Tensor  # 0-dim float32, 1: the gradient was not finite, weights, moments and EMA stay as they were; else 0
+    skipped: Tensor  # 0-dim float32; 1: the gradient was not finite, weights, moments and EMA did not change; else 0
 
 
 class Engine(Protocol):
-    network: Callable[..., Tensor]  # FiTv2.forward, in the engine's precision; every rank must call it equally often
+    network: Callable[..., Tensor]  # FiTv2.forward in the engine's precision; all ranks must call it equally often
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Adds a pack's gradient; at ``last`` the sum over packs is reduced (summed) over the data-parallel ranks."""
@@ -33,13 +33,13 @@ class Engine(Protocol):
     def boxes(self) -> dict[str, LogicalTensor]:
         """All state by logical name: param/NAME, ema/NAME, and exp_avg/NAME, exp_avg_sq/NAME of trained tensors.
 
-        From the first step on they stay where they are: the boxes of an earlier call are as good.
+        From the first step on they stay in the same memory: the boxes of an earlier call remain valid.
         """
 
     def scalars(self) -> dict[str, float]:
-        """State that is no tensor, the same on all ranks."""
+        """State other than tensors, the same on all ranks."""
 
     def load_scalars(self, scalars: dict[str, float]) -> None: ...
 
     def loaded(self) -> None:
-        """To be called after the boxes were written into: what the engine derives from them is made anew."""
+        """To be called after the boxes were written into: updates what the engine derives from them."""

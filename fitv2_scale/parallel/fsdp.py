@@ -1,7 +1,7 @@
-"""The ``fsdp`` engine: PyTorch FSDP2, HSDP where the mesh has a replicate axis, over tensor groups of any size.
+"""The ``fsdp`` engine: PyTorch FSDP2, HSDP if the mesh has a replicate axis, over tensor groups of any size.
 
-fp32 master weights, gradients reduced in fp32 once a step, fp32 EMA in the same shards. Tensors are made on the meta
-device and filled box by box, so no rank ever holds the whole model.
+fp32 master weights, gradients reduced in fp32 once per step, fp32 EMA in the same shards. Tensors are created on the
+meta device and filled box by box, so no rank ever holds the whole model.
 """
 
 from contextlib import AbstractContextManager
@@ -20,8 +20,8 @@ from fitv2_scale.parallel.ema import exchanged
 from fitv2_scale.parallel.engine import StepResult
 from fitv2_scale.parallel.engine_spec import EngineSpec
 from fitv2_scale.parallel.mesh import Groups
-from fitv2_scale.parallel.optimizer import AdamW, global_norm, judge, update_ema
-from fitv2_scale.parallel.tensor import same_on_group, tensor_linear
+from fitv2_scale.parallel.optimizer import AdamW, global_norm, step_result, update_ema
+from fitv2_scale.parallel.tensor import broadcast_in_group, tensor_linear
 from fitv2_scale.parallel.tensor_pieces import is_replicated, local_pieces
 
 
@@ -35,7 +35,7 @@ class FSDPEngine:
         self._shapes = logical_shapes(spec.model)
         with torch.no_grad():
             for name, param in self._params.items():
-                param.to_local().zero_()  # units that pad a tensor-parallel SwiGLU are in no box
+                param.to_local().zero_()  # the padding of a tensor-parallel SwiGLU is in no box
                 spec.fill(name, self._boxes(name, param.to_local()).boxes)
             self._ema = {name: p.to_local().clone() for name, p in self._params.items()}
         self._trained = {name: p for name, p in self._params.items() if p.requires_grad}
@@ -48,14 +48,14 @@ class FSDPEngine:
         self.network.set_requires_gradient_sync(last)
         loss.backward()
         if last:
-            same_on_group([p.grad.to_local() for p in self._replicated], self._groups.tensor)
+            broadcast_in_group([p.grad.to_local() for p in self._replicated], self._groups.tensor)
 
     @torch.no_grad()
     def step(self, lr: float, max_norm: float) -> StepResult:
         weights = [p.to_local() for p in self._trained.values()]
         grads = [p.grad.to_local() for p in self._trained.values()]
         split, replicated = ([p.grad.to_local() for p in part] for part in (self._split, self._replicated))
-        result = judge(global_norm(split, replicated, self._groups.shard, self._groups.tensor.group))
+        result = step_result(global_norm(split, replicated, self._groups.shard, self._groups.tensor.group))
         self._adamw.step(weights, grads, result, lr, max_norm)
         update_ema([self._ema[name] for name in self._trained], weights, self._ema_decay, result.skipped)
         for param in self._trained.values():
@@ -91,12 +91,12 @@ class FSDPEngine:
     def loaded(self) -> None:
         for module in self.network.modules():
             if isinstance(module, FSDPModule):
-                module.reshard()  # the root stays gathered after a forward pass; it must gather the new values
+                module.reshard()  # the root stays gathered after a forward pass: it must gather the new values
 
 
 def _shard(network: FiTv2, groups: Groups, precision: Precision) -> None:
-    """Shards each block, then the rest. The loss is already divided by the global batch, so gradients are summed."""
-    policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # the network casts where it must, times stay float32
+    """Shards each block, then the rest. Gradients are summed, not averaged: the loss is divided by the global batch."""
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # the network casts where it needs to; times stay float32
     if precision == "bf16":
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for module in (*network.blocks, network):

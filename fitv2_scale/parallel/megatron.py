@@ -1,7 +1,7 @@
-"""megatron-core's linears as the network's factory makes them. Imported only where tensor > 1.
+"""The network's linears by megatron-core. Imported only if tensor > 1.
 
-They are used as layers alone: nothing of megatron-core's global state is set up, the group is handed in, weights are
-made on the device that is current (meta) and filled by us.
+Only its layers are used: megatron-core's global state is not set up, the process group is passed in, and weights are
+created on the current device (meta) and filled by the engine.
 """
 
 import warnings
@@ -11,25 +11,25 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # it warns of each optional accelerator that is not installed
+    warnings.simplefilter("ignore")  # about optional accelerators that are not installed
     from megatron.core.model_parallel_config import ModelParallelConfig
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
     from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 
 from fitv2_scale.model.fitv2 import LinearFactory, Role
 
-# Its advice, CUDA_DEVICE_MAX_CONNECTIONS=1, would queue FSDP's collectives and the computation behind each other.
+# Mutes its advice to set CUDA_DEVICE_MAX_CONNECTIONS=1, which would serialise FSDP's collectives and computation.
 linear_with_grad_accumulation_and_async_allreduce.warned = True
 
 
 class _Column(ColumnParallelLinear):
-    # The compiler cannot trace the collective in its backward pass; breaking here keeps the rest of a block compiled.
+    # The compiler cannot trace the collective in its backward pass; a graph break here keeps the rest compiled.
     @torch.compiler.disable
     def forward(self, x_TD: Tensor) -> Tensor:
         return super().forward(x_TD)[0]
 
     def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None, **options) -> Tensor:
-        """megatron-core gives the bias of a frozen weight no gradient, even if it is trained: so it is added here."""
+        """Adds the bias here if the weight is frozen: megatron-core gives it no gradient, even if it is trained."""
         if weight.requires_grad or bias is None:
             return super()._forward_impl(input=input, weight=weight, bias=bias, **options)
         return super()._forward_impl(input=input, weight=weight, bias=None, **options) + bias
@@ -42,8 +42,8 @@ class _Row(RowParallelLinear):
 
 
 def megatron_linear(group: dist.ProcessGroup, size: int) -> LinearFactory:
-    """A factory of linears cut over ``group``; the cut dim is rounded up to a multiple of its ``size``."""
-    # "cpu initialization" only means: on the current device, not on a CUDA device.
+    """A factory of linears split over ``group``; the split dim is rounded up to a multiple of its ``size``."""
+    # "CPU initialization" means: on the current device, not on a CUDA device.
     config = ModelParallelConfig(
         tensor_model_parallel_size=size, use_cpu_initialization=True, perform_initialization=False
     )

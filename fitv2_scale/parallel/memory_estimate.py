@@ -1,7 +1,7 @@
-"""What a run takes in memory on each rank, by layout: computed without processes and without weights.
+"""The memory that each rank needs, by layout: computed without processes and without weights.
 
-The state is exact, byte by byte. The peak on a GPU is an estimate: the state, what a pack's forward pass leaves for its
-backward pass, and what a block needs for a moment.
+The size of the state is exact. The peak on a GPU is an estimate: the state, the activations that a pack's forward pass
+saves for its backward pass, and the temporaries of one block.
 """
 
 import math
@@ -21,13 +21,13 @@ _BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}  # of a number that the ne
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes of one rank's state. What is held always, and what a step adds to it for a time."""
+    """Bytes of one rank's state: what it always holds, and what a step adds temporarily."""
 
-    weights: int  # the engine's padding included
+    weights: int  # including the engine's padding
     moments: int  # AdamW's two, and its counts of steps
     ema: int
-    gradients: int  # from the last backward pass of a step to its end; zero3 holds on to them
-    accumulated: int  # whole gradients, between the packs of a step; a step of one pack holds none
+    gradients: int  # from the last backward pass of a step to its end; zero3 keeps them
+    accumulated: int  # unsharded gradients, between the packs of a step; none if a step is one pack
 
     @property
     def held(self) -> int:
@@ -37,16 +37,16 @@ class StateBytes:
 def state_bytes(
     engine: str, model: ModelConfig, layout: Layout, trainable: list[str], precision: Precision, rank: int
 ) -> StateBytes:
-    """What ``rank`` holds with ``engine``. Raises UserError if ``trainable`` names no tensor."""
+    """The state of ``rank`` with ``engine``. Raises UserError if ``trainable`` matches no tensor."""
     if engine == "fsdp":
         return _fsdp(model, layout, trainable, rank)
     return _zero3(model, layout, trainable, precision)
 
 
 def _fsdp(model: ModelConfig, layout: Layout, trainable: list[str], rank: int) -> StateBytes:
-    """FSDP2 shares out the rows of each tensor, and pads every rank's share to as many as the first ones have.
+    """FSDP2 shards the rows of each tensor, and pads every rank's shard to the size of the largest.
 
-    Gradients come in one padded buffer a block; what belongs to this project (moments, EMA) is not padded.
+    Gradients are in one padded buffer per block; moments and EMA, which are this project's own, are not padded.
     """
     shard = layout.data_rank(rank) % layout.shard
     whole, padded, own = {}, {}, {}
@@ -67,11 +67,11 @@ def _fsdp(model: ModelConfig, layout: Layout, trainable: list[str], rank: int) -
 
 
 def _zero3(model: ModelConfig, layout: Layout, trainable: list[str], precision: Precision) -> StateBytes:
-    """DeepSpeed shares out the elements of each tensor, padded to as many on every rank. All ranks hold the same.
+    """DeepSpeed shards the elements of each tensor, padded to the same number on every rank: all ranks hold the same.
 
-    It computes with a copy in ``precision``, its buffer of gradients and its bucket of the reduction stay for good, and
-    so do tensors no larger than the largest vector, gathered. (AdamW counts steps once for each 100 M numbers of a
-    rank; four bytes stand here for all counts.)
+    It computes with a copy in ``precision``. Its gradient buffer and its reduction bucket are permanent, and tensors no
+    larger than the largest vector stay gathered. (AdamW counts steps once per 100 M elements of a rank; four bytes
+    stand here for all counts.)
     """
     ranks, shapes = layout.data_parallel, _local_shapes(model, layout)
     part = {name: -(-math.prod(shape) // ranks) for name, shape in shapes.items()}
@@ -95,7 +95,7 @@ def _total(names: Collection[str], numel: dict[str, int]) -> int:
 
 
 def _local_shapes(model: ModelConfig, layout: Layout) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor on every rank of a tensor group: that of the first one, which is never short."""
+    """The shape of each tensor on the ranks of a tensor group: that of the first rank, which has the largest part."""
     first = TensorGroup(0, layout.tensor)
     shapes = {}
     for name, shape in logical_shapes(model).items():
@@ -106,7 +106,7 @@ def _local_shapes(model: ModelConfig, layout: Layout) -> dict[str, tuple[int, ..
 
 @dataclass(frozen=True)
 class Compute:
-    """How a rank computes: what the memory of a pack depends on."""
+    """How a rank computes: the settings that the memory of a pack depends on."""
 
     checkpointing: Checkpointing
     compiled: bool
@@ -116,13 +116,13 @@ class Compute:
 
 
 def saved_bytes(model: ModelConfig, layout: Layout, compute: Compute) -> int:
-    """What the forward pass of a pack leaves for the backward pass in all blocks, attention by the varlen kernel.
+    """Bytes that the forward pass of a pack saves for the backward pass in all blocks, with the varlen kernel.
 
-    In numbers a token, D wide, M the MLP's width, D' and M' a tensor rank's parts of them:
+    In elements per token, with width D, MLP width M, and D' and M' a tensor rank's parts of them:
     ``full`` keeps the block's input, D; ``selective`` also the products: qkv 3 D', attention D', its projection D, gate
-    and value 2 M', the MLP's result D. ``none`` keeps also what products read: two modulated inputs 2 D, turned q and k
-    2 D', the SwiGLU's M'. That is what the compiler's partitioner keeps; uncompiled, modulation 6 D, the parts of both
-    modulated norms 4 D, the second residual D and SiLU M' come on top.
+    and value 2 M', the MLP's result D. ``none`` also keeps the inputs of the products: two modulated inputs 2 D,
+    rotated q and k 2 D', the SwiGLU's M'. That is what the compiler's partitioner keeps; without compilation,
+    modulation 6 D, the parts of both modulated norms 4 D, the second residual D and SiLU M' are added.
     """
     d, d_local, m_local = model.hidden, model.hidden // layout.tensor, -(-model.mlp_hidden // layout.tensor)
     numbers, statistics = d, 0
@@ -137,12 +137,12 @@ def saved_bytes(model: ModelConfig, layout: Layout, compute: Compute) -> int:
 
 
 def cuda_peak(model: ModelConfig, layout: Layout, state: StateBytes, compute: Compute) -> int:
-    """Most bytes that the ``fsdp`` engine has allocated on a GPU at once, in a step: an estimate.
+    """The most bytes that the ``fsdp`` engine allocates on a GPU at once, in a step: an estimate.
 
-    Saved results are highest when the last pack's backward pass begins, and go as gradients come. On top comes what one
-    block needs: what it computes again, the gradients inside of it (3 M + 2 D a token), and its weights three times
-    (in use, gathered ahead, and in the buffer of that), their gradients, and two buffers of the reduction. What is
-    outside of the blocks stays gathered, and keeps 6 D a token for the last layer.
+    Saved activations peak when the last pack's backward pass begins, and are freed as gradients appear. Added to them
+    is what one block needs: what it recomputes, the gradients inside it (3 M + 2 D per token), its weights three times
+    (in use, prefetched, and in the buffer of the prefetch), their gradients, and two reduction buffers. What is outside
+    of the blocks stays gathered, and keeps 6 D per token for the last layer.
     """
     bytes_, whole = _BYTES[compute.precision], _local_shapes(model, layout)
     saved = saved_bytes(model, layout, compute)

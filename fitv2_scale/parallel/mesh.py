@@ -11,12 +11,12 @@ from fitv2_scale.parallel.tensor_pieces import TensorGroup
 
 @dataclass(frozen=True)
 class Groups:
-    """A rank's place in the layout, and the process groups that it belongs to."""
+    """A rank's position in the layout, and the process groups that it belongs to."""
 
     device_type: str
     data_mesh: DeviceMesh  # what FSDP2 takes: 1-D "shard", or 2-D "replicate", "shard" for HSDP
-    shard: dist.ProcessGroup  # the ranks that share one copy of the state
-    data: dist.ProcessGroup  # replicate x shard: the ranks with the same place in their tensor groups
+    shard: dist.ProcessGroup  # the ranks that hold one copy of the state together
+    data: dist.ProcessGroup  # replicate x shard: the ranks with the same position in their tensor groups
     tensor: TensorGroup
     data_rank: int
     data_size: int

@@ -1,7 +1,7 @@
-"""The optimizer step on a rank's own shards: norm, clipping, AdamW and EMA, decided on the device.
+"""The optimizer step on a rank's own shards: norm, clipping, AdamW and EMA, all on the device.
 
-Whether a step counts is a tensor that the kernels read, never a branch of the program: the host waits for nothing. All
-tensors here are plain local ones, float32 and of one device; empty shards are welcome.
+Whether a step is skipped is a tensor that the kernels read, never a branch of the program, so the host never waits. All
+tensors here are local float32 tensors on one device; they may be empty.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from torch.optim.sgd import sgd
 from fitv2_scale.config.sections import OptimizerConfig
 from fitv2_scale.parallel.engine import StepResult
 
-# torch 2.13 has a new name for it, and warns of the old one
+# torch 2.13 renames it, and warns about the old name
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _NORM_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
@@ -28,9 +28,8 @@ def global_norm(
 ) -> Tensor:
     """Norm of the whole gradient: 0-dim float32, the same bits on all ranks. A collective of ``shard`` and ``tensor``.
 
-    ``split`` are this rank's shards of tensors that the tensor-parallel group shares out, ``replicated`` those of which
-    each of its ranks has a copy: they count once. A group of one is given as None. Infinite or NaN wherever any
-    element is.
+    ``split`` are this rank's shards of tensors that the tensor-parallel group splits, ``replicated`` those of which
+    each of its ranks has a copy: they count once. A group of one is given as None. Not finite if any element is not.
     """
     partial = torch.stack([_square_sum(split), _square_sum(replicated)])
     if shard is not None:
@@ -41,8 +40,8 @@ def global_norm(
     return partial.sum().sqrt().float()
 
 
-def judge(norm: Tensor) -> StepResult:
-    """Skips what is not finite."""
+def step_result(norm: Tensor) -> StepResult:
+    """A step whose gradient norm is not finite is skipped."""
     return StepResult(norm, norm.isfinite().logical_not().float())
 
 
@@ -53,11 +52,11 @@ class AdamW:
         self._config = config
         self.exp_avg = {name: torch.zeros_like(w) for name, w in weights.items()}
         self.exp_avg_sq = {name: torch.zeros_like(w) for name, w in weights.items()}
-        self.steps = next(iter(weights.values())).new_zeros(len(weights))  # the kernel wants one for each tensor
+        self.steps = next(iter(weights.values())).new_zeros(len(weights))  # the kernel takes one per tensor
 
     @torch.no_grad()
     def step(self, weights: Sequence[Tensor], grads: Sequence[Tensor], result: StepResult, lr: float, max_norm: float):
-        """Updates ``weights``, in the order of the names, from gradients clipped to ``max_norm``; spends ``grads``."""
+        """Updates ``weights``, in the order of the names, from gradients clipped to ``max_norm``; overwrites them."""
         config = self._config
         adamw(
             list(weights),
@@ -84,7 +83,7 @@ def update_ema(ema: Sequence[Tensor], weights: Sequence[Tensor], decay: float, s
     """ema += (1 - decay) * (weights - ema), in place, unless ``skipped``.
 
     That is a step of SGD with the gradient ``weights``, weight decay -1 and learning rate -(1 - decay). The fused SGD
-    takes many tensors at once, makes no temporary, and a tensor on the device can stop it.
+    updates many tensors at once without temporaries, and reads from the device whether to skip.
     """
     sgd(
         list(ema),
@@ -102,7 +101,7 @@ def update_ema(ema: Sequence[Tensor], weights: Sequence[Tensor], decay: float, s
 
 
 def _square_sum(tensors: Sequence[Tensor]) -> Tensor:
-    """float64, 0-dim, so that its parts may be added in any order without a trace in a float32 norm."""
+    """0-dim float64: the order in which its parts are added does not show in a float32 norm."""
     parts = [t for t in tensors if t.numel()]
     if not parts:
         return torch.zeros((), dtype=torch.float64, device=tensors[0].device if tensors else None)
@@ -110,7 +109,7 @@ def _square_sum(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _gather(values: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """(ranks of ``group``, *values.shape). Gathered and then added in rank order, a sum is the same bits everywhere."""
+    """(ranks of ``group``, *values.shape): gathered and then added in rank order, a sum is bit-equal on all ranks."""
     gathered = values.new_empty(group.size() * values.numel())
     _all_gather(gathered, values.flatten(), group=group)
     return gathered.view(-1, *values.shape)

@@ -1,5 +1,5 @@
-"""Tensor parallelism: linears that compute with what a rank of a tensor group holds (see ``tensor_pieces``), and the
-gradients that the group's ranks must have in common."""
+"""Tensor parallelism: linears that compute with the pieces of a rank (see ``tensor_pieces``), and gradients that are
+the same on all ranks of a tensor group."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from fitv2_scale.parallel.tensor_pieces import TensorGroup
 
 
 def tensor_linear(group: TensorGroup) -> LinearFactory:
-    """Linears as a rank of ``group`` holds them: nn.Linear alone, megatron-core's in company.
+    """Linears of a rank of ``group``: nn.Linear in a group of one, otherwise megatron-core's.
 
     Raises:
         UserError: megatron-core is needed and not installed.
@@ -28,11 +28,11 @@ def tensor_linear(group: TensorGroup) -> LinearFactory:
     return megatron_linear(group.group, group.size)
 
 
-def same_on_group(tensors: Sequence[Tensor], group: TensorGroup) -> None:
+def broadcast_in_group(tensors: Sequence[Tensor], group: TensorGroup) -> None:
     """Gives every rank of ``group`` rank 0's values.
 
     For the gradients of replicated tensors. In exact arithmetic they are equal already; but CUDA adds in an order that
-    differs from run to run, and two million steps would let the copies drift apart.
+    differs from run to run, and over two million steps the copies would drift apart.
     """
     if group.size == 1:
         return

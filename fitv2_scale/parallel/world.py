@@ -1,5 +1,5 @@
-"""The processes of an attempt: who they are and how they talk. Started plainly, by torchrun, or by any launcher that
-sets torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT)."""
+"""The processes of an attempt and their small collectives on the CPU. They are started by torchrun or by any launcher
+that sets its variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); without these it is one process."""
 
 import os
 import socket
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 _TIMEOUT = timedelta(minutes=10)
-_RECORDED = 2000  # collectives that torch keeps in mind, for the watchdog to write down when a rank hangs
+_RECORDED = 2000  # collectives that torch's flight recorder keeps, for the watchdog to write when a rank hangs
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class World:
     rank: int
     size: int
     device: torch.device
-    cpu_group: dist.ProcessGroup  # gloo, apart from the group of gradients: agreement and accounting
+    cpu_group: dist.ProcessGroup  # gloo, apart from the group of the gradients
 
     @property
     def is_first(self) -> bool:
@@ -66,7 +66,7 @@ class World:
 
 @contextmanager
 def join() -> Generator[World]:
-    """Joins the process group, a group of one if started plainly, and leaves it at the end."""
+    """Joins the process group, a group of one without a launcher, and leaves it at the end."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

@@ -1,8 +1,8 @@
 """The ``zero3`` engine: DeepSpeed's ZeRO stage 3.
 
-DeepSpeed gathers weights, reduces each pack's gradient in float32, clips, and runs AdamW, all on flat memory: of each
-tensor a rank holds a range of elements. EMA and what DeepSpeed lacks of frozen tensors are kept here. In every step
-DeepSpeed waits for the device, to decide whether the gradient is finite.
+DeepSpeed gathers weights, reduces each pack's gradient in float32, clips, and runs AdamW, all on flat memory: a rank
+holds a range of the elements of each tensor. The EMA and the masters of frozen tensors, which DeepSpeed does not have,
+are kept here. In every step DeepSpeed waits for the device, to decide whether the gradient is finite.
 """
 
 from contextlib import AbstractContextManager
@@ -19,19 +19,19 @@ from fitv2_scale.parallel.ema import exchanged
 from fitv2_scale.parallel.engine import StepResult
 from fitv2_scale.parallel.engine_spec import EngineSpec
 from fitv2_scale.parallel.mesh import Groups
-from fitv2_scale.parallel.tensor import same_on_group, tensor_linear
+from fitv2_scale.parallel.tensor import broadcast_in_group, tensor_linear
 from fitv2_scale.parallel.tensor_pieces import is_replicated, local_pieces
 
 
 @dataclass(frozen=True)
 class _Shard:
-    """This rank's range of one tensor, by kind of state: float32 views of live memory, padding included."""
+    """This rank's range of one tensor, by kind of state: float32 views of live memory, including padding."""
 
-    param: nn.Parameter  # DeepSpeed's: ds_tensor is the range in the precision of compute, ds_shape the local shape
+    param: nn.Parameter  # DeepSpeed's: ds_tensor is the range in the compute precision, ds_shape the local shape
     state: dict[str, Tensor]  # param, ema and, where trained, exp_avg and exp_avg_sq
 
     def refresh(self) -> None:
-        """Makes the range that the network computes with anew from the master, which it may be itself."""
+        """Updates the range that the network computes with from the master (which may be the same memory)."""
         self.param.ds_tensor.copy_(self.state["param"])
 
 
@@ -39,7 +39,7 @@ class Zero3Engine:
     def __init__(self, spec: EngineSpec, groups: Groups):
         network = spec.network(_linear(groups))
         for name, param in network.named_parameters():
-            param.tensor_model_parallel = not is_replicated(name)  # DeepSpeed counts the others once in the norm
+            param.tensor_model_parallel = not is_replicated(name)  # DeepSpeed counts replicated ones once in the norm
         self.network, self._zero = partition(network, spec.optimizer, groups, spec.precision)
         self._groups, self._ema_decay, self._shapes = groups, spec.ema_decay, logical_shapes(spec.model)
         self._masters = [m.detach() for m in self._zero.fp32_partitioned_groups_flat]
@@ -48,7 +48,7 @@ class Zero3Engine:
         self._fill(spec)
 
     def _shard(self, param: nn.Parameter) -> _Shard:
-        if not param.requires_grad:  # DeepSpeed keeps these in the precision of compute alone
+        if not param.requires_grad:  # DeepSpeed keeps these in the compute precision only
             master = param.ds_tensor.float()
             return _Shard(param, {"param": master, "ema": torch.zeros_like(master)})
         zero = self._zero
@@ -66,13 +66,13 @@ class Zero3Engine:
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self.network.set_gradient_accumulation_boundary(last)
-        self.network.backward(loss * self._groups.data_size)  # DeepSpeed averages; the loss's shares are to be added
+        self.network.backward(loss * self._groups.data_size)  # DeepSpeed averages; the parts of the loss add up
 
     @torch.no_grad()
     def step(self, lr: float, max_norm: float) -> StepResult:
         zero = self._zero
         replicated = [s.param for name, s in self._shards.items() if s.param.requires_grad and is_replicated(name)]
-        same_on_group([zero.get_local_fp32_grad_for_param(p) for p in replicated], self._groups.tensor)
+        broadcast_in_group([zero.get_local_fp32_grad_for_param(p) for p in replicated], self._groups.tensor)
         zero.clip_grad = max_norm
         zero.set_lr(lr)
         self.network.step()
@@ -88,7 +88,7 @@ class Zero3Engine:
 
     @torch.no_grad()
     def loaded(self) -> None:
-        self._zero.parameter_offload.partition_all_parameters()  # drops what is gathered of the old values
+        self._zero.parameter_offload.partition_all_parameters()  # frees gathered old values
         for shard in self._shards.values():
             shard.refresh()
 
@@ -105,7 +105,7 @@ class Zero3Engine:
         return flat_boxes(pieces, shape, tuple(param.ds_shape), flat, self._groups.data_rank * flat.numel())
 
     def _steps(self) -> list[Tensor]:
-        """AdamW's count of steps, one for each flat tensor."""
+        """AdamW's count of steps, one per flat tensor."""
         return [state["step"] for state in self._zero.optimizer.state.values()]
 
     def scalars(self) -> dict[str, float]:

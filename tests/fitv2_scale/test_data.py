@@ -18,7 +18,7 @@ def test_a_changed_batch_begins_at_the_next_window(tiny):
     assert run_ranks(3, train, changed) == [DONE] * 3
     begun, cursor = Data.open(tiny(), (1,)), Data.open(tiny(), (1,)).plan.cursor(13)
     said = Data.open(changed, (1,)).continued(cursor, 13, changed)[1]
-    assert said == ["from step 20, the next window boundary: 24 images a step"]
+    assert said == ["from step 20, the next window boundary: 24 images per step"]
     assert begun.continued(cursor, 13, tiny())[1] == []
     steps = trained(changed.run)
     assert [len(images) for images in steps.values()] == [12] * 20 + [24] * 10

@@ -91,7 +91,7 @@ def test_a_malicious_or_damaged_weights_file_is_refused(tiny, tmp_path):
     cut = tmp_path / "cut.safetensors"
     save_file(public(config), cut)
     cut.write_bytes(cut.read_bytes()[:1000])
-    with pytest.raises(UserError, match="not a whole .safetensors file"):
+    with pytest.raises(UserError, match="not a complete .safetensors file"):
         import_weights(str(cut), config.run, config)
     with pytest.raises(UserError, match="there is no weights file"):
         import_weights(str(tmp_path / "none.bin"), config.run, config)

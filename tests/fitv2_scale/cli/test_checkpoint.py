@@ -130,7 +130,7 @@ def test_import_of_what_does_not_fit(weights, run, tmp_path, capfd):
     torch.save({"step": 3}, tmp_path / "other.bin")
     assert "there is no weights file" in sentence(tmp_path / "none.safetensors")
     assert "weights come as .safetensors or .bin" in sentence(tmp_path / "weights.ckpt")
-    assert "not a whole .safetensors file" in sentence(tmp_path / "cut.safetensors")
+    assert "not a complete .safetensors file" in sentence(tmp_path / "cut.safetensors")
     assert "does not load as plain tensors" in sentence(tmp_path / "other.bin")
     assert "tensors are missing" in sentence(weights, "configs/fitv2_b2.yaml")
     assert "none.yaml" in sentence(weights, "none.yaml")

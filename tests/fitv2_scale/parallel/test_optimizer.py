@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.sections import OptimizerConfig
 from fitv2_scale.data import Data
-from fitv2_scale.parallel.optimizer import AdamW, global_norm, judge, update_ema
+from fitv2_scale.parallel.optimizer import AdamW, global_norm, step_result, update_ema
 from fitv2_scale.parallel.world import join
 from fitv2_scale.train.setup import claim, open_session
 from fitv2_scale.train.step import poison_if_not_finite, train_step
@@ -75,7 +75,7 @@ class Ours:
         if bad is not None:
             grads["vector"][4] = bad
         weights = list(self.weights.values())
-        result = judge(global_norm(list(grads.values()), [], None, None))
+        result = step_result(global_norm(list(grads.values()), [], None, None))
         self.adamw.step(weights, list(grads.values()), result, 0.01 * (step + 1), MAX_NORM)
         update_ema(list(self.ema.values()), weights, DECAY, result.skipped)
         return result.norm.item(), result.skipped.item()

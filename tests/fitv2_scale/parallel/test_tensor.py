@@ -123,7 +123,7 @@ def compare_gradients(config: Config, cell: Cell) -> int:
 
     with join() as world:
         engine = make_engine(config, Layout.of(world.size, 1, cell.tensor), world)
-        fitv2_scale.parallel.fsdp.same_on_group = compare
+        fitv2_scale.parallel.fsdp.broadcast_in_group = compare
         steps_of(engine, config, cell, world)
         return equal
 
