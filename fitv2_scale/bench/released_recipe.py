@@ -29,7 +29,7 @@ _MICRO_BATCH = 16  # images on one GPU, in the released configs
 
 
 class ReleasedTrainer:
-    """Trains on the images of a StepBatch in the released way, on one device."""
+    """Trains on the images of a StepBatch as the released code does, on one device."""
 
     def __init__(self, config: Config, device: torch.device):
         if config.model.qk_norm != "layernorm" or config.model.adaln != "lora":

@@ -1,4 +1,4 @@
-"""`fitv2 bench data --against`: the figures are those of what the loaders gave, and what is missing is said."""
+"""`fitv2 bench data --against`: the report agrees with the runs, and names loaders that are not installed."""
 
 import json
 import subprocess

@@ -26,7 +26,7 @@ def evaluated(
     return evaluate_weights(source, cells, means, out=out, config_file=config).results
 
 
-def test_the_same_figures_on_any_number_of_ranks(two_step_run, feature_network, reference, tmp_path):
+def test_the_same_metrics_on_any_number_of_ranks(two_step_run, feature_network, reference, tmp_path):
     means = EvaluationOptions(**feature_network, reference=reference, keep_features=True)
     outs = [str(tmp_path / f"ranks{size}") for size in (1, 2, 3)]
     for size, out in zip((1, 2, 3), outs, strict=True):

@@ -121,7 +121,7 @@ def test_what_cannot_be_measured(act, sentence):
         act()
 
 
-def test_figures_that_cannot_be_had_are_none(tmp_path):
+def test_metrics_without_their_inputs_are_none(tmp_path):
     from fitv2_scale.evaluate.reference_statistics import Reference
 
     real = Features(GOOD, GOOD, None)

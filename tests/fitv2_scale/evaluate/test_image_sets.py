@@ -6,7 +6,7 @@ from PIL import Image
 from fitv2_scale.evaluate.image_sets import open_image_set
 
 
-def test_pictures_cover_the_size_and_are_not_stretched(tmp_path):
+def test_images_cover_the_size_and_are_not_stretched(tmp_path):
     """Bands of a wide picture: what is cut off is at its ends."""
     wide = np.zeros((40, 200, 3), np.uint8)
     wide[:, 60:140] = 200

@@ -1,4 +1,4 @@
-"""The suites of evaluations, and the published figures beside them."""
+"""The suites of evaluations, and the published metrics in them."""
 
 import pytest
 

@@ -127,7 +127,7 @@ def test_sealed_records_survive_kill_9(tmp_path):
 @settings(max_examples=15)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 12), st.integers(1, 4)), min_size=1, max_size=5), st.data())
 def test_reading_on_equals_reading_at_once(tmp_path_factory, plan, data):
-    """However often attempts die and fall back, a reader that goes on from its last place sees the one curve."""
+    """However often attempts die and fall back, a reader that continues from its last position sees the one curve."""
     run = make(tmp_path_factory.mktemp("run"))
     seen, place = [], Position()
 
@@ -182,7 +182,7 @@ def test_a_disk_that_is_full_holds_up_seal_alone(tmp_path):
 
 
 def test_the_thread_that_records_touches_no_file(tmp_path, monkeypatch):
-    """Its disk hangs, and it goes on."""
+    """Its disk hangs, and recording continues."""
     monkeypatch.setattr(journal, "_FLUSH_EVERY_S", 0.0)
     run = make(tmp_path)
     attempt = run.claim({})

@@ -59,7 +59,7 @@ def test_dopri5_converges_with_its_tolerance_and_agrees_with_euler():
 
 
 def test_dopri5_is_of_order_five():
-    """On even steps, which its library takes when told to."""
+    """On equal steps, which its library takes if asked to."""
     errors = []
     for steps in (16, 32, 64):
         velocity = Swing()

@@ -1,4 +1,4 @@
-"""Goodput in a formula, played at random, and walked through event by event: three ways to one number."""
+"""Goodput by a formula, by random simulation, and event by event: all three agree."""
 
 import math
 
@@ -137,7 +137,7 @@ def walk(s: Schedule, work: float, gaps: list[float]) -> float:
     walltime=st.one_of(st.just(math.inf), st.integers(1500, 4000)),
     gaps=st.lists(st.floats(0, 3000), max_size=6),
 )
-def test_a_run_played_is_the_run_walked(interval, stall, more, detect, restart, walltime, gaps):
+def test_a_simulated_run_is_the_run_event_by_event(interval, stall, more, detect, restart, walltime, gaps):
     schedule = Schedule(interval, stall, stall + more, detect, restart, walltime)
     draws = iter([np.array([gap]) for gap in gaps])
     seconds, _ = simulate_runs(schedule, 5000.0, 1, lambda n: next(draws, np.array([np.inf])))

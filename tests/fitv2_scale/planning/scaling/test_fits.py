@@ -139,7 +139,7 @@ def test_a_far_prediction_from_noisy_losses():
 @pytest.mark.long
 @pytest.mark.parametrize("rho", [0.0, 0.5])
 def test_errors_and_coverage(rho):
-    """Noise that is correlated from point to point is covered less well: that is said, and not held against a bound."""
+    """Noise that is correlated from point to point is covered less well: printed, without a bound."""
     rng = np.random.default_rng(0)
     errors, covered = zip(*(trial(rng, draws=200, rho=rho) for _ in range(200)), strict=True)
     print(f"correlation {rho}: |error| p95 {np.quantile(np.abs(errors), 0.95):.4f}, coverage {np.mean(covered):.3f}")
