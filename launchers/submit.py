@@ -118,7 +118,23 @@ def submit(config: Config, nodes: str, dry_run: bool, fork_from: str | None = No
     # The job's name has the run's id; Slurm is asked before the run is created, so with another name.
     slurm.check(train_script(site, "fitv2", count, url, home, 0, seconds, fork_from))
     run = Run.open_or_create(config.run, config.model_dump(mode="json"), config.recipe(), data.plan.hash, parent)
-    chain = Chain(
+    chain = _chain(config, run, home, least, most)
+    seen = len(run.log.entries())
+    script = train_script(site, chain.name, count, run.url, home, seen, seconds, fork_from)
+    secret = write_home(home, config, run.url)
+    chain.save()
+    (home / "job.sh").write_text(script)
+    _keep_copy(run, home)
+    older = [job.id for job in slurm.queue(chain.name) if job.state == "PENDING"]
+    ChainLog(run.store).add("SUBMIT", home=str(home), log=seen, nodes=nodes, git=source()["git"])
+    slurm.cancel(older)
+    jobs = [slurm.sbatch(str(home / "job.sh"), environment=to_environment(secret)) for _ in range(1 + site.successors)]
+    return Submission(run.url, chain.name, count, jobs, script, _advice(config, data, most))
+
+
+def _chain(config: Config, run: Run, home: Path, least: int, most: int) -> Chain:
+    site = config.slurm
+    return Chain(
         run=run.url,
         name=job_name(run.id),
         home=str(home),
@@ -133,17 +149,6 @@ def submit(config: Config, nodes: str, dry_run: bool, fork_from: str | None = No
         tracked=config.tracking.uri != "none",
         signal_seconds=site.signal_seconds,
     )
-    seen = len(run.log.entries())
-    script = train_script(site, chain.name, count, run.url, home, seen, seconds, fork_from)
-    secret = write_home(home, config, run.url)
-    chain.save()
-    (home / "job.sh").write_text(script)
-    _keep_copy(run, home)
-    older = [job.id for job in slurm.queue(chain.name) if job.state == "PENDING"]
-    ChainLog(run.store).add("SUBMIT", home=str(home), log=seen, nodes=nodes, git=source()["git"])
-    slurm.cancel(older)
-    jobs = [slurm.sbatch(str(home / "job.sh"), environment=to_environment(secret)) for _ in range(1 + site.successors)]
-    return Submission(run.url, chain.name, count, jobs, script, _advice(config, data, most))
 
 
 def submit_command(site: SlurmConfig, nodes: str, command: list[str], dry_run: bool) -> Submission:
