@@ -18,6 +18,8 @@ _WEIGHT_UNIT = 1_000_000  # weights are fractions in millionths: the plan is int
 
 @dataclass(frozen=True)
 class Data:
+    """The plan of a run, and what divides its steps among ranks and packs (``plan.balance``)."""
+
     plan: Plan
     cost: Cost
     nodes: Nodes  # data-parallel ranks per node, or all as one node if every node holds all data
@@ -32,8 +34,7 @@ class Data:
         for manifest in manifests:
             _check(manifest, manifests[0], config)
         plan = Plan(manifests, config.seed, config.data.views, [_segment(config, manifests)])
-        # A block's multiply-adds on an image of l tokens, 12 d^2 l + 2 d l^2, divided by 2 d.
-        cost = Cost(linear=6 * config.model.hidden, quadratic=1)
+        cost = Cost.transformer(config.model.hidden)
         if _fits_a_node(manifests, config):
             nodes = (sum(nodes),)  # each node caches all of it: only balance matters
         return cls(plan, cost, nodes, shapes_for_plan(plan, 0, cost, nodes, config.layout.max_tokens))
@@ -46,8 +47,8 @@ class Data:
         """
         if cursor.plan_hash != self.plan.hash:
             raise UserError(
-                f"{config.run} was trained on other data or in another order: restore data.url, "
-                "or branch off with --fork-from"
+                f"{config.run} was trained on other data or in another order: restore data.url, or "
+                "start a new run from it with --fork-from"
             )
         wanted = self.plan.schedule[0]
         plan = self.plan.continued(cursor, step, wanted)
@@ -66,6 +67,7 @@ class Data:
 
     @property
     def classes(self) -> int:
+        """Classes of the dataset with the most."""
         return max(len(m.classes) for m in self.plan.manifests)
 
 
@@ -86,6 +88,6 @@ def _fits_a_node(manifests: list[Manifest], config: Config) -> bool:
 
 
 def _segment(config: Config, manifests: list[Manifest]) -> Segment:
-    shares = config.data.weights or [len(m.sample_id) for m in manifests]
-    total = sum(shares) or 1
-    return Segment(0, config.batch.images, tuple(round(share / total * _WEIGHT_UNIT) for share in shares))
+    weights = config.data.weights or [len(m.sample_id) for m in manifests]
+    total = sum(weights) or 1
+    return Segment(0, config.batch.images, tuple(round(weight / total * _WEIGHT_UNIT) for weight in weights))

@@ -1,0 +1,1 @@
+"""Writing datasets: images or published latents to shards, in parallel and resumable."""

@@ -5,7 +5,7 @@ from data_sharding.format.manifest import Manifest
 from data_sharding.plan.balance import Cost
 from data_sharding.plan.plan import Plan, Segment
 
-COST = Cost(linear=6 * 2304, quadratic=1)  # of FiTv2-3B/2
+COST = Cost.transformer(2304)  # FiTv2-3B/2
 PACK_TOKENS = 16384
 BATCH = 256  # images per step
 
