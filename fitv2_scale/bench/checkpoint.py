@@ -183,7 +183,7 @@ class _Bench:
             steps.append(self.step(next(self.batches)))
             ended = self.world.all_reduce_sum(torch.tensor(int(self.checkpoints.save_ended))).item() == self.world.size
         began = time.perf_counter()
-        self._finish_save()
+        _check(self.checkpoints.finish_save())
         stall += self.waited + time.perf_counter() - began
         committed = datetime.fromisoformat(self._newest().time).timestamp()
         return _Save(self._longest(stall), self._longest(committed - clock), steps)
@@ -191,13 +191,8 @@ class _Bench:
     def _save_blocking(self) -> float:
         self._make_room()
         began = time.perf_counter()
-        self.checkpoints.start_save(self.saved, self.data.plan.cursor(0))
-        self._finish_save()
+        _check(self.checkpoints.save(self.saved, self.data.plan.cursor(0)))
         return self._longest(time.perf_counter() - began)
-
-    def _finish_save(self) -> None:
-        if (failure := self.checkpoints.finish_save()) is not None:
-            raise UserError(f"saving failed: {failure}")
 
     def _make_room(self) -> None:
         """Deletes the previous saves, and waits for all ranks."""
@@ -243,6 +238,11 @@ class _Bench:
 
     def _longest(self, seconds: float) -> float:
         return max(self.world.all_gather(seconds))
+
+
+def _check(failure: str | None) -> None:
+    if failure is not None:
+        raise UserError(f"saving failed: {failure}")
 
 
 def _outer_and_inner(seconds: Sequence[float]) -> tuple[float, float]:

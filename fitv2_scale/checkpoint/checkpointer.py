@@ -139,9 +139,9 @@ class Checkpointer:
             raise
         self.finish_save()
 
-    def save(self, step: int, cursor: Cursor, before_commit: Callable[[], None] = lambda: None) -> str | None:
+    def save(self, step: int, cursor: Cursor) -> str | None:
         """``start_save`` and ``finish_save``."""
-        self.start_save(step, cursor, before_commit)
+        self.start_save(step, cursor)
         return self.finish_save()
 
     def _save(self, step: int, folder: str, header: dict, before_commit: Callable[[], None], began: float) -> None:

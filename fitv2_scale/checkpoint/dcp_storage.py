@@ -126,26 +126,26 @@ class CommitReader(StorageReader):
     def __init__(self, store: Store, folder: str, manifest: dict):
         self._chunks = ChunkReader(store, folder, manifest["files"])
         self._tensors = manifest["tensors"]
+        self._boxes = {
+            MetadataIndex(name, torch.Size(box["offset"])): box
+            for name, tensor in self._tensors.items()
+            for box in tensor["boxes"]
+        }
 
     def read_metadata(self, *args, **kwargs) -> Metadata:
         properties = TensorProperties(dtype=torch.float32)
-        state, places = {}, {}
+        state = {}
         for name, tensor in self._tensors.items():
-            chunks = []
-            for box in tensor["boxes"]:
-                chunk = ChunkStorageMetadata(torch.Size(box["offset"]), torch.Size(box["shape"]))
-                chunks.append(chunk)
-                places[MetadataIndex(name, chunk.offsets)] = box
+            boxes = tensor["boxes"]
+            chunks = [ChunkStorageMetadata(torch.Size(box["offset"]), torch.Size(box["shape"])) for box in boxes]
             state[name] = TensorStorageMetadata(properties, torch.Size(tensor["shape"]), chunks)
-        return Metadata(state_dict_metadata=state, storage_data=places)
+        return Metadata(state_dict_metadata=state)
 
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args, **kwargs) -> None:
-        self._places = metadata.storage_data
-
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args, **kwargs) -> None: ...
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         parts: list[_Part] = []
         for item in plan.items:
-            box, target = self._places[item.storage_index], planner.resolve_tensor(item).detach()
+            box, target = self._boxes[item.storage_index], planner.resolve_tensor(item).detach()
             parts += _parts(box, item.storage_offsets, item.lengths, target)
         self._fill(parts)
         return _done(None)

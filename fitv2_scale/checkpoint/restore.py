@@ -3,7 +3,7 @@
 Walks the run's log backwards. A damaged commit is reported and quarantined with the reason, and never deleted.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from data_sharding.errors import UserError
 from data_sharding.plan.plan import Cursor
@@ -29,8 +29,8 @@ def restore(engine: Engine, run: Run, world: World, step: int | None = None) -> 
     Returns None if the run has no commit (at ``step``). Raises UserError if all of its commits are damaged, or if they
     are another network's.
     """
-    found = world.run_on_rank0(lambda: [asdict(e) for e in reversed(run.log.commits())])
-    entries = [LogEntry(**e) for e in found if step is None or e["fields"]["step"] == step]
+    commits = world.run_on_rank0(run.log.commits)
+    entries = [e for e in reversed(commits) if step is None or e.fields["step"] == step]
     skipped: list[str] = []
     for entry in entries:
         manifest, problem = world.run_on_rank0(lambda e=entry: open_commit(run, e))

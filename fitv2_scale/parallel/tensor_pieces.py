@@ -1,12 +1,12 @@
-"""Tensor parallelism on paper: which pieces of which tensors a rank of a tensor group holds. No torch: `fitv2 submit`
-asks this to tell how much memory a layout takes.
+"""Tensor parallelism as arithmetic: which pieces of which tensors a rank of a tensor group holds. Imports no torch,
+because `fitv2 submit` uses it to estimate the memory of a layout.
 
-q, k and v are cut by heads, the SwiGLU by hidden units, so that a group adds up partial results twice a block: after
-attention's projection and after the SwiGLU's. Everything else, all conditioning included, is replicated: its gradient
-is the same on all ranks of a group.
+q, k and v are split by heads, the SwiGLU by hidden units, so that a group adds up partial results twice per block:
+after attention's projection and after the SwiGLU's. Everything else, all conditioning included, is replicated: its
+gradient is the same on all ranks of a group.
 
-A SwiGLU's width need not divide: ranks then hold units that do not exist. Such a unit's weights start at zero, which
-makes its gradients zero, so they stay zero; they are in no checkpoint.
+The group's size need not divide the width of a SwiGLU: some ranks are then padded with units that do not exist. Their
+weights start at zero, which makes their gradients zero, so they stay zero; they are in no checkpoint.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ _QKV = (".attn.qkv.weight", ".attn.qkv.bias")
 
 @dataclass(frozen=True)
 class TensorGroup:
-    """This rank's place in its tensor group; ``group`` is None for a group of one."""
+    """This rank's position in its tensor group; ``group`` is None for a group of one."""
 
     rank: int = 0
     size: int = 1
@@ -50,13 +50,13 @@ def local_pieces(name: str, shape: Sequence[int], group: TensorGroup) -> list[Pi
         return [Piece((0,) * len(shape), (0,) * len(shape), tuple(shape))]
     if name.endswith(_QKV):
         each = shape[0] // 3
-        return [p for k in range(3) for p in _share(shape, 0, k * each, each, group, k * (each // group.size))]
+        return [p for k in range(3) for p in _split(shape, 0, k * each, each, group, k * (each // group.size))]
     dim = 1 if name.endswith(_BY_COLUMNS) else 0
-    return _share(shape, dim, 0, shape[dim], group, 0)
+    return _split(shape, dim, 0, shape[dim], group, 0)
 
 
-def _share(shape: Sequence[int], dim: int, first: int, length: int, group: TensorGroup, local: int) -> list[Piece]:
-    """The rank's share of [first, first + length) along ``dim``, at ``local`` in its own tensor; the last are short."""
+def _split(shape: Sequence[int], dim: int, first: int, length: int, group: TensorGroup, local: int) -> list[Piece]:
+    """The rank's part of [first, first + length) along ``dim``, at ``local`` in its tensor; the last are shorter."""
     each = -(-length // group.size)
     low, high = (min(length, k * each) for k in (group.rank, group.rank + 1))
     if low == high:

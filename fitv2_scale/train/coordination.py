@@ -2,7 +2,7 @@
 are the planned ones, whether to save or to stop, and whether the save in flight has ended everywhere.
 
 One small all-reduce a step on the CPU group. A rank that cannot continue reports that here instead of leaving: the
-others would wait for it in a collective for ever.
+others would wait for it in a collective forever.
 """
 
 from collections.abc import Sequence

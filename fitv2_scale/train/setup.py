@@ -168,4 +168,4 @@ def log_to(attempt: Attempt, rank: int) -> Generator[None]:
             handler.close()
             run.upload(folder if rank == 0 else file)
         except (OSError, UserError) as error:
-            log.warning("%s stays on its node: %s", run.local_path(folder), error)
+            log.warning("%s could not be uploaded: it stays on its node: %s", run.local_path(folder), error)
