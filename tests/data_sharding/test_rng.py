@@ -1,4 +1,4 @@
-"""Keyed randomness: the right integers on both backends, and nothing that looks unlike chance."""
+"""Counter-based random numbers: the right integers on both backends, and statistics as of chance."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""verify finds each kind of damage, and all of it; inspect counts what is there."""
+"""verify finds each kind of damage, and all of it; inspect counts the dataset."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def test_a_truncated_shard_is_found(dataset):
     shard = dataset / "shard-000000.tar.zst"
     data = shard.read_bytes()
     manifest = Manifest.load(str(dataset))
-    boundary = int(manifest.frame_offset[1])  # at a frame's end a zstd reader would see nothing wrong
+    boundary = int(manifest.frame_offset[1])  # at the end of a frame, where a zstd reader notices nothing
     for size in (len(data) - 1, boundary, boundary - 1, 0):
         shard.write_bytes(data[:size])
         problems = verify(str(dataset)).problems
@@ -71,7 +71,7 @@ def test_a_longer_or_foreign_shard_is_found(dataset):
 
 
 def test_a_shard_without_its_end_is_found_even_if_the_manifest_says_so(dataset):
-    """`tar` would complain of such a file, although every digest matches."""
+    """`tar` reports such a file as an error, although every digest matches."""
     shard = dataset / "shard-000002.tar.zst"
     manifest = Manifest.load(str(dataset))
     data = shard.read_bytes()[: manifest.frame_offset[-1] + manifest.frame_bytes[-1]]
@@ -140,7 +140,7 @@ def test_all_problems_are_collected(dataset):
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 def test_several_processes_find_the_same(dataset, monkeypatch):
-    """As on a large dataset: whole, then with a shard missing, one cut short and one with a flipped byte."""
+    """As on a large dataset: whole, then with a shard missing, one truncated and one with a flipped byte."""
     alone = [verify(str(dataset))]
     monkeypatch.setattr(module, "_WORTH_PROCESSES", 0)
     monkeypatch.setattr(module, "_verify_shard", lambda *_: pytest.fail("that is for the other processes"))
@@ -159,7 +159,7 @@ def test_several_processes_find_the_same(dataset, monkeypatch):
 
 
 @pytest.mark.parametrize("span", [1, 3 << 20])
-def test_however_much_is_read_at_once(dataset, monkeypatch, span):
+def test_any_span_finds_the_same(dataset, monkeypatch, span):
     monkeypatch.setattr(module, "_SPAN", span)
     assert verify(str(dataset)).problems == ()
     test_all_problems_are_collected(dataset)
@@ -169,7 +169,7 @@ def test_no_dataset_is_a_problem_not_a_crash(tmp_path):
     assert "there is no dataset" in verify(str(tmp_path)).problems[0]
 
 
-def test_inspect_counts_what_is_there(whole, tmp_path):
+def test_inspect_counts_the_dataset(whole, tmp_path):
     path, samples = whole
     figures = json.loads(json.dumps(inspect(str(path))))  # all of it is JSON
     assert figures["samples"] == len(samples) and sum(figures["images_per_class"].values()) == len(samples)

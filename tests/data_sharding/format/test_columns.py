@@ -1,4 +1,4 @@
-"""Columns of a manifest: mapped wherever they lie, and checked without being held in memory."""
+"""Columns of a manifest: mapped, wherever they are stored, and checked without being held in memory."""
 
 import logging
 import os
@@ -57,14 +57,14 @@ def test_a_damaged_copy_is_fetched_again(remote, fetched, tmp_path, damage):
     assert fetched.count(f"{remote}/manifest/label.npy") == 3 and fetched.count(f"{remote}/manifest/size.npy") == 2
 
 
-def test_a_disk_that_cannot_be_used_is_done_without(remote, tmp_path, caplog):
+def test_without_a_usable_disk_columns_are_read_into_memory(remote, tmp_path, caplog):
     (tmp_path / "file").write_bytes(b"")
     with caplog.at_level(logging.WARNING):
         found = Manifest.load(remote, str(tmp_path / "file"))
     assert same_columns(found, Manifest.load(remote)) and "is read into memory" in caplog.text
 
 
-def test_what_is_stored_wrong_is_said_and_leaves_nothing(remote, tmp_path):
+def test_damage_in_storage_is_an_error_and_leaves_no_copy(remote, tmp_path):
     fs = fsspec.filesystem("memory")
     path = "/test_columns/set/manifest/label.npy"
     whole = fs.cat_file(path)
@@ -91,7 +91,7 @@ def test_blocks_are_the_whole_column(tmp_path, rows):
         assert len(found) == -(-rows // (1 << 18)) and np.array_equal(np.concatenate([column[:0], *found]), column)
 
 
-def test_memory_does_not_follow_the_images():
+def test_memory_does_not_grow_with_the_images():
     """From 0.2 to 4 million images the columns grow by 76 MB."""
     small, large = memory(200_000), memory(4_000_000)
     assert large["anonymous_bytes"] - small["anonymous_bytes"] < 20e6
@@ -103,6 +103,6 @@ def test_the_cursor_is_small():
 
 
 def test_resuming_late_takes_no_longer_than_a_start():
-    """The goal is 2 s, which bench data measures. To plan the steps before, four hundred epochs, takes minutes."""
+    """The goal is 2 s, which bench data measures. Planning the steps before, four hundred epochs, takes minutes."""
     found = resuming()
     assert found["seconds"] < 10 and found["read_images"] == 32

@@ -1,4 +1,4 @@
-"""The manifest: it gives what was written, and names the file that contradicts it."""
+"""The manifest: it returns what was written, and an error names the file that contradicts it."""
 
 import dataclasses
 import hashlib
@@ -17,7 +17,7 @@ from data_sharding.stream.frames import read_frame
 from tests.support.samples import CLASSES, assert_same, put_at, rewrite, write_samples
 
 
-def test_manifest_gives_what_was_written(stored_samples):
+def test_manifest_returns_what_was_written(stored_samples):
     path, samples = stored_samples
     m = Manifest.load(f"file://{path}/")
     assert m.digest == hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest()
@@ -36,7 +36,7 @@ def test_manifest_gives_what_was_written(stored_samples):
     assert m.shards[0].xxh3_128 == xxhash.xxh3_128_hexdigest(shard) and m.shards[0].bytes == len(shard)
 
 
-def test_any_fsspec_url_will_do():
+def test_any_fsspec_url_works():
     url = "memory://test_manifest/set"
     samples = write_samples(url, (3, 2))
     manifest = Manifest.load(url)

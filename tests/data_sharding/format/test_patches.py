@@ -1,4 +1,4 @@
-"""Tokens: patches of 2 by 2 latent places."""
+"""Patches of 2x2 latent positions, the model's tokens."""
 
 import numpy as np
 

@@ -92,7 +92,7 @@ def test_the_digest_follows_weights_and_arithmetic_not_files(vae_folder, tmp_pat
     assert load_vae(save_vae(tmp_path / "scaled", scaling_factor=0.2), "mean").weights != weights
 
 
-def test_folders_that_will_not_do_are_one_sentence_each(tmp_path, vae_folder, monkeypatch):
+def test_unusable_folders_are_one_sentence_each(tmp_path, vae_folder, monkeypatch):
     with pytest.raises(UserError, match="give --vae FOLDER"):
         get_codec("sd-vae")
     with pytest.raises(UserError, match="dct has neither weights"):

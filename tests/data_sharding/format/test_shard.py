@@ -1,4 +1,4 @@
-"""The stored format: what other programs read, what a frame alone gives, and what the manifest refuses."""
+"""The stored format: other programs read it, each frame is readable alone, and damage is refused."""
 
 import hashlib
 import io
@@ -31,7 +31,7 @@ def members_of(samples: list[Sample]) -> dict[str, bytes]:
     return members
 
 
-# what other programs read
+# Other programs
 
 
 @pytest.mark.skipif(not (shutil.which("zstd") and shutil.which("tar")), reason="needs the zstd and tar programs")
@@ -76,7 +76,7 @@ def test_webdataset_reads_it_with_its_own_pipeline(stored_samples):
             np.testing.assert_array_equal(record[f"{view}.npy"], array)
 
 
-# one frame
+# One frame
 
 
 def test_every_frame_alone_gives_its_samples(stored_samples):
@@ -87,7 +87,7 @@ def test_every_frame_alone_gives_its_samples(stored_samples):
         assert_same(read_frame(manifest, f), samples[manifest.frame_first[f] : manifest.frame_first[f + 1]])
 
 
-def test_a_scan_says_what_the_manifest_says(stored_samples):
+def test_a_scan_agrees_with_the_manifest(stored_samples):
     path, samples = stored_samples
     manifest = Manifest.load(str(path))
     rows = [row for f in range(len(manifest.frame_shard)) for row in scan_frame(*frame_of(manifest, f))]
@@ -125,7 +125,7 @@ def test_a_frame_is_never_read_short_or_long(stored_samples):
     first, second = fetch_frame(manifest, 0), fetch_frame(manifest, 1)
     raw_bytes = int(manifest.frame_raw_bytes[0])
     for damaged, size in (
-        (first + second, raw_bytes),  # zstandard's decompress() would return the first frame and say nothing
+        (first + second, raw_bytes),  # zstandard's decompress() would return the first frame without an error
         (first[:-1], raw_bytes),  # its stream readers end here without an error
         (first[: len(first) // 2], raw_bytes),
         (b"", raw_bytes),

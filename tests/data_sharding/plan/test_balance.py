@@ -1,4 +1,4 @@
-"""Dealing a step's images to ranks and packs: evenly, within capacity, and to the nodes that have read them."""
+"""Dividing a step's images among ranks and packs: evenly, within capacity, and to the nodes that have read them."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ lengths = st.lists(st.integers(1, 64), min_size=1, max_size=120).map(lambda x: n
 @given(
     tokens=lengths, ranks=st.one_of(st.integers(1, 64), st.sampled_from([67, 97, 113])), capacity=st.integers(64, 400)
 )
-def test_dealing_is_a_partition_within_capacity(tokens, ranks, capacity):
+def test_every_image_is_in_one_pack_within_capacity(tokens, ranks, capacity):
     shape = PackShape(capacity, -(-capacity // 64) + 3, 64)
     assignment = assign_packs(tokens, COST, (ranks,), [shape]).packs
     assert len(assignment) == ranks and len({len(packs) for packs in assignment}) == 1
@@ -36,11 +36,11 @@ def test_dealing_is_a_partition_within_capacity(tokens, ranks, capacity):
 
 @settings(max_examples=100)
 @given(tokens=lengths, ranks=st.integers(1, 16))
-def test_the_slowest_rank_is_within_greedys_bound(tokens, ranks):
-    """Longest-first is at most 4/3 - 1/(3 ranks) of the best, which is at least the mean and the dearest image."""
+def test_the_slowest_rank_is_within_the_bound_of_greedy_lpt(tokens, ranks):
+    """Greedy LPT is at most 4/3 - 1/(3 ranks) of the best, which is at least the mean and the most expensive image."""
     cost = COST.of(tokens)
     loads = [sum(cost[pack].sum() for pack in packs) for packs in [[group] for group in partition(cost, ranks)]]
-    merged = np.sort(cost)[::-1][ranks - 1 : ranks + 1]  # when more images than ranks, two of these share a rank
+    merged = np.sort(cost)[::-1][ranks - 1 : ranks + 1]  # with more images than ranks, two of these are on one rank
     least = max(cost.sum() / ranks, cost.max(), merged.sum() if len(merged) == 2 else 0)
     assert max(loads) <= (4 / 3) * least + 1e-9
 
@@ -66,8 +66,8 @@ def test_impossible_shapes_are_refused():
         choose_shapes(steps, COST, (1,), 32, 64)
 
 
-def test_spread_reaches_the_best_by_trial():
-    """Against every way of dealing up to eight images to three groups."""
+def test_partition_is_near_the_best_of_all():
+    """Against every partition of up to eight images into three groups."""
     rng = np.random.default_rng(0)
     for _ in range(60):
         cost = rng.integers(1, 50, rng.integers(1, 9))
@@ -79,7 +79,7 @@ def test_spread_reaches_the_best_by_trial():
 
 @settings(max_examples=100)
 @given(tokens=lengths, nodes=st.lists(st.integers(1, 9), min_size=1, max_size=6))
-def test_each_node_gets_a_stretch_and_no_more_than_its_share(tokens, nodes):
+def test_each_node_gets_a_range_of_the_cost_that_it_is_due(tokens, nodes):
     cost = COST.of(tokens)
     members = partition_over_nodes(cost, tuple(nodes))
     assert len(members) == sum(nodes)
@@ -109,7 +109,7 @@ def test_frames_in_order_keep_the_mean_length(counts, seed):
 
 @settings(max_examples=60)
 @given(steps=st.integers(1, 40), images=st.integers(1, 70), seed=st.integers(0, 1000))
-def test_every_lane_gives_each_step_its_share(steps, images, seed):
+def test_every_lane_gives_each_step_as_many_images(steps, images, seed):
     rng = np.random.default_rng(seed)
     tokens, keyed = rng.integers(1, 65, steps * images), rng.integers(0, 1 << 60, steps * images).astype(np.uint64)
     by_step = assign_to_steps(tokens, keyed, steps)
@@ -124,7 +124,7 @@ def test_every_lane_gives_each_step_its_share(steps, images, seed):
 @pytest.mark.parametrize("nodes,most", [((8,) * 4, 1.05), ((8, 8, 8, 6), 1.3)])
 @pytest.mark.parametrize("preset", ["imagenet256", "imagenet1024"])
 def test_nodes_read_little_that_others_read_too(preset, nodes, most):
-    """One window; dealing over all ranks as one node would read nearly everything on each of the four."""
+    """One window; if all ranks were one node, each of the four nodes would read nearly everything."""
     assert node_reads(f"preset:{preset}", nodes, steps=256)["read_over_stored"] <= most
 
 

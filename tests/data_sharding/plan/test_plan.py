@@ -1,4 +1,4 @@
-"""The plan: exactly once, evened, unbiased, and the same for every world size; the dealing: full, fair, equal packs."""
+"""The plan: every image exactly once per epoch, even token totals, no bias, and frozen arithmetic."""
 
 import hashlib
 from types import SimpleNamespace
@@ -40,7 +40,7 @@ def test_steps_hold_nearly_equal_token_totals():
     assert totals.std() < 0.05 * by_chance
 
 
-def test_evening_leaves_no_trend_and_no_clumps():
+def test_even_totals_leave_no_trend_and_no_clumps():
     """One-sided: classes and lengths in a step are no more dispersed than chance, and neither follows the step index.
 
     A plan sorted by length fails both, as the last lines show.
@@ -55,7 +55,7 @@ def test_evening_leaves_no_trend_and_no_clumps():
         lengths = np.array([s.tokens.mean() for s in steps])
         variance = lengths.var() / (np.concatenate([s.tokens for s in steps]).var() / 24)
         index = np.arange(len(steps))
-        # Against the spread that chance would give: the evened totals themselves hardly spread at all.
+        # Against the spread that chance would give: the even totals themselves hardly vary.
         trend = abs(np.corrcoef(index, lengths)[0, 1]) * np.sqrt(variance * len(steps))
         class_trend = max(abs(np.corrcoef(index, counts[:, c])[0, 1]) for c in range(10)) * np.sqrt(len(steps))
         return dispersion, variance, trend, class_trend
@@ -105,7 +105,7 @@ def test_golden_digest_freezes_the_arithmetic():
     assert plan.hash[:16] == "2ef3e9e2c0997eae"
 
 
-def test_cursor_is_small_and_says_where():
+def test_the_cursor_is_small_and_tells_the_position():
     plan = plan_of(manifest(100, 10), 0, 30, "mixed")
     cursor = plan.cursor(7)
     assert (cursor.epoch, cursor.window, cursor.images) == ([2], 2, [210])
@@ -117,7 +117,7 @@ def test_a_batch_larger_than_the_dataset_is_refused():
         plan_of(manifest(10), 0, 11, "mixed")
 
 
-# Several datasets, and changes on the way
+# Several datasets, and changes during a run
 
 
 @settings(max_examples=60)
@@ -151,7 +151,7 @@ def test_nothing_is_lost_or_repeated_through_changes_of_batch_and_weights(sample
     assert plan.consumed(last) == [len(t) for t in taken] and plan.total_images(last) == sum(map(len, taken))
 
 
-def test_a_change_leaves_the_past_as_it_was_and_begins_at_the_next_window():
+def test_a_change_begins_at_the_next_window_and_keeps_the_past():
     plan = plan_of(manifest(100, 10), 0, 10)
     changed = plan.continued(plan.cursor(13), 13, Segment(0, 25, (1,)))
     assert [(s.start, s.images) for s in changed.schedule] == [(0, 10), (20, 25)]
@@ -166,7 +166,7 @@ def test_a_change_leaves_the_past_as_it_was_and_begins_at_the_next_window():
 
 
 def test_weights_are_kept_and_ids_are_distinct():
-    """The same pictures in two sets, 1 to 3: shares hold over every stretch, and no id or randomness coincides."""
+    """The same pictures in two sets, 1 to 3: weights hold over every range; no id or random number coincides."""
     twice = [manifest(300, 10), manifest(300, 10)]
     plan = Plan(twice, 0, "mixed", [Segment(0, 16, (1, 3))])
     dataset = np.concatenate([plan.step(k).dataset for k in range(plan.window_steps(0) * 4)])
@@ -178,7 +178,7 @@ def test_weights_are_kept_and_ids_are_distinct():
 
 
 @pytest.mark.parametrize("preset", ["imagenet256", "imagenet1024"])
-def test_evening_does_not_bias_imagenet_like_steps(preset):
+def test_even_totals_do_not_bias_imagenet_like_steps(preset):
     plan = Plan([open_preset(f"preset:{preset}", images=140_000)], 0, "mixed", [Segment(0, 256, (1,))])
     for name, test in bias(plan, preset, 512)["tests"].items():
         assert test["statistic"] < test["bound"] < test["sorted"], name

@@ -1,5 +1,5 @@
 """Writing, importing and verifying datasets on a real S3 server through a proxy that misbehaves: what is written is the
-local dataset, bit for bit, and what is found is true; or there is one sentence, and the next call goes on."""
+local dataset, bit for bit, and what is found is true; or there is one sentence, and the next call continues."""
 
 import time
 from dataclasses import replace
@@ -99,7 +99,7 @@ def test_writing_through_faults(proxy, bucket, client, pictures, local, fault):
 
 
 @pytest.mark.parametrize("outage", [[Rule("status", method="PUT", skip=3)], [Rule("reset", method="PUT", skip=3)]])
-def test_an_outage_ends_the_writing_and_the_next_one_goes_on(
+def test_an_outage_ends_the_writing_and_the_next_call_continues(
     proxy, bucket, client, pictures, local, outage, monkeypatch
 ):
     url = f"{bucket}/{outage[0].action}"
@@ -130,7 +130,7 @@ def test_verifying_through_faults_finds_nothing(proxy, bucket, client, local, fa
     assert proxy.fired
 
 
-def test_verifying_through_faults_finds_what_there_is(proxy, bucket, client, local):
+def test_verifying_through_faults_finds_the_damage(proxy, bucket, client, local):
     upload(client, local, "damaged")
     name = Manifest.load(str(local)).shards[1].name
     data = bytearray((local / name).read_bytes())

@@ -50,7 +50,7 @@ def test_objects_written_piece_by_piece(store, size, monkeypatch):
 
 
 @both
-def test_an_object_that_is_not_finished_is_not_there(store, monkeypatch):
+def test_an_unfinished_object_does_not_exist(store, monkeypatch):
     monkeypatch.setattr(s3_store, "PART", 5 << 20)
     store.put("x", b"old")
     with pytest.raises(KeyboardInterrupt), store.writing("x", 20 << 20) as file:

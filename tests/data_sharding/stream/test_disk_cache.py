@@ -1,4 +1,4 @@
-"""The node's disk cache: shared, bounded, and never in the way, whatever was killed, damaged or full."""
+"""The node's disk cache: shared, bounded, and harmless, whatever was killed, damaged or full."""
 
 import fcntl
 import multiprocessing
@@ -23,7 +23,7 @@ from data_sharding.stream.disk_cache import DiskCache, _acquire
 from tests.support.waiting import wait
 
 SIZE = 4000
-FOR_EVER = RetryPolicy(attempt=1e6)  # who waited for a holder would hang
+FOR_EVER = RetryPolicy(attempt=1e6)  # a test that waits for the holder would hang
 _spawn = multiprocessing.get_context("spawn")
 
 
@@ -39,7 +39,7 @@ def get(
     policy: RetryPolicy | None = None,
     meanwhile: Callable[[], object] = lambda: None,
 ):
-    """``meanwhile`` is done while it is fetched."""
+    """``meanwhile`` is called while it is fetched."""
     digest, data = frame(i)
 
     def check(found: bytes) -> None:
@@ -112,7 +112,7 @@ def test_a_killed_holder_blocks_nobody(tmp_path):
     assert not files(folder, "lock") and not files(folder, "tmp")
 
 
-def test_a_lock_that_its_holder_has_just_removed_is_none(tmp_path, monkeypatch):
+def test_a_lock_on_a_removed_file_does_not_count(tmp_path, monkeypatch):
     """Between open and flock the former holder may remove the file; the lock must be on the file that is there."""
     flock, path = fcntl.flock, tmp_path / "x.lock"
     races = [path.unlink, path.touch]
@@ -129,7 +129,7 @@ def test_a_lock_that_its_holder_has_just_removed_is_none(tmp_path, monkeypatch):
     os.close(file)
 
 
-def test_a_stopped_holder_is_not_waited_for_for_ever(tmp_path):
+def test_waiting_for_a_stopped_holder_ends(tmp_path):
     cache, fetched = DiskCache(str(tmp_path), 1 << 20), []
     with holding(cache, 3, fetched):
         get(cache, 3, fetched, RetryPolicy(attempt=0.1))
@@ -137,7 +137,7 @@ def test_a_stopped_holder_is_not_waited_for_for_ever(tmp_path):
     assert fetched == [3, 3] and len(files(tmp_path, "frame")) == 1
 
 
-def test_waiting_ends_when_nobody_wants_it_any_more(tmp_path):
+def test_waiting_ends_when_it_is_cancelled(tmp_path):
     cache, policy = DiskCache(str(tmp_path), 1 << 20), RetryPolicy(attempt=1e6)
     with holding(cache, 3):
         threading.Timer(0.1, policy.cancelled.set).start()
@@ -232,7 +232,7 @@ def test_the_bound_holds_when_writers_are_slow_and_others_evict(tmp_path, monkey
     assert sum(path.stat().st_size for path in files(tmp_path, "frame")) <= 10 * SIZE
 
 
-def test_without_a_usable_disk_frames_come_all_the_same(tmp_path, caplog):
+def test_without_a_usable_disk_frames_are_still_fetched(tmp_path, caplog):
     (tmp_path / "file").write_bytes(b"")
     fetched: list[int] = []
     cache = DiskCache(str(tmp_path / "file" / "cache"), 1 << 20)

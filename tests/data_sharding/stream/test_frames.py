@@ -1,5 +1,5 @@
-"""Fetching frames: what may heal is tried again until one deadline, what cannot is said at once, and no byte is used
-that does not match its digest."""
+"""Fetching frames: transient errors are retried until one deadline, others are raised at once, and no byte is used that
+does not match its digest."""
 
 import sys
 import threading
@@ -57,7 +57,7 @@ def test_one_ranged_read_fetches_a_frame(manifest):
     ],
     ids=["busy", "reset", "refused", "timeout", "short", "a byte short", "long", "flipped", "empty", "stall"],
 )
-def test_what_may_heal_is_tried_again(manifest, fault):
+def test_transient_errors_are_retried(manifest, fault):
     FakeStore.faults = [fault, fault]
     policy = RetryPolicy(deadline=300, attempt=1.0 if fault is FOR_EVER else 100)
     whole = FakeStore.objects["set/shard-000000.tar.zst"][: int(manifest.frame_bytes[0])]
@@ -65,14 +65,14 @@ def test_what_may_heal_is_tried_again(manifest, fault):
     assert len(FakeStore.reads) == 3
 
 
-def test_what_cannot_heal_is_not(manifest):
+def test_a_missing_shard_is_not_retried(manifest):
     del FakeStore.objects["set/shard-000002.tar.zst"]
     with pytest.raises(UnreadableFrame, match="shard-000002.tar.zst, frame 2 .*the shard is missing"):
         fetch_frame(manifest, 2)
     assert len(FakeStore.reads) == 1
 
 
-def test_the_same_wrong_bytes_three_times_are_stored_so(manifest):
+def test_the_same_wrong_bytes_three_times_count_as_stored(manifest):
     FakeStore.forever = lambda body: bytes([body[0] ^ 1]) + body[1:]
     with pytest.raises(UnreadableFrame, match="frame 0 .*its bytes do not match their digest"):
         fetch_frame(manifest, 0)
@@ -83,7 +83,7 @@ def test_the_same_wrong_bytes_three_times_are_stored_so(manifest):
     assert len(FakeStore.reads) == 3
 
 
-def test_a_frame_out_of_reach_is_lost_at_the_deadline(manifest):
+def test_a_frame_is_unreadable_at_the_deadline(manifest):
     FakeStore.forever = OSError(16, "SlowDown")
     began = time.monotonic()
     with pytest.raises(UnreadableFrame, match="frame 0 .*SlowDown, retried for 1 s"):
@@ -95,7 +95,7 @@ def test_a_frame_out_of_reach_is_lost_at_the_deadline(manifest):
     assert time.monotonic() - began < 3
 
 
-def test_if_nothing_answers_no_frame_is_to_blame(manifest, monkeypatch):
+def test_if_nothing_answers_the_storage_is_down(manifest, monkeypatch):
     monkeypatch.setattr("data_sharding.stream.frames._PROBE", 0.2)
     FakeStore.forever, FakeStore.only = ConnectionRefusedError("refused"), ""
     with pytest.raises(StorageDown, match="fake://set cannot be reached .refused, retried for 1 s.: check"):
@@ -109,7 +109,7 @@ def test_bugs_are_not_retried(manifest):
     assert len(FakeStore.reads) == 1
 
 
-def test_who_no_longer_wants_it_need_not_wait(manifest):
+def test_a_cancelled_read_ends_at_once(manifest):
     FakeStore.forever = FOR_EVER
     policy = RetryPolicy(deadline=FOR_EVER, attempt=FOR_EVER)
     threading.Timer(0.2, policy.cancelled.set).start()
@@ -124,7 +124,7 @@ def test_a_refused_login_is_an_error_at_the_start(manifest):
     assert len(FakeStore.reads) == 1
 
 
-def test_whole_files_are_tried_again_too(manifest, tmp_path):
+def test_whole_files_are_retried_too(manifest, tmp_path):
     FakeStore.faults, FakeStore.only = [OSError(16, "SlowDown")] * 3, ""
     assert read("fake://set/manifest.json") == FakeStore.objects["set/manifest.json"]
     put(f"{tmp_path}/a/b", b"data")
@@ -133,7 +133,7 @@ def test_whole_files_are_tried_again_too(manifest, tmp_path):
         read(f"{tmp_path}/none")
 
 
-def test_unknown_urls_and_missing_packages_are_said_in_a_sentence(monkeypatch):
+def test_unknown_urls_and_missing_packages_are_one_sentence(monkeypatch):
     with pytest.raises(UserError, match="nope://x cannot be opened .*give a local path or an s3:// URL"):
         file_system("nope://x")
     # As where s3fs is not installed: fsspec remembers its class once any test has used it.

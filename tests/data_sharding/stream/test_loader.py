@@ -117,7 +117,7 @@ def held_bytes(batches: Loader) -> int:
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_prefetch_is_bounded_in_bytes(plan, steps):
-    """With no one taking, as many steps are prepared as fit; with room for less than one, one is."""
+    """If no step is taken, as many are prepared as fit; with room for less than one, one is."""
     with loader(plan, steps=range(1000)) as probe:
         next(probe)
         wait("16 steps", lambda: len(probe._ready) == 16)
@@ -134,7 +134,7 @@ def test_prefetch_is_bounded_in_bytes(plan, steps):
         assert len(list(batches)) == 40
 
 
-def test_an_error_comes_in_its_place_and_the_thread_ends(plan, reads):
+def test_an_error_is_raised_at_its_step_and_the_thread_ends(plan, reads):
     reads.error = DataError("gone")
     with loader(plan) as batches:
         for _ in range(2):
@@ -149,7 +149,7 @@ def test_leaving_early_ends_the_thread(plan):
     assert not [t for t in threading.enumerate() if t.name == "loader"]
 
 
-def test_waiting_for_data_can_be_watched(plan, reads):
+def test_is_ready_waits_for_data(plan, reads):
     reads.gate.clear()
     with loader(plan, steps=range(3)) as batches:
         assert not batches.is_ready(0.05)
@@ -158,7 +158,7 @@ def test_waiting_for_data_can_be_watched(plan, reads):
         assert len(list(batches)) == 3 and batches.is_ready(0)
 
 
-def test_a_restart_hands_out_the_same_steps_again(plan):
+def test_a_restart_returns_the_same_steps_again(plan):
     with loader(plan, steps=range(8)) as batches:
         first = [next(batches) for _ in range(5)]
         batches.restart(2, Substitutes(plan.manifests))
@@ -167,7 +167,7 @@ def test_a_restart_hands_out_the_same_steps_again(plan):
     assert all(same(a, b) for a, b in zip(first[2:], again[:3], strict=True))
 
 
-def test_lost_frames_are_all_named_at_once_and_substitutes_help(plan, reads):
+def test_all_unreadable_frames_are_named_at_once_and_substitutes_help(plan, reads):
     reads.error = UnreadableFrame("lost")
     needed = {frame_of(plan.manifests[0], row) for row in plan.step(0).row.tolist()}
     with loader(plan, steps=range(1)) as batches:

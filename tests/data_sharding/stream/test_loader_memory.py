@@ -1,4 +1,4 @@
-"""The loader's memory: what it promises to hold, measured as the system counts it, in a process of its own."""
+"""The loader's memory: within the stated bound, as the system counts it, in a process of its own."""
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
@@ -56,7 +56,7 @@ def status(name: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
 
 
-def test_the_loader_holds_no_more_than_it_says(large):
+def test_the_loader_stays_within_its_bound(large):
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
         growth, dataset = fresh.submit(peak_growth, large, CACHE, PREFETCH).result()
     assert dataset > 6 * (CACHE + PREFETCH)

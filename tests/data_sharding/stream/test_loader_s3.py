@@ -119,7 +119,7 @@ def test_batches_are_those_of_the_undisturbed_run(proxy, url, undisturbed, fault
 
 
 @pytest.mark.parametrize("action", ["status", "stall", "reset", "cut"])
-def test_a_frame_out_of_reach_is_lost_at_the_deadline(proxy, url, action):
+def test_a_frame_is_unreadable_at_the_deadline(proxy, url, action):
     """And not later, and without a flood of requests: the client's own retries are off."""
     manifest = Manifest.load(url)
     proxy.rules = [Rule(action, path=SHARDS)]
@@ -133,7 +133,7 @@ def test_a_frame_out_of_reach_is_lost_at_the_deadline(proxy, url, action):
         proxy.rules = []
 
 
-def test_an_outage_blames_no_frame(proxy, url, monkeypatch):
+def test_an_outage_is_not_an_unreadable_frame(proxy, url, monkeypatch):
     monkeypatch.setattr("data_sharding.stream.frames._PROBE", 0.5)
     manifest = Manifest.load(url)
     for rule in (Rule("status"), Rule("reset"), Rule("stall"), Rule("status", status=403)):
@@ -142,7 +142,7 @@ def test_an_outage_blames_no_frame(proxy, url, monkeypatch):
             fetch_frame(manifest, 0, RetryPolicy(deadline=1, attempt=0.5))
 
 
-def test_what_is_stored_wrong_is_said_soon(proxy, url, client, dataset):
+def test_damage_in_storage_is_reported_soon(proxy, url, client, dataset):
     upload(client, dataset, "bad")
     names = [shard.name for shard in Manifest.load(dataset).shards]
     client.delete_object(Bucket=BUCKET, Key=f"bad/{names[0]}")
@@ -155,7 +155,7 @@ def test_what_is_stored_wrong_is_said_soon(proxy, url, client, dataset):
     for f, cause in enumerate(("the shard is missing", "5000 of its", "ends before", "do not match their digest")):
         with pytest.raises(UnreadableFrame, match=f"frame {f} .*{cause}"):
             fetch_frame(manifest, f)
-    assert time.monotonic() - began < 5  # no cause was waited out
+    assert time.monotonic() - began < 5  # no error was retried until the deadline
 
 
 def test_renewed_credentials_are_seen(proxy, url, dataset, monkeypatch, tmp_path):
@@ -259,8 +259,8 @@ def test_a_signal_during_an_outage_saves_at_once(proxy, on_s3):
     assert list(losses(config.run)) == [attempt["last_step"]]  # what was not logged yet is not forgotten
 
 
-def test_a_frame_out_of_reach_for_good_is_replaced(proxy, on_s3, url):
-    """One shard answers 503 for ever while all others are well: its images are replaced and the run goes on."""
+def test_a_frame_that_stays_unreadable_is_replaced(proxy, on_s3, url):
+    """One shard answers 503 for ever while all others are well: its images are replaced and the run continues."""
     shard = Manifest.load(url).shards[-1].name
     proxy.rules = [Rule("status", path=shard)]
     config = on_s3("run", data__deadline_seconds=5, data__max_substituted=0.2)
@@ -275,7 +275,7 @@ def test_a_frame_out_of_reach_for_good_is_replaced(proxy, on_s3, url):
 def test_long_storms(proxy, url, dataset, seed, tmp_path):
     """Nearly every second request meets some fault, for 200 steps, with caches too small to help."""
     rng = random.Random(seed)
-    # Wrong bodies come in several forms: the same three times running would count as stored that way.
+    # Wrong bodies come in several forms: the same three times in a row would count as stored.
     actions = ["status", "reset", "drop_reply", "cut", "stall", *3 * ["short", "corrupt"]]
     rng.shuffle(actions)
     proxy.rules = [

@@ -1,4 +1,4 @@
-"""Substitutes of frames that cannot be read: which images they are, and that no others change."""
+"""Substitutes of frames that cannot be read: which images they are; all other images stay."""
 
 import json
 
@@ -27,11 +27,11 @@ def test_substitutes_are_as_long_or_the_nearest_shorter(manifest):
             wanted = tokens(manifest, row, view)
             if not wanted:
                 continue
-            stand_in = substitutes.row(0, row, view)
-            assert stand_in in readable
+            substitute = substitutes.row(0, row, view)
+            assert substitute in readable
             possible = [n for r in readable if 0 < (n := tokens(manifest, r, view)) <= wanted]
-            assert tokens(manifest, stand_in, view) == max(possible)
-            exact += tokens(manifest, stand_in, view) == wanted
+            assert tokens(manifest, substitute, view) == max(possible)
+            exact += tokens(manifest, substitute, view) == wanted
     assert exact > len(rows) / 2
     assert all(substitutes.row(0, row, RESIZE) == row for row in readable)
     # Different images get different substitutes, as far as lengths allow.
@@ -42,7 +42,7 @@ def test_choice_depends_on_the_key_alone(manifest):
     empty = Substitutes([manifest])
     a, b, other = record_of(empty, 1, 3), record_of(empty, 3, 1), record_of(empty, 1, 3, seed=1)
     assert a == b and a != other
-    assert record_of(empty.with_record(a), 1, 3)["frames"] == []  # what is there is not asked for again
+    assert record_of(empty.with_record(a), 1, 3)["frames"] == []  # they have substitutes already
 
 
 def test_a_rare_length_is_found_in_a_search_of_everything(manifest, monkeypatch):
@@ -54,7 +54,7 @@ def test_a_rare_length_is_found_in_a_search_of_everything(manifest, monkeypatch)
         assert frame_of(manifest, substitutes.row(0, row, RESIZE)) != 2
 
 
-def test_a_substitute_that_is_lost_in_turn_is_replaced(manifest):
+def test_an_unreadable_substitute_is_replaced(manifest):
     first = Substitutes([manifest])
     first = first.with_record(record_of(first, 0))
     rows = range(*manifest.frame_first[:2])
@@ -65,7 +65,7 @@ def test_a_substitute_that_is_lost_in_turn_is_replaced(manifest):
     assert then.row(0, unmoved, RESIZE) == first.row(0, unmoved, RESIZE)
 
 
-def test_no_image_as_short_is_said(manifest):
+def test_without_a_short_enough_image_it_is_an_error(manifest):
     frames = len(manifest.frame_shard)
     with pytest.raises(DataError, match="cannot be read, and no readable image is short enough"):
         record_of(Substitutes([manifest]), *range(frames))

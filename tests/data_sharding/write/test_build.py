@@ -86,7 +86,7 @@ def slurm_call(src, dst, **options) -> str:
     return f"from data_sharding.write.images import write_dataset; write_dataset({arguments})"
 
 
-def test_each_task_begins_with_its_own_and_ends_with_the_others_from_behind(monkeypatch):
+def test_each_task_begins_with_its_own_shards_and_ends_with_the_others(monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "3")
     turns = []
     for place in range(3):
@@ -113,12 +113,12 @@ def test_a_task_that_dies_leaves_its_shards_to_the_others(tmp_path):
 
 
 def assert_same_dataset(dst: Path, whole: Path) -> None:
-    """A task that was beaten to the end by a hair may leave a record behind; the next call removes it."""
+    """A task that finishes just after another may leave a record; the next call removes it."""
     found = {name: data for name, data in bytes_of(dst).items() if not name.startswith(("parts/", "holdout/parts/"))}
     assert found == bytes_of(whole)
 
 
-def test_a_number_of_tasks_that_is_not_true_costs_nothing(image_folder, written_dataset, tmp_path):
+def test_a_wrong_number_of_tasks_does_no_harm(image_folder, written_dataset, tmp_path):
     """SLURM_NTASKS is set in a batch script too, where one process runs alone."""
     task = start_task(slurm_call(image_folder, tmp_path / "set", workers=1, **OPTIONS), 3, 4)
     assert task.wait() == 0

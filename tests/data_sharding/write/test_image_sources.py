@@ -56,7 +56,7 @@ def class_tars(folder: Path, to: Path) -> Path:
 
 
 def imagenet(folder: Path, tmp_path: Path) -> Path:
-    """As ILSVRC2012_img_train.tar: in it one tar for each class."""
+    """As ILSVRC2012_img_train.tar: it holds one tar per class."""
     tars = class_tars(folder, tmp_path / "tars")
     inner = {file.name: file.read_bytes() for file in sorted(tars.iterdir())}
     return write_tar(tmp_path / "ILSVRC2012_img_train.tar", inner)
@@ -69,7 +69,7 @@ def test_a_tar_of_tars_is_the_same_source_as_its_folders(folder, from_folder, tm
     assert source.digest == open_source(str(folder)).digest
     write_dataset(str(src), str(tmp_path / "set"), **OPTIONS)
     assert bytes_of(tmp_path / "set") == bytes_of(from_folder)
-    write_dataset(str(src), str(from_folder), **OPTIONS)  # even goes on with it
+    write_dataset(str(src), str(from_folder), **OPTIONS)  # and continues it
 
 
 def test_a_folder_of_class_tars_too(folder, from_folder, tmp_path):

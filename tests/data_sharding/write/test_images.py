@@ -1,4 +1,4 @@
-"""Writing: what is there of each image, what is left alone, and bad images and options, which end in one sentence."""
+"""Writing: each image is stored once, finished datasets are not changed, bad images and options are one sentence."""
 
 import json
 import sys
@@ -22,7 +22,7 @@ def ids_of(url) -> list[int]:
     return Manifest.load(str(url)).sample_id.tolist()
 
 
-def test_every_image_is_there_once_with_its_label(image_folder, written_dataset):
+def test_every_image_is_stored_once_with_its_label(image_folder, written_dataset):
     dst, report = written_dataset
     entries = {entry.id: entry for entry in open_folder(image_folder).entries}
     train, held = ids_of(dst), ids_of(dst / "holdout")
@@ -53,7 +53,7 @@ def test_views_and_flips_are_those_of_the_pixels(image_folder, written_dataset):
     assert crops > 0
 
 
-def test_a_finished_dataset_is_left_alone(image_folder, written_dataset):
+def test_a_finished_dataset_is_not_changed(image_folder, written_dataset):
     dst, first = written_dataset
     before = {file: file.stat().st_mtime_ns for file in dst.rglob("*")}
     again = write_dataset(image_folder, str(dst), **OPTIONS)
@@ -165,7 +165,7 @@ def test_labels_follow_all_class_folders_and_ids_only_the_key(tmp_path):
     assert {e.key: e.label for e in here.entries}["bee/001.jpg"] == 2
     assert {e.key: e.id for e in there.entries}.items() <= {e.key: e.id for e in here.entries}.items()
     assert all(0 <= e.id < 1 << 63 for e in here.entries)
-    assert sample_id("bee/001.jpg") == 4103319333615632164  # frozen: ids name images in checkpoints and ledgers
+    assert sample_id("bee/001.jpg") == 4103319333615632164  # frozen: ids identify images in checkpoints and records
 
 
 def test_colliding_ids_are_an_error(image_folder, monkeypatch):

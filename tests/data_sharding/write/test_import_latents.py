@@ -103,7 +103,7 @@ def start(call: str) -> subprocess.Popen:
 
 
 def test_slurm_tasks_share_the_unpacking_and_take_over_what_one_leaves(imported, tmp_path, monkeypatch):
-    """Task 1 of 2 unpacks its own archive; the others' it waits for, until they show no sign of life."""
+    """Task 1 of 2 unpacks its own archive; it waits for those of the others until their heartbeat stops."""
     src, dst = write_layout(tmp_path / "src", "gz"), str(tmp_path / "set")
     monkeypatch.setenv("SLURM_PROCID", "1")
     monkeypatch.setenv("SLURM_NTASKS", "2")

@@ -1,4 +1,4 @@
-"""Importing what is damaged, contradicts itself or is not whole: it is named and left out, or there is one sentence."""
+"""Importing damaged, contradictory or incomplete files: they are named and left out, or the error is one sentence."""
 
 import json
 import shutil
@@ -103,7 +103,7 @@ def test_sources_that_lack_something_are_one_sentence_each(tmp_path):
 
 
 def test_what_was_unpacked_from_a_bad_download_is_not_kept(imported, tmp_path):
-    """The second download has the name and size of the first, and a cut tar has no checksum as gzip has."""
+    """The second download has the name and size of the first, and a split tar has no checksum, unlike gzip."""
     src = write_layout(tmp_path / "src", "tar")
     data = bytearray((src / f"{GROUPS[0]}.tar").read_bytes())
     (src / f"{GROUPS[0]}.tar").unlink()
@@ -123,7 +123,7 @@ def shorten(path: Path, by: int) -> None:
     path.write_bytes(path.read_bytes()[:-by])
 
 
-def test_which_set_must_be_said_where_there_are_two(tmp_path, imported):
+def test_of_two_sets_one_must_be_chosen(tmp_path, imported):
     src = write_layout(tmp_path / "src", "folders")
     for group in GROUPS:
         (src / group.replace("16", "25").replace("from_25", "from_16")).mkdir()
