@@ -90,7 +90,7 @@ def test_damaged_missing_and_foreign_files_are_named(copied):
     with pytest.raises(DataError, match=r"label\.npy does not match its digest"):
         Manifest.load(str(copied))
     file.write_bytes(whole[:40])
-    with pytest.raises(DataError, match=r"label\.npy is not a whole"):
+    with pytest.raises(DataError, match=r"label\.npy is not a complete"):
         Manifest.load(str(copied))
     file.unlink()
     with pytest.raises(DataError, match=r"label\.npy is missing"):
