@@ -41,7 +41,7 @@ class ChunkDigests:
 
 
 @dataclass(frozen=True)
-class Span:
+class FileSpan:
     """Bytes [begin, end) of a file of a commit."""
 
     file: str
@@ -90,7 +90,7 @@ class ChunkReader:
         if size != self._files[file]["bytes"]:
             raise Damaged(f"{file} has {size} bytes, not {self._files[file]['bytes']}")
 
-    def fill(self, spans: Sequence[Span], memory: Callable[[int], memoryview]) -> Iterator[int]:
+    def fill(self, spans: Sequence[FileSpan], memory: Callable[[int], memoryview]) -> Iterator[int]:
         """Reads each span into ``memory(its index)``, in order, and yields the index; fastest if the spans are sorted.
         Raises Damaged, having written nothing that was not checked.
 

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from data_sharding.storage.store import Store
-from fitv2_scale.checkpoint.checksums import CHUNK, ChunkReader, Span
+from fitv2_scale.checkpoint.checksums import CHUNK, ChunkReader, FileSpan
 from fitv2_scale.checkpoint.safetensors_file import TensorToWrite, Written, write_safetensors
 
 FORMAT = 2
@@ -191,7 +191,7 @@ class CommitReader(StorageReader):
 class _Part:
     """Some rows (along the first dim) of a stored box, of which ``target`` takes the columns from ``columns`` on."""
 
-    span: Span  # the bytes of the whole rows
+    span: FileSpan  # the bytes of the whole rows
     rows: torch.Size  # their shape
     columns: tuple[int, ...]  # offset of the target in all dims but the first
     target: Tensor  # a view
@@ -210,14 +210,14 @@ class _Part:
 def _parts(box: dict, offsets: Sequence[int], lengths: Sequence[int], target: Tensor) -> Iterator[_Part]:
     """Part of a stored box, as blocks of rows of about a chunk's size. A scalar is one row."""
     if not box["shape"]:
-        yield _Part(Span(box["file"], box["begin"], box["begin"] + _ITEM), torch.Size(), (), target)
+        yield _Part(FileSpan(box["file"], box["begin"], box["begin"] + _ITEM), torch.Size(), (), target)
         return
     size = math.prod(box["shape"][1:]) * _ITEM  # of a row
     several = max(1, CHUNK // max(1, size))
     for low in range(0, lengths[0], several):
         count = min(several, lengths[0] - low)
         begin = box["begin"] + (offsets[0] + low) * size
-        span = Span(box["file"], begin, begin + count * size)
+        span = FileSpan(box["file"], begin, begin + count * size)
         shape = torch.Size([count, *box["shape"][1:]])
         yield _Part(span, shape, tuple(offsets[1:]), target.narrow(0, low, count))
 

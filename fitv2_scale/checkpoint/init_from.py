@@ -20,14 +20,14 @@ from fitv2_scale.run.run import Run
 
 
 @dataclass(frozen=True)
-class Source:
+class WeightsSource:
     """RUN@STEP, or a weights file (then ``step`` is None)."""
 
     url: str
     step: int | None
 
     @classmethod
-    def parse(cls, text: str) -> "Source":
+    def parse(cls, text: str) -> "WeightsSource":
         """Raises UserError unless it is one of both; whether it exists is not looked at."""
         if is_weights(text):
             return cls(text, None)
@@ -39,7 +39,7 @@ def is_weights(text: str) -> bool:
     return text.endswith(SUFFIXES)
 
 
-def load_initial_weights(source: Source, engine: Engine, model: ModelConfig, world: World) -> None:
+def load_initial_weights(source: WeightsSource, engine: Engine, model: ModelConfig, world: World) -> None:
     """Fills weights and EMA of ``engine``, on all ranks together.
 
     Raises:
@@ -64,7 +64,7 @@ def _from_file(file: str, engine: Engine, model: ModelConfig) -> None:
             box.tensor.copy_(part)
 
 
-def _from_run(source: Source, engine: Engine, world: World) -> None:
+def _from_run(source: WeightsSource, engine: Engine, world: World) -> None:
     run = Run.open(source.url)
     entries = [entry for entry in run.log.commits() if entry.fields["step"] == source.step]
     if not entries:
@@ -88,7 +88,7 @@ def _from_run(source: Source, engine: Engine, world: World) -> None:
         ) from error
 
 
-def _check(source: Source, engine: Engine, stored: dict[str, dict]) -> None:
+def _check(source: WeightsSource, engine: Engine, stored: dict[str, dict]) -> None:
     wanted = {name: logical.shape for name, logical in engine.boxes().items() if name.startswith("ema/")}
     found = {name: tuple(tensor["shape"]) for name, tensor in stored.items() if name.startswith("ema/")}
     for name in sorted(wanted.keys() | found.keys()):

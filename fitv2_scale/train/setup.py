@@ -9,7 +9,7 @@ from data_sharding.plan.plan import Plan
 from data_sharding.storage.open_store import open_store
 from data_sharding.stream.batch import StepBatch
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
-from fitv2_scale.checkpoint.init_from import Source, load_initial_weights
+from fitv2_scale.checkpoint.init_from import WeightsSource, load_initial_weights
 from fitv2_scale.checkpoint.policy import SaveSchedule
 from fitv2_scale.checkpoint.restore import Restored, restore
 from fitv2_scale.config.layout import Layout
@@ -140,7 +140,7 @@ def _restore(
         restored = restore(engine, fork.run, world, fork.step)
     if restored is None:
         if config.init_from:
-            load_initial_weights(Source.parse(config.init_from), engine, config.model, world)
+            load_initial_weights(WeightsSource.parse(config.init_from), engine, config.model, world)
             return None, data, [f"starts with the weights of {config.init_from}"], False
         return None, data, [], False
     # A fork may have other data; its own plan then starts at the step where it branches off.

@@ -84,9 +84,9 @@ class Hung:
 
 
 def find_hung(beats: Mapping[int, Beat], unheard: Mapping[int, float]) -> list[Hung]:
-    """The ranks that the others wait for, by rank's last beat and the seconds for which it was ``unheard``: ranks that
-    are silent for longer than their patience; else those behind in steps; else those in another phase than most, or at
-    another line; else all, who wait for something outside."""
+    """The ranks that the others wait for, from the last beat of each rank and the seconds for which it was ``unheard``:
+    ranks that are silent for longer than their patience; else those behind in steps; else those in another phase than
+    most, or at another line; else all, because they wait for something outside."""
     silent = [b for b in beats.values() if unheard[b.rank] > b.patience]
     if silent:
         return [Hung(b.rank, b.node, b.phase, b.step, unheard[b.rank], True, b.where) for b in silent]

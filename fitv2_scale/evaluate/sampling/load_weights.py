@@ -8,7 +8,7 @@ from data_sharding.errors import DataError, UserError
 from data_sharding.format.codec import SD_VAE, Codec
 from data_sharding.format.codecs import codec_of, get_codec
 from data_sharding.format.manifest import Manifest
-from fitv2_scale.checkpoint.init_from import Source, is_weights, load_initial_weights
+from fitv2_scale.checkpoint.init_from import WeightsSource, is_weights, load_initial_weights
 from fitv2_scale.checkpoint.restore import restore
 from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.load import load_config, parse_config
@@ -80,7 +80,7 @@ def open_weights(
         config = load_config(config_file, overrides)
         config = config.model_copy(update={"layout": config.layout.model_copy(update={"compile": False})})
         engine, layout = _engine(config, world)
-        load_initial_weights(Source.parse(source), engine, config.model, world)
+        load_initial_weights(WeightsSource.parse(source), engine, config.model, world)
         weights = Weights(source, None, config, engine, layout, world)
     else:
         if config_file is not None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from data_sharding.storage.local_store import LocalStore
 from fitv2_scale.checkpoint import checksums
-from fitv2_scale.checkpoint.checksums import ChunkDigests, ChunkReader, Damaged, Span
+from fitv2_scale.checkpoint.checksums import ChunkDigests, ChunkReader, Damaged, FileSpan
 
 SMALL = 8  # bytes of a chunk here
 
@@ -32,21 +32,21 @@ def write(folder: Path, contents: dict[str, bytes]) -> ChunkReader:
     return ChunkReader(LocalStore(str(folder)), ".", files)
 
 
-def read(reader: ChunkReader, wanted: list[Span]) -> list[bytes]:
+def read(reader: ChunkReader, wanted: list[FileSpan]) -> list[bytes]:
     memory = [bytearray(span.end - span.begin) for span in wanted]
     assert list(reader.fill(wanted, lambda place: memoryview(memory[place]))) == list(range(len(wanted)))
     return list(map(bytes, memory))
 
 
 @st.composite
-def files_and_spans(draw) -> tuple[dict[str, bytes], list[Span]]:
+def files_and_spans(draw) -> tuple[dict[str, bytes], list[FileSpan]]:
     # Lengths are drawn, not bytes: these would be few, and there must be more chunks than are fetched ahead.
     sizes = {name: draw(st.integers(1, 12 * SMALL)) for name in ("a", "b")}
     contents = {name: random.Random(name).randbytes(size) for name, size in sizes.items()}
     wanted = []
     for name in draw(st.lists(st.sampled_from(["a", "b"]), max_size=20)):
         begin = draw(st.integers(0, len(contents[name]) - 1))
-        wanted.append(Span(name, begin, draw(st.integers(begin + 1, len(contents[name])))))
+        wanted.append(FileSpan(name, begin, draw(st.integers(begin + 1, len(contents[name])))))
     return contents, sorted(wanted, key=lambda s: (s.file, s.begin)) if draw(st.booleans()) else wanted
 
 
@@ -65,6 +65,6 @@ def test_a_flipped_bit_is_found_before_its_chunk_is_used(tmp_path, at):
     (tmp_path / "a").write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
     memory = bytearray(len(data))
     with pytest.raises(Damaged, match="a does not match its digest"):
-        list(reader.fill([Span("a", 0, len(data))], lambda _: memoryview(memory)))
+        list(reader.fill([FileSpan("a", 0, len(data))], lambda _: memoryview(memory)))
     sound = at // SMALL * SMALL
     assert memory[:sound] == data[:sound] and not any(memory[sound:])
