@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fitv2_scale.config.schema import Config
 from fitv2_scale.run.run import Run
 from fitv2_scale.train.loop import DONE, train
 from launchers.control import jobs
@@ -31,12 +32,17 @@ def wrap(fault: str) -> str:
     return f"slurm.wrap={sys.executable} {ROOT / 'tests/support/faulty_rank.py'} {fault}"
 
 
-def test_a_killed_rank_takes_its_step_down_and_the_next_job_avoids_its_node(slurm, fitv2, job_config, tiny):
-    options = {"train__steps": 100, "checkpoint__every_steps": 10}
+def begun(slurm, fitv2, job_config, tiny, step: int, **options) -> tuple[Config, str]:
+    """A run on two nodes that has begun the step after ``step``, and its job."""
     config = tiny(**options)
     fitv2("submit", job_config(**options), "--nodes", "2")
-    reach(config.run, 0, 1)
-    job = running(slurm)
+    reach(config.run, step, 1)
+    return config, running(slurm)
+
+
+def test_a_killed_rank_takes_its_step_down_and_the_next_job_avoids_its_node(slurm, fitv2, job_config, tiny):
+    options = {"train__steps": 100, "checkpoint__every_steps": 10}
+    config, job = begun(slurm, fitv2, job_config, tiny, 0, **options)
     ranks = ranks_of_job(job)
     assert sorted(ranks) == [0, 1]
     reach(config.run, 12, 1)
@@ -78,10 +84,7 @@ def test_how_soon_a_killed_rank_is_forgotten(slurm, fitv2, job_config, tiny):
 def test_a_lost_node_costs_one_attempt_and_cannot_commit(slurm, fitv2, job_config, tiny):
     """The node with the batch script dies to Slurm; its processes live on, and are shut out by the log."""
     options = {"train__steps": 100_000, "checkpoint__every_steps": 5}
-    config = tiny(**options)
-    fitv2("submit", job_config(**options), "--nodes", "2")
-    reach(config.run, 8, 1)
-    job = running(slurm)
+    config, job = begun(slurm, fitv2, job_config, tiny, 8, **options)
     slurm.kill("node1")
     try:
         wait("another job", lambda: running(slurm) not in (None, job))

@@ -2,7 +2,8 @@
 
 import random
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import pytest
 
@@ -22,16 +23,23 @@ AT_ONCE = 4  # groups of ranks, of which most wait for the storage
 # ---- killed ----
 
 
-def killed_save(env, url: str, at: int | None) -> int:
-    """Saves steps 2 to 4, the last of which retires step 2, and dies in step 4 at operation ``at``."""
-    kill_point = KillPoint()
-    watch_s3(kill_point, reads=False) if env else watch_disk(kill_point)
+@contextmanager
+def two_saves(env, url: str, kill_point: KillPoint, at: int | None, reads: bool) -> Iterator[Callable]:
+    """Steps 2 and 3 are saved. Gives ``save``, whose next call retires step 2 and meets the kill point at ``at``."""
+    watch_s3(kill_point, reads) if env else watch_disk(kill_point)
     s3_store.PART = PART
     with opened(env, url) as (world, run):
         save = saver(world, run)
         for step in (2, 3):
             assert save(step) is None
         kill_point.arm(at)
+        yield save
+
+
+def killed_save(env, url: str, at: int | None) -> int:
+    """Dies in the save of step 4 at operation ``at``; without one, says how many there are."""
+    kill_point = KillPoint()
+    with two_saves(env, url, kill_point, at, reads=False) as save:
         assert save(4) is None
         return kill_point.count
 
@@ -96,13 +104,7 @@ def test_killed_at_random_moments(location, kind, kills):
 def suspended_save(env, url: str, at: int | None) -> str | int:
     """As ``killed_save``, but suspended instead of killed; says how it went on."""
     kill_point = KillPoint(signal.SIGSTOP)
-    watch_s3(kill_point, reads=True) if env else watch_disk(kill_point)
-    s3_store.PART = PART
-    with opened(env, url) as (world, run):
-        save = saver(world, run)
-        for step in (2, 3):
-            assert save(step) is None
-        kill_point.arm(at)
+    with two_saves(env, url, kill_point, at, reads=True) as save:
         try:
             assert save(4) is None
         except StaleAttempt:
