@@ -1,23 +1,17 @@
 """What evaluations need: pictures, a feature network, a reference, and the network's options of the command line."""
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from fitv2_scale.evaluate.evaluate import EvaluationOptions, evaluate_images
 from tests.support.feature_networks import Tiny, save_network
+from tests.support.pictures import write_pictures
 
 
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory) -> str:
     """80 pictures of many sizes, in two folders."""
-    root, rng = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0)
-    for i in range(80):
-        height, width = rng.integers(24, 150, 2)
-        ramp = np.add.outer(np.arange(height), np.arange(width))[..., None] * rng.uniform(0.2, 2, 3)
-        folder = root / str(i % 2)
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((ramp + rng.integers(0, 40, ramp.shape)).astype(np.uint8)).save(folder / f"{i}.png")
+    root = tmp_path_factory.mktemp("photographs")
+    write_pictures(root, 80, (24, 150), ["0", "1"])
     return str(root)
 
 

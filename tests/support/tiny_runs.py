@@ -3,14 +3,13 @@
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from data_sharding.write.images import write_dataset
 from fitv2_scale.config.load import parse_config
 from fitv2_scale.config.schema import Config
 from fitv2_scale.train.loop import train
+from tests.support.pictures import write_pictures
 from tests.support.ranks import run_ranks
 
 IMAGES, CLASSES = 240, 5
@@ -21,13 +20,7 @@ BENCHED += ["data.url=preset:imagenet256", "batch.images=5", "layout.max_tokens=
 
 def make_pictures(root: Path, count: int) -> None:
     """So many pictures of 5 classes and many sizes, in a folder a class."""
-    rng = np.random.default_rng(0)
-    for i in range(count):
-        height, width = rng.integers(32, 120, 2)
-        ramp = np.add.outer(np.arange(height), np.arange(width))[..., None] * rng.uniform(0.2, 2, 3)
-        file = root / f"class{i % CLASSES}" / f"{i:03d}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((ramp + rng.integers(0, 40, ramp.shape)).astype(np.uint8)).save(file)
+    write_pictures(root, count, (32, 120), [f"class{i}" for i in range(CLASSES)])
 
 
 @pytest.fixture(scope="session")

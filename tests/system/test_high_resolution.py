@@ -5,7 +5,6 @@ from fnmatch import fnmatchcase
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from data_sharding.errors import UserError
 from data_sharding.write.images import write_dataset
@@ -18,9 +17,10 @@ from fitv2_scale.parallel.world import join
 from fitv2_scale.planning.forecast.memory_per_rank import plan_state
 from fitv2_scale.train.loop import train
 from tests.support.commits import commit_bytes, read_tensors
+from tests.support.pictures import write_pictures
 from tests.support.ranks import run_ranks
 from tests.support.run_history import losses
-from tests.support.tiny_runs import make_tiny
+from tests.support.tiny_runs import CLASSES, make_tiny
 
 TRAINED = ["x_embedder.*", "*.bias", "*adaLN_modulation*", "final_layer.*"]
 STEPS = 60
@@ -29,12 +29,8 @@ STEPS = 60
 @pytest.fixture(scope="module")
 def large(tmp_path_factory) -> str:
     """Pictures of up to 36 tokens, more than the first stage's 16, most of them wider than its 4."""
-    root, rng = tmp_path_factory.mktemp("large"), np.random.default_rng(1)
-    for i in range(60):
-        height, width = rng.integers(48, 160, 2)
-        ramp = np.add.outer(np.arange(height), np.arange(width))[..., None] * rng.uniform(0.2, 1, 3)
-        (root / f"class{i % 5}").mkdir(exist_ok=True)
-        Image.fromarray((ramp + rng.integers(0, 40, ramp.shape)).astype(np.uint8)).save(root / f"class{i % 5}/{i}.png")
+    root = tmp_path_factory.mktemp("large")
+    write_pictures(root, 60, (48, 160), [f"class{i}" for i in range(CLASSES)], seed=1, steepest=1.0)
     url = str(tmp_path_factory.mktemp("data") / "large")
     write_dataset(str(root), url, max_tokens=36, workers=1, progress=False)
     return url

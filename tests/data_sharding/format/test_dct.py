@@ -13,7 +13,7 @@ from data_sharding.write.views import (
     resize_view,
 )
 from launchers import demo_images
-from tests.support.noise_pictures import noise
+from tests.support.pictures import noise
 
 
 def encode(pixels: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from data_sharding.write.views import (
     square_side,
     views_of,
 )
-from tests.support.noise_pictures import file_of, noise
+from tests.support.pictures import file_of, noise
 
 
 def views(image: Image.Image, max_tokens: int) -> dict[str, np.ndarray]:
