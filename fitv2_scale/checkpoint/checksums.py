@@ -60,7 +60,7 @@ class ChunkReader:
         self._store, self._folder, self._files = store, folder, files
 
     def chunk(self, file: str, index: int, buffer: bytearray | None = None) -> Bytes:
-        """One chunk, checked; in ``buffer``, of ``CHUNK`` bytes, if the store can read into it. Raises Damaged."""
+        """One chunk, checked; in ``buffer`` if it is large enough and the store can read into it. Raises Damaged."""
         recorded = self._files[file]
         begin = index * CHUNK
         end = min(begin + CHUNK, recorded["bytes"])
@@ -98,6 +98,7 @@ class ChunkReader:
         and the chunks that a later span needs again.
         """
         uses = Counter((span.file, n) for span in spans for n in span.chunks)
+        largest = max([0, *(min(CHUNK, self._files[file]["bytes"] - n * CHUNK) for file, n in uses)])
         ahead, fetched = iter(list(uses)), dict[tuple[str, int], Future[Bytes]]()
         buffers: dict[tuple[str, int], bytearray] = {}
         free: list[bytearray] = []
@@ -110,7 +111,7 @@ class ChunkReader:
                         while key not in fetched or len(fetched) < _AHEAD:
                             if (following := next(ahead, None)) is None:
                                 break
-                            buffers[following] = free.pop() if free else bytearray(CHUNK)
+                            buffers[following] = free.pop() if free else bytearray(largest)
                             fetched[following] = pool.submit(self.chunk, *following, buffers[following])
                         chunk, begin = memoryview(fetched[key].result()), n * CHUNK
                         low, high = max(span.begin, begin), min(span.end, begin + len(chunk))
