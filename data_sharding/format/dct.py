@@ -51,6 +51,7 @@ class DctCodec:
 
     @property
     def digest(self) -> str:
+        """Hex sha256 of the arithmetic: the integers of colour and slope, and the units."""
         units = np.array(list(_UNIT.values()))
         return sha256(b"dct 1" + b"".join(a.astype("<f8").tobytes() for a in (_COLOR, _SLOPE, units))).hexdigest()
 

@@ -107,6 +107,7 @@ class SdVae:
 
     @property
     def digest(self) -> str:
+        """Hex sha256 of ``weights`` and of the posterior's use (mean or sample)."""
         return sha256(f"sd-vae 1 {self._latent} {self.weights}".encode()).hexdigest()
 
     @property

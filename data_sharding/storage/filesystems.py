@@ -67,6 +67,7 @@ def disconnect() -> None:
         _connected.clear()
 
 
+# One connection per process and protocol, shared by its threads: each has its own login, pool and event loop.
 _lock = threading.Lock()
 _connected: dict[tuple[str, int], AbstractFileSystem] = {}
 _BOTO_CONFIG = {
@@ -81,6 +82,7 @@ _BOTO_CONFIG = {
 
 
 def is_local(fs: AbstractFileSystem) -> bool:
+    """Whether ``fs`` is a disk of this machine, or a network file system that is mounted."""
     return isinstance(fs, LocalFileSystem)
 
 

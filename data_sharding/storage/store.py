@@ -19,6 +19,8 @@ Bytes = bytes | memoryview
 
 
 class Writable(Protocol):
+    """An object that is being written, piece by piece."""
+
     def write(self, data: Bytes, /) -> object: ...
 
 
