@@ -127,9 +127,11 @@ def _verify_shard(manifest: Manifest, shard: int) -> tuple[int, list[str]]:
     rest = read_range(url, end, size)
     digest.update(rest)
     if not _is_end(rest):
-        problems.append(f"{url}: {len(rest)} bytes after the last frame are not the end of a tar archive")
+        problems.append(
+            f"{url}: {len(rest)} bytes after the last frame are not the end of a tar archive: restore it from a copy"
+        )
     elif digest.hexdigest() != entry.xxh3_128 and not problems:
-        problems.append(f"{url}: its bytes do not match the digest in the manifest")
+        problems.append(f"{url}: its bytes do not match the digest in the manifest: restore it from a copy")
     return size, problems
 
 

@@ -16,7 +16,10 @@ _STEPS = 16  # of each
 
 
 def shapes_for_plan(plan: Plan, step: int, cost: Cost, nodes: Nodes, max_tokens: int) -> tuple[PackShape, ...]:
-    """The shapes for an attempt that begins at ``step``, those after the next change of schedule included."""
+    """The shapes for an attempt that begins at ``step``, those after the next change of schedule included; ascending.
+
+    Raises as ``choose_shapes``.
+    """
     shapes: set[PackShape] = set()
     for begin in {step, max(step, plan.schedule[-1].start)}:
         shapes |= set(choose_shapes(_steps_like(plan, begin), cost, nodes, max_tokens, plan.max_seqlen))
@@ -27,10 +30,9 @@ def _steps_like(plan: Plan, step: int) -> list[np.ndarray]:
     """Token lengths of some steps of the same segment, from the window of ``step`` on."""
     segment, _, place = plan.window_of(step)
     length = plan.window_steps(segment)
+    starts = range(step - place, step - place + _WINDOWS * length, length)
     found = []
-    for first in reversed(
-        range(step - place, step - place + _WINDOWS * length, length)
-    ):  # the first window last: it stays in the plan's cache
+    for first in reversed(starts):  # the first window last: it stays in the plan's cache
         if plan.segment_at(first) == segment:
             window = plan.window_length(first)
             chosen = range(first, first + window, max(1, window // _STEPS))

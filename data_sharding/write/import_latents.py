@@ -27,7 +27,7 @@ from data_sharding.worker_pool import cores
 from data_sharding.write.archives import Archive, unpack
 from data_sharding.write.build import Options, WriteReport, build, is_finished, report
 from data_sharding.write.images import refuse_inside
-from data_sharding.write.published_latents import LatentFiles, PublishedLatents, list_entries, open_published
+from data_sharding.write.published_latents import LatentFiles, PublishedLatents, list_latent_files, open_published
 from data_sharding.write.shard_task import Made, Skipped
 
 # Its weights came without a digest, and each flip is one draw of the posterior.
@@ -139,4 +139,4 @@ def _entries(published: PublishedLatents, dst: str, workers: int, progress: bool
             archives.append(Archive(group.name, group.files, tar))
         groups.append((group, tar))
     unpack(archives, workers, progress)
-    return list_entries(groups)
+    return list_latent_files(groups)

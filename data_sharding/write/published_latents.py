@@ -95,7 +95,7 @@ def open_published(src: str, max_tokens: int | None) -> PublishedLatents:
     return PublishedLatents(limit, tuple(groups), blake2b(lines.encode(), digest_size=16).hexdigest())
 
 
-def list_entries(groups: list[tuple[LatentGroup, str | None]]) -> list[LatentFiles]:
+def list_latent_files(groups: list[tuple[LatentGroup, str | None]]) -> list[LatentFiles]:
     """The images of all groups, their views joined by file name; with each archive comes the tar to read instead.
 
     Raises:
