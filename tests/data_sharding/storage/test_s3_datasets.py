@@ -13,7 +13,6 @@ from data_sharding.errors import DataError, StorageDown, UserError
 from data_sharding.format.columns import COLUMNS
 from data_sharding.format.manifest import Manifest
 from data_sharding.storage import byte_ranges
-from data_sharding.storage import files as files_module
 from data_sharding.storage import files as storage_files
 from data_sharding.storage.byte_ranges import list_tar
 from data_sharding.verify import verify
@@ -47,8 +46,8 @@ def bucket(client) -> str:
 
 @pytest.fixture
 def proxy(rgw, bucket, monkeypatch):
-    monkeypatch.setattr(files_module, "_CALL", replace(files_module._CALL, deadline=300, attempt=0.7))
-    monkeypatch.setattr(storage_files, "_START", replace(storage_files._START, deadline=300, attempt=0.7))
+    monkeypatch.setattr(storage_files, "_CALL", replace(storage_files._CALL, deadline=300, attempt=0.7))
+    monkeypatch.setattr(storage_files, "_WHOLE_FILE", replace(storage_files._WHOLE_FILE, deadline=300, attempt=0.7))
     with FaultProxy(rgw.port) as proxy:
         use(monkeypatch, environment(proxy.port))
         yield proxy
@@ -105,10 +104,10 @@ def test_an_outage_ends_the_writing_and_the_next_call_continues(
     url = f"{bucket}/{outage[0].action}"
     proxy.rules = [replace(rule) for rule in outage]
     with monkeypatch.context() as patch:
-        patch.setattr(storage_files, "_START", replace(storage_files._START, deadline=5))
+        patch.setattr(storage_files, "_WHOLE_FILE", replace(storage_files._WHOLE_FILE, deadline=5))
         with pytest.raises(StorageDown, match="cannot be reached: .*, retried for 5 s; check"):
             write(pictures, url)
-    monkeypatch.setattr(storage_files, "_START", replace(storage_files._START, attempt=100))
+    monkeypatch.setattr(storage_files, "_WHOLE_FILE", replace(storage_files._WHOLE_FILE, attempt=100))
     proxy.rules, proxy.requests[:] = [], []
     write(pictures, url)
     assert objects(client, outage[0].action) == files(local)
@@ -143,7 +142,7 @@ def test_verifying_through_faults_finds_the_damage(proxy, bucket, client, local)
 
 def test_verifying_in_an_outage_is_one_sentence(proxy, bucket, client, local, monkeypatch):
     upload(client, local, "away")
-    monkeypatch.setattr(files_module, "_CALL", replace(files_module._CALL, deadline=2))
+    monkeypatch.setattr(storage_files, "_CALL", replace(storage_files._CALL, deadline=2))
     proxy.rules = [Rule("status", path="tar.zst")]
     began = time.monotonic()
     with pytest.raises(StorageDown, match="cannot be reached: 503 SlowDown, retried for 2 s; check the storage"):
