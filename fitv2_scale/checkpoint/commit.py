@@ -1,5 +1,10 @@
-"""A commit of a run on storage: a folder of data files and a manifest; and quarantine/, the reasons why damaged commits
-are not used."""
+"""A commit of a run on storage: writing, reading and checking it.
+
+Its files are ``steps/<step>.<attempt>/rank-00000.safetensors`` …, one of each rank that has something to write, and
+``manifest.json`` beside them (``commit_folder`` names the folder, ``dcp_storage`` describes the files). It counts once
+a COMMIT entry in the run's log names that folder and the sha256 of the manifest. ``quarantine/`` holds the reasons why
+damaged commits are not used.
+"""
 
 import hashlib
 import json
