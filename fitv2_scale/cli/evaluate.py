@@ -76,7 +76,7 @@ def evaluate_source(args: argparse.Namespace) -> int:
         overrides=args.overrides,
         out=args.out,
     )
-    if done.results is not None:
+    if done is not None:
         _report(args, done)
     return 0
 

@@ -69,11 +69,11 @@ class EvaluationOptions:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``results`` are in the order of the cells; None on ranks other than 0."""
+    """``results`` are in the order of the cells."""
 
     store: Store
     step: str
-    results: list[dict[str, Any]] | None
+    results: list[dict[str, Any]]
     run: Run | None
 
 
@@ -94,17 +94,22 @@ def evaluate_weights(
     config_file: str | None = None,
     overrides: list[str] | None = None,
     out: str | None = None,
-) -> Evaluation:
+) -> Evaluation | None:
     """Measures each cell and stores the result in the run, or in ``out``. Existing results are not computed again.
+    None on ranks other than 0.
 
     Raises:
         UserError: see ``open_weights``, ``FeatureNetwork.load``, ``check_reference``, ``measure``.
     """
     with join() as world, open_weights(source, world, config_file, overrides) as weights:
         run = None if weights.step is None else Run.open(split_reference(weights.name)[0])
-        if run is None and not out:
+        if out:
+            store = open_store(out)
+        elif run is not None:
+            store = run.store
+        else:
             raise UserError(f"{source} is not a run, which would store the metrics: give a folder as --out")
-        store, step = (open_store(out) if out else run.store), Path(source).stem if run is None else str(weights.step)
+        step = Path(source).stem if run is None else str(weights.step)
         network = options.load_network(world.device)
         if network is None:
             raise UserError("give the network that computes features of images as --network, and its --network-sha256")
@@ -116,7 +121,7 @@ def evaluate_weights(
                 generate_features(weights, job.cell, network, store, job.folder)
         first, name = world.is_first, weights.name
     if not first:
-        return Evaluation(store, step, None, run)
+        return None
     references: dict[tuple, Reference] = {}
     results = [_measure_cell(job, store, options, network, references, name) for job in jobs]
     return Evaluation(store, step, results, run)
@@ -145,9 +150,14 @@ class _CellJob:
         return found if same else None
 
 
+def _pixels(size: str) -> tuple[int, int]:
+    rows, columns = parse_size(size)
+    return rows * PIXELS_PER_TOKEN, columns * PIXELS_PER_TOKEN
+
+
 def _check(cell: Cell, options: EvaluationOptions, network: FeatureNetwork) -> None:
     """Raises UserError for bad input before any image is generated."""
-    height, width = (side * PIXELS_PER_TOKEN for side in parse_size(cell.size))
+    height, width = _pixels(cell.size)
     size = network(np.zeros((1, height, width, 3), np.uint8)).pool.shape[1]
     if cell.images <= size:
         raise UserError(f"{cell.images} images are too few for a covariance of {size} features: give --images 50000")
@@ -168,13 +178,19 @@ def _measure_cell(
         return found
     features, nfe = collect_features(job.cell, store, job.folder)
     identity = options.identity(job.cell.size)
-    size = tuple(side * PIXELS_PER_TOKEN for side in parse_size(job.cell.size))
+    size = _pixels(job.cell.size)
     key = (identity["source"], size)
     if key not in references:
         references[key] = open_reference(identity["source"], size, network, options.reference_images, options.vae)
     metrics = measure(features, references[key], network.device)
     step = int(job.step) if job.step.isdigit() else None
-    about = {"step": step, "weights": name, "label": job.cell.label, "time": now(), "network": network.digest}
+    about: dict[str, Any] = {
+        "step": step,
+        "weights": name,
+        "label": job.cell.label,
+        "time": now(),
+        "network": network.digest,
+    }
     result = about | job.cell.record() | {"nfe": nfe} | metrics
     result["reference"] |= identity
     if options.keep_features:
@@ -191,7 +207,7 @@ def evaluate_images(source: str, size: str | None, options: EvaluationOptions, s
         UserError: see ``open_image_set``, ``FeatureNetwork.load``, ``open_reference``, ``measure``.
     """
     network = options.load_network("cuda" if torch.cuda.is_available() else "cpu")
-    pixels = None if size is None else tuple(side * PIXELS_PER_TOKEN for side in parse_size(size))
+    pixels = None if size is None else _pixels(size)
     features, images = _features_of(source, pixels, options, network)
     shape = pixels if images is None else images.size
     result: dict[str, Any] = {"source": source, "images": len(features)}

@@ -33,7 +33,8 @@ class FeatureNetwork:
 
     def __init__(self, module: torch.jit.ScriptModule, digest: str, device: torch.device):
         self._module, self.device, self.digest = module, device, digest
-        names = {argument.name for argument in module.forward.schema.arguments}
+        # A ScriptMethod, although torch's annotation is of a plain function.
+        names = {argument.name for argument in module.forward.schema.arguments}  # pyrefly: ignore[missing-attribute]
         self._by_flags = {"return_features", "no_output_bias"} <= names
 
     @classmethod

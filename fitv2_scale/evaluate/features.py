@@ -66,5 +66,6 @@ def read_npz(data: bytes | str, names: Sequence[str] | None = None) -> dict[str,
 
 def npz_bytes(arrays: dict[str, np.ndarray]) -> bytes:
     out = io.BytesIO()
-    np.savez(out, **arrays)
+    # An argument allow_pickle, which the annotation has and NumPy 1 has not, would be taken for an array there.
+    np.savez(out, **arrays)  # pyrefly: ignore[bad-argument-type]
     return out.getvalue()

@@ -98,7 +98,8 @@ def open_reference(
     if real is None and network and ARRAY in arrays:
         real = features_of_images(image_set_of_array(url, arrays[ARRAY], NEIGHBOUR_IMAGES), network).pool
     found = arrays[ARRAY].shape[1:3] if ARRAY in arrays else None
-    return Reference(url, _gaussian(arrays, "", url), _gaussian(arrays, "_s", url), real, found)
+    spatial = _gaussian(arrays, "_s", url) if "mu_s" in arrays and "sigma_s" in arrays else None
+    return Reference(url, _gaussian(arrays, "", url), spatial, real, found)
 
 
 def reference_from_features(features: Features, source: str, size: tuple[int, int] | None) -> Reference:
@@ -151,12 +152,10 @@ def _check_digest(url: str, arrays: dict[str, np.ndarray], network: FeatureNetwo
         )
 
 
-def _gaussian(arrays: dict[str, np.ndarray], suffix: str, where: str) -> Gaussian | None:
+def _gaussian(arrays: dict[str, np.ndarray], suffix: str, where: str) -> Gaussian:
     names = f"mu{suffix}", f"sigma{suffix}"
-    if not suffix or all(name in arrays for name in names):
-        if missing := [name for name in names if name not in arrays]:
-            raise UserError(f"{where} lacks {missing[0]}: it is not a reference in ADM's format")
-        found = Gaussian(*(np.asarray(arrays[name], np.float64) for name in names))
-        found.check(where)
-        return found
-    return None
+    if missing := [name for name in names if name not in arrays]:
+        raise UserError(f"{where} lacks {missing[0]}: it is not a reference in ADM's format")
+    found = Gaussian(*(np.asarray(arrays[name], np.float64) for name in names))
+    found.check(where)
+    return found

@@ -5,7 +5,7 @@ slots, none longer than ``max_seqlen``; the slots after them hold no tokens. So 
 attention row is empty, and the shape of a batch does not depend on its content.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -28,6 +28,15 @@ class Packing:
     place_T: Tensor  # int64 (T,), the token's index inside its image, row-major
     positions_T2: Tensor  # int64 (T, 2), (row, column) of the token in its image
     max_seqlen: int  # no image is longer; the same for all packs of an attempt
+
+    def to(self, device: torch.device) -> "Packing":
+        return Packing(
+            cu_seqlens_I1=to_device(self.cu_seqlens_I1, device),
+            image_T=to_device(self.image_T, device),
+            place_T=to_device(self.place_T, device),
+            positions_T2=to_device(self.positions_T2, device),
+            max_seqlen=self.max_seqlen,
+        )
 
     @cached_property
     def padded(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,11 +65,11 @@ class PackedBatch:
     epoch_I: Tensor  # int64 (I,), the epoch of each image
 
     def to(self, device: torch.device) -> "PackedBatch":
-        def move(value):
-            if isinstance(value, Tensor):
-                return to_device(value, device)
-            if isinstance(value, Packing):
-                return Packing(**{f.name: move(getattr(value, f.name)) for f in fields(value)})
-            return value
-
-        return PackedBatch(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
+        return PackedBatch(
+            latents_TC=to_device(self.latents_TC, device),
+            packing=self.packing.to(device),
+            label_I=to_device(self.label_I, device),
+            weight_I=to_device(self.weight_I, device),
+            sample_id_I=to_device(self.sample_id_I, device),
+            epoch_I=to_device(self.epoch_I, device),
+        )

@@ -103,7 +103,7 @@ def plot(found: list[RopeVariant], size: str) -> bytes:
     cell = 1.5  # inches
     row = cell * height / width
     figure = Figure(figsize=(max(7.0, 1.6 + cell * count), 2.8 + (row + 0.05) * len(found)), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=[2.8, (row + 0.05) * len(found)])
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[2.8, (row + 0.05) * len(found)]).flat
     above.suptitle(f"RoPE at {size}", fontsize=11)
     for axes, axis in zip(above.subplots(1, 2, sharey=True), (0, 1), strict=True):
         for one, line in zip(found, range(len(found), 0, -1), strict=True):  # ever thinner, since some lines coincide

@@ -21,7 +21,7 @@ from fitv2_scale.config.sections import SamplingConfig
 from fitv2_scale.evaluate.sampling.solvers import Images, Velocity, dopri5, euler, heun, sde
 from fitv2_scale.model.extrapolation import default_rope, extrapolated_table
 from fitv2_scale.model.flow import noise_words
-from fitv2_scale.model.packed_batch import Packing, to_device
+from fitv2_scale.model.packed_batch import to_device
 from fitv2_scale.model.rng import normal
 from fitv2_scale.model.to_torch import packing_to_torch
 from fitv2_scale.parallel.world import World
@@ -117,11 +117,7 @@ class _GuidedVelocity:
         self, network: Network, pack: _RankPack, model: ModelConfig, sampling: SamplingConfig, device: torch.device
     ):
         self._network, self._pack, self._sampling, self._device = network, pack, sampling, device
-        packing = packing_to_torch(pack.layout)
-        self._packing = Packing(**{
-            name: to_device(value, device) if isinstance(value, Tensor) else value
-            for name, value in vars(packing).items()
-        })  # fmt: skip
+        self._packing = packing_to_torch(pack.layout).to(device)
         label_I = torch.full((pack.slots,), model.classes)
         label_I[: len(pack.requests)] = torch.tensor([r.label for r in pack.requests], dtype=torch.int64)
         self._label_I = to_device(label_I, device)
@@ -185,8 +181,9 @@ def _solve(
             x_NC, nfe_I = heun(velocity, x_NC, images, sampling.steps)
         case "sde":
             x_NC, nfe_I = sde(velocity, x_NC, images, sampling.steps, lambda k: noise(k + 1))
-        case "dopri5" if requests:
-            x_NC, nfe_I = dopri5(velocity, x_NC, images, sampling.atol, sampling.rtol)
+        case "dopri5":
+            if requests:
+                x_NC, nfe_I = dopri5(velocity, x_NC, images, sampling.atol, sampling.rtol)
     made, at, x = {}, 0, x_NC.cpu().numpy()
     for r, nfe in zip(requests, nfe_I.tolist(), strict=True):
         made[r] = Sample(x[at : at + r.tokens].reshape(r.rows, r.columns, TOKEN_CHANNELS), nfe)

@@ -93,11 +93,18 @@ def dopri5(velocity: Velocity, x_NC: Tensor, images: Images, atol: float, rtol: 
     def rms(padded: Tensor) -> Tensor:
         return (padded.square().sum(1) / (images.length_I * channels)).sqrt()
 
-    term = torchode.ODETerm(lambda t_I, padded: pad(velocity(packed(padded), t_I.float())))
-    controller = torchode.IntegralController(atol, rtol, term=term, norm=rms)
-    solver = torchode.AutoDiffAdjoint(torchode.Dopri5(term=term), controller).to(x_NC.device)
+    def derivative(t_I: Tensor, padded: Tensor) -> Tensor:
+        return pad(velocity(packed(padded), t_I.float()))
+
+    # torchode's annotations, with torchtyping, admit no plain tensor.
+    term = torchode.ODETerm(derivative)  # pyrefly: ignore[bad-argument-type]
+    controller = torchode.IntegralController(atol, rtol, term=term, norm=rms)  # pyrefly: ignore[bad-argument-type]
+    method = torchode.Dopri5(term=term)
+    solver = torchode.AutoDiffAdjoint(method, controller).to(x_NC.device)  # pyrefly: ignore[bad-argument-type]
     start = torch.zeros(count, dtype=torch.float64, device=x_NC.device)
-    solution = solver.solve(torchode.InitialValueProblem(pad(x_NC), start, torch.ones_like(start)))
+    end = torch.ones_like(start)
+    problem = torchode.InitialValueProblem(pad(x_NC), start, end)  # pyrefly: ignore[bad-argument-type]
+    solution = solver.solve(problem)
     failed = solution.status != torchode.Status.SUCCESS.value
     if failed.any():
         raise ArithmeticError(f"dopri5 found no step small enough for {int(failed.sum())} images: is a velocity NaN?")
