@@ -33,7 +33,7 @@ from fitv2_scale.checkpoint.staging import Staging
 from fitv2_scale.config.sections import CheckpointConfig
 from fitv2_scale.parallel.boxes import LogicalTensor
 from fitv2_scale.parallel.engine import Engine
-from fitv2_scale.parallel.world import World
+from fitv2_scale.parallel.world import World, own_group
 from fitv2_scale.run.run import Attempt
 
 _TIMEOUT = timedelta(minutes=30)  # for which a rank that has written waits for the others
@@ -68,7 +68,7 @@ class Checkpointer:
         self._saving: Future[None] | None = None
         self._staging = Staging(engine.boxes())
         # The same ranks, in a group of their own for the threads that write.
-        self._writers = replace(world, cpu_group=dist.new_group(backend="gloo", timeout=_TIMEOUT))
+        self._writers = replace(world, cpu_group=own_group(dist.new_group(backend="gloo", timeout=_TIMEOUT)))
 
     def start_save(
         self,

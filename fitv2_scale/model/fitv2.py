@@ -46,7 +46,7 @@ class PatchEmbed(nn.Module):
         self.proj = linear(TOKEN_CHANNELS, config.hidden, "replicated")
 
     def forward(self, x_TC: Tensor) -> Tensor:
-        return self.proj(x_TC.to(self.proj.weight.dtype))
+        return self.proj(x_TC.to(self.proj.get_parameter("weight").dtype))
 
 
 class TimestepEmbed(nn.Module):
@@ -64,7 +64,8 @@ class TimestepEmbed(nn.Module):
         half = TIMESTEP_CHANNELS // 2
         frequency = torch.exp(-math.log(10000.0) * torch.arange(half, device=t_I.device, dtype=torch.float32) / half)
         angle = t_I.float()[:, None] * frequency
-        return self.mlp(torch.cat((angle.cos(), angle.sin()), -1).to(self.mlp[0].weight.dtype))
+        dtype = self.mlp[0].get_parameter("weight").dtype
+        return self.mlp(torch.cat((angle.cos(), angle.sin()), -1).to(dtype))
 
 
 class LabelEmbed(nn.Module):
@@ -83,7 +84,8 @@ class Attention(nn.Module):
         self.qkv = linear(config.hidden, 3 * config.hidden, "column")  # rows ordered (3, heads, head_dim)
         self.proj = linear(config.hidden, config.hidden, "row")
         if config.qk_norm == "l2_scale":
-            heads = self.qkv.weight.shape[0] // (3 * config.head_dim)  # of this rank, by what the factory made
+            rows = self.qkv.get_parameter("weight").shape[0]
+            heads = rows // (3 * config.head_dim)  # of this rank, by what the factory made
             self.qk_scale = nn.Parameter(torch.empty(heads))
 
     def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], packing: Packing) -> Tensor:

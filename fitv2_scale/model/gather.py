@@ -14,7 +14,8 @@ class _ToTokens(torch.autograd.Function):
         return x_IK.index_select(0, image_T)
 
     @staticmethod
-    def backward(ctx: Any, grad_TK: Tensor) -> tuple[Tensor, None]:
+    # Autograd calls it with one gradient for each output; torch's annotation leaves their number open.
+    def backward(ctx: Any, grad_TK: Tensor) -> tuple[Tensor, None]:  # pyrefly: ignore[bad-override]
         (image_T,) = ctx.saved_tensors
         belongs_IT = torch.arange(ctx.images, device=image_T.device)[:, None] == image_T
         return belongs_IT.to(grad_TK.dtype) @ grad_TK, None

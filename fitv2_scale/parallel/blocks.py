@@ -9,13 +9,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from fitv2_scale.config.layout import Checkpointing
+from fitv2_scale.model.fitv2 import FiTv2
 
 
-def prepare_blocks(network: nn.Module, checkpointing: Checkpointing, compile_blocks: bool) -> None:
+def prepare_blocks(network: FiTv2, checkpointing: Checkpointing, compile_blocks: bool) -> None:
     """Replaces the forward of each of ``network.blocks``. To be called once, before the network is sharded.
 
     ``none`` keeps what autograd needs; ``full`` keeps a block's inputs and recomputes the block in the backward pass;
@@ -59,12 +60,12 @@ def _varlen_ops() -> list[Any]:
 
 
 def _checkpointed(forward: Callable[..., Tensor], checkpointing: Checkpointing) -> Callable[..., Tensor]:
-    contexts = {}
+    contexts = noop_context_fn
     if checkpointing == "selective":
-        contexts = {"context_fn": partial(create_selective_checkpoint_contexts, saved_ops())}
+        contexts = partial(create_selective_checkpoint_contexts, saved_ops())
 
     def run(*inputs: Any) -> Tensor:
         # The network draws no random numbers, so there is no generator state to restore.
-        return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, **contexts)
+        return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
     return run

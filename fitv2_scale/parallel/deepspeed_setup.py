@@ -58,6 +58,7 @@ _log = logging.getLogger("DeepSpeed")
 _log.handlers.clear()
 _log.propagate = True
 
+SPLIT = "tensor_model_parallel"  # a parameter's attribute: whether the tensor group shares it out, or each rank has all
 _SUB_GROUP = 100_000_000  # elements of a rank updated at once: bounds the copy of the gradient that AdamW reads
 
 
@@ -67,10 +68,10 @@ class GatheredLinear(nn.Linear):
     torch's own keeps a view of the gathered weight for backward, and so, layer by layer, the whole model.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # a compiled block keeps the weights themselves, which DeepSpeed empties
-            return super().forward(x)
-        return zero3_linear_wrap(x, self.weight, self.bias)
+            return super().forward(input)
+        return zero3_linear_wrap(input, self.weight, self.bias)
 
 
 class _Mpu:
@@ -140,6 +141,7 @@ def partition(
             fused=True,
         )
         engine, optimizer, _, _ = deepspeed.initialize(model=network, optimizer=adamw, config=settings, mpu=mpu)
+    assert isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3)
     # AdamW would create its state in the first step; a checkpoint may fill it before.
     for master in optimizer.fp32_partitioned_groups_flat:
         adamw.state[master] = {
@@ -184,6 +186,6 @@ def _partition_one_by_one(network: nn.Module, init: deepspeed.zero.Init, device:
     for module in network.modules():
         for name, meta in list(module.named_parameters(recurse=False)):
             param = nn.Parameter(torch.zeros(meta.shape, dtype=init.dtype, device=device), meta.requires_grad)
-            param.tensor_model_parallel = getattr(meta, "tensor_model_parallel", False)
+            setattr(param, SPLIT, getattr(meta, SPLIT, False))
             setattr(module, name, param)
             init._convert_to_zero_parameters([param])

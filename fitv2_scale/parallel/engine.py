@@ -19,7 +19,10 @@ class StepResult:
 
 
 class Engine(Protocol):
-    network: Callable[..., Tensor]  # FiTv2.forward in the engine's precision; all ranks must call it equally often
+    @property
+    def network(self) -> Callable[..., Tensor]:
+        """FiTv2.forward in the engine's precision. All ranks must call it equally often."""
+        ...
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Adds a pack's gradient; at ``last`` the sum over packs is reduced (summed) over the data-parallel ranks."""

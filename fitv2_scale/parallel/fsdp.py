@@ -4,7 +4,9 @@ fp32 master weights, gradients reduced in fp32 once per step, fp32 EMA in the sa
 meta device and filled box by box, so no rank ever holds the whole model.
 """
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -28,10 +30,10 @@ from fitv2_scale.parallel.tensor_pieces import is_replicated, local_pieces
 class FSDPEngine:
     def __init__(self, spec: EngineSpec, groups: Groups):
         network = spec.network(tensor_linear(groups.tensor))
-        _shard(network, groups, spec.precision)
+        self._root = _shard(network, groups, spec.precision)
         network.to_empty(device=groups.device_type)
         self.network, self._ema_decay, self._groups = network, spec.ema_decay, groups
-        self._params: dict[str, DTensor] = dict(network.named_parameters())
+        self._params = cast(dict[str, DTensor], dict(network.named_parameters()))
         self._shapes = logical_shapes(spec.model)
         with torch.no_grad():
             for name, param in self._params.items():
@@ -44,17 +46,17 @@ class FSDPEngine:
         self._replicated = [p for name, p in self._trained.items() if is_replicated(name)]
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        self.network.set_is_last_backward(last)
-        self.network.set_requires_gradient_sync(last)
+        self._root.set_is_last_backward(last)
+        self._root.set_requires_gradient_sync(last)
         loss.backward()
         if last:
-            broadcast_in_group([p.grad.to_local() for p in self._replicated], self._groups.tensor)
+            broadcast_in_group(_local_grads(self._replicated), self._groups.tensor)
 
     @torch.no_grad()
     def step(self, lr: float, max_norm: float) -> StepResult:
         weights = [p.to_local() for p in self._trained.values()]
-        grads = [p.grad.to_local() for p in self._trained.values()]
-        split, replicated = ([p.grad.to_local() for p in part] for part in (self._split, self._replicated))
+        grads = _local_grads(self._trained.values())
+        split, replicated = _local_grads(self._split), _local_grads(self._replicated)
         result = step_result(global_norm(split, replicated, self._groups.shard, self._groups.tensor.group))
         self._adamw.step(weights, grads, result, lr, max_norm)
         update_ema([self._ema[name] for name in self._trained], weights, self._ema_decay, result.skipped)
@@ -94,14 +96,21 @@ class FSDPEngine:
                 module.reshard()  # the root stays gathered after a forward pass: it must gather the new values
 
 
-def _shard(network: FiTv2, groups: Groups, precision: Precision) -> None:
-    """Shards each block, then the rest. Gradients are summed, not averaged: the loss is divided by the global batch."""
+def _local_grads(params: Iterable[DTensor]) -> list[Tensor]:
+    return [cast(DTensor, p.grad).to_local() for p in params]
+
+
+def _shard(network: FiTv2, groups: Groups, precision: Precision) -> FSDPModule:
+    """Shards each block, then the rest; returns ``network``, now an FSDPModule. Gradients are summed, not averaged: the
+    loss is divided by the global batch."""
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # the network casts where it needs to; times stay float32
     if precision == "bf16":
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    for module in (*network.blocks, network):
-        fully_shard(module, mesh=groups.data_mesh, mp_policy=policy)
+    for block in network.blocks:
+        fully_shard(block, mesh=groups.data_mesh, mp_policy=policy)
+    root = fully_shard(network, mesh=groups.data_mesh, mp_policy=policy)
     for module in network.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+    return root

@@ -19,7 +19,8 @@ with warnings.catch_warnings():
 from fitv2_scale.model.fitv2 import LinearFactory, Role
 
 # Mutes its advice to set CUDA_DEVICE_MAX_CONNECTIONS=1, which would serialise FSDP's collectives and computation.
-linear_with_grad_accumulation_and_async_allreduce.warned = True
+# Its annotation is of a function, whose attributes a type checker does not know.
+linear_with_grad_accumulation_and_async_allreduce.warned = True  # pyrefly: ignore[missing-attribute]
 
 
 class _Column(ColumnParallelLinear):

@@ -7,6 +7,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fitv2_scale.config.layout import Layout
 from fitv2_scale.parallel.tensor_pieces import TensorGroup
+from fitv2_scale.parallel.world import own_group
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,12 @@ def make_groups(layout: Layout, device_type: str) -> Groups:
     sizes = {"replicate": layout.replicate, "shard": layout.shard, "tensor": layout.tensor}
     axes = {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
     mesh = init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
-    tensor, data_mesh, data = TensorGroup(), mesh, dist.group.WORLD
+    tensor, data_mesh, data = TensorGroup(), mesh, own_group(dist.group.WORLD)
     if layout.tensor > 1:
         tensor = TensorGroup(layout.tensor_rank(rank), layout.tensor, mesh.get_group("tensor"))
         data_mesh = mesh["replicate", "shard"] if layout.replicate > 1 else mesh["shard"]
         columns = [list(range(t, dist.get_world_size(), layout.tensor)) for t in range(layout.tensor)]
-        data, _ = dist.new_subgroups_by_enumeration(columns)
+        data = own_group(dist.new_subgroups_by_enumeration(columns)[0])
     return Groups(
         device_type=device_type,
         data_mesh=data_mesh,

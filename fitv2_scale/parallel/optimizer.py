@@ -4,7 +4,7 @@ Whether a step is skipped is a tensor that the kernels read, never a branch of t
 tensors here are local float32 tensors on one device; they may be empty.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -15,8 +15,10 @@ from torch.optim.sgd import sgd
 from fitv2_scale.config.sections import OptimizerConfig
 from fitv2_scale.parallel.engine import StepResult
 
-# torch 2.13 renames it, and warns about the old name
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+# torch 2.13 renames it, and warns about the old name, the only one in torch 2.11 and 2.12
+_all_gather: Callable[..., object] = (
+    getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # pyrefly: ignore[deprecated]
+)
 _NORM_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 

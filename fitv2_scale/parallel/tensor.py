@@ -25,6 +25,7 @@ def tensor_linear(group: TensorGroup) -> LinearFactory:
         if not (error.name or "").startswith("megatron"):
             raise
         raise UserError("layout.tensor > 1 needs megatron-core: pip install -e '.[tensor]'") from None
+    assert group.group is not None
     return megatron_linear(group.group, group.size)
 
 
@@ -38,4 +39,5 @@ def broadcast_in_group(tensors: Sequence[Tensor], group: TensorGroup) -> None:
         return
     pending = [dist.broadcast(t, group=group.group, group_src=0, async_op=True) for t in tensors if t.numel()]
     for work in pending:
-        work.wait()
+        if work is not None:  # as on ranks outside of the group
+            work.wait()

@@ -64,6 +64,12 @@ class World:
         return values
 
 
+def own_group(group: dist.ProcessGroup | int | None) -> dist.ProcessGroup:
+    """``group``, which torch just made; on a rank that does not belong to it, torch would give something else."""
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
 @contextmanager
 def join() -> Generator[World]:
     """Joins the process group, a group of one without a launcher, and leaves it at the end."""
@@ -75,9 +81,11 @@ def join() -> Generator[World]:
     else:
         device, backend = torch.device("cpu"), "gloo"
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(_RECORDED))
-    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if "RANK" not in os.environ else {}
-    dist.init_process_group(backend, timeout=_TIMEOUT, **alone)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=_TIMEOUT)
+    else:
+        dist.init_process_group(backend, timeout=_TIMEOUT, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        yield World(rank, size, device, dist.new_group(backend="gloo", timeout=_TIMEOUT))
+        yield World(rank, size, device, own_group(dist.new_group(backend="gloo", timeout=_TIMEOUT)))
     finally:
         dist.destroy_process_group()

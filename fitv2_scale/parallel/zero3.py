@@ -7,6 +7,7 @@ are kept here. In every step DeepSpeed waits for the device, to decide whether t
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from fitv2_scale.model.counts import logical_shapes
 from fitv2_scale.model.fitv2 import LinearFactory, Role
 from fitv2_scale.parallel.boxes import LogicalTensor, flat_boxes
-from fitv2_scale.parallel.deepspeed_setup import GatheredLinear, partition
+from fitv2_scale.parallel.deepspeed_setup import SPLIT, GatheredLinear, partition
 from fitv2_scale.parallel.ema import exchanged
 from fitv2_scale.parallel.engine import StepResult
 from fitv2_scale.parallel.engine_spec import EngineSpec
@@ -23,11 +24,18 @@ from fitv2_scale.parallel.tensor import broadcast_in_group, tensor_linear
 from fitv2_scale.parallel.tensor_pieces import is_replicated, local_pieces
 
 
+class _ZeroParameter(nn.Parameter):
+    """Names what DeepSpeed adds to a parameter; there are no instances."""
+
+    ds_tensor: Tensor  # this rank's range, in the compute precision
+    ds_shape: torch.Size  # the local shape
+
+
 @dataclass(frozen=True)
 class _Shard:
     """This rank's range of one tensor, by kind of state: float32 views of live memory, including padding."""
 
-    param: nn.Parameter  # DeepSpeed's: ds_tensor is the range in the compute precision, ds_shape the local shape
+    param: _ZeroParameter
     state: dict[str, Tensor]  # param, ema and, where trained, exp_avg and exp_avg_sq
 
     def refresh(self) -> None:
@@ -39,15 +47,15 @@ class Zero3Engine:
     def __init__(self, spec: EngineSpec, groups: Groups):
         network = spec.network(_linear(groups))
         for name, param in network.named_parameters():
-            param.tensor_model_parallel = not is_replicated(name)  # DeepSpeed counts replicated ones once in the norm
+            setattr(param, SPLIT, not is_replicated(name))  # DeepSpeed counts replicated ones once in the norm
         self.network, self._zero = partition(network, spec.optimizer, groups, spec.precision)
         self._groups, self._ema_decay, self._shapes = groups, spec.ema_decay, logical_shapes(spec.model)
         self._masters = [m.detach() for m in self._zero.fp32_partitioned_groups_flat]
         self._ema = [torch.zeros_like(m) for m in self._masters]
-        self._shards = {name: self._shard(param) for name, param in network.named_parameters()}
+        self._shards = {name: self._shard(cast(_ZeroParameter, p)) for name, p in network.named_parameters()}
         self._fill(spec)
 
-    def _shard(self, param: nn.Parameter) -> _Shard:
+    def _shard(self, param: _ZeroParameter) -> _Shard:
         if not param.requires_grad:  # DeepSpeed keeps these in the compute precision only
             master = param.ds_tensor.float()
             return _Shard(param, {"param": master, "ema": torch.zeros_like(master)})

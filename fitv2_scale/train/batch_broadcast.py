@@ -4,6 +4,7 @@ import torch.distributed as dist
 
 from data_sharding.stream.batch import StepBatch
 from fitv2_scale.config.layout import Layout
+from fitv2_scale.parallel.world import own_group
 
 
 class BatchBroadcast:
@@ -14,7 +15,7 @@ class BatchBroadcast:
         if layout.tensor > 1:
             ranks = range(layout.data_parallel * layout.tensor)
             groups = [list(ranks[i : i + layout.tensor]) for i in ranks[:: layout.tensor]]
-            self._group, _ = dist.new_subgroups_by_enumeration(groups, backend="gloo")
+            self._group = own_group(dist.new_subgroups_by_enumeration(groups, backend="gloo")[0])
 
     def broadcast(self, batch: StepBatch | None) -> StepBatch:
         """The batch of the rank that reads, on all ranks of its group; the others pass None."""
