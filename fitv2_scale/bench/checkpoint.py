@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -206,17 +207,20 @@ class _Bench:
 
     def _plain_writes(self, size: int) -> float:
         """Seconds for each process to write ``size`` bytes to a file of its own, durably; the longest of all."""
-        piece = memoryview(torch.randn(_PIECE // 4).numpy()).cast("B")
+        piece = torch.randn(_PIECE // 4).numpy().data.cast("B")
         path, on_disk = f"{self.store.url}/plain/{self.world.rank}", isinstance(self.store, LocalStore)
         if on_disk:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
+            opened = partial(open, path, "wb", 0)
         else:
             bucket, path = file_system(path)
+            opened = partial(bucket.open, path, "wb")
         self.world.run_on_rank0(self.retire)  # as before a save, so that the disk has the same free space
         began = time.perf_counter()
-        with open(path, "wb", 0) if on_disk else bucket.open(path, "wb") as file:
+        with opened() as file:
             for at in range(0, size, _PIECE):
-                file.write(piece[: size - at])
+                # fsspec, which has no annotation here, would give a text file in another mode.
+                file.write(piece[: size - at])  # pyrefly: ignore[bad-argument-type]
             if on_disk:
                 os.fsync(file.fileno())
         seconds = self._longest(time.perf_counter() - began)

@@ -86,8 +86,10 @@ class ReleasedTrainer:
         rope = rope_table(position_BN2.flatten(0, 1), config.model.head_dim, config.model.rope_theta)
         x_BND = network.x_embedder(x)
         c_BD = network.t_embedder(t_B) + network.y_embedder(label_B)
+        assert network.global_adaLN_modulation is not None
         shared_B6D = network.global_adaLN_modulation(c_BD)
         for block in network.blocks:
+            assert isinstance(block, Block)
             inputs = (block, x_BND, c_BD, shared_B6D, rope, same_B1NN, mask_BN1)
             if config.layout.checkpointing == "none":
                 x_BND = _block(*inputs)
@@ -116,7 +118,7 @@ class ReleasedTrainer:
                 latents[row, : len(values)], position[row, : len(values)] = values, places
                 mask[row, : len(values)] = True
             label = np.array([label for _, _, label in chosen])
-            yield tuple(torch.from_numpy(a) for a in (latents, position, mask, label))
+            yield torch.from_numpy(latents), torch.from_numpy(position), torch.from_numpy(mask), torch.from_numpy(label)
 
 
 def _block(

@@ -243,7 +243,7 @@ def _report(
         "mfu": flops / seconds / case.world.size / 1e12 / peak if peak else None,
         "seconds_by_part": ours[-1].seconds_by_part,
         "syncs_in_a_step": ours[-1].syncs,
-        "peak_bytes": max(r.peak_bytes for r in ours) if device.type == "cuda" else None,
+        "peak_bytes": max(r.peak_bytes or 0 for r in ours) if device.type == "cuda" else None,
         "planned_peak_bytes": _planned_peak(case, batches) if device.type == "cuda" else None,
     }
     if theirs:

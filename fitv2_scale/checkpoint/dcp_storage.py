@@ -17,6 +17,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
@@ -80,20 +81,19 @@ class CommitWriter(StorageWriter):
     @staticmethod
     def _entries(plan: SavePlan, planner: SavePlanner) -> list[TensorToWrite]:
         """What this rank writes; ``read`` gives live memory."""
-        return [
-            TensorToWrite(
-                _key(item.index),
-                item.tensor_data.properties.dtype,
-                tuple(item.tensor_data.chunk.sizes),
-                lambda item=item: planner.resolve_data(item),
-            )
-            for item in plan.items
-        ]
+        entries = []
+        for item in plan.items:
+            stored = item.tensor_data
+            assert stored is not None, f"{item.index.fqn} is no tensor"
+            dtype, shape = stored.properties.dtype, tuple(stored.chunk.sizes)
+            entries.append(TensorToWrite(_key(item.index), dtype, shape, partial(_resolved, planner, item)))
+        return entries
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         places: dict[MetadataIndex, _Place] = {r.index: r.storage_data for rank in results for r in rank}
         files, tensors = {p.file: p.written for p in places.values()}, {}
         for name, stored in metadata.state_dict_metadata.items():
+            assert isinstance(stored, TensorStorageMetadata), f"{name} is no tensor"
             boxes = []
             for chunk in stored.chunks:
                 place = places[MetadataIndex(name, chunk.offsets)]
@@ -114,7 +114,13 @@ class CommitWriter(StorageWriter):
         return True
 
 
-def box_record(offset: tuple[int, ...], shape: tuple[int, ...], file: str, begin: int) -> dict:
+def _resolved(planner: SavePlanner, item: WriteItem) -> Tensor:
+    tensor = planner.resolve_data(item)
+    assert isinstance(tensor, Tensor)
+    return tensor
+
+
+def box_record(offset: Sequence[int], shape: Sequence[int], file: str, begin: int) -> dict:
     """A box as the manifest holds it."""
     return {"offset": list(offset), "shape": list(shape), "file": file, "begin": begin}
 
@@ -169,7 +175,7 @@ class CommitReader(StorageReader):
             part = parts[index]
             if not part.is_direct:
                 buffers[index] = torch.empty(part.rows)
-            return memoryview(buffers.get(index, part.target).flatten().view(torch.uint8).numpy())
+            return buffers.get(index, part.target).flatten().view(torch.uint8).numpy().data
 
         for index in self._chunks.fill([part.span for part in parts], memory):
             if (rows := buffers.pop(index, None)) is not None:
@@ -223,7 +229,7 @@ def _parts(box: dict, offsets: Sequence[int], lengths: Sequence[int], target: Te
 
 
 def _key(index: MetadataIndex) -> str:
-    return f"{index.fqn}@{','.join(map(str, index.offset))}"
+    return f"{index.fqn}@{','.join(map(str, index.offset or ()))}"
 
 
 def _done(value):

@@ -24,7 +24,8 @@ class DcpTensor(torch.Tensor):
         assert all(box.tensor.dtype == torch.float32 for box in logical.boxes), "state is kept in float32"
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    # torch declares its own as a function without ``cls``, but calls it as a class method.
+    def __torch_dispatch__(cls, func, types, args: tuple = (), kwargs=None):  # pyrefly: ignore[bad-override]
         if func is torch.ops.aten.detach.default:  # DCP detaches what it plans
             return args[0]
         raise TypeError(f"a DcpTensor only describes where data lies; it cannot compute {func}")

@@ -43,7 +43,8 @@ def write_safetensors(
     store: Store, path: str, entries: Sequence[TensorToWrite], metadata: dict[str, str] | None = None
 ) -> Written:
     """Writes ``entries`` in their order. When this returns, the file is durable; if it fails, there is no file."""
-    header, begins, at = {"__metadata__": metadata} if metadata else {}, {}, 0
+    header: dict[str, dict] = {"__metadata__": metadata} if metadata else {}
+    begins, at = {}, 0
     for e in entries:
         header[e.key] = {"dtype": _DTYPES[e.dtype], "shape": list(e.shape), "data_offsets": [at, at + e.nbytes]}
         begins[e.key], at = at, at + e.nbytes
@@ -57,7 +58,7 @@ def write_safetensors(
         for e in entries:
             tensor = e.read().detach().contiguous().cpu()
             assert tensor.dtype == e.dtype and tuple(tensor.shape) == e.shape
-            data = memoryview(tensor.flatten().view(torch.uint8).numpy())
+            data = tensor.flatten().view(torch.uint8).numpy().data
             digests.update(data)
             file.write(data)
     return Written(len(head) + at, digests.hexdigests(), {key: len(head) + b for key, b in begins.items()})

@@ -69,7 +69,7 @@ class Staging:
     def wait(self) -> None:
         """When this returns, the state may change. On CUDA only the current stream waits for the copy, not the host."""
         self._begun.wait()
-        if self._copied is not None:
+        if self._stream is not None and self._copied is not None:
             torch.cuda.current_stream(self._stream.device).wait_event(self._copied)
 
 
@@ -80,9 +80,15 @@ def _tensors(state: Mapping[str, LogicalTensor]) -> list[Tensor]:
 def _pin(buffer: Tensor) -> None:
     """In place: torch allocates pinned memory in powers of two, which may be almost twice as much."""
     if buffer.nbytes:
-        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)))
+        torch.cuda.check_error(int(_cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)))
 
 
 def _unpin(buffer: Tensor) -> None:
     if buffer.nbytes:
-        torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
+        _cudart().cudaHostUnregister(buffer.data_ptr())
+
+
+def _cudart():
+    runtime = torch.cuda.cudart()  # initializes CUDA first
+    assert runtime is not None
+    return runtime

@@ -4,7 +4,7 @@ Both are streams, one tensor at a time: memory does not grow with the file.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -176,7 +176,7 @@ def _name_of(dtype: str) -> str:
     return {"F32": "torch.float32", "F16": "torch.float16", "BF16": "torch.bfloat16"}.get(dtype, dtype)
 
 
-def _check(file: str, tensors: dict[str, Stored], expected: dict[str, tuple[int, ...]]) -> None:
+def _check(file: str, tensors: dict[str, Stored], expected: Mapping[str, tuple[int, ...]]) -> None:
     missing, left_over = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or left_over:
         raise WrongWeights(

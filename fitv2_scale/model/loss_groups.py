@@ -5,6 +5,8 @@ A group's loss is the sum over its images of weight x loss, divided by the sum o
 images. So the losses by time, each multiplied by its part of the weight, add up to the loss; those by resolution too.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,7 @@ def group_sums(losses: FlowLosses, batch: PackedBatch) -> Tensor:
     return (sums_2I1 * member_IG).sum(1)
 
 
-def loss_by_group(sums: list[list[float]]) -> dict[str, float]:
+def loss_by_group(sums: Iterable[Iterable[float]]) -> dict[str, float]:
     """The loss of each group but the first that had images, from the sums over steps and ranks of what ``group_sums``
     gave: {"loss_t0": 1.2, …, "loss_tokens_le256": 0.9}"""
     return {name: x / w for name, x, w in list(zip(GROUPS, *sums, strict=True))[1:] if w > 0}

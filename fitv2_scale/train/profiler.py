@@ -58,7 +58,7 @@ class Profiler:
         self._profiler.start()
 
     def _finish(self) -> None:
-        if self._profiler is None:
+        if self._profiler is None or self._folder is None:
             return
         profiler, self._profiler = self._profiler, None
         profiler.stop()

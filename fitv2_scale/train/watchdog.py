@@ -254,7 +254,9 @@ class Watchdog:
 def _flight_recorders() -> list[tuple[str, Callable[[], bytes]]]:
     """The last collectives of this rank as torch has recorded them: those of NCCL if there is a GPU, else of gloo."""
     name, program = ("nccl", "_dump_nccl_trace_json") if torch.cuda.is_available() else ("gloo", "_dump_fr_trace_json")
-    dump = getattr(torch._C._distributed_c10d, program, None)
+    from torch._C import _distributed_c10d  # not in every build of torch
+
+    dump = getattr(_distributed_c10d, program, None)
     return [(name, dump)] if dump else []
 
 

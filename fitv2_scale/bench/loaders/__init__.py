@@ -4,11 +4,11 @@ reads them as its documentation recommends, up to tensors for a model."""
 import importlib
 import importlib.metadata
 import random
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -54,12 +54,12 @@ class LoaderModule(Protocol):
     def write(self, samples: Iterable[Sample], folder: Path) -> None:
         """Writes all samples in the loader's format. Raises nothing of its own."""
 
-    def epochs(self, config: LoaderConfig) -> Iterator[Iterator[Batch]]:
+    def epochs(self, config: LoaderConfig) -> Generator[Iterator[Batch]]:
         """Epoch after epoch, without end; each gives every image once, in a new order."""
 
 
 def import_loader(name: str) -> LoaderModule:
-    return importlib.import_module(f"{__name__}.{name}")
+    return cast(LoaderModule, importlib.import_module(f"{__name__}.{name}"))
 
 
 def missing_package(name: str) -> str | None:
@@ -73,11 +73,9 @@ def missing_package(name: str) -> str | None:
     return None
 
 
-def padded_sample(
-    sample_id: int, label: int, arrays: dict[str, np.ndarray], config: LoaderConfig, rng: random.Random
-) -> dict[str, Tensor]:
+def padded_sample(sample_id: int, label: int, arrays: dict[str, np.ndarray], config: LoaderConfig) -> dict[str, Tensor]:
     """A sample as FiT's dataset gives it: a random view and flip of float16 (2, h, w, 16), padded to ``max_tokens``."""
-    array = arrays[choose_view(arrays, config, rng)][rng.randrange(2)]
+    array = arrays[choose_view(arrays, config)][random.randrange(2)]
     h, w = array.shape[:2]
     n, most = h * w, config.max_tokens
     latents, grid = torch.zeros(most, 16), torch.zeros(2, most, dtype=torch.int64)
@@ -95,9 +93,9 @@ def padded_sample(
     }
 
 
-def choose_view(views: Container[str], config: LoaderConfig, rng: random.Random) -> str:
+def choose_view(views: Container[str], config: LoaderConfig) -> str:
     """The view to train on, of those that a sample has: of two, one at random if the run mixes them."""
-    return "crop" if config.views == "mixed" and "crop" in views and rng.random() < 0.5 else "resize"
+    return "crop" if config.views == "mixed" and "crop" in views and random.random() < 0.5 else "resize"
 
 
 @lru_cache(maxsize=4096)
@@ -115,7 +113,7 @@ def worker_options(config: LoaderConfig) -> dict[str, Any]:
     }
 
 
-def endless_epochs(loader: Iterable[dict[str, Tensor]]) -> Iterator[Iterator[Batch]]:
+def endless_epochs(loader: Iterable[dict[str, Tensor]]) -> Generator[Iterator[Batch]]:
     """Epoch after epoch of a loader of collated ``padded_sample``s."""
     while True:
         yield map(_collated_batch, loader)

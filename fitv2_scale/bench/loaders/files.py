@@ -5,8 +5,7 @@ There are two differences, both in its favour: float16 instead of float32 in the
 code does not support, one GET per image over a connection that each worker keeps.
 """
 
-import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -44,12 +43,12 @@ class _Latents(Dataset):
     def __len__(self) -> int:
         return len(self._names)
 
-    def __getitem__(self, at: int) -> dict:
-        files = self._files[self._names[at]]
-        file = files[choose_view(files, self._config, random)]
+    def __getitem__(self, index: int) -> dict:
+        files = self._files[self._names[index]]
+        file = files[choose_view(files, self._config)]
         tensors = load(s3.get(file).read()) if self._config.is_s3 else load_file(file)
-        sample_id = int(self._names[at].removesuffix(_ENDING), 16)
-        return padded_sample(sample_id, int(tensors["label"]), {"resize": tensors["feature"]}, self._config, random)
+        sample_id = int(self._names[index].removesuffix(_ENDING), 16)
+        return padded_sample(sample_id, int(tensors["label"]), {"resize": tensors["feature"]}, self._config)
 
 
 def write(samples: Iterable[Sample], folder: Path) -> None:
@@ -68,5 +67,5 @@ def write(samples: Iterable[Sample], folder: Path) -> None:
             save_file(tensors, folder / group / f"{sample.id:016x}{_ENDING}")
 
 
-def epochs(config: LoaderConfig) -> Iterator[Iterator[Batch]]:
+def epochs(config: LoaderConfig) -> Generator[Iterator[Batch]]:
     return endless_epochs(DataLoader(_Latents(config), batch_size=config.batch, shuffle=True, **worker_options(config)))

@@ -1,6 +1,6 @@
 """This project's loader, as a training run uses it: threads in the consumer's process, packs converted to tensors."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def write(samples: Iterable[Sample], folder: Path) -> None:
     )
 
 
-def epochs(config: LoaderConfig) -> Iterator[Iterator[Batch]]:
+def epochs(config: LoaderConfig) -> Generator[Iterator[Batch]]:
     plan, shapes = open_plan(config, (1,))
     steps, epoch = plan.samples[0] // config.batch, 0
     while True:

@@ -8,7 +8,8 @@ from typing import BinaryIO
 def get(url: str) -> BinaryIO:
     """The body of an object as a stream."""
     bucket, _, key = url.removeprefix("s3://").partition("/")
-    return _client(os.getpid()).get_object(Bucket=bucket, Key=key)["Body"]
+    client = _client(os.getpid())  # botocore gives it the methods of its service at run time
+    return client.get_object(Bucket=bucket, Key=key)["Body"]  # pyrefly: ignore[missing-attribute]
 
 
 def list_urls(folder: str, ending: str) -> list[str]:

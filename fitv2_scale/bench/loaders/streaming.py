@@ -2,8 +2,7 @@
 float16 latents), StreamingDataset with the default shuffle and predownload, StreamingDataLoader with persistent
 workers."""
 
-import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ class _Latents(StreamingDataset):
     def __getitem__(self, at: int) -> dict:
         row = super().__getitem__(at)
         arrays = {view: row[view] for view in ("resize", "crop") if row[view].ndim == 4}
-        return padded_sample(row["id"], row["label"], arrays, self._config, random)
+        return padded_sample(row["id"], row["label"], arrays, self._config)
 
 
 def write(samples: Iterable[Sample], folder: Path) -> None:
@@ -35,7 +34,7 @@ def write(samples: Iterable[Sample], folder: Path) -> None:
             writer.write({"id": sample.id, "label": sample.label, **views})
 
 
-def epochs(config: LoaderConfig) -> Iterator[Iterator[Batch]]:
+def epochs(config: LoaderConfig) -> Generator[Iterator[Batch]]:
     clean_stale_shared_memory()  # of a run that was killed
     where = {"remote": config.url, "local": config.scratch} if config.is_s3 else {"local": config.url}
     dataset = _Latents(config, **where)

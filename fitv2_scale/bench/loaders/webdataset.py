@@ -5,8 +5,7 @@ On S3, with a gopen handler whose client keeps its connection (its FAQ prefers t
 its cache of whole shards.
 """
 
-import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +27,7 @@ def write(samples: Iterable[Sample], folder: Path) -> None:
         writer.close()
 
 
-def epochs(config: LoaderConfig) -> Iterator[Iterator[Batch]]:
+def epochs(config: LoaderConfig) -> Generator[Iterator[Batch]]:
     if config.is_s3:
         wds.gopen_schemes["s3"] = lambda url, *args, **kw: s3.get(url)
         urls, cache = s3.list_urls(config.url, ".tar"), config.scratch
@@ -41,4 +40,4 @@ def epochs(config: LoaderConfig) -> Iterator[Iterator[Batch]]:
 
 def _padded(sample: dict, config: LoaderConfig) -> dict:
     arrays = {view: sample[f"{view}.npy"] for view in ("resize", "crop") if f"{view}.npy" in sample}
-    return padded_sample(int(sample["__key__"], 16), sample["cls"], arrays, config, random)
+    return padded_sample(int(sample["__key__"], 16), sample["cls"], arrays, config)

@@ -2,11 +2,10 @@
 its commits, under ``accounting``."""
 
 import time
-from collections import Counter
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 OutsideSteps = Literal["evaluation", "checkpoint"]
 
@@ -32,7 +31,8 @@ class AttemptClock:
     """The clock of an attempt, on this rank; it starts when it is made."""
 
     def __init__(self) -> None:
-        self._began, self._outside = time.perf_counter(), Counter()
+        self._began = time.perf_counter()
+        self._outside: dict[OutsideSteps, float] = {"evaluation": 0.0, "checkpoint": 0.0}
 
     def now(self) -> Elapsed:
         return Elapsed(time.perf_counter() - self._began, self._outside["evaluation"], self._outside["checkpoint"])
@@ -64,7 +64,7 @@ class Accounting:
     evaluation_seconds: float = 0.0
 
     @classmethod
-    def of(cls, recorded: dict[str, float], fork: bool = False) -> "Accounting":
+    def of(cls, recorded: dict[str, Any], fork: bool = False) -> "Accounting":
         """From the manifest of a commit; all are 0 if it has none."""
         kept = {k: v for k, v in recorded.items() if not (fork and k in ("step_seconds", "evaluation_seconds"))}
         return cls(**kept)
