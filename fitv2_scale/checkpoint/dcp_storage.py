@@ -22,6 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import (
+    STORAGE_TYPES,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -140,7 +141,7 @@ class CommitReader(StorageReader):
 
     def read_metadata(self, *args, **kwargs) -> Metadata:
         properties = TensorProperties(dtype=torch.float32)
-        state = {}
+        state: dict[str, STORAGE_TYPES] = {}
         for name, tensor in self._tensors.items():
             boxes = tensor["boxes"]
             chunks = [ChunkStorageMetadata(torch.Size(box["offset"]), torch.Size(box["shape"])) for box in boxes]
