@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from fitv2_scale.config.layout import Checkpointing
 from fitv2_scale.model.fitv2 import FiTv2
@@ -60,12 +60,12 @@ def _varlen_ops() -> list[Any]:
 
 
 def _checkpointed(forward: Callable[..., Tensor], checkpointing: Checkpointing) -> Callable[..., Tensor]:
-    contexts = noop_context_fn
+    contexts: dict[str, Any] = {}  # the compiler cannot trace a plain function here, not even torch's default
     if checkpointing == "selective":
-        contexts = partial(create_selective_checkpoint_contexts, saved_ops())
+        contexts = {"context_fn": partial(create_selective_checkpoint_contexts, saved_ops())}
 
     def run(*inputs: Any) -> Tensor:
         # The network draws no random numbers, so there is no generator state to restore.
-        return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, **contexts)
 
     return run
