@@ -58,5 +58,5 @@ say "Import order of the rooms"
 .venv/bin/lint-imports
 
 say "pytest"
-# One thread a process: tests start several ranks on few cores. Two tests at once, since many of them wait a lot.
-OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -m "$marks" --durations 40 "$@"
+# One thread a process: tests start several ranks on few cores. Three tests at once on two cores, since many wait a lot.
+OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 3 --dist loadscope --no-loadscope-reorder -m "$marks" --durations 40 "$@"
