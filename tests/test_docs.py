@@ -11,6 +11,7 @@ import pytest
 
 from fitv2_scale.cli.__main__ import _parse
 from fitv2_scale.config.schema import Config
+from tests.support.glossary import OLD_WORDS
 from tests.support.repository import ROOT
 
 FOLDERS = ("data_sharding", "fitv2_scale", "launchers", "configs", "tests")
@@ -36,9 +37,6 @@ HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 ROW = re.compile(r"^\| (.+?) \| (.+) \|$", re.MULTILINE)
 LISTED = re.compile(r"`(\w+(?:\.\w+)+)`")
 SOURCES = {".py", ".sh", ".in", ".txt"}
-OLD_WORDS = re.compile(
-    r"\b(science|dearest|anew|(?:cannot|could not|can) be had|(?:is|are|and) said|go(?:es)? on|went on|what came of)\b"
-)
 
 pages = pytest.mark.parametrize("page", PAGES)
 

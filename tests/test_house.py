@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.glossary import OLD_WORDS
 from tests.support.repository import ROOT
 
 PACKAGES = ("data_sharding", "fitv2_scale", "launchers")
 FILES = [file for folder in (*PACKAGES, "tests") for file in sorted((ROOT / folder).rglob("*.py"))]
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 300, 55
+# They know the keys of an old run.json, and the list of old words itself.
+OLD_KEYS = {"fitv2_scale/run/run.py", "tests/system/test_old_run.py", "tests/support/glossary.py"}
 
 
 @cache
@@ -72,3 +75,9 @@ def test_every_folder_has_its_mirror(package):
 
     assert folders(ROOT) == folders(ROOT / "tests")
     assert holding(ROOT, "*.py") - holding(ROOT / "tests", "test_*.py") == set()
+
+
+def test_names_comments_and_sentences_are_in_the_words_of_the_glossary():
+    found = {name_of(file): OLD_WORDS.findall(file.read_text()) for file in FILES}
+    assert {name: words for name, words in found.items() if words and name not in OLD_KEYS} == {}
+    assert all(found[name] for name in OLD_KEYS)

@@ -68,7 +68,7 @@ def test_a_request_that_failed_is_an_error_and_leaves_nothing(kind, dataset):
 
 @pytest.mark.parametrize("how", ["lost", "resent"])
 def test_a_lost_reply_is_no_fruitless_job(how):
-    """Two jobs without a new commit are two, so that a chain which may have three goes on."""
+    """Two jobs without a new commit are two, so that a chain which may have three continues."""
     store = ScriptedStore()
     chain = ChainLog(store)
     chain.add("SUBMIT", log=0)

@@ -81,7 +81,7 @@ def test_a_chain_moves_from_two_nodes_to_four_to_one(slurm, fitv2, job_config, t
     whole = steps * 12 // IMAGES
     assert set(seen.values()) == {1} and [Counter(e for e, _ in seen)[e] for e in range(whole)] == [IMAGES] * whole
     assert losses(run) == pytest.approx(losses(undisturbed.run), rel=1e-3)
-    for step in moves:  # one process that goes on from the same commit
+    for step in moves:  # one process that continues from the same commit
         alone = tiny(f"alone{step}", **options | {"train__steps": step + 20})
         assert run_ranks(1, train, alone, f"{run}@{step}") == [DONE]
         expected = losses(alone.run)
@@ -97,7 +97,7 @@ def test_save_stop_and_stop_now(slurm, fitv2, job_config, tiny):
     assert "attempt 1 commits at its next step" in fitv2("save", config.run)
     run = Run.open(config.run)
     wait("a commit", run.log.commits)
-    assert end_of(config.run, 1) is None  # it goes on
+    assert end_of(config.run, 1) is None  # it still runs
     said = fitv2("stop", config.run)
     assert "STOP is in its log; the running attempt saves and ends" in said and "is cancelled" in said
     wait_for_the_end(slurm)

@@ -1,4 +1,4 @@
-"""A suite as a Slurm job on a milestone of a run: its tasks divide the images, and a killed job goes on in the next."""
+"""A suite as a Slurm job on a milestone of a run: its tasks share the images; a killed job is continued."""
 
 import json
 from pathlib import Path

@@ -149,7 +149,7 @@ def test_crash_loops_end_after_three_jobs(slurm, fitv2, job_config, tmp_path):
     assert run.log.entries() == []
     for folder in (early, late):
         assert "ExitCode=93:0" in slurm.run("scontrol", "show", "job", jobs(Run.open(folder))[-1]["job"])
-    # A person who has mended it submits again, and the count begins anew.
+    # A person who has mended it submits again, and the count starts at zero.
     fitv2("submit", job_config("early"))
     wait_for_the_end(slurm)
     assert attempts(early) == [(1, 0)], story(early)

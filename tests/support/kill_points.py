@@ -29,7 +29,7 @@ class KillPoint:
             return
         if self.count == self._at:
             torn()
-            signal.pthread_kill(threading.get_ident(), self._number)  # this thread, which writes, gets no further
+            signal.pthread_kill(threading.get_ident(), self._number)  # this thread, which writes, stops here
         self.count += 1
 
 

@@ -11,8 +11,8 @@ from tests.support.run_history import audited, losses, trained
 
 
 def check_storm(run: str, tiny, ranks: int) -> None:
-    """It holds the bits of an undisturbed run. Each attempt went on from the newest commit there was, and at least 80 %
-    of the steps count that were taken: a restart costs the time that it takes, and little of the rest is done twice.
+    """It holds the bits of an undisturbed run. Each attempt continued from the newest commit there was, and at least
+    80 % of the steps that were taken count: a restart costs the time that it takes, and little of the rest is repeated.
     """
     log = Run.open(run).log
     kept = log.commits()[-1].fields["step"]

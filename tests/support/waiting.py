@@ -1,4 +1,4 @@
-"""Waiting for what another thread or process does, as long as a busy machine may take; what never comes is said."""
+"""Waits for another thread or process as long as a busy machine may take, and fails with what was waited for."""
 
 import time
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Any layout reads what any other has saved, bit for bit, and training goes on from there as it would in one process.
+"""Any layout reads what any other has saved, bit for bit, and training continues from there as it would in one process.
 
 The state is random, each tensor by its name, so that what a rank has to hold is known without asking anything that is
 tested. The label table has 1001 rows, which no number of ranks here divides.

@@ -102,7 +102,7 @@ def test_killed_at_random_moments(location, kind, kills):
 
 
 def suspended_save(env, url: str, at: int | None) -> str | int:
-    """As ``killed_save``, but suspended instead of killed; says how it went on."""
+    """As ``killed_save``, but suspended instead of killed; tells how it continued."""
     kill_point = KillPoint(signal.SIGSTOP)
     with two_saves(env, url, kill_point, at, reads=True) as save:
         try:

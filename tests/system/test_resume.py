@@ -1,4 +1,4 @@
-"""Killed at any moment, a run goes on from its last commit and ends as if nothing had happened."""
+"""Killed at any moment, a run continues from its last commit and ends as if nothing had happened."""
 
 import random
 import time

@@ -1,4 +1,4 @@
-"""Saving while training goes on: what is committed is the state of its step, in order, and failures are acted on."""
+"""Saving while training continues: each commit holds the state of its step, in order, and failures are acted on."""
 
 import json
 import os
@@ -178,7 +178,7 @@ def test_killed_while_it_writes(tiny):
 
 
 def test_a_stop_while_it_writes(tiny, tmp_path):
-    """The save in flight is committed, then that of the last step: what is said to be saved is."""
+    """The save in flight is committed, then that of the last step: what is reported as saved is saved."""
     changes = {"train__steps": 10**6, "checkpoint__every_steps": 10**6, "checkpoint__milestones": [3]}
     config, told = tiny(**changes), tmp_path / "told"
     ranks = Ranks(2, train_writing, config, 3, str(told))

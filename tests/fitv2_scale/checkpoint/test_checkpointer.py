@@ -102,7 +102,7 @@ def test_any_damage_to_any_file_is_found_and_falls_back(tmp_path):
 
 @pytest.mark.parametrize("damage", ["flip", "pickle"])
 def test_a_damaged_commit_is_passed_over(tiny, damage):
-    """Training goes on from the one before, and ends as if there had been no other."""
+    """Training continues from the one before, and ends as if there had been no other."""
     config = tiny(train__steps=10)
     assert run_ranks(2, train, config) == [0, 0]
     undisturbed = commit_bytes(config.run)

@@ -140,7 +140,7 @@ def test_a_damaged_shard_stops_training_on_all_ranks(tiny, damaged, size, damage
         run_ranks(size, train, config)
     report = status(Run.open(config.run))
     assert report["attempts"][0]["code"] == BAD_INPUT and shard.name in report["attempts"][0]["why"]
-    if report["last_commit"]:  # the steps before are kept, and the run goes on once the shard is back
+    if report["last_commit"]:  # the steps before are kept, and the run continues once the shard is back
         assert report["last_commit"]["step"] >= 1
     original = Path(tiny().data.url, shard.name)
     shutil.copy(original, shard)

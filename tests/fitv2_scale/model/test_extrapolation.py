@@ -1,4 +1,4 @@
-"""RoPE extrapolation against the formulas written out anew, one image and one channel at a time, in float64."""
+"""RoPE extrapolation against the formulas written out again, one image and one channel at a time, in float64."""
 
 import math
 

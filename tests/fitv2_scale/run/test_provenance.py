@@ -1,4 +1,4 @@
-"""What an attempt is made of is on record, and a change is said."""
+"""The packages, code and GPUs of an attempt are recorded, and a change is reported."""
 
 import json
 import re

@@ -132,7 +132,7 @@ def test_every_planned_id_counts_and_substitutes_are_counted(damaged, dataset, t
 
 
 def lose_on_one_rank(config, rank: int) -> int:
-    """Frame 4 cannot be had on one rank alone; the others have it, perhaps in a batch that waits already."""
+    """One rank alone cannot read frame 4; the others have it, perhaps in a batch that waits already."""
     from data_sharding.stream.frames import FrameReader, UnreadableFrame
 
     read = FrameReader.read

@@ -25,7 +25,7 @@ PICTURES = {"sampling__every_steps": 7, "sampling__sizes": ["32x32"], "sampling_
 
 @pytest.fixture(scope="module")
 def begun(dataset, tmp_path_factory):
-    """A run of four steps that goes on from its commit, and one of thirty that nobody has disturbed."""
+    """A run of four steps that continues from its commit, and one of thirty that nobody has disturbed."""
     folder = tmp_path_factory.mktemp("signals")
     for name, steps in (("begun", BEGUN), ("undisturbed", WHOLE)):
         assert run_ranks(2, train, make_tiny(dataset, folder, name, train__steps=steps, **PICTURES)) == [DONE] * 2
@@ -61,7 +61,7 @@ def tell_in_the_middle(moment: str, number: int, told: Path) -> None:
         if calls == (6 if moment == "a step" else 1):
             os.kill(os.getpid(), number)
             told.touch()
-            time.sleep(0.3)  # it is noted while this goes on
+            time.sleep(0.3)  # it is noted meanwhile
         return real(*args, **kw)
 
     setattr(place, name, act)

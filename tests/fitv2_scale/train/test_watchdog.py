@@ -1,4 +1,4 @@
-"""A rank that gets no further is named, and the attempt ends with 75: real ranks, really stopped."""
+"""A hung rank is named, and the attempt ends with 75: real ranks, really stopped."""
 
 import json
 import os
