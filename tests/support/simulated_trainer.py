@@ -1,6 +1,6 @@
 """A process that does for tracking what rank 0 does, without training: journal, commits and the uploader.
 
-    python simulated_trainer.py RUN URI START UNTIL KEYS end|hang
+    python -m tests.support.simulated_trainer RUN URI START UNTIL KEYS end|hang
 
 It measures KEYS curves every 50 steps, commits every 1,000, and prints what recording costs a step, and a record, at
 p99 in µs: most steps have none. One that hangs goes 500 steps further, commits none of them, and waits to be killed.
@@ -14,6 +14,7 @@ from pathlib import Path
 from fitv2_scale.run.run import Run
 from fitv2_scale.tracking.journal import Journal
 from fitv2_scale.tracking.uploader_process import Uploader
+from tests.support.repository import ROOT
 from tests.support.waiting import wait
 
 WINDOW, COMMIT = 50, 1000
@@ -51,8 +52,9 @@ def main(run_url: str, uri: str, start: int, until: int, keys: int, hang: bool) 
 
 
 def start_trainer(run: Path, uri: str, start: int, until: int, keys: int, then: str) -> subprocess.Popen:
-    command = [sys.executable, __file__, str(run), uri, str(start), str(until), str(keys), then]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "tests.support.simulated_trainer", str(run), uri]
+    command += [str(start), str(until), str(keys), then]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
 
 
 def uploader_of(trainer: subprocess.Popen) -> int:
