@@ -138,7 +138,7 @@ def test_save_stop_and_stop_now(slurm, fitv2, job_config, tiny):
         (["train.stepps=3"], "unknown key train.stepps, did you mean train.steps?"),
     ],
 )
-def test_what_is_wrong_is_said_before_anything_is_queued(slurm, fitv2, job_config, tmp_path, words, said):
+def test_what_is_wrong_is_reported_before_anything_is_queued(slurm, fitv2, job_config, tmp_path, words, said):
     error = fitv2("submit", job_config(), *words, code=2)
     assert re.search(said, error) and error.count("fitv2: ") == 1, error
     assert not (tmp_path / "run").exists() and queue(slurm) == []

@@ -74,7 +74,7 @@ def train_on_a_full_disk(config, folder: str, full: tuple[int, int]) -> int:
     return train(config)
 
 
-def test_training_goes_on_while_the_disk_is_full(tiny, small_disk):
+def test_training_continues_while_the_disk_is_full(tiny, small_disk):
     undisturbed = tiny("undisturbed", train__steps=12)
     assert run_ranks(2, train, undisturbed) == [DONE, DONE]
     changes = {"train__steps": 12, "checkpoint__every_steps": 2, "train__audit": False}

@@ -93,7 +93,7 @@ def test_a_run_and_its_weights_file_begin_alike(stage, first, tmp_path, ranks, l
                 torch.testing.assert_close(tensor, expected[key], rtol=1e-6, atol=1e-12)
 
 
-def test_it_goes_on_where_it_stood(stage, first):
+def test_it_continues_where_it_stood(stage, first):
     """Also when what it began with is gone: its own commits have all of it."""
     whole, halves = stage("whole", train__steps=12), stage("halves", train__steps=5)
     assert run_ranks(2, train, whole) == [0, 0]

@@ -45,7 +45,7 @@ def test_a_run_killed_twice_ends_bit_equal(tiny, size, seed):
     assert Counter(epoch for epoch, _ in seen) == {0: IMAGES, 1: IMAGES, 2: IMAGES}
 
 
-def test_a_run_goes_on_with_other_ranks(tiny):
+def test_a_run_continues_with_other_ranks(tiny):
     """Ten steps each on 1, 3 and 2 ranks against thirty on one."""
     whole, moved = tiny("whole", train__steps=30), tiny("moved", train__steps=30)
     assert run_ranks(1, train, whole) == [DONE]

@@ -111,7 +111,7 @@ def train_failing(config, step: int, rank: int) -> tuple[int, list[int]]:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_save_that_fails_is_reported_and_training_goes_on(tiny, rank):
+def test_a_save_that_fails_is_reported_and_training_continues(tiny, rank):
     config = tiny(train__steps=9, checkpoint__every_steps=3, **EVERY_COMMIT)
     assert run_ranks(2, train_failing, config, 3, rank) == [(DONE, list(range(9)))] * 2
     assert steps_of(config) == [6, 9]

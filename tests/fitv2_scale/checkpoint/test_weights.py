@@ -43,7 +43,7 @@ def test_public_weights_go_in_and_out_unchanged(tiny, tmp_path, suffix):
         assert all(found[n].numpy().tobytes() == weights[n].numpy().tobytes() for n in weights)
 
 
-def test_training_goes_on_from_imported_weights(tiny, tmp_path):
+def test_training_continues_from_imported_weights(tiny, tmp_path):
     config, file = tiny(train__steps=3), str(tmp_path / "weights.safetensors")
     weights = public(config)
     save_file(weights, file)

@@ -55,7 +55,7 @@ def reported(*words: str) -> str:
     return out.getvalue()
 
 
-def test_many_pictures_go_on_where_they_were(two_step_run, tmp_path):
+def test_many_pictures_continue_where_they_were(two_step_run, tmp_path):
     npz, folder = str(tmp_path / "all.npz"), tmp_path / "all"
     options = [two_step_run, "--size", "32x48", "--folder", str(folder), "--steps", "2", "--seed", "7"]
     assert run_ranks(2, command, *options, "--images", "5") == [0, 0]

@@ -47,7 +47,7 @@ class Killed(Exception):
     pass
 
 
-def test_an_evaluation_goes_on_where_it_was_killed(
+def test_an_evaluation_continues_where_it_was_killed(
     two_step_run, feature_network, photographs, reference, tmp_path, monkeypatch
 ):
     """And is not made again when it is there, but for another reference."""

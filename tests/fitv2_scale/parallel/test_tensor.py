@@ -155,7 +155,7 @@ def train_and_look_outside_boxes(config: Config) -> int:
 SIX_HEADS = {"model__hidden": 24, "model__heads": 6}
 
 
-def test_a_run_goes_on_in_other_tensor_groups(tiny):
+def test_a_run_continues_in_other_tensor_groups(tiny):
     """Ten steps each in a group of two, alone, and in a group of three, against thirty alone."""
     whole, moved = tiny("whole", train__steps=30, **SIX_HEADS), {"name": "moved", **SIX_HEADS}
     assert run_ranks(1, train, whole) == [0]

@@ -23,7 +23,7 @@ def test_it_says_what_ran():
     assert re.fullmatch("[0-9a-f]{16}", made_of["code"])
 
 
-def test_a_change_between_attempts_is_said(tiny, capfd):
+def test_a_change_between_attempts_is_reported(tiny, capfd):
     config = tiny(train__steps=2)
     assert run_ranks(1, train, config) == [DONE]
     file = Path(config.run, "attempts/1/start.json")

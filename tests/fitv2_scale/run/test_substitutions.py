@@ -73,7 +73,7 @@ def test_a_page_of_an_older_attempt(manifest):
     assert [p["frames"][0]["cause"] for p in records] == ["theirs"] and record_log.apply(records).version == 1
 
 
-def test_a_damaged_page_is_said(store, manifest):
+def test_a_damaged_page_is_reported(store, manifest):
     record_log = open_log(store, manifest)
     record_log.write([LostFrame(0, 1, "one")], 0)
     store.put("ledger/00000001.json", b'{"version": 1')
@@ -96,7 +96,7 @@ def damaged_config(damaged, folder, name, **changes):
     return make_tiny(damaged, folder, name, **{"data__max_substituted": 0.2, "train__steps": 24} | changes)
 
 
-def test_training_goes_on_with_substitutes_whatever_the_layout(damaged, tmp_path, capsys):
+def test_training_continues_with_substitutes_whatever_the_layout(damaged, tmp_path, capsys):
     runs = {size: damaged_config(damaged, tmp_path, f"on{size}") for size in (1, 3)}
     for size, config in runs.items():
         assert run_ranks(size, train, config) == [DONE] * size

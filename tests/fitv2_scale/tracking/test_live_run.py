@@ -62,7 +62,7 @@ def test_a_child_run_shows_what_is_live(run_folder):
     assert steps(run_folder) == list(range(1, 21))
 
 
-def test_a_child_run_goes_on_where_it_was(run_folder, monkeypatch):
+def test_a_child_run_continues_where_it_was(run_folder, monkeypatch):
     """Killed before or after it wrote down what it sent, its uploader repeats no point and skips none."""
     run, put_json = make(run_folder), LocalStore.put_json
 

@@ -60,7 +60,7 @@ def test_a_dead_server_never_holds_up_the_end_and_sync_brings_the_rest(run_folde
     assert sync(str(run_folder), "auto", "test")["metrics"] == 5
 
 
-def test_a_run_deleted_on_the_server_is_made_anew(run_folder):
+def test_a_run_deleted_on_the_server_is_made_again(run_folder):
     from mlflow import MlflowClient
 
     run, uri = make(run_folder), resolve_uri(str(run_folder), "auto")
@@ -106,7 +106,7 @@ def test_what_mlflow_refuses_holds_up_nothing_else(run_folder, monkeypatch):
 
 
 @pytest.mark.parametrize("uri", ["nonsense://mlflow", "/runs/mlruns", "sqlite:////proc/none/mlflow.db"])
-def test_a_wrong_uri_is_said_and_training_goes_on(run_folder, uri):
+def test_a_wrong_uri_is_reported_and_training_continues(run_folder, uri):
     run = make(run_folder)
     train(run, 0, 5, commits=(5,)).end(0, "done")
     follow(run, uri, "test", lambda: True, Timing(poll=0.02, backoff=0.05, last_pass=0.1))

@@ -43,7 +43,7 @@ def test_who_is_to_find_hung(beats, unheard, guilty):
     assert [h.rank for h in found] == guilty
 
 
-def test_what_is_said():
+def test_what_the_alarm_says():
     (hung,) = find_hung({0: beat(0), 1: beat(1)}, {0: 0.0, 1: 31.4})
     assert str(hung) == "rank 1 on n1 has not been heard from for 31 s, at step 7, in a.py:1"
     (hung,) = find_hung({0: beat(0), 1: beat(1, "data", 6)}, {0: 0.0, 1: 0.4})
@@ -88,7 +88,7 @@ def test_a_stopped_rank_is_named(tiny, stopped):
         ranks.kill()
 
 
-def test_ranks_that_are_suspended_together_go_on(tiny):
+def test_ranks_that_are_suspended_together_continue(tiny):
     """As by `scontrol suspend`, for longer than a step may take."""
     config = tiny(**STRICT)
     ranks = Ranks(2, train, config)

@@ -95,7 +95,7 @@ def test_jobs_that_end_cost_a_save_and_a_start():
     assert simulate_goodput(schedule, 6, 20 * DAY, 200).mean == pytest.approx(expected_goodput(schedule, 6), rel=0.01)
 
 
-def test_jobs_too_short_for_anything_are_said():
+def test_jobs_too_short_for_anything_are_reported():
     with pytest.raises(ValueError, match="too short"):
         simulate_goodput(Schedule(600, 1, 30, 60, 120, walltime=100), 0, DAY, 1)
 

@@ -197,7 +197,7 @@ def test_a_runs_own_law_predicts_it_where_there_is_no_other(capsys, folder):
     assert prediction["value"] == pytest.approx(float(TRUTH(parameters("b2"), 2e6 * BATCH)), rel=0.01)
 
 
-def test_what_cannot_be_done_is_said(capsys, folder):
+def test_what_cannot_be_done_is_reported(capsys, folder):
     run = make_run(folder / "run", "b2", STEPS).url
     out = ("--out", folder / "out", "--uri", "none")
     assert "give runs, --experiment NAME, or --published" in refused(capsys, *out)
