@@ -60,7 +60,9 @@ def start_trainer(run: Path, uri: str, start: int, until: int, keys: int, then: 
 def uploader_of(trainer: subprocess.Popen) -> int:
     """The process id of its only child, waited for."""
     children = Path(f"/proc/{trainer.pid}/task/{trainer.pid}/children")
-    return int(wait("the uploader", lambda: children.read_text().split())[0])
+    found = wait("the uploader", lambda: children.read_text().split() or trainer.poll() is not None)
+    assert found is not True, f"the trainer has ended with {trainer.returncode}"
+    return int(found[0])
 
 
 if __name__ == "__main__":
