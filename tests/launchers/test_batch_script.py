@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import stat
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from fitv2_scale.config.load import load_config
 from fitv2_scale.config.slurm import NCCL_PROFILES, SlurmConfig
 from launchers.batch_script import train_script
 from launchers.rank import cache_environment, rank_environment
+from launchers.secret_overrides import to_environment
 from launchers.submit import sweep, write_home
 from tests.support.repository import ROOT
 
@@ -62,6 +64,26 @@ def test_a_task_runs_its_command_with_the_environment_of_its_rank(module, tmp_pa
     assert re.search(r"^train\.steps = 123 ", done.stdout, re.M)
     done = subprocess.run([*python, "status", str(tmp_path)], cwd=ROOT, env=environment)
     assert done.returncode == 2
+
+
+HEARD = """
+import json, signal, sys
+import fitv2_scale.cli.__main__ as cli
+from fitv2_scale.cli.slurm_task import main
+cli.main = lambda words: print(json.dumps([words, sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ()))])) or 0
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("command, trains", [("train", True), ("validate", False)])
+def test_a_task_that_trains_holds_signals_back_and_hears_the_secrets(command, trains, tmp_path):
+    words, secret = [command, "configs/demo.yaml"], ["slurm.doctor=false", "tracking.uri=https://me:secret@host"]
+    environment = os.environ | TASK | {"TMPDIR": str(tmp_path)} | to_environment(secret)
+    task = [sys.executable, "-c", HEARD, *words]
+    done = subprocess.run(task, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    heard, blocked = json.loads(done.stdout.splitlines()[-1])
+    assert heard == words + secret * trains
+    assert blocked == sorted([signal.SIGTERM, signal.SIGUSR1]) * trains
 
 
 def test_caches_are_private(tmp_path, monkeypatch):

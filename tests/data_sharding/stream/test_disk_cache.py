@@ -232,6 +232,20 @@ def test_the_bound_holds_when_writers_are_slow_and_others_evict(tmp_path, monkey
     assert sum(path.stat().st_size for path in files(tmp_path, "frame")) <= 10 * SIZE
 
 
+def test_a_frame_appears_while_the_usage_is_locked(tmp_path, monkeypatch):
+    """Else an eviction between count and rename would forget it."""
+    rename, free = os.replace, []
+
+    def renamed(old, new):
+        with disk_cache._locked(tmp_path / "usage", 0, None) as file:
+            free.append(file is not None)
+        rename(old, new)
+
+    monkeypatch.setattr(os, "replace", renamed)
+    get(DiskCache(str(tmp_path), 10 * SIZE), 1)
+    assert free == [False] and len(files(tmp_path, "frame")) == 1
+
+
 def test_without_a_usable_disk_frames_are_still_fetched(tmp_path, caplog):
     (tmp_path / "file").write_bytes(b"")
     fetched: list[int] = []
