@@ -57,22 +57,23 @@ class Substitutes:
         return self.images / sum(len(m.sample_id) for m in self.manifests)
 
     def with_record(self, record: dict) -> "Substitutes":
-        """With one more record. Frames of datasets that are not read here change nothing but the version.
+        """With one more record. A frame is replaced wherever its dataset is listed: one given twice, and a copy of it,
+        have the same digest. Frames of datasets that are not read here change nothing but the version.
 
         Raises DataError if it is not the next record.
         """
-        index = {m.digest: i for i, m in enumerate(self.manifests)}
         if record["version"] != self.version + 1:
             raise DataError(
                 f"of the run's records of substituted images, number {self.version + 1} is missing before number "
                 f"{record['version']}: restore the folder ledger of the run"
             )
         added = {
-            (index[f["dataset"]], f["frame"]): np.array(
+            (dataset, f["frame"]): np.array(
                 [[-1 if row is None else row for row in image[1:]] for image in f["images"]], np.int64
             )
             for f in record["frames"]
-            if f["dataset"] in index
+            for dataset, m in enumerate(self.manifests)
+            if m.digest == f["dataset"]
         }
         return Substitutes(self.manifests, record["version"], self.frames | added)
 
@@ -82,8 +83,11 @@ class Substitutes:
         A pure function of (these substitutes, seed, the frames in any order). Raises DataError if no image can replace
         one of theirs.
         """
-        new = {(frame.dataset, frame.frame): frame.cause for frame in sorted(lost_frames)}
-        new = {frame: cause for frame, cause in new.items() if frame not in self.frames}
+        first = {
+            m.digest: i for i, m in reversed(list(enumerate(self.manifests)))
+        }  # where each dataset is listed first
+        new = {(first[self.manifests[f.dataset].digest], f.frame): f.cause for f in sorted(lost_frames, reverse=True)}
+        new = {frame: cause for frame, cause in sorted(new.items()) if frame not in self.frames}
         lost = self.frames.keys() | new.keys()
         return {
             "version": self.version + 1,

@@ -65,16 +65,16 @@ class Coordination:
             self.save_ended = ended == self._world.size
             self.should_save, self._saves_obeyed = self.should_save or to_save > 0, saves
             if errors:
-                error = next(filter(None, self._world.all_gather(error)))
-                if not isinstance(error, StorageDown):
-                    raise error
-                self.stop_reason = str(error)
-                return None
+                return self._stop_or_raise(error)
             if stops and self.stop_reason is None:
                 self.stop_reason = next(filter(None, self._world.all_gather(stop)))
             if not lost_frames:
                 break
-            self._substitute(lost, step, loader)
+            try:
+                self._substitute(lost, step, loader)
+            except StorageDown as error:  # the same on all ranks; what was done before this step can still be saved
+                self.stop_reason = str(error)
+                return None
         if ready < self._world.size:
             return None
         batch = self._batch_broadcast.broadcast(batch)
@@ -85,12 +85,31 @@ class Coordination:
         return batch
 
     def _substitute(self, lost: Sequence[LostFrame], step: int, loader: Loader | None) -> None:
-        """Replaces the frames that any rank has lost, on all ranks; ``loader`` then begins again at ``step``."""
+        """Replaces the frames that any rank has lost, on all ranks; ``loader`` then begins again at ``step``.
+
+        Raises StorageDown, DataError and StaleAttempt on all ranks.
+        """
         all_lost = [frame for rank in self._world.all_gather(lost) for frame in rank]
         records = self._world.run_on_rank0(lambda: self._substitutions.write(all_lost, step))
         substitutes = self._substitutions.apply(records)
+        # Each round must bring substitutes that the one before had not: else the same step would be tried for ever.
+        useless = [f for f in all_lost if (f.dataset, f.frame) not in substitutes.frames or not records]
+        if useless:
+            raise RuntimeError(
+                f"step {step}: frame {useless[0].frame} of dataset {useless[0].dataset} cannot be read "
+                f"({useless[0].cause}), and recording substitutes for it changes nothing"
+            )
         if loader:
             loader.restart(step, substitutes)
+
+    def _stop_or_raise(self, mine: Exception | None) -> None:
+        """What some ranks met while loading: storage that does not answer is a reason to save and stop; all ranks raise
+        anything graver."""
+        met = [error for error in self._world.all_gather(mine) if error is not None]
+        graver = [error for error in met if not isinstance(error, StorageDown)]
+        if graver:
+            raise graver[0]
+        self.stop_reason = str(met[0])
 
     def _load(self, loader: Loader) -> tuple[StepBatch | None, Sequence[LostFrame], Exception | None]:
         """(batch, lost frames, error): one of the three, or none if a stop was requested and no data comes."""

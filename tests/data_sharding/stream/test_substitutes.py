@@ -45,6 +45,25 @@ def test_choice_depends_on_the_key_alone(manifest):
     assert record_of(empty.with_record(a), 1, 3)["frames"] == []  # they have substitutes already
 
 
+def test_a_frame_is_lost_wherever_its_dataset_is_listed(manifest):
+    """The same dataset twice, or two copies of it: the record names the digest, which both have."""
+    twice = Substitutes([manifest, manifest])
+    for listed in (0, 1):
+        lost = [LostFrame(listed, 1, "missing"), LostFrame(listed, 3, "missing")]
+        record = json.loads(json.dumps(twice.next_record(lost, 0)))
+        assert [frame["frame"] for frame in record["frames"]] == [1, 3]
+        both = twice.with_record(record)
+        row = np.array([manifest.frame_first[1]])
+        assert both.is_lost(np.array([0]), row).tolist() == both.is_lost(np.array([1]), row).tolist() == [True]
+        assert both.frames.keys() == {(0, 1), (0, 3), (1, 1), (1, 3)}
+        assert both.fraction() == Substitutes([manifest]).with_record(record).fraction()
+        assert both.next_record(lost, 0)["frames"] == []
+    at_once = twice.next_record([LostFrame(1, 1, "missing"), LostFrame(0, 1, "missing")], 0)
+    assert len(at_once["frames"]) == 1  # met in both listings by two ranks
+    alone = Substitutes([manifest]).next_record([LostFrame(0, 1, "missing")], 0)
+    assert at_once["frames"] == alone["frames"]
+
+
 def test_a_rare_length_is_found_in_a_search_of_everything(manifest, monkeypatch):
     monkeypatch.setattr("data_sharding.stream.substitutes._DRAWS", 1)
     substitutes = Substitutes([manifest]).with_record(record_of(Substitutes([manifest]), 2))

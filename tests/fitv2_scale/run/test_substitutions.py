@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,25 @@ def test_training_continues_with_substitutes_whatever_the_layout(damaged, tmp_pa
     assert "40 images of 1 frames are substituted: " in capsys.readouterr().out
     manifest_json = next(Path(one, "steps").glob("00000024*/manifest.json"))
     assert json.loads(manifest_json.read_text())["cursor"]["ledger"] == 1
+
+
+def test_a_dataset_listed_twice(damaged, tmp_path):
+    config = damaged_config([damaged, damaged], tmp_path, "twice")
+    assert run_ranks(2, train, config) == [DONE, DONE]
+    assert status(Run.open(config.run))["substituted"]["frames"] == 1
+    assert sorted(losses(config.run)) == list(range(1, 25))
+
+
+def train_where_records_change_nothing(config) -> int:
+    Substitutes.with_record = lambda self, record: replace(self, version=record["version"])
+    return train(config)
+
+
+def test_a_record_that_changes_nothing_ends_the_run(damaged, tmp_path):
+    config = damaged_config(damaged, tmp_path, "endless")
+    with pytest.raises(RuntimeError, match=r"frame 4 .*cannot be read .*recording substitutes for it changes nothing"):
+        run_ranks(1, train_where_records_change_nothing, config)
+    assert len(list(Path(config.run, "ledger").iterdir())) == 1
 
 
 def test_every_planned_id_counts_and_substitutes_are_counted(damaged, dataset, tmp_path):
