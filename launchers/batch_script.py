@@ -41,6 +41,7 @@ def _render(template: Path, site: SlurmConfig, name: str, nodes: int, home: Path
     fields |= {
         "DIRECTIVES": "\n".join(f"#SBATCH {option}" for option in _options(site, name, nodes, home)),
         "HOME": shlex.quote(str(home)),
+        "OUTPUT": shlex.quote(f"{_literal(home)}/rank-%t.log"),
         "PYTHON": shlex.quote(site.python or sys.executable),
         "SUBMITTER": shlex.quote(sys.executable),
         "SETUP": "\n".join([*site.setup, *_exports(site)]),
@@ -79,10 +80,18 @@ def _options(site: SlurmConfig, name: str, nodes: int, home: Path) -> list[str]:
         "--account": site.account,
         "--qos": site.qos,
         "--constraint": f'"{site.constraint}"' if site.constraint else "",
-        "--output": f'"{home}/job-%j.out"',
+        "--output": f'"{_literal(home)}/job-%j.out"',
     }
     given = [f"{option}={value}" for option, value in options.items() if value]
     return [*given, *filter(None, [gpus[site.gpus], "--exclusive" if site.exclusive else ""]), *site.extra]
+
+
+def _literal(folder: Path) -> str:
+    """``folder`` as a part of a file name that Slurm takes as it is, without filling in what begins with %. Raises
+    UserError if it has a character that Slurm cannot take."""
+    if bad := sorted(set(str(folder)) & set('\\"\n')):
+        raise UserError(f"{folder} has {bad[0]!r} in its name, which Slurm takes otherwise: choose another folder.")
+    return str(folder).replace("%", "%%")
 
 
 def _exports(site: SlurmConfig) -> list[str]:

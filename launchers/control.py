@@ -1,6 +1,7 @@
 """Stop, save, logs and status of a run that trains elsewhere. Requests go through the run's storage, which all sides
 reach; Slurm is used where it is installed."""
 
+import logging
 import secrets
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +14,10 @@ from fitv2_scale.run.run import Attempt, Run
 from launchers import slurm
 from launchers.chain import CHAIN_FILE, Chain
 from launchers.chain_log import ChainLog
+
+_QUICK = 10.0  # seconds that a report waits for Slurm
+
+log = logging.getLogger(__name__)
 
 
 def stop(url: str, at_once: bool) -> list[str]:
@@ -77,6 +82,18 @@ def jobs(run: Run) -> list[dict[str, Any]]:
         fields = {key: end.get(key) for key in ("code", "reason")}
         report.append(head | {"ended": end.get("time"), **fields, "blamed": end.get("blamed", [])})
     return report
+
+
+def waiting(run: Run) -> list[dict[str, str]]:
+    """The run's pending jobs and why they wait, in Slurm's words: [{"job": "27", "reason": "PartitionTimeLimit"}]."""
+    if ChainLog(run.store).submit is None or not slurm.available():
+        return []
+    try:
+        queued = slurm.queue(job_name(run.id), seconds=_QUICK)
+    except slurm.SlurmError as error:
+        log.warning("the queue is not known: %s", error)
+        return []
+    return [{"job": job.id, "reason": job.reason} for job in queued if job.state == "PENDING"]
 
 
 def chain(run: Run) -> dict[str, Any] | None:

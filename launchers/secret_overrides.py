@@ -3,14 +3,14 @@
 import json
 from collections.abc import Mapping, Sequence
 
-_VARIABLE = "FITV2_PRIVATE"  # as JSON
+VARIABLE = "FITV2_PRIVATE"  # as JSON
 
 
 def to_environment(overrides: Sequence[str]) -> dict[str, str]:
     """The variables that hold ``overrides``."""
-    return {_VARIABLE: json.dumps(list(overrides))}
+    return {VARIABLE: json.dumps(list(overrides))}
 
 
 def of_environment(environment: Mapping[str, str]) -> list[str]:
     """The secret overrides that the job was submitted with."""
-    return json.loads(environment.get(_VARIABLE, "[]"))
+    return json.loads(environment.get(VARIABLE, "[]"))

@@ -1,14 +1,21 @@
 """Slurm's programs as functions. Each raises SlurmError with the program's error message."""
 
+import math
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from data_sharding.errors import UserError
+from fitv2_scale.config.slurm import seconds_of
 
 _TIMEOUT = 120  # seconds; a busy slurmctld answers late
+# Settings of the user for Slurm's programs that tell which cluster is meant; all others would change what they print,
+# or are the options of the job that this runs in.
+_KEPT = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT"}
+_DROPPED = ("SLURM_", "SBATCH_", "SQUEUE_", "SINFO_", "SCANCEL_", "SCONTROL_")
 _UNUSABLE = ("down", "drain", "fail", "maint", "unknown", "inval")
 
 
@@ -20,6 +27,7 @@ class SlurmError(UserError):
 class Job:
     id: str
     state: str  # as squeue's %T: PENDING, RUNNING, COMPLETING, …
+    reason: str  # why it is pending, as squeue's %r
     script: str  # its path
 
 
@@ -39,11 +47,12 @@ def check(script: str, *options: str) -> None:
     _run("sbatch", "--test-only", *options, text=script)
 
 
-def queue(name: str) -> list[Job]:
-    """This user's jobs of that name, oldest first."""
-    listed = _run("squeue", "--noheader", "--user", str(os.getuid()), "--name", name, "--format", "%i|%T|%o")
-    jobs = [Job(*line.strip().split("|", 2)) for line in listed.splitlines()]
-    return sorted(jobs, key=lambda job: int(job.id))
+def queue(name: str, seconds: float = _TIMEOUT) -> list[Job]:
+    """This user's jobs of that name, oldest first. Slurm has ``seconds`` to answer."""
+    command = ("squeue", "--noheader", "--all", "--user", str(os.getuid()), "--name", name, "--format", "%i|%T|%r|%o")
+    # With SLURM_CLUSTERS, squeue prints a line with the cluster's name.
+    lines = [line.strip() for line in _run(*command, seconds=seconds).splitlines() if "|" in line]
+    return sorted((Job(*line.split("|", 3)) for line in lines), key=lambda job: int(re.split(r"\D", job.id)[0]))
 
 
 def cancel(jobs: Sequence[str], signal: str | None = None) -> None:
@@ -67,11 +76,23 @@ def partitions() -> list[str]:
 
 
 def usable_nodes(partition: str) -> list[str]:
-    """Names of the nodes that are up, busy or not; of the default partition if ``partition`` is empty."""
-    lines = _run("sinfo", "--noheader", "--Node", "--format", "%N|%T|%P").split()
-    rows = [line.split("|") for line in lines]
-    mine = [r for r in rows if (r[2].rstrip("*") == partition if partition else r[2].endswith("*"))]
-    return sorted({name for name, state, _ in mine if is_usable(state)})
+    """Names of the nodes that are up, busy or not, of ``partition``: one or several as in "a,b", hidden ones too; if
+    that is empty, of the default partition."""
+    return sorted({name for name, state in _of_partition(partition, "%N|%T", "--Node") if is_usable(state)})
+
+
+def time_limit(partition: str) -> float:
+    """Seconds that a job may take in ``partition`` (as for ``usable_nodes``): the longest limit. Endless if Slurm does
+    not know the partition."""
+    return max((seconds_of(limit) for (limit,) in _of_partition(partition, "%l")), default=math.inf)
+
+
+def _of_partition(partition: str, columns: str, *options: str) -> list[list[str]]:
+    """The rows of sinfo with these columns."""
+    lines = _run("sinfo", "--all", "--noheader", *options, "--format", f"%P|{columns}").split()
+    rows = [line.split("|") for line in lines if "|" in line]
+    asked = partition.split(",")
+    return [row for name, *row in rows if (name.rstrip("*") in asked if partition else name.endswith("*"))]
 
 
 def is_usable(state: str) -> bool:
@@ -79,17 +100,18 @@ def is_usable(state: str) -> bool:
     return not state.endswith("*") and not state.startswith(_UNUSABLE)
 
 
-def _run(*command: str, text: str | None = None, extra: Mapping[str, str] | None = None) -> str:
-    # The variables of the job that this runs in would count as options of the next one.
-    environment = {k: v for k, v in os.environ.items() if k == "SLURM_CONF" or not k.startswith(("SLURM_", "SBATCH_"))}
+def _run(
+    *command: str, text: str | None = None, extra: Mapping[str, str] | None = None, seconds: float = _TIMEOUT
+) -> str:
+    environment = {k: v for k, v in os.environ.items() if k in _KEPT or not k.startswith(_DROPPED)}
     try:
         done = subprocess.run(
-            command, input=text, env=environment | dict(extra or {}), capture_output=True, text=True, timeout=_TIMEOUT
+            command, input=text, env=environment | dict(extra or {}), capture_output=True, text=True, timeout=seconds
         )
     except FileNotFoundError:
         raise SlurmError(f"{command[0]} is not on this machine: use a login node of the cluster.") from None
     except subprocess.TimeoutExpired:
-        raise SlurmError(f"{command[0]} has not answered for {_TIMEOUT} s: try again when Slurm is back.") from None
+        raise SlurmError(f"{command[0]} has not answered for {seconds:.0f} s: try again when Slurm is back.") from None
     if done.returncode:
         message = " ".join(done.stderr.replace(f"{command[0]}: error: ", "").split()) or f"exit code {done.returncode}"
         raise SlurmError(f"{command[0]} fails: {message}")

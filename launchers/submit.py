@@ -1,11 +1,12 @@
 """`fitv2 submit`: checks everything before it queues anything, then starts a chain of jobs."""
 
 import json
+import os
 import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from data_sharding.storage.local_store import LocalStore
 from data_sharding.storage.open_store import open_store
 from fitv2_scale.config.load import load_config
 from fitv2_scale.config.schema import Config
-from fitv2_scale.config.slurm import SlurmConfig
+from fitv2_scale.config.slurm import SlurmConfig, seconds_of
 from fitv2_scale.data import Data
 from fitv2_scale.planning.forecast.assumptions import Assumptions
 from fitv2_scale.planning.forecast.plan_report import node_advice
@@ -33,7 +34,15 @@ from launchers import slurm
 from launchers.batch_script import command_script, train_script
 from launchers.chain import CHAIN_FILE, Chain, node_count
 from launchers.chain_log import MIN_SIGNAL_SECONDS, ChainLog, signal_seconds
+from launchers.cluster_check import check_cluster, check_script
 from launchers.control import job_name
+from launchers.sbatch_options import (
+    partition_of,
+    refuse_conflicts,
+    refuse_lost_secrets,
+    walltime_of,
+    with_shell_options,
+)
 from launchers.secret_overrides import to_environment
 
 _PACKAGES = (data_sharding, fitv2_scale, launchers)
@@ -49,6 +58,7 @@ class Submission:
     jobs: list[str]
     script: str
     advice: str = ""  # about the number of nodes
+    shell: list[str] = field(default_factory=list)  # what was done with the shell's SBATCH_ variables, in sentences
 
 
 def parse_nodes(text: str) -> tuple[int, int]:
@@ -95,28 +105,31 @@ def submit(config: Config, nodes: str, dry_run: bool, fork_from: str | None = No
     least, most = parse_nodes(nodes)
     if not config.run:
         raise UserError("give the run's folder as run=FOLDER")
-    site = config.slurm
+    site, shell = with_shell_options(config.slurm, os.environ)
+    config = config.model_copy(update={"slurm": site})
+    refuse_conflicts(site.extra, chain=True)
+    refuse_lost_secrets(site.extra, secret_overrides(config))
     if not dry_run:
-        _check_cluster(site)
+        check_cluster(site)
         _check_data(config)
     data, parent = _check_training(config, least, most, fork_from)
-    usable = len(slurm.usable_nodes(site.partition)) if slurm.available() and not dry_run else most
+    usable = len(slurm.usable_nodes(partition_of(site))) if slurm.available() and not dry_run else most
     count = node_count(usable, least, most)
     url = open_store(config.run).url
     home = _home(site, url) / secrets.token_hex(4)
     known = Run.open(url) if open_store(url).exists("run.json") else None
     seconds = signal_seconds(known, site.signal_seconds) if known else site.signal_seconds or MIN_SIGNAL_SECONDS
-    if site.walltime_seconds <= seconds:
+    if seconds_of(walltime_of(site)) <= seconds:
         raise UserError(
-            f"slurm.walltime={site.walltime} leaves no time to train: Slurm asks for a save {seconds} s before the "
+            f"slurm.walltime={walltime_of(site)} leaves no time to train: Slurm asks for a save {seconds} s before the "
             "limit. Raise it, or set slurm.signal_seconds."
         )
     if dry_run:
         name = job_name(known.id if known else f"{Path(url).name}-new")
         script = train_script(site, name, count, url, home, 0, seconds, fork_from)
-        return Submission(url, name, count, [], script, _advice(config, data, most))
+        return Submission(url, name, count, [], script, _advice(config, data, most), shell)
     # The job's name has the run's id; Slurm is asked before the run is created, so with another name.
-    slurm.check(train_script(site, "fitv2", count, url, home, 0, seconds, fork_from))
+    check_script(train_script(site, "fitv2", count, url, home, 0, seconds, fork_from))
     run = Run.open_or_create(config.run, config.model_dump(mode="json"), config.recipe(), data.plan.hash, parent)
     chain = _chain(config, run, home, least, most)
     seen = len(run.log.entries())
@@ -129,7 +142,7 @@ def submit(config: Config, nodes: str, dry_run: bool, fork_from: str | None = No
     ChainLog(run.store).add("SUBMIT", home=str(home), log=seen, nodes=nodes, git=source()["git"])
     slurm.cancel(older)
     jobs = [slurm.sbatch(str(home / "job.sh"), environment=to_environment(secret)) for _ in range(1 + site.successors)]
-    return Submission(run.url, chain.name, count, jobs, script, _advice(config, data, most))
+    return Submission(run.url, chain.name, count, jobs, script, _advice(config, data, most), shell)
 
 
 def _chain(config: Config, run: Run, home: Path, least: int, most: int) -> Chain:
@@ -142,7 +155,7 @@ def _chain(config: Config, run: Run, home: Path, least: int, most: int) -> Chain
         least=least,
         most=most,
         tasks_per_node=site.tasks_per_node,
-        partition=site.partition,
+        partition=partition_of(site),
         fruitless=site.fruitless,
         exclude_minutes=site.exclude_minutes,
         on_event=site.on_event,
@@ -154,8 +167,10 @@ def _chain(config: Config, run: Run, home: Path, least: int, most: int) -> Chain
 def submit_command(site: SlurmConfig, nodes: str, command: list[str], dry_run: bool) -> Submission:
     """Queues one job that runs ``fitv2 COMMAND…`` in all its tasks."""
     _, count = parse_nodes(nodes)
+    site, shell = with_shell_options(site, os.environ)
+    refuse_conflicts(site.extra, chain=False)
     if not dry_run:
-        _check_cluster(site)
+        check_cluster(site)
     home = Path(site.folder or "jobs").absolute() / secrets.token_hex(4)
     name = f"fitv2-{'-'.join(command[:2])}"
     script = command_script(site, re.sub(r"[^A-Za-z0-9_.-]", "_", name), count, home, command)
@@ -163,20 +178,11 @@ def submit_command(site: SlurmConfig, nodes: str, command: list[str], dry_run: b
         raise UserError("the command contains what looks like a secret: export it in the shell that you submit from.")
     jobs = []
     if not dry_run:
-        slurm.check(script)
+        check_script(script)
         _copy_code(home / "code")
         (home / "job.sh").write_text(script)
         jobs = [slurm.sbatch(str(home / "job.sh"))]
-    return Submission("", name, count, jobs, script)
-
-
-def _check_cluster(site: SlurmConfig) -> None:
-    if not slurm.available():
-        raise UserError(
-            "sbatch is not on this machine: use a login node of the cluster, or print the script with --dry-run."
-        )
-    if site.partition and site.partition not in (known := slurm.partitions()):
-        raise UserError(f"slurm.partition={site.partition}: this cluster has {', '.join(known)}.")
+    return Submission("", name, count, jobs, script, shell=shell)
 
 
 def _check_data(config: Config) -> None:
@@ -216,11 +222,16 @@ def _home(site: SlurmConfig, url: str) -> Path:
 def write_home(home: Path, config: Config, url: str) -> list[str]:
     """Writes the code and the config as they are now, without secrets. Returns the secrets, as overrides."""
     _copy_code(home / "code")
-    plain = config.model_dump(mode="json") | {"run": url}
-    shown = redact(plain)
+    shown = redact(config.model_dump(mode="json") | {"run": url})
     (home / "config.yaml").write_text(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True))
-    true = flatten(plain)
-    return [f"{key}={json.dumps(true[key])}" for key, value in flatten(shown).items() if value != true[key]]
+    return secret_overrides(config)
+
+
+def secret_overrides(config: Config) -> list[str]:
+    """The secrets in ``config``, as overrides: ["tracking.uri=\"https://me:secret@host\""]."""
+    true = config.model_dump(mode="json")
+    shown = flatten(redact(true))
+    return [f"{key}={json.dumps(value)}" for key, value in flatten(true).items() if value != shown[key]]
 
 
 def _copy_code(folder: Path) -> None:

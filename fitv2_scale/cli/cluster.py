@@ -53,6 +53,8 @@ def submit_jobs(args: argparse.Namespace) -> int:
         done = [submit(each, args.nodes, args.dry_run, args.fork_from) for each in configs]
     show(args, [asdict(s) for s in done], "\n".join(s.script if args.dry_run else _queued(s) for s in done))
     for s in done:
+        for sentence in s.shell:
+            print(f"fitv2: {sentence}", file=sys.stderr)
         if s.advice:  # not on stdout, which may be a script
             source = "from published figures of H100s; `fitv2 plan` shows them and takes your own"
             print(f"fitv2: {s.name}: {s.advice} ({source})", file=sys.stderr)

@@ -28,10 +28,10 @@ def show_status(args: argparse.Namespace) -> int:
 def _show_once(args: argparse.Namespace) -> None:
     from fitv2_scale.run.run import Run
     from fitv2_scale.run.status import status
-    from launchers.control import chain, jobs
+    from launchers.control import chain, jobs, waiting
 
     run = Run.open(args.run)
-    report = status(run) | {"jobs": jobs(run), "chain": chain(run)}
+    report = status(run) | {"jobs": jobs(run), "chain": chain(run), "waiting": waiting(run)}
     show(args, report, "\n".join(_lines(report)))
 
 
@@ -50,6 +50,7 @@ def _lines(report: dict[str, Any]) -> list[str]:
         ended = f"ended with {job['code']}: {job['reason']}" if job["ended"] else "running, or killed"
         blamed = f"; {', '.join(job['blamed'])} failed" if job["blamed"] else ""
         lines.append(f"  job {job['job']} on {', '.join(job['nodes'])}: {ended}{blamed}")
+    lines += [f"  job {job['job']}: pending ({job['reason']})" for job in report["waiting"]]
     if report["chain"]:
         lines.append(f"  chain: {report['chain']['event'] or 'continues'}  {report['chain']['reason']}".rstrip())
     return lines

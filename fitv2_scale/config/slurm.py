@@ -66,16 +66,7 @@ class SlurmConfig(Section):
 
     @property
     def walltime_seconds(self) -> float:
-        """Of ``walltime`` as sbatch takes it: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS; endless if it is
-        none of these, since sbatch may know better."""
-        if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", self.walltime):
-            return math.inf
-        days, dash, clock = self.walltime.rpartition("-")
-        parts = [int(part) for part in clock.split(":")]
-        if not dash and len(parts) < 3:
-            parts.insert(0, 0)  # hours
-        hours, minutes, seconds = (*parts, 0, 0)[:3]
-        return ((24 * int(days or 0) + hours) * 60 + minutes) * 60 + seconds
+        return seconds_of(self.walltime)
 
     @field_validator("walltime", "memory", mode="before")
     @classmethod
@@ -88,3 +79,16 @@ class SlurmConfig(Section):
         if many := [line for line in lines if "\n" in line]:
             raise ValueError(f"{many[0]!r} is several lines; give each as an item of its own")
         return lines
+
+
+def seconds_of(time: str) -> float:
+    """Of a time as sbatch takes it and sinfo prints it: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS; endless
+    if it is none of these, since Slurm may know better."""
+    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", time):
+        return math.inf
+    days, dash, clock = time.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    if not dash and len(parts) < 3:
+        parts.insert(0, 0)  # hours
+    hours, minutes, seconds = (*parts, 0, 0)[:3]
+    return ((24 * int(days or 0) + hours) * 60 + minutes) * 60 + seconds

@@ -78,6 +78,8 @@ class Slurm(Daemons):
             for node in self.nodes
         ]
         lines.append(f"PartitionName=test Nodes={','.join(self.nodes)} Default=YES MaxTime=60 DefaultTime=10 State=UP")
+        lines.append(f"PartitionName=short Nodes={','.join(self.nodes[:2])} MaxTime=2 DefaultTime=1 State=UP")
+        lines.append(f"PartitionName=hidden Nodes={self.nodes[-1]} MaxTime=600 State=UP Hidden=YES")
         self._conf.write_text(_CONF.format(folder=folder, port=free_port()) + "\n".join(lines) + "\n")
 
     @property
@@ -101,7 +103,7 @@ class Slurm(Daemons):
     def wait_for_idle(self, seconds: float = 60) -> None:
         """Until every node could take a job, which it takes a moment to do after one."""
         deadline = time.monotonic() + seconds
-        while (states := self.run("sinfo", "-h", "-N", "-o", "%t").split()) != ["idle"] * len(self.nodes):
+        while (states := self.run("sinfo", "-h", "-p", "test", "-N", "-o", "%t").split()) != ["idle"] * len(self.nodes):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"nodes are {states}; see {self.folder}")
             time.sleep(0.1)

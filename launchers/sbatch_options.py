@@ -1,0 +1,142 @@
+"""What a user tells sbatch in other ways than by the config: SBATCH_ variables of the shell, and ``slurm.extra``.
+
+sbatch reads its options from a job's script and from the submitting shell. A chain submits from inside its own jobs,
+whose shell is another one, so what the user's shell says is written into the script once, by `fitv2 submit`.
+"""
+
+import shlex
+from collections.abc import Mapping
+
+from data_sharding.errors import UserError
+from fitv2_scale.config.slurm import SlurmConfig
+from launchers.secret_overrides import VARIABLE
+
+# SBATCH_ variables that stand for a key of the section slurm; the key wins.
+_KEYS = {
+    "SBATCH_PARTITION": "partition",
+    "SBATCH_ACCOUNT": "account",
+    "SBATCH_QOS": "qos",
+    "SBATCH_CONSTRAINT": "constraint",
+    "SBATCH_MEM_PER_NODE": "memory",
+}
+# Others, with their option (see man sbatch, INPUT ENVIRONMENT VARIABLES).
+_OPTIONS = {
+    "SBATCH_ACCTG_FREQ": "--acctg-freq",
+    "SBATCH_CORE_SPEC": "--core-spec",
+    "SBATCH_DELAY_BOOT": "--delay-boot",
+    "SBATCH_DISTRIBUTION": "--distribution",
+    "SBATCH_EXPORT": "--export",
+    "SBATCH_GRES_FLAGS": "--gres-flags",
+    "SBATCH_HINT": "--hint",
+    "SBATCH_NETWORK": "--network",
+    "SBATCH_PROFILE": "--profile",
+    "SBATCH_RESERVATION": "--reservation",
+    "SBATCH_SEGMENT_SIZE": "--segment",
+    "SBATCH_THREADS_PER_CORE": "--threads-per-core",
+    "SBATCH_TIMELIMIT": "--time",
+    "SBATCH_WCKEY": "--wckey",
+}
+_SHORT = {
+    "-a": "--array",
+    "-d": "--dependency",
+    "-J": "--job-name",
+    "-M": "--clusters",
+    "-N": "--nodes",
+    "-A": "--account",
+}
+_SHORT |= {"-n": "--ntasks", "-p": "--partition", "-q": "--qos", "-t": "--time", "-W": "--wait"}
+
+# What an option in slurm.extra would break, and what to use instead.
+_ALWAYS_REFUSED = {
+    "--array": "its tasks would all do the same work; give --nodes instead",
+    "--clusters": "only sbatch would see it; export SLURM_CLUSTERS instead",
+    "--nodes": "give --nodes to `fitv2 submit`",
+    "--ntasks": "set slurm.tasks_per_node",
+    "--ntasks-per-node": "set slurm.tasks_per_node",
+    "--parsable": "`fitv2 submit` sets it",
+    "--test-only": "use `fitv2 submit --dry-run`",
+    "--wait": "`fitv2 status --watch` waits",
+    "--wrap": "use `fitv2 submit -- COMMAND`",
+}
+_REFUSED_IN_CHAINS = {
+    "--array": "a chain queues one job after the other by itself, until the run is done; remove it",
+    "--dependency": "each job of a chain waits for the one before by a dependency of its own; remove it",
+    "--job-name": "a chain finds its jobs by their name; remove it",
+    "--no-requeue": "each job does that itself, once its successor is queued; remove it",
+    "--open-mode": "a requeued job appends to its output; remove it",
+    "--signal": "set slurm.signal_seconds",
+}
+
+
+def with_shell_options(site: SlurmConfig, environment: Mapping[str, str]) -> tuple[SlurmConfig, list[str]]:
+    """``site`` with what the SBATCH_ variables of ``environment`` say and the config leaves open, and a sentence for
+    each variable: that it is used, or that it is not."""
+    changes, extra, said = {}, list(site.extra), []
+    present = _parse(site.extra)
+    for name, value in sorted(environment.items()):
+        if not name.startswith("SBATCH_"):
+            continue
+        key, option = _KEYS.get(name), _OPTIONS.get(name)
+        if key and not getattr(site, key) and f"--{key}" not in present:
+            changes[key] = value
+        elif name == "SBATCH_TIMELIMIT" and "walltime" not in site.model_fields_set:
+            changes["walltime"] = value
+        elif option and option != "--time" and option not in present:
+            extra.append(f"{option}={value}")
+        else:
+            said.append(f"{name}={value} of this shell is not used: {_instead(name, key)}")
+            continue
+        said.append(f"{name}={value} of this shell is used")
+    return site.model_copy(update=changes | {"extra": extra}), said
+
+
+def _instead(name: str, key: str | None) -> str:
+    if key or name in _OPTIONS:
+        return "the config sets it"
+    return "give it as a key of the section slurm, or in slurm.extra"
+
+
+def refuse_conflicts(extra: list[str], chain: bool) -> None:
+    """Raises UserError if an option in ``slurm.extra`` breaks what `fitv2 submit` does, a ``chain`` or one job."""
+    for option in _parse(extra):
+        if why := (_REFUSED_IN_CHAINS if chain else {}).get(option) or _ALWAYS_REFUSED.get(option):
+            raise UserError(f"slurm.extra has {option}: {why}.")
+
+
+def refuse_lost_secrets(extra: list[str], secret: list[str]) -> None:
+    """Raises UserError if the job would not get the overrides in ``secret``, which travel in its environment."""
+    exported = _parse(extra).get("--export")
+    if secret and exported is not None and not {"ALL", VARIABLE} & set(exported.split(",")):
+        keys = ", ".join(override.partition("=")[0] for override in secret)
+        raise UserError(
+            f"slurm.extra has --export={exported}, but {keys} contains a secret, which travels in the job's "
+            f"environment: add {VARIABLE} to the list, as in --export={VARIABLE}, or remove the option."
+        )
+
+
+def partition_of(site: SlurmConfig) -> str:
+    """The partition or partitions that are asked for, as in "gpu" or "a,b"; "" means the cluster's default."""
+    return _parse(site.extra).get("--partition", site.partition)
+
+
+def walltime_of(site: SlurmConfig) -> str:
+    """The time limit that is asked for."""
+    return _parse(site.extra).get("--time", site.walltime)
+
+
+def _parse(extra: list[str]) -> dict[str, str]:
+    """The options in ``slurm.extra`` by their long names. Of one that is given twice, sbatch takes the last."""
+    options: dict[str, str] = {}
+    last = None
+    for word in (word for line in extra for word in shlex.split(line, comments=True)):
+        if word.startswith("--"):
+            last, equals, value = word.partition("=")
+            options[last] = value
+            last = None if equals else last
+        elif word.startswith("-") and len(word) > 1:
+            last, value = _SHORT.get(word[:2], word[:2]), word[2:].removeprefix("=")
+            options[last] = value
+            last = None if value else last
+        elif last:
+            options[last], last = word, None
+    return options
