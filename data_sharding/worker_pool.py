@@ -13,6 +13,7 @@ from typing import TypeVar, cast
 from tqdm import tqdm
 
 from data_sharding.errors import UserError
+from data_sharding.launched import launched
 
 Task = TypeVar("Task")
 Progress = Callable[..., object]  # called with what a task reports, such as (more images, whether made here)
@@ -67,7 +68,13 @@ def run_tasks(tasks: list[Task], work: Callable[[Task, Progress], None], workers
 
 
 def slurm_task() -> tuple[int, int]:
-    """(index, count) of this Slurm task; (0, 1) outside of Slurm."""
+    """(index, count) of this process among those that srun, mpirun or torchrun has started; (0, 1) for a single one.
+
+    In a batch script Slurm's count is that of the job, though one process runs alone: it does its part first, then that
+    of the others.
+    """
+    if (task := launched(os.environ)) is not None:
+        return task.rank, task.size
     count = int(os.environ.get("SLURM_NTASKS", 1))
     return int(os.environ.get("SLURM_PROCID", 0)) % count, count
 

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data_sharding.errors import UserError
+from data_sharding.standard_streams import reporting
 from data_sharding.storage.local_store import LocalStore
 from fitv2_scale.run.log import newest_attempt, now
 from fitv2_scale.run.run import RETRY, Run
@@ -225,16 +226,17 @@ def _print(text: str) -> None:
 
 
 def main() -> int:
-    try:
-        if sys.argv[1] == "before":
-            print(before(sys.argv[2]))
-            return 0
-        return after(sys.argv[2], sys.argv[3])
-    except UserError as error:
-        _print(str(error))
-    except Exception:
-        traceback.print_exc()
-    return RETRY
+    with reporting():  # a full disk below the job's output must not end the chain
+        try:
+            if sys.argv[1] == "before":
+                print(before(sys.argv[2]), flush=True)
+                return 0
+            return after(sys.argv[2], sys.argv[3])
+        except UserError as error:
+            _print(str(error))
+        except Exception:
+            traceback.print_exc()
+        return RETRY
 
 
 if __name__ == "__main__":

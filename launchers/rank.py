@@ -1,30 +1,59 @@
-"""A task of a Slurm job before it runs its command: its rank, the folder for compilers' caches, the check of its node.
-`python -m fitv2_scale.cli.slurm_task`, which srun starts, calls this.
+"""A process that srun or mpirun has started, before it runs its command: its rank; and in a job of `fitv2 submit`, the
+folder for compilers' caches and the check of its node (`python -m fitv2_scale.cli.slurm_task` calls these).
 """
 
 import os
-import signal
 import sys
+import zlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from data_sharding.errors import UserError
+from data_sharding.launched import Launched, launched
 from launchers.hostlist import counts, expand
 
 if TYPE_CHECKING:
     from fitv2_scale.config.schema import Config
 
-BLOCKED = (signal.SIGTERM, signal.SIGUSR1)  # they ask for a save
 _PORTS_OF_A_JOB = 16  # one for each time that it is requeued, and as many for checks of its nodes
 _CHECK = _PORTS_OF_A_JOB // 2
 _PORTS = range(10_000, 30_000)  # below those that the system assigns itself
 
 
+def become_a_rank() -> None:
+    """Gives this process torchrun's variables if srun or mpirun has started it as one of several. Raises UserError if
+    the others cannot be found."""
+    task = launched(os.environ)
+    if task is not None and task.launcher != "torchrun":
+        found = rank_environment(os.environ) if task.launcher == "srun" else _of_mpirun(task, os.environ)
+        os.environ.update(found)
+
+
+def _of_mpirun(task: Launched, environment: Mapping[str, str]) -> dict[str, str]:
+    assert task.local is not None
+    if "MASTER_ADDR" not in environment and task.local[1] < task.size:
+        raise UserError(
+            "mpirun does not tell its processes on which node rank 0 runs: give them its name and a free port, as in "
+            "mpirun -x MASTER_ADDR=node1 -x MASTER_PORT=29500"
+        )
+    # All on one node are children of one daemon of this mpirun.
+    port = _PORTS[zlib.crc32(f"{os.getppid()}".encode()) % len(_PORTS)]
+    return {
+        "RANK": str(task.rank),
+        "WORLD_SIZE": str(task.size),
+        "LOCAL_RANK": str(task.local[0]),
+        "LOCAL_WORLD_SIZE": str(task.local[1]),
+        "MASTER_ADDR": environment.get("MASTER_ADDR", "127.0.0.1"),
+        "MASTER_PORT": environment.get("MASTER_PORT", str(port)),
+        "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", "1"),
+    }
+
+
 def rank_environment(slurm: Mapping[str, str]) -> dict[str, str]:
     """torchrun's variables, from those of a task of srun."""
-    restart = int(slurm.get("SLURM_RESTART_COUNT", 0))
-    # A requeued job has the same id, and its old processes may be alive: another port.
-    port = _PORTS[(int(slurm["SLURM_JOB_ID"]) * _PORTS_OF_A_JOB + restart % _CHECK) % len(_PORTS)]
+    # A requeued job has the same id, and its old processes may be alive; so may those of another step: another port.
+    turn = int(slurm.get("SLURM_RESTART_COUNT", 0)) + int(slurm.get("SLURM_STEP_ID", 0))
+    port = _PORTS[(int(slurm["SLURM_JOB_ID"]) * _PORTS_OF_A_JOB + turn % _CHECK) % len(_PORTS)]
     local_size = counts(slurm["SLURM_STEP_TASKS_PER_NODE"])[int(slurm["SLURM_NODEID"])]
     # Where Slurm gives each task a GPU of its own, that is the only one it sees.
     alone = len(slurm.get("CUDA_VISIBLE_DEVICES", "").split(",")) == 1 and "CUDA_VISIBLE_DEVICES" in slurm

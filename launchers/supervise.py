@@ -10,24 +10,25 @@ import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
+from data_sharding.standard_streams import dropping
 from data_sharding.storage.open_store import open_store
 from fitv2_scale.config.schema import Config
 from fitv2_scale.run.log import newest_attempt
 from fitv2_scale.run.run import BAD_INPUT, GIVE_UP, RETRY, Run
+from fitv2_scale.run.stop_signals import STOP_SIGNALS, SUPERVISED, noted_signals
 from launchers.chain_log import Record, outcome_of, verdict
 from launchers.notify import HUNG, run_event_command, was_hung
 
 _POLL = 0.2  # seconds
 _AFTER_FAILURE = 10.0  # seconds for the others to end when a rank has failed; they cannot save without it
 _AFTER_SUCCESS = 120.0  # seconds for the others to end when a rank is done
-_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def supervise(config: Config, command: Sequence[str], processes: int) -> int:
     """Runs ``command`` as that many ranks, again and again. Returns 0, 2, 75 (it got a signal or a STOP) or 93."""
     run = _open_run(config)
     records: list[Record] = [{"kind": "SUBMIT", "log": len(run.log.entries()) if run else 0}]
-    with forwarded_signals() as signals:
+    with dropping(), forwarded_signals() as signals:
         while True:
             log = run.log.entries() if run else []
             before, commits = newest_attempt(log), sum(entry.kind == "COMMIT" for entry in log)
@@ -82,7 +83,7 @@ class Signals:
 @contextmanager
 def forwarded_signals() -> Generator[Signals]:
     signals = Signals()
-    handlers = {number: signal.signal(number, signals.receive) for number in _FORWARDED}
+    handlers = {number: signal.signal(number, signals.receive) for number in noted_signals()}
     try:
         yield signals
     finally:
@@ -96,17 +97,17 @@ def run_processes(command: Sequence[str], processes: int, signals: Signals) -> i
     port = _free_port()
     # Blocked in the ranks from their start, until the trainer has handlers; and here, until all ranks have started, so
     # that a signal reaches all of them.
-    signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         for rank in range(processes):
             # In a session of its own: Ctrl-C is forwarded, once, and not also sent by the terminal.
             environment = os.environ | _environment(rank, processes, port)
             ranks.append(subprocess.Popen(command, env=environment, start_new_session=True))
         with signals.forwarded_to(ranks):
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
             return _wait(ranks)
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)  # if a rank could not be started
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # if a rank could not be started
         for rank in ranks:
             rank.kill()
             rank.wait()
@@ -121,6 +122,7 @@ def _environment(rank: int, processes: int, port: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        SUPERVISED: str(os.getpid()),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }
 

@@ -5,6 +5,7 @@ import os
 import sys
 
 from data_sharding.errors import UserError
+from data_sharding.standard_streams import ReaderGone, reporting
 from fitv2_scale.cli import (
     bench,
     checkpoint,
@@ -20,21 +21,33 @@ from fitv2_scale.cli import (
     train,
     validate,
 )
+from launchers.rank import become_a_rank
 
 _IN_ORDER = (shard, plan, config, train, status, cluster, checkpoint, track, curves, bench, sample, validate, evaluate)
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parse(sys.argv[1:] if argv is None else argv)
-    try:
-        return args.command(args)
-    except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # all ranks raise it, one prints it
-            print(f"fitv2: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader, a pager perhaps, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    with reporting():
+        try:
+            return _run(sys.argv[1:] if argv is None else argv)
+        except UserError as error:
+            if os.environ.get("RANK", "0") == "0":  # all ranks raise it, one prints it
+                print(f"fitv2: {error}", file=sys.stderr)
+            return 2
+        except ReaderGone:  # a pager has seen enough
+            return 1
+        except KeyboardInterrupt:
+            print("fitv2: interrupted", file=sys.stderr)
+            return 130
+
+
+def _run(words: list[str]) -> int:
+    args = _parse(words)
+    if getattr(args, "on_ranks", False):
+        become_a_rank()
+    code = args.command(args)
+    sys.stdout.flush()  # what has no reader, or no room, fails here
+    return code
 
 
 def _parse(words: list[str]) -> argparse.Namespace:

@@ -22,13 +22,15 @@ def add(commands: Any) -> None:
     against.add_argument("--folder", metavar="FOLDER", help="folder that keeps the latents (default: a temporary one)")
     against.add_argument("--s3", metavar="s3://…", help="new prefix to read from instead of the local disk")
 
-    stepping = make(bench, "step", bench_step, "measure a training step: speed, time by part, memory")
+    stepping = make(bench, "step", bench_step, "measure a training step: speed, time by part, memory", on_ranks=True)
     config_arguments(stepping)
     stepping.add_argument("--steps", type=int, default=8, help="steps per round (default 8)")
     stepping.add_argument("--repeats", type=int, default=3, help="rounds, whose medians are reported (default 3)")
     stepping.add_argument("--against", choices=["reference"], help="also measure the released training step, in turn")
 
-    saving = make(bench, "checkpoint", bench_checkpoint, "measure saving and loading: stall, speed, other layouts")
+    saving = make(
+        bench, "checkpoint", bench_checkpoint, "measure saving and loading: stall, speed, other layouts", on_ranks=True
+    )
     config_arguments(saving)
     saving.add_argument("--saves", type=int, default=3, help="rounds, whose medians are reported (default 3)")
     place = saving.add_mutually_exclusive_group()

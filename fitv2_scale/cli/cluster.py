@@ -32,7 +32,13 @@ def add(commands: Any) -> None:
         run_argument(parser)
     logs.add_argument("--rank", type=int, default=0, help="the rank (default 0)")
     logs.add_argument("--lines", type=int, default=100, help="how many of the last lines (default 100)")
-    doctor = make(commands, "doctor", examine_nodes, "check this machine, or all nodes of this job, before training")
+    doctor = make(
+        commands,
+        "doctor",
+        examine_nodes,
+        "check this machine, or all nodes of this job, before training",
+        on_ranks=True,
+    )
     doctor.add_argument("overrides", nargs="*", metavar="CONFIG key=value", help="also check its run and its dataset")
 
 

@@ -11,10 +11,11 @@ from data_sharding.errors import UserError
 _SAMPLING_FLAGS = ("cfg", "guided_channels", "solver", "steps", "rope", "attention_scale")
 
 
-def make(commands: Any, name: str, run: Callable, text: str) -> argparse.ArgumentParser:
+def make(commands: Any, name: str, run: Callable, text: str, on_ranks: bool = False) -> argparse.ArgumentParser:
+    """``on_ranks``: if several processes are started with it, they work together."""
     parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    parser.set_defaults(command=run)
+    parser.set_defaults(command=run, on_ranks=on_ranks)
     return parser
 
 

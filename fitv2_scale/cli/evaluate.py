@@ -14,7 +14,9 @@ if TYPE_CHECKING:  # torch is imported when there is something to do
 
 
 def add(commands: Any) -> None:
-    evaluate = make(commands, "evaluate", evaluate_source, "measure FID, sFID, IS, precision and recall of images")
+    evaluate = make(
+        commands, "evaluate", evaluate_source, "measure FID, sFID, IS, precision and recall of images", on_ranks=True
+    )
     evaluate.add_argument(
         "source",
         metavar="WHAT",

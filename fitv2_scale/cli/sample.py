@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # torch is imported when there is something to do
 
 
 def add(commands: Any) -> None:
-    sample = make(commands, "sample", sample_images, "sample images of any size from EMA weights")
+    sample = make(commands, "sample", sample_images, "sample images of any size from EMA weights", on_ranks=True)
     sample.add_argument("weights", metavar="RUN_OR_WEIGHTS", help="RUN, RUN@STEP, or .safetensors/.bin with --config")
     sample.add_argument("overrides", nargs="*", metavar="key=value", help="config changes, as in layout.tensor=2")
     sample.add_argument("--config", metavar="FILE", help="the config of a weights file")

@@ -11,7 +11,9 @@ import os
 import signal
 import sys
 
-from launchers.rank import BLOCKED, cache_environment, check_node, rank_environment
+from data_sharding.standard_streams import dropping
+from fitv2_scale.run.stop_signals import STOP_SIGNALS
+from launchers.rank import cache_environment, check_node, rank_environment
 from launchers.secret_overrides import of_environment
 
 
@@ -19,7 +21,7 @@ def main() -> int:
     arguments, secret = sys.argv[1:], of_environment(os.environ)
     training = arguments[0] == "train"
     if training:
-        signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         arguments += secret
     os.environ.update(rank_environment(os.environ) | cache_environment(os.environ))
     node = os.environ.get("SLURMD_NODENAME")
@@ -41,4 +43,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with dropping():
+        sys.exit(main())

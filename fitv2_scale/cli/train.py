@@ -1,11 +1,14 @@
 """fitv2 train."""
 
 import argparse
+import os
+import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
 from data_sharding.errors import UserError
 from fitv2_scale.cli.common import config_arguments
+from fitv2_scale.run.stop_signals import STOP_SIGNALS
 
 if TYPE_CHECKING:
     from fitv2_scale.config.schema import Config
@@ -14,11 +17,11 @@ if TYPE_CHECKING:
 def add(commands: Any) -> None:
     train = commands.add_parser(
         "train",
-        help="train a run in the processes that call this (plain, torchrun or srun)",
-        description="Train a run in the processes that call this (plain, torchrun or srun). The same command again "
-        "continues from the run's last commit.",
+        help="train a run in the processes that call this (plain, torchrun, srun or mpirun)",
+        description="Train a run in the processes that call this (plain, torchrun, srun or mpirun). The same command "
+        "again continues from the run's last commit.",
     )
-    train.set_defaults(command=train_run)
+    train.set_defaults(command=train_run, on_ranks=True)
     config_arguments(train)
     train.add_argument("--fork-from", metavar="RUN@STEP", help="start a new run from a commit of another run")
     train.add_argument("--supervise", action="store_true", help="start the processes here, and restart them until done")
@@ -28,6 +31,15 @@ def add(commands: Any) -> None:
 def train_run(args: argparse.Namespace) -> int:
     from fitv2_scale.config.load import load_config
 
+    if args.supervise and "RANK" in os.environ:
+        raise UserError("--supervise starts the processes itself: call it once, without torchrun, srun and mpirun")
+    if args.processes is not None and not args.supervise:
+        raise UserError(
+            f"--processes {args.processes} needs --supervise; without it, start the processes with torchrun "
+            f"--nproc-per-node {args.processes} -m fitv2_scale.cli train …"
+        )
+    if "RANK" in os.environ:  # held back until the trainer can note them: the other ranks would wait for one that died
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     config = load_config(args.config, args.overrides)
     if args.supervise:
         return _supervise(args, config)

@@ -7,7 +7,9 @@ from fitv2_scale.cli.common import make, show
 
 
 def add(commands: Any) -> None:
-    validate = make(commands, "validate", validate_weights, "compute the loss of EMA weights on held-out images")
+    validate = make(
+        commands, "validate", validate_weights, "compute the loss of EMA weights on held-out images", on_ranks=True
+    )
     validate.add_argument("weights", metavar="RUN_OR_WEIGHTS", help="RUN, RUN@STEP, or .safetensors/.bin with --config")
     validate.add_argument("overrides", nargs="*", metavar="key=value", help="as in validation.images=1000")
     validate.add_argument("--config", metavar="FILE", help="the config of a weights file")

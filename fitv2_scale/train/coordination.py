@@ -54,7 +54,7 @@ class Coordination:
         again. Raises on all ranks what any of them met while loading, and RuntimeError if the ids that the ranks hold
         do not add up to those of the plan.
         """
-        self.should_save = False
+        self._stop.step, self.should_save = step, False
         while True:
             batch, lost, error = self._load(loader) if loader else (None, (), None)
             stop, saves = self._requested()

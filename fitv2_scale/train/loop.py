@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from data_sharding.errors import StorageDown, UserError
 from data_sharding.plan.size_presets import is_preset
+from data_sharding.standard_streams import dropping
 from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
 from fitv2_scale.parallel.world import World, join
@@ -36,7 +37,7 @@ def train(config: Config, fork_from: str | None = None) -> int:
     if presets := [url for url in config.data.urls if is_preset(url)]:
         raise UserError(f"{presets[0]} has sizes only, for `fitv2 plan`: give a dataset as data.url to train")
     fork = Fork.parse(fork_from, config.run) if fork_from else None
-    with StopSignal().caught() as stop, join() as world:
+    with dropping(), StopSignal().caught() as stop, join() as world:
         try:
             if world.run_on_rank0(lambda: is_complete(config)):
                 steps = config.train.steps

@@ -70,7 +70,7 @@ def test_a_storm(supervised, tiny, tmp_path):
     check_storm(config.run, tiny, 2)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_to_the_supervisor_saves_and_ends(supervised, tiny, number):
     config = tiny(train__steps=100_000, checkpoint__every_steps=50_000)
     process = supervised(config)

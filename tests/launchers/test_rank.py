@@ -1,0 +1,75 @@
+"""srun and mpirun start ranks: what each is told, and what is refused."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from fitv2_scale.cli.__main__ import main
+from fitv2_scale.run.run import Run
+from fitv2_scale.run.status import status
+from launchers.rank import become_a_rank
+from tests.support.run_history import audited
+
+TWO_NODES = {
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}
+RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets variables for a test, and takes those back that it gets."""
+
+    def change(**variables: str) -> None:
+        for name in RANK:
+            monkeypatch.setenv(name, "")  # so that it is restored
+            monkeypatch.delenv(name)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return change
+
+
+def test_mpirun_on_several_nodes_needs_a_place_to_meet(environment, capsys):
+    environment(**TWO_NODES)
+    assert main(["train", "configs/demo.yaml"]) == 2
+    assert "mpirun -x MASTER_ADDR=node1 -x MASTER_PORT=29500" in capsys.readouterr().err
+    environment(**TWO_NODES, MASTER_ADDR="n7", MASTER_PORT="29500")
+    become_a_rank()
+    assert [os.environ[name] for name in RANK] == ["3", "4", "1", "2", "n7", "29500"]
+
+
+@pytest.mark.parametrize("words", [["--processes", "2"], ["--processes", "0"]])
+def test_processes_without_a_supervisor_are_refused(words, capsys):
+    assert main(["train", "configs/demo.yaml", *words]) == 2
+    assert f"--processes {words[1]} needs --supervise" in capsys.readouterr().err
+
+
+def test_each_of_several_processes_does_not_supervise(environment, capsys):
+    environment(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="2")
+    assert main(["train", "configs/demo.yaml", "--supervise"]) == 2
+    assert "--supervise starts the processes itself" in capsys.readouterr().err
+
+
+@pytest.mark.services
+def test_two_processes_of_mpirun_are_one_attempt(tiny, tmp_path):
+    """As they find themselves: children of one process, with Open MPI's variables."""
+    config = tiny(train__steps=3)
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    command = [sys.executable, "-m", "fitv2_scale.cli", "train", str(file)]
+    both = []
+    for rank in "01":
+        own = {"OMPI_COMM_WORLD_RANK": rank, "OMPI_COMM_WORLD_LOCAL_RANK": rank}
+        told = os.environ | TWO_NODES | own | {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+        both.append(subprocess.Popen(command, env=told, stderr=subprocess.PIPE, text=True))
+    said = [process.communicate()[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert [a["code"] for a in status(Run.open(config.run))["attempts"]] == [0] and "with 2 ranks" in said[0]
+    assert audited(config.run, 1) == [0, 1, 2]
