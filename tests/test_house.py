@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.mutation.named import NAMED
 from tests.support.glossary import OLD_WORDS
 from tests.support.repository import ROOT
 
@@ -60,6 +61,20 @@ def test_no_test_imports_another():
             of_a_test = parts[0] == "tests" and any(part == "conftest" or part.startswith("test_") for part in parts)
             assert not of_a_test, f"{name_of(file)} imports {name}"
             assert file.is_relative_to(ROOT / "tests") or parts[0] != "tests", f"{name_of(file)} imports {name}"
+
+
+def test_what_is_written_apart_imports_nothing_of_the_product():
+    for file in (ROOT / "tests" / "oracle").glob("*.py"):
+        assert not [name for name in imported(file) if name.split(".")[0] in PACKAGES], name_of(file)
+
+
+def test_the_lines_of_the_named_mutants_are_there():
+    """Whoever changes one of them writes the mutant again, so that its fault stays looked for."""
+    for mutant in NAMED:
+        source = (ROOT / mutant.file).read_text()
+        changed = mutant.applied(source)
+        assert ast.dump(ast.parse(changed)) != ast.dump(ast.parse(source)), mutant.name
+        assert [test for test in mutant.tests if not (ROOT / test).exists()] == [], mutant.name
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -60,7 +60,7 @@ class EMAConfig(Section):
 class TrainConfig(Section):
     steps: int = Field(ge=1, description="optimizer steps of the whole run; raise it to continue a finished run")
     log_every: int = Field(10, ge=1, description="steps per journal entry")
-    audit: bool = Field(False, description="record id, time and noise digest of each image trained on")
+    audit: bool = Field(False, description="record id, time, label and digests of each image as trained on")
     max_skipped: int = Field(
         20, ge=1, description="steps in a row with a non-finite loss or gradient after which training ends with 93"
     )

@@ -86,12 +86,6 @@ class FlowLosses:
         return (self.loss_I * batch.weight_I).sum()
 
 
-def flow_losses(
-    network: Callable[..., Tensor], batch: PackedBatch, config: FlowConfig, classes: int, seed: int
-) -> FlowLosses:
-    return velocity_losses(network, make_flow_batch(batch, config, classes, seed), batch)
-
-
 def velocity_losses(network: Callable[..., Tensor], flow: FlowBatch, batch: PackedBatch) -> FlowLosses:
     velocity_TC = network(flow.x_TC, flow.t_I, flow.label_I, batch.packing)
     return FlowLosses(image_losses(velocity_TC, flow.target_TC, batch), flow.t_I)
@@ -101,4 +95,4 @@ def flow_loss(
     network: Callable[..., Tensor], batch: PackedBatch, config: FlowConfig, classes: int, seed: int
 ) -> Tensor:
     """This pack's part of the global loss."""
-    return flow_losses(network, batch, config, classes, seed).weighted_sum(batch)
+    return velocity_losses(network, make_flow_batch(batch, config, classes, seed), batch).weighted_sum(batch)

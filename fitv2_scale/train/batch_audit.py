@@ -2,45 +2,80 @@
 
 With ``train.audit`` each rank that reads appends a line per step to attempts/<n>/audit/rank-00000.jsonl:
 
-    {"step": 7, "epoch": [0, 0], "id": [51, 902], "t": ["3f1a2b3c", "3e99aa01"], "noise": ["9f…", "04…"]}
+    {"step": 7, "epoch": [0, 0], "id": [51, 902], "t": ["3f1a2b3c", "3e99aa01"], "label": [3, 5],
+     "dropped": [false, true], "x": ["9f…", "04…"], "target": ["7a…", "c3…"]}
 
-``t`` is the bits of each image's float32 time, ``noise`` the xxh3_64 of the integers behind its noise.
+Everything is taken from the tensors that the step handed to the network and to the loss; nothing is computed again:
+
+    t       the bits of the image's float32 time
+    label   as the network got it: the dataset's, or the number of classes if it was dropped
+    dropped whether it was
+    x       xxh3_64 of the noised tokens, t x1 + (1 - t) x0, float32, little-endian, in token order
+    target  the same of the velocity x1 - x0, which the network is to predict
+
+So x and target tell the latents x1 and the noise x0 apart: x - t target is the noise. An image's record does not depend
+on its rank, its pack or its neighbours. Between a CPU and a GPU a last bit may differ.
 """
 
 import json
+from collections import defaultdict
 from pathlib import Path
+from typing import Protocol
 
-import numpy as np
 import torch
 import xxhash
+from torch import Tensor
 
-from data_sharding.rng import Purpose
-from data_sharding.stream.batch import Pack, StepBatch
-from fitv2_scale.config.model import FlowConfig
-from fitv2_scale.model.flow import noise_words, sample_t
+from fitv2_scale.model.flow import FlowBatch
+from fitv2_scale.model.packed_batch import PackedBatch
+
+
+class Audit(Protocol):
+    def add(self, batch: PackedBatch, flow: FlowBatch) -> None:
+        """Takes down what one pack of a step is trained on."""
+
+    def write(self, step: int) -> None:
+        """Records the packs added since the last call, as those of ``step`` (counted from 0)."""
+
+
+class NullAudit:
+    """Records nothing, and costs nothing."""
+
+    def add(self, batch: PackedBatch, flow: FlowBatch) -> None:
+        pass
+
+    def write(self, step: int) -> None:
+        pass
 
 
 class BatchAudit:
-    def __init__(self, folder: Path, rank: int, flow: FlowConfig, seed: int):
+    """Waits for the device at each pack, to read what it holds."""
+
+    def __init__(self, folder: Path, rank: int):
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / f"rank-{rank:05d}.jsonl"
-        self._flow, self._seed = flow, seed
+        self._columns: dict[str, list] = defaultdict(list)
 
-    def record(self, batch: StepBatch) -> None:
-        line: dict = {"step": batch.step, "epoch": [], "id": [], "t": [], "noise": []}
-        for pack in batch.packs:
-            real = np.flatnonzero(pack.weight)
-            epoch, ids = torch.from_numpy(pack.epoch[real]), torch.from_numpy(pack.sample_id[real])
-            t_I = sample_t(self._flow.t_sampler, self._seed, epoch, ids)
-            line["epoch"] += epoch.tolist()
-            line["id"] += ids.tolist()
-            line["t"] += [f"{bits:08x}" for bits in t_I.numpy().view(np.uint32).tolist()]
-            line["noise"] += [self._noise_digest(pack, slot) for slot in real.tolist()]
+    def add(self, batch: PackedBatch, flow: FlowBatch) -> None:
+        real = batch.weight_I.nonzero()[:, 0]  # an image has a weight, a slot of padding has none
+        columns = {
+            "epoch": batch.epoch_I[real].tolist(),
+            "id": batch.sample_id_I[real].tolist(),
+            "t": [f"{bits & 0xFFFFFFFF:08x}" for bits in flow.t_I[real].view(torch.int32).tolist()],
+            "label": flow.label_I[real].tolist(),
+            "dropped": (flow.label_I != batch.label_I)[real].tolist(),
+            "x": _digests(flow.x_TC, batch, real.tolist()),
+            "target": _digests(flow.target_TC, batch, real.tolist()),
+        }
+        for name, values in columns.items():
+            self._columns[name] += values
+
+    def write(self, step: int) -> None:
         with open(self._path, "a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps({"step": step} | self._columns) + "\n")
+        self._columns.clear()
 
-    def _noise_digest(self, pack: Pack, slot: int) -> str:
-        tokens = torch.from_numpy(pack.layout.image == slot)
-        epoch_T, id_T = (torch.from_numpy(a[pack.layout.image])[tokens] for a in (pack.epoch, pack.sample_id))
-        words_TC = noise_words(Purpose.NOISE, self._seed, epoch_T, id_T, torch.from_numpy(pack.layout.place)[tokens])
-        return xxhash.xxh3_64_hexdigest(words_TC.numpy().astype("<u4").tobytes())
+
+def _digests(values_TC: Tensor, batch: PackedBatch, slots: list[int]) -> list[str]:
+    values, ends = values_TC.cpu().numpy().astype("<f4"), batch.packing.cu_seqlens_I1.tolist()
+    return [xxhash.xxh3_64_hexdigest(values[ends[slot] : ends[slot + 1]].tobytes()) for slot in slots]

@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 from data_sharding.storage.retry import RetryPolicy
-from data_sharding.stream.batch import StepBatch
 from data_sharding.stream.disk_cache import DiskCache
 from data_sharding.stream.frames import FrameReader
 from data_sharding.stream.loader import Loader
@@ -19,6 +18,7 @@ from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.world import World
 from fitv2_scale.run.run import Attempt
 from fitv2_scale.run.substitutions import SubstitutionLog
+from fitv2_scale.train.batch_audit import Audit
 from fitv2_scale.train.batch_broadcast import BatchBroadcast
 from fitv2_scale.train.in_loop_eval import InLoopEvaluation
 from fitv2_scale.train.metrics.accounting import Accounting, AttemptClock
@@ -40,7 +40,7 @@ class Session:
     save_schedule: SaveSchedule
     restored: Restored | None
     recorder: Recorder
-    audit: Callable[[StepBatch], None]  # records what was trained on, if that is asked for
+    audit: Audit
     substitutions: SubstitutionLog
     evaluation: InLoopEvaluation
     clock: AttemptClock

@@ -1,13 +1,12 @@
 """Everything an attempt sets up before its first step; what is cheap to check comes first."""
 
 import logging
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from data_sharding.errors import DataError, UserError
 from data_sharding.plan.plan import Plan
 from data_sharding.storage.open_store import open_store
-from data_sharding.stream.batch import StepBatch
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
 from fitv2_scale.checkpoint.init_from import WeightsSource, load_initial_weights
 from fitv2_scale.checkpoint.policy import SaveSchedule
@@ -26,7 +25,7 @@ from fitv2_scale.run.substitutions import SubstitutionLog, substitutes_of, subst
 from fitv2_scale.tracking.destination import journal_only_reason
 from fitv2_scale.tracking.journal import Journal
 from fitv2_scale.tracking.uploader_process import Uploader
-from fitv2_scale.train.batch_audit import BatchAudit
+from fitv2_scale.train.batch_audit import Audit, BatchAudit, NullAudit
 from fitv2_scale.train.batch_broadcast import BatchBroadcast
 from fitv2_scale.train.in_loop_eval import InLoopEvaluation
 from fitv2_scale.train.metrics.accounting import Accounting, AttemptClock
@@ -106,12 +105,10 @@ def _rank_zero_recorder(attempt: Attempt, start: int, config: Config, notes: lis
     return RankZeroRecorder(attempt, journal, check_uploader)
 
 
-def _audit(
-    config: Config, layout: Layout, attempt: Attempt, world: World, batch_broadcast: BatchBroadcast
-) -> Callable[[StepBatch], None]:
+def _audit(config: Config, layout: Layout, attempt: Attempt, world: World, batch_broadcast: BatchBroadcast) -> Audit:
     if not (config.train.audit and batch_broadcast.reads):
-        return lambda batch: None
-    return BatchAudit(attempt.folder / "audit", layout.data_rank(world.rank), config.flow, config.seed).record
+        return NullAudit()
+    return BatchAudit(attempt.folder / "audit", layout.data_rank(world.rank))
 
 
 def _open_substitutions(

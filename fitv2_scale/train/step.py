@@ -7,8 +7,9 @@ from torch import Tensor
 
 from data_sharding.stream.batch import StepBatch
 from fitv2_scale.config.schema import Config
-from fitv2_scale.model.flow import flow_losses
+from fitv2_scale.model.flow import FlowBatch, make_flow_batch, velocity_losses
 from fitv2_scale.model.loss_groups import GROUPS, group_sums
+from fitv2_scale.model.packed_batch import PackedBatch
 from fitv2_scale.model.to_torch import pack_to_torch
 from fitv2_scale.parallel.engine import Engine, StepResult
 
@@ -19,11 +20,12 @@ def train_step(
     config: Config,
     device: torch.device,
     wait_for_staging: Callable[[], None] = lambda: None,
+    audit: Callable[[PackedBatch, FlowBatch], None] = lambda packed, flow: None,
 ) -> tuple[Tensor, StepResult]:
     """Hands one optimizer step on this rank's part of ``batch`` to ``device``; the host does not wait for it.
 
     ``wait_for_staging`` is called between the last backward pass and the update: it returns once the weights, moments
-    and EMA may change (see ``Checkpointer``).
+    and EMA may change (see ``Checkpointer``). ``audit`` is shown what each pack is trained on.
 
     Returns this rank's part of the loss by group, float32 (2, groups) on the device (see ``loss_groups.group_sums``),
     which adds up over the data-parallel ranks, and the engine's result.
@@ -31,7 +33,9 @@ def train_step(
     total = torch.zeros((2, len(GROUPS)), device=device)
     for i, pack in enumerate(batch.packs):
         packed = pack_to_torch(pack, device)
-        losses = flow_losses(engine.network, packed, config.flow, config.model.classes, config.seed)
+        flow = make_flow_batch(packed, config.flow, config.model.classes, config.seed)
+        audit(packed, flow)
+        losses = velocity_losses(engine.network, flow, packed)
         engine.backward(poison_if_not_finite(losses.weighted_sum(packed)), last=i == len(batch.packs) - 1)
         total += group_sums(losses, packed)
     wait_for_staging()

@@ -1,9 +1,13 @@
 """The data of a run: a batch that changes on the way, and datasets mixed by weight."""
 
+import json
+import shutil
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
+from data_sharding.errors import UserError
 from fitv2_scale.data import Data
 from fitv2_scale.train.loop import DONE, train
 from tests.support.ranks import run_ranks
@@ -22,7 +26,7 @@ def test_a_changed_batch_begins_at_the_next_window(tiny):
     assert begun.continued(cursor, 13, tiny())[1] == []
     steps = trained(changed.run)
     assert [len(images) for images in steps.values()] == [12] * 20 + [24] * 10
-    seen = Counter((epoch, image) for images in steps.values() for epoch, image, _, _ in images)
+    seen = Counter((epoch, image) for images in steps.values() for epoch, image, *_ in images)
     assert set(seen.values()) == {1} and Counter(epoch for epoch, _ in seen) == {0: IMAGES, 1: IMAGES}
 
 
@@ -34,5 +38,17 @@ def test_two_datasets_are_mixed_by_weight(tiny, dataset):
     assert run_ranks(2, train, two) == [DONE] * 2
     assert trained(one.run) == trained(two.run)
     assert losses(two.run) == pytest.approx(losses(one.run), rel=1e-6)
-    epochs = Counter(epoch for images in trained(one.run).values() for epoch, _, _, _ in images)
+    epochs = Counter(epoch for images in trained(one.run).values() for epoch, *_ in images)
     assert epochs == {0: 120 + 240, 1: 120}  # of 480 images 120 from the first set, 360 from the second
+
+
+def test_latents_of_two_codecs_are_not_mixed(tiny, dataset, tmp_path):
+    """As if a second VAE had written a copy of the same images."""
+    other = shutil.copytree(dataset, tmp_path / "other")
+    header = json.loads((other / "manifest.json").read_text())
+    header["codec"]["digest"] = "0" * len(header["codec"]["digest"])
+    Path(other, "manifest.json").write_text(json.dumps(header))
+    assert Data.open(tiny(data__url=[str(other)]), (1,)).classes == 5  # by itself it is a dataset like any other
+    for urls in ([dataset, str(other)], [str(other), dataset]):
+        with pytest.raises(UserError, match="were written with different codecs: write one of them again"):
+            Data.open(tiny(data__url=urls), (1,))

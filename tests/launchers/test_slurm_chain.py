@@ -77,7 +77,7 @@ def test_a_chain_moves_from_two_nodes_to_four_to_one(slurm, fitv2, job_config, t
     undisturbed = tiny("undisturbed", train__steps=steps, checkpoint__every_steps=100_000)
     assert run_ranks(1, train, undisturbed, timeout=600) == [DONE]
     assert trained(run) == trained(undisturbed.run)  # ids, bits of the times, digests of the noise
-    seen = Counter((epoch, image) for images in trained(run).values() for epoch, image, _, _ in images)
+    seen = Counter((epoch, image) for images in trained(run).values() for epoch, image, *_ in images)
     whole = steps * 12 // IMAGES
     assert set(seen.values()) == {1} and [Counter(e for e, _ in seen)[e] for e in range(whole)] == [IMAGES] * whole
     assert losses(run) == pytest.approx(losses(undisturbed.run), rel=1e-3)

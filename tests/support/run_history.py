@@ -8,20 +8,23 @@ from fitv2_scale.run.run import Run
 from fitv2_scale.tracking.journal import read, spans
 from tests.support.waiting import wait
 
+AUDITED = ("epoch", "id", "t", "label", "x", "target")
+
 
 def losses(run: str) -> dict[int, float]:
     """Loss by step (counted from 1) along the canonical curve; needs train.log_every = 1."""
     return {r.step: r.metrics["loss"] for r in read(Run.open(run)) if "loss" in (r.metrics or {})}
 
 
-def trained(run: str) -> dict[int, list[tuple]]:
-    """Sorted (epoch, id, bits of t, digest of noise) of each step (counted from 0), from the audits of all ranks."""
+def trained(run: str, since: int = 0) -> dict[int, list[tuple]]:
+    """Sorted (epoch, id, bits of t, label, digests of x and target) of each step (counted from 0), from the audits of
+    all ranks."""
     steps = defaultdict(list)
     for span in spans(Run.open(run).log.entries()):
         for file in sorted(Path(run, f"attempts/{span.attempt}/audit").glob("rank-*.jsonl")):
             for line in map(json.loads, file.read_text().splitlines()):
-                if span.low < line["step"] + 1 <= span.high:
-                    steps[line["step"]] += zip(line["epoch"], line["id"], line["t"], line["noise"], strict=True)
+                if line["step"] >= since and span.low < line["step"] + 1 <= span.high:
+                    steps[line["step"]] += zip(*(line[column] for column in AUDITED), strict=True)
     return {step: sorted(images) for step, images in sorted(steps.items())}
 
 

@@ -1,65 +1,75 @@
-"""A run is a function of (config, seed, dataset): the number of processes changes nothing but the order of sums."""
+"""A run is a function of (recipe, dataset): every layout trains on the same images, times, labels and noise, and to the
+same losses and weights, as a training in float64 that was written apart (tests/oracle)."""
 
 import pytest
 
+from fitv2_scale.config.schema import Config
 from fitv2_scale.train.loop import train
+from tests.oracle.network import Form
+from tests.oracle.training import Recipe
+from tests.support.apart import assert_trained_as_apart, losses_apart
 from tests.support.ranks import run_ranks
-from tests.support.run_history import losses, trained
+from tests.support.run_history import losses, metrics, trained
 
-STEPS = 50
-
-
-@pytest.mark.parametrize("size", [2, 3])
-def test_the_same_run_on_any_number_of_ranks(tiny, size):
-    one, many = tiny("one", train__steps=STEPS), tiny("many", train__steps=STEPS)
-    assert run_ranks(1, train, one) == [0]
-    assert run_ranks(size, train, many) == [0] * size
-    assert trained(one.run) == trained(many.run)  # ids, bits of t, noise integers
-    expected, found = losses(one.run), losses(many.run)
-    assert list(found) == list(expected) == list(range(1, STEPS + 1))
-    for step in expected:
-        assert found[step] == pytest.approx(expected[step], rel=1e-6), step
+SEED, STEPS = 7, 12
+RECIPE = Recipe(SEED)
 
 
-def test_hsdp_is_the_same_run(tiny):
-    """Two replicas of two shards each: gradients are reduced over both axes."""
-    one, hsdp = tiny("one", train__steps=20), tiny("hsdp", train__steps=20, layout__replicate=2)
-    assert run_ranks(1, train, one) == [0]
-    assert run_ranks(4, train, hsdp) == [0] * 4
-    assert trained(one.run) == trained(hsdp.run)
-    assert losses(hsdp.run) == pytest.approx(losses(one.run), rel=1e-6)
+def run(config: Config, ranks: int) -> Config:
+    assert run_ranks(ranks, train, config) == [0] * ranks
+    return config
 
 
-def test_packing_does_not_matter(tiny):
-    """One, two and five packs a step: the gradient is accumulated and reduced once."""
-    whole = tiny("whole", train__steps=20)
-    assert run_ranks(2, train, whole) == [0, 0]
-    for tokens in (64, 128):
-        packed = tiny(f"packed{tokens}", train__steps=20, layout__max_tokens=tokens)
-        assert run_ranks(2, train, packed) == [0, 0]
-        assert losses(packed.run) == pytest.approx(losses(whole.run), rel=1e-6)
+@pytest.mark.parametrize(
+    "ranks,layout",
+    [
+        (1, {}),
+        (2, {}),
+        (3, {"layout__max_tokens": 64}),
+        (4, {"layout__replicate": 2}),
+        (2, {"layout__tensor": 2}),
+        (2, {"layout__engine": "zero3", "layout__max_tokens": 64}),
+        (4, {"layout__engine": "zero3", "layout__tensor": 2}),
+    ],
+    ids=lambda value: "-".join(f"{k.split('__')[1]}{v}" for k, v in value.items()) if isinstance(value, dict) else None,
+)
+def test_every_layout_is_the_training_written_apart(tiny, ranks, layout):
+    """One rank and several, two copies, tensor groups, DeepSpeed, one pack and several."""
+    assert_trained_as_apart(run(tiny(seed=SEED, train__steps=STEPS, **layout), ranks), RECIPE)
+
+
+def test_longer_than_the_warm_up_and_over_an_epoch(tiny):
+    """25 steps, of which the warm-up is 4 and an epoch 20, with weight decay and betas other than the defaults."""
+    changes = {"warmup_steps": 4, "beta1": 0.8, "beta2": 0.95, "weight_decay": 0.05, "max_norm": 0.3, "eps": 1e-6}
+    config = tiny(seed=SEED, train__steps=25, **{f"optimizer__{key}": value for key, value in changes.items()})
+    recipe = Recipe(SEED, warmup=4, beta1=0.8, beta2=0.95, weight_decay=0.05, max_norm=0.3, eps=1e-6)
+    assert_trained_as_apart(run(config, 2), recipe)
+    assert {epoch for images in trained(config.run).values() for epoch, *_ in images} == {0, 1}
 
 
 @pytest.mark.parametrize("model", [{"qk_norm": "l2_scale"}, {"qk_norm": "none"}, {"adaln": "full"}])
-def test_the_cookbook_is_the_same_run(tiny, model):
+def test_the_cookbook_is_the_training_written_apart(tiny, model):
     changes = {f"model__{key}": value for key, value in model.items()}
-    changes |= {"flow__t_sampler": "uniform", "data__views": "crop"}
-    one, two = tiny("one", train__steps=15, **changes), tiny("two", train__steps=15, **changes)
-    assert run_ranks(1, train, one) == [0]
-    assert run_ranks(2, train, two) == [0, 0]
-    assert losses(two.run) == pytest.approx(losses(one.run), rel=1e-6)
+    changes |= {"flow__t_sampler": "uniform", "data__views": "crop", "flow__label_dropout": 0.4}
+    recipe = Recipe(SEED, Form(**model), sampler="uniform", dropout=0.4)
+    assert_trained_as_apart(run(tiny(seed=SEED, train__steps=8, **changes), 2), recipe)
 
 
 def test_bf16_stays_near_fp32(tiny):
     """bf16 keeps 8 bits: a relative error of 2**-9 an operation, averaging out over tokens and images."""
-    full, half = tiny("full", train__steps=20), tiny("half", train__steps=20, layout__precision="bf16")
-    assert run_ranks(2, train, full) == run_ranks(2, train, half) == [0, 0]
-    assert losses(half.run) == pytest.approx(losses(full.run), rel=1e-2)
-    assert losses(half.run) != losses(full.run)
+    half = run(tiny(seed=SEED, train__steps=STEPS, layout__precision="bf16"), 2)
+    expected = losses_apart(half, RECIPE, STEPS)
+    assert losses(half.run) == pytest.approx(expected.losses, rel=1e-2)
+    assert losses(half.run) != pytest.approx(expected.losses, rel=1e-6)
 
 
 def test_compiled_blocks_are_the_same_run(tiny):
-    plain = tiny("plain", model__depth=1, train__steps=5)
-    compiled = tiny("compiled", model__depth=1, train__steps=5, layout__compile=True)
-    assert run_ranks(1, train, plain) == run_ranks(1, train, compiled) == [0]
-    assert losses(compiled.run) == pytest.approx(losses(plain.run), rel=1e-5)
+    config = tiny(seed=SEED, model__depth=1, train__steps=5, layout__compile=True)
+    assert_trained_as_apart(run(config, 1), Recipe(SEED, Form(depth=1)))
+
+
+def test_the_learning_rate_is_reported_as_it_was(tiny):
+    """Of steps 1 to 6 of a warm-up of 4."""
+    config = run(tiny(train__steps=6, optimizer__warmup_steps=4, optimizer__lr=8e-4), 1)
+    rates = {step: found["lr"] for step, found in metrics(config.run).items() if "lr" in found}
+    assert rates == pytest.approx({1: 2e-4, 2: 4e-4, 3: 6e-4, 4: 8e-4, 5: 8e-4, 6: 8e-4})

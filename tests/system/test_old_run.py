@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+import xxhash
+from PIL import Image as Picture
 
 from data_sharding.errors import DataError, UserError
 from fitv2_scale.cli.__main__ import main
@@ -22,6 +23,10 @@ from fitv2_scale.config.schema import Config
 from fitv2_scale.run.run import Run
 from fitv2_scale.tracking.journal import read
 from fitv2_scale.train.loop import train
+from tests.oracle.draws import NOISE, words
+from tests.oracle.network import Form
+from tests.oracle.training import Image, Noised, Recipe
+from tests.support.planned_images import planned_images
 from tests.support.ranks import run_ranks
 from tests.support.run_history import losses, trained
 
@@ -61,6 +66,14 @@ def said(*command: str) -> dict | list:
 def digest_of(images: list[tuple]) -> str:
     """Of what a step trained on, as recorded.json has it."""
     return hashlib.sha256(json.dumps(images).encode()).hexdigest()[:16]
+
+
+def integers_of(recipe: Recipe, image: Image) -> tuple:
+    """(epoch, id, bits of t, digest of the integers behind the noise): what a2e80d5's audit said of an image."""
+    count = image.latents.size
+    noise = np.array(words(recipe.seed, NOISE, image.epoch, image.number, count), "<u4")
+    epoch, number, t, *_ = Noised.of(image, recipe).record(image)
+    return epoch, number, t, xxhash.xxh3_64_hexdigest(noise.tobytes())
 
 
 def manifest(folder: Path) -> dict:
@@ -104,7 +117,7 @@ def test_sampling_gives_the_recorded_pictures(copies):
     words += [f"data.url={copies}/dataset", "--out", str(out)]
     (report,) = run_ranks(1, said, "sample", str(copies / "run"), *words)
     assert report["step"] == 7 and report["nfe"] == 6
-    now, then = (np.asarray(Image.open(file)).astype(int) for file in (out, OLD / "sample.png"))
+    now, then = (np.asarray(Picture.open(file)).astype(int) for file in (out, OLD / "sample.png"))
     assert now.shape == then.shape and np.abs(now - then).max() <= 1 and (now != then).mean() < 0.01
 
 
@@ -130,7 +143,11 @@ def test_the_run_continues_with_the_recorded_losses(copies):
     assert list(validated) == list(expected)
     for step in expected:
         assert validated[step] == pytest.approx(expected[step], rel=CLOSE)
-    assert {k + 1: digest_of(images) for k, images in trained(run).items()} == numbers("trained")
+    images, recipe = planned_images(config_of(copies)), Recipe(12345678901, Form(classes=4))
+    integers = {k + 1: digest_of(sorted(integers_of(recipe, image) for image in images(k))) for k in range(18)}
+    assert integers == numbers("trained")
+    expected = {k: sorted(Noised.of(image, recipe).record(image) for image in images(k)) for k in range(7, 18)}
+    assert trained(run, since=7) == expected
 
     assert (copies / "run" / "run.json").read_bytes() == identity
     assert [c["step"] for c in said("checkpoint", "list", run)] == [12, 18]  # that of step 7 was retired like any other

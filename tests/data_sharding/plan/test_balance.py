@@ -158,3 +158,13 @@ def test_balance_and_fill_on_imagenet_like_lengths(preset, mean, goals):
             np.mean(imbalance),
             tokens / room,
         )
+
+
+def test_long_images_are_dealt_by_their_cost():
+    """Eight images of 64 tokens among 120 of 4: by count each of eight ranks gets 16; by cost each one of the long."""
+    tokens = np.array([64] * 8 + [4] * 120)
+    cost, shapes = Cost(linear=1, quadratic=1), [PackShape(256, 80, 64)]
+    dealt = assign_packs(tokens, cost, (8,), shapes).packs
+    assert [sum(int((tokens[pack] == 64).sum()) for pack in packs) for packs in dealt] == [1] * 8
+    loads = [sum(int((tokens[pack] + tokens[pack] ** 2).sum()) for pack in packs) for packs in dealt]
+    assert max(loads) - min(loads) <= 20  # one short image: 4 + 16

@@ -7,6 +7,7 @@ import pytest
 
 from data_sharding.errors import DataError
 from data_sharding.plan.plan import CROP, RESIZE, Plan, Segment
+from data_sharding.stream.frames import read_frame
 from data_sharding.stream.substitutes import LostFrame, Substitutes, frame_of
 from tests.support.loaders import loader
 
@@ -94,7 +95,7 @@ def test_all_other_images_are_untouched(dataset, manifest):
     plan = Plan([manifest], 5, "mixed", [Segment(0, 12, (1,))])
     substitutes = Substitutes([manifest]).with_record(record_of(Substitutes([manifest]), 2))
     with loader(plan, steps=range(25)) as plain, loader(plan, steps=range(25), substitutes=substitutes) as replaced:
-        counted = 0
+        counted, label_of = 0, labels_by_latents(manifest)
         for a, b in zip(plain, replaced, strict=True):
             images = plan.step(a.step)
             lost = dict(
@@ -113,9 +114,16 @@ def test_all_other_images_are_untouched(dataset, manifest):
                     if lost[int(p.sample_id[slot])]:
                         counted += 1
                         assert not np.array_equal(x, y) and len(y) <= len(x)
+                        assert q.label[slot] == label_of[y.tobytes()]  # its own, not that of the lost image
                     else:
                         assert np.array_equal(x, y) and p.label[slot] == q.label[slot]
     assert counted > 20
+
+
+def labels_by_latents(manifest) -> dict[bytes, int]:
+    """The label that the dataset stores with each image, by the bytes of any of its views."""
+    samples = [sample for f in range(len(manifest.frame_shard)) for sample in read_frame(manifest, f)]
+    return {view[flip].tobytes(): s.label for s in samples for view in s.views.values() for flip in (0, 1)}
 
 
 def record_of(substitutes: Substitutes, *frames: int, seed: int = 0) -> dict:

@@ -180,11 +180,11 @@ def test_gradients_that_stay_infinite_end_the_run(tiny):
 def train_on_nan(config) -> int:
     import fitv2_scale.train.step as module
 
-    flow_losses = module.flow_losses
+    velocity_losses = module.velocity_losses
 
     def poisoned(*arguments):
-        losses = flow_losses(*arguments)
+        losses = velocity_losses(*arguments)
         return replace(losses, loss_I=losses.loss_I * float("nan"))
 
-    module.flow_losses = poisoned
+    module.velocity_losses = poisoned
     return train(config)

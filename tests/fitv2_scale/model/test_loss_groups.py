@@ -69,7 +69,7 @@ def test_groups_make_up_the_loss(tiny):
         for name in (n for n in found[last] if n.startswith("loss")):
             assert other[last][name] == pytest.approx(found[last][name], rel=1e-6), name
         images = [image for step in range(last - 3, last) for image in trained(one.run)[step]]
-        times = [np.array([int(bits, 16)], np.uint32).view(np.float32).item() for _, _, bits, _ in images]
+        times = [np.array([int(bits, 16)], np.uint32).view(np.float32).item() for _, _, bits, *_ in images]
         shares = np.bincount([int(4 * t) for t in times], minlength=4) / len(images)
         made_up = sum(share * found[last][f"loss_t{k}"] for k, share in enumerate(shares))
         assert made_up == pytest.approx(found[last]["loss"], rel=1e-6)

@@ -34,7 +34,7 @@ def train_with(config, change: Callable, *arguments) -> int:
 
 def poisoned(train_step: Callable, how: str, rank: int, steps: set[int]) -> Callable:
     """What one rank computes in ``steps`` is not finite: through its data, its loss alone, or its gradient alone."""
-    flow_losses = step_module.flow_losses
+    velocity_losses = step_module.velocity_losses
 
     def change(losses: FlowLosses) -> FlowLosses:
         more = math.inf if how == "loss" else (losses.loss_I * 0).sqrt()  # whose derivative at 0 is infinite
@@ -45,9 +45,9 @@ def poisoned(train_step: Callable, how: str, rank: int, steps: set[int]) -> Call
         if bad and how == "data":
             batch.packs[-1].latents[0] = math.nan
         elif bad:
-            step_module.flow_losses = lambda *arguments: change(flow_losses(*arguments))
+            step_module.velocity_losses = lambda *arguments: change(velocity_losses(*arguments))
         result = train_step(engine, batch, *rest)
-        step_module.flow_losses = flow_losses
+        step_module.velocity_losses = velocity_losses
         return result
 
     return step
