@@ -4,6 +4,15 @@
 class UserError(Exception):
     """An input is wrong. The message is one sentence that names the problem and the fix; the CLI exits with 2."""
 
+    origin = ""  # the rank that met it and prints it, as in "rank 1 on n17", if that was not this process
+
+    def said_by(self, rank: int) -> str | None:
+        """What ``rank`` prints. None if another one prints it: a sentence appears where it arose, and the first rank
+        repeats what another one met."""
+        if not self.origin:
+            return str(self)
+        return f"{self.origin}: {self}" if rank == 0 else None
+
 
 class DataError(UserError):
     """Stored data is missing or does not match its digest. The message names the file and the frame."""

@@ -26,6 +26,8 @@ from data_sharding.storage.open_store import open_store
 from data_sharding.storage.retry import RetryPolicy
 from data_sharding.stream.frames import FrameReader
 from fitv2_scale.config.schema import Config
+from fitv2_scale.parallel.agreement import agree
+from fitv2_scale.parallel.rank_facts import config_facts
 from fitv2_scale.parallel.world import World, join
 from fitv2_scale.run.provenance import installed
 from launchers.compiler_check import check_compiler, check_deepspeed
@@ -61,6 +63,7 @@ class CheckReport:
 def check_nodes(config: Config | None) -> CheckReport:
     """Runs all checks that apply; those of run and data need ``config``. Collective if there are several ranks."""
     with join() as world:
+        agree(world, config_facts(config) if config else {})  # else the ranks would make different checks
         mine = [_finding(what, check) for what, check in _checks(config, world)]
         everyones = world.all_gather(mine)
         merged = [_merge(row, world) for row in zip(*everyones, strict=True)]

@@ -36,8 +36,10 @@ from fitv2_scale.checkpoint.restore import restore
 from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
+from fitv2_scale.parallel.agreement import agree, read_alike
 from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.engine import Engine
+from fitv2_scale.parallel.rank_facts import config_facts, read_data, software_facts
 from fitv2_scale.parallel.world import World, join
 from fitv2_scale.run.log import LogEntry
 from fitv2_scale.run.run import Attempt, Run
@@ -55,10 +57,9 @@ def measure(config: Config, saves: int, where: str | None) -> dict[str, Any] | N
     """
     with ExitStack() as stack:
         world = stack.enter_context(join())
+        agree(world, config_facts(config) | software_facts() | {"saves": saves, "where": where})
         store = stack.enter_context(_place(world, where))
-        hosts = world.hosts()
-        layout = config.layout.over(world.size, len(set(hosts)))
-        data = Data.open(config, layout.nodes(hosts))
+        layout, data = read_alike(world, lambda: read_data(config, world))
         with open_steps(config, data, layout.data_rank(world.rank), _BATCHES) as stream:
             batches = cycle(list(stream))
         bench = _Bench.open(config, world, make_engine(config, layout, world), data, store, batches)

@@ -27,10 +27,12 @@ from fitv2_scale.data import Data
 from fitv2_scale.model.counts import forward_flops
 from fitv2_scale.model.flow import flow_loss
 from fitv2_scale.model.to_torch import pack_to_torch
+from fitv2_scale.parallel.agreement import agree, read_alike
 from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.memory_estimate import cuda_peak
 from fitv2_scale.parallel.optimizer import update_ema
+from fitv2_scale.parallel.rank_facts import config_facts, read_data, software_facts
 from fitv2_scale.parallel.world import World, join
 from fitv2_scale.planning.forecast.memory_per_rank import plan_compute, plan_state
 from fitv2_scale.train.metrics.meter import known_peak
@@ -70,9 +72,9 @@ def measure(config: Config, steps: int, repeats: int, against_reference: bool) -
     with join() as world:
         if against_reference and world.size > 1:
             raise UserError("--against reference needs a single process: start it without torchrun")
-        hosts = world.hosts()
-        layout = config.layout.over(world.size, len(set(hosts)))
-        case = _Case(config, world, layout, Data.open(config, layout.nodes(hosts)), steps)
+        agree(world, config_facts(config) | software_facts() | {"steps": steps, "repeats": repeats})
+        layout, data = read_alike(world, lambda: read_data(config, world))
+        case = _Case(config, world, layout, data, steps)
         with case.open() as stream:
             batches = list(stream)
         ours, theirs = [], []

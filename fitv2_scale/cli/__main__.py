@@ -3,6 +3,8 @@
 import argparse
 import os
 import sys
+from collections.abc import Callable
+from typing import NoReturn
 
 from data_sharding.errors import UserError
 from data_sharding.standard_streams import ReaderGone, reporting
@@ -21,27 +23,17 @@ from fitv2_scale.cli import (
     train,
     validate,
 )
+from fitv2_scale.cli.common import tell_ranks
 from launchers.rank import become_a_rank
 
 _IN_ORDER = (shard, plan, config, train, status, cluster, checkpoint, track, curves, bench, sample, validate, evaluate)
 
 
 def main(argv: list[str] | None = None) -> int:
-    with reporting():
-        try:
-            return _run(sys.argv[1:] if argv is None else argv)
-        except UserError as error:
-            if os.environ.get("RANK", "0") == "0":  # all ranks raise it, one prints it
-                print(f"fitv2: {error}", file=sys.stderr)
-            return 2
-        except ReaderGone:  # a pager has seen enough
-            return 1
-        except KeyboardInterrupt:
-            print("fitv2: interrupted", file=sys.stderr)
-            return 130
+    return exit_code_of(lambda: run_command(sys.argv[1:] if argv is None else argv))
 
 
-def _run(words: list[str]) -> int:
+def run_command(words: list[str]) -> int:
     args = _parse(words)
     if getattr(args, "on_ranks", False):
         become_a_rank()
@@ -50,13 +42,29 @@ def _run(words: list[str]) -> int:
     return code
 
 
+def exit_code_of(act: Callable[[], int]) -> int:
+    """Calls ``act``; a user's error is printed, on the rank where it arose."""
+    with reporting():
+        try:
+            return act()
+        except UserError as error:
+            if (sentence := error.said_by(int(os.environ.get("RANK", 0)))) is not None:
+                print(f"fitv2: {sentence}", file=sys.stderr)
+            return 2
+        except ReaderGone:  # a pager has seen enough
+            return 1
+        except KeyboardInterrupt:
+            print("fitv2: interrupted", file=sys.stderr)
+            return 130
+
+
 def _parse(words: list[str]) -> argparse.Namespace:
     """key=value may stand anywhere, also behind an option; what stands behind -- is another command (see submit)."""
     cut = words.index("--") if "--" in words else len(words)
     parser = _parser()
     args, unknown = parser.parse_known_args(words[:cut])
     if any(word.startswith("-") or not hasattr(args, "overrides") for word in unknown):
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        parser.refuse(f"unrecognized arguments: {' '.join(unknown)}", getattr(args, "on_ranks", False))
     if unknown:
         args.overrides = [*args.overrides, *unknown]
     if cut < len(words):
@@ -66,8 +74,24 @@ def _parse(words: list[str]) -> argparse.Namespace:
     return args
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fitv2", description="Train FiTv2 on images of any resolution, at any scale.")
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.refuse(message, self.get_default("on_ranks"))
+
+    def refuse(self, message: str, on_ranks: bool) -> NoReturn:
+        """Exits with usage and message; tells the other ranks, if they join in this command."""
+        if on_ranks:
+            become_a_rank()
+            try:
+                tell_ranks(UserError(f"{self.prog}: {message}"))
+            except UserError as error:
+                if error.origin:
+                    raise
+        super().error(message)
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="fitv2", description="Train FiTv2 on images of any resolution, at any scale.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for part in _IN_ORDER:
         part.add(commands)

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from data_sharding.errors import UserError
-from fitv2_scale.cli.common import config_arguments, make, show
+from fitv2_scale.cli.common import before_joining, config_arguments, make, show
 
 
 def add(commands: Any) -> None:
@@ -56,7 +56,8 @@ def bench_step(args: argparse.Namespace) -> int:
     from fitv2_scale.bench import step
     from fitv2_scale.config.load import load_config
 
-    config = load_config(args.config, args.overrides)
+    with before_joining():
+        config = load_config(args.config, args.overrides)
     report = step.measure(config, args.steps, args.repeats, args.against == "reference")
     if report is not None:
         show(args, report, step.to_text(report))
@@ -68,11 +69,13 @@ def bench_checkpoint(args: argparse.Namespace) -> int:
     from fitv2_scale.bench.checkpoint_report import to_text
     from fitv2_scale.config.load import load_config
 
-    if args.s3 and not args.s3.startswith("s3://"):
-        raise UserError(f"--s3 {args.s3}: give s3://BUCKET/FOLDER")
-    if args.saves < 1:
-        raise UserError(f"--saves {args.saves}: give at least 1")
-    report = checkpoint.measure(load_config(args.config, args.overrides), args.saves, args.s3 or args.folder)
+    with before_joining():
+        if args.s3 and not args.s3.startswith("s3://"):
+            raise UserError(f"--s3 {args.s3}: give s3://BUCKET/FOLDER")
+        if args.saves < 1:
+            raise UserError(f"--saves {args.saves}: give at least 1")
+        config = load_config(args.config, args.overrides)
+    report = checkpoint.measure(config, args.saves, args.s3 or args.folder)
     if report is not None:
         show(args, report, to_text(report))
     return 0

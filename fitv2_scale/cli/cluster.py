@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from data_sharding.errors import UserError
-from fitv2_scale.cli.common import make, run_argument, show
+from fitv2_scale.cli.common import before_joining, make, run_argument, show
 
 if TYPE_CHECKING:
     from fitv2_scale.config.slurm import SlurmConfig
@@ -109,7 +109,9 @@ def examine_nodes(args: argparse.Namespace) -> int:
     from launchers.preflight import as_report, check_nodes, to_text
 
     words = args.overrides
-    found = check_nodes(load_config(words[0], words[1:]) if words else None)
+    with before_joining():
+        config = load_config(words[0], words[1:]) if words else None
+    found = check_nodes(config)
     if os.environ.get("RANK", "0") == "0":
         show(args, as_report(found.findings), to_text(found.findings))
     if found.faults:

@@ -2,7 +2,9 @@
 
 import argparse
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,27 @@ def config_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="the run's folder, or its s3:// URL")
+
+
+@contextmanager
+def before_joining() -> Generator[None]:
+    """For what a command does in each of several ranks before they join. If it fails on one of them, the others, which
+    wait for it there, are told why."""
+    try:
+        yield
+    except Exception as error:
+        tell_ranks(error)
+        raise
+
+
+def tell_ranks(error: Exception) -> None:
+    """Joins the other ranks that a launcher has started, if there are any, to end all of them with ``error``. Raises
+    it, as ``World.raise_shared`` does."""
+    if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        from fitv2_scale.parallel.world import join
+
+        with join(error):
+            pass
 
 
 def show(args: argparse.Namespace, report: Any, text: str) -> None:

@@ -1,16 +1,16 @@
 """fitv2 evaluate: FID, sFID, IS, precision and recall."""
 
 import argparse
-import os
 from typing import TYPE_CHECKING, Any
 
 from data_sharding.errors import UserError
-from fitv2_scale.cli.common import class_numbers, make, new_file, sampling_changes, show, whole
+from fitv2_scale.cli.common import before_joining, class_numbers, make, new_file, sampling_changes, show, whole
 
 if TYPE_CHECKING:  # torch is imported when there is something to do
     from fitv2_scale.evaluate.evaluate import Evaluation, EvaluationOptions
     from fitv2_scale.evaluate.generated_features import Cell
     from fitv2_scale.evaluate.sampling.load_weights import Weights
+    from fitv2_scale.parallel.agreement import Facts
 
 
 def add(commands: Any) -> None:
@@ -57,6 +57,7 @@ def add(commands: Any) -> None:
 
 def evaluate_source(args: argparse.Namespace) -> int:
     from fitv2_scale.evaluate.evaluate import EvaluationOptions, evaluate_weights, is_network
+    from fitv2_scale.parallel.rank_facts import command_facts, software_facts
 
     options = EvaluationOptions(
         network=args.network,
@@ -66,10 +67,13 @@ def evaluate_source(args: argparse.Namespace) -> int:
         vae=args.vae,
         keep_features=args.keep_features,
     )
-    if not is_network(args.source):
-        return _measure_images(args, options)
-    if args.save_statistics:
-        raise UserError("--save-statistics needs images: make some with `fitv2 sample … --images N --folder DIR`")
+    with before_joining():
+        of_weights = is_network(args.source)
+        if of_weights and args.save_statistics:
+            raise UserError("--save-statistics needs images: make some with `fitv2 sample … --images N --folder DIR`")
+        facts = {"WHAT": "weights" if of_weights else "images"} | command_facts(args) | software_facts()
+    if not of_weights:
+        return _measure_images(args, options, facts)
     done = evaluate_weights(
         args.source,
         lambda weights: _cells(args, weights),
@@ -77,17 +81,22 @@ def evaluate_source(args: argparse.Namespace) -> int:
         config_file=args.config,
         overrides=args.overrides,
         out=args.out,
+        facts=facts,
     )
     if done is not None:
         _report(args, done)
     return 0
 
 
-def _measure_images(args: argparse.Namespace, options: "EvaluationOptions") -> int:
+def _measure_images(args: argparse.Namespace, options: "EvaluationOptions", facts: "Facts") -> int:
     from fitv2_scale.evaluate.evaluate import evaluate_images
     from fitv2_scale.evaluate.results import METRICS
+    from fitv2_scale.parallel.agreement import agree
+    from fitv2_scale.parallel.world import join
 
-    if int(os.environ.get("RANK", 0)) > 0:
+    with join() as world:
+        agree(world, facts)
+    if not world.is_first:
         return 0  # one process is enough
     if args.size and len(args.size) > 1:
         raise UserError("images are measured at one size: give one --size")

@@ -1,6 +1,7 @@
 """fitv2 sample: images of any size from trained weights."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from fitv2_scale.cli.common import class_numbers, make, new_file, sampling_chang
 if TYPE_CHECKING:  # torch is imported when there is something to do
     from fitv2_scale.config.sections import SamplingConfig
     from fitv2_scale.evaluate.sampling.load_weights import Weights
+    from fitv2_scale.parallel.agreement import Facts
 
 
 def add(commands: Any) -> None:
@@ -62,9 +64,23 @@ def add(commands: Any) -> None:
 def sample_images(args: argparse.Namespace) -> int:
     from fitv2_scale.config.load import with_changes
     from fitv2_scale.evaluate.sampling.load_weights import open_weights
+    from fitv2_scale.parallel.agreement import read_alike
     from fitv2_scale.parallel.world import join
 
-    sample_as = _compare if args.compare else _single_images if args.images is not None else _grid
+    with join() as world:
+        sample_as, sizes = read_alike(world, lambda: _request(args))
+        with open_weights(args.weights, world, args.config, args.overrides) as weights:
+            sampling = with_changes(weights.config.sampling, sampling_changes(args))
+            report, text = sample_as(args, weights, sampling, sizes)
+            if world.is_first:
+                show(args, {"weights": weights.name, "step": weights.step, "solver": sampling.solver} | report, text)
+    return 0
+
+
+def _request(args: argparse.Namespace) -> "tuple[tuple[Callable, list[str]], Facts]":
+    """What makes the images and their sizes, and the facts in which all ranks must agree."""
+    from fitv2_scale.parallel.rank_facts import command_facts, software_facts
+
     sizes = args.size or ["256x256"]
     if args.compare and len(sizes) > 1:
         raise UserError("--compare shows one size: give one --size")
@@ -72,12 +88,8 @@ def sample_images(args: argparse.Namespace) -> int:
         raise UserError("--npz needs the number of images as --images N")
     if args.compare and args.images is not None:
         raise UserError("--compare makes a grid and --images makes single images: give one of the two")
-    with join() as world, open_weights(args.weights, world, args.config, args.overrides) as weights:
-        sampling = with_changes(weights.config.sampling, sampling_changes(args))
-        report, text = sample_as(args, weights, sampling, sizes)
-        if world.is_first:
-            show(args, {"weights": weights.name, "step": weights.step, "solver": sampling.solver} | report, text)
-    return 0
+    sample_as = _compare if args.compare else _single_images if args.images is not None else _grid
+    return (sample_as, sizes), command_facts(args) | software_facts()
 
 
 def _grid(args: argparse.Namespace, weights: "Weights", sampling: "SamplingConfig", sizes: list[str]) -> tuple:

@@ -28,15 +28,19 @@ def main() -> int:
     print(f"== job {os.environ['SLURM_JOB_ID']} task {os.environ['RANK']} on {node}", flush=True)
 
     # Not at the top: signals are held back before anything that takes time.
-    from fitv2_scale.cli.__main__ import main as fitv2
+    from fitv2_scale.cli.__main__ import exit_code_of, run_command
     from fitv2_scale.config.load import load_config
     from fitv2_scale.run.run import GIVE_UP, RETRY
 
-    if training:
-        config = load_config(arguments[1], secret)
-        if config.slurm.doctor and (code := check_node(config, node)) is not None:
-            return code
-    code = fitv2(arguments)
+    def run() -> int:
+        if training:
+            # A rank that cannot read it exits; srun then ends the others, which may be joining another rank's check.
+            config = load_config(arguments[1], secret)
+            if config.slurm.doctor and (code := check_node(config, node)) is not None:
+                return code
+        return run_command(arguments)
+
+    code = exit_code_of(run)
     # That an attempt wants another one, or none, is in its end.json. To srun it would be a failure: it would end the
     # other ranks, who may be writing their last lines.
     return 0 if code in (RETRY, GIVE_UP) else code

@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from data_sharding.errors import UserError
-from fitv2_scale.cli.common import config_arguments
+from fitv2_scale.cli.common import before_joining, config_arguments
 from fitv2_scale.run.stop_signals import STOP_SIGNALS
 
 if TYPE_CHECKING:
@@ -31,16 +31,17 @@ def add(commands: Any) -> None:
 def train_run(args: argparse.Namespace) -> int:
     from fitv2_scale.config.load import load_config
 
-    if args.supervise and "RANK" in os.environ:
-        raise UserError("--supervise starts the processes itself: call it once, without torchrun, srun and mpirun")
-    if args.processes is not None and not args.supervise:
-        raise UserError(
-            f"--processes {args.processes} needs --supervise; without it, start the processes with torchrun "
-            f"--nproc-per-node {args.processes} -m fitv2_scale.cli train …"
-        )
     if "RANK" in os.environ:  # held back until the trainer can note them: the other ranks would wait for one that died
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    config = load_config(args.config, args.overrides)
+    with before_joining():
+        if args.supervise and "RANK" in os.environ:
+            raise UserError("--supervise starts the processes itself: call it once, without torchrun, srun and mpirun")
+        if args.processes is not None and not args.supervise:
+            raise UserError(
+                f"--processes {args.processes} needs --supervise; without it, start the processes with torchrun "
+                f"--nproc-per-node {args.processes} -m fitv2_scale.cli train …"
+            )
+        config = load_config(args.config, args.overrides)
     if args.supervise:
         return _supervise(args, config)
     from fitv2_scale.train.loop import train

@@ -16,17 +16,19 @@ def add(commands: Any) -> None:
 
 
 def validate_weights(args: argparse.Namespace) -> int:
-    from fitv2_scale.data import Data
     from fitv2_scale.evaluate.sampling.load_weights import open_weights
+    from fitv2_scale.parallel.agreement import agree, read_alike
+    from fitv2_scale.parallel.rank_facts import command_facts, read_data, software_facts
     from fitv2_scale.parallel.world import join
     from fitv2_scale.train.in_loop_eval import validation_of
 
-    with join() as world, open_weights(args.weights, world, args.config, args.overrides) as weights:
-        config, layout = weights.config, weights.layout
-        data = Data.open(config, layout.nodes(world.hosts()))
-        validation = validation_of(config, data, world, layout)
-        loss = validation.loss(weights.engine.network)
+    with join() as world:
+        agree(world, command_facts(args) | software_facts())
+        with open_weights(args.weights, world, args.config, args.overrides) as weights:
+            layout, data = read_alike(world, lambda: read_data(weights.config, world))
+            validation = validation_of(weights.config, data, world, layout)
+            loss, name = validation.loss(weights.engine.network), weights.name
         if world.is_first:
-            report = {"weights": weights.name, "step": weights.step, "val_loss_ema": loss, "images": validation.images}
-            show(args, report, f"{weights.name}: loss {loss:.6f} on {validation.images} held-out images, EMA weights")
+            report = {"weights": name, "step": weights.step, "val_loss_ema": loss, "images": validation.images}
+            show(args, report, f"{name}: loss {loss:.6f} on {validation.images} held-out images, EMA weights")
     return 0

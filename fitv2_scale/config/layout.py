@@ -6,6 +6,7 @@ are data-parallel. Ranks are numbered with ``tensor`` running fastest, then ``sh
 neighbouring ranks, which are those of one node.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Annotated, Literal
@@ -51,7 +52,7 @@ class Layout:
     def tensor_rank(self, rank: int) -> int:
         return rank % self.tensor
 
-    def nodes(self, hosts: list[str]) -> tuple[int, ...]:
+    def nodes(self, hosts: Sequence[str]) -> tuple[int, ...]:
         """Data-parallel ranks of each node, in order, from the node's name of each rank; all as if on one node where
         the ranks of a node are no neighbours."""
         runs = [(name, len(list(run))) for name, run in groupby(hosts[:: self.tensor])]

@@ -4,6 +4,7 @@ Rank 0 measures after the process group has been left: the metrics of 50,000 ima
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from fitv2_scale.evaluate.reference_statistics import (
 )
 from fitv2_scale.evaluate.results import FOLDER, measure, read_result, write_result
 from fitv2_scale.evaluate.sampling.load_weights import Weights, open_weights
+from fitv2_scale.parallel.agreement import Facts, agree, read_alike
 from fitv2_scale.parallel.world import join
 from fitv2_scale.run.log import now
 from fitv2_scale.run.reference import split_reference
@@ -94,14 +96,19 @@ def evaluate_weights(
     config_file: str | None = None,
     overrides: list[str] | None = None,
     out: str | None = None,
+    facts: Facts | None = None,
 ) -> Evaluation | None:
     """Measures each cell and stores the result in the run, or in ``out``. Existing results are not computed again.
-    None on ranks other than 0.
+    None on ranks other than 0. ``facts``: what else all ranks must agree in.
 
     Raises:
-        UserError: see ``open_weights``, ``FeatureNetwork.load``, ``check_reference``, ``measure``.
+        UserError: the ranks were not told the same; and see ``open_weights``, ``FeatureNetwork.load``,
+            ``check_reference``, ``measure``.
     """
-    with join() as world, open_weights(source, world, config_file, overrides) as weights:
+    with ExitStack() as stack:
+        world = stack.enter_context(join())
+        agree(world, facts or {})
+        weights = stack.enter_context(open_weights(source, world, config_file, overrides))
         run = None if weights.step is None else Run.open(split_reference(weights.name)[0])
         if out:
             store = open_store(out)
@@ -110,10 +117,7 @@ def evaluate_weights(
         else:
             raise UserError(f"{source} is not a run, which would store the metrics: give a folder as --out")
         step = Path(source).stem if run is None else str(weights.step)
-        network = options.load_network(world.device)
-        if network is None:
-            raise UserError("give the network that computes features of images as --network, and its --network-sha256")
-        cells = cells_of(weights)
+        network, cells = read_alike(world, lambda: _read_request(weights, cells_of, options))
         world.run_on_rank0(lambda: [_check(cell, options, network) for cell in cells])
         jobs = [_CellJob.of(cell, weights, network, step) for cell in cells]
         for job in jobs:
@@ -125,6 +129,18 @@ def evaluate_weights(
     references: dict[tuple, Reference] = {}
     results = [_measure_cell(job, store, options, network, references, name) for job in jobs]
     return Evaluation(store, step, results, run)
+
+
+def _read_request(
+    weights: Weights, cells_of: Callable[[Weights], list[Cell]], options: EvaluationOptions
+) -> tuple[tuple[FeatureNetwork, list[Cell]], Facts]:
+    """The feature network and what to measure, as this rank reads them, and the facts in which all must agree."""
+    network = options.load_network(weights.world.device)
+    if network is None:
+        raise UserError("give the network that computes features of images as --network, and its --network-sha256")
+    cells = cells_of(weights)
+    facts = {f"cell {cell.label}": cell.record() | {"labels": cell.labels} for cell in cells}
+    return (network, cells), {"digest of --network": network.digest} | facts
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,16 @@ import os
 import socket
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+
+from fitv2_scale.parallel.failures import LastWords, arisen_on, portable, shared
 
 _TIMEOUT = timedelta(minutes=10)
 _RECORDED = 2000  # collectives that torch's flight recorder keeps, for the watchdog to write when a rank hangs
@@ -23,6 +26,9 @@ class World:
     size: int
     device: torch.device
     cpu_group: dist.ProcessGroup  # gloo, apart from the group of the gradients
+    hosts: tuple[str, ...]  # the host name of each rank's machine, by rank
+    nodes: tuple[str, ...]  # that machine as messages name it: Slurm's name for it, if there is one
+    last_words: LastWords
 
     @property
     def is_first(self) -> bool:
@@ -34,27 +40,33 @@ class World:
         return values
 
     def run_on_rank0(self, act: Callable[[], Any]) -> Any:
-        """Calls ``act`` on rank 0 alone. All ranks return what it returns there, or raise what it raises there: no rank
-        is left waiting."""
-        outcome: Any = None
+        """Calls ``act`` on rank 0 alone. All ranks return what it returns there, or raise what it raises there, which
+        rank 0 prints: no rank is left waiting."""
+        result, failure = None, None
         if self.is_first:
             try:
-                outcome = (act(), None)
+                result = act()
             except Exception as error:
-                outcome = (None, error)
-        result, error = self.broadcast(outcome)
-        if error is not None:
-            raise error
+                failure = error
+        result, told = self.broadcast((result, portable(failure)))
+        if told is not None:
+            raise failure or arisen_on(self.place(0), told)
         return result
 
-    def hosts(self) -> list[str]:
-        """Name of each rank's node, by rank."""
-        return self.all_gather(socket.gethostname())
+    def raise_shared(self, failure: Exception | None) -> None:
+        """Returns if no rank gives a failure. Else all ranks raise: its own where a rank has one, elsewhere that of
+        another rank. For work that each rank does for itself."""
+        if error := shared(self.all_gather(portable(failure)), failure, self.rank, self.place):
+            raise error
 
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's value, on all ranks."""
+    def place(self, rank: int) -> str:
+        """As messages name a rank: "rank 1 on n17"."""
+        return f"rank {rank} on {self.nodes[rank]}"
+
+    def broadcast(self, value: Any, source: int = 0) -> Any:
+        """The value of the rank ``source``, on all ranks."""
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.cpu_group)
+        dist.broadcast_object_list(box, src=source, group=self.cpu_group)
         return box[0]
 
     def all_gather(self, value: Any) -> list:
@@ -71,9 +83,12 @@ def own_group(group: dist.ProcessGroup | int | None) -> dist.ProcessGroup:
 
 
 @contextmanager
-def join() -> Generator[World]:
-    """Joins the process group, a group of one without a launcher, and leaves it at the end."""
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+def join(failure: Exception | None = None) -> Generator[World]:
+    """Joins the process group, a group of one without a launcher, and leaves it at the end.
+
+    A rank that cannot do its part gives its ``failure``: all ranks raise it as soon as they have joined, as
+    ``World.raise_shared`` does. A rank that fails inside is known to the others when it has left (``LastWords``).
+    """
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
@@ -82,10 +97,31 @@ def join() -> Generator[World]:
         device, backend = torch.device("cpu"), "gloo"
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(_RECORDED))
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=_TIMEOUT)
+        store, rank, size = next(iter(rendezvous("env://", timeout=_TIMEOUT)))
     else:
-        dist.init_process_group(backend, timeout=_TIMEOUT, store=dist.HashStore(), rank=0, world_size=1)
+        store, rank, size = dist.HashStore(), 0, 1
+    dist.init_process_group(backend, timeout=_TIMEOUT, store=store, rank=rank, world_size=size)
+    last_words = LastWords(store, rank, size, _node())
     try:
-        yield World(rank, size, device, own_group(dist.new_group(backend="gloo", timeout=_TIMEOUT)))
+        cpu_group = own_group(dist.new_group(backend="gloo", timeout=_TIMEOUT))
+        yield _meet(World(rank, size, device, cpu_group, (), (), last_words), failure)
+    except Exception as raised:
+        error = last_words.settle(raised)
+        raise error from error.__cause__
     finally:
         dist.destroy_process_group()
+        last_words.leave()
+
+
+def _meet(world: World, failure: Exception | None) -> World:
+    """``world`` with the names of all nodes; raises the ``failure`` of any rank."""
+    mine = socket.gethostname(), _node(), portable(failure)
+    hosts, nodes, failures = zip(*world.all_gather(mine), strict=True)
+    world = replace(world, hosts=hosts, nodes=nodes)
+    if error := shared(failures, failure, world.rank, world.place):
+        raise error
+    return world
+
+
+def _node() -> str:
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()

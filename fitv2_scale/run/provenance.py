@@ -54,7 +54,7 @@ def provenance() -> dict[str, Any]:
             "pid": os.getpid(),
             "argv": sys.argv,
             **source(),
-            "code": _code_digest(),
+            "code": code_digest(),
             "gpus": gpus,
         }
     )
@@ -90,6 +90,16 @@ def source() -> dict[str, str | None]:
         return {"git": None, "diff": ""}
 
 
+def code_digest() -> str:
+    """The first 16 hex digits of the sha256 over names and contents of the modules of our packages."""
+    digest = hashlib.sha256()
+    for package in _OURS:
+        for file in sorted((_ROOT / package).rglob("*.py")):
+            data = file.read_bytes()
+            digest.update(f"{file.relative_to(_ROOT)} {len(data)}\n".encode() + data)
+    return digest.hexdigest()[:16]
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
@@ -102,16 +112,6 @@ def _driver() -> str | None:
         found = re.search(r"Kernel Module.*?(\d+\.\d+[.\d]*)", Path("/proc/driver/nvidia/version").read_text())
         return found[1] if found else None
     return None
-
-
-def _code_digest() -> str:
-    """The first 16 hex digits of the sha256 over names and contents of the modules of our packages."""
-    digest = hashlib.sha256()
-    for package in _OURS:
-        for file in sorted((_ROOT / package).rglob("*.py")):
-            data = file.read_bytes()
-            digest.update(f"{file.relative_to(_ROOT)} {len(data)}\n".encode() + data)
-    return digest.hexdigest()[:16]
 
 
 def _git(*words: str) -> str:

@@ -1,10 +1,11 @@
-"""What all ranks agree on before each step: that every rank has its data, which images are substituted, that the images
-are the planned ones, whether to save or to stop, and whether the save in flight has ended everywhere.
+"""What all ranks agree on before each step: that every rank has its data, which images are substituted, that all take
+the same step with the planned images, whether to save or to stop, and whether the save in flight has ended everywhere.
 
 One small all-reduce a step on the CPU group. A rank that cannot continue reports that here instead of leaving: the
 others would wait for it in a collective forever.
 """
 
+import zlib
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,7 @@ from data_sharding.stream.batch import StepBatch
 from data_sharding.stream.loader import Loader, SubstitutesNeeded
 from data_sharding.stream.substitutes import LostFrame
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
+from fitv2_scale.parallel.agreement import difference
 from fitv2_scale.parallel.world import World
 from fitv2_scale.run.requests import Requests
 from fitv2_scale.run.substitutions import SubstitutionLog
@@ -51,17 +53,17 @@ class Coordination:
         A rank without a loader gets its part from the rank of its tensor group that has one.
 
         If a frame cannot be read on any rank, all ranks substitute the same images of equal length and take this step
-        again. Raises on all ranks what any of them met while loading, and RuntimeError if the ids that the ranks hold
-        do not add up to those of the plan.
+        again. Raises on all ranks what any of them met while loading, and RuntimeError if the ids or the tokens that
+        the ranks hold do not add up to those of the plan, or they hold different numbers of packs.
         """
         self._stop.step, self.should_save = step, False
         while True:
             batch, lost, error = self._load(loader) if loader else (None, (), None)
             stop, saves = self._requested()
             mine = [error is not None, len(lost), batch is not None or loader is None, stop is not None]
-            mine += [saves > self._saves_obeyed, self._checkpoints.save_ended, batch.id_sum if batch else 0]
+            mine += [saves > self._saves_obeyed, self._checkpoints.save_ended, *_part(batch)]
             sums = self._world.all_reduce_sum(torch.tensor(mine, dtype=torch.int64)).tolist()
-            errors, lost_frames, ready, stops, to_save, ended, id_sum = sums
+            errors, lost_frames, ready, stops, to_save, ended, *parts = sums
             self.save_ended = ended == self._world.size
             self.should_save, self._saves_obeyed = self.should_save or to_save > 0, saves
             if errors:
@@ -77,12 +79,21 @@ class Coordination:
                 return None
         if ready < self._world.size:
             return None
+        self._check_alike(step, batch, *parts[:3])
         batch = self._batch_broadcast.broadcast(batch)
-        if id_sum != batch.step_id_sum:
-            raise RuntimeError(
-                f"step {batch.step}: the ranks' images are not the planned ones (sum of hashed ids differs)"
-            )
+        _check_whole(batch, *parts[3:])
         return batch
+
+    def _check_alike(self, step: int, batch: StepBatch | None, readers: int, alike: int, squares: int) -> None:
+        """Raises RuntimeError, on all ranks, unless all that have read a batch are at one step, of packs of one number
+        and one shape: else they would wait for each other in different collectives.
+
+        ``alike`` and ``squares`` are sums of a number and of its square over the ``readers``: the numbers are all the
+        same just if readers x squares is the square of the sum.
+        """
+        if (readers * squares - alike * alike) % (1 << 64):
+            what = difference(self._world, _common(batch) if batch else None)
+            raise RuntimeError(f"step {step}: the ranks are not about to take the same step: {what}")
 
     def _substitute(self, lost: Sequence[LostFrame], step: int, loader: Loader | None) -> None:
         """Replaces the frames that any rank has lost, on all ranks; ``loader`` then begins again at ``step``.
@@ -105,11 +116,10 @@ class Coordination:
     def _stop_or_raise(self, mine: Exception | None) -> None:
         """What some ranks met while loading: storage that does not answer is a reason to save and stop; all ranks raise
         anything graver."""
-        met = [error for error in self._world.all_gather(mine) if error is not None]
-        graver = [error for error in met if not isinstance(error, StorageDown)]
-        if graver:
-            raise graver[0]
-        self.stop_reason = str(met[0])
+        try:
+            self._world.raise_shared(mine)
+        except StorageDown as error:
+            self.stop_reason = error.said_by(0)
 
     def _load(self, loader: Loader) -> tuple[StepBatch | None, Sequence[LostFrame], Exception | None]:
         """(batch, lost frames, error): one of the three, or none if a stop was requested and no data comes."""
@@ -130,3 +140,34 @@ class Coordination:
         if self._requests is None:
             return self._stop.name, 0
         return self._stop.name or ("STOP" if self._requests.stop else None), self._requests.saves
+
+
+def _part(batch: StepBatch | None) -> list[int]:
+    """What a rank adds to the sums that ``_check_alike`` and ``_check_whole`` are given."""
+    if batch is None:
+        return [0] * 5
+    alike = zlib.crc32(repr(_common(batch)).encode()) >> 1  # its square must fit into 63 bits
+    return [1, alike, alike * alike, batch.id_sum, sum(pack.layout.tokens for pack in batch.packs)]
+
+
+def _common(batch: StepBatch) -> dict[str, int]:
+    """What is the same in the batches of all ranks."""
+    return {
+        "step": batch.step,
+        "packs": len(batch.packs),
+        "capacity of all packs": batch.step_capacity,
+        "slots of a pack": len(batch.packs[0].label),
+        "images": batch.step_images,
+        "tokens": batch.step_tokens,
+        "sum of hashed ids": batch.step_id_sum,
+        "substituted images": batch.step_substituted,
+    }
+
+
+def _check_whole(batch: StepBatch, ids: int, tokens: int) -> None:
+    """Raises RuntimeError unless the images of all ranks, with these sums, are those of the plan."""
+    if ids != batch.step_id_sum:
+        raise RuntimeError(f"step {batch.step}: the ranks' images are not the planned ones (sum of hashed ids differs)")
+    planned = batch.step_tokens
+    if tokens != planned and not (batch.step_substituted and tokens < planned):  # a substitute may be shorter
+        raise RuntimeError(f"step {batch.step}: the ranks' images have {tokens} tokens instead of {planned} as planned")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from data_sharding.format.manifest import Manifest
 from data_sharding.storage.retry import RetryPolicy
 from data_sharding.stream.frames import FrameReader
 from fitv2_scale.config.layout import Layout
@@ -10,15 +11,22 @@ from fitv2_scale.data import Data
 from fitv2_scale.evaluate.sampling.image_grid import decode, evenly_spaced_labels, grid_png, grid_requests
 from fitv2_scale.evaluate.sampling.sampler import sample
 from fitv2_scale.evaluate.validation import Validation, held_out
+from fitv2_scale.parallel.agreement import Facts, read_alike
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.world import World
 from fitv2_scale.train.recorder import Recorder
 
 
 def validation_of(config: Config, data: Data, world: World, layout: Layout) -> Validation:
-    """All ranks make it together. Raises UserError if there are no images for it, or they do not suit the data."""
+    """All ranks make it together. Raises UserError if there are no images for it, they do not suit the data, or the
+    ranks do not have the same."""
+
+    def read() -> tuple[list[Manifest], Facts]:
+        manifests = held_out(data.plan.manifests, config.validation, config.model.classes)
+        return manifests, {f"digest of validation dataset {i}": m.digest for i, m in enumerate(manifests)}
+
     return Validation(
-        held_out(data.plan.manifests, config.validation, config.model.classes),
+        read_alike(world, read),
         config.validation,
         cost=data.cost,
         shape=data.shapes[-1],
@@ -36,7 +44,7 @@ class InLoopEvaluation:
         self._config, self._world, self._layout, self._data = config, world, layout, data
         self._engine = engine
         if config.sampling.every_steps:
-            data.codec(config)
+            read_alike(world, lambda: (data.codec(config), {}))
         self._validation = validation_of(config, data, world, layout) if config.validation.every_steps else None
 
     def due(self, done: int) -> bool:

@@ -7,12 +7,11 @@ from collections.abc import Generator
 from contextlib import contextmanager
 
 from data_sharding.errors import StorageDown, UserError
-from data_sharding.plan.size_presets import is_preset
 from data_sharding.standard_streams import dropping
 from fitv2_scale.config.schema import Config
-from fitv2_scale.data import Data
+from fitv2_scale.parallel.agreement import read_alike
+from fitv2_scale.parallel.rank_facts import read_data
 from fitv2_scale.parallel.world import World, join
-from fitv2_scale.run.fork import Fork
 from fitv2_scale.run.log import StaleAttempt
 from fitv2_scale.run.requests import watch_requests
 from fitv2_scale.run.run import BAD_INPUT, BUG, DONE, GIVE_UP, RETRY, Attempt
@@ -22,7 +21,7 @@ from fitv2_scale.train.monitor import Monitor
 from fitv2_scale.train.profiler import Profiler
 from fitv2_scale.train.progress_bar import ProgressBar
 from fitv2_scale.train.session import Session
-from fitv2_scale.train.setup import claim, is_complete, log_to, open_session
+from fitv2_scale.train.setup import claim, is_complete, log_to, open_session, read_request
 from fitv2_scale.train.signals import StopSignal
 from fitv2_scale.train.step import train_step
 from fitv2_scale.train.watchdog import Watchdog
@@ -31,24 +30,19 @@ log = logging.getLogger(__name__)
 
 
 def train(config: Config, fork_from: str | None = None) -> int:
-    """Trains in the processes that call it; returns the exit code, the same on all ranks. Raises UserError."""
-    if not config.run:
-        raise UserError("give the run's folder as run=FOLDER")
-    if presets := [url for url in config.data.urls if is_preset(url)]:
-        raise UserError(f"{presets[0]} has sizes only, for `fitv2 plan`: give a dataset as data.url to train")
-    fork = Fork.parse(fork_from, config.run) if fork_from else None
+    """Trains in the processes that call it; returns the exit code, the same on all ranks. Raises UserError, also if the
+    ranks were not told the same."""
     with dropping(), StopSignal().caught() as stop, join() as world:
         try:
+            fork = read_alike(world, lambda: read_request(config, fork_from))
             if world.run_on_rank0(lambda: is_complete(config)):
                 steps = config.train.steps
                 _say(world.is_first, f"{config.run} has done its {steps} steps; raise train.steps to continue")
                 return DONE
-            hosts = world.hosts()
-            layout = config.layout.over(world.size, len(set(hosts)))
-            data = Data.open(config, layout.nodes(hosts))
+            layout, data = read_alike(world, lambda: read_data(config, world))
             attempt = claim(config, data.plan, fork, world)
         except StorageDown as error:
-            _say(world.is_first, str(error))
+            _say_error(error, world)
             return RETRY
         with (
             log_to(attempt, world.rank),
@@ -154,15 +148,22 @@ def _recorded(attempt: Attempt, world: World) -> Generator[_End]:
     end = _End()
     try:
         yield end
-    except StorageDown as error:
-        end(RETRY, str(error))
-        _say(world.is_first, str(error))
-    except UserError as error:
-        end(BAD_INPUT, str(error))
-        raise
-    except StaleAttempt as error:
-        end(GIVE_UP, str(error))
-        _say(world.is_first, str(error))
+    except Exception as raised:
+        error = world.last_words.settle(raised)
+        reason = f"{error.origin}: {error}" if isinstance(error, UserError) and error.origin else str(error)
+        if isinstance(error, StorageDown):
+            end(RETRY, reason)
+            _say_error(error, world)
+        elif isinstance(error, UserError):
+            end(BAD_INPUT, reason)
+            raise error from error.__cause__
+        elif isinstance(error, StaleAttempt):
+            end(GIVE_UP, reason)
+            _say(world.is_first, reason)
+        else:
+            end(BUG, repr(error))
+            log.exception("rank %d failed", world.rank)
+            raise error from error.__cause__
     except BaseException as error:
         end(BUG, repr(error))
         log.exception("rank %d failed", world.rank)
@@ -170,6 +171,11 @@ def _recorded(attempt: Attempt, world: World) -> Generator[_End]:
     finally:
         if world.is_first:
             attempt.end(end.code, end.reason)
+
+
+def _say_error(error: UserError, world: World) -> None:
+    sentence = error.said_by(world.rank)
+    _say(sentence is not None, str(sentence))
 
 
 def _say(shown: bool, text: str) -> None:

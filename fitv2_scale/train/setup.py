@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 from data_sharding.errors import DataError, UserError
 from data_sharding.plan.plan import Plan
+from data_sharding.plan.size_presets import is_preset
 from data_sharding.storage.open_store import open_store
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
 from fitv2_scale.checkpoint.init_from import WeightsSource, load_initial_weights
@@ -15,8 +16,10 @@ from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
 from fitv2_scale.model.counts import parameter_count
+from fitv2_scale.parallel.agreement import Facts, read_alike
 from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.engine import Engine
+from fitv2_scale.parallel.rank_facts import config_facts, software_facts
 from fitv2_scale.parallel.world import World
 from fitv2_scale.run.fork import Fork
 from fitv2_scale.run.provenance import own_gpu, provenance
@@ -33,6 +36,17 @@ from fitv2_scale.train.recorder import NullRecorder, RankZeroRecorder, Recorder
 from fitv2_scale.train.session import Session
 
 log = logging.getLogger(__name__)
+
+
+def read_request(config: Config, fork_from: str | None) -> tuple[Fork | None, Facts]:
+    """What a rank was asked to train, and the facts in which all ranks must agree. Raises UserError."""
+    if not config.run:
+        raise UserError("give the run's folder as run=FOLDER")
+    if presets := [url for url in config.data.urls if is_preset(url)]:
+        raise UserError(f"{presets[0]} has sizes only, for `fitv2 plan`: give a dataset as data.url to train")
+    fork = Fork.parse(fork_from, config.run) if fork_from else None
+    facts = {"command": "train", "--fork-from": fork_from, "run of --fork-from": fork and fork.run.id}
+    return fork, facts | config_facts(config) | software_facts()
 
 
 def is_complete(config: Config) -> bool:
@@ -54,7 +68,12 @@ def claim(config: Config, plan: Plan, fork: Fork | None, world: World) -> Attemp
         return run.claim(provenance() | facts | {"gpus": [gpu for gpu in gpus if gpu]}).number
 
     number = world.run_on_rank0(claim_on_rank0)
-    return Attempt(number, Run.open(config.run))
+
+    def open_here() -> tuple[Run, Facts]:
+        run = Run.open(config.run)
+        return run, {"id of the run": run.id}
+
+    return Attempt(number, read_alike(world, open_here))
 
 
 def open_session(

@@ -14,8 +14,10 @@ from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.load import load_config, parse_config
 from fitv2_scale.config.schema import Config
 from fitv2_scale.model.counts import logical_shapes, matching
+from fitv2_scale.parallel.agreement import Facts, read_alike
 from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.engine import Engine
+from fitv2_scale.parallel.rank_facts import config_facts
 from fitv2_scale.parallel.world import World
 from fitv2_scale.run.reference import split_reference
 from fitv2_scale.run.run import Run
@@ -72,37 +74,55 @@ def open_weights(
     ``config_file``. A collective.
 
     Raises:
-        UserError: there are no such weights, or they do not match the config.
+        UserError: there are no such weights, they do not match the config, or the ranks did not read the same.
     """
+    config, run, step = read_alike(world, lambda: _read(source, config_file, overrides))
+    engine, layout = _engine(config, world)
+    if run is None:
+        load_initial_weights(WeightsSource.parse(source), engine, config.model, world)
+        weights = Weights(source, None, config, engine, layout, world)
+    else:
+        restored = restore(engine, run, world, step)
+        if restored is None:
+            raise UserError(f"{run.url} has no commit" + (" yet" if step is None else f" at step {step}"))
+        weights = Weights(f"{run.url}@{restored.step}", restored.step, config, engine, layout, world)
+    with engine.ema_weights():
+        yield weights
+
+
+def _read(
+    source: str, config_file: str | None, overrides: list[str] | None
+) -> tuple[tuple[Config, Run | None, int | None], Facts]:
+    """What each rank reads for itself: the config, the run (None for a file of weights) and the step that is asked for;
+    and the facts in which all must agree."""
     if is_weights(source):
         if config_file is None:
             raise UserError(f"{source}: give the config of these weights as --config FILE, one like those in configs/")
         config = load_config(config_file, overrides)
         config = config.model_copy(update={"layout": config.layout.model_copy(update={"compile": False})})
-        engine, layout = _engine(config, world)
-        load_initial_weights(WeightsSource.parse(source), engine, config.model, world)
-        weights = Weights(source, None, config, engine, layout, world)
-    else:
-        if config_file is not None:
-            raise UserError(f"{source} is a run, which has its own config: leave out --config")
-        url, step = split_reference(source)
-        run = Run.open(url)
-        tree = run.config | {"layout": run.config["layout"] | _LAYOUT}
-        config = parse_config(tree, f"{run.url}/run.json", overrides)
-        if logical_shapes(config.model) != logical_shapes(parse_config(tree, run.url).model):
-            raise UserError(f"{source}: these overrides describe another network than the run's; leave out model.…")
-        engine, layout = _engine(config, world)
-        restored = restore(engine, run, world, step)
-        if restored is None:
-            raise UserError(f"{run.url} has no commit" + (" yet" if step is None else f" at step {step}"))
-        weights = Weights(f"{run.url}@{restored.step}", restored.step, config, engine, layout, world)
-    with weights.engine.ema_weights():
-        yield weights
+        return (config, None, None), config_facts(config) | _data_facts(config)
+    if config_file is not None:
+        raise UserError(f"{source} is a run, which has its own config: leave out --config")
+    url, step = split_reference(source)
+    run = Run.open(url)
+    tree = run.config | {"layout": run.config["layout"] | _LAYOUT}
+    config = parse_config(tree, f"{run.url}/run.json", overrides)
+    if logical_shapes(config.model) != logical_shapes(parse_config(tree, run.url).model):
+        raise UserError(f"{source}: these overrides describe another network than the run's; leave out model.…")
+    return (config, run, step), config_facts(config) | _data_facts(config) | {"id of the run": run.id}
+
+
+def _data_facts(config: Config) -> Facts:
+    """Classes and codec are those of the dataset, where it can be read."""
+    try:
+        return {"digest of dataset 0": Manifest.load(config.data.urls[0]).digest}
+    except DataError:
+        return {"digest of dataset 0": None}
 
 
 def _engine(config: Config, world: World) -> tuple[Engine, Layout]:
     """An engine for sampling. It must have optimizer state, so it gets the moments of a single tensor."""
     names = matching(logical_shapes(config.model), config.trainable)
     config = config.model_copy(update={"trainable": names[-1:] or config.trainable})
-    layout = config.layout.over(world.size, len(set(world.hosts())))
+    layout = config.layout.over(world.size, len(set(world.hosts)))
     return make_engine(config, layout, world), layout

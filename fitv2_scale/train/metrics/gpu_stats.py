@@ -18,7 +18,7 @@ class GpuStats:
 
     def __init__(self, world: World):
         self._world, self._on_cuda = world, world.device.type == "cuda"
-        names = world.hosts() if self._on_cuda else []
+        names = world.hosts if self._on_cuda else []
         self._node = [sorted(set(names), key=names.index).index(name) for name in names]
         self._reports = 0
 

@@ -42,7 +42,7 @@ def measured(config) -> tuple[float, float, float]:
     """On each rank: the loss of raw weights, of EMA weights that are others, and of the raw ones again."""
     with join() as world:
         layout = Layout.of(world.size, config.layout.replicate, config.layout.tensor)
-        data, engine = Data.open(config, layout.nodes(world.hosts())), make_engine(config, layout, world)
+        data, engine = Data.open(config, layout.nodes(world.hosts)), make_engine(config, layout, world)
         for name, boxed in engine.boxes().items():
             for box in boxed.boxes:
                 box.tensor.add_(SHIFT if name.startswith("param/") else 2 * SHIFT)

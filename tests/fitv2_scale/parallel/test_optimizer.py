@@ -194,7 +194,7 @@ def steps_without_waiting(config) -> int:
     packs = 0
     with join() as world:
         layout = Layout.of(world.size, config.layout.replicate, config.layout.tensor)
-        data = Data.open(config, layout.nodes(world.hosts()))
+        data = Data.open(config, layout.nodes(world.hosts))
         attempt = claim(config, data.plan, None, world)
         s = open_session(config, world, layout, data, attempt, None)
         with s.open_loader() as loader:

@@ -1,0 +1,126 @@
+"""Commands on several ranks of which one was told something else, or cannot read its part: all of them end at once with
+one code, and the sentence appears where it arose, not once a rank."""
+
+import contextlib
+import io
+import os
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fitv2_scale.cli.__main__ import main
+from tests.support.ranks import run_ranks
+
+NOTHING = "/no/such/set"
+
+
+def run_as(*words: list[str]) -> tuple[int, str]:
+    """Exit code and what this rank prints as an error; the command line of the last ranks is the last one."""
+    own = words[min(int(os.environ["RANK"]), len(words) - 1)]
+    with contextlib.redirect_stderr(io.StringIO()) as stderr, contextlib.redirect_stdout(io.StringIO()):
+        try:
+            code = main(own)
+        except SystemExit as exit:
+            code = exit.code
+    assert "Traceback" not in stderr.getvalue(), stderr.getvalue()
+    return code, "\n".join(line for line in stderr.getvalue().splitlines() if line.startswith("fitv2"))
+
+
+def assert_refused(found: list[tuple[int, str]], *printed: str) -> None:
+    """All ranks exit with 2; ``printed``: a pattern of what each prints, "" for nothing."""
+    assert [code for code, _ in found] == [2] * len(found), found
+    for (_, said), pattern in zip(found, printed, strict=True):
+        assert re.fullmatch(f"fitv2: {pattern}" if pattern else "", said), said
+
+
+@pytest.fixture
+def config_file(tiny, tmp_path):
+    def write(name: str, **changes) -> str:
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(tiny(**changes).model_dump(mode="json")))
+        return str(path)
+
+    return write
+
+
+def test_training_that_one_rank_is_told_to_do_otherwise(config_file, tmp_path):
+    train = ["train", config_file("config")]
+    found = run_ranks(3, run_as, train, [*train, "optimizer.lr=0.1"])
+    told = r"the ranks were not told the same: optimizer.lr is 0.001 on rank 0 \(\S+\) and 0.1 on ranks 1-2 \(\S+\); .*"
+    assert_refused(found, told, "", "")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "lacks,sentence",
+    [
+        ({"data__url": NOTHING}, f"there is no dataset at {NOTHING} .*"),
+        ("none.yaml", "cannot read the config .*none.yaml: No such file or directory.*"),
+        ("bad.yaml", "unknown key optimizer.lrr, did you mean optimizer.lr.*"),
+    ],
+    ids=str,
+)
+def test_training_that_one_rank_cannot_begin(config_file, tmp_path, lacks, sentence):
+    """Its dataset is not mounted, or its config cannot be read, so that it fails before it has joined the others."""
+    file = config_file("other", **lacks) if isinstance(lacks, dict) else str(tmp_path / lacks)
+    if lacks == "bad.yaml":
+        Path(file).write_text(Path(config_file("config")).read_text().replace("lr:", "lrr:"))
+    found = run_ranks(3, run_as, ["train", config_file("config")], ["train", file])
+    sentence = sentence if lacks != "bad.yaml" else ".*bad.yaml: " + sentence
+    assert_refused(found, rf"rank 1 on \S+: {sentence}", sentence, "")
+
+
+def test_a_command_line_that_one_rank_does_not_understand(config_file):
+    train = ["train", config_file("config")]
+    (code, said), (other, usage) = run_ranks(2, run_as, train, [*train, "--no-such-option"])
+    assert (code, other) == (2, 2)
+    assert re.fullmatch(r"fitv2: rank 1 on \S+: fitv2: unrecognized arguments: --no-such-option", said)
+    assert "error: unrecognized arguments: --no-such-option" in usage
+
+
+def test_what_no_rank_can_read_is_said_once(config_file):
+    found = run_ranks(3, run_as, ["train", config_file("config", data__url=NOTHING)])
+    assert_refused(found, f"there is no dataset at {NOTHING} .*", "", "")
+    found = run_ranks(3, run_as, ["train", "none.yaml"])
+    assert_refused(found, "cannot read the config none.yaml.*", "", "")
+
+
+SAMPLE = ["--size", "32x32", "--images", "2", "--steps", "2"]
+
+
+def test_sampling(two_step_run, tmp_path):
+    """Of other settings, with another config or without the run."""
+    sample = ["sample", two_step_run, *SAMPLE, "--folder", str(tmp_path / "pictures")]
+    assert_refused(
+        run_ranks(2, run_as, sample, [*sample[:-1], "here"]), '.* --folder is .* and "here" on rank 1 .*', ""
+    )
+    assert_refused(run_ranks(2, run_as, sample, [*sample, "--seed", "3"]), ".* --seed is 0 on rank 0 .*", "")
+    assert_refused(
+        run_ranks(2, run_as, sample, [*sample, "sampling.cfg=3"]), '.* --overrides is .*"sampling.cfg=3".*', ""
+    )
+    alone = [*sample[:1], str(tmp_path), *sample[2:]]
+    assert_refused(run_ranks(2, run_as, sample, alone), ".* --weights is .*", "")
+    assert not (tmp_path / "pictures").exists()
+
+
+def test_validation(two_step_run, dataset):
+    validate = ["validate", two_step_run, f"validation.url={dataset}"]
+    found = run_ranks(2, run_as, validate, [*validate[:2], f"validation.url={NOTHING}"])
+    assert_refused(found, ".* --overrides is .*", "")
+
+
+def test_evaluation(two_step_run, tmp_path):
+    """One rank takes what the others sample from for a folder of images: it does not see the run."""
+    evaluate = ["evaluate", two_step_run, "--reference", "r.npz", "--images", "8"]
+    (tmp_path / "folder").mkdir()
+    found = run_ranks(2, run_as, evaluate, ["evaluate", str(tmp_path / "folder"), *evaluate[2:]])
+    assert_refused(found, '.* WHAT is "weights" on rank 0 .* and "images" on rank 1 .*', "")
+    found = run_ranks(2, run_as, evaluate)
+    assert_refused(found, "give the network that computes features of images as --network.*", "")
+
+
+def test_doctor(config_file):
+    found = run_ranks(2, run_as, ["doctor", config_file("config")], ["doctor", config_file("other", train__steps=7)])
+    assert_refused(found, ".* train.steps is 6 on rank 0 .*", "")

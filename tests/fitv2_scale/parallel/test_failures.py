@@ -1,0 +1,73 @@
+"""A rank that fails anywhere ends all others with its sentence, printed where it arose."""
+
+import os
+
+import pytest
+import torch
+
+from data_sharding.errors import StorageDown, UserError
+from fitv2_scale.parallel.world import World, join
+from tests.support.ranks import run_ranks
+
+
+def fail(world: World, error: Exception, rank: int, together: bool) -> None:
+    """``rank`` raises; the others are in a collective, or do the same."""
+    if world.rank == rank or together:
+        raise error
+    world.all_reduce_sum(torch.ones(1))
+
+
+def outcome(error: Exception, rank: int, together: bool) -> tuple[str, str, str | None]:
+    """Type and text of what this rank raises, and what it prints."""
+    try:
+        with join() as world:
+            world.all_gather(None)  # connected, as in the middle of a run
+            fail(world, error, rank, together)
+    except Exception as raised:
+        said = raised.said_by(int(os.environ["RANK"])) if isinstance(raised, UserError) else None
+        return type(raised).__name__, str(raised), said
+    raise AssertionError("it ended well")
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("error", [UserError("no such file"), StorageDown("no answer")], ids=repr)
+def test_the_others_say_why(rank, error):
+    found = run_ranks(3, outcome, error, rank, False)
+    assert {(kind, text) for kind, text, _ in found} == {(type(error).__name__, str(error))}
+    printed = [said for _, _, said in found]
+    assert printed[rank] == str(error)
+    if rank:
+        assert printed[0].startswith(f"rank {rank} on ") and printed[0].endswith(f": {error}")
+    assert [said for r, said in enumerate(printed) if r not in (0, rank)].count(None) == (1 if rank else 2)
+
+
+def test_a_bug_is_told_too():
+    found = run_ranks(2, outcome, ZeroDivisionError("by zero"), 1, False)
+    assert found == [("ZeroDivisionError", "by zero", None)] * 2
+
+
+def test_of_all_ranks_with_one_sentence_one_prints_it():
+    """Whichever is first; and rank 0 may repeat it."""
+    found = run_ranks(4, outcome, UserError("no such file"), 0, True)
+    printed = [said for _, _, said in found if said is not None]
+    assert printed.count("no such file") == 1 and len(printed) <= 2
+    assert {text for _, text, _ in found} == {"no such file"}
+
+
+def first_alone(error: Exception) -> tuple[bool, str | None]:
+    """What a rank raises and prints of what only the first one does."""
+    with join() as world:
+
+        def act():
+            raise error
+
+        try:
+            world.run_on_rank0(act)
+        except UserError as raised:
+            return raised is error, raised.said_by(world.rank)
+    raise AssertionError("it ended well")
+
+
+def test_what_the_first_rank_does_alone_is_said_by_it():
+    found = run_ranks(2, first_alone, UserError("no such file"))
+    assert found == [(True, "no such file"), (False, None)]
