@@ -2,11 +2,10 @@
 
 import copy
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
@@ -14,46 +13,47 @@ from data_sharding.errors import UserError
 from fitv2_scale.config.schema import Config
 from fitv2_scale.config.section import Section
 from fitv2_scale.config.slurm import SlurmConfig
+from fitv2_scale.config.yaml_text import key_type, parse_mapping, parse_value, read_text
 
 S = TypeVar("S", bound=Section)
+
+_LONGEST_SHOWN = 120  # characters of a wrong value
+# What to give instead, by pydantic's name of the error.
+_INSTEAD = {
+    "int_parsing": "give a whole number, as in 1000 or 1e3",
+    "int_from_float": "give a whole number, as in 1000 or 1e3",
+    "float_parsing": "give a number, as in 0.001 or 1e-3",
+    "model_type": "it is a section, give its keys",
+    "list_type": "give a list, as in [a, b]",
+}
 
 
 class _SlurmAlone(Section):
     slurm: SlurmConfig = SlurmConfig()
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which 5:20 is text; to YAML 1.1 it is a number of base 60."""
-
-    def construct_int_or_text(self, node: yaml.ScalarNode) -> int | str:
-        return node.value if ":" in node.value else self.construct_yaml_int(node)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_int_or_text)
-
-
 def load_config(path: str, overrides: list[str] | None = None) -> Config:
-    """Reads a YAML file and applies ``key.path=value`` overrides, whose values are YAML too.
+    """Reads a YAML file and applies ``key.path=value`` overrides. Text is taken as it is written, whatever YAML would
+    make of it; lists and sections are YAML.
 
     Raises:
-        UserError: no such file, not YAML, an unknown key (with the nearest right one) or a value of the wrong type.
+        UserError: no such file, not YAML, a key given twice, an unknown key (with the nearest right one) or a value of
+            the wrong type.
     """
     try:
-        text = Path(path).read_text()
-    except OSError as error:
+        text = read_text(path)
+    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
         known = ", ".join(sorted(str(p) for p in Path("configs").glob("*.yaml")))
         hint = f"; available: {known}" if known else ""
-        raise UserError(f"cannot read the config {path}: {error.strerror}{hint}") from error
-    tree = _parse_yaml(text, path)
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} must hold a mapping of keys to values")
-    return parse_config(tree, path, overrides)
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"cannot read the config {path!r}: {reason}{hint}") from error
+    return parse_config(parse_mapping(text, path, Config), path, overrides)
 
 
 def load_slurm(overrides: list[str]) -> SlurmConfig:
     """The section ``slurm`` alone, from ``slurm.key=value`` overrides. Raises UserError."""
     tree: dict = {}
-    _override(tree, overrides)
+    _override(tree, overrides, _SlurmAlone)
     try:
         return _SlurmAlone.model_validate(tree).slurm
     except ValidationError as error:
@@ -62,13 +62,15 @@ def load_slurm(overrides: list[str]) -> SlurmConfig:
 
 def parse_config(tree: dict, where: str, overrides: list[str] | None = None) -> Config:
     """Validates plain data, with overrides as for ``load_config``. Raises UserError with one sentence that names the
-    key."""
-    tree = copy.deepcopy(tree)
-    _override(tree, overrides or [])
+    key, and ``where`` unless an override is to blame."""
+    tree, overrides = copy.deepcopy(tree), overrides or []
+    _override(tree, overrides, Config)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{where}: {_sentence(error.errors()[0])}") from None
+        first = error.errors()[0]
+        blamed = "" if _was_overridden(first["loc"], overrides) else f"{where}: "
+        raise UserError(f"{blamed}{_sentence(first)}") from None
 
 
 def with_changes(section: S, changes: dict[str, Any]) -> S:
@@ -93,40 +95,49 @@ def _explain(section: BaseModel, prefix: str) -> Iterator[tuple[str, Any, str]]:
             yield f"{prefix}{name}", value, field.description or ""
 
 
-def _override(tree: dict, overrides: list[str]) -> None:
+def _override(tree: dict, overrides: list[str], section: type[BaseModel]) -> None:
     for override in overrides:
         key, equals, value = override.partition("=")
-        if not equals:
+        path = key.split(".")
+        if not equals or not all(path):
             raise UserError(f"'{override}' is not of the form key=value, as in train.steps=1000")
-        _set(tree, key, _parse_yaml(value, override))
+        _set(tree, path, parse_value(value, key_type(section, path), override))
 
 
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
-
-
-def _set(tree: dict, dotted: str, value: Any) -> None:
-    *parents, leaf = dotted.split(".")
+def _set(tree: dict, path: Sequence[str], value: Any) -> None:
+    *parents, leaf = path
     for parent in parents:
         tree = tree.setdefault(parent, {})
         if not isinstance(tree, dict):
-            raise UserError(f"'{dotted}': {parent} is a value, not a section")
+            raise UserError(f"'{'.'.join(path)}': {parent} is a value, not a section")
     tree[leaf] = value
 
 
+def _was_overridden(path: Sequence[str | int], overrides: list[str]) -> bool:
+    """Whether one of ``overrides`` gave what lies at ``path``, or a part of it."""
+    given = [override.partition("=")[0].split(".") for override in overrides]
+    return any(all(a == b for a, b in zip(key, path, strict=False)) for key in given)
+
+
 def _sentence(error: ErrorDetails) -> str:
-    path = [str(p) for p in error["loc"]]
+    path = [str(part) for part in error["loc"]]
     key = ".".join(path)
     if error["type"] == "extra_forbidden":
         nearest = _nearest(path)
         return f"unknown key {key}" + (f", did you mean {nearest}?" if nearest else "")
+    while path and key_type(Config, path) is Any and not path[-1].isdecimal():
+        path.pop()  # the kind of a union that was tried
+    key = ".".join(path)
     if error["type"] == "missing":
         return f"{key} is missing: give it in the file or as {key}=…"
     message = error["msg"].removeprefix("Value error, ")
-    return f"{key} = {error['input']!r}: {message}" if key else message
+    if error["type"] in _INSTEAD:
+        message = f"{message} ({_INSTEAD[error['type']]})"
+    if not key or isinstance(error["input"], dict):
+        return f"{key}: {message}" if key else message
+    shown = repr(error["input"])
+    cut = "…" if len(shown) > _LONGEST_SHOWN else ""
+    return f"{key} = {shown[:_LONGEST_SHOWN]}{cut}: {message}"
 
 
 def _nearest(path: list[str]) -> str | None:

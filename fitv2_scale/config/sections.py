@@ -40,6 +40,13 @@ class DataConfig(Section):
         description="fraction of images that may be substituted if they cannot be read; 0: none",
     )
 
+    @field_validator("url")
+    @classmethod
+    def _some_dataset(cls, url: str | list[str]) -> str | list[str]:
+        if not url or (isinstance(url, list) and "" in url):
+            raise ValueError("give the folder or URL of a dataset")
+        return url
+
     @property
     def urls(self) -> list[str]:
         return [self.url] if isinstance(self.url, str) else self.url
@@ -80,13 +87,13 @@ class ProfileConfig(Section):
         "", description="a:b profiles rank 0 from step a + 1 to step b, into attempts/<n>/profile; empty: no profile"
     )
 
-    @field_validator("steps", mode="before")
+    @field_validator("steps")
     @classmethod
-    def _steps_are_a_range(cls, steps: object) -> str:
-        first, colon, last = str(steps).partition(":")
-        if steps != "" and not (colon and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+    def _steps_are_a_range(cls, steps: str) -> str:
+        first, colon, last = steps.partition(":")
+        if steps and not (colon and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
             raise ValueError("give a:b with a < b, as in 100:103 for the three steps after step 100")
-        return str(steps)
+        return steps
 
     @property
     def range(self) -> range:
@@ -188,7 +195,7 @@ class OptimizerConfig(Section):
     beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
-    max_norm: float = Field(1.0, gt=0, description="gradients are clipped to this global norm")
+    max_norm: float = Field(1.0, gt=0, description="gradients are clipped to this global norm; 1e9 clips none")
 
     def lr_at(self, step: int) -> float:
         """Learning rate of step ``step``, counted from 0."""

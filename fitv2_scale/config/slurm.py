@@ -68,11 +68,6 @@ class SlurmConfig(Section):
     def walltime_seconds(self) -> float:
         return seconds_of(self.walltime)
 
-    @field_validator("walltime", "memory", mode="before")
-    @classmethod
-    def _may_be_written_as_a_number(cls, value: object) -> object:
-        return str(value) if isinstance(value, int) else value
-
     @field_validator("setup", "extra")
     @classmethod
     def _lines_are_single(cls, lines: list[str]) -> list[str]:
