@@ -9,11 +9,15 @@ from data_sharding.format.manifest import Manifest
 from data_sharding.plan.balance import Cost, Nodes
 from data_sharding.plan.pack_layout import PackShape
 from data_sharding.plan.pack_shapes import shapes_for_plan
-from data_sharding.plan.plan import Cursor, Plan, Segment
+from data_sharding.plan.plan import MAX_WINDOW_STEPS, Cursor, Plan, Segment
 from data_sharding.plan.size_presets import is_preset, open_preset
+from data_sharding.rng import MAX_EPOCH
 from fitv2_scale.config.schema import Config
 
-_WEIGHT_UNIT = 1_000_000  # weights are fractions in millionths: the plan is integer arithmetic
+# Weights are whole numbers of a unit: the plan is integer arithmetic. The second one is for datasets of which the
+# first would make nothing.
+_WEIGHT_UNITS = (1_000_000, 1_000_000_000_000)
+_AHEAD = 5 * MAX_WINDOW_STEPS  # steps beyond the last that may be planned: whole windows, some to choose shapes from
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Data:
         for manifest in manifests:
             _check(manifest, manifests[0], config)
         plan = Plan(manifests, config.seed, config.data.views, [_segment(config, manifests)])
+        _check_epochs(plan, config, 0, [0] * len(manifests))
         cost = Cost.transformer(config.model.hidden)
         if _fits_a_node(manifests, config):
             nodes = (sum(nodes),)  # each node caches all of it: only balance matters
@@ -52,6 +57,7 @@ class Data:
             )
         wanted = self.plan.schedule[0]
         plan = self.plan.continued(cursor, step, wanted)
+        _check_epochs(plan, config, step, cursor.images)
         notes, last = [], plan.schedule[-1]
         if last.start >= step and len(plan.schedule) > 1:
             notes = [f"from step {last.start}, the next window boundary: {last.images} images per step"]
@@ -88,6 +94,35 @@ def _fits_a_node(manifests: list[Manifest], config: Config) -> bool:
 
 
 def _segment(config: Config, manifests: list[Manifest]) -> Segment:
-    weights = config.data.weights or [len(m.sample_id) for m in manifests]
+    """Raises UserError for weights that do not suit the datasets."""
+    given = config.data.weights
+    if given is not None and (len(given) != len(manifests) or min(given) < 0 or not any(given)):
+        raise UserError(
+            f"data.weights are {given}: give one for each of the {len(manifests)} datasets, none below 0 and not all 0"
+        )
+    weights = given or [len(m.sample_id) for m in manifests]
     total = sum(weights) or 1
-    return Segment(0, config.batch.images, tuple(round(weight / total * _WEIGHT_UNIT) for weight in weights))
+    lost = 0
+    for unit in _WEIGHT_UNITS:
+        shares = tuple(round(weight / total * unit) for weight in weights)
+        if all(share > 0 for weight, share in zip(weights, shares, strict=True) if weight):
+            return Segment(0, config.batch.images, shares)
+        lost = next(i for i, weight in enumerate(weights) if weight and not shares[i])
+    raise UserError(
+        f"data.weights give {config.data.urls[lost]} less than one image of {_WEIGHT_UNITS[-1]:,}, so it is never "
+        "read: raise its weight, or leave it out"
+    )
+
+
+def _check_epochs(plan: Plan, config: Config, done: int, taken: list[int]) -> None:
+    """Raises UserError if the steps from ``done`` on, at which the datasets have given ``taken`` images, need an epoch
+    that has no random numbers of its own."""
+    segment = plan.schedule[-1]
+    left = (config.train.steps - done + _AHEAD) * segment.images
+    for manifest, samples, weight, before in zip(plan.manifests, plan.samples, segment.weights, taken, strict=True):
+        if before + left * weight // sum(segment.weights) >= MAX_EPOCH * samples > 0:
+            raise UserError(
+                f"train.steps={config.train.steps} with {segment.images} images a step are more than {MAX_EPOCH:,} "
+                f"epochs of the {samples} images of {manifest.url}, for which there are no random numbers: lower "
+                "train.steps or batch.images, give that dataset a lower weight, or write it with more images"
+            )

@@ -3,12 +3,17 @@
 import json
 import shutil
 from collections import Counter
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from data_sharding.errors import UserError
-from fitv2_scale.data import Data
+from data_sharding.plan.plan import Cursor
+from fitv2_scale.data import Data, _segment
+from fitv2_scale.planning.forecast.assumptions import Assumptions
+from fitv2_scale.planning.forecast.plan_report import forecast
 from fitv2_scale.train.loop import DONE, train
 from tests.support.ranks import run_ranks
 from tests.support.run_history import losses, trained
@@ -52,3 +57,67 @@ def test_latents_of_two_codecs_are_not_mixed(tiny, dataset, tmp_path):
     for urls in ([dataset, str(other)], [str(other), dataset]):
         with pytest.raises(UserError, match="were written with different codecs: write one of them again"):
             Data.open(tiny(data__url=urls), (1,))
+
+
+def segment(images: list[int], weights: list[float] | None = None) -> tuple[int, ...]:
+    config = SimpleNamespace(
+        data=SimpleNamespace(weights=weights, urls=["big", "small"]), batch=SimpleNamespace(images=9)
+    )
+    return _segment(config, [SimpleNamespace(sample_id=range(count)) for count in images]).weights
+
+
+@pytest.mark.parametrize(
+    "images,weights,shares",
+    [
+        ([100_000_000, 40], None, (999_999_600_000, 400_000)),  # 40 of 100,000,040, in units of 1e-12
+        ([10, 10], [3_000_000.0, 1.0], (999_999_666_667, 333_333)),
+        ([10, 10], [2_000_001.0, 1.0], (999_999_500_000, 500_000)),
+        ([10, 10], [1_999_998.0, 1.0], (999_999, 1)),  # rounds to a millionth: as it always was
+        ([10, 10], [1.0, 3.0], (250_000, 750_000)),
+        ([10, 30], None, (250_000, 750_000)),
+        ([10, 30], [1.0, 0.0], (1_000_000, 0)),  # nothing is asked for
+        ([10, 0], None, (1_000_000, 0)),
+    ],
+)
+def test_no_share_rounds_to_nothing(images, weights, shares):
+    assert segment(images, weights) == shares
+
+
+@pytest.mark.parametrize(
+    "weights,said",
+    [
+        ([1.0, 1e-13], "data.weights give small less than one image of 1,000,000,000,000, so it is never read"),
+        ([1e308, 1e308], "so it is never read"),  # their sum is infinite
+        ([-1.0, -1.0], r"data.weights are \[-1.0, -1.0\]: give one for each of the 2 datasets, none below 0"),
+        ([1.0], "give one for each of the 2 datasets"),
+        ([0.0, 0.0], "not all 0"),
+        ([], "give one for each"),
+    ],
+)
+def test_weights_that_mean_nothing_are_refused(weights, said):
+    with pytest.raises(UserError, match=said):
+        segment([10, 10], weights)
+
+
+def test_more_epochs_than_random_numbers_are_refused_at_the_start(tiny, dataset, capfd):
+    """An epoch is 20 steps, and there are 2**24 epochs."""
+    last = 20 * (1 << 24)
+    said = f"train.steps={last} with 12 images a step are more than 16,777,216 epochs of the 240 images of {dataset}"
+    with pytest.raises(UserError, match=said):
+        Data.open(tiny(train__steps=last), (1,))
+    data = Data.open(tiny(train__steps=last - 2000), (1,))
+    assert data.plan.step(last - 2000).epoch.max() == (1 << 24) - 100  # 2,000 steps are 100 epochs before the end
+    config = tiny(train__steps=last)
+    with pytest.raises(UserError, match="train.steps=6 with 12 images"):  # what was trained before counts
+        data.continued(Cursor(data.plan.hash, 0, [[0, 12, [1_000_000]]], [0], 0, [240 * (1 << 24)]), 1, tiny())
+    for command in (train, partial(forecast, nodes=1, gpus_per_node=1, assumptions=Assumptions())):
+        with pytest.raises(UserError, match=said):
+            command(config)
+    assert not Path(config.run).exists()
+
+
+def test_a_small_dataset_with_a_large_weight_runs_out_of_epochs_first(tiny, dataset):
+    changes = {"data__url": [dataset, dataset], "data__weights": [1.0, 3.0]}
+    with pytest.raises(UserError, match="more than 16,777,216 epochs of the 240 images"):
+        Data.open(tiny(train__steps=27 * (1 << 24), **changes), (1,))  # 80 / 3 steps are an epoch of the second
+    assert Data.open(tiny(train__steps=26 * (1 << 24), **changes), (1,))
