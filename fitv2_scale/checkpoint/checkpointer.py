@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import cached_property
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -28,6 +29,7 @@ from fitv2_scale.checkpoint.commit import (
     quick_check,
     write_commit,
 )
+from fitv2_scale.checkpoint.copies import require_equal_copies
 from fitv2_scale.checkpoint.policy import to_retire
 from fitv2_scale.checkpoint.staging import Staging
 from fitv2_scale.config.sections import CheckpointConfig
@@ -90,7 +92,9 @@ class Checkpointer:
         header["accounting"] = accounting or {}
         self._staging.mark(self._live)
         began = time.monotonic()
-        self._saving = _in_background(lambda: self._save(step, folder, header, before_commit, began))
+        self._saving = _in_background(
+            lambda: self._save(step, folder, header, before_commit, began), self._writers.device
+        )
         self.newest = step
 
     @cached_property
@@ -110,7 +114,8 @@ class Checkpointer:
     def finish_save(self) -> str | None:
         """Waits for the save in flight, if there is one. Returns None, or why the storage refused it.
 
-        Raises StaleAttempt on all ranks if a newer attempt took over.
+        Raises on all ranks StaleAttempt if a newer attempt took over, and CopiesDiffer if the copies of the state are
+        not equal.
         """
         if self._saving is None:
             return None
@@ -146,9 +151,15 @@ class Checkpointer:
 
     def _save(self, step: int, folder: str, header: dict, before_commit: Callable[[], None], began: float) -> None:
         self._staging.copy()
-        ranks = self._writers
+        ranks, run, copy = self._writers, self._attempt.run, self._engine.copy
+        scalars = {"step": step, "cursor": header["cursor"], **header["scalars"]}
+        require_equal_copies(self._staging.tensors, scalars, copy, ranks)
+        written = {
+            name: logical if copy.writes(name) else LogicalTensor(logical.shape, [])
+            for name, logical in self._staging.tensors.items()
+        }
         try:
-            writer = write_commit(self._attempt.run, folder, ranks.rank, header, self._staging.tensors, ranks.cpu_group)
+            writer = write_commit(run, folder, ranks.rank, header, written, ranks.cpu_group)
         except CheckpointException as error:
             ranks.run_on_rank0(lambda: self._discard(folder))
             raise cause_of(error) from error
@@ -192,12 +203,14 @@ class Checkpointer:
             run.store.delete_tree(entry.fields["path"])
 
 
-def _in_background(work: Callable[[], None]) -> Future[None]:
+def _in_background(work: Callable[[], None], device: torch.device) -> Future[None]:
     """Does ``work`` in a thread that does not keep the process alive."""
     future: Future[None] = Future()
 
     def act() -> None:
         try:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)  # a new thread's is GPU 0: every rank would take memory there
             future.set_result(work())
         except BaseException as error:
             future.set_exception(error)

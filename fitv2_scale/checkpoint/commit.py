@@ -9,6 +9,7 @@ damaged commits are not used.
 import hashlib
 import json
 import logging
+from itertools import groupby
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -20,6 +21,7 @@ from fitv2_scale.checkpoint.checksums import CHUNK, ChunkReader, Damaged
 from fitv2_scale.checkpoint.dcp_storage import FORMAT, MANIFEST, CommitReader, CommitWriter
 from fitv2_scale.checkpoint.dcp_tensor import DcpTensor
 from fitv2_scale.parallel.boxes import LogicalTensor
+from fitv2_scale.parallel.world import World
 from fitv2_scale.run.log import LogEntry
 from fitv2_scale.run.run import Run
 
@@ -43,8 +45,8 @@ def attempt_of(folder: str) -> int | None:
 def write_commit(
     run: Run, folder: str, rank: int, header: dict, tensors: dict[str, LogicalTensor], group: Any
 ) -> CommitWriter:
-    """Writes data and manifest of a commit, all ranks of ``group`` together. Raises CheckpointException (see
-    ``cause_of``)."""
+    """Writes data and manifest of a commit, all ranks of ``group`` together: their boxes of ``tensors``, which each
+    rank names alike. Raises CheckpointException (see ``cause_of``)."""
     moments = sorted({name.split("/", 1)[1] for name in tensors if name.startswith(MOMENTS)})
     writer = CommitWriter(run.store, folder, rank, header | {"moments": moments})
     state = {name: DcpTensor(logical) for name, logical in tensors.items()}
@@ -89,21 +91,33 @@ def read_manifest(run: Run, entry: LogEntry) -> dict:
     return manifest
 
 
-def verify_commit(run: Run, entry: LogEntry) -> list[str]:
-    """All problems of a commit, a sentence each. Reads all of it."""
+def verify_commit(run: Run, entry: LogEntry, reader: int = 0, readers: int = 1) -> list[str]:
+    """All problems of a commit, a sentence each. Reads all of it; of several ``readers``, each one a part."""
     try:
         manifest = read_manifest(run, entry)
     except Damaged as error:
         return [str(error)]
-    reader, problems = ChunkReader(run.store, entry.fields["path"], manifest["files"]), []
-    for file, recorded in sorted(manifest["files"].items()):
+    chunks, problems = ChunkReader(run.store, entry.fields["path"], manifest["files"]), []
+    parts = [(file, n) for file, f in sorted(manifest["files"].items()) for n in range(-(-f["bytes"] // CHUNK))]
+    for file, own in groupby(parts[reader::readers], key=lambda part: part[0]):
         try:
-            reader.check_size(file)
-            for index in range(-(-recorded["bytes"] // CHUNK)):
-                reader.chunk(file, index)
+            chunks.check_size(file)
+            for _, index in own:
+                chunks.chunk(file, index)
         except Damaged as error:
             problems.append(str(error))
     return problems
+
+
+def verify_together(run: Run, entry: LogEntry, world: World) -> list[str]:
+    """As ``verify_commit``, on all ranks of ``world`` together: the same problems, or what any of them met."""
+    mine, failure = list[str](), None
+    try:
+        mine = verify_commit(run, entry, world.rank, world.size)
+    except Exception as error:
+        failure = error
+    world.raise_shared(failure)
+    return sorted({problem for problems in world.all_gather(mine) for problem in problems})
 
 
 def quarantined(run: Run) -> set[int]:

@@ -5,10 +5,12 @@ Walks the run's log backwards. A damaged commit is reported and quarantined with
 
 from dataclasses import dataclass
 
+import torch
+
 from data_sharding.errors import UserError
 from data_sharding.plan.plan import Cursor
 from fitv2_scale.checkpoint.checksums import Damaged
-from fitv2_scale.checkpoint.commit import MOMENTS, open_commit, quarantine, read_tensors
+from fitv2_scale.checkpoint.commit import MOMENTS, open_commit, quarantine, read_tensors, verify_together
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.world import World
 from fitv2_scale.run.log import LogEntry
@@ -45,6 +47,19 @@ def restore(engine: Engine, run: Run, world: World, step: int | None = None) -> 
     return None
 
 
+def has_committed(run: Run, step: int, world: World) -> bool:
+    """Whether the newest intact commit of ``run`` is at ``step`` or later: whoever asks will not restore it, so all of
+    it is read here. A collective; damaged commits are quarantined as in ``restore``."""
+    for entry in reversed(world.run_on_rank0(run.log.commits)):
+        if entry.fields["step"] < step:
+            break
+        problem = "; ".join(verify_together(run, entry, world))
+        if not problem:
+            return True
+        world.run_on_rank0(lambda e=entry, p=problem: quarantine(run, e, p))
+    return False
+
+
 def _fill(engine: Engine, run: Run, entry: LogEntry, manifest: dict, world: World) -> str | None:
     """Reads the commit into ``engine``; returns what is wrong with it, the same on all ranks."""
     tensors, stored = engine.boxes(), manifest["tensors"].keys()
@@ -59,5 +74,17 @@ def _fill(engine: Engine, run: Run, entry: LogEntry, manifest: dict, world: Worl
         return str(error)
     if manifest["moments"]:
         engine.load_scalars(manifest["scalars"])
+    else:
+        _reset_optimizer(engine)
     engine.loaded()
     return None
+
+
+@torch.no_grad()
+def _reset_optimizer(engine: Engine) -> None:
+    """As before the first step: a damaged commit, of which some ranks have read their parts, may have left its own."""
+    for name, logical in engine.boxes().items():
+        if name.startswith(MOMENTS):
+            for box in logical.boxes:
+                box.tensor.zero_()
+    engine.load_scalars(dict.fromkeys(engine.scalars(), 0.0))

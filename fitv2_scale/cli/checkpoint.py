@@ -42,14 +42,22 @@ def checkpoint_list(args: argparse.Namespace) -> int:
 
 
 def checkpoint_verify(args: argparse.Namespace) -> int:
-    from fitv2_scale.checkpoint.commit import verify_commit
+    from fitv2_scale.checkpoint.commit import quarantine, verify_commit
     from fitv2_scale.run.run import Run
 
-    run = Run.open(args.run)
-    report = [{"step": entry.fields["step"], "problems": verify_commit(run, entry)} for entry in run.log.commits()]
+    run, report = Run.open(args.run), []
+    for entry in run.log.commits():
+        problems = verify_commit(run, entry)
+        if problems:
+            quarantine(run, entry, "; ".join(problems))  # so that it does not count as one of those to keep
+        report.append({"step": entry.fields["step"], "problems": problems})
     show(args, report, "\n".join(f"step {c['step']:>8}  {'; '.join(c['problems']) or 'whole'}" for c in report))
     if bad := [str(c["step"]) for c in report if c["problems"]]:
-        raise UserError(f"{args.run}: the commits at step {', '.join(bad)} are not whole; training skips them")
+        whole = [c["step"] for c in report if not c["problems"]]
+        then = (
+            f"the next attempt continues from step {whole[-1]}" if whole else "restore their files, or start a new run"
+        )
+        raise UserError(f"{args.run}: the commits at step {', '.join(bad)} are not whole; {then}")
     return 0
 
 

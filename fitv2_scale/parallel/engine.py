@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from fitv2_scale.parallel.boxes import LogicalTensor
+from fitv2_scale.parallel.state_copy import StateCopy
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,13 @@ class Engine(Protocol):
         From the first step on they stay in the same memory: the boxes of an earlier call remain valid.
         """
 
+    @property
+    def copy(self) -> StateCopy:
+        """Which ranks hold the same boxes as this one."""
+        ...
+
     def scalars(self) -> dict[str, float]:
-        """State other than tensors, the same on all ranks."""
+        """State other than tensors, the same on all ranks; NaN if what is to be one value is several."""
 
     def load_scalars(self, scalars: dict[str, float]) -> None: ...
 

@@ -22,7 +22,7 @@ from fitv2_scale.parallel.ema import exchanged
 from fitv2_scale.parallel.engine import StepResult
 from fitv2_scale.parallel.engine_spec import EngineSpec
 from fitv2_scale.parallel.mesh import Groups
-from fitv2_scale.parallel.optimizer import AdamW, global_norm, step_result, update_ema
+from fitv2_scale.parallel.optimizer import AdamW, global_norm, single_value, step_result, update_ema
 from fitv2_scale.parallel.tensor import broadcast_in_group, tensor_linear
 from fitv2_scale.parallel.tensor_pieces import is_replicated, local_pieces
 
@@ -32,7 +32,7 @@ class FSDPEngine:
         network = spec.network(tensor_linear(groups.tensor))
         self._root = _shard(network, groups, spec.precision)
         network.to_empty(device=groups.device_type)
-        self.network, self._ema_decay, self._groups = network, spec.ema_decay, groups
+        self.network, self._ema_decay, self._groups, self.copy = network, spec.ema_decay, groups, groups.copy
         self._params = cast(dict[str, DTensor], dict(network.named_parameters()))
         self._shapes = logical_shapes(spec.model)
         with torch.no_grad():
@@ -85,7 +85,7 @@ class FSDPEngine:
         return rows_boxes(local_pieces(name, shape, self._groups.tensor), shape, local, offset[0])
 
     def scalars(self) -> dict[str, float]:
-        return {"optimizer_step": self._adamw.steps[0].item()}
+        return {"optimizer_step": single_value(self._adamw.steps)}
 
     def load_scalars(self, scalars: dict[str, float]) -> None:
         self._adamw.steps.fill_(scalars["optimizer_step"])

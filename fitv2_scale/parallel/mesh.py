@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fitv2_scale.config.layout import Layout
+from fitv2_scale.parallel.state_copy import StateCopy
 from fitv2_scale.parallel.tensor_pieces import TensorGroup
 from fitv2_scale.parallel.world import own_group
 
@@ -21,6 +22,7 @@ class Groups:
     tensor: TensorGroup
     data_rank: int
     data_size: int
+    copy: StateCopy
 
 
 def make_groups(layout: Layout, device_type: str) -> Groups:
@@ -44,4 +46,5 @@ def make_groups(layout: Layout, device_type: str) -> Groups:
         tensor=tensor,
         data_rank=layout.data_rank(rank),
         data_size=layout.data_parallel,
+        copy=StateCopy.of(layout, rank),
     )

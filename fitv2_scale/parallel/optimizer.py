@@ -4,6 +4,7 @@ Whether a step is skipped is a tensor that the kernels read, never a branch of t
 tensors here are local float32 tensors on one device; they may be empty.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -78,6 +79,12 @@ class AdamW:
             eps=config.eps,
             weight_decay=config.weight_decay,
         )
+
+
+def single_value(values: Tensor) -> float:
+    """The value of all elements, NaN if they differ. Waits for the device."""
+    low, high = torch.stack(values.aminmax()).tolist()
+    return low if low == high else math.nan
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from fitv2_scale.parallel.ema import exchanged
 from fitv2_scale.parallel.engine import StepResult
 from fitv2_scale.parallel.engine_spec import EngineSpec
 from fitv2_scale.parallel.mesh import Groups
+from fitv2_scale.parallel.optimizer import single_value
 from fitv2_scale.parallel.tensor import broadcast_in_group, tensor_linear
 from fitv2_scale.parallel.tensor_pieces import is_replicated, local_pieces
 
@@ -50,6 +51,7 @@ class Zero3Engine:
             setattr(param, SPLIT, not is_replicated(name))  # DeepSpeed counts replicated ones once in the norm
         self.network, self._zero = partition(network, spec.optimizer, groups, spec.precision)
         self._groups, self._ema_decay, self._shapes = groups, spec.ema_decay, logical_shapes(spec.model)
+        self.copy = groups.copy
         self._masters = [m.detach() for m in self._zero.fp32_partitioned_groups_flat]
         self._ema = [torch.zeros_like(m) for m in self._masters]
         self._shards = {name: self._shard(cast(_ZeroParameter, p)) for name, p in network.named_parameters()}
@@ -117,7 +119,7 @@ class Zero3Engine:
         return [state["step"] for state in self._zero.optimizer.state.values()]
 
     def scalars(self) -> dict[str, float]:
-        return {"optimizer_step": self._steps()[0].item()}
+        return {"optimizer_step": single_value(torch.stack(self._steps()))}
 
     def load_scalars(self, scalars: dict[str, float]) -> None:
         for step in self._steps():

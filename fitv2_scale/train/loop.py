@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from data_sharding.errors import StorageDown, UserError
 from data_sharding.standard_streams import dropping
+from fitv2_scale.checkpoint.copies import CopiesDiffer
 from fitv2_scale.config.schema import Config
 from fitv2_scale.parallel.agreement import read_alike
 from fitv2_scale.parallel.rank_facts import read_data
@@ -35,7 +36,7 @@ def train(config: Config, fork_from: str | None = None) -> int:
     with dropping(), StopSignal().caught() as stop, join() as world:
         try:
             fork = read_alike(world, lambda: read_request(config, fork_from))
-            if world.run_on_rank0(lambda: is_complete(config)):
+            if is_complete(config, world):
                 steps = config.train.steps
                 _say(world.is_first, f"{config.run} has done its {steps} steps; raise train.steps to continue")
                 return DONE
@@ -157,8 +158,8 @@ def _recorded(attempt: Attempt, world: World) -> Generator[_End]:
         elif isinstance(error, UserError):
             end(BAD_INPUT, reason)
             raise error from error.__cause__
-        elif isinstance(error, StaleAttempt):
-            end(GIVE_UP, reason)
+        elif isinstance(error, StaleAttempt | CopiesDiffer):
+            end(GIVE_UP if isinstance(error, StaleAttempt) else RETRY, reason)
             _say(world.is_first, reason)
         else:
             end(BUG, repr(error))

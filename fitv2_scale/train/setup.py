@@ -11,7 +11,7 @@ from data_sharding.storage.open_store import open_store
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
 from fitv2_scale.checkpoint.init_from import WeightsSource, load_initial_weights
 from fitv2_scale.checkpoint.policy import SaveSchedule
-from fitv2_scale.checkpoint.restore import Restored, restore
+from fitv2_scale.checkpoint.restore import Restored, has_committed, restore
 from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
@@ -49,12 +49,11 @@ def read_request(config: Config, fork_from: str | None) -> tuple[Fork | None, Fa
     return fork, facts | config_facts(config) | software_facts()
 
 
-def is_complete(config: Config) -> bool:
-    """True if the run exists and has committed all of its steps."""
-    if not open_store(config.run).exists("run.json"):
+def is_complete(config: Config, world: World) -> bool:
+    """Whether the run exists and has committed all of its steps, in a commit that is whole. A collective."""
+    if not world.run_on_rank0(lambda: open_store(config.run).exists("run.json")):
         return False
-    commits = Run.open(config.run).log.commits()
-    return bool(commits) and commits[-1].fields["step"] >= config.train.steps
+    return has_committed(Run.open(config.run), config.train.steps, world)
 
 
 def claim(config: Config, plan: Plan, fork: Fork | None, world: World) -> Attempt:

@@ -17,6 +17,7 @@ from fitv2_scale.checkpoint.commit import verify_commit
 from fitv2_scale.checkpoint.restore import restore
 from fitv2_scale.config.sections import CheckpointConfig
 from fitv2_scale.parallel.boxes import Box, LogicalTensor
+from fitv2_scale.parallel.state_copy import StateCopy
 from fitv2_scale.parallel.world import World, join
 from fitv2_scale.run.log import RunLog
 from fitv2_scale.run.run import Attempt, Run
@@ -30,6 +31,7 @@ class State:
     def __init__(self, step: int, world: World, rows: int = 50) -> None:
         self.shapes = {"param/w": (rows, 1200), "param/b": (7,), "exp_avg/b": (7,), "exp_avg_sq/b": (7,), "ema/b": (7,)}
         self.step = step
+        self.copy = StateCopy(shard=world.rank)
         self._world = world
         self.tensors = {name: self._mine(tensor).clone() for name, tensor in self.expected(step).items()}
 

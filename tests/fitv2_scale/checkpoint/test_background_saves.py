@@ -8,13 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 import fitv2_scale.train.loop as module
 from fitv2_scale.checkpoint import checkpointer
 from fitv2_scale.checkpoint.dcp_storage import CommitWriter
 from fitv2_scale.checkpoint.staging import Staging
-from fitv2_scale.parallel.boxes import Box, LogicalTensor
 from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
 from fitv2_scale.tracking import journal as journal_module
@@ -212,55 +210,6 @@ def test_what_is_in_flight_when_training_fails_is_committed(tiny):
     with pytest.raises(RuntimeError, match="planned"):
         run_ranks(2, train_into_a_bug, config)
     assert steps_of(config) == [3]
-
-
-def state(device: str = "cpu") -> tuple[list[torch.Tensor], dict[str, LogicalTensor]]:
-    """Two tensors, of which the second is held as two boxes, one of them strided."""
-    a, b = torch.randn(5, 7, device=device), torch.randn(4, 6, device=device)
-    boxes = [Box((0, 0), b[:, :2]), Box((0, 2), b[:, 2:])]
-    return [a, b], {"a": LogicalTensor((5, 7), [Box((0, 0), a)]), "b": LogicalTensor((4, 6), boxes), "none": empty()}
-
-
-def empty() -> LogicalTensor:
-    return LogicalTensor((3,), [])
-
-
-GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
-def test_the_copy_is_of_the_moment_that_was_marked(device):
-    """In the same memory each time; what is computed before counts, what comes after ``wait`` does not."""
-    tensors, live = state(device)
-    staging = Staging(live)
-    memory = [box.tensor.data_ptr() for t in staging.tensors.values() for box in t.boxes]
-    staging.wait()  # there is nothing to wait for
-    for _ in range(3):
-        for tensor in tensors:
-            for _ in range(50):
-                tensor.add_(1)
-        staging.mark(live)
-        copying = threading.Thread(target=slow(staging.copy, 0.05))
-        copying.start()
-        staging.wait()
-        expected = [tensor.cpu().clone() for tensor in tensors]
-        for tensor in tensors:
-            tensor.zero_()
-        copying.join()
-        (a,), (left, right) = ([box.tensor for box in staging.tensors[name].boxes] for name in "ab")
-        assert torch.equal(a, expected[0]) and torch.equal(torch.cat([left, right], 1), expected[1])
-    assert memory == [box.tensor.data_ptr() for t in staging.tensors.values() for box in t.boxes]
-    assert staging.bytes == 4 * (5 * 7 + 4 * 6) and staging.tensors["none"] == empty()
-
-
-def test_a_copy_that_fails_holds_up_nobody():
-    tensors, live = state()
-    staging = Staging(live)
-    staging.mark(live)
-    staging._live = [*staging._live[:-1], torch.zeros(1, 99)]
-    with pytest.raises(RuntimeError):
-        staging.copy()
-    staging.wait()
 
 
 def test_a_journal_that_is_sealed_while_it_is_written_loses_nothing(tmp_path, monkeypatch):

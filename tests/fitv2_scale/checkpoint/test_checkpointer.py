@@ -126,6 +126,21 @@ def test_a_damaged_commit_is_passed_over(tiny, damage):
     assert commit_bytes(config.run) == commit_bytes(whole.run) != undisturbed
 
 
+def test_a_finished_run_whose_last_commit_is_damaged_trains_it_again(tiny):
+    """The same command as before repairs it, bit for bit; a run that is whole has nothing to do, on any processes."""
+    config = tiny(train__steps=6, checkpoint__every_steps=4)
+    assert run_ranks(2, train, config) == [0, 0]
+    undisturbed, file = commit_bytes(config.run), newest_commit(config.run) / "rank-00001.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    assert run_ranks(2, train, config) == [0, 0]
+    assert [(e.fields["step"], e.attempt) for e in Run.open(config.run).log.commits()] == [(4, 1), (6, 1), (6, 2)]
+    assert commit_bytes(config.run) == undisturbed
+    assert run_ranks(3, train, config) == [0, 0, 0]
+    assert Run.open(config.run).log.entries()[-1].attempt == 2  # nothing was claimed
+
+
 def test_when_all_commits_are_damaged_training_stops_with_a_sentence(tiny):
     config = tiny(train__steps=5)
     assert run_ranks(2, train, config) == [0, 0]

@@ -10,14 +10,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from data_sharding.errors import UserError
+from fitv2_scale.checkpoint.restore import restore
 from fitv2_scale.checkpoint.weights import export_weights, import_weights
 from fitv2_scale.cli.__main__ import main
+from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.load import load_config
 from fitv2_scale.config.schema import Config
 from fitv2_scale.model.counts import logical_shapes
+from fitv2_scale.parallel.build import make_engine
+from fitv2_scale.parallel.world import join
 from fitv2_scale.run.run import Run
 from fitv2_scale.train.loop import train
-from tests.support.commits import read_tensors
+from tests.support.commits import commit_bytes, newest_commit, read_tensors
 from tests.support.hostile_pickle import Touch
 from tests.support.memory import peak_growth
 from tests.support.ranks import run_ranks
@@ -54,6 +58,31 @@ def test_training_continues_from_imported_weights(tiny, tmp_path):
         moved = (found[f"param/{name}"] - value).abs().max()
         assert moved < 3e-3, name  # three warm-up steps at lr <= 3e-4
     assert Run.open(config.run).log.commits()[-1].fields["step"] == 3
+
+
+def test_nothing_of_a_damaged_commit_remains_beside_imported_weights(tiny, tmp_path):
+    """One bit of rank 1's file flips: rank 0 has read its own moments before all fall back to the weights."""
+    config, file = tiny(train__steps=5), str(tmp_path / "weights.safetensors")
+    save_file(public(config), file)
+    import_weights(file, config.run, config)
+    assert run_ranks(2, train, config) == [0, 0]
+    undisturbed, damaged = commit_bytes(config.run), newest_commit(config.run) / "rank-00001.safetensors"
+    data = bytearray(damaged.read_bytes())
+    data[-5] ^= 1
+    damaged.write_bytes(data)
+    assert run_ranks(2, restored_state, config) == [(0, 0.0, 0.0)] * 2
+    assert run_ranks(2, train, config) == [0, 0]
+    assert commit_bytes(config.run) == undisturbed and newest_commit(config.run).name == "00000005.0003"
+
+
+def restored_state(config) -> tuple[int, float, float]:
+    """(step, sum of all moments, AdamW's count of steps) of what an attempt starts from."""
+    with join() as world:
+        engine = make_engine(config, Layout.of(world.size, 1), world)
+        restored = restore(engine, Run.open(config.run), world)
+        assert restored is not None and "step 5 is damaged" in restored.quarantined[0]
+        moments = [b.tensor for n, t in engine.boxes().items() if n.startswith("exp_avg") for b in t.boxes]
+        return restored.step, sum(float(m.abs().sum()) for m in moments), engine.scalars()["optimizer_step"]
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,11 @@ def test_verify_says_what_is_damaged_and_fails(run, capfd):
     whole, damaged = json.loads(out)
     assert whole == {"step": 1, "problems": []} and damaged["step"] == 2
     assert "rank-00000.safetensors has 0 bytes" in damaged["problems"][0]
-    assert "the commits at step 2 are not whole; training skips them" in err
+    assert "the commits at step 2 are not whole; the next attempt continues from step 1" in err
+    (record,) = (json.loads(path.read_text()) for path in (run / "quarantine").iterdir())
+    assert record["path"] == "steps/00000002.0001" and record["problem"] == damaged["problems"][0]
+    (run / "steps/00000001.0001/manifest.json").unlink()
+    assert "at step 1, 2 are not whole; restore their files, or start" in refused(capfd, "verify", str(run))[1]
 
 
 @pytest.mark.parametrize("kind", ["param", "ema"])
