@@ -81,6 +81,18 @@ def writers(cores: int) -> int:
     return min(cores, 8 * gpus) if gpus else cores
 
 
+def own_device() -> torch.device:
+    """The GPU of this process, or the CPU if there is none. That of a rank which has joined the others is its current
+    device; before, and for a writer, it goes by the number of the process on its node."""
+    gpus = torch.cuda.device_count()
+    if not gpus:
+        return torch.device("cpu")
+    if torch.cuda.is_initialized():
+        return torch.device("cuda", torch.cuda.current_device())
+    local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))
+    return torch.device("cuda", (int(local) + int(os.environ.get(WORKER, 0))) % gpus)
+
+
 class SdVae:
     """Encodes to the posterior's mean, or a sample with noise keyed by image id, times ``scale``."""
 
@@ -90,8 +102,7 @@ class SdVae:
     batch_pixels = 1 << 21  # 32 pictures of 256 pixels squared, 8 of 512: activations of a few GB
 
     def __init__(self, vae, latent: Latent):
-        gpus = torch.cuda.device_count()
-        self._device = torch.device("cuda", int(os.environ.get(WORKER, 0)) % gpus) if gpus else torch.device("cpu")
+        self._device = own_device()
         self._vae = vae.requires_grad_(False).eval().to(self._device)
         self._latent = latent
         self.scale = float(vae.config.scaling_factor)

@@ -37,7 +37,7 @@ class Staging:
         device = next((t.device for t in boxes), self._buffer.device)
         if device.type == "cuda":
             _pin(self._buffer)
-            weakref.finalize(self, _unpin, self._buffer)
+            weakref.finalize(self, _unpin, self._buffer, device)
             self._stream = torch.cuda.Stream(device)
             self._copied = torch.cuda.Event(blocking=True)  # sleeps: others need the core
 
@@ -83,9 +83,11 @@ def _pin(buffer: Tensor) -> None:
         torch.cuda.check_error(int(_cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)))
 
 
-def _unpin(buffer: Tensor) -> None:
+def _unpin(buffer: Tensor, device: torch.device) -> None:
+    """``device`` is the rank's: this may be called in any thread, whose current device is GPU 0."""
     if buffer.nbytes:
-        _cudart().cudaHostUnregister(buffer.data_ptr())
+        with torch.cuda.device(device):
+            _cudart().cudaHostUnregister(buffer.data_ptr())
 
 
 def _cudart():

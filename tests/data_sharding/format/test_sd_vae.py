@@ -127,6 +127,33 @@ def test_unusable_folders_are_one_sentence_each(tmp_path, vae_folder, monkeypatc
         get_codec("sd-vae", vae_folder)
 
 
+@pytest.mark.parametrize(
+    "environment,current,expected",
+    [
+        ({"LOCAL_RANK": "3"}, None, 3),  # as torchrun sets it
+        ({"LOCAL_RANK": "0"}, 5, 5),  # joined: whatever chose the device of the rank
+        ({"FITV2_WORKER": "11"}, None, 3),  # of a pool of writers
+        ({"FITV2_WORKER": "2", "SLURM_LOCALID": "1"}, None, 3),
+        ({}, None, 0),
+    ],
+)
+def test_the_vae_is_on_the_gpu_of_its_process(vae_folder, monkeypatch, environment, current, expected):
+    """Of eight GPUs, which are not there."""
+    for name in ("LOCAL_RANK", "SLURM_LOCALID", "FITV2_WORKER"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: current is not None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    asked = []
+    monkeypatch.setattr(diffusers.AutoencoderKL, "to", lambda self, device: asked.append(device) or self)
+    load_vae.cache_clear()
+    load_vae(vae_folder, "mean")
+    load_vae.cache_clear()
+    assert asked == [torch.device("cuda", expected)]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_gives_the_same_bits_each_time_and_nearly_those_of_a_cpu(vae_folder, monkeypatch):
