@@ -40,6 +40,11 @@ class StepBatch:
     step_substituted: int  # images of the step that were replaced
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Tokens and image slots of each of its packs, on all ranks: what compiled kernels see."""
+        return len(self.packs[0].latents), len(self.packs[0].weight)
+
+    @property
     def step_images(self) -> int:
         """Images of the step, over all ranks."""
         return len(self.step_lengths)

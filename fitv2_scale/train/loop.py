@@ -76,9 +76,10 @@ def _loop(s: Session, coordination: Coordination, watchdog: Watchdog) -> tuple[i
             waited = time.perf_counter() - asked
             if batch is not None:  # else nothing of this step is done; what was done before is kept
                 with watchdog.within("step"), profiler.step(step):
-                    sums, result = train_step(
-                        s.engine, batch, s.config, s.world.device, s.wait_for_staging, s.audit.add
-                    )
+                    with s.clock.step(batch.shape):
+                        sums, result = train_step(
+                            s.engine, batch, s.config, s.world.device, s.wait_for_staging, s.audit.add
+                        )
                     s.audit.write(step)
                     monitor.add(batch, waited, sums, result)
                 progress.advance()

@@ -1,5 +1,6 @@
 """The metrics of a run by name: numbers over a window of steps, for the journal and the progress bar."""
 
+import logging
 import math
 import time
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,8 @@ from fitv2_scale.train.metrics.loss_spikes import SpikeDetector
 _PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}  # dense bf16, of the SXM boards; from the data sheets
 
 _NOTICEABLE = 1e-3  # seconds in a window; a shorter stall is not reported
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class Meter:
         self._peak = peak_tflops or known_peak(world.device)
         self._spikes = SpikeDetector(spike_sigma) if spike_sigma else None
         self._window = _Window(clock.now())
+        self._clock_is_wrong = False
 
     @property
     def steps(self) -> int:
@@ -115,7 +119,7 @@ class Meter:
         counted = list(losses.values()) or [math.nan]
         norms = [n.norm for n in w.numbers if not n.skipped] or [math.nan]
         took = w.numbers[-1].ended.since(w.began)
-        seconds = took.steps
+        seconds = took.training
         metrics = {
             "loss": sum(counted) / len(counted),
             "loss_min": min(counted),
@@ -140,7 +144,7 @@ class Meter:
             self._accounting,
             tokens=self._accounting.tokens + w.tokens,
             flops=self._accounting.flops + w.flops,
-            step_seconds=self._accounting.step_seconds + seconds - w.data_wait,
+            step_seconds=self._accounting.step_seconds + seconds - took.compile - w.data_wait,
         )
         metrics |= self._run_metrics(took)
         self._window = _Window(w.numbers[-1].ended)
@@ -153,6 +157,7 @@ class Meter:
             self._accounting,
             device_seconds=self._before.device_seconds + now.total * self._world.size,
             evaluation_seconds=self._before.evaluation_seconds + now.evaluation,
+            compile_seconds=self._before.compile_seconds + now.compile,
         )
 
     def _summed(self, w: _Window) -> tuple[dict[int, float], np.ndarray, np.ndarray]:
@@ -170,17 +175,29 @@ class Meter:
 
     def _run_metrics(self, window: Elapsed) -> dict[str, float]:
         """Sums over the run; and the seconds of the window that went to something other than steps, if any did."""
-        run, age = self.accounting(), time.time() - self._created
-        found = {
-            "tokens": float(run.tokens),
-            "flops": float(run.flops),
-            "gpu_hours": run.device_seconds / 3600,
-            "goodput": run.step_seconds / age,
-        }
-        if window.evaluation:
-            found |= {"evaluation_seconds": window.evaluation, "goodput_evaluation": run.evaluation_seconds / age}
+        run = self.accounting()
+        found = {"tokens": float(run.tokens), "flops": float(run.flops), "gpu_hours": run.device_seconds / 3600}
         if window.checkpoint > _NOTICEABLE:
             found["checkpoint_stall_seconds"] = window.checkpoint
+        if window.evaluation:
+            found["evaluation_seconds"] = window.evaluation
+        if window.compile:
+            found["compile_seconds"] = window.compile
+        return found | self._shares(run, window)
+
+    def _shares(self, run: Accounting, window: Elapsed) -> dict[str, float]:
+        """Shares of the time since the run was made; none if a clock is wrong, which would give absurd ones."""
+        age = time.time() - self._created
+        if age < run.step_seconds + run.evaluation_seconds + run.compile_seconds:
+            if not self._clock_is_wrong:
+                log.warning("the run is %.0f s old by this node's clock, less than it trained: no goodput", age)
+            self._clock_is_wrong = True
+            return {}
+        found = {"goodput": run.step_seconds / age}
+        if window.evaluation:
+            found["goodput_evaluation"] = run.evaluation_seconds / age
+        if window.compile:
+            found["goodput_compile"] = run.compile_seconds / age
         return found
 
     def _find_spikes(self, losses: dict[int, float]) -> list[Spike]:
