@@ -22,8 +22,9 @@ from fitv2_scale.parallel.world import World
 from fitv2_scale.run.reference import split_reference
 from fitv2_scale.run.run import Run
 
-# Sampling does not need the layout of training; and its packs have many shapes, each of which would be compiled.
-_LAYOUT = {"engine": "fsdp", "replicate": 1, "tensor": 1, "checkpointing": "none", "compile": False}
+# Sampling does not need the layout of training. Every pass gathers the weights, so each node keeps a copy of them; and
+# packs have many shapes, each of which would be compiled.
+_LAYOUT = {"engine": "fsdp", "replicate": "auto", "tensor": 1, "checkpointing": "none", "compile": False}
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,8 @@ def _read(
     if is_weights(source):
         if config_file is None:
             raise UserError(f"{source}: give the config of these weights as --config FILE, one like those in configs/")
-        config = load_config(config_file, overrides)
-        config = config.model_copy(update={"layout": config.layout.model_copy(update={"compile": False})})
+        tree = load_config(config_file, overrides).model_dump(mode="json")
+        config = parse_config(tree | {"layout": tree["layout"] | _LAYOUT}, config_file, overrides)
         return (config, None, None), config_facts(config) | _data_facts(config)
     if config_file is not None:
         raise UserError(f"{source} is a run, which has its own config: leave out --config")

@@ -1,6 +1,9 @@
 """Sampling: the same pictures on any number of ranks and in any pack, and a run that does not notice it."""
 
 import io
+import json
+import os
+import socket
 
 import numpy as np
 import pytest
@@ -8,11 +11,13 @@ import torch
 from PIL import Image
 
 from data_sharding.errors import UserError
+from fitv2_scale.checkpoint.weights import export_weights
 from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.model import ModelConfig, RopeConfig, parse_size
 from fitv2_scale.config.schema import Config
 from fitv2_scale.config.sections import SamplingConfig
 from fitv2_scale.evaluate.sampling.image_grid import grid_requests
+from fitv2_scale.evaluate.sampling.load_weights import open_weights
 from fitv2_scale.evaluate.sampling.sampler import ImageRequest, rope_for_size, sample
 from fitv2_scale.parallel.boxes import Box
 from fitv2_scale.parallel.build import make_engine
@@ -26,6 +31,26 @@ from tests.support.ranks import run_ranks
 SIZES = ["64x64", "32x96", "80x32", "96x96", "16x112", "80x80", "128x48", "48x128"]
 LABELS = [0, 1, 2, 3, 4, 0, 2, 4]
 MODEL = ModelConfig(depth=1, hidden=8, heads=1, classes=5)
+
+
+def open_on_two_nodes(weights: str, *config: str) -> list[tuple[int, int]]:
+    """(copy, part of it) of the weights that each of four ranks holds; the node of a rank is made up."""
+    rank = int(os.environ["RANK"])
+    socket.gethostname = lambda: f"node{rank // 2}"
+    with join() as world, open_weights(weights, world, *config) as opened:
+        return world.all_gather((opened.engine.copy.replica, opened.engine.copy.shard))
+
+
+def test_each_node_has_a_copy_of_the_weights(two_step_run, tmp_path):
+    """So that no weights cross the network while sampling: of a run, and of a file whose config says otherwise."""
+    each_node = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert run_ranks(4, open_on_two_nodes, two_step_run)[0] == each_node
+    config = Run.open(two_step_run).config
+    config["layout"]["replicate"] = 1
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    export_weights(two_step_run, str(tmp_path / "w.safetensors"), ema=True)
+    files = [str(tmp_path / name) for name in ("w.safetensors", "config.yaml")]
+    assert run_ranks(4, open_on_two_nodes, *files)[0] == each_node
 
 
 def weigh(box: Box, scale: float) -> None:
