@@ -27,7 +27,7 @@ class Data:
     plan: Plan
     cost: Cost
     nodes: Nodes  # data-parallel ranks per node, or all as one node if every node holds all data
-    shapes: tuple[PackShape, ...]
+    shapes: dict[int, tuple[PackShape, ...]]  # by segment of the plan (see ``plan.pack_shapes``)
 
     @classmethod
     def open(cls, config: Config, nodes: Nodes) -> "Data":
@@ -42,7 +42,7 @@ class Data:
         cost = Cost.transformer(config.model.hidden)
         if _fits_a_node(manifests, config):
             nodes = (sum(nodes),)  # each node caches all of it: only balance matters
-        return cls(plan, cost, nodes, shapes_for_plan(plan, 0, cost, nodes, config.layout.max_tokens))
+        return cls(plan, cost, nodes, shapes_for_plan(plan, cost, nodes, config.layout.max_tokens))
 
     def continued(self, cursor: Cursor, step: int, config: Config) -> tuple["Data", list[str]]:
         """The data from ``step`` on of a run that is at ``cursor``, and notes for the user.
@@ -58,14 +58,15 @@ class Data:
         wanted = self.plan.schedule[0]
         plan = self.plan.continued(cursor, step, wanted)
         _check_epochs(plan, config, step, cursor.images)
+        if plan.schedule == self.plan.schedule:
+            return self, []
         notes, last = [], plan.schedule[-1]
         if last.start >= step and len(plan.schedule) > 1:
             notes = [f"from step {last.start}, the next window boundary: {last.images} images per step"]
             if len(last.weights) > 1:
                 notes[0] += f", fractions of the datasets {[round(w / sum(last.weights), 4) for w in last.weights]}"
-        return replace(
-            self, plan=plan, shapes=shapes_for_plan(plan, step, self.cost, self.nodes, config.layout.max_tokens)
-        ), notes
+        shapes = shapes_for_plan(plan, self.cost, self.nodes, config.layout.max_tokens, step)
+        return replace(self, plan=plan, shapes=shapes), notes
 
     def codec(self, config: Config) -> Codec:
         """The codec that decodes the latents. Raises UserError if it is missing, or not the VAE of the latents."""

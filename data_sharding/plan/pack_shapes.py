@@ -1,4 +1,4 @@
-"""The static shapes of a run's packs: chosen from its plan, so that compiled kernels see at most three of them."""
+"""The static shapes of a run's packs: chosen from its plan, so that compiled kernels see at most three in a segment."""
 
 from collections.abc import Sequence
 
@@ -15,28 +15,29 @@ _WINDOWS = 4  # examined: steps of one window are alike, windows differ in their
 _STEPS = 16  # of each
 
 
-def shapes_for_plan(plan: Plan, step: int, cost: Cost, nodes: Nodes, max_tokens: int) -> tuple[PackShape, ...]:
-    """The shapes for an attempt that begins at ``step``, those after the next change of schedule included; ascending.
+def shapes_for_plan(
+    plan: Plan, cost: Cost, nodes: Nodes, max_tokens: int, step: int = 0
+) -> dict[int, tuple[PackShape, ...]]:
+    """The shapes of the packs, ascending, by segment: of the first one, and of all that a run needs from ``step`` on.
 
-    Raises as ``choose_shapes``.
+    They depend on the segment's first windows, never on the step where an attempt begins nor on later segments: on the
+    same ranks a step has the same shapes after every resume, and so the same bits. Raises as ``choose_shapes``.
     """
-    shapes: set[PackShape] = set()
-    for begin in {step, max(step, plan.schedule[-1].start)}:
-        shapes |= set(choose_shapes(_steps_like(plan, begin), cost, nodes, max_tokens, plan.max_seqlen))
-    return tuple(sorted(shapes, key=lambda shape: shape.tokens))
+    segments = {0, *range(plan.segment_at(step), len(plan.schedule))}
+    return {
+        segment: choose_shapes(_first_steps(plan, segment), cost, nodes, max_tokens, plan.max_seqlen)
+        for segment in sorted(segments)
+    }
 
 
-def _steps_like(plan: Plan, step: int) -> list[np.ndarray]:
-    """Token lengths of some steps of the same segment, from the window of ``step`` on."""
-    segment, _, place = plan.window_of(step)
-    length = plan.window_steps(segment)
-    starts = range(step - place, step - place + _WINDOWS * length, length)
+def _first_steps(plan: Plan, segment: int) -> list[np.ndarray]:
+    """Token lengths of some steps of a segment's first windows, as if no other segment followed it."""
+    if segment < len(plan.schedule) - 1:
+        plan = Plan(plan.manifests, plan.seed, plan.views, plan.schedule[: segment + 1])
+    start, length = plan.schedule[segment].start, plan.window_steps(segment)
     found = []
-    for first in reversed(starts):  # the first window last: it stays in the plan's cache
-        if plan.segment_at(first) == segment:
-            window = plan.window_length(first)
-            chosen = range(first, first + window, max(1, window // _STEPS))
-            found += [plan.step(k).tokens for k in chosen]
+    for first in reversed(range(start, start + _WINDOWS * length, length)):  # the first one stays in the plan's cache
+        found += [plan.step(k).tokens for k in range(first, first + length, max(1, length // _STEPS))]
     return found
 
 

@@ -7,7 +7,7 @@ process that holds network connections can hang.
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 
@@ -56,8 +56,8 @@ class Loader:
     """Iterates over one rank's StepBatch of each of ``steps``. A context manager: entering it starts the thread,
     leaving it ends the thread.
 
-    ``cost``, ``shapes`` and ``nodes`` (ranks of each node) divide a step's images among the ranks: see
-    ``plan.balance.assign_packs`` and ``plan.pack_shapes``. Memory: ``cache_bytes`` of decoded frames, and
+    ``cost``, ``shapes`` (by segment of the plan) and ``nodes`` (ranks of each node) divide a step's images among the
+    ranks: see ``plan.balance.assign_packs`` and ``plan.pack_shapes``. Memory: ``cache_bytes`` of decoded frames, and
     ``prefetch_bytes`` of frames and batches of future steps, but at least one step. The process grows by up to 1.6
     times as much (measured): several threads allocate frames, and glibc keeps the gaps that they leave.
     """
@@ -66,7 +66,7 @@ class Loader:
         self,
         plan: Plan,
         cost: Cost,
-        shapes: Sequence[PackShape],
+        shapes: Mapping[int, Sequence[PackShape]],
         rank: int,
         nodes: Nodes,
         steps: range,
@@ -206,7 +206,8 @@ class Loader:
 
     def _pending_step(self, step: int, substitutes: Substitutes) -> _PendingStep:
         images = self.plan.step(step)
-        assignment = assign_packs(images.tokens, self.cost, self.nodes, self.shapes)
+        shapes = self.shapes[self.plan.segment_at(step)]
+        assignment = assign_packs(images.tokens, self.cost, self.nodes, shapes)
         lost = substitutes.is_lost(images.dataset, images.row)
         if lost.any():
             images = _with_substitutes(images, np.flatnonzero(lost), substitutes)

@@ -33,5 +33,5 @@ def packed_batches(
     """
     plan = Plan([Manifest.load(url)], seed, views, [Segment(start=0, images=images, weights=(1,))])
     cost = Cost.transformer(hidden)
-    shapes = shapes_for_plan(plan, 0, cost, nodes, max_tokens)  # of step 0, so that they are the same after a resume
+    shapes = shapes_for_plan(plan, cost, nodes, max_tokens)
     return Loader(plan, cost, shapes, rank, nodes, steps, cache_bytes)

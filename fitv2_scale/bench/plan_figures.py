@@ -81,7 +81,7 @@ def balance(url: str, images_per_rank: int, steps: int | None = None) -> dict[st
     """
     plan = plan_of(open_preset(url), BATCH)
     ranks = BATCH // images_per_rank
-    shapes = shapes_for_plan(plan, 0, COST, (ranks,), PACK_TOKENS)
+    shapes = shapes_for_plan(plan, COST, (ranks,), PACK_TOKENS)[0]
     count = steps or plan.samples[0] // BATCH
     imbalance, pairs, tokens, room, seconds = 0.0, 0.0, 0, 0, 0.0
     for k in range(count):

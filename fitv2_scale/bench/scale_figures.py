@@ -111,7 +111,7 @@ def memory(images: int) -> dict[str, Any]:
 def _resume(url: str, state: dict[str, Any], read: bool) -> dict[str, Any]:
     began = time.perf_counter()
     plan = plan_of(Manifest.load(url)).continued(Cursor(**state), LATE, Segment(0, BATCH, (1,)))
-    shapes = shapes_for_plan(plan, LATE, COST, _NODES, PACK_TOKENS)
+    shapes = shapes_for_plan(plan, COST, _NODES, PACK_TOKENS, LATE)
     planned = time.perf_counter()
     images = 0
     if read:

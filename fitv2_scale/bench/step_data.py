@@ -30,7 +30,7 @@ def open_steps(config: Config, data: Data, rank: int, steps: int) -> Generator[I
 
 def _draw(data: Data, rank: int, step: int) -> StepBatch:
     images = data.plan.step(step)
-    assignment = assign_packs(images.tokens, data.cost, data.nodes, data.shapes)
+    assignment = assign_packs(images.tokens, data.cost, data.nodes, data.shapes[0])
     arrays = {}
     for i in np.concatenate(assignment.packs[rank]).tolist():
         rows, columns = data.plan.manifests[images.dataset[i]].size[images.row[i], images.view[i]].tolist()

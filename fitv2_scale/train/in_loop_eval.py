@@ -29,7 +29,7 @@ def validation_of(config: Config, data: Data, world: World, layout: Layout) -> V
         read_alike(world, read),
         config.validation,
         cost=data.cost,
-        shape=data.shapes[-1],
+        shape=data.shapes[0][-1],  # whatever the batch has become: losses on held-out images stay comparable
         world=world,
         layout=layout,
         reader=FrameReader(RetryPolicy(deadline=config.data.deadline_seconds)),

@@ -56,7 +56,9 @@ class Session:
         """What this attempt is about to do, and what it could not use."""
         starts = f"continues at step {self.start}" if self.restored else "starts"
         ranks = f"{self.world.size} rank{'s' if self.world.size > 1 else ''} on {self.world.device.type}"
-        shapes = " or ".join(str(shape.tokens) for shape in self.data.shapes)
+        first = self.data.plan.segment_at(self.start)
+        tokens = {shape.tokens for k, shapes in self.data.shapes.items() if k >= first for shape in shapes}
+        shapes = " or ".join(map(str, sorted(tokens)))
         run, number = self.attempt.run.url, self.attempt.number
         return "\n".join([*self.notes, f"{run}: attempt {number} {starts} with {ranks}, packs of {shapes} tokens"])
 

@@ -12,7 +12,7 @@ COST, SHAPE = Cost(192, 1), PackShape(128, 12, 16)
 
 
 def loader(plan, rank=0, ranks=1, steps=range(4), cache_bytes=1 << 30, **options):
-    return Loader(plan, COST, [SHAPE], rank, (ranks,), steps, cache_bytes, **options)
+    return Loader(plan, COST, {0: [SHAPE]}, rank, (ranks,), steps, cache_bytes, **options)
 
 
 def same(a, b) -> bool:

@@ -67,7 +67,7 @@ def open_plan(config: LoaderConfig, nodes: Nodes) -> tuple[Plan, tuple[PackShape
 def open_loader(
     config: LoaderConfig, plan: Plan, shapes: tuple[PackShape, ...], rank: int, nodes: Nodes, steps: range
 ) -> Loader:
-    return Loader(plan, COST, shapes, rank, nodes, steps, _CACHE_BYTES, reader=open_reader(config))
+    return Loader(plan, COST, {0: shapes}, rank, nodes, steps, _CACHE_BYTES, reader=open_reader(config))
 
 
 def open_reader(config: LoaderConfig) -> FrameReader:

@@ -28,7 +28,7 @@ def data_statistics(config: Config, data: Data, ranks: int) -> dict[str, Any]:
         "mean_tokens": float(lengths.mean()),
         "steps_per_epoch": images / batch,
         "epochs": config.train.steps * batch / images,
-        "capacities": [shape.tokens for shape in data.shapes],
+        "capacities": [shape.tokens for shape in data.shapes[0]],
         **packing,
         "flops_a_step": flops / steps,
         "training_flops": config.train.steps * flops // steps,
@@ -41,7 +41,7 @@ def measure_packing(data: Data, ranks: int, steps: range) -> dict[str, float]:
     packs, tokens, room, imbalance = 0, 0, 0, 0.0
     for step in steps:
         lengths = data.plan.step(step).tokens
-        assignment = assign_packs(lengths, data.cost, data.nodes, data.shapes)
+        assignment = assign_packs(lengths, data.cost, data.nodes, data.shapes[0])
         cost = data.cost.of(lengths)
         loads = [sum(int(cost[pack].sum()) for pack in rank) for rank in assignment.packs]
         packs, tokens = packs + len(assignment.packs[0]), tokens + int(lengths.sum())
@@ -53,7 +53,7 @@ def measure_packing(data: Data, ranks: int, steps: range) -> dict[str, float]:
 def packing_on(data: Data, nodes: Nodes, max_tokens: int) -> tuple[dict[str, float], int]:
     """``measure_packing`` over some steps of ``data`` on other ``nodes`` (data-parallel ranks of each), and the largest
     capacity."""
-    shapes = shapes_for_plan(data.plan, 0, data.cost, nodes, max_tokens)
+    shapes = shapes_for_plan(data.plan, data.cost, nodes, max_tokens)
     steps = range(0, data.plan.window_length(0), max(1, data.plan.window_length(0) // _SAMPLED_STEPS))
     packing = measure_packing(replace(data, nodes=nodes, shapes=shapes), sum(nodes), steps)
-    return packing, shapes[-1].tokens
+    return packing, shapes[0][-1].tokens

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from data_sharding.errors import UserError
 from data_sharding.plan.balance import Cost, assign_packs, partition, partition_over_nodes
 from data_sharding.plan.pack_layout import PackShape
-from data_sharding.plan.pack_shapes import choose_shapes
+from data_sharding.plan.pack_shapes import choose_shapes, shapes_for_plan
 from data_sharding.plan.plan import Plan, Segment
 from data_sharding.plan.size_presets import open_preset
 from data_sharding.plan.stratify import assign_to_steps, order_frames
@@ -56,6 +56,24 @@ def test_the_chosen_shape_holds_its_window_in_the_fewest_packs():
         assert len(shapes) <= 3 and {d.shape for d in steps_packed} <= set(shapes)
         assert len({len(d.packs[0]) for d in steps_packed}) == 1
         assert shapes[-1].tokens <= most and fill > 0.95, (ranks, most, shapes, fill)
+
+
+def test_a_step_has_the_same_shapes_wherever_an_attempt_begins():
+    """Windows of 256 steps that differ in their mean length; and a run whose batch was changed twice."""
+    m = manifest(60_000, 900, seed=3, max_tokens=100)
+    plan = plan_of(m, 0, 32)
+    for nodes in ((1,), (2,), (4, 4)):
+        shapes = shapes_for_plan(plan, COST, nodes, 16384)
+        assert shapes.keys() == {0} and 1 <= len(shapes[0]) <= 3
+        for step in (10, 256, 300, 700, 1100, 2000):
+            assert shapes_for_plan(plan, COST, nodes, 16384, step) == shapes
+    once = plan.continued(plan.cursor(300), 300, Segment(0, 64, (1,)))  # from step 512 on, in the third window
+    twice = once.continued(once.cursor(600), 600, Segment(0, 32, (1,)))  # from 768 on
+    first, second, third = shapes_for_plan(twice, COST, (2,), 16384).values()
+    assert shapes_for_plan(plan, COST, (2,), 16384)[0] == first != second
+    assert shapes_for_plan(once, COST, (2,), 16384, 300) == {0: first, 1: second}
+    assert shapes_for_plan(once, COST, (2,), 16384, 700) == {0: first, 1: second}
+    assert shapes_for_plan(twice, COST, (2,), 16384, 5000) == {0: first, 2: third}
 
 
 def test_impossible_shapes_are_refused():

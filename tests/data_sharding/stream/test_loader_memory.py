@@ -45,7 +45,9 @@ def peak_growth(url: str, cache_bytes: int, prefetch_bytes: int) -> tuple[int, i
     plan.step(0)
     before = status("VmRSS")
     shape = PackShape(BATCH * 1024, BATCH + 9, 1024)
-    with Loader(plan, Cost(1, 0), [shape], 0, (1,), range(300), cache_bytes, prefetch_bytes=prefetch_bytes) as batches:
+    with Loader(
+        plan, Cost(1, 0), {0: [shape]}, 0, (1,), range(300), cache_bytes, prefetch_bytes=prefetch_bytes
+    ) as batches:
         for batch in batches:
             assert len(batch.packs) == 1
     return status("VmHWM") - before, int(manifest.frame_raw_bytes.sum())

@@ -172,7 +172,7 @@ def _both_ranks_need_it_first_in_one_step(config) -> bool:
     data = Data.open(config, (2,))
     for k in range(24):
         images = data.plan.step(k)
-        packs = assign_packs(images.tokens, data.cost, data.nodes, data.shapes).packs
+        packs = assign_packs(images.tokens, data.cost, data.nodes, data.shapes[0]).packs
         needs = [(images.row[np.concatenate(rank)] >= 200).any() for rank in packs]
         if any(needs):
             return all(needs)
