@@ -100,7 +100,7 @@ def write_photographs(dst: Path, crops: int, scale: float = 1.0) -> None:
 def _open(photograph: Photograph) -> Image.Image:
     try:
         with files(photograph.package).joinpath(photograph.file).open("rb") as file:
-            return Image.open(file).convert("RGB")
+            return Image.open(file, formats=["JPEG", "PNG"]).convert("RGB")
     except (ModuleNotFoundError, FileNotFoundError) as error:
         raise UserError("the photographs are not installed: pip install 'fitv2-scale[demo]'") from error
 

@@ -217,7 +217,8 @@ def _read_header(url: str) -> bytes:
     except (FileNotFoundError, NotADirectoryError) as error:
         if fs_call(f"{url}/parts", "exists"):
             remedy = (
-                "it is unfinished; run the same `fitv2 shard write` or `import` again, it continues where it stopped"
+                "it is unfinished; run the same `fitv2 shard write` or `import` again, it continues where it stopped "
+                f"(if the source has changed since, remove it first: rm -r {url})"
             )
         else:
             remedy = "write one with `fitv2 shard write` or `fitv2 shard import`, or correct the URL"

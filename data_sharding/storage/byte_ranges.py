@@ -1,12 +1,11 @@
-"""Byte ranges of files, and files inside tars, which are read by their byte range without unpacking the tar."""
+"""Byte ranges of files, each read in one request with retries."""
 
 import io
-import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO, NamedTuple
 
-from data_sharding.errors import DataError, UserError
+from data_sharding.errors import DataError
 from data_sharding.storage.files import fs_call, read
 from data_sharding.storage.filesystems import file_system, is_local
 from data_sharding.storage.retry import CorruptRead
@@ -52,23 +51,6 @@ def read_all(ranges: Iterable[ByteRange]) -> list[bytes]:
         return list(pool.map(ByteRange.read, ranges))
 
 
-class Member(NamedTuple):
-    """A file in a tar."""
-
-    name: str
-    data: ByteRange
-
-
-def list_tar(url: str, start: int = 0) -> Iterator[Member]:
-    """The regular files of the uncompressed tar that starts at byte ``start`` of ``url``; reads their headers only.
-
-    Raises:
-        UserError: it is not a tar, is compressed, or is truncated (the end of the archive is missing).
-    """
-    with open_binary(url) as file:
-        yield from _list(file, url, start)
-
-
 def open_binary(url: str) -> BinaryIO:
     """The file, seekable. Raises as ``read_range``, also when it is read later."""
     fs, path = file_system(url)
@@ -96,24 +78,3 @@ class _Remote(io.RawIOBase):
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
-
-
-def _list(file: BinaryIO, url: str, start: int) -> Iterator[Member]:
-    file.seek(start)
-    if file.read(2) == b"\x1f\x8b":
-        raise UserError(f"{url} is compressed, so its files cannot be read separately: decompress it first (gunzip)")
-    file.seek(start)
-    end = start
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            while (info := tar.next()) is not None:
-                if info.isreg():
-                    yield Member(info.name.removeprefix("./"), ByteRange(url, info.offset_data, info.size))
-                end = tar.offset
-                # Else tarfile would keep all headers in memory. typeshed does not list this attribute.
-                tar.members = []  # pyrefly: ignore[missing-attribute]
-    except tarfile.TarError as error:
-        raise UserError(f"{url} is not a complete tar ({error}): download or copy it again") from error
-    file.seek(end)
-    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise UserError(f"{url} is truncated or damaged at byte {end}: download or copy it again")

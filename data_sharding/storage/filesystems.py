@@ -43,6 +43,9 @@ def file_system(url: str, *, instead_of: AbstractFileSystem | None = None) -> tu
     """
     protocol = url.partition("://")[0]
     try:
+        if protocol in (url, "file"):  # url_to_fs would cut the name of a local file at "::" and read another one
+            fs = fsspec.filesystem("file")
+            return fs, str(fs._strip_protocol(url))
         if protocol not in ("s3", "s3a"):
             return fsspec.core.url_to_fs(url)
         key = (protocol, os.getpid())

@@ -12,9 +12,10 @@ from fsspec.implementations.local import LocalFileSystem
 
 from data_sharding.errors import UserError
 from data_sharding.storage.atomic_write import atomic_write
-from data_sharding.storage.byte_ranges import list_tar, open_binary
+from data_sharding.storage.byte_ranges import open_binary
 from data_sharding.storage.files import exists, put, read
 from data_sharding.storage.filesystems import file_system
+from data_sharding.storage.tar_members import check_tar
 from data_sharding.worker_pool import Progress, progress_bar, run_tasks, slurm_task
 
 _BLOCK = 1 << 22
@@ -85,8 +86,7 @@ def _unpack(archive: Archive, progress: Progress) -> None:
         except (zlib.error, gzip.BadGzipFile) as error:
             raise UserError(f"{archive.name} is damaged ({error}): download it again") from error
         out.flush()
-        for _ in list_tar(str(temporary)):  # a tar counts as unpacked only if it can be read to its end
-            pass
+        check_tar(str(temporary))  # a tar counts as unpacked only if it can be read to its end
 
 
 def _unpacked_by_another(archive: Archive) -> bool:

@@ -6,8 +6,10 @@ record, so it continues where it was killed. When all records exist, the manifes
 is removed.
 
     DST/parts/options.json                      the options of this unfinished dataset
-    DST/parts/shard-000000.tar.zst.json         {"index": {"name": …, "frames": [[…], …], …}, "skipped": […]}
+    DST/parts/shard-000000.tar.zst.json         {"index": {"name": …, "frames": [[…], …], …}, "skipped": […],
+                                                 "several_frames": 0, "options": "5f0c…"}
     DST/skipped.json                            [{"source": "cat/3.jpg", "reason": "OSError: image file is trunc…"}]
+    DST/source.json                             see ``write_report.py``
     DST/holdout/                                with holdout > 0: a dataset of its own
 
 Several tasks (such as those of ``srun``) may build one dataset. They claim nothing, so no lease can expire and no clock
@@ -19,10 +21,11 @@ write the same files.
 """
 
 import json
-import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from typing import Generic
 
 import numpy as np
 
@@ -35,8 +38,10 @@ from data_sharding.storage.files import exists, fs_call, put, read
 from data_sharding.storage.filesystems import file_system
 from data_sharding.storage.json_bytes import from_json, to_json
 from data_sharding.worker_pool import cores, order_for_slurm_task, progress_bar, run_tasks
+from data_sharding.write.findings import Findings
 from data_sharding.write.shard_task import ItemT, Maker, ShardTask, write_shard
 from data_sharding.write.views import square_side
+from data_sharding.write.write_report import SKIPPED, WriteReport, put_counts, report_of
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,11 @@ class Options:
         if self.images_per_shard < 1:
             raise UserError(f"images_per_shard must be at least 1, not {self.images_per_shard}")
 
+    @property
+    def digest(self) -> str:
+        """Of all of them."""
+        return blake2b(to_json(asdict(self) | {"holdout": float(self.holdout)}), digest_size=16).hexdigest()
+
     @classmethod
     def of(cls, header: Header) -> "Options":
         """The options that a finished dataset was written with."""
@@ -66,17 +76,12 @@ class Options:
 
 
 @dataclass(frozen=True)
-class WriteReport:
-    """``images`` and ``held_out`` are in the two datasets, ``skipped`` in neither; this call wrote ``encoded``."""
+class Inputs(Generic[ItemT]):
+    """What is to be written; the images of ``findings.left_out`` are not, but listed in skipped.json."""
 
-    url: str
-    images: int
-    held_out: int
-    skipped: int
-    shards: int
-    bytes: int
-    encoded: int
-    seconds: float
+    items: tuple[ItemT, ...]
+    classes: tuple[str, ...]
+    findings: Findings
 
 
 def is_finished(dst: str, options: Options) -> bool:
@@ -90,9 +95,12 @@ def is_finished(dst: str, options: Options) -> bool:
         return False
     for name, value in asdict(begun).items():
         if (now := getattr(options, name)) != value:
+            if not finished and _nothing_is_written(dst):
+                return False
+            remedy = "or give another folder" if finished else f"or remove it (rm -r {dst}), or give another folder"
             raise UserError(
                 f"{dst} was started with another {name} ({value}, now {now}): give the same options and source as "
-                "before, or another folder"
+                f"before (with images added, removed or changed it is another one), {remedy}"
             )
     return finished
 
@@ -101,8 +109,7 @@ def build(
     src: str,
     dst: str,
     options: Options,
-    items: Iterable[ItemT],
-    classes: tuple[str, ...],
+    inputs: Inputs[ItemT],
     codec: CodecRecord,
     make: Maker[ItemT],
     workers: int | None,
@@ -110,13 +117,21 @@ def build(
 ) -> int:
     """Writes the missing shards, then the manifests. Returns the number of items that this call encoded or copied.
 
-    ``codec`` is its record in the manifest. Raises UserError if not one item of a dataset could be read.
+    ``codec`` is its record in the manifest. Raises UserError if not one item of a dataset could be read, or if other
+    tasks saw another source.
     """
-    datasets = _divide(items, dst, options.holdout)
-    if not exists(f"{dst}/parts/options.json"):
-        put(f"{dst}/parts/options.json", to_json(asdict(options)))
+    datasets = _divide(inputs.items, dst, options.holdout)
+    _begin(dst, options)
     tasks = [
-        ShardTask(dst, url, f"shard-{i:06d}.tar.zst", members[at : at + options.images_per_shard], classes, make)
+        ShardTask(
+            dst,
+            url,
+            f"shard-{i:06d}.tar.zst",
+            members[at : at + options.images_per_shard],
+            inputs.classes,
+            make,
+            options.digest,
+        )
         for url, members in datasets.items()
         for i, at in enumerate(range(0, len(members), options.images_per_shard))
     ]
@@ -132,7 +147,7 @@ def build(
 
         run_tasks(order_for_slurm_task(todo), write_shard, cores() if workers is None else workers, advance)
     try:
-        _commit(src, datasets, tasks, options, codec, classes)
+        _commit(src, datasets, tasks, options, codec, inputs)
     except FileNotFoundError:
         if not exists(f"{dst}/{FILE}"):  # else another task was first, and has removed them
             raise
@@ -144,18 +159,21 @@ def report(dst: str, made: int, started: float) -> WriteReport:
     urls = [dst, *([f"{dst}/holdout"] if Manifest.load(dst).header.source["holdout"] else [])]
     for url in urls:
         _clean(url)
-    headers = [Manifest.load(url).header for url in urls]
-    totals = {key: sum(h.totals[key] for h in headers) for key in ("samples", "skipped", "bytes")}
-    return WriteReport(
-        url=dst,
-        images=headers[0].totals["samples"],
-        held_out=totals["samples"] - headers[0].totals["samples"],
-        skipped=totals["skipped"],
-        shards=sum(len(h.shards) for h in headers),
-        bytes=totals["bytes"],
-        encoded=made,
-        seconds=time.monotonic() - started,
-    )
+    return report_of(urls, made, started)
+
+
+def _begin(dst: str, options: Options) -> None:
+    record = f"{dst}/parts/options.json"
+    with suppress(FileNotFoundError):
+        if from_json(read(record), record) == asdict(options):
+            return
+    put(record, to_json(asdict(options)))
+
+
+def _nothing_is_written(dst: str) -> bool:
+    """Whether the unfinished dataset holds no shard: then it may as well start with other options."""
+    file_system(dst)[0].invalidate_cache()
+    return not any(path.rpartition("/")[2].startswith("shard-") for path in fs_call(dst, "find"))
 
 
 def _divide(items: Iterable[ItemT], dst: str, holdout: float) -> dict[str, tuple[ItemT, ...]]:
@@ -178,13 +196,21 @@ def _commit(
     tasks: list[ShardTask[ItemT]],
     options: Options,
     codec: CodecRecord,
-    classes: tuple[str, ...],
+    inputs: Inputs[ItemT],
 ) -> None:
-    """Writes, from the records, the list of skipped items, then the manifests, that of ``dst`` last."""
+    """Writes, from the records, the lists of skipped items and counts, then the manifests, that of ``dst`` last."""
     parts = [(task.dataset, from_json(read(task.part), task.part)) for task in tasks]
-    skipped = sorted((s for _, part in parts for s in part["skipped"]), key=lambda s: s["source"])
+    root = next(iter(datasets))
+    if others := [part for _, part in parts if part.get("options", options.digest) != options.digest]:
+        raise UserError(
+            f"{len(others)} of the {len(parts)} shards of {root} were written from another listing of {src}, or with "
+            f"other options: its files changed meanwhile; remove {root} (rm -r {root}) and write it again"
+        )
+    left_out = [skipped._asdict() for skipped in inputs.findings.left_out]
+    skipped = sorted([*left_out, *(s for _, part in parts for s in part["skipped"])], key=lambda s: s["source"])
     if skipped:
-        put(f"{next(iter(datasets))}/skipped.json", json.dumps(skipped, ensure_ascii=False, indent=1).encode())
+        put(f"{root}/{SKIPPED}", json.dumps(skipped, ensure_ascii=False, indent=1).encode())
+    put_counts(root, inputs.findings, sum(part.get("several_frames", 0) for _, part in parts))
     for url in reversed(datasets):
         mine = [part for dataset, part in parts if dataset == url]
         indexes = [ShardIndex.from_record(part["index"]) for part in mine if part["index"]["samples"]]
@@ -200,8 +226,8 @@ def _commit(
             codec=codec,
             dtype=DTYPE,
             max_tokens=options.max_tokens,
-            classes=classes,
-            skipped=sum(len(part["skipped"]) for part in mine),
+            classes=inputs.classes,
+            skipped=sum(len(part["skipped"]) for part in mine) + (len(left_out) if url == root else 0),
             source={
                 "digest": options.source,
                 "images_per_shard": options.images_per_shard,

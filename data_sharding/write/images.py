@@ -11,10 +11,14 @@ from data_sharding.format.shard import Sample
 from data_sharding.storage.byte_ranges import read_all
 from data_sharding.storage.filesystems import file_system
 from data_sharding.worker_pool import cores
-from data_sharding.write.build import Options, WriteReport, build, is_finished, report
-from data_sharding.write.image_sources import ImageFile, open_source
-from data_sharding.write.shard_task import Made, Skipped
-from data_sharding.write.views import UnreadableImage, encode_views, load_rgb, views_of
+from data_sharding.write.build import Inputs, Options, build, is_finished, report
+from data_sharding.write.entries import ImageFile, ImageSource, listed
+from data_sharding.write.findings import Skipped
+from data_sharding.write.image_file import UnreadableImage, decode
+from data_sharding.write.image_sources import open_source
+from data_sharding.write.shard_task import Made
+from data_sharding.write.views import encode_views, views_of
+from data_sharding.write.write_report import WriteReport
 
 
 @dataclass(frozen=True)
@@ -28,10 +32,10 @@ class EncodeImages:
 
     def __call__(self, entries: tuple[ImageFile, ...]) -> Iterator[Made | Skipped]:
         codec = get_codec(self.codec, self.vae, self.latent)
-        pixels, views, skipped = {}, {}, {}
+        pixels, views, skipped, several = {}, {}, {}, {}
         for entry, data in zip(entries, read_all(entry.data for entry in entries), strict=True):
             try:
-                image = load_rgb(data)
+                image, several[entry.id] = decode(data)
             except UnreadableImage as error:
                 skipped[entry.id] = Skipped(entry.key, str(error))
             else:
@@ -41,7 +45,8 @@ class EncodeImages:
             if entry.id in skipped:
                 yield skipped[entry.id]
             else:
-                yield Made(Sample(entry.id, entry.label, encoded[entry.id]), entry.key, pixels[entry.id])
+                sample = Sample(entry.id, entry.label, encoded[entry.id])
+                yield Made(sample, entry.key, pixels[entry.id], several[entry.id])
 
 
 def write_dataset(
@@ -55,13 +60,15 @@ def write_dataset(
     progress: bool = True,
     vae: str = "",
     latent: Latent = "mean",
+    allow_empty: bool = False,
 ) -> WriteReport:
     """Writes the images of ``src`` (see ``image_sources``) as a dataset at ``dst``. Continues an unfinished dataset;
     does not change a finished one.
 
     ``codec``, ``vae`` and ``latent`` are those of ``get_codec``. ``holdout`` sets aside round(holdout * images) images,
     chosen by key. ``workers`` is the number of processes (all cores of this job, or as many as keep its GPUs busy).
-    Images that cannot be read are listed in ``dst/skipped.json``; all others are written.
+    Images that cannot be read are listed in ``dst/skipped.json``; all others are written. With ``allow_empty``, a class
+    may have no image at all.
 
     Raises:
         UserError: bad options or source, ``dst`` was started with others, or no image could be read.
@@ -71,13 +78,23 @@ def write_dataset(
     encoder = get_codec(codec, vae, latent)
     refuse_inside(src, dst)
     source = open_source(src)
+    if source.empty and not allow_empty:
+        raise _empty_classes(src, source)
     options = Options(source.digest, encoder.digest, max_tokens, images_per_shard, holdout)
     made = 0
     if not is_finished(dst, options):
         make = EncodeImages(codec, vae, latent, max_tokens)
         workers = _writers(codec) if workers is None else workers
-        made = build(src, dst, options, source.entries, source.classes, encoder.record, make, workers, progress)
+        inputs = Inputs(source.entries, source.classes, source.findings)
+        made = build(src, dst, options, inputs, encoder.record, make, workers, progress)
     return report(dst, made, started)
+
+
+def _empty_classes(src: str, source: ImageSource) -> UserError:
+    return UserError(
+        f"{len(source.empty)} of the {len(source.classes)} classes in {src} hold no image ({listed(source.empty)}): "
+        "each takes a label, and shifts those after it; remove what is no class, or keep all with --allow-empty"
+    )
 
 
 def refuse_inside(src: str, dst: str) -> None:

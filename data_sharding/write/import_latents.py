@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from safetensors import SafetensorError
+from safetensors import SafetensorError, deserialize
 from safetensors.numpy import load
 
 from data_sharding.errors import UserError
@@ -25,10 +25,12 @@ from data_sharding.format.shard import CHANNELS, DTYPE, Sample
 from data_sharding.storage.byte_ranges import read_all
 from data_sharding.worker_pool import cores
 from data_sharding.write.archives import Archive, unpack
-from data_sharding.write.build import Options, WriteReport, build, is_finished, report
+from data_sharding.write.build import Inputs, Options, build, is_finished, report
+from data_sharding.write.findings import Findings, Skipped
 from data_sharding.write.images import refuse_inside
 from data_sharding.write.published_latents import LatentFiles, PublishedLatents, list_latent_files, open_published
-from data_sharding.write.shard_task import Made, Skipped
+from data_sharding.write.shard_task import Made
+from data_sharding.write.write_report import WriteReport
 
 # Its weights came without a digest, and each flip is one draw of the posterior.
 CODEC: CodecRecord = {
@@ -37,6 +39,9 @@ CODEC: CodecRecord = {
     "scale": 0.18215,
     "latent": "sample",
 }
+
+
+_NOT_IN_NUMPY = {"BF16": "bfloat16", "F8_E4M3": "float8_e4m3", "F8_E5M2": "float8_e5m2"}
 
 
 class _Unreadable(Exception):
@@ -72,6 +77,10 @@ class ReadLatents:
             tensors = load(file)
             feature, grid, size, label = (tensors[name] for name in ("feature", "grid", "size", "label"))
         except KeyError as error:
+            of_type = [name for name, tensor in deserialize(file) if tensor["dtype"] == error.args[0]]
+            if of_type:
+                kind = _NOT_IN_NUMPY.get(error.args[0], error.args[0])
+                raise _Unreadable(f"{of_type[0]} is {kind}, which is not supported: store it as float32") from error
             raise _Unreadable(f"it has no tensor {error}") from error
         except (SafetensorError, ValueError, TypeError) as error:
             raise _Unreadable(f"not a complete .safetensors file: {error}") from error
@@ -121,13 +130,17 @@ def import_dataset(
     made = 0
     if not is_finished(dst, options):
         workers = cores() if workers is None else workers
-        entries = _entries(published, dst, workers, progress)
-        make, names = ReadLatents(published.max_tokens, classes), tuple(map(str, range(classes)))
-        made = build(src, dst, options, entries, names, CODEC, make, workers, progress)
+        findings = Findings()
+        entries = _entries(published, dst, workers, progress, findings)
+        inputs = Inputs(tuple(entries), tuple(map(str, range(classes))), findings)
+        make = ReadLatents(published.max_tokens, classes)
+        made = build(src, dst, options, inputs, CODEC, make, workers, progress)
     return report(dst, made, started)
 
 
-def _entries(published: PublishedLatents, dst: str, workers: int, progress: bool) -> list[LatentFiles]:
+def _entries(
+    published: PublishedLatents, dst: str, workers: int, progress: bool, findings: Findings
+) -> list[LatentFiles]:
     """Unpacks the archives, and lists all images."""
     if workers < 1:
         raise UserError(f"workers must be at least 1, not {workers}")
@@ -139,4 +152,5 @@ def _entries(published: PublishedLatents, dst: str, workers: int, progress: bool
             archives.append(Archive(group.name, group.files, tar))
         groups.append((group, tar))
     unpack(archives, workers, progress)
-    return list_latent_files(groups)
+    findings.add(published.findings)
+    return list_latent_files(groups, findings)

@@ -9,6 +9,7 @@ from data_sharding.format.shard import Sample, ShardBuilder
 from data_sharding.storage.files import exists, put
 from data_sharding.storage.json_bytes import to_json
 from data_sharding.worker_pool import Progress
+from data_sharding.write.findings import Skipped
 
 _CHUNK = 64  # items per call of the maker: enough pictures of one size for a batch, few enough for the memory
 
@@ -27,18 +28,13 @@ ItemT = TypeVar("ItemT", bound=Item)
 
 
 class Made(NamedTuple):
-    """``source`` is the item's key, ``pixels`` the (height, width) of its image, None if unknown."""
+    """``source`` is the item's key, ``pixels`` the (height, width) of its image, None if unknown;
+    ``first_of_several``: its file holds further frames, which are not written."""
 
     sample: Sample
     source: str
     pixels: tuple[int, int] | None
-
-
-class Skipped(NamedTuple):
-    """``reason`` contains no path and no address, so that it is the same every time."""
-
-    source: str
-    reason: str
+    first_of_several: bool = False
 
 
 Maker = Callable[[tuple[ItemT, ...]], Iterable[Made | Skipped]]  # picklable; one result per item, in order
@@ -46,7 +42,8 @@ Maker = Callable[[tuple[ItemT, ...]], Iterable[Made | Skipped]]  # picklable; on
 
 @dataclass(frozen=True)
 class ShardTask(Generic[ItemT]):
-    """One shard of the dataset at ``dataset``, which is ``root`` or its holdout, for one process to write."""
+    """One shard of the dataset at ``dataset``, which is ``root`` or its holdout, for one process to write. ``options``:
+    digest of what the dataset is written from and how; all its shards must have been written with the same."""
 
     root: str
     dataset: str
@@ -54,6 +51,7 @@ class ShardTask(Generic[ItemT]):
     items: tuple[ItemT, ...]
     classes: tuple[str, ...]
     make: Maker[ItemT]
+    options: str
 
     @property
     def part(self) -> str:
@@ -63,7 +61,7 @@ class ShardTask(Generic[ItemT]):
 
 def write_shard(task: ShardTask, progress: Progress) -> None:
     """Writes one shard and then its record; stops if another task has written the record."""
-    builder, skipped = ShardBuilder(task.name), []
+    builder, skipped, several = ShardBuilder(task.name), [], 0
     for at in range(0, len(task.items), _CHUNK):
         if exists(task.part) or exists(f"{task.root}/{FILE}"):
             progress(len(task.items) - at, False)
@@ -73,11 +71,13 @@ def write_shard(task: ShardTask, progress: Progress) -> None:
             if isinstance(made, Skipped):
                 skipped.append(made._asdict())
             else:
+                several += made.first_of_several
                 class_name = task.classes[made.sample.label]
                 builder.add(made.sample, class_name=class_name, source=made.source, pixels=made.pixels)
         progress(len(chunk), True)
     data, index = builder.finish()
-    record = to_json({"index": index.to_record(), "skipped": skipped})
+    counts = {"skipped": skipped, "several_frames": several, "options": task.options}
+    record = to_json({"index": index.to_record()} | counts)
     try:
         if index.samples:
             put(f"{task.dataset}/{task.name}", data)

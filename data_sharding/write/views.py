@@ -3,11 +3,10 @@
 A token is 16x16 pixels; S = 16 * sqrt(max_tokens) is the side of a square image of max_tokens.
 """
 
-import io
 from math import isqrt
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from data_sharding.errors import UserError
 from data_sharding.format.codec import Codec, Draw
@@ -17,34 +16,12 @@ from data_sharding.format.shard import VIEWS
 TOKEN_PIXELS = 16
 
 
-class UnreadableImage(Exception):
-    """The bytes are not a complete image. The message is stored, so it contains no path and no address."""
-
-
 def square_side(max_tokens: int) -> int:
     """S in pixels. Raises UserError if max_tokens is not a square number: the crop view is a square of max_tokens."""
     root = isqrt(max(max_tokens, 0))
     if root < 1 or root * root != max_tokens:
         raise UserError(f"max_tokens must be a square number such as 100, 256 or 1024, not {max_tokens}")
     return root * TOKEN_PIXELS
-
-
-def load_rgb(data: bytes) -> Image.Image:
-    """Decodes an image file, upright (EXIF) and in RGB; transparency becomes white. Raises UnreadableImage."""
-    try:
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-        if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 255 instead of scaling them
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-    except MemoryError:
-        raise
-    except Image.UnidentifiedImageError as error:  # its message contains an object's address
-        raise UnreadableImage("not an image of a known format") from error
-    except Exception as error:  # Pillow's decoders raise nearly any type on damaged bytes
-        raise UnreadableImage(f"{type(error).__name__}: {error}") from error
 
 
 def resize_view(image: Image.Image, max_tokens: int) -> Image.Image:

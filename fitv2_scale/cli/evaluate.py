@@ -106,6 +106,11 @@ def _measure_images(args: argparse.Namespace, options: "EvaluationOptions", fact
     lines += [f"{name:>10} {value:.4f}" for name, value in figures.items()]
     lines += [f"{args.save_statistics}: statistics of these images"] if args.save_statistics else []
     show(args, result, "\n".join(lines))
+    if left_out := result.get("left_out"):
+        raise UserError(
+            f"{len(left_out)} of the images cannot be read and were left out of these figures; they are named above, "
+            'and all of them as "left_out" with --json'
+        )
     return 0
 
 

@@ -2,10 +2,13 @@
 
 import argparse
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_sharding.errors import UserError
 from fitv2_scale.cli.common import make, show
+
+if TYPE_CHECKING:
+    from data_sharding.write.write_report import WriteReport
 
 
 def add(commands: Any) -> None:
@@ -21,6 +24,7 @@ def add(commands: Any) -> None:
         default="mean",
         help="sd-vae: which part of its posterior (default mean)",
     )
+    write.add_argument("--allow-empty", action="store_true", help="keep classes without images, and so their labels")
     write.add_argument("--max-tokens", type=int, default=256, help="maximum tokens of an image (default 256)")
     _shard_arguments(write)
     importing = make(shard, "import", shard_import, "convert the published FiTv2 latents to shards")
@@ -45,6 +49,7 @@ def shard_write(args: argparse.Namespace) -> int:
     from data_sharding.write.images import write_dataset
 
     options = {"holdout": args.holdout, "workers": args.workers, "vae": args.vae, "latent": args.latent}
+    options["allow_empty"] = args.allow_empty
     return _written(args, write_dataset(args.src, args.dst, args.codec, args.max_tokens, **options))
 
 
@@ -57,14 +62,10 @@ def shard_import(args: argparse.Namespace) -> int:
     )
 
 
-def _written(args: argparse.Namespace, report: Any) -> int:
-    held_out = f", {report.held_out} of them held out" if report.held_out else ""
-    show(
-        args,
-        asdict(report),
-        f"{report.url}: {report.images + report.held_out} images in {report.shards} shards{held_out}, "
-        f"{report.bytes / 1e6:.1f} MB",
-    )
+def _written(args: argparse.Namespace, report: "WriteReport") -> int:
+    from data_sharding.write.write_report import to_text
+
+    show(args, asdict(report), to_text(report))
     if report.skipped:
         raise UserError(
             f"{report.skipped} of the images cannot be read and were left out, all others are written; "

@@ -228,6 +228,8 @@ def evaluate_images(source: str, size: str | None, options: EvaluationOptions, s
     shape = pixels if images is None else images.size
     result: dict[str, Any] = {"source": source, "images": len(features)}
     result |= {"size": None if shape is None else "{}x{}".format(*shape), "network": network and network.digest}
+    if images is not None and images.left_out:
+        result["left_out"] = images.left_out
     if save:
         save_statistics(save, reference_from_features(features, source, shape), images, network)
         result["saved"] = save

@@ -7,37 +7,56 @@ can only be compared with metrics against the same reference.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from data_sharding.errors import UserError
 from data_sharding.format.codecs import codec_of
 from data_sharding.format.manifest import FILE, Manifest
+from data_sharding.storage.byte_ranges import ByteRange
 from data_sharding.storage.files import exists
 from data_sharding.stream.frames import read_frame
-from data_sharding.write.image_sources import IMAGE_SUFFIXES, open_source
-from data_sharding.write.views import UnreadableImage, cover_crop, load_rgb
+from data_sharding.write.entries import no_images
+from data_sharding.write.findings import Findings
+from data_sharding.write.image_file import IMAGE_SUFFIXES, UnreadableImage, load_rgb
+from data_sharding.write.image_sources import open_source
+from data_sharding.write.source_files import list_folder, list_top
+from data_sharding.write.views import cover_crop
 from fitv2_scale.evaluate.features import read_npz
 from fitv2_scale.evaluate.sampling.image_grid import decode
 
 ARRAY = "arr_0"  # the images in ADM's .npz
+_NAMED = 10  # images in a sentence
 
 
-@dataclass(frozen=True)
+@dataclass
 class ImageSet:
-    """``count`` images of one ``size`` (height, width). ``read`` reads them one by one: uint8 (H, W, 3)."""
+    """``count`` images of one ``size`` (height, width). ``read`` reads them one by one: uint8 (H, W, 3).
+
+    An image that cannot be read is left out, as `fitv2 shard write` does: ``left_out`` names it with the reason, and
+    from then on ``count`` is one less.
+    """
 
     source: str
     count: int
     size: tuple[int, int]
     read: Callable[[], Iterator[np.ndarray]]
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def left_out_sentence(self) -> str:
+        """What to tell the user, if something was left out."""
+        named = [f"{name} ({reason})" for name, reason in list(self.left_out.items())[:_NAMED]]
+        rest = [f"{len(self.left_out) - _NAMED} more"] if len(self.left_out) > _NAMED else []
+        return (
+            f"{len(self.left_out)} of the images in {self.source} cannot be read and were left out: "
+            f"{'; '.join([*named, *rest])}: remove them or get them again"
+        )
 
 
 def open_image_set(url: str, size: tuple[int, int] | None, most: int, vae: str = "") -> ImageSet:
-    """At most ``most`` of the images at ``url``, evenly spaced over all: class folders or any local folder of images,
-    tars as for `fitv2 shard write`, a dataset (decoded, so that the metrics include the loss of its codec), or an .npz.
+    """At most ``most`` of the images at ``url``, evenly spaced over all: any folder of images, tars as for `fitv2 shard
+    write`, a dataset (decoded, so that the metrics include the loss of its codec), or an .npz.
 
     ``size`` is in pixels; an .npz has its own. ``vae`` decodes a dataset of sd-vae latents.
 
@@ -50,15 +69,41 @@ def open_image_set(url: str, size: tuple[int, int] | None, most: int, vae: str =
         raise UserError(f"{url} may hold images of many sizes: give the size to measure at as --size HEIGHTxWIDTH")
     if exists(f"{url.rstrip('/')}/{FILE}"):
         return _of_dataset(url, size, most, vae)
-    if Path(url).is_dir() and not any(Path(url).glob("*.tar")):
-        files = sorted(path for path in Path(url).rglob("*") if path.name.lower().endswith(IMAGE_SUFFIXES))
-        found: list[tuple[str, Callable[[], bytes]]] = [(str(path), path.read_bytes) for path in files]
-    else:
-        found = [(entry.key, entry.data.read) for entry in open_source(url).entries]
-    if not found:
-        raise UserError(f"{url} holds no images, that is files named {', '.join(IMAGE_SUFFIXES)}")
+    found, findings = _list_files(url)
+    left_out = dict(findings.left_out)
     chosen = [found[i] for i in evenly_spaced_rows(len(found), most)]
-    return ImageSet(url, len(chosen), size, lambda: (_load_image(name, read(), size) for name, read in chosen))
+    images = ImageSet(url, len(chosen), size, lambda: _read_files(images, chosen), left_out)
+    return images
+
+
+def _list_files(url: str) -> tuple[list[tuple[str, ByteRange]], Findings]:
+    """The files of images at ``url`` by name, and what is left out."""
+    if url.endswith(".tar") or "{" in url or _is_folder_of_tars(url):
+        source = open_source(url)
+        found, findings = [(entry.key, entry.data) for entry in source.entries], source.findings
+    else:
+        findings = Findings()
+        files = list_folder(url, IMAGE_SUFFIXES, findings).files
+        found = sorted(files.items(), key=lambda item: item[0].split("/"))  # folder by folder
+    if not found:
+        raise no_images(f"{url} holds", findings)
+    return found, findings
+
+
+def _is_folder_of_tars(url: str) -> bool:
+    top = list_top(url)
+    return not top.folders and any(name.endswith(".tar") for name in top.files)
+
+
+def _read_files(images: ImageSet, chosen: list[tuple[str, ByteRange]]) -> Iterator[np.ndarray]:
+    for name, data in chosen:
+        if name in images.left_out:
+            continue
+        try:
+            yield np.asarray(cover_crop(load_rgb(data.read()), *images.size))
+        except UnreadableImage as error:
+            images.left_out[name] = str(error)
+            images.count -= 1
 
 
 def image_set_of_array(where: str, array: np.ndarray | None, most: int) -> ImageSet:
@@ -74,13 +119,6 @@ def evenly_spaced_rows(count: int, most: int) -> np.ndarray:
     """At most ``most`` of the rows 0 to ``count`` - 1, evenly spaced, ascending."""
     taken = min(count, most)
     return np.arange(taken, dtype=np.int64) * count // max(taken, 1)
-
-
-def _load_image(name: str, data: bytes, size: tuple[int, int]) -> np.ndarray:
-    try:
-        return np.asarray(cover_crop(load_rgb(data), *size))
-    except UnreadableImage as error:
-        raise UserError(f"{name} cannot be read ({error}): remove it or get it again") from error
 
 
 def _of_dataset(url: str, size: tuple[int, int], most: int, vae: str) -> ImageSet:

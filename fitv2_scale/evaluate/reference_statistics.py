@@ -9,6 +9,7 @@ evaluator reads both kinds of file, and so does ``open_reference``.
 """
 
 import hashlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,18 +130,22 @@ def save_statistics(file: str, reference: Reference, images: ImageSet | None, ne
 
 
 def features_of_images(images: ImageSet, network: FeatureNetwork | None) -> Features:
-    """The features of all images, with a progress bar."""
+    """The features of all images, with a progress bar; a line on stderr tells how many cannot be read."""
     if network is None:
         raise UserError(f"{images.source} holds images: give the network that computes their features as --network")
     parts, batch = [], []
     bar = tqdm(images.read(), images.source, images.count, unit="image", dynamic_ncols=True)
-    for i, image in enumerate(bar, 1):
+    for image in bar:
         batch.append(image)
-        if len(batch) == _BATCH or i == images.count:
+        if len(batch) == _BATCH:
             parts.append(network(np.stack(batch)))
             batch = []
+    if batch:
+        parts.append(network(np.stack(batch)))
     if not parts:
-        raise UserError(f"{images.source} holds no images")
+        raise UserError(images.left_out_sentence() if images.left_out else f"{images.source} holds no images")
+    if images.left_out:
+        tqdm.write(images.left_out_sentence(), file=sys.stderr)
     return Features.joined(parts)
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from data_sharding.errors import DataError, StorageDown, UserError
+from data_sharding.storage.local_store import LocalStore
 from data_sharding.storage.open_store import open_store
 from data_sharding.storage.store import Store
 from fitv2_scale.run import local_files
@@ -33,6 +34,7 @@ DONE, RETRY, GIVE_UP, BAD_INPUT, BUG = 0, 75, 93, 2, 1
 NOT_FINITE = "loss or gradient was not finite"  # how the reason begins if this is the cause of a GIVE_UP
 
 _IDENTITY = "run.json"
+_OF_A_RUN = {_IDENTITY, "log", "attempts", "steps", "ledger", "tracking", "chain"}
 # Versions up to a2e80d5 wrote these keys of run.json under other names. Such runs continue, so both are read.
 _FORMER_KEYS = {"science": "recipe", "science_hash": "recipe_hash"}
 # Keys of start.json on which results may depend. The layout is not among them: results do not depend on it.
@@ -73,8 +75,8 @@ class Run:
     ) -> "Run":
         """Makes the run at ``url``, or continues the one that is there.
 
-        Raises UserError, with every difference shown, if that one has another recipe, other data or another parent. A
-        continuation may leave ``parent`` out.
+        Raises UserError, with every difference shown, if that one has another recipe, other data or another parent; or
+        if there is a local folder that holds something else. A continuation may leave ``parent`` out.
         """
         store = open_store(url)
         recipe = redact(recipe)  # before it is hashed: a changed password does not change the recipe
@@ -88,6 +90,7 @@ class Run:
             "parent": redact(parent),
         }
         if not store.exists(_IDENTITY):
+            _refuse_foreign_folder(store)
             with suppress(FileExistsError):  # another process was first: its identity is checked below
                 store.create_json(_IDENTITY, new, indent=1)
                 _check_exclusive(store, new)
@@ -218,6 +221,17 @@ class Attempt:
     def read_end(self) -> dict[str, Any] | None:
         """end.json, or None if the attempt was killed or still runs."""
         return self.run.store.read_json(f"{self.path}/end.json")
+
+
+def _refuse_foreign_folder(store: Store) -> None:
+    """Raises UserError if the local folder holds files, but nothing of a run: such as photographs, or a dataset."""
+    if isinstance(store, LocalStore) and Path(store.url).is_dir():
+        names = sorted(path.name for path in Path(store.url).iterdir() if not path.name.startswith("."))
+        if names and not _OF_A_RUN & set(names):
+            raise UserError(
+                f"{store.url} is no run, but holds {len(names)} other files or folders ({', '.join(names[:3])}"
+                f"{', …' if len(names) > 3 else ''}): give a new or empty folder as run=FOLDER"
+            )
 
 
 def _check_exclusive(store: Store, identity: dict[str, Any]) -> None:

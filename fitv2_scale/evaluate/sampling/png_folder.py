@@ -85,15 +85,21 @@ def write_npz(folder: str, requests: list[ImageRequest], file: str) -> None:
     sizes = {(r.rows, r.columns) for r in requests}
     if len(sizes) != 1:
         raise UserError("an .npz for ADM's evaluator holds images of one size: give one --size")
-    first = np.asarray(Image.open(image_file(folder, requests[0].index)))
+    first = _read_png(image_file(folder, requests[0].index))
     with atomic_write(file, durable=False) as npz, zipfile.ZipFile(npz, "w", zipfile.ZIP_STORED) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as out:
             header = {"descr": "|u1", "fortran_order": False, "shape": (len(requests), *first.shape)}
             np.lib.format.write_array_header_1_0(out, header)
             for request in tqdm(requests, desc=file, unit="image", dynamic_ncols=True):
-                out.write(np.asarray(Image.open(image_file(folder, request.index)).convert("RGB")).tobytes())
+                out.write(
+                    np.asarray(Image.open(image_file(folder, request.index), formats=["PNG"]).convert("RGB")).tobytes()
+                )
         with archive.open("arr_1.npy", "w") as out:
             np.lib.format.write_array(out, np.array([r.label for r in requests], np.int64))
+
+
+def _read_png(file: Path) -> np.ndarray:
+    return np.asarray(Image.open(file, formats=["PNG"]).convert("RGB"))
 
 
 def _missing(

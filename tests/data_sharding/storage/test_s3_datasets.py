@@ -14,7 +14,7 @@ from data_sharding.format.columns import COLUMNS
 from data_sharding.format.manifest import Manifest
 from data_sharding.storage import byte_ranges
 from data_sharding.storage import files as storage_files
-from data_sharding.storage.byte_ranges import list_tar
+from data_sharding.storage.tar_members import list_tar
 from data_sharding.verify import verify
 from data_sharding.write.image_sources import open_source
 from data_sharding.write.images import write_dataset

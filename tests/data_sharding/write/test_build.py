@@ -10,8 +10,10 @@ import pytest
 
 from data_sharding import worker_pool
 from data_sharding.storage.byte_ranges import ByteRange
-from data_sharding.write import build, shard_task
-from data_sharding.write.image_sources import ImageFile, open_folder
+from data_sharding.write import build, image_sources, images, shard_task
+from data_sharding.write.entries import ImageFile
+from data_sharding.write.findings import Skipped
+from data_sharding.write.image_sources import open_folder
 from data_sharding.write.images import write_dataset
 from tests.support.repository import ROOT
 from tests.support.waiting import wait
@@ -62,12 +64,16 @@ def test_a_worker_that_is_killed_is_reported_and_nothing_hangs(tmp_path):
     assert "a worker process was killed" in process.communicate()[0]
 
 
-def test_an_error_in_a_worker_keeps_its_traceback(image_folder, tmp_path):
+def test_an_error_in_a_worker_keeps_its_traceback(tmp_path, monkeypatch):
     """A file that vanishes while writing is no bad image: it is an error, with the place where it happened."""
-    class_folder = tmp_path / "images/ant"
-    class_folder.mkdir(parents=True)
-    for i in range(2):
-        (class_folder / f"{i}.jpg").symlink_to(tmp_path / "gone.jpg")
+    make_images(tmp_path / "images", 3)
+
+    def and_then_one_vanishes(src):
+        source = image_sources.open_source(src)
+        (tmp_path / "images/bee/001.jpg").unlink()
+        return source
+
+    monkeypatch.setattr(images, "open_source", and_then_one_vanishes)
     with pytest.raises(FileNotFoundError) as error:
         write_dataset(str(tmp_path / "images"), str(tmp_path / "set"), workers=2, images_per_shard=1, progress=False)
     assert "write_shard" in "".join(error.value.__notes__)
@@ -134,9 +140,9 @@ def test_work_on_a_shard_ends_when_another_task_has_it(image_folder, tmp_path, m
         seen.extend(items)
         if len(seen) == 4:
             shard_task.put(task.part, b"{}")
-        return [shard_task.Skipped(item.key, "for the test") for item in items]
+        return [Skipped(item.key, "for the test") for item in items]
 
-    task = shard_task.ShardTask(str(tmp_path), str(tmp_path), "shard-000000.tar.zst", entries, ("ant",), make)
+    task = shard_task.ShardTask(str(tmp_path), str(tmp_path), "shard-000000.tar.zst", entries, ("ant",), make, "digest")
     shard_task.write_shard(task, lambda count, fresh: reported.append((count, fresh)))
     assert len(seen) == 4 and reported == [(2, True), (2, True), (2, False)]
     assert Path(task.part).read_bytes() == b"{}"
@@ -161,9 +167,9 @@ def test_a_task_that_comes_last_to_commit_finds_it_done(image_folder, written_da
 def test_a_shard_finished_after_the_commit_leaves_no_record(tmp_path):
     def make(items):
         shard_task.put(f"{tmp_path}/manifest.json", b"{}")  # another task commits meanwhile
-        return [shard_task.Skipped(item.key, "for the test") for item in items]
+        return [Skipped(item.key, "for the test") for item in items]
 
     item = ImageFile(1, "ant/1.jpg", 0, ByteRange("", None, 0))
-    task = shard_task.ShardTask(str(tmp_path), str(tmp_path), "shard-000000.tar.zst", (item,), (), make)
+    task = shard_task.ShardTask(str(tmp_path), str(tmp_path), "shard-000000.tar.zst", (item,), (), make, "digest")
     shard_task.write_shard(task, lambda *_: None)
     assert list(tmp_path.iterdir()) == [tmp_path / "manifest.json"]

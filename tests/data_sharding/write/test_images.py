@@ -12,8 +12,9 @@ from data_sharding.format.codecs import get_codec
 from data_sharding.format.manifest import Manifest
 from data_sharding.stream.frames import read_frame
 from data_sharding.verify import verify
-from data_sharding.write import build, image_sources
-from data_sharding.write.image_sources import open_folder, sample_id
+from data_sharding.write import build, entries
+from data_sharding.write.entries import sample_id
+from data_sharding.write.image_sources import open_folder
 from data_sharding.write.images import write_dataset
 from tests.support.written_datasets import OPTIONS, make_images
 
@@ -38,7 +39,8 @@ def test_every_image_is_stored_once_with_its_label(image_folder, written_dataset
 
 
 def test_views_and_flips_are_those_of_the_pixels(image_folder, written_dataset):
-    from data_sharding.write.views import encode_views, load_rgb, views_of
+    from data_sharding.write.image_file import load_rgb
+    from data_sharding.write.views import encode_views, views_of
 
     entries = {entry.id: entry for entry in open_folder(image_folder).entries}
     manifest = Manifest.load(str(written_dataset[0]))
@@ -67,12 +69,17 @@ def test_a_finished_dataset_is_not_changed(image_folder, written_dataset):
 @pytest.mark.parametrize("change", [{"max_tokens": 25}, {"holdout": 0.2}, {"images_per_shard": 8}])
 def test_other_options_are_refused_finished_or_not(image_folder, written_dataset, tmp_path, monkeypatch, change):
     name = next(iter(change))
-    with pytest.raises(UserError, match=f"was started with another {name} .*or another folder"):
+    with pytest.raises(UserError, match=f"was started with another {name} .*or give another folder"):
         write_dataset(image_folder, str(written_dataset[0]), **{**OPTIONS, **change})
-    monkeypatch.setattr(build, "run_tasks", lambda *_: sys.exit("killed"))
+
+    def killed(tasks, write_shard, *_):
+        write_shard(tasks[0], lambda *_: None)
+        sys.exit("killed")
+
+    monkeypatch.setattr(build, "run_tasks", killed)
     with pytest.raises(SystemExit):
         write_dataset(image_folder, str(tmp_path), workers=1, **OPTIONS)
-    with pytest.raises(UserError, match=f"was started with another {name} "):
+    with pytest.raises(UserError, match=f"was started with another {name} .*or remove it \\(rm -r {tmp_path}\\)"):
         write_dataset(image_folder, str(tmp_path), **{**OPTIONS, **change})
 
 
@@ -121,10 +128,11 @@ def test_no_readable_image_at_all_is_an_error(tmp_path):
 
 def test_bad_sources_are_one_sentence_each(tmp_path):
     for make, message in (
-        (lambda: None, "is not a folder"),
+        (lambda: None, "there is nothing at .*src: check the path"),
         (lambda: (tmp_path / "src").mkdir(), "is empty"),
         (lambda: (tmp_path / "src/a.jpg").write_bytes(b""), "has no class folders"),
         (lambda: (tmp_path / "src/.git").mkdir(), "has no class folders"),
+        (lambda: (tmp_path / "src/a.jpg").rename(tmp_path / "a.jpg"), "has no class folders"),
         (lambda: (tmp_path / "src/ant").mkdir(), "hold no images"),
     ):
         make()
@@ -169,6 +177,6 @@ def test_labels_follow_all_class_folders_and_ids_only_the_key(tmp_path):
 
 
 def test_colliding_ids_are_an_error(image_folder, monkeypatch):
-    monkeypatch.setattr(image_sources, "sample_id", lambda key: 1)
+    monkeypatch.setattr(entries, "sample_id", lambda key: 1)
     with pytest.raises(UserError, match=r"ant/000\.jpg and ant/003\.jpg have the same id by chance"):
         open_folder(image_folder)

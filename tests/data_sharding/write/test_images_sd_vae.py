@@ -15,9 +15,10 @@ from data_sharding.format.patches import patchify, unpatchify
 from data_sharding.format.sd_vae import load_vae
 from data_sharding.stream.frames import read_frame
 from data_sharding.verify import verify
+from data_sharding.write.image_file import load_rgb
 from data_sharding.write.image_sources import open_folder
 from data_sharding.write.images import write_dataset
-from data_sharding.write.views import load_rgb, views_of
+from data_sharding.write.views import views_of
 from fitv2_scale.run.run import Run
 from fitv2_scale.train.loop import train
 from tests.support.ranks import run_ranks

@@ -12,7 +12,7 @@ from data_sharding.storage.files import exists
 from data_sharding.stream.frames import read_frame
 from data_sharding.verify import verify
 from data_sharding.write import archives
-from data_sharding.write.image_sources import sample_id
+from data_sharding.write.entries import sample_id
 from data_sharding.write.import_latents import import_dataset
 from tests.support.published_latents import GROUPS, OPTIONS, latent, published, shards_of, write_layout
 from tests.support.repository import ROOT

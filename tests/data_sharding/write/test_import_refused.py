@@ -1,7 +1,9 @@
 """Importing damaged, contradictory or incomplete files: they are named and left out, or the error is one sentence."""
 
 import json
+import os
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +66,48 @@ def test_damaged_or_contradicting_files_are_named_and_left_out(tmp_path, resize,
     check_skipped(tmp_path, files, reason)
 
 
+def test_bfloat16_is_called_so(tmp_path):
+    files = {GROUPS[0]: {"good.safetensors": latent("good", 3, 4, 0)}, GROUPS[2]: {}}
+    header = {"feature": {"dtype": "BF16", "shape": [2, 3, 4, 16], "data_offsets": [0, 768]}}
+    text = json.dumps(header).encode()
+    files[GROUPS[1]] = {"bad.safetensors": len(text).to_bytes(8, "little") + text + bytes(768)}
+    check_skipped(tmp_path, files, "feature is bfloat16, which is not supported: store it as float32")
+
+
+def test_files_that_cannot_be_read_are_named_and_links_are_followed(tmp_path):
+    files = {group: {} for group in GROUPS} | {GROUPS[0]: {"a.safetensors": latent("a", 3, 4, 0)}}
+    src = write_layout(tmp_path / "src", "folders", files)
+    for group in GROUPS[1:]:
+        (src / group).mkdir(exist_ok=True)
+    (tmp_path / "b.safetensors").write_bytes(latent("b", 3, 4, 1))
+    (src / GROUPS[0] / "b.safetensors").symlink_to(tmp_path / "b.safetensors")
+    (src / GROUPS[0] / "gone.safetensors").symlink_to("nowhere")
+    os.mkfifo(src / GROUPS[0] / "pipe.safetensors")
+    (src / GROUPS[0] / "notes.txt").touch()
+    (src / GROUPS[1]).rename(tmp_path / "moved")
+    (src / GROUPS[1]).symlink_to(tmp_path / "moved")
+    report = import_dataset(str(src), str(tmp_path / "set"), **OPTIONS)
+    assert (report.images, report.skipped, report.left_aside) == (2, 2, {".md": 1, ".txt": 1, "folder less_than_16": 1})
+    skipped = {e["source"]: e["reason"] for e in json.loads((tmp_path / "set/skipped.json").read_bytes())}
+    assert skipped == {
+        "gone.safetensors": "a link to nothing",
+        "pipe.safetensors": "a pipe, a socket or a device, not a file",
+    }
+
+
+def test_a_hard_link_in_a_tar_of_latents_is_read(tmp_path):
+    files = {group: {} for group in GROUPS} | {GROUPS[0]: {"a.safetensors": latent("a", 3, 4, 0)}}
+    src = write_layout(tmp_path / "src", "tar", files)
+    with tarfile.open(src / f"{GROUPS[0]}.tar", "a") as tar:
+        for name, link in (("b", "a"), ("c", "nowhere")):
+            info = tarfile.TarInfo(f"{GROUPS[0]}/{name}.safetensors")
+            target = next(m.name for m in tar.getmembers() if m.name.endswith("a.safetensors")) if link == "a" else link
+            info.type, info.linkname = tarfile.LNKTYPE, target
+            tar.addfile(info)
+    report = import_dataset(str(src), str(tmp_path / "set"), **OPTIONS)
+    assert (report.images, report.skipped) == (2, 1)
+
+
 def test_sources_that_lack_something_are_one_sentence_each(tmp_path):
     dst = str(tmp_path / "set")
 
@@ -98,7 +142,7 @@ def test_sources_that_lack_something_are_one_sentence_each(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds none of the published folders"):
         import_dataset(str(tmp_path / "empty"), dst)
-    with pytest.raises(UserError, match="is not a folder"):
+    with pytest.raises(UserError, match="there is nothing at .*nowhere: check the path"):
         import_dataset(str(tmp_path / "nowhere"), dst)
 
 

@@ -1,4 +1,4 @@
-"""Views of an image: sizes, crops, flips, and every kind of file, each against the plainest version of itself."""
+"""Views of an image: sizes, crops and flips, each against the plainest version of itself."""
 
 import math
 
@@ -10,16 +10,14 @@ from data_sharding.errors import UserError
 from data_sharding.format.dct import DctCodec
 from data_sharding.format.patches import patchify
 from data_sharding.write.views import (
-    UnreadableImage,
     crop_view,
     encode_views,
-    load_rgb,
     resize_tokens,
     resize_view,
     square_side,
     views_of,
 )
-from tests.support.pictures import file_of, noise
+from tests.support.pictures import noise
 
 
 def views(image: Image.Image, max_tokens: int) -> dict[str, np.ndarray]:
@@ -106,46 +104,6 @@ def test_max_tokens_must_be_square():
     for bad in (0, -4, 99, 255):
         with pytest.raises(UserError, match=f"square number such as 100, 256 or 1024, not {bad}"):
             square_side(bad)
-
-
-def test_exif_rotation_is_applied():
-    image = noise(20, 30)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by a quarter clockwise
-    turned = load_rgb(file_of(image, "PNG", exif=exif))
-    np.testing.assert_array_equal(np.asarray(turned), np.rot90(np.asarray(image), -1))
-
-
-def test_every_mode_becomes_rgb():
-    gray = Image.linear_gradient("L")
-    for image, kind in (
-        (gray, "PNG"),
-        (gray.convert("1"), "PNG"),
-        (gray.convert("LA"), "PNG"),
-        (noise(16, 16).convert("P"), "PNG"),
-        (noise(16, 16).convert("RGBA"), "PNG"),
-        (noise(16, 16).convert("CMYK"), "JPEG"),
-        (noise(16, 16).convert("YCbCr"), "JPEG"),
-    ):
-        assert load_rgb(file_of(image, kind)).mode == "RGB", image.mode
-    cyan = load_rgb(file_of(Image.new("CMYK", (16, 16), (255, 0, 0, 0)), "JPEG")).getpixel((3, 3))
-    assert cyan[0] < 10 and min(cyan[1:]) > 245  # not inverted
-    deep = Image.fromarray(np.full((16, 16), 0x8000, np.uint16))
-    assert load_rgb(file_of(deep, "PNG")).getpixel((3, 3)) == (128, 128, 128)  # scaled, not clipped to white
-    clear = load_rgb(file_of(Image.new("RGBA", (16, 16), (0, 0, 0, 0)), "PNG"))
-    assert clear.getpixel((3, 3)) == (255, 255, 255)  # not the black that transparency hides
-
-
-def test_damaged_bytes_have_a_reason_that_is_always_the_same():
-    """The reason is stored, so it must not hold the address of an object."""
-    whole = file_of(noise(64, 64), "JPEG")
-    for data in (b"", b"text", whole[:200], whole[: len(whole) // 2], file_of(noise(64, 64), "PNG")[:3000]):
-        reasons = set()
-        for _ in range(2):
-            with pytest.raises(UnreadableImage) as error:
-                load_rgb(bytes(bytearray(data)))
-            reasons.add(str(error.value))
-        assert len(reasons) == 1 and "0x" not in reasons.pop()
 
 
 def test_pictures_of_one_size_are_encoded_together():

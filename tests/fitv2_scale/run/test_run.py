@@ -31,6 +31,21 @@ def test_a_run_is_made_once_and_continued(tmp_path):
     assert record["recipe_hash"] == recipe_hash(RECIPE) and record["parent"] is None
 
 
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "photos/temple").mkdir(parents=True)
+    with pytest.raises(
+        UserError, match=r"photos is no run, but holds 1 other files or folders \(temple\): give a new or"
+    ):
+        make(tmp_path / "photos")
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["temple"]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/.gitkeep").touch()
+    make(tmp_path / "empty")
+    (tmp_path / "empty/run.json").unlink()  # of a run that has begun, it is made again
+    (tmp_path / "empty/log").mkdir()
+    make(tmp_path / "empty")
+
+
 def test_another_recipe_is_refused_with_every_difference(tmp_path):
     make(tmp_path)
     recipe = {"model": {"depth": 4, "dim": 128}, "optim": {}, "data": {"urls": ["a"]}, "seed": 1}

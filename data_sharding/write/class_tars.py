@@ -1,0 +1,129 @@
+"""Class tars, as ImageNet is distributed: a tar for each class, in a folder or in a tar. Nothing is unpacked."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from data_sharding.errors import UserError
+from data_sharding.storage.byte_ranges import ByteRange
+from data_sharding.storage.tar_members import Member, first_names, list_tar
+from data_sharding.write.entries import (
+    ImageSource,
+    image_source,
+    listed,
+    no_images,
+    refuse_class_names,
+    refuse_splits,
+)
+from data_sharding.write.findings import Findings, in_system_folder, is_utf8, suffix_of
+from data_sharding.write.image_file import is_image_name
+from data_sharding.write.webdataset import list_webdataset
+
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
+_LISTERS = 16  # tars listed in parallel: the time is spent waiting for the storage
+
+
+def open_tars(urls: list[str]) -> ImageSource:
+    """Lists class tars, a tar of them, or WebDataset tars: the first files of the first tar tell which.
+
+    Raises:
+        UserError: a tar is missing or damaged, or the tars are of another kind.
+    """
+    first = [name.lower() for name in first_names(urls[0], 100)]
+    if any(name.endswith((".tar", *COMPRESSED)) for name in first):
+        if len(urls) > 1:
+            raise UserError(f"{urls[0]} is a tar of tars, and there are other tars: give this one alone")
+        return _tar_of_tars(urls[0])
+    if any(name.endswith((".cls", ".json")) for name in first):
+        return list_webdataset(urls, [_stem(url) for url in urls], _in_parallel)
+    if len(urls) == 1 and first and all("/" in name for name in first):
+        raise UserError(f"{urls[0]} holds folders of images: unpack it and give the folder")
+    return _class_tars([(_stem(url), url, 0) for url in urls], urls[0], Findings())
+
+
+def refuse_compressed(src: str, names: list[str]) -> None:
+    """Raises UserError if some of the tars in ``src`` are compressed: their classes would be missing."""
+    if found := [name for name in names if name.lower().endswith(COMPRESSED)]:
+        raise UserError(
+            f"{src} holds compressed tars among others ({listed(found)}): decompress them first, or move them away"
+        )
+
+
+def _tar_of_tars(url: str) -> ImageSource:
+    findings = Findings()
+    inner = []
+
+    def unusable(name: str, reason: str) -> None:
+        findings.file(name)
+        if name.lower().endswith(".tar"):
+            raise UserError(f"{url}: {name} cannot be read ({reason}), and its class would be missing")
+        findings.unusable(name, reason)
+
+    members = list(list_tar(url, unusable=unusable))
+    refuse_compressed(url, [member.name for member in members])
+    for member in members:
+        if member.name.endswith(".tar"):
+            inner.append((_stem(member.name), member.data.url, member.data.start or 0))
+        else:
+            findings.file(member.name)
+            findings.unusable(member.name, "it lies beside the class tars and belongs to no class")
+    return _class_tars(inner, url, findings)
+
+
+def _class_tars(tars: list[tuple[str, str, int]], src: str, findings: Findings) -> ImageSource:
+    """``tars``: (class, URL, first byte) of each."""
+    names = sorted(name for name, _, _ in tars)
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise UserError(f"{src}: there are several tars of the class {listed(twice)}: put their images into one")
+    refuse_class_names(src, names)
+    images: dict[str, tuple[str, ByteRange]] = {}
+    empty = set(names)
+    for (name, url, _), (found, more) in zip(tars, _in_parallel(_members, tars), strict=True):
+        findings.add(more)
+        if more.seen[".cls"]:
+            raise UserError(
+                f"{url} holds labels (.cls), but not beside its images: write the tar again as a WebDataset, each "
+                "image followed by its label"
+            )
+        images |= {f"{name}/{member.name}": (name, member.data) for member in found}
+        if found or more.left_out:
+            empty.discard(name)
+    if not images:
+        raise no_images(f"{src} holds", findings)
+    nested = all("/" in key.partition("/")[2] for key in images)
+    refuse_splits(src, set(names) - empty, nested, "unpack one part and give its folder")
+    return image_source(names, images, findings, empty)
+
+
+def _members(tar: tuple[str, str, int]) -> tuple[list[Member], Findings]:
+    """The images of a class tar. Of files of one name the last counts, as when the tar is unpacked."""
+    name, url, start = tar
+    findings = Findings()
+    found: dict[str, Member] = {}
+
+    def unusable(member: str, reason: str) -> None:
+        findings.file(member)
+        findings.unusable(f"{name}/{member}", reason)
+
+    for member in list_tar(url, start, unusable):
+        findings.file(member.name)
+        if in_system_folder(member.name, findings):
+            continue
+        if not is_image_name(member.name):
+            findings.aside(suffix_of(member.name))
+        elif not is_utf8(member.name):
+            findings.leave_out(f"{name}/{member.name}", "the name is not UTF-8: rename the file")
+        else:
+            if member.name in found:
+                findings.aside("replaced by a later file of the same name")
+            found[member.name] = member
+    return list(found.values()), findings
+
+
+def _stem(name: str) -> str:
+    return name.rpartition("/")[2].removesuffix(".tar")
+
+
+def _in_parallel(work: Callable, items: list) -> Iterator:
+    with ThreadPoolExecutor(_LISTERS) as pool:
+        yield from pool.map(work, items)
