@@ -120,6 +120,8 @@ def after(home: str, ended: str) -> int:
     if not blamed and not outcome.clean:
         blamed = first_failed_node(srun_output.read_text(), job.nodes)
     code, reason = outcome.code, outcome.reason
+    if not outcome.clean and (killed := killed_task(srun_output.read_text())):
+        reason = f"{killed}; {reason}"
     chain_log.add("END", job=job.id, restart=job.restart, code=code, reason=reason, blamed=blamed)
     _print(f"ended with {code}: {reason}" + (f"; {', '.join(blamed)} will be avoided" if blamed else ""))
     decision = chain.verdict(run, chain_log)
@@ -153,6 +155,14 @@ def first_failed_node(srun_output: str, nodes: Sequence[str]) -> list[str]:
         if failure[2]:  # several nodes at once: no node's fault
             return []
     return []
+
+
+def killed_task(srun_output: str) -> str:
+    """How the first task that ended was killed, if it was: srun then ends the others, and they know only what broke."""
+    tasks = (failure for failure in _FAILED.finditer(srun_output) if failure[2])
+    first = next(tasks, None)
+    killed = first is not None and not first[2].startswith("Exited")
+    return first[0].removeprefix("srun: error: ") if killed else ""
 
 
 def _ensure_successor(chain_log: ChainLog, job: ThisJob, seconds: int, replace: bool = False) -> None:

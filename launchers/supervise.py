@@ -9,12 +9,13 @@ import sys
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from data_sharding.standard_streams import dropping
 from data_sharding.storage.open_store import open_store
 from fitv2_scale.config.schema import Config
 from fitv2_scale.run.log import newest_attempt
-from fitv2_scale.run.run import BAD_INPUT, GIVE_UP, RETRY, Run
+from fitv2_scale.run.run import BAD_INPUT, GIVE_UP, RETRY, Attempt, Run
 from fitv2_scale.run.stop_signals import STOP_SIGNALS, SUPERVISED, noted_signals
 from launchers.chain_log import Record, outcome_of, verdict
 from launchers.notify import HUNG, run_event_command, was_hung
@@ -33,9 +34,9 @@ def supervise(config: Config, command: Sequence[str], processes: int) -> int:
             log = run.log.entries() if run else []
             before, commits = newest_attempt(log), sum(entry.kind == "COMMIT" for entry in log)
             records.append({"kind": "START", "commits": commits})
-            code = run_processes(command, processes, signals)
+            ended = run_processes(command, processes, signals)
             run = run or _open_run(config)
-            code, reason = _outcome(run, before, code)
+            code, reason = _outcome(run, before, ended)
             log = run.log.entries() if run else []
             records.append({"kind": "END", "code": code, "reason": reason})
             decision = verdict(records, log, config.train.steps, config.slurm.fruitless)
@@ -43,13 +44,21 @@ def supervise(config: Config, command: Sequence[str], processes: int) -> int:
                 _notify(config, HUNG, reason)
             if decision.event is not None:
                 _notify(config, decision.event, decision.reason)
-            if decision.event == "stopped" or signals.last is not None:
+            if decision.event == "stopped" or (decision.event is None and signals.last is not None):
                 return RETRY
             if decision.event is not None:
                 if decision.code == GIVE_UP:
                     _print(decision.reason)
                 return decision.code
             _print(f"{reason}: another attempt starts")
+
+
+class Ended(NamedTuple):
+    """How the ranks of an attempt ended."""
+
+    code: int  # the first exit code that is not 0, or 0
+    killed: str = ""  # the rank that died of a signal first, and of which
+    first: int = 0  # process id of rank 0
 
 
 class Signals:
@@ -91,8 +100,8 @@ def forwarded_signals() -> Generator[Signals]:
             signal.signal(number, handler)
 
 
-def run_processes(command: Sequence[str], processes: int, signals: Signals) -> int:
-    """Runs the ranks to their end; the first that fails ends all. Returns the first exit code that is not 0, or 0."""
+def run_processes(command: Sequence[str], processes: int, signals: Signals) -> Ended:
+    """Runs the ranks to their end; the first that fails ends all."""
     ranks: list[subprocess.Popen] = []
     port = _free_port()
     # Blocked in the ranks from their start, until the trainer has handlers; and here, until all ranks have started, so
@@ -127,25 +136,47 @@ def _environment(rank: int, processes: int, port: int) -> dict[str, str]:
     }
 
 
-def _wait(ranks: Sequence[subprocess.Popen]) -> int:
-    deadline, failed = float("inf"), 0
+def _wait(ranks: Sequence[subprocess.Popen]) -> Ended:
+    deadline, failed, killed = float("inf"), 0, ""
     while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
         time.sleep(_POLL)
         ended = [rank.returncode for rank in ranks if rank.poll() is not None]
         if not failed and any(ended):
             failed, deadline = next(filter(None, ended)), time.monotonic() + _AFTER_FAILURE
+            killed = _killed([rank.returncode for rank in ranks])
         elif ended and deadline == float("inf"):
             deadline = time.monotonic() + _AFTER_SUCCESS
-    return failed or next(filter(None, (rank.returncode for rank in ranks)), 0)
+    code = failed or next(filter(None, (rank.returncode for rank in ranks)), 0)
+    return Ended(code, killed, ranks[0].pid)
 
 
-def _outcome(run: Run | None, before: int, code: int) -> tuple[int, str]:
-    """Code and reason of ranks that ended with ``code``; ``before`` was the newest attempt when they started."""
+def _killed(codes: Sequence[int | None]) -> str:
+    """The rank that has died of a signal, and of which, from the exit codes of all when the first had failed. Empty if
+    none has; or if one has failed by itself, since others may then abort."""
+    died = {rank: signal.Signals(-code) for rank, code in enumerate(codes) if code is not None and code < 0}
+    for rank, number in died.items():
+        if number == signal.SIGKILL:
+            return f"rank {rank} was killed (SIGKILL; out of memory?)"
+    if any(code is not None and code > 0 for code in codes):
+        return ""
+    return next((f"rank {rank} died of {number.name}" for rank, number in died.items()), "")
+
+
+def _outcome(run: Run | None, before: int, ended: Ended) -> tuple[int, str]:
+    """Code and reason of ranks that have ended; ``before`` was the newest attempt when they started. A killed rank is
+    the reason for what the others met: this alone knows it, so it is written to the attempt's end.json."""
     if run:
-        return outcome_of(run, before, code)[:2]
-    if code == BAD_INPUT:
+        code, reason, clean = outcome_of(run, before, ended.code)
+        if not ended.killed or clean:
+            return code, reason
+        newest = newest_attempt(run.log.entries())
+        attempt = Attempt(newest, run)
+        if newest > before and attempt.claimed_by == (socket.gethostname(), ended.first):
+            attempt.end(code, ended.killed)
+        return code, ended.killed
+    if ended.code == BAD_INPUT:
         return BAD_INPUT, "bad input"
-    return RETRY, f"exit code {code} before the run was created"
+    return RETRY, f"{ended.killed or f'exit code {ended.code}'} before the run was created"
 
 
 def _open_run(config: Config) -> Run | None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
 from fitv2_scale.parallel.failures import LastWords, arisen_on, portable, shared
@@ -125,3 +126,9 @@ def _meet(world: World, failure: Exception | None) -> World:
 
 def _node() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def set_group_timeouts(seconds: float) -> None:
+    """For all groups that there are, those of meshes and engines included."""
+    for group in list(distributed_c10d._world.pg_map):  # torch has no public way; torchtitan uses the same call
+        distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)

@@ -1,15 +1,18 @@
 """Requests to a running attempt, made through its run: to stop (STOP in the log) and to save. Rank 0 polls for them."""
 
+import logging
 import os
 import threading
 from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from data_sharding.errors import StorageDown
 from fitv2_scale.run.run import RETRY, Attempt, Run
 
 LOG_SEEN = "FITV2_LOG_SEEN"  # set by a launcher: length of the run's log; a later STOP is meant for its attempts
 _POLL = 5.0  # seconds
+
+log = logging.getLogger(__name__)
 
 
 def save_request_path(attempt: int) -> str:
@@ -30,9 +33,16 @@ class Requests:
 
     def poll_until(self, ended: threading.Event) -> None:
         """Looks for requests every few seconds until ``ended`` is set."""
+        problem = ""
         while True:
-            with suppress(OSError, StorageDown):  # tried again at the next poll
+            try:
                 self._poll_once()
+            except (OSError, StorageDown):
+                pass  # tried again at the next poll
+            except Exception as error:  # such as a damaged log; the next save will meet it, and requests may still come
+                if str(error) != problem:
+                    problem = str(error)
+                    log.warning("requests to stop or save cannot be read: %s", problem, exc_info=error)
             if ended.wait(self._poll):
                 return
 

@@ -169,6 +169,12 @@ class Attempt:
         return (self.run.store.read_json(f"{self.path}/start.json") or {}).get("changed", [])
 
     @property
+    def claimed_by(self) -> tuple[str, int]:
+        """Host name and process id of its rank 0."""
+        start = self.run.store.read_json(f"{self.path}/start.json") or {}
+        return start.get("hostname", ""), start.get("pid", 0)
+
+    @property
     def path(self) -> str:
         """Its folder, relative to the run."""
         return f"attempts/{self.number}"

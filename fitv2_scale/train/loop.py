@@ -17,12 +17,14 @@ from fitv2_scale.run.log import StaleAttempt
 from fitv2_scale.run.requests import watch_requests
 from fitv2_scale.run.run import BAD_INPUT, BUG, DONE, GIVE_UP, RETRY, Attempt
 from fitv2_scale.train.coordination import Coordination
+from fitv2_scale.train.lost_ranks import RankLost
 from fitv2_scale.train.metrics.meter import Meter
 from fitv2_scale.train.monitor import Monitor
 from fitv2_scale.train.profiler import Profiler
 from fitv2_scale.train.progress_bar import ProgressBar
+from fitv2_scale.train.rank_log import log_to
 from fitv2_scale.train.session import Session
-from fitv2_scale.train.setup import claim, is_complete, log_to, open_session, read_request
+from fitv2_scale.train.setup import claim, is_complete, open_session, read_request
 from fitv2_scale.train.signals import StopSignal
 from fitv2_scale.train.step import train_step
 from fitv2_scale.train.watchdog import Watchdog
@@ -52,6 +54,7 @@ def train(config: Config, fork_from: str | None = None) -> int:
             Watchdog(config.watchdog, world, attempt).watching() as watchdog,
         ):
             s = open_session(config, world, layout, data, attempt, fork)
+            watchdog.cover_groups()
             coordination = Coordination(world, s.batch_broadcast, stop, s.substitutions, s.checkpoints, requests)
             end(*_loop(s, coordination, watchdog))
         return end.code
@@ -163,8 +166,9 @@ def _recorded(attempt: Attempt, world: World) -> Generator[_End]:
             end(GIVE_UP if isinstance(error, StaleAttempt) else RETRY, reason)
             _say(world.is_first, reason)
         else:
-            end(BUG, repr(error))
-            log.exception("rank %d failed", world.rank)
+            notes = [] if isinstance(error, RankLost) else getattr(error, "__notes__", [])  # which rank raised it
+            end(BUG, " ".join([repr(error), *notes]))
+            log.error("rank %d failed", world.rank, exc_info=error)
             raise error from error.__cause__
     except BaseException as error:
         end(BUG, repr(error))

@@ -1,8 +1,6 @@
 """Everything an attempt sets up before its first step; what is cheap to check comes first."""
 
 import logging
-from collections.abc import Generator
-from contextlib import contextmanager
 
 from data_sharding.errors import DataError, UserError
 from data_sharding.plan.plan import Plan
@@ -163,24 +161,3 @@ def _restore(
         return restored, data, list(restored.quarantined), forked
     data, notes = data.continued(restored.cursor, restored.step, config)
     return restored, data, [*restored.quarantined, *notes], forked
-
-
-@contextmanager
-def log_to(attempt: Attempt, rank: int) -> Generator[None]:
-    """Appends this rank's log records, tracebacks included, to attempts/<n>/logs/rank-00000.log. If the run is on
-    S3, the file is uploaded at the end; rank 0 uploads all that its node has of the attempt."""
-    run, folder = attempt.run, attempt.path
-    file = f"{folder}/logs/rank-{rank:05d}.log"
-    run.local_path(file).parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(run.local_path(file), delay=True)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.getLogger().addHandler(handler)
-    try:
-        yield
-    finally:
-        logging.getLogger().removeHandler(handler)
-        try:
-            handler.close()
-            run.upload(folder if rank == 0 else file)
-        except (OSError, UserError) as error:
-            log.warning("%s could not be uploaded: it stays on its node: %s", run.local_path(folder), error)

@@ -10,7 +10,6 @@ writes the reason to end.json and the hung ranks to hung.json (none, if all rank
     hung.json  [{"rank": 1, "node": "n7", "section": "step", "step": 1200, "seconds": 31.2, "silent": true}]
 """
 
-import faulthandler
 import json
 import logging
 import os
@@ -20,20 +19,21 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import Any, Literal, get_args
 
 from fitv2_scale.config.sections import WatchdogConfig
-from fitv2_scale.parallel.world import World
+from fitv2_scale.parallel.world import World, set_group_timeouts
 from fitv2_scale.run.run import RETRY, Attempt
+from fitv2_scale.train.lost_ranks import RankLost, is_broken_collective, refusing
+from fitv2_scale.train.stacks import write_stacks
 
 Phase = Literal["load", "data", "step", "compile", "save", "evaluate"]
 
+_BEYOND_LIMITS = 2.0  # a group waits for this many times the longest limit
 _LONG_SILENCE = 300.0  # seconds
 _ASLEEP = 2.0  # seconds by which the watchdog's own thread must be late to count as suspended
 _NAMED = 64  # ranks that an alarm names at most: it has to fit into a datagram
@@ -119,6 +119,8 @@ class Watchdog:
         self._beats = {rank: Beat(rank, nodes[rank], "load", 0, 0.0, config.load_seconds) for rank in others}
         self._heard = dict.fromkeys(others, time.monotonic())
         self._ended = threading.Event()
+        self._looked = 0.0  # when this rank last looked at the clock
+        self.cover_groups()
 
     @contextmanager
     def watching(self) -> Generator["Watchdog"]:
@@ -126,6 +128,10 @@ class Watchdog:
         thread.start()
         try:
             yield self
+        except RuntimeError as error:
+            if is_broken_collective(error) and (lost := self._lost_ranks()):
+                raise RankLost(lost) from error
+            raise
         finally:
             self._ended.set()
             thread.join()
@@ -161,21 +167,41 @@ class Watchdog:
         """Seconds, among the last ones; 0.0 before the first without compilation."""
         return max(self._durations, default=0.0)
 
+    def cover_groups(self) -> None:
+        """Lets all groups of processes wait for longer than a rank may be in any phase: else they would break before
+        the alarm can name who hangs. To be called again once there are more groups."""
+        limits = [self._config.step_factor * self._config.compile_seconds, *map(self.limit, get_args(Phase))]
+        set_group_timeouts(_BEYOND_LIMITS * max(limits))
+
+    def _lost_ranks(self) -> str:
+        """The ranks that have ended without leaving the watch, as a sentence; empty if there are none."""
+        lost = refusing(lambda: {rank: self._addresses[rank] for rank in list(self._beats)})
+        named = [f"rank {rank} on {beat.node}" for rank in lost if (beat := self._beats.get(rank))]
+        log = f"{self._attempt.path}/logs/rank-{lost[0]:05d}.log" if lost else ""
+        return f"{' and '.join(named)} ended or was killed; see {log} and what its launcher says" if named else ""
+
     def _watch(self) -> None:
-        looked = time.monotonic()
+        self._looked = time.monotonic()
         while not self._ended.is_set():
-            self._tell("")
-            self._listen(self._interval)
-            now = time.monotonic()
-            if (asleep := now - looked - self._interval) > _ASLEEP:
-                # This process was suspended, perhaps with the others (Slurm suspends jobs): that time does not count.
-                self._since += asleep
-                self._heard = {rank: heard + asleep for rank, heard in self._heard.items()}
-            looked = now
-            if self._alarmed():
-                hung = self._find_hung()
-                self._tell("alarm", hung)
-                self._end(hung)
+            try:
+                self._look()
+            except Exception as error:  # this thread has to live
+                log.exception("the watchdog failed: %r", error)
+                self._ended.wait(self._interval)
+
+    def _look(self) -> None:
+        self._tell("")
+        self._listen(self._interval)
+        now = time.monotonic()
+        if (asleep := now - self._looked - self._interval) > _ASLEEP:
+            # This process was suspended, perhaps with the others (Slurm suspends jobs): that time does not count.
+            self._since += asleep
+            self._heard = {rank: heard + asleep for rank, heard in self._heard.items()}
+        self._looked = now
+        if self._alarmed():
+            hung = self._find_hung()
+            self._tell("alarm", hung)
+            self._end(hung)
 
     def _alarmed(self) -> bool:
         now = time.monotonic()
@@ -205,7 +231,7 @@ class Watchdog:
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0 and not self._ended.is_set():
             self._socket.settimeout(min(left, 0.2))
-            with suppress(TimeoutError, OSError, ValueError):
+            with suppress(TimeoutError, OSError, ValueError, TypeError):  # anybody may send something
                 secret, beat, hung = json.loads(self._socket.recv(1 << 16))
                 if secret == self._secret:
                     self._hear(Beat(**beat), [Hung(**h) for h in hung])
@@ -221,7 +247,7 @@ class Watchdog:
     def _end(self, hung: Sequence[Hung]) -> None:
         """Writes stacks and reason, and exits. All ranks use what the rank that raised the alarm has seen: a moment
         earlier or later it looks different."""
-        self._write_stacks()
+        write_stacks(self._attempt, self._rank)
         reason = "; ".join(map(str, hung[:3])) + (f"; and {len(hung) - 3} more" if len(hung) > 3 else "")
         log.error("%s", reason)
         ranks = {self._rank, *self._beats}
@@ -236,28 +262,6 @@ class Watchdog:
         else:
             time.sleep(_OTHERS_GRACE)
         os._exit(RETRY)
-
-    def _write_stacks(self) -> None:
-        run, name = self._attempt.run, f"{self._attempt.path}/logs/rank-{self._rank:05d}"
-        with suppress(Exception):
-            file = run.local_path(f"{name}.stacks")
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with open(file, "w") as stacks:
-                faulthandler.dump_traceback(stacks, all_threads=True)
-            run.upload(f"{name}.stacks")
-        with suppress(Exception):  # this part of torch is private
-            for library, dump in _flight_recorders():
-                run.local_path(f"{name}.{library}.json").write_bytes(dump())
-                run.upload(f"{name}.{library}.json")
-
-
-def _flight_recorders() -> list[tuple[str, Callable[[], bytes]]]:
-    """The last collectives of this rank as torch has recorded them: those of NCCL if there is a GPU, else of gloo."""
-    name, program = ("nccl", "_dump_nccl_trace_json") if torch.cuda.is_available() else ("gloo", "_dump_fr_trace_json")
-    from torch._C import _distributed_c10d  # not in every build of torch
-
-    dump = getattr(_distributed_c10d, program, None)
-    return [(name, dump)] if dump else []
 
 
 def _where() -> str:

@@ -9,7 +9,7 @@ from data_sharding.storage.local_store import LocalStore
 from fitv2_scale.config.slurm import SlurmConfig
 from fitv2_scale.run.log import LogEntry
 from fitv2_scale.run.run import NOT_FINITE, Run
-from launchers.chain import first_failed_node, node_count
+from launchers.chain import first_failed_node, killed_task, node_count
 from launchers.chain_log import ChainLog, nodes_to_exclude, signal_seconds, verdict
 from launchers.hostlist import counts, expand
 from launchers.slurm import is_usable
@@ -155,6 +155,19 @@ CANCELLED = "srun: Job step aborted: Waiting up to 32 seconds for job step to fi
 )
 def test_whose_task_failed_first(said, nodes, names):
     assert first_failed_node(said, nodes) == names
+
+
+@pytest.mark.parametrize(
+    "said,expected",
+    [
+        (CANCELLED + KILLED + "srun: error: node1: task 0: Exited with exit code 1\n", "node2: task 1: Killed"),
+        ("srun: error: node1: task 0: Out Of Memory\n", "node1: task 0: Out Of Memory"),
+        ("srun: error: node1: task 0: Exited with exit code 1\n" + KILLED, ""),
+        ("srun: error: eio_handle_mainloop: Abandoning IO\n", ""),
+    ],
+)
+def test_how_a_task_was_killed(said, expected):
+    assert killed_task(said) == expected
 
 
 def test_numbers_of_nodes():

@@ -12,7 +12,7 @@ import yaml
 from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
 from fitv2_scale.train.loop import DONE, train
-from launchers.supervise import Signals, run_processes, supervise
+from launchers.supervise import Signals, _killed, run_processes, supervise
 from tests.support.commits import commit_bytes
 from tests.support.kill_storm import check_storm
 from tests.support.rank_processes import ranks_of_config
@@ -47,7 +47,8 @@ def test_a_killed_rank_costs_one_attempt(supervised, tiny, tmp_path):
     reach(config.run, 15, 1)
     os.kill(ranks[1], signal.SIGKILL)
     assert process.wait(200) == 0, process.stderr.read()
-    assert [a["code"] for a in status(Run.open(config.run))["attempts"]][1:] == [0]
+    killed, *later = status(Run.open(config.run))["attempts"]
+    assert killed["why"] == "rank 1 was killed (SIGKILL; out of memory?)" and [a["code"] for a in later] == [0]
     undisturbed = tiny("undisturbed", train__steps=120, checkpoint__every_steps=10)
     assert run_ranks(2, train, undisturbed) == [DONE] * 2
     assert trained(config.run) == trained(undisturbed.run)
@@ -108,8 +109,22 @@ def test_three_attempts_without_a_commit_are_enough(tiny, tmp_path, capfd):
 
 def test_a_signal_before_there_are_ranks_is_passed_on():
     waits = "import signal; raise SystemExit(7 * (signal.sigwait({signal.SIGTERM, signal.SIGUSR1}) == signal.SIGTERM))"
-    assert run_processes([sys.executable, "-c", waits], 2, Signals(received=signal.SIGTERM)) == 7
+    assert run_processes([sys.executable, "-c", waits], 2, Signals(received=signal.SIGTERM)).code == 7
 
 
 def test_bad_input_is_not_tried_again(tiny, capfd):
     assert supervise(tiny(), [sys.executable, "-c", "raise SystemExit(2)"], 2) == 2
+
+
+@pytest.mark.parametrize(
+    "codes,said",
+    [
+        ([None, -9], "rank 1 was killed (SIGKILL; out of memory?)"),
+        ([1, -9], "rank 1 was killed (SIGKILL; out of memory?)"),  # the other one met what that broke
+        ([None, -11], "rank 1 died of SIGSEGV"),
+        ([-6, 1], ""),  # rank 1 failed, and NCCL aborts rank 0
+        ([75, None], ""),
+    ],
+)
+def test_which_rank_was_killed(codes, said):
+    assert _killed(codes) == said

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -123,8 +124,10 @@ def test_a_rank_that_never_returns_from_a_step_is_named(dataset, tmp_path):
 
 
 def train_to_a_standstill(config) -> int:
+    import fitv2_scale.parallel.world as world
     import fitv2_scale.train.loop as module
 
+    world._TIMEOUT = timedelta(seconds=4)  # shorter than what a step may take: the watchdog has to lengthen it
     step = module.train_step
 
     def sleep(engine, batch, *rest):

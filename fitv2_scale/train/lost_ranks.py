@@ -1,0 +1,57 @@
+"""Which ranks have ended without a word, when a collective breaks because one has: a killed rank tells nobody.
+
+Each rank listens on a UDP port (see ``watchdog``). What is sent to a port that nobody has open any more is answered
+with "refused", by the machine of the rank if that still runs.
+"""
+
+import re
+import socket
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+
+_BROKEN = re.compile(r"gloo|nccl|pair\.cc|connection (closed|reset|refused|was)|broken pipe|socket", re.IGNORECASE)
+_PATIENCE = 2.0  # seconds: connections break before all files of a killed process are closed
+_PAUSE = 0.1  # seconds, for the answer
+
+Address = tuple[str, int]
+
+
+class RankLost(RuntimeError):
+    """A collective broke because a rank ended. The message names it."""
+
+    def __repr__(self) -> str:
+        return str(self)  # it is the reason in end.json
+
+
+def is_broken_collective(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and bool(_BROKEN.search(str(error)))
+
+
+def refusing(addresses: Callable[[], Mapping[int, Address]], patience: float = _PATIENCE) -> list[int]:
+    """The ranks whose ports are closed, as soon as there are any; none if all answer for so many seconds."""
+    until = time.monotonic() + patience
+    with ExitStack() as stack:
+        probes: dict[int, socket.socket] = {}
+        while time.monotonic() < until:
+            left = addresses()
+            for rank in left.keys() - probes.keys():
+                probes[rank] = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+                with suppress(OSError):
+                    probes[rank].connect(left[rank])
+            refused = [rank for rank in sorted(left) if _is_refused(probes[rank])]
+            if refused:
+                return refused
+            time.sleep(_PAUSE)
+    return []
+
+
+def _is_refused(probe: socket.socket) -> bool:
+    """Whether the answer to what was sent before has come."""
+    try:
+        probe.send(b"?")
+    except ConnectionRefusedError:
+        return True
+    except OSError:  # its machine cannot be reached: nothing is known
+        pass
+    return False

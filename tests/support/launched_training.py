@@ -1,0 +1,85 @@
+"""Training as a user starts it: plain, by torchrun, under a supervisor, by srun; and a pipe or terminal that goes.
+
+What ends it is sent to the process that the user has started.
+"""
+
+import fcntl
+import os
+import pty
+import subprocess
+import sys
+import termios
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import yaml
+
+from fitv2_scale.config.schema import Config
+from fitv2_scale.run.run import Run
+from fitv2_scale.run.status import status
+from tests.support.run_history import audited
+from tests.support.waiting import wait
+
+_PYTHON = [sys.executable, "-m"]
+LAUNCHERS = {
+    "plain": ([], []),
+    "torchrun": (["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"], []),
+    "supervise": ([], ["--supervise", "--processes", "2"]),
+    "srun": (["srun", "-N2", "-n2"], []),
+}
+
+
+def command_of(launcher: str, file: Path) -> list[str]:
+    before, behind = LAUNCHERS[launcher]
+    if launcher == "srun":
+        return [*before, *_PYTHON, "fitv2_scale.cli", "train", str(file)]
+    return [*_PYTHON, *before, "fitv2_scale.cli", "train", str(file), *behind]
+
+
+@contextmanager
+def training(launcher: str, config: Config, **streams) -> Generator[subprocess.Popen]:
+    """Starts it, in a session of its own; kills at the end what is left of it."""
+    file = Path(config.run + ".yaml")
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    process = subprocess.Popen(command_of(launcher, file), start_new_session=True, **streams)
+    try:
+        yield process
+    finally:
+        for pid in [process.pid, *processes_of(config)]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, 9)
+        process.wait()
+
+
+def processes_of(config: Config) -> list[int]:
+    """All of this machine that train this run, or start it."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if f"{config.run}.yaml" in (process / "cmdline").read_text(errors="replace").split("\0"):
+                found.append(int(process.name))
+    return [pid for pid in found if pid != os.getpid()]
+
+
+@contextmanager
+def on_a_terminal(launcher: str, config: Config) -> Generator[tuple[subprocess.Popen, int]]:
+    """As ``training``, with a terminal of its own: gives also its far end, which closes the terminal when it closes."""
+    far, near = pty.openpty()
+    control = lambda: fcntl.ioctl(near, termios.TIOCSCTTY, 0)  # noqa: E731 - in the child, which leads its session
+    try:
+        with training(launcher, config, stdin=near, stdout=near, stderr=near, preexec_fn=control) as process:
+            os.close(near)
+            yield process, far
+    finally:
+        with suppress(OSError):
+            os.close(far)
+
+
+def assert_saved(config: Config, why: str, attempt: int = 1) -> None:
+    """It has ended; every step that it did is in its last commit; and no process is left."""
+    wait("its processes to end", lambda: not processes_of(config))
+    run = Run.open(config.run)
+    (*_, last), commits = status(run)["attempts"], run.log.commits()
+    assert last["code"] == 75 and last["why"].startswith(f"{why}: saved at step"), last
+    assert commits[-1].fields["step"] == audited(config.run, attempt)[-1] + 1
