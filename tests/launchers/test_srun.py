@@ -1,0 +1,33 @@
+"""`srun fitv2 train`, without `fitv2 submit`: the tasks of a step are the ranks of one attempt."""
+
+import signal
+
+import pytest
+
+from fitv2_scale.run.run import Run
+from fitv2_scale.run.status import status
+from tests.support.launched_training import assert_saved, training
+from tests.support.run_history import reach
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+
+
+LATER = [pytest.param(number, marks=pytest.mark.long) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, *LATER])
+def test_the_tasks_of_a_step_are_the_ranks_of_one_attempt_and_save(slurm, tiny, number):
+    """`scancel` signals the tasks; srun itself would kill them on SIGTERM."""
+    config = tiny(train__steps=100_000, checkpoint__every_steps=50_000)
+    with training("srun", config) as process:
+        reach(config.run, 3, 1)
+        (job,) = slurm.run("squeue", "--noheader", "--format=%i").split()
+        slurm.run("scancel", f"--signal={number.name.removeprefix('SIG')}", job)
+        process.wait(120)
+        assert_saved(config, number.name)
+    (attempt,) = status(Run.open(config.run))["attempts"]
+    assert attempt["code"] == 75
+    assert sorted(p.name for p in Run.open(config.run).local_path("attempts/1/audit").iterdir()) == [
+        "rank-00000.jsonl",
+        "rank-00001.jsonl",
+    ]
