@@ -24,8 +24,6 @@ from data_sharding.plan.plan import Cursor
 from fitv2_scale.checkpoint.commit import (
     cause_of,
     commit_folder,
-    quarantine,
-    quarantined,
     quick_check,
     write_commit,
 )
@@ -36,6 +34,7 @@ from fitv2_scale.config.sections import CheckpointConfig
 from fitv2_scale.parallel.boxes import LogicalTensor
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.world import World, own_group
+from fitv2_scale.run.quarantine import quarantine, quarantined
 from fitv2_scale.run.run import Attempt
 
 _TIMEOUT = timedelta(minutes=30)  # for which a rank that has written waits for the others

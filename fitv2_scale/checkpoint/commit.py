@@ -2,13 +2,11 @@
 
 Its files are ``steps/<step>.<attempt>/rank-00000.safetensors`` …, one of each rank that has something to write, and
 ``manifest.json`` beside them (``commit_folder`` names the folder, ``dcp_storage`` describes the files). It counts once
-a COMMIT entry in the run's log names that folder and the sha256 of the manifest. ``quarantine/`` holds the reasons why
-damaged commits are not used.
+a COMMIT entry in the run's log names that folder and the sha256 of the manifest.
 """
 
 import hashlib
 import json
-import logging
 from itertools import groupby
 from pathlib import PurePosixPath
 from typing import Any
@@ -26,8 +24,6 @@ from fitv2_scale.run.log import LogEntry
 from fitv2_scale.run.run import Run
 
 MOMENTS = ("exp_avg/", "exp_avg_sq/")
-
-log = logging.getLogger(__name__)
 
 
 def commit_folder(step: int, attempt: int, failures: int = 0) -> str:
@@ -120,11 +116,6 @@ def verify_together(run: Run, entry: LogEntry, world: World) -> list[str]:
     return sorted({problem for problems in world.all_gather(mine) for problem in problems})
 
 
-def quarantined(run: Run) -> set[int]:
-    """The log numbers of the COMMITs that were found damaged."""
-    return {int(PurePosixPath(path).stem) for path in run.store.list("quarantine/")}
-
-
 def open_commit(run: Run, entry: LogEntry) -> tuple[dict, str | None]:
     """(manifest, None), or ({}, what is wrong with the commit)."""
     try:
@@ -143,14 +134,3 @@ def quick_check(run: Run, entry: LogEntry) -> str | None:
     except Damaged as error:
         return str(error)
     return None
-
-
-def quarantine(run: Run, entry: LogEntry, problem: str) -> None:
-    """Records the reason, unless the commit has been retired meanwhile: then its data may be gone."""
-    log.warning("the commit at step %d is damaged: %s", entry.fields["step"], problem)
-    if any(e.n == entry.n for e in run.log.commits()):
-        record = {"entry": entry.n, "path": entry.fields["path"], "problem": problem}
-        try:
-            run.store.put_json(f"quarantine/{entry.n:08d}.json", record)
-        except (OSError, UserError) as error:  # a run that may only be read
-            log.warning("this could not be recorded: %s", error)

@@ -10,10 +10,11 @@ import torch
 from data_sharding.errors import UserError
 from data_sharding.plan.plan import Cursor
 from fitv2_scale.checkpoint.checksums import Damaged
-from fitv2_scale.checkpoint.commit import MOMENTS, open_commit, quarantine, read_tensors, verify_together
+from fitv2_scale.checkpoint.commit import MOMENTS, open_commit, read_tensors, verify_together
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.world import World
 from fitv2_scale.run.log import LogEntry
+from fitv2_scale.run.quarantine import quarantine
 from fitv2_scale.run.run import Run
 
 

@@ -42,7 +42,8 @@ def checkpoint_list(args: argparse.Namespace) -> int:
 
 
 def checkpoint_verify(args: argparse.Namespace) -> int:
-    from fitv2_scale.checkpoint.commit import quarantine, verify_commit
+    from fitv2_scale.checkpoint.commit import verify_commit
+    from fitv2_scale.run.quarantine import quarantine
     from fitv2_scale.run.run import Run
 
     run, report = Run.open(args.run), []

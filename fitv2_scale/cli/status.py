@@ -38,6 +38,10 @@ def _show_once(args: argparse.Namespace) -> None:
 def _lines(report: dict[str, Any]) -> list[str]:
     last = report["last_commit"]
     lines = [f"{report['id']}: " + (f"last commit at step {last['step']}, {last['time']}" if last else "no commit yet")]
+    lines += [f"  the commit {c['path']} is damaged: {c['problem']}" for c in report["damaged"]]
+    if report["damaged"]:
+        start = report["next_start"]
+        lines.append(f"  the next attempt continues from step {start}" if start is not None else "  none is whole")
     lines += [
         f"  attempt {a['attempt']}: started {a['started']}, {a['why']}"
         + (f" (exit code {a['code']})" if a["code"] is not None else "")

@@ -87,6 +87,10 @@ def test_verify_says_what_is_damaged_and_fails(run, capfd):
     assert "the commits at step 2 are not whole; the next attempt continues from step 1" in err
     (record,) = (json.loads(path.read_text()) for path in (run / "quarantine").iterdir())
     assert record["path"] == "steps/00000002.0001" and record["problem"] == damaged["problems"][0]
+    assert main(["status", str(run)]) == 0
+    shown = capfd.readouterr().out
+    assert f"the commit steps/00000002.0001 is damaged: {damaged['problems'][0]}" in shown
+    assert "the next attempt continues from step 1" in shown
     (run / "steps/00000001.0001/manifest.json").unlink()
     assert "at step 1, 2 are not whole; restore their files, or start" in refused(capfd, "verify", str(run))[1]
 
