@@ -232,7 +232,8 @@ class Attempt:
 def _refuse_foreign_folder(store: Store) -> None:
     """Raises UserError if the local folder holds files, but nothing of a run: such as photographs, or a dataset."""
     if isinstance(store, LocalStore) and Path(store.url).is_dir():
-        names = sorted(path.name for path in Path(store.url).iterdir() if not path.name.startswith("."))
+        found = (path.name for path in Path(store.url).iterdir())
+        names = sorted(name for name in found if not name.startswith((".", "doctor-")))  # of a killed `fitv2 doctor`
         if names and not _OF_A_RUN & set(names):
             raise UserError(
                 f"{store.url} is no run, but holds {len(names)} other files or folders ({', '.join(names[:3])}"

@@ -40,6 +40,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["temple"]
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/.gitkeep").touch()
+    (tmp_path / "empty/doctor-0a1b2c3d").mkdir()
     make(tmp_path / "empty")
     (tmp_path / "empty/run.json").unlink()  # of a run that has begun, it is made again
     (tmp_path / "empty/log").mkdir()
