@@ -35,6 +35,18 @@ def test_a_changed_batch_begins_at_the_next_window(tiny):
     assert set(seen.values()) == {1} and Counter(epoch for epoch, _ in seen) == {0: IMAGES, 1: IMAGES}
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_resumed_attempt_packs_as_the_first_one_did(tiny, seed):
+    """On the same ranks; windows are 20 steps, after the change 10, and differ in their lengths."""
+    plain, changed = tiny(seed=seed), tiny(seed=seed, batch__images=24)
+    first = Data.open(plain, (2,))
+    assert first.continued(first.plan.cursor(45), 45, plain)[0].shapes == first.shapes
+    begun = Data.open(changed, (2,)).continued(first.plan.cursor(13), 13, changed)[0]
+    assert begun.shapes[0] == first.shapes[0] and begun.shapes.keys() == {0, 1}
+    for step in (20, 35, 61):
+        assert Data.open(changed, (2,)).continued(begun.plan.cursor(step), step, changed)[0].shapes == begun.shapes
+
+
 def test_two_datasets_are_mixed_by_weight(tiny, dataset):
     """One part of the first to three of the second, the same images under ids of their own, on one rank and on two."""
     changes = {"data__url": [dataset, dataset], "data__weights": [1.0, 3.0], "train__steps": 40}
