@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.mutation.named import NAMED
 from tests.mutation.report import to_text
 from tests.mutation.rooms import drawn, tests_of
-from tests.mutation.runner import copied_tree, run_changed
+from tests.mutation.runner import copied_tree, preload, run_changed
 from tests.support.repository import ROOT
 
 
@@ -56,6 +56,7 @@ def main(words: list[str]) -> int:
     part, parts = map(int, args.part.split("/"))
     out = args.out or Path("mutation-named.jsonl" if args.named else f"mutation-{args.seed}-{args.count}.jsonl")
     done = {result["name"] for result in read(out)}
+    preload()
     with copied_tree(ROOT) as tree:
         tasks = list(named_tasks(tree) if args.named else drawn_tasks(tree, args.seed, args.count))
         for task in tasks[part - 1 :: parts]:

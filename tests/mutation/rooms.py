@@ -38,8 +38,8 @@ def files_of(root: Path, room: str) -> list[str]:
 
 
 def tests_of(root: Path, room: str, file: str) -> list[str]:
-    """Files of tests for a mutant of ``file``: that of its name, those of its folder that import it, the others of the
-    room that do, then what else the room has."""
+    """Files of tests for a mutant of ``file``: that of its name, those that import it, then what else the room has; of
+    each kind first those that start no ranks."""
     folder, deep, after = ROOMS[room]
     mirror = root / "tests" / folder
     tests = sorted(mirror.rglob("test_*.py") if deep else mirror.glob("test_*.py"))
@@ -49,7 +49,8 @@ def tests_of(root: Path, room: str, file: str) -> list[str]:
         text = test.read_text()
         near = test.parent == root / "tests" / source.parent
         served = any(f"mark.{server}" in text for server in ("s3", "slurm", "mlflow", "services"))
-        return (test.stem != f"test_{source.stem}", module not in text, not near, served, len(text))
+        ranks = "support.ranks" in text
+        return (test.stem != f"test_{source.stem}", module not in text, served, ranks, not near, len(text))
 
     return [str(test.relative_to(root)) for test in sorted(tests, key=order)] + after
 
