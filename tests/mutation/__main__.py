@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.mutation.named import NAMED
 from tests.mutation.report import to_text
-from tests.mutation.rooms import drawn, tests_of
+from tests.mutation.rooms import drawn, suite_of
 from tests.mutation.runner import copied_tree, preload, run_changed
 from tests.support.repository import ROOT
 
@@ -37,7 +37,7 @@ def drawn_tasks(root: Path, seed: int, count: int) -> Iterator[Task]:
     for room, m in drawn(root, seed, count):
         name, what = f"{m.file}:{m.line}+{m.start}", f"{m.kind}: {m.old[:200]!r} -> {m.new[:200]!r}"
         changed = m.applied((root / m.file).read_text())
-        yield Task(name, room, m.file, changed, tests_of(root, room, m.file), what)
+        yield Task(name, room, m.file, changed, suite_of(root, room, m.file), what)
 
 
 def main(words: list[str]) -> int:

@@ -37,7 +37,7 @@ def files_of(root: Path, room: str) -> list[str]:
     return sorted(str(file.relative_to(root)) for file in found)
 
 
-def tests_of(root: Path, room: str, file: str) -> list[str]:
+def suite_of(root: Path, room: str, file: str) -> list[str]:
     """Files of tests for a mutant of ``file``: that of its name, those that import it, then what else the room has; of
     each kind first those that start no ranks."""
     folder, deep, after = ROOMS[room]

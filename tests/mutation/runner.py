@@ -107,11 +107,12 @@ def _pytest_in_child(tree: Path, tests: list[str], scratch: Path, output: Path) 
     """Becomes a process that was never in the checkout: the leader of a session of its own, in ``tree``."""
     try:
         os.setsid()
-        os.nice(10)
+        os.nice(3)
         os.chdir(tree)
         file = os.open(output, os.O_WRONLY | os.O_CREAT, 0o600)
         for descriptor in (1, 2):
             os.dup2(file, descriptor)
+        sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)
         os.environ |= {"PYTHONPATH": str(tree), "TMPDIR": str(scratch)}
         tempfile.tempdir = None
         sys.path[:] = [str(tree), *(path for path in sys.path if path and Path(path).resolve() != ROOT)]
