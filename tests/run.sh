@@ -60,3 +60,9 @@ say "Import order of the rooms"
 say "pytest"
 # One thread a process: tests start several ranks on few cores. Three tests at once on two cores, since many wait a lot.
 OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 3 --dist loadscope --no-loadscope-reorder -m "$marks" --durations 40 "$@"
+
+[ -z "$marks" ] && [ $# = 0 ] || exit 0
+say "Mutants: first the named ones, then 120 that are drawn"
+results=$(mktemp -d)
+.venv/bin/python -m tests.mutation --named --out "$results/named.jsonl"
+.venv/bin/python -m tests.mutation --seed 0 --count 120 --out "$results/drawn.jsonl"

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 from tests.mutation.named import NAMED
 from tests.mutation.report import to_text
 from tests.mutation.rooms import drawn, suite_of
-from tests.mutation.runner import copied_tree, preload, run_changed
+from tests.mutation.runner import copied_tree, preload, run_changed, run_tests
 from tests.support.repository import ROOT
 
 
@@ -57,23 +58,27 @@ def main(words: list[str]) -> int:
     out = args.out or Path("mutation-named.jsonl" if args.named else f"mutation-{args.seed}-{args.count}.jsonl")
     done = {result["name"] for result in read(out)}
     preload()
+    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
     with copied_tree(ROOT) as tree:
         tasks = list(named_tasks(tree) if args.named else drawn_tasks(tree, args.seed, args.count))
         for task in tasks[part - 1 :: parts]:
             if task.name in done or args.only not in task.name:
                 continue
-            result = run(tree, task)
+            result = run(tree, task, commit)
             print(f"{result['status']:9} {task.name}  {task.what}  {result['by']}", flush=True)
             with out.open("a") as file:
                 file.write(json.dumps(result) + "\n")
+        failing = red_tests(tree, read(out))
     results = read(out)
     print(to_text(results))
+    if failing:
+        print(f"{failing} fails without any change: mend it, drop what it killed from {out}, and run again")
+        return 2
     return int(any(result["status"] != "killed" for result in results) if args.named else rate(results) < 0.9)
 
 
-def run(tree: Path, task: Task) -> dict:
+def run(tree: Path, task: Task, commit: str) -> dict:
     outcome = run_changed(tree, task.file, task.changed, task.tests)
-    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
     return {"name": task.name, "room": task.room, "what": task.what, "commit": commit} | asdict(outcome)
 
 
@@ -81,6 +86,12 @@ def read(file: Path) -> list[dict]:
     """The results so far; of a mutant that was run again, the last."""
     lines = file.read_text().splitlines() if file.exists() else []
     return list({result["name"]: result for result in map(json.loads, lines)}.values())
+
+
+def red_tests(tree: Path, results: list[dict]) -> str:
+    """One of the tests that killed a mutant and fails in the unchanged tree too; empty if none does."""
+    killers = sorted({result["by"] for result in results if "::" in result["by"]})
+    return run_tests(tree, killers, cpu_seconds=math.inf).by if killers else ""
 
 
 def rate(results: list[dict]) -> float:

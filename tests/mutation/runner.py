@@ -84,17 +84,17 @@ def preload() -> None:
     gc.freeze()
 
 
-def run_tests(tree: Path, tests: list[str]) -> Outcome:
+def run_tests(tree: Path, tests: list[str], cpu_seconds: float = CPU_SECONDS) -> Outcome:
     """Runs ``tests`` in ``tree`` until one fails or their time is up, in a fork that has the other packages loaded."""
     with tempfile.TemporaryDirectory(prefix="mutation-run-") as scratch:
         output = Path(scratch, "output")
         sys.stdout.flush()
         if (child := os.fork()) == 0:
             os._exit(_pytest_in_child(tree, tests, Path(scratch), output))
-        code, used = _watch(child)
+        code, used = _watch(child, cpu_seconds)
         text = output.read_text(errors="replace") if output.exists() else ""
     if code is None:
-        return Outcome("survived" if used >= CPU_SECONDS else "hangs", "", used, all_ran=False)
+        return Outcome("survived" if used >= cpu_seconds else "hangs", "", used, all_ran=False)
     if code == 0:
         return Outcome("survived", "", used)
     failed = _FAILED.search(text)
@@ -125,11 +125,11 @@ def _pytest_in_child(tree: Path, tests: list[str], scratch: Path, output: Path) 
         return 3
 
 
-def _watch(child: int) -> tuple[int | None, float]:
+def _watch(child: int, cpu_seconds: float) -> tuple[int | None, float]:
     """The exit code of the session that ``child`` leads, None if its time was up, and the CPU seconds that it took.
     None of its processes is left afterwards."""
     end, used, code = time.monotonic() + WALL_SECONDS, 0.0, None
-    while used < CPU_SECONDS and time.monotonic() < end:
+    while used < cpu_seconds and time.monotonic() < end:
         time.sleep(0.5)
         used = max(used, _cpu_seconds(child))
         pid, status = os.waitpid(child, os.WNOHANG)

@@ -205,7 +205,7 @@ def test_what_cannot_be_done_is_reported(capsys, folder):
     assert "--experiment needs --uri, as in" in refused(capsys, "--experiment", "x")
     assert "is not a run" in refused(capsys, folder / "nothing")
     assert "give CONFIG@STEP" in refused(capsys, run, *out, "--predict", "fitv2_3b2")
-    assert "cannot read the config configs/no.yaml" in refused(capsys, run, *out, "--predict", "no@5")
+    assert "cannot read the config 'configs/no.yaml'" in refused(capsys, run, *out, "--predict", "no@5")
     assert "fitv2_3b2@5 cannot be predicted: there are no three sizes" in refused(
         capsys, run, *out, "--predict", "fitv2_3b2@5"
     )
