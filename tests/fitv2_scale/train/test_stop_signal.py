@@ -1,0 +1,63 @@
+"""What a signal says and does at once, whatever the main thread is doing."""
+
+import os
+import signal
+import subprocess
+import sys
+
+from fitv2_scale.run.stop_signals import SUPERVISED
+from fitv2_scale.train.signals import StopSignal
+
+# The main thread is in C and hears no signal, as in a collective.
+DEAF = """
+import ctypes, signal
+import fitv2_scale.train.signals as module
+module._PATIENCE = 0.2
+with module.StopSignal().caught() as stop:
+    stop.step = 12
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+    print("ready", flush=True)
+    ctypes.CDLL(None).sleep(600)
+"""
+
+
+def test_a_signal_is_answered_at_once_and_a_second_ctrl_c_ends_even_a_deaf_process():
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", DEAF], **pipes) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr.readline() == "fitv2: SIGTERM: saving at step 12, then it ends\n"
+        process.send_signal(signal.SIGINT)
+        expected = "fitv2: SIGINT: saving at step 12, then it ends; Ctrl-C again quits without saving\n"
+        assert process.stderr.readline() == expected
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.readline() == "fitv2: Ctrl-C again: quits without saving\n"
+        assert process.wait(60) == 130
+
+
+def test_other_ranks_say_nothing(monkeypatch, capfd):
+    monkeypatch.setenv("RANK", "1")
+    with StopSignal().caught() as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.name == "SIGUSR1"
+    assert capfd.readouterr().err == ""
+
+
+def test_what_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal().caught() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.name is None
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.name == "SIGTERM"
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_rank_whose_launcher_has_died_saves(monkeypatch):
+    monkeypatch.setenv(SUPERVISED, str(os.getppid()))
+    assert StopSignal().name is None
+    monkeypatch.setenv(SUPERVISED, str(os.getpid()))  # not this process's parent: as after the parent's death
+    assert StopSignal().name == "the launcher died"
