@@ -1,5 +1,7 @@
 """Figures of a dataset: counts, classes, bytes, codec and a histogram of lengths; as numbers, text or a picture."""
 
+from pathlib import Path
+
 import numpy as np
 
 from data_sharding.errors import UserError
@@ -67,7 +69,8 @@ def to_text(figures: dict) -> str:
 
 
 def save_picture(figures: dict, path: str) -> None:
-    """The length histogram of ``inspect`` as a picture at local ``path``. Raises UserError without matplotlib."""
+    """The length histogram of ``inspect`` as a picture at local ``path``. Raises UserError without matplotlib, or if
+    it cannot be written there."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -82,7 +85,12 @@ def save_picture(figures: dict, path: str) -> None:
         below += of["counts"]
     axes.set(xlabel="tokens", ylabel="images", title=f"{figures['url']}: lengths of the views")
     axes.legend()
-    figure.savefig(path, dpi=120)
+    try:
+        figure.savefig(path, dpi=120)
+    except FileNotFoundError as error:
+        raise UserError(f"cannot write {path}: there is no folder {Path(path).parent}, make it first") from error
+    except (OSError, ValueError) as error:  # ValueError: a suffix that is no format of pictures
+        raise UserError(f"cannot write {path}: {error}") from error
 
 
 def _lengths(tokens: np.ndarray, edges: np.ndarray) -> dict:

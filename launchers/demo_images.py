@@ -102,7 +102,7 @@ def _open(photograph: Photograph) -> Image.Image:
         with files(photograph.package).joinpath(photograph.file).open("rb") as file:
             return Image.open(file, formats=["JPEG", "PNG"]).convert("RGB")
     except (ModuleNotFoundError, FileNotFoundError) as error:
-        raise UserError("the photographs are not installed: pip install 'fitv2-scale[demo]'") from error
+        raise UserError("the photographs are not installed: pip install -e '.[demo]'") from error
 
 
 def main(argv: list[str] | None = None) -> int:

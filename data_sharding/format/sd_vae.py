@@ -36,7 +36,7 @@ def load_vae(folder: str, latent: Latent) -> "SdVae":
         from diffusers.utils import logging
     except ImportError as error:
         raise UserError(
-            "the codec sd-vae needs the package diffusers: pip install 'fitv2-scale[vae]', or use --codec dct"
+            "the codec sd-vae needs the package diffusers: pip install -e '.[vae]', or use --codec dct"
         ) from error
     try:
         config = json.loads((Path(folder) / "config.json").read_bytes())

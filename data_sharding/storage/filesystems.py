@@ -43,7 +43,8 @@ def file_system(url: str, *, instead_of: AbstractFileSystem | None = None) -> tu
     """
     protocol = url.partition("://")[0]
     try:
-        if protocol in (url, "file"):  # url_to_fs would cut the name of a local file at "::" and read another one
+        # url_to_fs would cut the name of a local file at "::" and read another one
+        if protocol in (url, "file") or url.startswith("/"):
             fs = fsspec.filesystem("file")
             return fs, str(fs._strip_protocol(url))
         if protocol not in ("s3", "s3a"):
@@ -57,9 +58,7 @@ def file_system(url: str, *, instead_of: AbstractFileSystem | None = None) -> tu
                 _connected[key] = fs
             return _connected[key], str(_connected[key]._strip_protocol(url))  # of a list it returns a list
     except ImportError as error:
-        raise UserError(
-            f"{url} needs a package that is not installed ({error}): pip install 'fitv2-scale[s3]'"
-        ) from error
+        raise UserError(f"{url} needs a package that is not installed ({error}): pip install -e '.[s3]'") from error
     except ValueError as error:  # fsspec's "Protocol not known: x"
         raise UserError(f"{url} cannot be opened ({error}): give a local path or an s3:// URL") from error
 

@@ -35,7 +35,7 @@ from data_sharding.format.manifest import FILE, Header, Manifest, write_manifest
 from data_sharding.format.shard import DTYPE, ShardIndex
 from data_sharding.rng import Purpose, words64
 from data_sharding.storage.files import exists, fs_call, put, read
-from data_sharding.storage.filesystems import file_system
+from data_sharding.storage.filesystems import file_system, is_local
 from data_sharding.storage.json_bytes import from_json, to_json
 from data_sharding.worker_pool import cores, order_for_slurm_task, progress_bar, run_tasks
 from data_sharding.write.findings import Findings
@@ -238,12 +238,12 @@ def _commit(
 
 def _clean(url: str) -> None:
     """Removes the records, and the unfinished files of killed writers."""
-    fs, _ = file_system(url)
+    fs, root = file_system(url)
     fs.invalidate_cache()
-    if exists(f"{url}/parts"):
+    if is_local(fs) and exists(f"{url}/parts"):
         _remove(f"{url}/parts", "rm", recursive=True)
-    for path in fs_call(url, "find"):
-        if path.endswith(".tmp"):
+    for path in fs_call(url, "find"):  # one by one: "rm" of an object store takes [ and * in the URL for a pattern
+        if path.endswith(".tmp") or path.startswith(f"{root}/parts/"):
             _remove(fs.unstrip_protocol(path), "rm_file")
 
 

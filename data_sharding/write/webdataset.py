@@ -132,5 +132,5 @@ def webdataset_library() -> SimpleNamespace:
     try:
         from webdataset import shardlists, tariterators
     except ImportError as error:
-        raise UserError("WebDataset tars need the package webdataset: pip install 'fitv2-scale[webdataset]'") from error
+        raise UserError("WebDataset tars need the package webdataset: pip install -e '.[webdataset]'") from error
     return SimpleNamespace(expand_urls=shardlists.expand_urls, group_by_keys=tariterators.group_by_keys)

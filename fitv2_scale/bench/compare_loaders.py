@@ -42,7 +42,7 @@ def choose_loaders(against: Sequence[str]) -> tuple[list[str], list[str]]:
     if unknown:
         raise UserError(f"there is no loader '{unknown[0]}' to compare with: choose {', '.join(PEERS)} or {ALL}")
     lacking = {name: package for name in wanted if (package := missing_package(name))}
-    remedy = "pip install 'fitv2-scale[peers]'"
+    remedy = "pip install -e '.[peers]'"
     for name, package in lacking.items():
         if name in against:
             raise UserError(f"{name} cannot be measured, {package} is not installed: {remedy}")

@@ -40,4 +40,4 @@ def test_the_demos_crops_are_the_same_every_time_and_of_natural_lengths(tmp_path
 def test_missing_packages_are_one_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo_images, "PHOTOGRAPHS", (demo_images.Photograph("x", "no_such_package", "x.png", ""),))
     assert demo_images.main([str(tmp_path)]) == 2
-    assert "pip install 'fitv2-scale[demo]'" in capsys.readouterr().err
+    assert "pip install -e '.[demo]'" in capsys.readouterr().err

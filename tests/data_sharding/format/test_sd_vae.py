@@ -123,7 +123,7 @@ def test_unusable_folders_are_one_sentence_each(tmp_path, vae_folder, monkeypatc
         get_codec("sd-vae", str(tmp_path / "cut"))
     load_vae.cache_clear()
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(UserError, match=r"needs the package diffusers: pip install 'fitv2-scale\[vae\]'"):
+    with pytest.raises(UserError, match=r"needs the package diffusers: pip install -e '\.\[vae\]'"):
         get_codec("sd-vae", vae_folder)
 
 

@@ -140,5 +140,5 @@ def test_unknown_urls_and_missing_packages_are_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
     monkeypatch.delitem(_registry, "s3", raising=False)
     monkeypatch.setattr("data_sharding.storage.filesystems._connected", {})
-    with pytest.raises(UserError, match=r"s3://b/x needs a package .*pip install 'fitv2-scale\[s3\]'"):
+    with pytest.raises(UserError, match=r"s3://b/x needs a package .*pip install -e '\.\[s3\]'"):
         file_system("s3://b/x")

@@ -195,7 +195,7 @@ def test_a_missing_library_is_one_sentence(folder, tmp_path, monkeypatch):
 
     webdataset(folder, tmp_path / "wds", lambda f: {"cls": b"1"})
     monkeypatch.setitem(sys.modules, "webdataset", None)
-    with pytest.raises(UserError, match=r"pip install 'fitv2-scale\[webdataset\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[webdataset\]'"):
         open_source(str(tmp_path / "wds"))
 
 

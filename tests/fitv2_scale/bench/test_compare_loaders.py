@@ -59,7 +59,7 @@ def test_what_is_not_installed_is_left_out_in_a_sentence(monkeypatch, capsys):
     monkeypatch.setitem(PEERS, "other", "no-such-distribution")
     loaders, left_out = compare_loaders.choose_loaders(["all"])
     assert "other" not in loaders and {OURS, "files"} <= set(loaders)
-    assert "other is left out, no-such-distribution is not installed: pip install 'fitv2-scale[peers]'" in left_out
+    assert "other is left out, no-such-distribution is not installed: pip install -e '.[peers]'" in left_out
     assert main(["bench", "data", "--against", "files", "other"]) == 2
     assert "other cannot be measured, no-such-distribution is not installed" in capsys.readouterr().err
     with pytest.raises(UserError, match="there is no loader 'wids' to compare with: choose webdataset, streaming, fi"):

@@ -92,6 +92,12 @@ def test_config_files(fitv2, tmp_path):
     assert_one_sentence(*fitv2("plan", str(tmp_path / "few.yaml")), "train is missing")
 
 
+def test_a_picture_that_cannot_be_written(fitv2, dataset, tmp_path):
+    for name, said in [("out/x.png", f"there is no folder {tmp_path}/out, make it first"), ("x.odd", "'odd'")]:
+        path = str(tmp_path / name)
+        assert_one_sentence(*fitv2("shard", "inspect", dataset, "--picture", path), f"cannot write {path}: .*{said}")
+
+
 def test_an_empty_source_folder(fitv2, tmp_path):
     (tmp_path / "src").mkdir()
     assert_one_sentence(*fitv2("shard", "write", str(tmp_path / "src"), str(tmp_path / "dst")), str(tmp_path / "src"))

@@ -175,10 +175,47 @@ def test_flatten_and_differences():
         (["--token", "x", "run=/r"], ["--token", "[redacted]", "run=/r"]),
         ("tracking.password=x https://h/?X-Amz-Signature=y&part=1",
          "tracking.password=[redacted] https://h/?X-Amz-Signature=[redacted]&part=1"),
+        ("s3://me:pw@b/token=v1/x?token=y&sig=z", "s3://[redacted]@b/token=v1/x?token=[redacted]&sig=[redacted]"),
+        ({"url": "s3://b/my key=1?token=y"}, {"url": "s3://b/my key=1?token=[redacted]"}),
+        ("9token=x http://h/a;token=y", "9token=[redacted] http://h/a;token=[redacted]"),
     ],
 )  # fmt: skip
 def test_redact_hides_secrets(value, hidden):
     assert redact(value) == hidden
+
+
+@pytest.mark.parametrize("path", ["/data/token=v1/set", "/a/key=2/password=x", "/x/my secret=1/set", "s3://b/key=a/b"])
+def test_paths_are_no_secrets(tmp_path, path):
+    """As partitions of a table are named; a run is opened again with the path that it keeps."""
+    config = {"data": {"url": [path, "b"], "cache_dir": path}, "run": path, "sampling": {"vae": path}}
+    assert redact(config) == config
+    assert redact(f"there is no dataset at {path}") == f"there is no dataset at {path}" or " secret" in path
+    make(tmp_path / "run", config={"data": {"url": path}})
+    assert Run.open(str(tmp_path / "run")).config == {"data": {"url": path}}
+
+
+def test_a_run_keeps_absolute_paths_and_compares_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    urls = ["data/mine", "/abs", "s3://b/x", "preset:imagenet256", ""]
+    config = {
+        "run": "runs/a", "init_from": "../w.bin", "tracking": {"uri": "sqlite:///x/m.db?a=b", "experiment": "runs/x"},
+        "data": {"url": urls, "cache_dir": "~/c", "views": "mixed"}, "validation": {"url": ""},
+        "slurm": {"folder": "jobs", "template": "t.in", "account": "a/b"},
+    }  # fmt: skip
+    made = make(tmp_path / "runs/a", config=config)
+    assert made.config == {
+        "run": f"{tmp_path}/runs/a", "init_from": f"{tmp_path.parent}/w.bin",
+        "tracking": {"uri": f"sqlite:///{tmp_path}/x/m.db?a=b", "experiment": "runs/x"},
+        "data": {"url": [f"{tmp_path}/data/mine", *urls[1:]], "cache_dir": "/home/me/c", "views": "mixed"},
+        "validation": {"url": ""},
+        "slurm": {"folder": f"{tmp_path}/jobs", "template": f"{tmp_path}/t.in", "account": "a/b"},
+    }  # fmt: skip
+    assert made.recipe == RECIPE
+    monkeypatch.chdir("/")
+    assert (
+        make(tmp_path / "runs/a", config=config | {"run": str(tmp_path)}) == made
+    )  # from elsewhere, under other paths
 
 
 def test_redact_leaves_settings_alone():
