@@ -11,7 +11,7 @@ import torch
 from data_sharding.errors import UserError
 from fitv2_scale.checkpoint.checksums import Damaged
 from fitv2_scale.checkpoint.commit import read_manifest, read_tensors
-from fitv2_scale.checkpoint.weights import SUFFIXES, open_weights
+from fitv2_scale.checkpoint.weights import SUFFIXES, open_weights, read_finite
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.world import World
@@ -55,8 +55,7 @@ def load_initial_weights(source: WeightsSource, engine: Engine, model: ModelConf
 @torch.no_grad()
 def _from_file(file: str, engine: Engine, model: ModelConfig) -> None:
     wanted = engine.boxes()
-    for name, stored in open_weights(file, model).items():
-        whole = stored.read()
+    for name, whole in read_finite(file, open_weights(file, model)):
         for box in (*wanted[f"param/{name}"].boxes, *wanted[f"ema/{name}"].boxes):
             part = whole
             for dim, (start, length) in enumerate(zip(box.offset, box.tensor.shape, strict=True)):

@@ -4,10 +4,13 @@ Both are streams, one tensor at a time: memory does not grow with the file.
 """
 
 import json
-from collections.abc import Callable, Mapping
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +21,7 @@ from data_sharding.storage.open_store import open_store
 from fitv2_scale.checkpoint.checksums import Damaged
 from fitv2_scale.checkpoint.commit import commit_folder, read_manifest
 from fitv2_scale.checkpoint.dcp_storage import CommitReader, box_record, write_manifest
+from fitv2_scale.checkpoint.pickle_outline import outline
 from fitv2_scale.checkpoint.safetensors_file import TensorToWrite, write_safetensors
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.config.schema import Config
@@ -35,6 +39,12 @@ class WrongWeights(UserError):
 
 
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+# Keys of training checkpoints under which weights lie, averaged ones first.
+_BY_PREFERENCE = (
+    *("ema", "model_ema", "ema_model", "params_ema", "ema_state_dict"),
+    *("state_dict", "model", "model_state_dict", "params", "module", "network", "net"),
+)
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclass(frozen=True)
@@ -61,9 +71,12 @@ def import_weights(file: str, run_url: str, config: Config) -> Run:
     """Makes a run whose first commit, at step 0, holds the file's float32 tensors as weights and as EMA.
 
     Raises:
-        UserError: not a weights file, or names or shapes that are not exactly those of ``config.model``.
+        UserError: not a weights file, names or shapes that are not exactly those of ``config.model``, or values that
+            are not finite.
     """
     tensors = open_weights(file, config.model)
+    for _ in read_finite(file, tensors):
+        pass  # before anything is written
     run = Run.open_or_create(run_url, config.model_dump(mode="json"), config.recipe(), plan_hash=None)
     if run.log.commits():
         raise UserError(f"{run_url} has commits already: import into a new run folder")
@@ -90,6 +103,8 @@ def export_weights(run_url: str, file: str, ema: bool, step: int | None = None) 
 
     ``file`` is a local path or an s3:// URL. It appears once it is complete.
     """
+    if not file.endswith(".safetensors"):
+        raise UserError(f"{file}: weights are written as .safetensors, give a name that ends so")
     run = Run.open(run_url)
     entries = [e for e in run.log.commits() if step is None or e.fields["step"] == step]
     if not entries:
@@ -120,17 +135,64 @@ def _open(file: str) -> dict[str, Stored]:
     """The file's tensors. Nothing but tensors is unpickled."""
     if not Path(file).is_file():
         raise UserError(f"there is no weights file {file}")
+    if not file.endswith(SUFFIXES):
+        raise UserError(f"{file}: weights come as .safetensors or .bin")
     try:
-        if file.endswith(".safetensors"):
+        if file.endswith(".safetensors") or _looks_like_safetensors(file):
             return _open_safetensors(file)
-        if file.endswith(SUFFIXES):
-            return _open_pickled(file)
     except SafetensorError as error:
         raise UserError(f"{file} is not a complete .safetensors file ({error}): fetch it again") from error
+    if (found := _where_weights_lie(file)) is not None:
+        raise UserError(
+            f"{file} is a training checkpoint: its weights lie under '{found}'; save these alone as .safetensors and "
+            "import that file"
+        )
+    try:
+        return _open_pickled(file)
+    except UserError:
+        raise
     except Exception as error:  # torch.load has no exception of its own for a damaged or malicious file
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{file} does not load as plain tensors ({reason}): it is refused") from error
-    raise UserError(f"{file}: weights come as .safetensors or .bin")
+        raise UserError(f"{file} does not load as plain tensors ({_reason(error)}): it is refused") from error
+
+
+def _looks_like_safetensors(file: str) -> bool:
+    """Whatever its suffix: versions up to a2e80d5 exported under any name."""
+    with open(file, "rb") as raw:
+        length, first = int.from_bytes(raw.read(8), "little"), raw.read(1)
+    return first == b"{" and 8 + length <= Path(file).stat().st_size
+
+
+def _where_weights_lie(file: str) -> str | None:
+    """The key of a training checkpoint, as in {"model": {…}, "ema": {…}, "opt": {…}}, under which its weights are; None
+    for another file."""
+    try:
+        keys = outline(file) or {}
+    except (ValueError, IndexError, OSError, zipfile.BadZipFile):
+        return None  # damaged: torch.load has the reason
+    return next((key for key in _BY_PREFERENCE if isinstance(keys.get(key), dict) and keys[key]), None)
+
+
+def _reason(error: Exception) -> str:
+    """Why torch.load refuses a file, without its advice to load it all the same."""
+    text = _ANSI.sub("", str(error))
+    if found := re.search(r"Unsupported global: GLOBAL (\S+)", text):
+        return f"it holds objects of the class {found[1]}"
+    return (text.splitlines() or [type(error).__name__])[0]
+
+
+def read_finite(file: str, tensors: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
+    """Reads the tensors one by one. Raises UserError after the last if any has a NaN or an infinity."""
+    bad = {}
+    for name, stored in tensors.items():
+        tensor = stored.read()
+        if count := tensor.numel() - int(tensor.isfinite().sum()):
+            bad[name] = count
+        yield name, tensor
+    if bad:
+        raise UserError(
+            f"{file}: {sum(bad.values())} values of {len(bad)} tensors are NaN or infinite ({_some(list(bad))}), and "
+            "every image would be: fetch the file again, or take weights of an earlier step"
+        )
 
 
 def _open_safetensors(file: str) -> dict[str, Stored]:
@@ -149,7 +211,14 @@ def _open_safetensors(file: str) -> dict[str, Stored]:
 
 def _open_pickled(file: str) -> dict[str, Stored]:
     found = {}
-    for name, tensor in torch.load(file, map_location="meta", weights_only=True).items():  # meta: reads no data
+    loaded = torch.load(file, map_location="meta", weights_only=True)  # meta: reads no data
+    if not isinstance(loaded, dict):
+        raise UserError(f"{file} does not load as plain tensors (it holds a {type(loaded).__name__}): it is refused")
+    for name, value in loaded.items():
+        if not isinstance(value, Tensor) or not isinstance(name, str):
+            what = f"{name!r} is a {type(value).__name__}"
+            raise UserError(f"{file} does not load as plain tensors ({what}): it is refused")
+        tensor: Any = value  # an attribute of its storage is private
         begin = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.itemsize
         shape, strides = tuple(tensor.shape), tensor.stride()
         found[name] = Stored(shape, str(tensor.dtype), lambda b=begin, s=shape, t=strides: _read(file, b, s, t))

@@ -1,6 +1,9 @@
 """Public weights in and out: unchanged, complete, nothing unpickled, in memory that does not grow with the file."""
 
 import json
+import math
+from argparse import Namespace
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -124,6 +127,79 @@ def test_a_malicious_or_damaged_weights_file_is_refused(tiny, tmp_path):
         import_weights(str(cut), config.run, config)
     with pytest.raises(UserError, match="there is no weights file"):
         import_weights(str(tmp_path / "none.bin"), config.run, config)
+
+
+@pytest.mark.parametrize(
+    "parts,key",
+    [
+        (("model", "ema", "opt", "args"), "ema"),  # as the released script saves
+        (("model", "ema", "opt"), "ema"),
+        (("state_dict", "args"), "state_dict"),
+        (("model", "opt"), "model"),
+    ],
+)
+@pytest.mark.parametrize("suffix,protocol", [(".pt", 2), (".bin", 4)])
+def test_a_training_checkpoint_is_told_from_weights(tiny, tmp_path, parts, key, suffix, protocol):
+    """With objects in it that torch.load refuses, or without: where the weights lie is read from the opcodes."""
+    config, file, planted = tiny(), str(tmp_path / f"dit{suffix}"), tmp_path / "planted"
+    weights = OrderedDict(public(config))
+    opt = {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]}
+    args = [Namespace(lr=1e-4), Touch(str(planted))]
+    torch.save({part: {"opt": opt, "args": args}.get(part, weights) for part in parts}, file, pickle_protocol=protocol)
+    with pytest.raises(UserError) as said:
+        import_weights(file, config.run, config)
+    assert f"dit{suffix} is a training checkpoint: its weights lie under '{key}'; save these alone" in str(said.value)
+    assert "\x1b" not in str(said.value) and not planted.exists() and not Path(config.run).exists()
+
+
+@pytest.mark.parametrize(
+    "content,reason",
+    [
+        ({"step": 3}, r"does not load as plain tensors \('step' is a int\): it is refused"),
+        (
+            {"args": Namespace(lr=1)},
+            r"does not load as plain tensors \(it holds objects of the class argparse.Namespace\)",
+        ),
+        ([torch.zeros(3)], r"does not load as plain tensors \(it holds a list\)"),
+        ({3: torch.zeros(3)}, r"\(3 is a Tensor\)"),
+    ],
+)
+def test_what_is_no_dictionary_of_tensors_is_named(tiny, tmp_path, content, reason):
+    torch.save(content, tmp_path / "odd.bin")
+    with pytest.raises(UserError, match=reason) as said:
+        import_weights(str(tmp_path / "odd.bin"), tiny().run, tiny())
+    assert "weights_only" not in str(said.value) and len(str(said.value)) < 200 + len(str(tmp_path))
+
+
+def test_weights_that_are_not_finite_are_refused(tiny, tmp_path):
+    config, weights = tiny(), public(tiny())
+    first, second = sorted(weights)[:2]
+    weights[first].view(-1)[:2] = torch.tensor([math.nan, -math.inf])
+    weights[second].view(-1)[0] = math.inf
+    save_file(weights, tmp_path / "nan.safetensors")
+    said = rf"nan.safetensors: 3 values of 2 tensors are NaN or infinite \({first}, {second}\)"
+    with pytest.raises(UserError, match=said):
+        import_weights(str(tmp_path / "nan.safetensors"), config.run, config)
+    assert not Path(config.run).exists()
+    with pytest.raises(UserError, match=said):
+        run_ranks(2, train, tiny(init_from=str(tmp_path / "nan.safetensors")))
+
+
+@pytest.mark.parametrize("name", ["w.bin", "w", "w.safetensors.pt", "s3://bucket/w.bin"])
+def test_an_export_has_the_suffix_of_its_format(two_step_run, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"^{name}: weights are written as .safetensors, give a name that ends so"):
+        export_weights(two_step_run, name, ema=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_safetensors_under_another_suffix_are_read(tiny, tmp_path):
+    """Earlier versions exported under any name."""
+    config, weights = tiny(), public(tiny())
+    save_file(weights, tmp_path / "w.bin")
+    import_weights(str(tmp_path / "w.bin"), config.run, config)
+    name = sorted(weights)[0]
+    assert torch.equal(read_tensors(config.run)[f"param/{name}"], weights[name])
 
 
 def test_the_names_that_do_not_fit_are_listed(tiny, tmp_path, capfd):
