@@ -57,9 +57,9 @@ class InLoopEvaluation:
     def _is_due(self, done: int, every: int) -> bool:
         return bool(every) and (done % every == 0 or done == self._config.train.steps)
 
-    def run(self, done: int, recorder: Recorder, say: Callable[[str], None]) -> None:
-        """Evaluates what is due after ``done`` steps. Meanwhile the engine holds the EMA in place of the weights, so
-        nothing else may read them."""
+    def run(self, done: int, recorder: Recorder, say: Callable[[str], None]) -> dict[str, float]:
+        """Evaluates what is due after ``done`` steps; returns the validation losses, the same on all ranks, or {}.
+        Meanwhile the engine holds the EMA in place of the weights, so nothing else may read them."""
         validation = self._validation if self._is_due(done, self._config.validation.every_steps) else None
         losses = {}
         if validation:
@@ -72,6 +72,7 @@ class InLoopEvaluation:
         if losses:
             say(f"step {done}: validation loss {losses['val_loss']:.4f}, with EMA weights {losses['val_loss_ema']:.4f}")
             recorder.metrics(done, losses)
+        return losses
 
     def _sample(self, done: int, recorder: Recorder) -> None:
         """Samples the configured grid."""

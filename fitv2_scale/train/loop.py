@@ -1,6 +1,7 @@
 """Training: claims the run, restores its newest intact commit, and steps until done or stopped."""
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Generator
@@ -15,7 +16,7 @@ from fitv2_scale.parallel.rank_facts import read_data
 from fitv2_scale.parallel.world import World, join
 from fitv2_scale.run.log import StaleAttempt
 from fitv2_scale.run.requests import watch_requests
-from fitv2_scale.run.run import BAD_INPUT, BUG, DONE, GIVE_UP, RETRY, Attempt
+from fitv2_scale.run.run import BAD_INPUT, BUG, DONE, GIVE_UP, NOT_FINITE, RETRY, Attempt
 from fitv2_scale.train.coordination import Coordination
 from fitv2_scale.train.lost_ranks import RankLost
 from fitv2_scale.train.metrics.meter import Meter
@@ -92,13 +93,15 @@ def _loop(s: Session, coordination: Coordination, watchdog: Watchdog) -> tuple[i
             commit = unsaved and (end or coordination.should_save or s.save_schedule.due(done))
             evaluate = batch is not None and s.evaluation.due(done)
             with watchdog.within("step"):
-                reason = monitor.examine(newest=commit or evaluate, report=commit)
+                reason = monitor.examine(newest=commit or evaluate, report=commit, last=done == steps)
+            if evaluate and reason is None:
+                with watchdog.within("evaluate"):
+                    losses = s.evaluate(done, progress.say)
+                if done == steps and not all(map(math.isfinite, losses.values())):
+                    reason = f"{NOT_FINITE}: the validation loss after the last step is not"
             if reason is not None:
                 progress.say(reason)
                 return GIVE_UP, reason
-            if evaluate:
-                with watchdog.within("evaluate"):
-                    s.evaluate(done, progress.say)
             if commit or end or coordination.save_ended:
                 with watchdog.within("save"):
                     failed = s.save(done, start=commit, last=end, accounting=meter.accounting)

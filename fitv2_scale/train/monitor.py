@@ -19,6 +19,8 @@ from fitv2_scale.train.metrics.meter import Meter, StepNumbers
 from fitv2_scale.train.progress_bar import ProgressBar
 from fitv2_scale.train.session import Session
 
+_SKIPPED_AT_END = 2  # steps in a row at the end of a run; a single one happens to runs that are well
+
 
 class Monitor:
     def __init__(self, s: Session, meter: Meter, progress: ProgressBar):
@@ -32,17 +34,20 @@ class Monitor:
         numbers = torch.cat([sums.flatten(), torch.stack([result.norm, result.skipped])])
         self._pending.append(_Pending(batch, waited, _ToHost(numbers, self._s.clock)))
 
-    def examine(self, newest: bool, report: bool) -> str | None:
+    def examine(self, newest: bool, report: bool, last: bool) -> str | None:
         """Examines all steps but the newest, that one too if ``newest``.
 
         Reports every ``train.log_every`` steps, and all that has been examined if ``report``. Returns why the run must
-        be given up, if it must. A collective.
+        be given up, if it must: too many steps in a row were skipped, fewer of them if the run's ``last`` step is the
+        newest. A collective.
         """
         while len(self._pending) > (0 if newest else 1):
             if (reason := self._examine(self._pending.popleft())) is not None:
                 return reason
         if report and self._meter.steps:
             self._report(self._examined)
+        if last and self._skipped_in_row >= _SKIPPED_AT_END:
+            return f"{NOT_FINITE} in the last {self._skipped_in_row} steps: these weights have no loss"
         return None
 
     def _examine(self, step: "_Pending") -> str | None:
@@ -62,8 +67,10 @@ class Monitor:
         s = self._s
         metrics, spikes = self._meter.report()
         metrics |= {"lr": s.config.optimizer.lr_at(done - 1), "images": s.data.plan.total_images(done)}
-        s.recorder.metrics(done, metrics)
+        told = s.recorder.metrics(done, metrics)
         self._progress.show(done, metrics)
+        for sentence in told:
+            self._progress.say(sentence)
         if spikes:
             self._progress.say(str(max(spikes, key=lambda spike: spike.sigmas)))
 

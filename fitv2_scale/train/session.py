@@ -81,11 +81,11 @@ class Session:
             substitutes=self.substitutions.substitutes,
         )
 
-    def evaluate(self, step: int, say: Callable[[str], None]) -> None:
-        """Evaluates what is due after ``step`` steps (see InLoopEvaluation)."""
+    def evaluate(self, step: int, say: Callable[[str], None]) -> dict[str, float]:
+        """Evaluates what is due after ``step`` steps and returns the losses by name (see InLoopEvaluation)."""
         with self.clock.outside_steps("evaluation"):
             self.checkpoints.wait_for_staging()
-            self.evaluation.run(step, self.recorder, say)
+            return self.evaluation.run(step, self.recorder, say)
 
     def save(self, step: int, start: bool, last: bool, accounting: Callable[[], Accounting]) -> str | None:
         """Finishes the save in flight, then starts that of the state after ``step`` steps if ``start``; if ``last``,

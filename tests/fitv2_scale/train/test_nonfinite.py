@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 import fitv2_scale.train.loop as module
 import fitv2_scale.train.step as step_module
+from fitv2_scale.evaluate.validation import Validation
 from fitv2_scale.model.flow import FlowLosses
 from fitv2_scale.model.loss_groups import GROUPS
 from fitv2_scale.parallel.engine import StepResult
@@ -123,3 +125,30 @@ def why(config) -> str:
 def last_taken(config) -> int:
     lines = Path(config.run, "attempts/1/audit/rank-00000.jsonl").read_text().splitlines()
     return json.loads(lines[-1])["step"]
+
+
+def test_a_run_whose_last_steps_have_no_loss_is_no_success(tiny):
+    """The learning rate ruins the weights within 20 steps, too few for train.max_skipped."""
+    changes = {"optimizer__lr": 1e30, "optimizer__warmup_steps": 0, "checkpoint__every_steps": 10}
+    config = tiny(train__steps=20, **changes)
+    for attempt in (1, 2):  # again from the last commit: still none
+        assert run_ranks(2, train, config) == [GIVE_UP] * 2
+        assert Run.open(config.run).log.commits()[-1].fields["step"] == 10
+        reason = status(Run.open(config.run))["attempts"][attempt - 1]["why"]
+        assert re.match(r"loss or gradient was not finite in the last \d+ steps: these weights have no loss", reason)
+
+
+def train_with_validation_losses(config, losses: dict[int, float]) -> int:
+    """``losses`` by the number of the call, from 0; raw and EMA weights in turn."""
+    calls = iter(range(99))
+    Validation.loss = lambda self, network: losses.get(next(calls), 1.0)
+    return train(config)
+
+
+@pytest.mark.parametrize("bad,code", [({0: math.nan}, DONE), ({2: math.nan}, GIVE_UP), ({3: math.inf}, GIVE_UP)])
+def test_the_last_validation_must_be_finite(tiny, dataset, bad, code):
+    config = tiny(train__steps=4, validation__every_steps=2, validation__url=dataset, checkpoint__every_steps=3)
+    assert run_ranks(2, train_with_validation_losses, config, bad) == [code] * 2
+    assert Run.open(config.run).log.commits()[-1].fields["step"] == (4 if code == DONE else 3)
+    expected = "all 4 steps are done" if code == DONE else "loss or gradient was not finite: the validation loss"
+    assert why(config).startswith(expected)
