@@ -28,10 +28,12 @@ def show_status(args: argparse.Namespace) -> int:
 def _show_once(args: argparse.Namespace) -> None:
     from fitv2_scale.run.run import Run
     from fitv2_scale.run.status import status
+    from fitv2_scale.tracking.uploader_state import read_state
     from launchers.control import chain, jobs, waiting
 
     run = Run.open(args.run)
     report = status(run) | {"jobs": jobs(run), "chain": chain(run), "waiting": waiting(run)}
+    report["tracking"] = read_state(run)
     show(args, report, "\n".join(_lines(report)))
 
 
@@ -50,6 +52,8 @@ def _lines(report: dict[str, Any]) -> list[str]:
     ]
     if (lost := report["substituted"])["images"]:
         lines.append(f"  {lost['images']} images of {lost['frames']} frames are substituted: {lost['causes'][-1]}")
+    if trouble := report["tracking"].get("trouble"):
+        lines.append(f"  tracking, {report['tracking']['time']}: {trouble}")
     for job in report["jobs"]:
         ended = f"ended with {job['code']}: {job['reason']}" if job["ended"] else "running, or killed"
         blamed = f"; {', '.join(job['blamed'])} failed" if job["blamed"] else ""

@@ -4,10 +4,10 @@ from datetime import datetime
 from typing import Any
 
 from fitv2_scale.evaluate.results import METRICS
+from fitv2_scale.run.redact import redact
 from fitv2_scale.run.run import Run
 from fitv2_scale.tracking.destination import resolve_uri
-
-_PLACE = "tracking/mlflow.json"  # which the uploader writes
+from fitv2_scale.tracking.identity import published
 
 
 def publish(run: Run, results: list[dict[str, Any]]) -> str:
@@ -15,12 +15,13 @@ def publish(run: Run, results: list[dict[str, Any]]) -> str:
     uri = run.config["tracking"]["uri"]
     if uri == "none":
         return "MLflow: none (tracking.uri)"
-    if (place := run.store.read_json(_PLACE)) is None:
+    target, place = resolve_uri(run.url, uri), published(run)
+    if place.mlflow_run is None or place.uri != redact(target):
         return f"MLflow does not know the run yet: run `fitv2 track sync {run.url}`, then this command again"
     # Not at the top: mlflow takes seconds to import, and training must never import it.
     from fitv2_scale.tracking.mlflow_writer import ServerError, known_run
 
-    at = place["mlflow_run"]
+    at = place.mlflow_run
     rows = [
         (f"evaluate/{r['label']}/{name}", r[name], _ms(r["time"]), r["step"])
         for r in results
@@ -28,7 +29,7 @@ def publish(run: Run, results: list[dict[str, Any]]) -> str:
         if r[name] is not None
     ]
     try:
-        refused = known_run(resolve_uri(run.url, uri), at).log_metrics(rows)
+        refused = known_run(target, at).log_metrics(rows)
     except ServerError as error:
         return (
             f"MLflow did not store the metrics ({error}): run `fitv2 track sync {run.url}`, then this command again, "

@@ -1,17 +1,31 @@
 """Where a run is published: the meaning of `tracking.uri`, and whether training may write there itself.
 
-`auto` is one SQLite file for all runs in the same folder. SQLite relies on file locks, which are unreliable on network
-file systems, and there the uploader of each run may be on a different node. So on a shared file system `auto` means
-that training writes its journal only, and `fitv2 track sync` is the one writer (see ``locks.writer_lock``).
+Unless MLFLOW_TRACKING_URI is set, `auto` is one SQLite file for all runs in the same folder. SQLite relies on file
+locks, which are unreliable on network file systems, and there the uploader of each run may be on a different node. So
+on a shared file system such an `auto` means that training writes its journal only, and `fitv2 track sync` is the one
+writer (see ``locks.writer_lock``).
 """
 
+import os
 import re
+import sqlite3
+from contextlib import closing, suppress
+from importlib.metadata import entry_points
 from pathlib import Path
+from urllib.parse import quote, unquote, urlsplit
 
 from data_sharding.errors import UserError
 from data_sharding.storage.local_store import LocalStore
 from data_sharding.storage.open_store import open_store
+from fitv2_scale.run.redact import HIDDEN, redact
+from fitv2_scale.run.run import Run
+from fitv2_scale.tracking.identity import IDENTITY, published
 
+URI_VARIABLE = "MLFLOW_TRACKING_URI"
+_SQLITE = re.compile(r"sqlite(\+\w+)?:///")
+_REMEDY = "give tracking.uri=http://HOST:PORT, sqlite:////ABSOLUTE/PATH or auto"
+_SERVERS = {"http", "https", "databricks", "databricks-uc", "uc"}
+_DATABASES = {"sqlite", "mysql", "postgresql", "mssql"}
 _MOUNTS = Path("/proc/self/mountinfo")
 _NETWORK = {"nfs", "nfs4", "cifs", "smb3", "afs", "ceph", "glusterfs", "pohmelfs"}
 _PARALLEL = {"lustre", "gpfs", "beegfs", "beegfs_nodev", "panfs", "orangefs", "pvfs2", "wekafs"}
@@ -20,35 +34,114 @@ _ESCAPED = re.compile(r"\\([0-7]{3})")
 
 
 def resolve_uri(run_url: str, uri: str) -> str:
-    """The tracking URI that ``uri`` stands for: "auto" is one SQLite file for all runs in the same folder.
+    """The tracking URI that ``uri`` stands for. "auto" is where the run has been published before; else what
+    $MLFLOW_TRACKING_URI says; else one SQLite file for all runs in the same folder.
 
-    Raises UserError for "auto" if the run is not on a disk, and for "none".
+    Raises UserError for "auto" if the run is not on a disk and the variable is not set, and for "none".
     """
     if uri == "none":
         raise UserError(f"{run_url} has tracking.uri=none: give the MLflow to publish it to with --uri.")
     if uri != "auto":
         return uri
     store = open_store(run_url)
+    before = str((store.read_json(IDENTITY) or {}).get("uri", ""))
+    if before and HIDDEN not in before and ((file := sqlite_path(before)) is None or file.exists()):
+        return before
+    if told := os.environ.get(URI_VARIABLE):
+        return told
     if not isinstance(store, LocalStore):
-        raise UserError(f"{run_url} is on S3, which cannot hold an SQLite file: give the URI of an MLflow server.")
-    return f"sqlite:///{Path(store.url).parent / 'mlflow.db'}"
+        raise UserError(
+            f"{run_url} is on S3, which cannot hold an SQLite file: give the URI of an MLflow server as tracking.uri, "
+            f"or in {URI_VARIABLE}."
+        )
+    return sqlite_uri(Path(store.url).parent / "mlflow.db")
+
+
+def sqlite_uri(file: Path) -> str:
+    """The URI of an SQLite file at an absolute path. Only what means something in a URI is quoted, so that URIs of
+    earlier versions stay the same."""
+    quoted = re.sub("[%?#]", lambda found: quote(found[0]), str(file))
+    # For sqlite:/// alone MLflow makes the folder of the quoted name, too.
+    return f"sqlite:///{file}" if quoted == str(file) else f"sqlite+pysqlite:///{quoted}"
 
 
 def sqlite_path(uri: str) -> Path | None:
     """The file of an SQLite URI; None for any other."""
-    prefix = "sqlite:///"
-    return Path(uri.removeprefix(prefix).partition("?")[0]).absolute() if uri.startswith(prefix) else None
+    found = _SQLITE.match(uri)
+    return Path(unquote(uri[found.end() :].partition("?")[0])).absolute() if found else None
 
 
 def artifact_root(uri: str) -> str | None:
-    """The folder for a new experiment's artifacts: beside an SQLite file; None, the server's choice, otherwise."""
+    """The folder for a new experiment's artifacts, as a URI: beside an SQLite file; None, the server's choice,
+    otherwise."""
     file = sqlite_path(uri)
-    return None if file is None else str(file.parent / "mlartifacts")  # MLflow's default is the working directory
+    return None if file is None else (file.parent / "mlartifacts").as_uri()  # MLflow's default is the working directory
+
+
+def uri_problem(uri: str) -> str | None:
+    """A sentence for the user if ``uri`` names no place where MLflow could be."""
+    scheme = uri.partition(":")[0] if ":" in uri else ""
+    if scheme in ("http", "https") and not urlsplit(uri).hostname:
+        return f"tracking.uri={redact(uri)} names no host: {_REMEDY}"
+    known = {"file", *_SERVERS, *_DATABASES} | {entry.name for entry in entry_points(group="mlflow.tracking_store")}
+    if scheme and scheme.partition("+")[0] not in known:
+        return f"tracking.uri={redact(uri)} begins with {scheme}:, which MLflow does not know: {_REMEDY}"
+    return None
+
+
+def folder_problem(uri: str) -> str | None:
+    """A sentence for the user if ``uri`` is a folder, which MLflow refuses unless a variable of its own is set."""
+    is_folder = uri.startswith("file:") or (":" not in uri and uri not in _SERVERS)
+    if not is_folder or os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() in ("true", "1"):
+        return None
+    return f"tracking.uri={uri} is a folder, in which MLflow keeps no runs any more: {_REMEDY}"
+
+
+def deleted_experiment(uri: str, experiment: str) -> str | None:
+    """A sentence for the user if ``experiment`` was deleted in the SQLite file at ``uri``. It takes no runs then."""
+    file = sqlite_path(uri)
+    if file is None or not file.exists():
+        return None
+    query = "select experiment_id from experiments where name = ? and lifecycle_stage = 'deleted'"
+    with suppress(sqlite3.Error), closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True, timeout=1)) as db:
+        found = db.execute(query, (experiment,)).fetchone()
+        return deleted_sentence(experiment, str(found[0])) if found else None
+    return None
+
+
+def deleted_sentence(experiment: str, experiment_id: str) -> str:
+    return (
+        f"the experiment {experiment} was deleted in MLflow: restore it with `mlflow experiments restore -x "
+        f"{experiment_id}`, or give another one as tracking.experiment=NAME"
+    )
+
+
+def notes_at_start(run: Run, uri: str, experiment: str) -> list[str]:
+    """What the user should know before training begins: where ``uri`` leads if that is not obvious, and what can never
+    work there."""
+    target, variable, before = resolve_uri(run.url, uri), os.environ.get(URI_VARIABLE), published(run)
+    notes = []
+    if before.copied_from:
+        notes.append(f"{run.url} is a copy of {before.copied_from}: it gets an MLflow run of its own")
+    if before.moved_from:
+        notes.append(f"{run.url} was at {before.moved_from} before: it stays the same MLflow run")
+    if uri == "auto" and variable and target == variable != before.uri:
+        notes.append(f"metrics go to MLflow at {redact(variable)}, as {URI_VARIABLE} says")
+    elif uri == "auto" and variable and target != variable:
+        notes.append(
+            f"metrics go to MLflow at {redact(target)}, where this run has been published before, not to "
+            f"{URI_VARIABLE}={redact(variable)}: give that as tracking.uri to change it"
+        )
+    if problem := uri_problem(target) or folder_problem(target) or deleted_experiment(target, experiment):
+        notes.append(f"nothing is published to MLflow: {problem}; the journal keeps the metrics")
+    return notes
 
 
 def journal_only_reason(run_url: str, uri: str) -> str | None:
     """A sentence for the user if training must not publish to ``uri`` itself; None if it may."""
-    if uri != "auto" or (kind := shared_file_system(Path(open_store(run_url).url))) is None:
+    if uri != "auto" or sqlite_path(resolve_uri(run_url, uri)) is None:
+        return None
+    if (kind := shared_file_system(Path(open_store(run_url).url))) is None:
         return None
     return (
         f"{run_url} is on a shared file system ({kind}), where several nodes cannot safely write one SQLite file: "

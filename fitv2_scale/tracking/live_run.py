@@ -28,8 +28,9 @@ STATE = "tracking/live.json"
 class LiveRuns:
     """The child runs of the canonical MLflow run ``parent``. Methods raise ServerError."""
 
-    def __init__(self, run: Run, server: Server, parent: str) -> None:
-        self._run, self._server, self._parent = run, server, parent
+    def __init__(self, run: Run, server: Server, parent: str, name: str) -> None:
+        """``name`` is that of the canonical run."""
+        self._run, self._server, self._parent, self._name = run, server, parent, name
         state = run.store.read_json(STATE) or {}
         same = state.pop("mlflow_run", None) == parent
         self._seen = state.pop("seen", 0) if same else 0  # records of the attempt with any of KEYS
@@ -75,15 +76,15 @@ class LiveRuns:
         if self._child is None:
             number = self._position.attempt
             note = (
-                f"Live measurements of attempt {number} of {self._run.id}: every tenth point, including steps that are "
+                f"Live measurements of attempt {number} of {self._name}: every tenth point, including steps that are "
                 "not committed yet. The parent run has the complete curve up to the last commit."
             )
             start = self._run.store.read_json(f"{Attempt(number, self._run).path}/start.json") or {}
             self._child = self._server.open_run(
                 tags.LIVE_ID,
-                f"{self._run.id}/{number}",
+                f"{self._name}/{number}",
                 start_ms=ms(start.get("time", now())),
-                name=f"{self._run.id} live, attempt {number}",
+                name=f"{self._name} live, attempt {number}",
                 tags={"mlflow.parentRunId": self._parent, "mlflow.note.content": note}
                 | tags.attempt_tags(number, start),
             )

@@ -28,22 +28,40 @@ from mlflow.utils.validation import (
 )
 
 from fitv2_scale.run.redact import redact
+from fitv2_scale.tracking.destination import deleted_sentence, uri_problem
 from fitv2_scale.tracking.locks import tables_lock
 
 Row = tuple[str, float, int, int]  # name, value, time in ms, step
 _NOT_IN_A_NAME = re.compile(r"[^\w./ -]", re.ASCII)
 T = TypeVar("T")
 
+# What fails until somebody acts: words of the error, and what to do.
+_LASTING = {
+    r"error code 40[13]\b|PERMISSION_DENIED|UNAUTHENTICATED": "set MLFLOW_TRACKING_USERNAME and "
+    "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
+    r"error code 404\b|ENDPOINT_NOT_FOUND|not a valid JSON": "check that tracking.uri is that of an MLflow server, and "
+    "its version",
+    r"database schema|Can't locate revision": "use the MLflow version that made the database, or upgrade it with "
+    "`mlflow db upgrade URI`",
+    "CERTIFICATE_VERIFY_FAILED": "set REQUESTS_CA_BUNDLE or MLFLOW_TRACKING_SERVER_CERT_PATH to its certificate",
+    "unable to open database file|readonly database|not a database|disk image is malformed|PermissionError|"
+    "FileNotFoundError|NotADirectoryError|Read-only": "check that this user can write there, or give another "
+    "tracking.uri",
+    "filesystem tracking backend": "give tracking.uri=sqlite:////ABSOLUTE/PATH, the URI of a server, or auto",
+    "No module named": "install it, or give another tracking.uri",
+}
+
 
 class ServerError(Exception):
     """A request to MLflow failed: in MLflow, or in the network or storage behind it. The message holds no secrets.
 
-    ``refused``: MLflow understood the request and rejected its content, so sending it again is useless.
+    ``refused``: MLflow understood the request and rejected its content, so sending it again is useless. ``lasting``: it
+    fails until somebody does something; the message says what.
     """
 
-    def __init__(self, message: str, refused: bool = False) -> None:
+    def __init__(self, message: str, refused: bool = False, lasting: bool = False) -> None:
         super().__init__(message)
-        self.refused = refused
+        self.refused, self.lasting = refused, lasting
 
 
 class Server:
@@ -56,9 +74,13 @@ class Server:
 
     def __init__(self, uri: str, experiment: str, artifact_root: str | None) -> None:
         _silence_logging()
+        if problem := uri_problem(uri):
+            raise ServerError(problem, lasting=True)
         with server_errors(), tables_lock(uri):
             self._client = MlflowClient(tracking_uri=uri)
             found = self._client.get_experiment_by_name(experiment)
+            if found and found.lifecycle_stage != "active":
+                raise ServerError(deleted_sentence(experiment, found.experiment_id), lasting=True)
             self._at = found.experiment_id if found else self._client.create_experiment(experiment, artifact_root)
 
     def open_run(
@@ -187,7 +209,10 @@ def server_errors() -> Generator[None]:
     """Turns any exception inside into a ServerError."""
     try:
         yield
+    except ServerError:
+        raise
     except Exception as error:  # MLflow lets through whatever its plugins raise: SQLAlchemy's, requests', boto's
         refused = isinstance(error, MlflowException) and error.error_code == "INVALID_PARAMETER_VALUE"
         message = redact(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
-        raise ServerError(message, refused) from error
+        remedy = next((what for words, what in _LASTING.items() if re.search(words, message)), "")
+        raise ServerError(f"{message}; {remedy}" if remedy else message, refused, bool(remedy)) from error

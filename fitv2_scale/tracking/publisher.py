@@ -1,8 +1,7 @@
 """Publishes a run's journal to one MLflow and remembers its progress. Imports mlflow: for the uploader's process only.
 
-It keeps two files in the run folder:
+Beside the run's identity in MLflow (see ``identity``) it keeps a file in the run folder:
 
-    tracking/mlflow.json    {"uri": "sqlite:////runs/mlflow.db", "experiment": "fitv2", "mlflow_run": "8d0f…"}
     tracking/ack.json       {"mlflow_run": "8d0f…", "attempt": 3, "segment": 7, "offset": 8123}
 
 ack.json says how much of the canonical curve MLflow has, and is written after each batch. So a killed publisher sends
@@ -16,14 +15,14 @@ from dataclasses import asdict, dataclass
 from fitv2_scale.run.log import LogEntry, newest_attempt
 from fitv2_scale.run.redact import redact
 from fitv2_scale.run.run import Attempt, Run, flatten
-from fitv2_scale.tracking import journal, tags
+from fitv2_scale.tracking import identity, journal, tags
 from fitv2_scale.tracking.destination import artifact_root
 from fitv2_scale.tracking.live_run import LiveRuns, final_status, ms
 from fitv2_scale.tracking.mlflow_writer import MAX_METRICS_PER_BATCH, Server, ServerError, ServerRun
 
 __all__ = ["Publisher", "ServerError"]
 
-_IDENTITY, _ACK = "tracking/mlflow.json", "tracking/ack.json"
+_ACK = "tracking/ack.json"
 _PICTURE_TRIES = 3
 
 
@@ -94,23 +93,25 @@ class Publisher:
     def _connect(self) -> _Connection:
         run = self._run
         server = Server(self._uri, self._experiment, artifact_root(self._uri))
-        before = run.store.read_json(_IDENTITY) or {}
-        place = {"uri": redact(self._uri), "experiment": self._experiment}
-        known = before.pop("mlflow_run", None)
-        known = known if before == place else None
+        before, uri = identity.published(run), redact(self._uri)
+        known = before.mlflow_run if (before.uri, before.experiment) == (uri, self._experiment) else None
+        own = tags.run_tags(run) | ({tags.COPY_OF: run.id} if before.name != run.id else {})
+        if before.copied_from:
+            self._say(f"{run.url} is a copy of {before.copied_from}: it gets an MLflow run of its own")
+            identity.record(run, uri, self._experiment, None, before.name)  # first: a second try has the same name
         found = server.open_run(
-            tags.RUN_ID, run.id, start_ms=ms(run.created), name=run.id, tags=tags.run_tags(run), known=known
+            tags.RUN_ID, before.name, start_ms=ms(run.created), name=before.name, tags=own, known=known
         )
         for refused in found.log_params(redact(flatten(run.config))):
             self._say(f"MLflow refused a parameter, which is left out: {refused}")
         if known and known != found.id:
             self._say(f"the MLflow run {known} no longer exists: everything is sent again to a new one ({found.id})")
-        if known != found.id:
-            run.store.put_json(_IDENTITY, place | {"mlflow_run": found.id})
+        if known != found.id or before.moved_from:
+            identity.record(run, uri, self._experiment, found.id, before.name)
         ack = run.store.read_json(_ACK) or {}
         same = ack.pop("mlflow_run", None) == found.id  # another server, or a new MLflow run, gets everything
         acknowledged = journal.Position(**ack) if same else journal.Position()
-        return _Connection(found, LiveRuns(run, server, found.id), acknowledged)
+        return _Connection(found, LiveRuns(run, server, found.id, before.name), acknowledged)
 
     def _send(self, canonical: ServerRun, batch: Sequence[journal.Record], counts: dict[str, int]) -> None:
         rows = [(name, v, r.time_ms, r.step) for r in batch for name, v in (r.metrics or {}).items()]

@@ -6,6 +6,7 @@ and start.json, which are redacted.
     fitv2.dataset     the digest of the dataset's manifest; of several, with commas between
     fitv2.seed, fitv2.plan_hash, fitv2.recipe_hash
     fitv2.parent_run, fitv2.branch_step   the run id and step where a fork left
+    fitv2.copy_of     of a folder that was copied and trained on by itself: the run id, which both have
     fitv2.attempt, fitv2.git, fitv2.gpu   of the newest attempt; gpu is "8 x NVIDIA H200" on its first node, or "none"
     fitv2.lag         "120 steps: 1120 measured, 1000 committed"
 """
@@ -17,6 +18,7 @@ from fitv2_scale.run.run import Run
 
 RUN_ID = "fitv2.run_id"  # the canonical run
 LIVE_ID = "fitv2.live_id"  # the run id, a slash and the attempt: the child that shows it live
+COPY_OF = "fitv2.copy_of"
 LAG = "fitv2.lag"
 _FAMILIES = {(15, 384): "S/2", (15, 768): "B/2", (28, 1024): "L/2", (36, 1152): "XL/2", (40, 2304): "3B/2"}
 

@@ -24,9 +24,10 @@ from data_sharding.errors import StorageDown, UserError
 from fitv2_scale.run.log import newest_attempt, now
 from fitv2_scale.run.redact import redact
 from fitv2_scale.run.run import RETRY, Attempt, Run
+from fitv2_scale.tracking.destination import URI_VARIABLE
 from fitv2_scale.tracking.locks import RunLock, writer_lock
 from fitv2_scale.tracking.publisher import Publisher, ServerError
-from fitv2_scale.tracking.uploader_process import URI_VARIABLE
+from fitv2_scale.tracking.uploader_state import write_state
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Timing:
     backoff: float = 1.0  # after a first error; doubles with each further one in a row
     longest_backoff: float = 60.0
     last_pass: float = 120.0  # for MLflow, or for another uploader, once training has ended
+    patience: float = 600.0  # of failures in a row, after which training tells the user
 
 
 def follow(
@@ -53,7 +55,7 @@ def follow(
     and leaves the rest to ``sync``. ``say`` takes a sentence about each failure; None writes to tracking/uploader.log.
     """
     say = say or (lambda sentence: _log(run, sentence))
-    publisher, deadline, backoff = Publisher(run, uri, experiment, say), None, timing.backoff
+    publisher, deadline, report = Publisher(run, uri, experiment, say), None, _Report(run, uri, timing, say)
     with RunLock(run) as lock:
         while True:
             # Before the pass, so that the last pass sees everything that was committed.
@@ -67,20 +69,48 @@ def follow(
                         publisher.publish()
                         if ended:
                             publisher.finish()
-                            return
-                    if backoff > timing.backoff:
-                        say("MLflow works again")
-                    backoff = timing.backoff
+                    report.works()
+                    if ended:
+                        return
                 except (ServerError, StorageDown, UserError, OSError) as error:
-                    pause, backoff = backoff, min(2 * backoff, timing.longest_backoff)
-                    what = f"MLflow at {redact(uri)} failed" if isinstance(error, ServerError) else "Not published"
-                    say(f"{what}; the journal keeps the data, retry in {pause:g} s: {error}")
+                    pause = report.failed(error)
             if deadline is not None and time.monotonic() + pause > deadline:
                 say(f"training has ended; run `fitv2 track sync {run.url}` to publish the rest")
                 return
             until = time.monotonic() + pause
             while time.monotonic() < until and (ended or not over()):
                 time.sleep(min(pause, timing.poll))
+
+
+class _Report:
+    """Says in the log how publishing goes, and leaves it in the run for training and `fitv2 status`."""
+
+    def __init__(self, run: Run, uri: str, timing: Timing, say: Callable[[str], None]) -> None:
+        self._run, self._uri, self._timing, self._say = run, uri, timing, say
+        self._backoff, self._since = timing.backoff, 0.0
+        self._written: tuple[str, bool] | None = None
+
+    def works(self) -> None:
+        if self._since:
+            self._say("MLflow works again")
+        self._backoff, self._since = self._timing.backoff, 0.0
+        self._write("", False)
+
+    def failed(self, error: Exception) -> float:
+        """Seconds to wait until the next try."""
+        pause, self._backoff = self._backoff, min(2 * self._backoff, self._timing.longest_backoff)
+        self._since = self._since or time.monotonic()
+        what = f"MLflow at {redact(self._uri)} failed" if isinstance(error, ServerError) else "Not published"
+        self._say(f"{what}; the journal keeps the data, retry in {pause:g} s: {error}")
+        lasting = isinstance(error, ServerError) and error.lasting
+        long = time.monotonic() - self._since > self._timing.patience
+        self._write(f"{what}, the journal keeps the data: {error}", lasting or long)
+        return pause
+
+    def _write(self, trouble: str, tell: bool) -> None:
+        if self._written != (trouble, tell):
+            write_state(self._run, trouble, tell)
+            self._written = trouble, tell
 
 
 def attempt_has_ended(run: Run) -> bool:

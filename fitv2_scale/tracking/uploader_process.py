@@ -7,9 +7,9 @@ import sys
 import time
 
 from fitv2_scale.run.run import Run
-from fitv2_scale.tracking.destination import resolve_uri
+from fitv2_scale.tracking.destination import URI_VARIABLE, resolve_uri
+from fitv2_scale.tracking.uploader_state import TroubleReader
 
-URI_VARIABLE = "MLFLOW_TRACKING_URI"
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 600.0
 log = logging.getLogger(__name__)
 
@@ -26,6 +26,7 @@ class Uploader:
         run = Run.open(run_url)
         self._log = run.local_path("tracking/uploader.log")
         self._log.parent.mkdir(parents=True, exist_ok=True)
+        self._trouble = TroubleReader(run)
         self._command = [sys.executable, "-m", "fitv2_scale.tracking.uploader", run.url]
         self._command += ["--experiment", experiment, "--follow", str(os.getpid())]
         # In the environment, since every user of the machine can read a command line.
@@ -34,14 +35,16 @@ class Uploader:
         self._started = time.monotonic()
         self.process = self._start()
 
-    def check(self) -> None:
-        """Restarts it if it has died, after a pause that doubles each time. Cheap: for the step loop."""
+    def check(self) -> list[str]:
+        """Restarts it if it has died, after a pause that doubles each time. Returns what the user should be told: that
+        nothing can be published, and what to do. Cheap: for the step loop."""
         code = self.process.poll() if self.process else "it could not be started"
         if code not in (None, 0) and time.monotonic() - self._started >= self._pause:
             log.warning("the uploader died (%s) and is restarted; see %s", code, self._log)
             self._pause = min(2 * self._pause, _LONGEST_PAUSE_S)
             self._started = time.monotonic()
             self.process = self._start()
+        return self._trouble.news()
 
     def _start(self) -> subprocess.Popen[bytes] | None:
         try:

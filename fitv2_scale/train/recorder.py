@@ -14,8 +14,8 @@ log = logging.getLogger(__name__)
 class Recorder(Protocol):
     """All ranks call it alike."""
 
-    def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Records measurements of ``step``."""
+    def metrics(self, step: int, values: dict[str, float]) -> list[str]:
+        """Records measurements of ``step``. Returns sentences for the user: what keeps them from MLflow for good."""
 
     def picture(self, step: int, make_png: Callable[[], bytes]) -> None:
         """Stores a picture as samples/<step>.png. If the storage refuses it, that is logged and training continues."""
@@ -30,21 +30,24 @@ class Recorder(Protocol):
 class NullRecorder:
     """That of all ranks but the first: records nothing."""
 
-    def metrics(self, step: int, values: dict[str, float]) -> None: ...
+    def metrics(self, step: int, values: dict[str, float]) -> list[str]:
+        return []
+
     def picture(self, step: int, make_png: Callable[[], bytes]) -> None: ...
     def seal(self) -> None: ...
     def pace(self, step_seconds: float, save_seconds: float) -> None: ...
 
 
 class RankZeroRecorder:
-    """``check_uploader`` is called with each record of metrics: it restarts the uploader if that has died."""
+    """``check_uploader`` is called with each record of metrics: it restarts the uploader if that has died, and returns
+    what the user should be told."""
 
-    def __init__(self, attempt: Attempt, journal: Journal, check_uploader: Callable[[], None]):
+    def __init__(self, attempt: Attempt, journal: Journal, check_uploader: Callable[[], list[str]]):
         self._attempt, self._journal, self._check_uploader = attempt, journal, check_uploader
 
-    def metrics(self, step: int, values: dict[str, float]) -> None:
+    def metrics(self, step: int, values: dict[str, float]) -> list[str]:
         self._journal.metrics(step, values)
-        self._check_uploader()
+        return self._check_uploader()
 
     def picture(self, step: int, make_png: Callable[[], bytes]) -> None:
         path, png = f"samples/{step:08d}.png", make_png()

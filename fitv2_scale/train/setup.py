@@ -23,7 +23,7 @@ from fitv2_scale.run.fork import Fork
 from fitv2_scale.run.provenance import own_gpu, provenance
 from fitv2_scale.run.run import Attempt, Run
 from fitv2_scale.run.substitutions import SubstitutionLog, substitutes_of, substitution_records
-from fitv2_scale.tracking.destination import journal_only_reason
+from fitv2_scale.tracking.destination import journal_only_reason, notes_at_start
 from fitv2_scale.tracking.journal import Journal
 from fitv2_scale.tracking.uploader_process import Uploader
 from fitv2_scale.train.batch_audit import Audit, BatchAudit, NullAudit
@@ -110,10 +110,11 @@ def open_session(
 
 
 def _rank_zero_recorder(attempt: Attempt, start: int, config: Config, notes: list[str]) -> RankZeroRecorder:
-    """Starts journal and uploader. If training must not publish by itself, ``notes`` gets the reason."""
+    """Starts journal and uploader. ``notes`` gets what the user should know of where the metrics go, or do not."""
     run, tracking = attempt.run, config.tracking
-    journal, check_uploader = Journal(attempt.folder, attempt.number, start, attempt.upload), lambda: None
+    journal, check_uploader = Journal(attempt.folder, attempt.number, start, attempt.upload), lambda: list[str]()
     if tracking.uri != "none":
+        notes += notes_at_start(run, tracking.uri, tracking.experiment)
         if (why := journal_only_reason(run.url, tracking.uri)) is not None:
             notes.append(why)
         else:

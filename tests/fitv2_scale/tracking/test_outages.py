@@ -4,17 +4,21 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from data_sharding.errors import UserError
+from fitv2_scale.cli.__main__ import main
 from fitv2_scale.tracking import destination
 from fitv2_scale.tracking.destination import journal_only_reason, resolve_uri, shared_file_system
 from fitv2_scale.tracking.journal import Journal
 from fitv2_scale.tracking.publisher import Publisher, ServerError
 from fitv2_scale.tracking.sync import sync
 from fitv2_scale.tracking.uploader import Timing, attempt_has_ended, follow, run_is_over
+from fitv2_scale.tracking.uploader_state import TroubleReader, read_state
 from tests.support.journal_writers import DIGEST, make, train
 from tests.support.mlflow_queries import QUICK, published, steps
 from tests.support.waiting import wait
@@ -114,6 +118,81 @@ def test_a_wrong_uri_is_reported_and_training_continues(run_folder, uri):
     assert f"MLflow at {uri} failed; the journal keeps the data, retry in 0.05 s: " in log
     assert f"run `fitv2 track sync {run_folder}` to publish the rest" in log and "Traceback" not in log
     assert sync(str(run_folder), "auto", "test")["metrics"] == 5
+
+
+@pytest.mark.parametrize(
+    "status,remedy",
+    [
+        (401, "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"),
+        (403, "set MLFLOW_TRACKING_USERNAME"),
+        (404, "check that tracking.uri is that of an MLflow server, and its version"),
+        (503, None),
+    ],
+)
+def test_training_is_told_what_lasts(run_folder, status, remedy):
+    """Only what nobody but the user can mend; `fitv2 status` shows the rest too."""
+    run = make(run_folder)
+    train(run, 0, 5, commits=(5,)).end(0, "done")
+    reader = TroubleReader(run)
+    with answering(status) as uri:
+        follow(run, uri, "test", lambda: True, Timing(poll=0.02, backoff=0.05, last_pass=0.1))
+    news = reader.news()
+    if remedy is None:
+        assert news == []
+    else:
+        (told,) = news
+        assert told.startswith(f"MLflow at {uri} failed, the journal keeps the data: ") and remedy in told
+    assert reader.news() == []  # once
+    assert f"MLflow at {uri} failed" in read_state(run)["trouble"]
+
+
+@contextmanager
+def answering(status: int):
+    """A server that answers every request with ``status``; gives its URI."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(status)
+
+        do_POST = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_deleted_experiment_is_told_until_it_is_restored(run_folder, capfd):
+    from mlflow import MlflowClient
+
+    run, uri = make(run_folder), resolve_uri(str(run_folder), "auto")
+    train(run, 0, 5, commits=(5,)).end(0, "done")
+    client = MlflowClient(uri)
+    gone = client.create_experiment("gone")
+    client.delete_experiment(gone)
+    said = f"the experiment gone was deleted in MLflow: restore it with `mlflow experiments restore -x {gone}`"
+    with pytest.raises(UserError, match=said):
+        sync(run.url, uri, "gone")
+    reader = TroubleReader(run)
+    follow(run, uri, "gone", lambda: True, Timing(poll=0.02, backoff=0.05, last_pass=0.1))
+    (told,) = reader.news()
+    assert said in told and "or give another one as tracking.experiment=NAME" in told
+    assert main(["status", run.url]) == 0 and said in capfd.readouterr().out
+    client.restore_experiment(gone)
+    follow(run, uri, "gone", lambda: True, Timing(poll=0.02, backoff=0.05))
+    assert reader.news() == [] and read_state(run)["trouble"] == ""
+
+
+def test_a_long_outage_is_told_once(run_folder):
+    run = make(run_folder)
+    train(run, 0, 5, commits=(5,)).end(0, "done")
+    reader, told = TroubleReader(run), []
+    over = lambda: told.extend(reader.news()) or bool(told)  # noqa: E731
+    follow(run, "http://127.0.0.1:9", "test", over, Timing(0.02, 0.05, last_pass=0.1, patience=0.2))
+    assert len(told) == 1 and told[0].startswith("MLflow at http://127.0.0.1:9 failed")
 
 
 # ---- shared file systems ----

@@ -60,6 +60,8 @@ def test_everything_arrives_once_with_its_times(run_folder, monkeypatch):
         "uri": resolve_uri(str(run_folder), "auto"),
         "experiment": "test",
         "mlflow_run": counts["mlflow_run"],
+        "run": str(run_folder),
+        "name": run.id,
     }
 
     again = sync(str(run_folder), "auto", "test")

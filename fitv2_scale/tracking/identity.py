@@ -1,0 +1,71 @@
+"""Which MLflow run a run folder has: its own, also after the folder was moved, but not that of a folder it was copied
+from. Imports no mlflow.
+
+    tracking/mlflow.json    {"uri": "sqlite:////runs/mlflow.db", "experiment": "fitv2", "mlflow_run": "8d0f…",
+                             "run": "/runs/first", "name": "first-5f1c09ab"}
+
+``run`` is where the folder was when it was last published; ``name`` is the tag fitv2.run_id, and only in a copy not the
+run's id. Versions up to a2e80d5 wrote neither.
+"""
+
+import os
+import secrets
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from data_sharding.errors import StorageDown, UserError
+from data_sharding.storage.local_store import LocalStore
+from data_sharding.storage.open_store import open_store
+from fitv2_scale.run.run import Run
+
+IDENTITY = "tracking/mlflow.json"
+
+
+@dataclass(frozen=True)
+class Published:
+    """Where and as what a run has been published; empty fields if it has not."""
+
+    uri: str = ""
+    experiment: str = ""
+    mlflow_run: str | None = None
+    name: str = ""
+    moved_from: str = ""
+    copied_from: str = ""  # the URL of the original; the other fields are then empty, since they are the original's
+
+
+def published(run: Run) -> Published:
+    """Raises StorageDown if it cannot be told whether the run is a copy."""
+    record = run.store.read_json(IDENTITY) or {}
+    before = str(record.get("run") or run.config.get("run") or "")
+    if _same_place(before, run.url):
+        before = ""
+    if before and _holds(before, run):
+        return Published(name=f"{run.id}-copy-{secrets.token_hex(4)}", copied_from=open_store(before).url)
+    known: dict[str, Any] = {key: record[key] for key in ("uri", "experiment", "mlflow_run") if record.get(key)}
+    return Published(**known, name=record.get("name", run.id), moved_from=str(record.get("run", "")) and before)
+
+
+def record(run: Run, uri: str, experiment: str, mlflow_run: str | None, name: str) -> None:
+    """Remembers where the run is published, or None as long as the server has not answered. ``uri`` must hold no
+    secrets."""
+    place = {"uri": uri, "experiment": experiment, "mlflow_run": mlflow_run, "run": run.url, "name": name}
+    run.store.put_json(IDENTITY, place)
+
+
+def _same_place(before: str, url: str) -> bool:
+    """Whether both are one folder, perhaps under two names."""
+    with suppress(UserError, OSError):
+        store = open_store(before) if before else None
+        return store is None or store.url == url or (isinstance(store, LocalStore) and os.path.samefile(store.url, url))
+    return False
+
+
+def _holds(url: str, run: Run) -> bool:
+    """Whether ``run`` also is at ``url``. A place that cannot be looked at, as on another machine, holds nothing."""
+    try:
+        return (open_store(url).read_json("run.json") or {}).get("id") == run.id
+    except StorageDown:
+        raise
+    except (UserError, OSError, AttributeError):
+        return False
