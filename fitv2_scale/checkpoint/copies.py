@@ -2,8 +2,8 @@
 
 If a bit flips in one copy, no computation notices: the copies would train on as two networks, and a commit would hold
 one of them. The staged state is compared, the very bytes that are to be written, so all ranks compare the same step. A
-rank hashes what it shares with others in the thread that saves, at about 10 GB/s; one sum over the ranks, of 40 bytes
-a rank, shows whether all is equal. Only if it is not, ranks exchange the hash of each tensor, to name what differs.
+rank hashes what it shares with others in the thread that saves, at about 8 GB/s; one sum over the ranks, of 48 bytes a
+rank, shows whether all is equal. Only if it is not, ranks exchange the hash of each tensor, to name what differs.
 """
 
 import json
