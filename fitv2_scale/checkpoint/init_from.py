@@ -7,14 +7,17 @@ that a high-resolution stage trains: the released loader drops these, and with t
 from dataclasses import dataclass
 
 import torch
+import xxhash
 
 from data_sharding.errors import UserError
 from fitv2_scale.checkpoint.checksums import Damaged
 from fitv2_scale.checkpoint.commit import read_manifest, read_tensors
 from fitv2_scale.checkpoint.weights import SUFFIXES, open_weights, read_finite
 from fitv2_scale.config.model import ModelConfig
+from fitv2_scale.parallel.agreement import Facts, read_alike
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.world import World
+from fitv2_scale.run.log import LogEntry
 from fitv2_scale.run.reference import parse_reference
 from fitv2_scale.run.run import Run
 
@@ -43,27 +46,49 @@ def load_initial_weights(source: WeightsSource, engine: Engine, model: ModelConf
     """Fills weights and EMA of ``engine``, on all ranks together.
 
     Raises:
-        UserError: there are no such weights, they are damaged, or of another network than ``model``.
+        UserError: there are no such weights, they are damaged, or of another network than ``model``; or the ranks do
+            not read the same.
     """
     if source.step is None:
-        _from_file(source.url, engine, model)
+        read_alike(world, lambda: _from_file(source.url, engine, model))
     else:
         _from_run(source, engine, world)
     engine.loaded()
 
 
 @torch.no_grad()
-def _from_file(file: str, engine: Engine, model: ModelConfig) -> None:
-    wanted = engine.boxes()
-    for name, whole in read_finite(file, open_weights(file, model)):
+def _from_file(file: str, engine: Engine, model: ModelConfig) -> tuple[None, Facts]:
+    """Also returns the digest of all that it has read: each rank reads the file for itself, perhaps a copy of it."""
+    wanted, digest = engine.boxes(), xxhash.xxh3_128()
+    for name, whole in read_finite(file, dict(sorted(open_weights(file, model).items()))):
+        digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}\n".encode())
+        digest.update(whole.contiguous().flatten().view(torch.uint8).numpy().data)
         for box in (*wanted[f"param/{name}"].boxes, *wanted[f"ema/{name}"].boxes):
             part = whole
             for dim, (start, length) in enumerate(zip(box.offset, box.tensor.shape, strict=True)):
                 part = part.narrow(dim, start, length)
             box.tensor.copy_(part)
+    return None, {f"content of {file}": digest.hexdigest()}
 
 
 def _from_run(source: WeightsSource, engine: Engine, world: World) -> None:
+    try:
+        run, entry, manifest = read_alike(world, lambda: _open_commit(source, engine))
+        for kind in ("param/", "ema/"):
+            tensors = {
+                f"ema/{name.removeprefix(kind)}": logical
+                for name, logical in engine.boxes().items()
+                if name.startswith(kind)
+            }
+            read_tensors(run, entry, manifest, tensors, world.cpu_group)
+    except Damaged as error:
+        raise UserError(
+            f"{source.url}: the commit at step {source.step} is damaged ({error}): choose another"
+        ) from error
+
+
+def _open_commit(source: WeightsSource, engine: Engine) -> tuple[tuple[Run, LogEntry, dict], Facts]:
+    """Also returns its digest: each rank opens the run for itself. Raises Damaged, UserError."""
     run = Run.open(source.url)
     entries = [entry for entry in run.log.commits() if entry.fields["step"] == source.step]
     if not entries:
@@ -71,20 +96,9 @@ def _from_run(source: WeightsSource, engine: Engine, world: World) -> None:
         raise UserError(
             f"{source.url} has no commit at step {source.step}, but at {steps or 'none'}: choose one of them"
         )
-    try:
-        manifest = read_manifest(run, entries[-1])
-        _check(source, engine, manifest["tensors"])
-        for kind in ("param/", "ema/"):
-            tensors = {
-                f"ema/{name.removeprefix(kind)}": logical
-                for name, logical in engine.boxes().items()
-                if name.startswith(kind)
-            }
-            read_tensors(run, entries[-1], manifest, tensors, world.cpu_group)
-    except Damaged as error:
-        raise UserError(
-            f"{source.url}: the commit at step {source.step} is damaged ({error}): choose another"
-        ) from error
+    manifest = read_manifest(run, entries[-1])
+    _check(source, engine, manifest["tensors"])
+    return (run, entries[-1], manifest), {f"commit of {source.url}": entries[-1].fields["manifest"]}
 
 
 def _check(source: WeightsSource, engine: Engine, stored: dict[str, dict]) -> None:

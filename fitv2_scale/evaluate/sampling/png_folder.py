@@ -20,6 +20,7 @@ from fitv2_scale.config.sections import SamplingConfig
 from fitv2_scale.evaluate.sampling.image_grid import decode
 from fitv2_scale.evaluate.sampling.load_weights import Weights
 from fitv2_scale.evaluate.sampling.sampler import ImageRequest, sample
+from fitv2_scale.parallel.agreement import read_alike
 from fitv2_scale.run.run import differences
 
 _RECORD = "request.json"
@@ -51,6 +52,7 @@ def fill_folder(
     """
     world, model = weights.world, weights.config.model
     to_do = world.run_on_rank0(lambda: _missing(weights, requests, sampling, seed, folder))
+    read_alike(world, lambda: (_check_shared(folder), {}))
     requests, evaluations = [r for r in requests if r.index in to_do], 0
     with tqdm(total=len(requests), unit="image", disable=not world.is_first, dynamic_ncols=True) as bar:
         for chunk in chunk_requests(requests, weights, sampling):
@@ -69,6 +71,12 @@ def fill_folder(
                 _write(image_file(folder, request.index), decode(one.tokens, codec))
             bar.update(len(chunk))
     return FolderResult(len(requests), sum(world.all_gather(evaluations)) / max(1, len(requests)))  # all have written
+
+
+def _check_shared(folder: str) -> None:
+    """Raises UserError on a rank that does not see what rank 0 has recorded there."""
+    if LocalStore(folder).read_json(_RECORD) is None:
+        raise UserError(f"{folder} is not the folder that rank 0 writes to: give one that all nodes share")
 
 
 def image_file(folder: str, index: int) -> Path:

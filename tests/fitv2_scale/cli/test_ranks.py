@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from fitv2_scale.cli.__main__ import main
 from tests.support.ranks import run_ranks
@@ -26,6 +27,12 @@ def run_as(*words: list[str]) -> tuple[int, str]:
             code = exit.code
     assert "Traceback" not in stderr.getvalue(), stderr.getvalue()
     return code, "\n".join(line for line in stderr.getvalue().splitlines() if line.startswith("fitv2"))
+
+
+def run_in(folders: list[str], words: list[str]) -> tuple[int, str]:
+    """As ``run_as``, each rank in its folder: what a relative path names is another file there."""
+    os.chdir(folders[int(os.environ["RANK"])])
+    return run_as(words)
 
 
 def assert_refused(found: list[tuple[int, str]], *printed: str) -> None:
@@ -57,7 +64,7 @@ def test_training_that_one_rank_is_told_to_do_otherwise(config_file, tmp_path):
     "lacks,sentence",
     [
         ({"data__url": NOTHING}, f"there is no dataset at {NOTHING} .*"),
-        ("none.yaml", "cannot read the config .*none.yaml: No such file or directory.*"),
+        ("none.yaml", "cannot read the config .*none.yaml.*: No such file or directory.*"),
         ("bad.yaml", "unknown key optimizer.lrr, did you mean optimizer.lr.*"),
     ],
     ids=str,
@@ -84,7 +91,7 @@ def test_what_no_rank_can_read_is_said_once(config_file):
     found = run_ranks(3, run_as, ["train", config_file("config", data__url=NOTHING)])
     assert_refused(found, f"there is no dataset at {NOTHING} .*", "", "")
     found = run_ranks(3, run_as, ["train", "none.yaml"])
-    assert_refused(found, "cannot read the config none.yaml.*", "", "")
+    assert_refused(found, "cannot read the config .*none.yaml.*", "", "")
 
 
 SAMPLE = ["--size", "32x32", "--images", "2", "--steps", "2"]
@@ -103,6 +110,43 @@ def test_sampling(two_step_run, tmp_path):
     alone = [*sample[:1], str(tmp_path), *sample[2:]]
     assert_refused(run_ranks(2, run_as, sample, alone), ".* --weights is .*", "")
     assert not (tmp_path / "pictures").exists()
+
+
+@pytest.fixture
+def two_folders(tmp_path):
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        folder.mkdir()
+    return folders
+
+
+def test_weights_of_other_content(two_step_run, two_folders, config_file):
+    """One path, and on each node a file of its own behind it; or none."""
+    first, second = (folder / "w.safetensors" for folder in two_folders)
+    assert main(["checkpoint", "export", two_step_run, str(first), "--ema"]) == 0
+    words = ["sample", "w.safetensors", "--config", config_file("config"), *SAMPLE]
+    folders = list(map(str, two_folders))
+    missing = ".*no weights file w.safetensors.*"
+    assert_refused(run_ranks(2, run_in, folders, words), rf"rank 1 on \S+: {missing}", missing)
+    tensors = load_file(first)
+    name = min(tensors)
+    tensors[name].view(-1)[0] += 1
+    save_file(tensors, second)
+    told = 'the ranks were not told the same: content of w.safetensors is "[0-9a-f]{32}" on rank 0 .*'
+    assert_refused(run_ranks(2, run_in, folders, words), told, "")
+    save_file(load_file(first), second)
+    unshared = r"samples.pictures is not the folder .*"  # nor would the pictures of all ranks come together
+    assert_refused(run_ranks(2, run_in, folders, words), rf"rank 1 on \S+: {unshared}", unshared)
+    words += ["--folder", str(two_folders[0] / "pictures")]
+    assert [code for code, _ in run_ranks(2, run_in, folders, words)] == [0, 0]
+
+
+def test_a_folder_that_the_ranks_do_not_share(two_folders, config_file):
+    """A run on the disk of each node: its commits would lack every other rank's part."""
+    words = ["train", config_file("config"), "run=run"]
+    sentence = r".*second/run is not a run \(it has no run.json\).*"
+    folders = list(map(str, two_folders))
+    assert_refused(run_ranks(2, run_in, folders, words), rf"rank 1 on \S+: {sentence}", sentence)
 
 
 def test_validation(two_step_run, dataset):

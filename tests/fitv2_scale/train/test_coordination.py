@@ -1,0 +1,127 @@
+"""What ranks compare before each step, in one all-reduce: packs, tokens, ids. Ranks are threads here."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from data_sharding.errors import StorageDown, UserError
+from data_sharding.plan.pack_layout import PackShape, lay_out
+from data_sharding.stream.batch import Pack, StepBatch
+from fitv2_scale.train.coordination import Coordination
+from tests.support.thread_ranks import outcomes
+
+SHAPE = PackShape(tokens=32, images=6, max_seqlen=16)
+LENGTHS = {0: (16, 4), 1: (9, 6), 2: (12, 8)}  # tokens of each rank's images; its ids are 10 r and 10 r + 1
+
+
+def pack(lengths: tuple[int, ...]) -> Pack:
+    layout = lay_out([(1, tokens) for tokens in lengths], SHAPE)
+    zeros = np.zeros(SHAPE.images, np.int64)
+    return Pack(layout, np.zeros((SHAPE.tokens, 16), np.float16), zeros, np.zeros(SHAPE.images), zeros, zeros)
+
+
+def planned(rank: int, size: int) -> StepBatch:
+    """The part of ``rank`` in a step that nothing is wrong with."""
+    ids = [10 * r + i for r in range(size) for i in range(2)]
+    lengths = np.array([tokens for r in range(size) for tokens in LENGTHS[r]])
+    return StepBatch(7, [pack(LENGTHS[rank])], 20 * rank + 1, sum(ids), lengths, size * SHAPE.tokens, 1, 1.0, 0)
+
+
+class Loader:
+    def __init__(self, batch: StepBatch | Exception):
+        self._batch = batch
+
+    def is_ready(self, seconds: float) -> bool:
+        return True
+
+    def __next__(self) -> StepBatch:
+        if isinstance(self._batch, Exception):
+            raise self._batch
+        return self._batch
+
+
+def taken(size: int, changed: Callable[[int, StepBatch], StepBatch | Exception], reads=lambda rank: True) -> list:
+    """What ``next_batch`` gives or raises on each rank, and how many collectives it took; None: the batch."""
+
+    def act(world):
+        batch = planned(world.rank, size)
+        relay = SimpleNamespace(broadcast=lambda mine: mine or batch)
+        stop, checkpoints = SimpleNamespace(name=None), SimpleNamespace(save_ended=False)
+        coordination = Coordination(world, relay, stop, None, checkpoints, None)
+        loader = Loader(changed(world.rank, batch)) if reads(world.rank) else None
+        found = coordination.next_batch(7, loader)
+        return coordination.stop_reason if found is None else world.exchanges
+
+    return outcomes(size, act)
+
+
+def test_a_step_as_planned_takes_one_exchange():
+    assert taken(1, lambda rank, batch: batch) == [1]
+    assert taken(3, lambda rank, batch: batch) == [1, 1, 1]
+    # Of a tensor group, one rank reads.
+    assert taken(2, lambda rank, batch: replace(batch, step_id_sum=1, step_lengths=np.array([16, 4])), lambda r: r == 0)
+
+
+def assert_all_raise(found: list, sentence: str) -> None:
+    assert [type(error) for error in found] == [RuntimeError] * len(found), found
+    for error in found:
+        assert sentence in str(error)
+
+
+@pytest.mark.parametrize("packs", [(1, 2), (1, 2, 3), (2, 1, 1), (1, 1, 2)])
+def test_other_numbers_of_packs(packs):
+    """The ranks with fewer would wait in another collective; also where one has just the mean."""
+    found = taken(len(packs), lambda rank, batch: replace(batch, packs=batch.packs * packs[rank]))
+    assert_all_raise(found, "step 7: the ranks are not about to take the same step: packs is ")
+    assert f"{packs[0]} on rank" in str(found[0])
+
+
+@pytest.mark.parametrize(
+    "change,name",
+    [
+        ({"step": 8}, "step is 7 on ranks 0-1 (n0) and 8 on rank 2 (n1)"),
+        ({"step_capacity": 99}, "capacity of all packs is 96"),
+        ({"step_id_sum": 5}, "sum of hashed ids is 63"),
+        ({"step_substituted": 1}, "substituted images is 0"),
+        ({"step_lengths": np.array([16, 4, 9, 6, 12, 7])}, "tokens is 55 on ranks 0-1 (n0) and 54"),
+    ],
+    ids=lambda value: str(value)[:12],
+)
+def test_another_step(change, name):
+    assert_all_raise(taken(3, lambda rank, batch: replace(batch, **change) if rank == 2 else batch), name)
+
+
+def test_images_that_are_not_those_of_the_plan():
+    found = taken(2, lambda rank, batch: replace(batch, id_sum=batch.id_sum + rank))
+    assert_all_raise(found, "step 7: the ranks' images are not the planned ones")
+    found = taken(2, lambda rank, batch: replace(batch, packs=[pack((9, 5))]) if rank else batch)
+    assert_all_raise(found, "step 7: the ranks' images have 34 tokens instead of 35 as planned")
+
+
+def test_a_substitute_may_be_shorter_and_not_longer():
+    def substituted(length: int):
+        def change(rank: int, batch: StepBatch) -> StepBatch:
+            packs = [pack((9, length))] if rank else batch.packs
+            return replace(batch, packs=packs, step_substituted=1)
+
+        return change
+
+    assert taken(2, substituted(5)) == [1, 1]
+    assert_all_raise(taken(2, substituted(7)), "36 tokens instead of 35")
+
+
+def test_what_one_rank_meets_all_raise_and_it_keeps_its_own():
+    """So that the traceback stays where it belongs; storage that does not answer is a reason to stop."""
+    bug = ZeroDivisionError("in the loader")
+    own, other = taken(2, lambda rank, batch: batch if rank else bug)
+    assert own is bug and type(other) is ZeroDivisionError and other.__notes__ == ["(rank 0 on n0 raised this)"]
+    wrong = UserError("damaged")
+    other, own = taken(2, lambda rank, batch: wrong if rank else batch)
+    assert own is wrong and other.said_by(0) == "rank 1 on n0: damaged"
+    down = taken(2, lambda rank, batch: StorageDown("no answer") if rank else batch)
+    assert down == ["rank 1 on n0: no answer", "no answer"]
+    both = {0: StorageDown("no answer"), 1: wrong}
+    assert [str(error) for error in taken(2, lambda rank, batch: both[rank])] == ["damaged", "damaged"]
