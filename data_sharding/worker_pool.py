@@ -107,6 +107,7 @@ def _serve(pipe: Connection, work: Callable, number: int) -> None:
     """
     os.environ[WORKER] = str(number)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, and with it the pipe
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # from the parent: what is half written is removed on the way
     try:
         while True:
             pipe.send("ready")

@@ -17,6 +17,7 @@ import xxhash
 from data_sharding.errors import DataError
 from data_sharding.storage.atomic_write import atomic_write
 from data_sharding.storage.byte_ranges import read_range
+from data_sharding.storage.files import with_local
 from data_sharding.storage.filesystems import file_system, is_local
 
 # column: (dtype, number of rows, shape of a row). F frames, F+1 their boundaries, N samples.
@@ -76,8 +77,8 @@ def blocks(column: np.ndarray) -> Iterator[np.ndarray]:
 def _open(where: str, file: dict[str, int | str], cache_dir: str) -> np.ndarray:
     fs, path = file_system(where)
     if is_local(fs):
-        column = np.load(path, mmap_mode="r", allow_pickle=False)
-        if _digest(path) != file["xxh3_128"]:
+        column = with_local(where, lambda: np.load(path, mmap_mode="r", allow_pickle=False))
+        if with_local(where, lambda: _digest(path)) != file["xxh3_128"]:
             raise _damaged(where)
         return column
     if cache_dir:

@@ -27,7 +27,7 @@ from data_sharding.errors import DataError
 from data_sharding.format.codec import CodecRecord
 from data_sharding.format.columns import COLUMNS, blocks, read_column
 from data_sharding.format.shard import ShardIndex
-from data_sharding.storage.files import fs_call, put, read
+from data_sharding.storage.files import exists, put, read
 
 FORMAT = "fitv2-shards"
 VERSION = 1  # increase when a reader of the old version would misread the new one
@@ -214,8 +214,8 @@ def write_manifest(
 def _read_header(url: str) -> bytes:
     try:
         return read(f"{url}/{FILE}")
-    except (FileNotFoundError, NotADirectoryError) as error:
-        if fs_call(f"{url}/parts", "exists"):
+    except FileNotFoundError as error:
+        if exists(f"{url}/parts"):
             remedy = (
                 "it is unfinished; run the same `fitv2 shard write` or `import` again, it continues where it stopped "
                 f"(if the source has changed since, remove it first: rm -r {url})"

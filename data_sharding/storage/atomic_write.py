@@ -1,11 +1,17 @@
 """Local files of which no reader ever sees a part: written under a temporary name in the same folder, then renamed."""
 
+import errno
 import os
+import re
 import secrets
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BufferedWriter
 from pathlib import Path
+
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}\.tmp")
+# What CIFS, FUSE, 9p and others answer to an fsync of a folder, or to opening one.
+_NO_FOLDER_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EISDIR, errno.EACCES, errno.EPERM}
 
 
 @contextmanager
@@ -37,18 +43,36 @@ def temporary_file(path: Path, temporary: Path | None = None) -> Generator[tuple
         with open(written, "wb" if temporary else "xb") as file:
             yield file, written
     finally:
-        written.unlink(missing_ok=True)
+        with suppress(OSError):  # a leftover is harmless, and the error that led here says more
+            written.unlink()
 
 
-def destination(temporary: Path) -> Path:
-    """The ``path`` of the ``temporary_file`` with this name."""
-    return temporary.with_name(temporary.name[1:-21])
+def destination(temporary: Path) -> Path | None:
+    """The ``path`` of the ``temporary_file`` with this name; None if it has another's name."""
+    name = _TEMPORARY.fullmatch(temporary.name)
+    return temporary.with_name(name[1]) if name else None
 
 
 def fsync_folder(folder: Path) -> None:
-    """Makes the names in ``folder`` durable: fsync of a new file alone does not."""
+    """Makes the names in ``folder`` durable: fsync of a new file alone does not. A file system that knows no fsync of
+    folders, or does not let this user open one, has its own way."""
+    with _where_known(), _opened(folder) as fd:
+        os.fsync(fd)
+
+
+@contextmanager
+def _where_known() -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_FSYNC:
+            raise
+
+
+@contextmanager
+def _opened(folder: Path) -> Generator[int]:
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(fd)
+        yield fd
     finally:
         os.close(fd)

@@ -97,9 +97,11 @@ def attempt(
     *args: Any,
     seconds: float,
     cancelled: threading.Event | None = None,
+    waiting: Callable[[], None] = lambda: None,
     **kw: Any,
 ) -> Any:
-    """Calls ``fs.method`` once. A remote call ends after ``seconds``, even if bytes still arrive slowly.
+    """Calls ``fs.method`` once. A remote call ends after ``seconds``, even if bytes still arrive slowly; meanwhile
+    ``waiting`` is called again and again.
 
     Raises what the method raises; TimeoutError; Cancelled as soon as ``cancelled`` is set.
     """
@@ -110,6 +112,7 @@ def attempt(
     future: Future = asyncio.run_coroutine_threadsafe(coroutine(*args, **kw), fs.loop)
     deadline = time.monotonic() + seconds
     while not wait([future], timeout=_POLL if cancelled else seconds).done:
+        waiting()
         unwanted = cancelled is not None and cancelled.is_set()
         if unwanted or time.monotonic() >= deadline:
             future.cancel()

@@ -5,6 +5,7 @@ under the key "nonce", drawn by whoever appends it: what stands under a number a
 """
 
 import json
+import re
 import secrets
 import threading
 from collections.abc import Callable, Sequence
@@ -48,6 +49,22 @@ class NumberedLog(Generic[Entry]):
                 self._seen.append(found[0])
             return list(self._seen)
 
+    def require_whole(self) -> None:
+        """Raises DataError if an entry is missing before others: it was deleted, and all behind it would count as never
+        written, until an append runs into them."""
+        written = [int(n) for path in self._store.list(f"{self._prefix}/") if (n := self._number(path))]
+        end = len(self.entries())  # after the listing, which may lag but shows nothing that was not written
+        if max(written, default=0) > end:
+            raise DataError(
+                f"{self._store.path(self._path(end + 1))} is missing, though there are entries up to {max(written)}: "
+                f"{self._remedy}"
+            )
+
+    def _number(self, path: str) -> str | None:
+        """The number in the path of an entry; None for other files."""
+        name = re.fullmatch(r"(\d{8,})" + re.escape(self._suffix), path.removeprefix(f"{self._prefix}/"), re.ASCII)
+        return name[1] if name else None
+
     def append(self, build: Callable[[Sequence[Entry], str], dict[str, Any] | None]) -> list[Entry]:
         """Appends the object that ``build(entries before it, nonce)`` returns, with the nonce in it; None: nothing.
 
@@ -67,10 +84,12 @@ class NumberedLog(Generic[Entry]):
             number, data = len(before) + 1, to_json(record)
             try:
                 self._store.create(self._path(number), data)
-            except (OSError, UserError):
+            except (OSError, UserError) as error:
                 # "Exists" may be our own entry, sent again below us because its reply was lost; any other error may
                 # hide a success. Only what stands there now decides.
                 if (found := self._read(number)) is None:
+                    if isinstance(error, FileExistsError):
+                        raise DataError(f"{self._store.path(self._path(number))} is no file: remove it") from error
                     raise
                 if found[1] != nonce:
                     continue

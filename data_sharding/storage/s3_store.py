@@ -15,7 +15,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from data_sharding.errors import StorageDown, UserError
+from data_sharding.errors import UserError
+from data_sharding.storage.failures import refused, unreachable
 from data_sharding.storage.filesystems import file_system
 from data_sharding.storage.retry import RetriesExhausted, RetryPolicy, call_with_retry
 from data_sharding.storage.store import Bytes, Result, Store, Writable
@@ -128,13 +129,9 @@ class S3Store(Store):
         try:
             result = call_with_retry(policy, self.path(path), method, *args, check=check, **kw)
         except RetriesExhausted as error:
-            raise StorageDown(
-                f"{self.path(path)} cannot be reached: {error}; check AWS_ENDPOINT_URL and the storage"
-            ) from error
+            raise unreachable(self.path(path), error, local=False) from error
         except PermissionError as error:
-            raise UserError(
-                f"access to {self.path(path)} is refused ({error}): check the credentials and their permissions"
-            ) from error
+            raise refused(self.path(path), error) from error
         self._authorized = True
         return result
 

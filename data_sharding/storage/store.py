@@ -28,8 +28,8 @@ class Store(ABC):
     """Objects below one ``url``. Safe to share between threads.
 
     What ``create``, ``put`` and ``writing`` have written is durable when they return, and no reader ever sees part of
-    it. An error of a local disk is an OSError; storage that does not answer is StorageDown, one that refuses access a
-    UserError.
+    it. Storage that does not answer until a deadline, or has no room left, is StorageDown; one that refuses access, or
+    a name that cannot be used, a UserError. Other OSErrors than those named below are never raised.
     """
 
     url: str

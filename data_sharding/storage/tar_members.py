@@ -11,6 +11,7 @@ from typing import BinaryIO, NamedTuple
 
 from data_sharding.errors import UserError
 from data_sharding.storage.byte_ranges import ByteRange, open_binary
+from data_sharding.storage.failures import failure
 
 _MOST_LINKS = 40  # from link to link, as Linux allows
 
@@ -87,11 +88,10 @@ def _follow(header: _Header, targets: list[_Header], last: dict[str, int]) -> _H
 def _headers(url: str, start: int) -> Iterator[_Header]:
     """All members but folders."""
     try:
-        file = open_binary(url)
+        with open_binary(url) as file:
+            yield from _parse(file, url, start)
     except OSError as error:
-        raise UserError(f"the tar {url} cannot be opened: {error.strerror or error}") from error
-    with file:
-        yield from _parse(file, url, start)
+        raise failure(f"the tar {url}", error) from error
 
 
 def _parse(file: BinaryIO, url: str, start: int) -> Iterator[_Header]:

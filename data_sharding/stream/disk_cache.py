@@ -142,20 +142,19 @@ class DiskCache:
 
     @contextmanager
     def _frame_lock(self, digest: str, seconds: float, policy: RetryPolicy | None) -> Generator[bool]:
-        path = self._path(digest, "lock")
+        path, file = self._path(digest, "lock"), None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            file = _acquire(path, seconds, policy)
         except OSError as error:
             self._warn(error)
-            yield False
-            return
-        with _locked(path, seconds, policy) as file:
-            try:
-                yield file is not None
-            finally:
-                if file is not None:
-                    with suppress(OSError):
-                        path.unlink()
+        try:
+            yield file is not None
+        finally:
+            if file is not None:
+                with suppress(OSError):
+                    path.unlink()
+                _close(file)
 
     def _warn(self, error: OSError) -> None:
         if not self._warned:
@@ -171,23 +170,33 @@ def _locked(path: Path, seconds: float, policy: RetryPolicy | None) -> Generator
         yield file
     finally:
         if file is not None:
-            os.close(file)
+            _close(file)
+
+
+def _close(file: int) -> None:
+    with suppress(OSError):  # which the file system may report late; the descriptor is free all the same
+        os.close(file)
 
 
 def _acquire(path: Path, seconds: float, policy: RetryPolicy | None) -> int | None:
-    """Polls: a thread that waits in flock(2) itself cannot be cancelled. Raises Cancelled."""
+    """Polls: a thread that waits in flock(2) itself cannot be cancelled. Raises Cancelled; OSError if the file system
+    has no such locks."""
     deadline, pause = time.monotonic() + seconds, 0.002
     while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError:
-            return None
-        with suppress(BlockingIOError, FileNotFoundError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The last holder may have removed the file in between; then this lock protects nothing.
             if os.path.samestat(os.fstat(file), os.stat(path)):
                 return file
-        os.close(file)
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        except OSError:
+            _close(file)
+            with suppress(OSError):
+                path.unlink()  # else each frame would leave one, where there are no locks
+            raise
+        _close(file)
         if time.monotonic() >= deadline:
             return None
         if policy is None:

@@ -4,6 +4,7 @@ They are two functions so that a cache can stand between them: nothing is used b
 whatever the source of the bytes. Both are stateless, so any number of threads may call them.
 """
 
+import errno
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -14,15 +15,16 @@ from data_sharding.errors import DataError, StorageDown, UserError
 from data_sharding.format.manifest import FILE, Manifest, digest_words
 from data_sharding.format.shard import RawFrame, Sample, parse_frame
 from data_sharding.storage.files import read
+from data_sharding.storage.filesystems import file_system, is_local
 from data_sharding.storage.retry import CorruptRead, RetriesExhausted, RetryPolicy, call_with_retry
 from data_sharding.storage.store import Bytes
 from data_sharding.stream.disk_cache import DiskCache
 
-_PROBE = 10.0  # seconds in which the storage must answer, else it counts as down
+_PROBE = 10.0  # seconds in which something else of the dataset must answer
 
 
 class UnreadableFrame(DataError):
-    """A frame that cannot be read: missing, damaged where it is stored, or not readable until the deadline."""
+    """A frame that cannot be read: missing, or damaged where it is stored."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ def fetch_frame(manifest: Manifest, f: int, policy: RetryPolicy | None = None) -
     """The compressed bytes of frame ``f``, equal to their digest.
 
     Raises:
-        UnreadableFrame: the frame cannot be read.
-        StorageDown: the storage does not answer at all, so the frame is not at fault.
+        UnreadableFrame: the frame is missing or damaged, or its place on the disk cannot be read.
+        StorageDown: the storage does not answer until the deadline, so the frame is not at fault.
         Cancelled: see RetryPolicy.
     """
     start = int(manifest.frame_offset[f])
@@ -78,18 +80,48 @@ def fetch_frame(manifest: Manifest, f: int, policy: RetryPolicy | None = None) -
             check=checked,
         )
     except FileNotFoundError as error:
+        if not _has_manifest(manifest):  # it is not mounted, perhaps
+            raise _down(manifest, error) from error
         raise _unreadable(manifest, f, "the shard is missing") from error
-    except CorruptRead as error:
+    except (CorruptRead, OSError) as error:
         raise _unreadable(manifest, f, str(error)) from error
     except RetriesExhausted as error:
-        try:
-            read(f"{manifest.url}/{FILE}", deadline=_PROBE)
-        except (OSError, UserError):
-            raise StorageDown(
-                f"{manifest.url} cannot be reached ({error}): check the storage, the network and the credentials, then "
-                "start the run again; it continues from its last commit"
-            ) from error
-        raise _unreadable(manifest, f, str(error)) from error
+        if _is_bad_place(manifest, f, error.__cause__):
+            raise _unreadable(manifest, f, str(error)) from error
+        raise _down(manifest, error) from error
+
+
+def _has_manifest(manifest: Manifest) -> bool:
+    """Whether the rest of the dataset is there."""
+    try:
+        read(f"{manifest.url}/{FILE}", deadline=_PROBE)
+    except (FileNotFoundError, UserError):  # StorageDown among them
+        return False
+    return True
+
+
+def _is_bad_place(manifest: Manifest, f: int, error: BaseException | None) -> bool:
+    """Whether the frame is at fault, not the storage: wrong bytes, or a part of a disk that cannot be read (EIO) in a
+    file whose other end can. Everything else says nothing of the frame: a busy server, say, would refuse any."""
+    if isinstance(error, CorruptRead):
+        return True
+    local = is_local(file_system(manifest.url)[0])
+    if not local or not isinstance(error, OSError) or error.errno != errno.EIO:
+        return False
+    shard = int(manifest.frame_shard[f])
+    place = 0 if manifest.frame_offset[f] else manifest.shards[shard].bytes - 1  # behind the last frame, a tar's end
+    try:
+        policy = RetryPolicy(deadline=_PROBE, attempt=_PROBE)
+        return bool(call_with_retry(policy, manifest.frame_url(f), "cat_file", start=place, end=place + 1, check=bytes))
+    except (OSError, RetriesExhausted):
+        return False
+
+
+def _down(manifest: Manifest, error: Exception) -> StorageDown:
+    return StorageDown(
+        f"{manifest.url} cannot be reached ({error}): check the storage, the network and the credentials, then start "
+        "the run again; it continues from its last commit"
+    )
 
 
 def check_frame(manifest: Manifest, f: int, data: Bytes) -> None:

@@ -21,10 +21,11 @@ write the same files.
 """
 
 import json
+import logging
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
+from pathlib import Path
 from typing import Generic
 
 import numpy as np
@@ -34,6 +35,7 @@ from data_sharding.format.codec import CodecRecord
 from data_sharding.format.manifest import FILE, Header, Manifest, write_manifest
 from data_sharding.format.shard import DTYPE, ShardIndex
 from data_sharding.rng import Purpose, words64
+from data_sharding.storage.atomic_write import destination
 from data_sharding.storage.files import exists, fs_call, put, read
 from data_sharding.storage.filesystems import file_system, is_local
 from data_sharding.storage.json_bytes import from_json, to_json
@@ -42,6 +44,8 @@ from data_sharding.write.findings import Findings
 from data_sharding.write.shard_task import ItemT, Maker, ShardTask, write_shard
 from data_sharding.write.views import square_side
 from data_sharding.write.write_report import SKIPPED, WriteReport, put_counts, report_of
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,8 @@ def report(dst: str, made: int, started: float) -> WriteReport:
 
 def _begin(dst: str, options: Options) -> None:
     record = f"{dst}/parts/options.json"
-    with suppress(FileNotFoundError):
+    if exists(record):
+        _remove_unfinished(dst)  # of a writer that was killed
         if from_json(read(record), record) == asdict(options):
             return
     put(record, to_json(asdict(options)))
@@ -247,6 +252,19 @@ def _clean(url: str) -> None:
             _remove(fs.unstrip_protocol(path), "rm_file")
 
 
+def _remove_unfinished(url: str) -> None:
+    """Removes the files that a killed writer had not finished. One that still writes such a file writes it again."""
+    fs, _ = file_system(url)
+    for path in fs_call(url, "find") if is_local(fs) else ():
+        if destination(Path(path)) is not None:
+            _remove(fs.unstrip_protocol(path), "rm_file")
+
+
 def _remove(url: str, method: str, **options) -> None:
-    with suppress(FileNotFoundError):  # removed by another task, or by an attempt whose reply was lost
+    """What cannot be removed stays: NFS keeps a file that somebody has open, and nobody needs it to be gone."""
+    try:
         fs_call(url, method, **options)
+    except FileNotFoundError:  # removed by another task, or by an attempt whose reply was lost
+        pass
+    except UserError as error:
+        log.warning("%s was not removed: %s", url, error)

@@ -78,11 +78,7 @@ def write_shard(task: ShardTask, progress: Progress) -> None:
     data, index = builder.finish()
     counts = {"skipped": skipped, "several_frames": several, "options": task.options}
     record = to_json({"index": index.to_record()} | counts)
-    try:
-        if index.samples:
-            put(f"{task.dataset}/{task.name}", data)
-        if not exists(f"{task.root}/{FILE}"):
-            put(task.part, record)
-    except FileNotFoundError:  # `_clean` of another task has removed the temporary file
-        if not exists(f"{task.root}/{FILE}"):
-            raise
+    if index.samples:
+        put(f"{task.dataset}/{task.name}", data)
+    if not exists(f"{task.root}/{FILE}"):
+        put(task.part, record)

@@ -31,7 +31,10 @@ class DataConfig(Section):
     )
     cache_disk_gib: float = Field(32.0, gt=0, description="maximum GiB in cache_dir")
     deadline_seconds: float = Field(
-        300.0, gt=0, le=400, description="seconds for which reading a frame is retried before it counts as unreadable"
+        300.0,
+        gt=0,
+        le=400,
+        description="seconds for which reading a frame is retried; then training saves and ends with 75",
     )
     max_substituted: float = Field(
         1e-4,

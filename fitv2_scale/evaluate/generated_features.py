@@ -6,6 +6,7 @@ features of the images that it has just generated to one object ``part-<lowest i
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from fitv2_scale.evaluate.sampling.load_weights import Weights
 from fitv2_scale.evaluate.sampling.png_folder import chunk_requests, random_requests
 from fitv2_scale.evaluate.sampling.sampler import ImageRequest, sample
 
+_PART = re.compile(r"part-\d{6,}\.npz", re.ASCII)
 _TRIES = 3  # rounds of generating those images whose features are not in the storage
 
 
@@ -108,4 +110,4 @@ def _indices(store: Store, folder: str) -> set[int]:
 
 
 def _parts(store: Store, folder: str) -> list[str]:
-    return [path for path in store.list(f"{folder}/") if path.endswith(".npz")]
+    return [path for path in store.list(f"{folder}/") if _PART.fullmatch(path.removeprefix(f"{folder}/"))]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from data_sharding.errors import DataError
 from data_sharding.storage.store import Store
 from fitv2_scale.config.model import parse_size
 from fitv2_scale.evaluate.features import Features
@@ -23,6 +24,15 @@ from fitv2_scale.evaluate.reference_statistics import NEIGHBOUR_IMAGES, Referenc
 
 METRICS = ("fid", "sfid", "is", "precision", "recall")
 FOLDER = "evaluations"
+_NEEDED = {
+    "step",
+    "weights",
+    "images",
+    "size",
+    "cfg",
+    "nfe",
+    *METRICS,
+}  # keys of a cell that its step's file is made of
 
 
 def measure(features: Features, reference: Reference, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -60,9 +70,18 @@ def write_result(store: Store, step: str, cell: str, result: dict[str, Any]) -> 
     """Writes the result of a cell, and updates ``<step>.json``."""
     store.put_json(_path(step, cell), result, indent=1)
     names = [path for path in store.list(f"{FOLDER}/{step}/") if path.endswith(".json")]
-    cells = sorted((store.read_json(path) for path in names), key=_rank)
+    cells = sorted(filter(None, (_read_cell(store, path) for path in names)), key=_rank)
     head = {name: cells[0][name] for name in ("step", "weights", *METRICS)}
     store.put_json(f"{FOLDER}/{step}.json", head | {"cells": cells}, indent=1)
+
+
+def _read_cell(store: Store, path: str) -> dict[str, Any] | None:
+    """The result at ``path``; None if it is something else, such as what a desktop leaves in each folder."""
+    try:
+        cell = store.read_json(path)
+    except DataError:
+        return None
+    return cell if isinstance(cell, dict) and cell.keys() >= _NEEDED else None
 
 
 def _rank(cell: dict[str, Any]) -> tuple:

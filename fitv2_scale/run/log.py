@@ -61,6 +61,11 @@ class RunLog:
         """All entries as of now, oldest first. Raises DataError if one is damaged."""
         return self._log.entries()
 
+    def require_whole(self) -> None:
+        """Raises DataError if an entry before the last is missing: the run would continue from an older commit. Takes a
+        listing, so only at the start of an attempt, and for reports."""
+        self._log.require_whole()
+
     def claim(self) -> LogEntry:
         """Starts an attempt. If another claim takes the number first, this one becomes the newer attempt."""
         return self._append("CLAIM", lambda before: newest_attempt(before) + 1, {})

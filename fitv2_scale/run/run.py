@@ -21,12 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_sharding.errors import DataError, StorageDown, UserError
+from data_sharding.errors import DataError, UserError
 from data_sharding.storage.local_store import LocalStore
 from data_sharding.storage.open_store import open_store
 from data_sharding.storage.store import Store
 from fitv2_scale.run import local_files
-from fitv2_scale.run.log import LogEntry, RunLog, now
+from fitv2_scale.run.log import LogEntry, RunLog, newest_attempt, now
 from fitv2_scale.run.paths import absolute_paths
 from fitv2_scale.run.redact import redact
 
@@ -141,7 +141,8 @@ class Run:
 
     def claim(self, provenance: dict[str, Any]) -> "Attempt":
         """Starts an attempt, which makes every older one stale. Writes its start.json, and code.diff if the code has
-        changes that are not in git."""
+        changes that are not in git. Raises DataError if the log has lost entries."""
+        self._require_whole_log()
         entry = self.log.claim()
         attempt = Attempt(entry.attempt, self)
         before = self.store.read_json(f"attempts/{entry.attempt - 1}/start.json") or {}
@@ -151,6 +152,15 @@ class Run:
             self.store.put(f"{attempt.path}/code.diff", diff.encode())
         self.store.put_json(f"{attempt.path}/start.json", start, indent=1)
         return attempt
+
+    def _require_whole_log(self) -> None:
+        self.log.require_whole()
+        following = newest_attempt(self.log.entries()) + 1
+        if self.store.exists(f"attempts/{following}/start.json") and newest_attempt(self.log.entries()) < following:
+            raise DataError(
+                f"{self.store.path('log')} has lost its end: attempt {following} was here and is not in it; restore "
+                "the folder from a backup, or begin a new run folder with --fork-from."
+            )
 
 
 @dataclass(frozen=True)
@@ -205,7 +215,7 @@ class Attempt:
         pace = {"step_seconds": round(step_seconds, 3), "save_seconds": round(save_seconds, 3)}
         try:
             self.run.store.put_json(f"{self.path}/pace.json", pace, indent=1)
-        except (OSError, StorageDown) as error:
+        except (OSError, UserError) as error:
             log.warning("attempt %d could not record its step and save times: %s", self.number, error)
 
     def read_pace(self) -> dict[str, float] | None:
@@ -220,7 +230,7 @@ class Attempt:
         end = {"attempt": self.number, "time": now(), "code": code, "reason": redact(reason)}
         try:
             self.run.store.put_json(f"{self.path}/end.json", end, indent=1)
-        except (OSError, StorageDown) as error:
+        except (OSError, UserError) as error:
             log.warning(
                 "attempt %d ends with %d (%s), but this could not be recorded: %s", self.number, code, reason, error
             )

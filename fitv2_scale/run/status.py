@@ -20,8 +20,9 @@ def status(run: Run) -> dict[str, Any]:
 
     ``damaged`` are the commits that training or `fitv2 checkpoint verify` found damaged, ``next_start`` is the step of
     the newest other one, from which the next attempt starts. ``last_step`` is the highest step that the attempt
-    committed, retired or not.
+    committed, retired or not. Raises DataError if the log has lost an entry.
     """
+    run.log.require_whole()
     entries, commits = run.log.entries(), run.log.commits()
     attempts = []
     for claim in (e for e in entries if e.kind == "CLAIM"):

@@ -51,8 +51,6 @@ class Journal:
         self, folder: Path, attempt: int, start_step: int, upload: Callable[[Path], None] = lambda segment: None
     ) -> None:
         self._folder, self._upload = folder / "journal", upload
-        self._folder.mkdir(parents=True, exist_ok=True)
-        fsync_folder(folder)
         self._segment, self._uploaded = 0, 0  # the one being written; the first that is not uploaded yet
         self._file: FileIO | None = None
         self._full: deque[FileIO] = deque()  # segments that are written, but not durable yet
@@ -89,7 +87,8 @@ class Journal:
             while self._full:
                 os.fsync(self._full[0].fileno())
                 self._full.popleft().close()
-            fsync_folder(self._folder)
+            if self._segment:
+                fsync_folder(self._folder)
             while self._uploaded < self._segment:
                 self._upload(self._path(self._uploaded))
                 self._uploaded += 1
@@ -120,6 +119,9 @@ class Journal:
         if not self._unwritten:
             return
         if self._file is None:
+            if not self._folder.is_dir():
+                self._folder.mkdir(parents=True, exist_ok=True)
+                fsync_folder(self._folder.parent)
             self._file = open(self._path(self._segment), "xb", buffering=0)  # noqa: SIM115 - seal closes it
         while self._unwritten:
             del self._unwritten[: self._file.write(self._unwritten)]
@@ -198,15 +200,23 @@ def read_attempt(run: Run, start: Position) -> Iterator[Record]:
             return
         for line in data.splitlines(keepends=True):
             offset += len(line)
-            try:
-                record = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
-                record = None
-            if record is None:
+            if (record := _parse(line)) is None:
                 break
             if "step" in record:
                 position = Position(start.attempt, segment, offset)
                 yield Record(record["step"], record["time_ms"], record.get("metrics"), record.get("picture"), position)
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """A whole line's record; None if it is torn, or no line of a journal."""
+    try:
+        record = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not {"attempt", "step"} & record.keys():
+        return None
+    measured = {"step": int, "time_ms": int} if "step" in record else {}
+    return record if all(type(record.get(key)) is kind for key, kind in measured.items()) else None
 
 
 def _segment(run: Run, path: str, offset: int) -> bytes:

@@ -6,11 +6,12 @@ import fcntl
 import os
 import time
 from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from data_sharding.errors import UserError
+from data_sharding.storage.failures import failure
 from fitv2_scale.run.run import Run
 from fitv2_scale.tracking.destination import shared_file_system, sqlite_path
 
@@ -26,9 +27,13 @@ class RunLock:
     """
 
     def __init__(self, run: Run) -> None:
+        """Raises UserError if the run's folder cannot be written."""
         path = run.local_path("tracking/lock")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "ab")  # noqa: SIM115 - __exit__ closes it
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "ab")  # noqa: SIM115 - __exit__ closes it
+        except OSError as error:
+            raise failure(str(path), error) from error
 
     def __enter__(self) -> "RunLock":
         return self
@@ -39,9 +44,8 @@ class RunLock:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
+        except OSError:  # no such locks here, or trouble with them: as if there were none
+            return True
         return True
 
     def __exit__(self, *_: object) -> None:
@@ -60,8 +64,12 @@ def writer_lock(uri: str, seconds: float) -> Generator[None]:
     if file is None or not shared_file_system(file.parent):
         yield
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{file}.writer", "a+") as lock:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(f"{file}.writer", "a+")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise failure(f"{file}.writer", error) from error
+    with lock:
         _wait_for_writer(lock, file, time.monotonic() + seconds)
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {os.uname().nodename}")
@@ -100,8 +108,8 @@ def tables_lock(uri: str) -> Generator[None]:
     if file is None:
         yield
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{file}.lock", "w") as lock:
-        with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with ExitStack() as stack:
+        with suppress(OSError):  # without the lock, where there can be none: MLflow says what it cannot write
+            file.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context(open(f"{file}.lock", "w")), fcntl.LOCK_EX)
         yield

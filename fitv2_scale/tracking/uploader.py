@@ -20,7 +20,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from data_sharding.errors import StorageDown, UserError
+from data_sharding.errors import UserError
 from fitv2_scale.run.log import newest_attempt, now
 from fitv2_scale.run.redact import redact
 from fitv2_scale.run.run import RETRY, Attempt, Run
@@ -72,7 +72,7 @@ def follow(
                     report.works()
                     if ended:
                         return
-                except (ServerError, StorageDown, UserError, OSError) as error:
+                except (ServerError, UserError, OSError) as error:
                     pause = report.failed(error)
             if deadline is not None and time.monotonic() + pause > deadline:
                 say(f"training has ended; run `fitv2 track sync {run.url}` to publish the rest")
@@ -115,7 +115,7 @@ class _Report:
 
 def attempt_has_ended(run: Run) -> bool:
     """Whether the newest attempt has written its end.json; False while storage does not answer."""
-    with suppress(StorageDown):
+    with suppress(UserError):
         newest = newest_attempt(run.log.entries())
         return newest > 0 and Attempt(newest, run).read_end() is not None
     return False
@@ -123,7 +123,7 @@ def attempt_has_ended(run: Run) -> bool:
 
 def run_is_over(run: Run) -> bool:
     """True if no further attempt is expected: the newest has ended, with an exit code that does not ask for one."""
-    with suppress(StorageDown):
+    with suppress(UserError):
         newest = newest_attempt(run.log.entries())
         end = Attempt(newest, run).read_end() if newest else None
         return end is not None and end["code"] != RETRY

@@ -25,7 +25,6 @@ class Uploader:
     def __init__(self, run_url: str, uri: str, experiment: str) -> None:
         run = Run.open(run_url)
         self._log = run.local_path("tracking/uploader.log")
-        self._log.parent.mkdir(parents=True, exist_ok=True)
         self._trouble = TroubleReader(run)
         self._command = [sys.executable, "-m", "fitv2_scale.tracking.uploader", run.url]
         self._command += ["--experiment", experiment, "--follow", str(os.getpid())]
@@ -48,6 +47,7 @@ class Uploader:
 
     def _start(self) -> subprocess.Popen[bytes] | None:
         try:
+            self._log.parent.mkdir(parents=True, exist_ok=True)
             with open(self._log, "ab") as out:
                 # A session of its own: a Ctrl-C or a SIGUSR1 to training's process group is not meant for the uploader.
                 return subprocess.Popen(

@@ -7,6 +7,7 @@ In attempts/<n>/profile, for the steps after step 100 up to step 103:
 00000100-00000103.memory.txt       CPU, for which torch has no such snapshot: bytes by operator
 """
 
+import logging
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 _ALLOCATIONS = 1_000_000  # the newest that a memory snapshot keeps
+
+log = logging.getLogger(__name__)
 
 
 class Profiler:
@@ -62,8 +65,14 @@ class Profiler:
             return
         profiler, self._profiler = self._profiler, None
         profiler.stop()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        name = str(self._folder / f"{self._first:08d}-{self._done:08d}")
+        try:
+            self._write(profiler, self._folder)
+        except OSError as error:  # a full disk: no reason to end a run
+            log.warning("the profile of the steps after %d could not be written: %s", self._first, error)
+
+    def _write(self, profiler: profile, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        name = str(folder / f"{self._first:08d}-{self._done:08d}")
         profiler.export_chrome_trace(f"{name}.trace.json.gz")
         if self._on_cuda:
             torch.cuda.memory._dump_snapshot(f"{name}.memory.pickle")

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from typing import Protocol
 
-from data_sharding.errors import StorageDown
+from data_sharding.errors import UserError
 from fitv2_scale.run.run import Attempt
 from fitv2_scale.tracking.journal import Journal
 
@@ -54,7 +54,7 @@ class RankZeroRecorder:
         try:
             self._attempt.run.store.put(path, png)
             self._journal.picture(step, path)
-        except (OSError, StorageDown) as error:
+        except (OSError, UserError) as error:
             log.warning("the pictures of step %d could not be stored: %s", step, error)
 
     def seal(self) -> None:

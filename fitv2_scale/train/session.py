@@ -1,5 +1,6 @@
 """One attempt on one rank: what it consists of, and how it loads, evaluates and saves."""
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -23,6 +24,8 @@ from fitv2_scale.train.batch_broadcast import BatchBroadcast
 from fitv2_scale.train.in_loop_eval import InLoopEvaluation
 from fitv2_scale.train.metrics.accounting import Accounting, AttemptClock
 from fitv2_scale.train.recorder import Recorder
+
+_LAST_SAVE_PATIENCE = 20.0  # seconds in which a failed save at the end of an attempt is tried again
 
 
 @dataclass(frozen=True)
@@ -89,17 +92,23 @@ class Session:
 
     def save(self, step: int, start: bool, last: bool, accounting: Callable[[], Accounting]) -> str | None:
         """Finishes the save in flight, then starts that of the state after ``step`` steps if ``start``; if ``last``,
-        finishes that one too. Returns None, or why a save failed."""
+        finishes that one too, and tries it again if it fails. Returns None, or why a save failed."""
         with self.clock.outside_steps("checkpoint"):
             return self._save(step, start, last, accounting)
 
     def _save(self, step: int, start: bool, last: bool, accounting: Callable[[], Accounting]) -> str | None:
-        failed = self._finish_save()
-        if (start or last) and self.checkpoints.newest != step and not self.checkpoints.gave_up:
+        failed, began = self._finish_save(), time.monotonic()
+        while (start or last) and self.checkpoints.newest != step and not self.checkpoints.gave_up:
             cursor = replace(self.data.plan.cursor(step), ledger=self.substitutions.substitutes.version)
             self.checkpoints.start_save(step, cursor, self.recorder.seal, accounting().record())
             self.save_schedule.saved(step)
-            failed = (self._finish_save() if last else None) or failed
+            if not last:
+                break
+            failed = self._finish_save() or failed
+            if self.checkpoints.newest != step:  # there is no next interval: wait a moment for the storage
+                if self.world.broadcast(time.monotonic() - began) > _LAST_SAVE_PATIENCE:
+                    break
+                time.sleep(2 ** (self.checkpoints.failed_in_a_row - 1))
         return failed
 
     def _finish_save(self) -> str | None:

@@ -1,6 +1,7 @@
 """Fetching frames: transient errors are retried until one deadline, others are raised at once, and no byte is used that
 does not match its digest."""
 
+import itertools
 import sys
 import threading
 import time
@@ -69,7 +70,14 @@ def test_a_missing_shard_is_not_retried(manifest):
     del FakeStore.objects["set/shard-000002.tar.zst"]
     with pytest.raises(UnreadableFrame, match="shard-000002.tar.zst, frame 2 .*the shard is missing"):
         fetch_frame(manifest, 2)
-    assert len(FakeStore.reads) == 1
+    assert [path for path, *_ in FakeStore.reads if path.endswith(".tar.zst")] == ["set/shard-000002.tar.zst"]
+
+
+def test_if_the_manifest_is_missing_too_no_frame_is_lost(manifest):
+    """As where a file system is not mounted any more, and its mount point is an empty folder."""
+    FakeStore.objects = {}
+    with pytest.raises(StorageDown, match="fake://set cannot be reached"):
+        fetch_frame(manifest, 2)
 
 
 def test_the_same_wrong_bytes_three_times_count_as_stored(manifest):
@@ -83,20 +91,27 @@ def test_the_same_wrong_bytes_three_times_count_as_stored(manifest):
     assert len(FakeStore.reads) == 3
 
 
-def test_a_frame_is_unreadable_at_the_deadline(manifest):
+def test_storage_that_serves_no_shard_until_the_deadline_is_down(manifest):
+    """The manifest can be read all the while: a busy server lets one request through and refuses the next."""
     FakeStore.forever = OSError(16, "SlowDown")
     began = time.monotonic()
-    with pytest.raises(UnreadableFrame, match="frame 0 .*SlowDown, retried for 1 s"):
+    with pytest.raises(StorageDown, match="fake://set cannot be reached .*SlowDown, retried for 1 s"):
         fetch_frame(manifest, 0, SHORT)
     assert 0.3 < time.monotonic() - began < 1.5
     FakeStore.forever = FOR_EVER  # and if it hangs every time
-    with pytest.raises(UnreadableFrame, match="no answer within"):
+    with pytest.raises(StorageDown, match="no answer within"):
         fetch_frame(manifest, 0, SHORT)
     assert time.monotonic() - began < 3
 
 
-def test_if_nothing_answers_the_storage_is_down(manifest, monkeypatch):
-    monkeypatch.setattr("data_sharding.stream.frames._PROBE", 0.2)
+def test_other_wrong_bytes_each_time_are_an_unreadable_frame(manifest):
+    bodies = itertools.count()
+    FakeStore.forever = lambda body: next(bodies).to_bytes(4, "little") + body[4:]
+    with pytest.raises(UnreadableFrame, match="frame 0 .*do not match their digest, retried for 1 s"):
+        fetch_frame(manifest, 0, SHORT)
+
+
+def test_if_nothing_answers_the_storage_is_down(manifest):
     FakeStore.forever, FakeStore.only = ConnectionRefusedError("refused"), ""
     with pytest.raises(StorageDown, match="fake://set cannot be reached .refused, retried for 1 s.: check"):
         fetch_frame(manifest, 0, SHORT)
