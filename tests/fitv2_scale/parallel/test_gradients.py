@@ -1,4 +1,5 @@
-"""What ranks do with one another's gradients: they add them in float32, and no copies drift apart."""
+"""What ranks do with one another's gradients: they add them in float32, and no copies drift apart; and how many steps
+AdamW has counted."""
 
 import pytest
 import torch
@@ -52,3 +53,22 @@ def test_copies_in_a_tensor_group_stay_bit_equal(engine):
         if at == there and a.shape == b.shape and name.startswith(("param/", "exp_avg"))
     ]
     assert len(copies) > 20 and all((a == b).all() for a, b in copies)
+
+
+def counted(config: Config) -> list[dict[str, float]]:
+    """What an engine says of its steps: at first, after loading a commit of step 41, and one step later."""
+    with join() as world:
+        engine = engine_of(config, world)
+        found = [engine.scalars()]
+        engine.load_scalars({"optimizer_step": 41.0})
+        found.append(engine.scalars())
+        (pack,) = packs_of(0, 0, 1, 1, 1)
+        engine.backward(flow_loss(engine.network, pack, config.flow, config.model.classes, config.seed), last=True)
+        engine.step(config.optimizer.lr_at(0), config.optimizer.max_norm)
+        return [*found, engine.scalars()]
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+def test_a_resumed_engine_counts_steps_from_where_the_commit_was(engine):
+    expected = [{"optimizer_step": steps} for steps in (0.0, 41.0, 42.0)]
+    assert run_ranks(1, counted, make_config(engine)) == [expected]
