@@ -27,6 +27,7 @@ from fitv2_scale.data import Data
 from fitv2_scale.planning.forecast.assumptions import Assumptions
 from fitv2_scale.planning.forecast.plan_report import node_advice
 from fitv2_scale.run.fork import Fork
+from fitv2_scale.run.paths import absolute_paths
 from fitv2_scale.run.provenance import SOURCE, source
 from fitv2_scale.run.redact import redact
 from fitv2_scale.run.run import Run, flatten
@@ -130,7 +131,8 @@ def submit(config: Config, nodes: str, dry_run: bool, fork_from: str | None = No
         return Submission(url, name, count, [], script, _advice(config, data, most), shell)
     # The job's name has the run's id; Slurm is asked before the run is created, so with another name.
     check_script(train_script(site, "fitv2", count, url, home, 0, seconds, fork_from))
-    run = Run.open_or_create(config.run, config.model_dump(mode="json"), config.recipe(), data.plan.hash, parent)
+    kept = absolute_paths(config.model_dump(mode="json"))
+    run = Run.open_or_create(config.run, kept, config.recipe(), data.plan.hash, parent)
     chain = _chain(config, run, home, least, most)
     seen = len(run.log.entries())
     script = train_script(site, chain.name, count, run.url, home, seen, seconds, fork_from)

@@ -27,7 +27,6 @@ from data_sharding.storage.open_store import open_store
 from data_sharding.storage.store import Store
 from fitv2_scale.run import local_files
 from fitv2_scale.run.log import LogEntry, RunLog, newest_attempt, now
-from fitv2_scale.run.paths import absolute_paths
 from fitv2_scale.run.redact import redact
 
 # How an attempt ends: exit codes of `fitv2 train`, and codes in end.json. README.md says how launchers react to each.
@@ -51,9 +50,9 @@ class Run:
     {"id": "demo-5f1c09ab", "created": "2025-06-01T12:00:00.000000+00:00", "config": {…}, "recipe": {…},
      "recipe_hash": "0c9d…", "plan_hash": "77e1…", "parent": {"run": "/runs/first", "step": 1000} or null}
 
-    ``config`` (as resolved when the run was made, paths absolute) and ``recipe`` are free of secrets; ``recipe_hash``
-    is the sha256 of the latter as canonical JSON; ``plan_hash`` identifies the data and its order (null for imported
-    weights: their commits have it); ``parent`` is the commit that a fork started from.
+    ``config`` (as resolved when the run was made, see ``paths`` for its paths) and ``recipe`` hold no secrets;
+    ``recipe_hash`` is the sha256 of the latter as canonical JSON; ``plan_hash`` identifies the data and its order (null
+    for imported weights: their commits have it); ``parent`` is the commit that a fork started from.
     """
 
     id: str
@@ -84,7 +83,7 @@ class Run:
         new = {
             "id": f"{re.sub(r'[^A-Za-z0-9_.-]', '_', Path(store.url).name)}-{secrets.token_hex(4)}",
             "created": now(),
-            "config": redact(absolute_paths(config)),
+            "config": redact(config),
             "recipe": recipe,
             "recipe_hash": recipe_hash(recipe),
             "plan_hash": plan_hash,

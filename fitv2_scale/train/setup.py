@@ -20,6 +20,7 @@ from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.rank_facts import config_facts, software_facts
 from fitv2_scale.parallel.world import World
 from fitv2_scale.run.fork import Fork
+from fitv2_scale.run.paths import absolute_paths
 from fitv2_scale.run.provenance import own_gpu, provenance
 from fitv2_scale.run.run import Attempt, Run
 from fitv2_scale.run.substitutions import SubstitutionLog, substitutes_of, substitution_records
@@ -60,7 +61,8 @@ def claim(config: Config, plan: Plan, fork: Fork | None, world: World) -> Attemp
 
     def claim_on_rank0() -> int:
         parent = fork.parent() if fork else None
-        run = Run.open_or_create(config.run, config.model_dump(mode="json"), config.recipe(), plan.hash, parent)
+        kept = absolute_paths(config.model_dump(mode="json"))
+        run = Run.open_or_create(config.run, kept, config.recipe(), plan.hash, parent)
         facts = {"parameters": parameter_count(config.model), "datasets": [m.digest for m in plan.manifests]}
         return run.claim(provenance() | facts | {"gpus": [gpu for gpu in gpus if gpu]}).number
 

@@ -5,6 +5,7 @@ import math
 from argparse import Namespace
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.world import join
 from fitv2_scale.run.run import Run
 from fitv2_scale.train.loop import train
+from fitv2_scale.train.setup import claim
 from tests.support.commits import commit_bytes, newest_commit, read_tensors
 from tests.support.hostile_pickle import Touch
 from tests.support.memory import peak_growth
@@ -191,6 +193,20 @@ def test_an_export_has_the_suffix_of_its_format(two_step_run, tmp_path, monkeypa
     with pytest.raises(UserError, match=f"^{name}: weights are written as .safetensors, give a name that ends so"):
         export_weights(two_step_run, name, ema=True)
     assert not list(tmp_path.iterdir())
+
+
+def test_runs_keep_absolute_paths(tiny, tmp_path, monkeypatch):
+    """However they are made."""
+    monkeypatch.chdir(tmp_path)
+    paths = {"data__url": "data/mine", "sampling__vae": "vae"}
+    config = tiny(**paths).model_copy(update={"run": "made"})
+    save_file(public(config), "w.safetensors")
+    imported = import_weights("w.safetensors", "imported", config)
+    with join() as world:
+        trained = claim(config, SimpleNamespace(hash="77", manifests=[]), None, world).run
+    for run in (imported, trained):
+        places = run.config["run"], run.config["data"]["url"], run.config["sampling"]["vae"]
+        assert places == (f"{tmp_path}/made", f"{tmp_path}/data/mine", f"{tmp_path}/vae")
 
 
 def test_safetensors_under_another_suffix_are_read(tiny, tmp_path):

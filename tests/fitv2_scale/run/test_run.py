@@ -9,6 +9,7 @@ import pytest
 
 from data_sharding.errors import DataError, UserError
 from fitv2_scale.run.log import StaleAttempt
+from fitv2_scale.run.paths import absolute_paths
 from fitv2_scale.run.redact import redact
 from fitv2_scale.run.run import Run, differences, flatten, recipe_hash
 from fitv2_scale.run.status import status
@@ -203,8 +204,9 @@ def test_a_run_keeps_absolute_paths_and_compares_none(tmp_path, monkeypatch):
         "data": {"url": urls, "cache_dir": "~/c", "views": "mixed"}, "validation": {"url": ""},
         "slurm": {"folder": "jobs", "template": "t.in", "account": "a/b"},
     }  # fmt: skip
-    made = make(tmp_path / "runs/a", config=config)
-    assert made.config == {
+    kept = absolute_paths(config)
+    made = make(tmp_path / "runs/a", config=kept)
+    assert made.config == kept == {
         "run": f"{tmp_path}/runs/a", "init_from": f"{tmp_path.parent}/w.bin",
         "tracking": {"uri": f"sqlite:///{tmp_path}/x/m.db?a=b", "experiment": "runs/x"},
         "data": {"url": [f"{tmp_path}/data/mine", *urls[1:]], "cache_dir": "/home/me/c", "views": "mixed"},
@@ -213,9 +215,7 @@ def test_a_run_keeps_absolute_paths_and_compares_none(tmp_path, monkeypatch):
     }  # fmt: skip
     assert made.recipe == RECIPE
     monkeypatch.chdir("/")
-    assert (
-        make(tmp_path / "runs/a", config=config | {"run": str(tmp_path)}) == made
-    )  # from elsewhere, under other paths
+    assert make(tmp_path / "runs/a", config=absolute_paths(config)) == made  # other paths from elsewhere
 
 
 def test_redact_leaves_settings_alone():
