@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from data_sharding.errors import UserError
+from data_sharding.format.class_names import check_same_classes
 from data_sharding.format.codec import Codec
 from data_sharding.format.codecs import codec_of
 from data_sharding.format.manifest import Manifest
@@ -74,8 +75,7 @@ class Data:
 
     @property
     def classes(self) -> int:
-        """Classes of the dataset with the most."""
-        return max(len(m.classes) for m in self.plan.manifests)
+        return len(self.plan.manifests[0].classes)  # all have the same
 
 
 def _check(manifest: Manifest, first: Manifest, config: Config) -> None:
@@ -84,7 +84,10 @@ def _check(manifest: Manifest, first: Manifest, config: Config) -> None:
             f"{manifest.url} has {len(manifest.classes)} classes, the model only {config.model.classes}: "
             f"set model.classes={len(manifest.classes)} or more"
         )
-    if manifest.header.codec["digest"] != first.header.codec["digest"] and not is_preset(manifest.url):
+    if is_preset(manifest.url) or is_preset(first.url):
+        return
+    check_same_classes(manifest.url, manifest.classes, first.url, first.classes)
+    if manifest.header.codec["digest"] != first.header.codec["digest"]:
         raise UserError(f"{manifest.url} and {first.url} were written with different codecs: write one of them again")
 
 

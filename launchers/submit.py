@@ -24,10 +24,10 @@ from fitv2_scale.config.load import load_config
 from fitv2_scale.config.schema import Config
 from fitv2_scale.config.slurm import SlurmConfig, seconds_of
 from fitv2_scale.data import Data
+from fitv2_scale.identity import check_start, open_run
 from fitv2_scale.planning.forecast.assumptions import Assumptions
 from fitv2_scale.planning.forecast.plan_report import node_advice
 from fitv2_scale.run.fork import Fork
-from fitv2_scale.run.paths import absolute_paths
 from fitv2_scale.run.provenance import SOURCE, source
 from fitv2_scale.run.redact import redact
 from fitv2_scale.run.run import Run, flatten
@@ -131,8 +131,7 @@ def submit(config: Config, nodes: str, dry_run: bool, fork_from: str | None = No
         return Submission(url, name, count, [], script, _advice(config, data, most), shell)
     # The job's name has the run's id; Slurm is asked before the run is created, so with another name.
     check_script(train_script(site, "fitv2", count, url, home, 0, seconds, fork_from))
-    kept = absolute_paths(config.model_dump(mode="json"))
-    run = Run.open_or_create(config.run, kept, config.recipe(), data.plan.hash, parent)
+    run = open_run(config, data.plan, parent)
     chain = _chain(config, run, home, least, most)
     seen = len(run.log.entries())
     script = train_script(site, chain.name, count, run.url, home, seen, seconds, fork_from)
@@ -198,7 +197,9 @@ def _check_training(config: Config, least: int, most: int, fork_from: str | None
         tasks = config.slurm.tasks_per_node
         layout = config.layout.over(nodes * tasks, nodes)
         data = Data.open(config, layout.nodes([f"n{rank // tasks}" for rank in range(nodes * tasks)]))
-    return data, Fork.parse(fork_from, config.run).parent() if fork_from else None
+    fork = Fork.parse(fork_from, config.run) if fork_from else None
+    check_start(config, data.plan, fork)
+    return data, fork.parent() if fork else None
 
 
 def _advice(config: Config, data: Data, nodes: int) -> str:

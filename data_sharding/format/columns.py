@@ -17,6 +17,7 @@ import xxhash
 from data_sharding.errors import DataError
 from data_sharding.storage.atomic_write import atomic_write
 from data_sharding.storage.byte_ranges import read_range
+from data_sharding.storage.file_digest import file_digest
 from data_sharding.storage.files import with_local
 from data_sharding.storage.filesystems import file_system, is_local
 
@@ -78,7 +79,8 @@ def _open(where: str, file: dict[str, int | str], cache_dir: str) -> np.ndarray:
     fs, path = file_system(where)
     if is_local(fs):
         column = with_local(where, lambda: np.load(path, mmap_mode="r", allow_pickle=False))
-        if with_local(where, lambda: _digest(path)) != file["xxh3_128"]:
+        # From the file, not the mapping: see ``blocks``.
+        if with_local(where, lambda: file_digest(path)) != file["xxh3_128"]:
             raise _damaged(where)
         return column
     if cache_dir:
@@ -93,7 +95,7 @@ def _local_copy(where: str, file: dict[str, int | str], cache_dir: str) -> str:
     """The path of the column's copy on this node. Raises OSError if the disk cannot hold it, and as ``_download``."""
     folder = os.path.join(os.path.expanduser(cache_dir), "columns")
     path = os.path.join(folder, f"{file['xxh3_128']}.npy")
-    if os.path.exists(path) and _digest(path) == file["xxh3_128"]:
+    if os.path.exists(path) and file_digest(path) == file["xxh3_128"]:
         return path
     os.makedirs(folder, exist_ok=True)
     with atomic_write(path, durable=False) as copy:  # not durable: its digest is compared whenever it is opened
@@ -114,15 +116,6 @@ def _download(where: str, file: dict[str, int | str]) -> Iterator[bytes]:
         yield data
     if digest.hexdigest() != file["xxh3_128"]:
         raise _damaged(where)
-
-
-def _digest(path: str) -> str:
-    # From the file, not the mapping: see ``blocks``.
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _damaged(where: str) -> DataError:

@@ -129,12 +129,11 @@ class Manifest:
             DataError: no dataset there, or a file is missing, damaged or contradicts another. Names file and remedy.
         """
         url = url.rstrip("/")
-        data = _read_header(url)
-        header = Header.from_json(data, f"{url}/{FILE}")
+        header, digest = read_header(url)
         columns = {
             name: read_column(url, name, header.columns[f"{name}.npy"], header.totals, cache_dir) for name in COLUMNS
         }
-        manifest = cls(url=url, digest=hashlib.sha256(data).hexdigest(), header=header, **columns)
+        manifest = cls(url=url, digest=digest, header=header, **columns)
         manifest.check()
         return manifest
 
@@ -211,9 +210,10 @@ def write_manifest(
     return header
 
 
-def _read_header(url: str) -> bytes:
+def read_header(url: str) -> tuple[Header, str]:
+    """The header of the dataset at ``url``, without its columns, and the dataset's digest. Raises DataError."""
     try:
-        return read(f"{url}/{FILE}")
+        data = read(f"{url}/{FILE}")
     except FileNotFoundError as error:
         if exists(f"{url}/parts"):
             remedy = (
@@ -223,6 +223,7 @@ def _read_header(url: str) -> bytes:
         else:
             remedy = "write one with `fitv2 shard write` or `fitv2 shard import`, or correct the URL"
         raise DataError(f"there is no dataset at {url} ({FILE} is missing): {remedy}") from error
+    return Header.from_json(data, f"{url}/{FILE}"), hashlib.sha256(data).hexdigest()
 
 
 def _contradictions(m: Manifest):

@@ -10,6 +10,8 @@ import torch
 import xxhash
 
 from data_sharding.errors import UserError
+from data_sharding.storage.file_digest import file_digest
+from data_sharding.storage.files import with_local
 from fitv2_scale.checkpoint.checksums import Damaged
 from fitv2_scale.checkpoint.commit import read_manifest, read_tensors
 from fitv2_scale.checkpoint.weights import SUFFIXES, open_weights, read_finite
@@ -36,6 +38,28 @@ class WeightsSource:
             return cls(text, None)
         wanted = f"RUN@STEP, as in runs/first@1000, or a weights file ({', '.join(SUFFIXES)})"
         return cls(*parse_reference(text, "init_from", wanted))
+
+    def digest(self) -> str:
+        """The digest of the weights, wherever they lie: of a commit that of its manifest, which holds all others; of a
+        file that of its content, which takes as long as reading it.
+
+        Raises:
+            UserError: there are no such weights.
+        """
+        if self.step is not None:
+            return self.commit().fields["manifest"]
+        try:
+            return with_local(self.url, lambda: file_digest(self.url))
+        except FileNotFoundError:
+            raise UserError(f"there is no weights file {self.url}") from None
+
+    def commit(self) -> LogEntry:
+        """The commit of RUN@STEP. Raises UserError if there is none."""
+        commits = Run.open(self.url).log.commits()
+        if found := [entry for entry in commits if entry.fields["step"] == self.step]:
+            return found[-1]
+        steps = [entry.fields["step"] for entry in commits]
+        raise UserError(f"{self.url} has no commit at step {self.step}, but at {steps or 'none'}: choose one of them")
 
 
 def is_weights(text: str) -> bool:
@@ -89,16 +113,10 @@ def _from_run(source: WeightsSource, engine: Engine, world: World) -> None:
 
 def _open_commit(source: WeightsSource, engine: Engine) -> tuple[tuple[Run, LogEntry, dict], Facts]:
     """Also returns its digest: each rank opens the run for itself. Raises Damaged, UserError."""
-    run = Run.open(source.url)
-    entries = [entry for entry in run.log.commits() if entry.fields["step"] == source.step]
-    if not entries:
-        steps = [entry.fields["step"] for entry in run.log.commits()]
-        raise UserError(
-            f"{source.url} has no commit at step {source.step}, but at {steps or 'none'}: choose one of them"
-        )
-    manifest = read_manifest(run, entries[-1])
+    run, entry = Run.open(source.url), source.commit()
+    manifest = read_manifest(run, entry)
     _check(source, engine, manifest["tensors"])
-    return (run, entries[-1], manifest), {f"commit of {source.url}": entries[-1].fields["manifest"]}
+    return (run, entry, manifest), {f"commit of {source.url}": entry.fields["manifest"]}
 
 
 def _check(source: WeightsSource, engine: Engine, stored: dict[str, dict]) -> None:

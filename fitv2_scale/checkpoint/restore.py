@@ -24,6 +24,7 @@ class Restored:
     cursor: Cursor | None  # None after an import of public weights
     accounting: dict[str, float]  # as given to ``Checkpointer.start_save``; empty if nothing was
     quarantined: list[str]  # a sentence for each newer commit that was skipped
+    digest: str  # of the commit's manifest, which holds all others
 
 
 def restore(engine: Engine, run: Run, world: World, step: int | None = None) -> Restored | None:
@@ -40,7 +41,7 @@ def restore(engine: Engine, run: Run, world: World, step: int | None = None) -> 
         problem = problem or _fill(engine, run, entry, manifest, world)
         if problem is None:
             cursor = Cursor(**manifest["cursor"]) if manifest["cursor"] else None
-            return Restored(manifest["step"], cursor, manifest.get("accounting", {}), skipped)
+            return Restored(manifest["step"], cursor, manifest.get("accounting", {}), skipped, entry.fields["manifest"])
         skipped.append(f"the commit at step {entry.fields['step']} is damaged ({problem}) and was skipped")
         world.run_on_rank0(lambda e=entry, p=problem: quarantine(run, e, p))
     if entries:

@@ -25,8 +25,8 @@ from fitv2_scale.checkpoint.pickle_outline import outline
 from fitv2_scale.checkpoint.safetensors_file import TensorToWrite, write_safetensors
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.config.schema import Config
+from fitv2_scale.identity import open_run
 from fitv2_scale.model.counts import logical_shapes
-from fitv2_scale.run.paths import absolute_paths
 from fitv2_scale.run.provenance import provenance
 from fitv2_scale.run.run import Run
 
@@ -78,7 +78,7 @@ def import_weights(file: str, run_url: str, config: Config) -> Run:
     tensors = open_weights(file, config.model)
     for _ in read_finite(file, tensors):
         pass  # before anything is written
-    run = Run.open_or_create(run_url, absolute_paths(config.model_dump(mode="json")), config.recipe(), plan_hash=None)
+    run = open_run(config.model_copy(update={"run": run_url}), plan=None)
     if run.log.commits():
         raise UserError(f"{run_url} has commits already: import into a new run folder")
     attempt = run.claim(provenance())

@@ -8,6 +8,8 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from data_sharding.errors import UserError
+from fitv2_scale.config.defaults import unknown_keys, with_defaults
 from fitv2_scale.config.layout import LayoutConfig
 from fitv2_scale.config.model import FlowConfig, ModelConfig
 from fitv2_scale.config.section import Section
@@ -70,7 +72,26 @@ class Config(Section):
     def recipe(self) -> dict[str, Any]:
         """The half that defines the run, as plain data; ``run.run.recipe_hash`` is its digest."""
         plain = self.model_dump(mode="json", include={*RECIPE, *(["init_from"] if self.init_from else [])})
-        return {
-            key: {k: v for k, v in value.items() if k not in _RUNTIME[key]} if key in _RUNTIME else value
-            for key, value in plain.items()
-        }
+        return _without_runtime(plain)
+
+    @classmethod
+    def complete_recipe(cls, stored: dict[str, Any]) -> dict[str, Any]:
+        """A recipe of this or another version, with all keys of this one: what it does not name has its default.
+
+        Raises UserError if it has keys that this version does not know.
+        """
+        if unknown := unknown_keys(cls, stored):
+            flat = "is no key" if len(unknown) == 1 else "are no keys"
+            raise UserError(
+                f"{', '.join(unknown)} {flat} of this version: continue the run with the version that made it "
+                "(attempts/<n>/start.json names it), or fork it with --fork-from RUN@STEP"
+            )
+        whole = with_defaults(cls, stored)
+        return _without_runtime({key: whole[key] for key in (*RECIPE, "init_from") if key in whole})
+
+
+def _without_runtime(plain: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: {k: v for k, v in value.items() if k not in _RUNTIME[key]} if key in _RUNTIME else value
+        for key, value in plain.items()
+    }

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from data_sharding.errors import UserError
+from data_sharding.format.class_names import check_same_classes
 from data_sharding.format.manifest import Manifest
 from data_sharding.format.shard import VIEWS
 from data_sharding.plan.balance import Cost, assign_packs
@@ -78,25 +79,26 @@ class Validation:
         return self._world.all_reduce_sum(total.cpu() if self._counts else torch.zeros((), dtype=torch.float64)).item()
 
 
-def held_out(training: Sequence[Manifest], config: ValidationConfig, classes: int) -> list[Manifest]:
-    """The datasets that ``config`` names, or else the images set aside when the training data were written.
+def held_out(training: Sequence[Manifest], config: ValidationConfig) -> list[Manifest]:
+    """The datasets of ``held_out_urls``. Raises UserError if there are none, or they do not match the training data."""
+    found = [Manifest.load(url) for url in held_out_urls(training, config)]
+    for manifest in found:
+        if manifest.header.codec["digest"] != training[0].header.codec["digest"]:
+            raise UserError(f"{manifest.url} was written with another codec than {training[0].url}: write it again")
+        check_same_classes(manifest.url, manifest.classes, training[0].url, training[0].classes)
+    return found
 
-    Raises:
-        UserError: there are none, or they do not match the training data.
-    """
+
+def held_out_urls(training: Sequence[Manifest], config: ValidationConfig) -> list[str]:
+    """The datasets that ``config`` names, or else the images set aside when the training data were written. Raises
+    UserError if there are none."""
     urls = config.urls or [f"{m.url}/holdout" for m in training if m.header.source.get("holdout")]
     if not urls:
         raise UserError(
             f"{training[0].url} has no images set aside for validation: write it with `--holdout 0.02`, give another "
             "dataset as validation.url, or train with validation.every_steps=0"
         )
-    found = [Manifest.load(url) for url in urls]
-    for manifest in found:
-        if manifest.header.codec["digest"] != training[0].header.codec["digest"]:
-            raise UserError(f"{manifest.url} was written with another codec than {training[0].url}: write it again")
-        if len(manifest.classes) > classes:
-            raise UserError(f"{manifest.url} has {len(manifest.classes)} classes, but the model only {classes}")
-    return found
+    return [url.rstrip("/") for url in urls]
 
 
 def validation_grid(manifests: Sequence[Manifest], config: ValidationConfig) -> StepSet:

@@ -1,6 +1,7 @@
 """A RUN: a folder with the run's identity, the log that decides what counts, and one folder per attempt.
 
     run.json              identity of the run; written once (see ``Run``)
+    classes.json          the digest of its class list, if run.json was written without one (see ``class_list``)
     log/00000001 …        who trains and what is committed (see ``log``)
     attempts/<n>/         start.json, end.json (see ``Attempt``), journal/ (see ``tracking.journal``)
     ledger/00000001.json  images that cannot be read, and their substitutes (see ``substitutions``)
@@ -16,16 +17,18 @@ import json
 import logging
 import re
 import secrets
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from data_sharding.errors import DataError, UserError
-from data_sharding.storage.local_store import LocalStore
 from data_sharding.storage.open_store import open_store
 from data_sharding.storage.store import Store
-from fitv2_scale.run import local_files
+from fitv2_scale.run import class_list, local_files
+from fitv2_scale.run.class_list import DataIdentity
+from fitv2_scale.run.create import IDENTITY, create_identity, refuse_foreign_folder
 from fitv2_scale.run.log import LogEntry, RunLog, newest_attempt, now
 from fitv2_scale.run.redact import redact
 
@@ -33,8 +36,6 @@ from fitv2_scale.run.redact import redact
 DONE, RETRY, GIVE_UP, BAD_INPUT, BUG = 0, 75, 93, 2, 1
 NOT_FINITE = "loss or gradient was not finite"  # how the reason begins if this is the cause of a GIVE_UP
 
-_IDENTITY = "run.json"
-_OF_A_RUN = {_IDENTITY, "log", "attempts", "steps", "ledger", "tracking", "chain"}
 # Versions up to a2e80d5 wrote these keys of run.json under other names. Such runs continue, so both are read.
 _FORMER_KEYS = {"science": "recipe", "science_hash": "recipe_hash"}
 # Keys of start.json on which results may depend. The layout is not among them: results do not depend on it.
@@ -48,11 +49,13 @@ class Run:
     """One training run. A sample of run.json:
 
     {"id": "demo-5f1c09ab", "created": "2025-06-01T12:00:00.000000+00:00", "config": {…}, "recipe": {…},
-     "recipe_hash": "0c9d…", "plan_hash": "77e1…", "parent": {"run": "/runs/first", "step": 1000} or null}
+     "recipe_hash": "0c9d…", "plan_hash": "77e1…", "parent": {"run": "/runs/first", "step": 1000} or null,
+     "classes": "41be…"}
 
     ``config`` (as resolved when the run was made, see ``paths`` for its paths) and ``recipe`` hold no secrets;
     ``recipe_hash`` is the sha256 of the latter as canonical JSON; ``plan_hash`` identifies the data and its order (null
-    for imported weights: their commits have it); ``parent`` is the commit that a fork started from.
+    for imported weights: their commits have it); ``parent`` is the commit that a fork started from; ``classes`` is the
+    digest of the class list, which says what a label means (see ``class_list``; None where it is not known).
     """
 
     id: str
@@ -64,6 +67,7 @@ class Run:
     parent: dict[str, Any] | None
     store: Store = field(compare=False, repr=False)
     log: RunLog = field(compare=False, repr=False)
+    classes: str | None = None
 
     @staticmethod
     def open_or_create(
@@ -72,11 +76,19 @@ class Run:
         recipe: dict[str, Any],
         plan_hash: str | None,
         parent: dict[str, Any] | None = None,
+        *,
+        data: DataIdentity | None = None,
+        complete: Callable[[dict[str, Any]], dict[str, Any]] = dict,
     ) -> "Run":
         """Makes the run at ``url``, or continues the one that is there.
 
-        Raises UserError, with every difference shown, if that one has another recipe, other data or another parent; or
-        if there is a local folder that holds something else. A continuation may leave ``parent`` out.
+        ``complete(recipe)`` gives a recipe of any version all keys of this one, and raises UserError if it has others.
+        A continuation may leave ``parent`` out.
+
+        Raises:
+            UserError: that one has another recipe, other data, other classes or another parent; shows each difference.
+                Or there is a local folder that holds something else.
+            DataError: its recipe was edited.
         """
         store = open_store(url)
         recipe = redact(recipe)  # before it is hashed: a changed password does not change the recipe
@@ -88,39 +100,51 @@ class Run:
             "recipe_hash": recipe_hash(recipe),
             "plan_hash": plan_hash,
             "parent": redact(parent),
-        }
-        if not store.exists(_IDENTITY):
-            _refuse_foreign_folder(store)
+        } | ({"classes": data.classes} if data else {})
+        if not store.exists(IDENTITY):
+            refuse_foreign_folder(store)
             with suppress(FileExistsError):  # another process was first: its identity is checked below
-                store.create_json(_IDENTITY, new, indent=1)
-                _check_exclusive(store, new)
+                create_identity(store, new)
         run = Run.open(url)
-        changes = differences(run.recipe, json.loads(json.dumps(recipe)))
-        if run.recipe_hash != new["recipe_hash"] and not changes:
-            raise DataError(f"{store.path(_IDENTITY)} was edited: its recipe does not match its hash; restore it.")
-        if None not in (run.plan_hash, plan_hash) and run.plan_hash != plan_hash:
-            changes.append(f"plan_hash: {run.plan_hash} -> {plan_hash}")
-        if parent is not None and run.parent != new["parent"]:
-            changes.append(f"parent: {json.dumps(run.parent)} -> {json.dumps(new['parent'])}")
-        if changes:
+        if changes := run._differences_from(new, complete):
             raise UserError(
                 f"{store.url} holds a different run ({'; '.join(changes)}); "
                 "give a new run folder, or fork it with --fork-from RUN@STEP."
             )
-        return run
+        if data is None or (run.plan_hash is None and not class_list.were_trained_on(store, run.log, data)):
+            return run
+        return replace(run, classes=class_list.agreed(store, run.classes, data.classes))
+
+    def _differences_from(self, new: dict[str, Any], complete: Callable[[dict[str, Any]], dict[str, Any]]) -> list[str]:
+        """Where ``new``, what run.json would hold, differs from what it holds."""
+        if recipe_hash(self.recipe) != self.recipe_hash:
+            raise DataError(f"{self.store.path(IDENTITY)} was edited: its recipe does not match its hash; restore it.")
+        try:
+            stored, wanted = complete(self.recipe), complete(json.loads(json.dumps(new["recipe"])))
+        except UserError as error:
+            raise UserError(f"{self.url}: {error}") from error
+        changes = differences(stored, wanted)
+        if None not in (self.plan_hash, new["plan_hash"]) and self.plan_hash != new["plan_hash"]:
+            changes.append(f"plan_hash: {self.plan_hash} -> {new['plan_hash']}")
+        # The run's id and the step: where the parent's folder lies may change.
+        own, wanted_parent = ((p["run"], p["step"]) if p else None for p in (self.parent, new["parent"]))
+        if wanted_parent not in (None, own):
+            changes.append(f"parent: {json.dumps(self.parent)} -> {json.dumps(new['parent'])}")
+        return changes
 
     @staticmethod
     def open(url: str) -> "Run":
         """The run at ``url``. Raises UserError if there is none."""
         store = open_store(url)
-        record = store.read_json(_IDENTITY)
+        record = store.read_json(IDENTITY)
         if record is None:
-            raise UserError(f"{store.url} is not a run (it has no {_IDENTITY}); check the path.")
+            raise UserError(f"{store.url} is not a run (it has no {IDENTITY}); check the path.")
         try:
             identity = {_FORMER_KEYS.get(key, key): value for key, value in record.items()}
-            return Run(**identity, store=store, log=RunLog(store))
+            run = Run(**identity, store=store, log=RunLog(store))
         except (TypeError, AttributeError) as error:
-            raise DataError(f"{store.path(_IDENTITY)} is not what this version writes ({error}).") from error
+            raise DataError(f"{store.path(IDENTITY)} is not what this version writes ({error}).") from error
+        return run if run.classes else replace(run, classes=class_list.adopted(store))
 
     @property
     def url(self) -> str:
@@ -137,6 +161,14 @@ class Run:
     def download(self, rel: str) -> Path:
         """The object ``rel`` as a file on this node. Raises FileNotFoundError."""
         return local_files.download(self.store, self.id, rel)
+
+    def recorded(self, fact: str) -> Any:
+        """What the newest attempt that recorded ``fact`` in its start.json has there; None if none did."""
+        for number in range(newest_attempt(self.log.entries()), 0, -1):
+            start = self.store.read_json(f"attempts/{number}/start.json") or {}
+            if fact in start:
+                return start[fact]
+        return None
 
     def claim(self, provenance: dict[str, Any]) -> "Attempt":
         """Starts an attempt, which makes every older one stale. Writes its start.json, and code.diff if the code has
@@ -237,28 +269,6 @@ class Attempt:
     def read_end(self) -> dict[str, Any] | None:
         """end.json, or None if the attempt was killed or still runs."""
         return self.run.store.read_json(f"{self.path}/end.json")
-
-
-def _refuse_foreign_folder(store: Store) -> None:
-    """Raises UserError if the local folder holds files, but nothing of a run: such as photographs, or a dataset."""
-    if isinstance(store, LocalStore) and Path(store.url).is_dir():
-        found = (path.name for path in Path(store.url).iterdir())
-        names = sorted(name for name in found if not name.startswith((".", "doctor-")))  # of a killed `fitv2 doctor`
-        if names and not _OF_A_RUN & set(names):
-            raise UserError(
-                f"{store.url} is no run, but holds {len(names)} other files or folders ({', '.join(names[:3])}"
-                f"{', …' if len(names) > 3 else ''}): give a new or empty folder as run=FOLDER"
-            )
-
-
-def _check_exclusive(store: Store, identity: dict[str, Any]) -> None:
-    """Creates the identity a second time, with the same bytes. Where that succeeds, two attempts could both commit."""
-    with suppress(FileExistsError):
-        store.create_json(_IDENTITY, identity, indent=1)
-        raise UserError(
-            f"{store.url}: a conditional create overwrites an existing object on this storage (versioned buckets of "
-            "some servers do that); put the run into another bucket."
-        )
 
 
 def recipe_hash(recipe: dict[str, Any]) -> str:

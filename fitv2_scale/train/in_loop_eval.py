@@ -22,7 +22,7 @@ def validation_of(config: Config, data: Data, world: World, layout: Layout) -> V
     ranks do not have the same."""
 
     def read() -> tuple[list[Manifest], Facts]:
-        manifests = held_out(data.plan.manifests, config.validation, config.model.classes)
+        manifests = held_out(data.plan.manifests, config.validation)
         return manifests, {f"digest of validation dataset {i}": m.digest for i, m in enumerate(manifests)}
 
     return Validation(

@@ -1,8 +1,10 @@
 """Everything an attempt sets up before its first step; what is cheap to check comes first."""
 
 import logging
+from typing import Any
 
 from data_sharding.errors import DataError, UserError
+from data_sharding.format.manifest import read_header
 from data_sharding.plan.plan import Plan
 from data_sharding.plan.size_presets import is_preset
 from data_sharding.storage.open_store import open_store
@@ -13,6 +15,8 @@ from fitv2_scale.checkpoint.restore import Restored, has_committed, restore
 from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
+from fitv2_scale.evaluate.validation import held_out_urls
+from fitv2_scale.identity import check_start, open_run
 from fitv2_scale.model.counts import parameter_count
 from fitv2_scale.parallel.agreement import Facts, read_alike
 from fitv2_scale.parallel.build import make_engine
@@ -20,7 +24,6 @@ from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.rank_facts import config_facts, software_facts
 from fitv2_scale.parallel.world import World
 from fitv2_scale.run.fork import Fork
-from fitv2_scale.run.paths import absolute_paths
 from fitv2_scale.run.provenance import own_gpu, provenance
 from fitv2_scale.run.run import Attempt, Run
 from fitv2_scale.run.substitutions import SubstitutionLog, substitutes_of, substitution_records
@@ -60,11 +63,12 @@ def claim(config: Config, plan: Plan, fork: Fork | None, world: World) -> Attemp
     gpus = world.all_gather(own_gpu(world.device))
 
     def claim_on_rank0() -> int:
-        parent = fork.parent() if fork else None
-        kept = absolute_paths(config.model_dump(mode="json"))
-        run = Run.open_or_create(config.run, kept, config.recipe(), plan.hash, parent)
-        facts = {"parameters": parameter_count(config.model), "datasets": [m.digest for m in plan.manifests]}
-        return run.claim(provenance() | facts | {"gpus": [gpu for gpu in gpus if gpu]}).number
+        check_start(config, plan, fork)
+        run = open_run(config, plan, fork.parent() if fork else None)
+        facts = _facts(config, plan) | {"gpus": [gpu for gpu in gpus if gpu]}
+        if config.init_from and not fork and not run.log.commits():
+            facts["init_from"] = _initial_weights(config, run)
+        return run.claim(provenance() | facts).number
 
     number = world.run_on_rank0(claim_on_rank0)
 
@@ -73,6 +77,31 @@ def claim(config: Config, plan: Plan, fork: Fork | None, world: World) -> Attemp
         return run, {"id of the run": run.id}
 
     return Attempt(number, read_alike(world, open_here))
+
+
+def _facts(config: Config, plan: Plan) -> dict[str, Any]:
+    """What start.json records of the network and the data: digests, by which others find out that these are the same.
+    Raises UserError if the data of validation do not exist."""
+    facts = {
+        "parameters": parameter_count(config.model),
+        "datasets": [m.digest for m in plan.manifests],
+        "codec": plan.manifests[0].header.codec["digest"],
+    }
+    if config.validation.every_steps:
+        facts["validation"] = [read_header(url)[1] for url in held_out_urls(plan.manifests, config.validation)]
+    return facts
+
+
+def _initial_weights(config: Config, run: Run) -> str:
+    """The digest of the weights of init_from. Raises UserError if an earlier attempt began with others: the run would
+    be another one. (While they are loaded, the ranks compare what they read.)"""
+    digest = WeightsSource.parse(config.init_from).digest()
+    if run.recorded("init_from") not in (None, digest):
+        raise UserError(
+            f"{config.init_from} no longer holds the weights that {run.url} began with: restore them, or give a new "
+            "run folder"
+        )
+    return digest
 
 
 def open_session(

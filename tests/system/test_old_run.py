@@ -26,6 +26,7 @@ from fitv2_scale.train.loop import train
 from tests.oracle.draws import NOISE, words
 from tests.oracle.network import Form
 from tests.oracle.training import Image, Noised, Recipe
+from tests.support.newer_config import newer
 from tests.support.planned_images import planned_images
 from tests.support.ranks import run_ranks
 from tests.support.run_history import losses, trained
@@ -172,6 +173,16 @@ def test_another_recipe_is_refused_and_another_runtime_is_not(copies):
             run_ranks(1, train, config_of(copies, change))
     free = ["batch.images=12", "train.log_every=5", "layout.max_tokens=128", "train.steps=8"]
     assert run_ranks(1, train, config_of(copies, *free)) == [0]
+
+
+def test_it_continues_under_a_version_with_more_keys(copies):
+    """One more in model, optimizer and data each. At their defaults the run continues with its old losses."""
+    identity = (copies / "run" / "run.json").read_bytes()
+    assert run_ranks(1, train, newer(config_of(copies, "train.steps=8"))) == [0]
+    assert losses(str(copies / "run"))[8] == pytest.approx(numbers("losses")[8], rel=CLOSE)
+    assert (copies / "run" / "run.json").read_bytes() == identity
+    with pytest.raises(UserError, match=r"model\.registers: 0 -> 4"):
+        run_ranks(1, train, newer(config_of(copies, "train.steps=9"), model={"registers": 4}))
 
 
 def test_an_edited_recipe_is_found_out(copies):

@@ -32,7 +32,7 @@ from fitv2_scale.train.loop import DONE, train
 from tests.support.commits import commit_bytes
 from tests.support.ranks import run_ranks
 from tests.support.run_history import losses
-from tests.support.tiny_runs import CLASSES, make_pictures
+from tests.support.tiny_runs import make_pictures
 
 IMAGES, TIMES = 13, 3
 SHIFT = 0.02  # on all weights: the initial ones give zero velocity
@@ -147,7 +147,7 @@ def apart(tmp_path_factory) -> str:
 
 def test_what_was_set_aside_is_what_is_looked_at(tiny, apart):
     config = tiny(data__url=apart, train__steps=2, validation__every_steps=1)
-    grid = validation_grid(held_out([Manifest.load(apart)], config.validation, CLASSES), config.validation)
+    grid = validation_grid(held_out([Manifest.load(apart)], config.validation), config.validation)
     assert set(grid.sample_id) == set(Manifest.load(f"{apart}/holdout").sample_id)
     assert not set(grid.sample_id) & set(Manifest.load(apart).sample_id)
     assert len(grid.sample_id) == 12 * 8 and set(zip(grid.epoch.tolist(), grid.sample_id.tolist(), strict=True)) == {

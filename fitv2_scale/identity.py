@@ -1,0 +1,70 @@
+"""What a run is known by, from its config and its data; and that labels keep their meaning from one run to the next."""
+
+from typing import Any
+
+from data_sharding.errors import UserError
+from data_sharding.format.class_names import class_difference, class_digest
+from data_sharding.format.manifest import Manifest, read_header
+from data_sharding.plan.plan import Plan
+from data_sharding.storage.open_store import open_store
+from fitv2_scale.config.schema import Config
+from fitv2_scale.config.sections import DataConfig
+from fitv2_scale.run.class_list import DataIdentity
+from fitv2_scale.run.fork import Fork
+from fitv2_scale.run.paths import absolute_paths
+from fitv2_scale.run.reference import split_reference
+from fitv2_scale.run.run import Run
+
+
+def open_run(config: Config, plan: Plan | None, parent: dict[str, Any] | None = None) -> Run:
+    """Makes the run of ``config``, or continues it. ``plan`` is None where weights are imported: then its data are not
+    known yet. Raises as ``Run.open_or_create``."""
+    data = None
+    if plan is not None:
+        data = DataIdentity(class_digest(plan.manifests[0].classes), tuple(m.digest for m in plan.manifests))
+    return Run.open_or_create(
+        config.run,
+        absolute_paths(config.model_dump(mode="json")),
+        config.recipe(),
+        None if plan is None else plan.hash,
+        parent,
+        data=data,
+        complete=config.complete_recipe,
+    )
+
+
+def check_start(config: Config, plan: Plan, fork: Fork | None) -> None:
+    """Raises UserError if the run of ``config`` has no commit yet, and would begin with weights of another run that
+    learned other classes than those of its data, so far as it is known what they learned."""
+    if open_store(config.run).exists("run.json") and Run.open(config.run).log.commits():
+        return
+    if fork:
+        _check_classes(fork.run, f"{fork.run.url}@{fork.step}", plan.manifests[0])
+    url, step = split_reference(config.init_from)
+    if step is not None:
+        _check_classes(Run.open(url), config.init_from, plan.manifests[0])
+
+
+def _check_classes(run: Run, weights: str, training: Manifest) -> None:
+    digest, names = _known_classes(run)
+    if digest in (None, class_digest(training.classes)):
+        return
+    difference = class_difference(run.url, names, training.url, training.classes) if names else None
+    raise UserError(
+        f"{weights} learned other classes than those of {training.url} ({difference or f'class list {digest:.16}'}): "
+        "give data with the same classes; to train it on others, export its weights and give the file as init_from"
+    )
+
+
+def _known_classes(run: Run) -> tuple[str | None, tuple[str, ...] | None]:
+    """The digest of the class list of ``run``, and the names if one of its datasets is still where it was; None where
+    they are not known."""
+    datasets = run.recorded("datasets")
+    for url in DataConfig.model_validate(run.config["data"]).urls if datasets else ():
+        try:
+            header, dataset = read_header(url.rstrip("/"))
+        except (UserError, OSError):  # the weights of a run can be used without its data
+            continue
+        if dataset in datasets and run.classes in (None, class_digest(header.classes)):
+            return class_digest(header.classes), header.classes
+    return run.classes, None
