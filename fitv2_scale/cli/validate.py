@@ -25,6 +25,7 @@ def validate_weights(args: argparse.Namespace) -> int:
     with join() as world:
         agree(world, command_facts(args) | software_facts())
         with open_weights(args.weights, world, args.config, args.overrides) as weights:
+            weights.header()  # raises if its data would have other classes
             layout, data = read_alike(world, lambda: read_data(weights.config, world))
             validation = validation_of(weights.config, data, world, layout)
             loss, name = validation.loss(weights.engine.network), weights.name

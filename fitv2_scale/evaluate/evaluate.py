@@ -3,6 +3,7 @@
 Rank 0 measures after the process group has been left: the metrics of 50,000 images take minutes, and no rank waits.
 """
 
+import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from fitv2_scale.evaluate.reference_statistics import (
     check_reference,
     features_of_images,
     open_reference,
+    reference_for,
     reference_from_features,
     reference_identity,
     save_statistics,
@@ -55,13 +57,11 @@ class EvaluationOptions:
         return FeatureNetwork.load(self.network, self.network_sha256, device) if self.network else None
 
     def open_reference(self, size: tuple[int, int] | None, network: FeatureNetwork | None) -> Reference:
-        return open_reference(self._reference, size, network, self.reference_images, self.vae)
-
-    def identity(self, size: str) -> dict[str, Any]:
-        return reference_identity(self._reference, size, self.reference_images)
+        return open_reference(self.reference_url, size, network, self.reference_images, self.vae)
 
     @property
-    def _reference(self) -> str:
+    def reference_url(self) -> str:
+        """Raises UserError if none is given."""
         if not self.reference:
             raise UserError(
                 "give the images to compare with as --reference: an .npz in ADM's format, a folder or a dataset"
@@ -109,26 +109,53 @@ def evaluate_weights(
         world = stack.enter_context(join())
         agree(world, facts or {})
         weights = stack.enter_context(open_weights(source, world, config_file, overrides))
-        run = None if weights.step is None else Run.open(split_reference(weights.name)[0])
+        run = weights.run
         if out:
             store = open_store(out)
         elif run is not None:
             store = run.store
         else:
             raise UserError(f"{source} is not a run, which would store the metrics: give a folder as --out")
-        step = Path(source).stem if run is None else str(weights.step)
         network, cells = read_alike(world, lambda: _read_request(weights, cells_of, options))
-        world.run_on_rank0(lambda: [_check(cell, options, network) for cell in cells])
-        jobs = [_CellJob.of(cell, weights, network, step) for cell in cells]
+        references = _References(options, network)
+        jobs = world.run_on_rank0(lambda: _jobs(cells, weights, network, references))
         for job in jobs:
-            if not world.run_on_rank0(lambda job=job: job.result(store, options)):
+            if not world.run_on_rank0(lambda job=job: job.result(store)):
                 generate_features(weights, job.cell, network, store, job.folder)
-        first, name = world.is_first, weights.name
+        first = world.is_first
     if not first:
         return None
-    references: dict[tuple, Reference] = {}
-    results = [_measure_cell(job, store, options, network, references, name) for job in jobs]
-    return Evaluation(store, step, results, run)
+    results = [_measure_cell(job, store, options, network, references) for job in jobs]
+    return Evaluation(store, jobs[0].step, results, run)
+
+
+class _References:
+    """The references of an evaluation, on rank 0: each is identified and opened once."""
+
+    def __init__(self, options: EvaluationOptions, network: FeatureNetwork):
+        self._options, self._network = options, network
+        self._identities: dict[str, dict[str, Any]] = {}
+        self._opened: dict[tuple, Reference] = {}
+
+    def identity(self, size: str, features: int) -> dict[str, Any]:
+        """The reference for images of ``size``, as results record it. Raises UserError if there is none, or if it
+        cannot be compared with so many ``features``."""
+        if (url := reference_for(self._options.reference_url, size)) not in self._identities:
+            self._identities[url] = self._identify(url)
+            check_reference(url, self._network, features)
+        return self._identities[url]
+
+    def open(self, identity: dict[str, Any], size: str) -> Reference:
+        """Raises UserError if it is no longer the one of ``identity``: images take hours to generate."""
+        key, options = (identity["source"], _pixels(size)), self._options
+        if key not in self._opened:
+            self._opened[key] = open_reference(*key, self._network, options.reference_images, options.vae)
+            if self._identify(identity["source"]) != identity:
+                raise UserError(f"{identity['source']} was changed meanwhile: run the same command again")
+        return self._opened[key]
+
+    def _identify(self, url: str) -> dict[str, Any]:
+        return reference_identity(url, self._options.reference_images, self._options.vae)
 
 
 def _read_request(
@@ -140,30 +167,53 @@ def _read_request(
         raise UserError("give the network that computes features of images as --network, and its --network-sha256")
     cells = cells_of(weights)
     facts = {f"cell {cell.label}": cell.record() | {"labels": cell.labels} for cell in cells}
-    return (network, cells), {"digest of --network": network.digest} | facts
+    digests = {"digest of --network": network.digest, "digest of the codec": weights.codec().digest}
+    return (network, cells), digests | facts
 
 
 @dataclass(frozen=True)
 class _CellJob:
-    """A cell with the name of its objects and the step of the weights."""
+    """A cell, what its result says of the weights, the name of its objects, and its reference."""
 
     cell: Cell
+    about: dict[str, Any]
+    step: str  # of the weights; of a file, its name and digest
     name: str
-    step: str
-
-    @classmethod
-    def of(cls, cell: Cell, weights: Weights, network: FeatureNetwork, step: str) -> "_CellJob":
-        return cls(cell, cell.name(weights.name, network.digest), step)
+    former_name: str | None  # under which an earlier version stored the result of a run's weights
+    reference: dict[str, Any]
 
     @property
     def folder(self) -> str:
         return f"{FOLDER}/{self.step}/{self.name}"
 
-    def result(self, store: Store, options: EvaluationOptions) -> dict[str, Any] | None:
-        """The stored result, if there is one against the same reference."""
-        found = read_result(store, self.step, self.name)
-        same = found is not None and options.identity(self.cell.size).items() <= found["reference"].items()
-        return found if same else None
+    def result(self, store: Store) -> dict[str, Any] | None:
+        """The stored result, if there is one against the same reference, wherever that lies."""
+        wanted = {key: value for key, value in self.reference.items() if key != "source"}
+        for name in filter(None, (self.name, self.former_name)):
+            found = read_result(store, self.step, name)
+            if found is not None and wanted.items() <= found["reference"].items():
+                return found
+        return None
+
+    def delete_features(self, store: Store) -> None:
+        for name in filter(None, (self.name, self.former_name)):
+            store.delete_tree(f"{FOLDER}/{self.step}/{name}")
+
+
+def _jobs(cells: list[Cell], weights: Weights, network: FeatureNetwork, references: _References) -> list[_CellJob]:
+    """Raises UserError for bad input before any image is generated."""
+    codec, run = weights.codec().digest, weights.run
+    step = str(weights.step) if run else f"{Path(weights.name).stem}-{weights.digest:.8}"
+    about = {"step": weights.step, "weights": weights.name, "weights_digest": weights.digest, "codec": codec}
+    # Keys at their defaults are left out, so that a version with more of them finds the same name.
+    model = json.dumps(weights.config.model.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
+    jobs = []
+    for cell in cells:
+        reference = references.identity(cell.size, _feature_count(cell, network))
+        name = cell.name(weights.digest, model, codec, network.digest)
+        former = cell.name(weights.name, network.digest) if run else None
+        jobs.append(_CellJob(cell, about, step, name, former, reference))
+    return jobs
 
 
 def _pixels(size: str) -> tuple[int, int]:
@@ -171,48 +221,31 @@ def _pixels(size: str) -> tuple[int, int]:
     return rows * PIXELS_PER_TOKEN, columns * PIXELS_PER_TOKEN
 
 
-def _check(cell: Cell, options: EvaluationOptions, network: FeatureNetwork) -> None:
-    """Raises UserError for bad input before any image is generated."""
+def _feature_count(cell: Cell, network: FeatureNetwork) -> int:
+    """Raises UserError if the cell has too few images for so many features."""
     height, width = _pixels(cell.size)
     size = network(np.zeros((1, height, width, 3), np.uint8)).pool.shape[1]
     if cell.images <= size:
         raise UserError(f"{cell.images} images are too few for a covariance of {size} features: give --images 50000")
-    check_reference(options.identity(cell.size)["source"], network, size)
+    return size
 
 
 def _measure_cell(
-    job: _CellJob,
-    store: Store,
-    options: EvaluationOptions,
-    network: FeatureNetwork,
-    references: dict[tuple, Reference],
-    name: str,
+    job: _CellJob, store: Store, options: EvaluationOptions, network: FeatureNetwork, references: _References
 ) -> dict[str, Any]:
     """Computes and stores the metrics of a cell, and deletes the features of its images."""
-    if (found := job.result(store, options)) is not None:
-        store.delete_tree(job.folder)  # left behind by an evaluation that was killed before it deleted them
+    if (found := job.result(store)) is not None:
+        job.delete_features(store)  # left behind by an evaluation that was killed before it deleted them
         return found
     features, nfe = collect_features(job.cell, store, job.folder)
-    identity = options.identity(job.cell.size)
-    size = _pixels(job.cell.size)
-    key = (identity["source"], size)
-    if key not in references:
-        references[key] = open_reference(identity["source"], size, network, options.reference_images, options.vae)
-    metrics = measure(features, references[key], network.device)
-    step = int(job.step) if job.step.isdigit() else None
-    about: dict[str, Any] = {
-        "step": step,
-        "weights": name,
-        "label": job.cell.label,
-        "time": now(),
-        "network": network.digest,
-    }
+    metrics = measure(features, references.open(job.reference, job.cell.size), network.device)
+    about = job.about | {"label": job.cell.label, "time": now(), "network": network.digest}
     result = about | job.cell.record() | {"nfe": nfe} | metrics
-    result["reference"] |= identity
+    result["reference"] |= job.reference
     if options.keep_features:
         store.put(f"{job.folder}.npz", npz_bytes(features.arrays()))
     write_result(store, job.step, job.name, result)
-    store.delete_tree(job.folder)
+    job.delete_features(store)
     return result
 
 

@@ -52,9 +52,10 @@ class Cell:
         steps = "" if s.solver == "dopri5" else str(s.steps)
         return f"{self.size}-cfg{s.cfg:g}-{s.solver}{steps}-{s.rope}-{self.images}"
 
-    def name(self, weights: str, network: str) -> str:
-        """The name of its objects in the storage: readable, and unique for cell, weights and feature network."""
-        identity = [self.record(), self.labels, weights, network]
+    def name(self, *made_by: str) -> str:
+        """The name of its objects in the storage: readable, and unique for the cell and what it is ``made_by``: digests
+        of weights, network, codec and feature network."""
+        identity = [self.record(), self.labels, *made_by]
         return f"{self.label}-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]}"
 
     def requests(self) -> list[ImageRequest]:

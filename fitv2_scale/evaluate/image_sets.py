@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+import xxhash
 
 from data_sharding.errors import UserError
 from data_sharding.format.codecs import codec_of
-from data_sharding.format.manifest import FILE, Manifest
+from data_sharding.format.manifest import FILE, Manifest, read_header
 from data_sharding.storage.byte_ranges import ByteRange
+from data_sharding.storage.file_digest import file_digest
 from data_sharding.storage.files import exists
 from data_sharding.stream.frames import read_frame
 from data_sharding.write.entries import no_images
@@ -74,6 +76,24 @@ def open_image_set(url: str, size: tuple[int, int] | None, most: int, vae: str =
     chosen = [found[i] for i in evenly_spaced_rows(len(found), most)]
     images = ImageSet(url, len(chosen), size, lambda: _read_files(images, chosen), left_out)
     return images
+
+
+def image_set_digest(url: str, most: int, vae: str = "") -> str:
+    """Hex xxh3_128 of the content of what ``open_image_set`` gives, wherever it lies: of a dataset, its digest and that
+    of the codec that decodes it; of a folder or tars, the files. Raises as ``open_image_set``."""
+    if url.endswith(".npz"):
+        return file_digest(url)
+    digest = xxhash.xxh3_128()
+    if exists(f"{url.rstrip('/')}/{FILE}"):
+        header, dataset = read_header(url.rstrip("/"))
+        digest.update(f"{dataset} {codec_of(header.codec, vae).digest}".encode())
+        return digest.hexdigest()
+    found, _ = _list_files(url)
+    for i in evenly_spaced_rows(len(found), most):
+        name, data = found[i][0], found[i][1].read()
+        digest.update(f"{name.removeprefix(url).lstrip('/')} {len(data)}\n".encode(errors="surrogateescape"))
+        digest.update(data)
+    return digest.hexdigest()
 
 
 def _list_files(url: str) -> tuple[list[tuple[str, ByteRange]], Findings]:

@@ -21,9 +21,17 @@ from data_sharding.storage.atomic_write import atomic_write
 from fitv2_scale.evaluate.feature_network import FeatureNetwork
 from fitv2_scale.evaluate.features import Features, npz_bytes, read_npz
 from fitv2_scale.evaluate.fid import Gaussian
-from fitv2_scale.evaluate.image_sets import ARRAY, ImageSet, evenly_spaced_rows, image_set_of_array, open_image_set
+from fitv2_scale.evaluate.image_sets import (
+    ARRAY,
+    ImageSet,
+    evenly_spaced_rows,
+    image_set_digest,
+    image_set_of_array,
+    open_image_set,
+)
 
 NEIGHBOUR_IMAGES = 10_000  # real images for precision and recall, as in the published references
+_STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 _BATCH = 50
 
 
@@ -44,18 +52,24 @@ class Reference:
         return {"source": self.source, "size": size}
 
 
-def reference_identity(url: str, size: str, most: int) -> dict[str, str | int]:
-    """The reference that ``url`` means for ``size``, as a result records it. If ``url`` is a folder of files such as
-    160x320.npz, it is the file for ``size``."""
+def reference_for(url: str, size: str) -> str:
+    """The reference that ``url`` means for ``size``: of a folder of files such as 160x320.npz, the one for ``size``.
+    Raises UserError if it has none."""
     folder = Path(url)
     if folder.is_dir() and (known := sorted(folder.glob("*x*.npz"))):
         if (folder / f"{size}.npz") not in known:
             raise UserError(
                 f"{url} has no {size}.npz: create it with `fitv2 evaluate PHOTOS --size {size} --save-statistics`"
             )
-        url = str(folder / f"{size}.npz")
+        return str(folder / f"{size}.npz")
+    return url
+
+
+def reference_identity(url: str, most: int, vae: str = "") -> dict[str, str | int]:
+    """The reference at ``url``, as a result records it: by the digest of its content. ``most`` and ``vae`` as for
+    ``open_reference``. Raises UserError if there is none."""
     if not url.endswith(".npz"):
-        return {"source": url, "at_most": most}
+        return {"source": url, "at_most": most, "digest": image_set_digest(url, most, vae)}
     try:
         with open(url, "rb") as file:
             return {"source": url, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
@@ -64,16 +78,19 @@ def reference_identity(url: str, size: str, most: int) -> dict[str, str | int]:
 
 
 def check_reference(url: str, network: FeatureNetwork, size: int) -> None:
-    """Raises UserError if ``url`` is an .npz of another network than this one, whose features have ``size``."""
+    """Raises UserError if ``url`` is an .npz that cannot be compared with the features of ``network``, which have
+    ``size``: of another network, or no statistics."""
     if not url.endswith(".npz"):
         return
-    arrays = read_npz(url, ("network", "mu"))
+    arrays = read_npz(url, ("network", *_STATISTICS))
     _check_digest(url, arrays, network)
     mean = arrays.get("mu", np.zeros(size))
     if mean.shape != (size,):
         raise UserError(
             f"the network gives {size} features, but {url} has {mean.size}: use the network of the reference"
         )
+    if "mu" in arrays:
+        _gaussians(arrays, url)
 
 
 def open_reference(
@@ -95,12 +112,11 @@ def open_reference(
             return reference_from_features(Features.from_arrays(arrays, url), url, None)
         images = image_set_of_array(url, arrays.get(ARRAY), most)
         return reference_from_features(features_of_images(images, network), url, images.size)
-    real = arrays.get("pool")
+    real = Features.from_arrays(arrays, url).pool if "pool" in arrays else None
     if real is None and network and ARRAY in arrays:
         real = features_of_images(image_set_of_array(url, arrays[ARRAY], NEIGHBOUR_IMAGES), network).pool
     found = arrays[ARRAY].shape[1:3] if ARRAY in arrays else None
-    spatial = _gaussian(arrays, "_s", url) if "mu_s" in arrays and "sigma_s" in arrays else None
-    return Reference(url, _gaussian(arrays, "", url), spatial, real, found)
+    return Reference(url, *_gaussians(arrays, url), real, found)
 
 
 def reference_from_features(features: Features, source: str, size: tuple[int, int] | None) -> Reference:
@@ -157,10 +173,18 @@ def _check_digest(url: str, arrays: dict[str, np.ndarray], network: FeatureNetwo
         )
 
 
+def _gaussians(arrays: dict[str, np.ndarray], where: str) -> tuple[Gaussian, Gaussian | None]:
+    """Of the pool features, and of the spatial ones if there are any. Raises UserError if one is no Gaussian."""
+    spatial = _gaussian(arrays, "_s", where) if {"mu_s", "sigma_s"} & arrays.keys() else None
+    return _gaussian(arrays, "", where), spatial
+
+
 def _gaussian(arrays: dict[str, np.ndarray], suffix: str, where: str) -> Gaussian:
     names = f"mu{suffix}", f"sigma{suffix}"
     if missing := [name for name in names if name not in arrays]:
         raise UserError(f"{where} lacks {missing[0]}: it is not a reference in ADM's format")
+    if wrong := [name for name in names if arrays[name].dtype.kind not in "fiu"]:
+        raise UserError(f"{where}: {wrong[0]} is {arrays[wrong[0]].dtype}, not real numbers: get the file again")
     found = Gaussian(*(np.asarray(arrays[name], np.float64) for name in names))
     found.check(where)
     return found

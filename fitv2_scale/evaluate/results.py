@@ -7,7 +7,7 @@ In the RUN (or the folder given as --out):
 
 The metrics at the top of ``<step>.json`` are those of the first cell, in this order: most images, then square, small,
 little guidance, most evaluations. To get one FID per step (`fitv2 curves`), read ``fid`` there. <step> is a plain
-number, without leading zeros.
+number, without leading zeros; of a weights file, it is the file's name and the first digits of its digest.
 """
 
 from typing import Any

@@ -5,9 +5,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from data_sharding.errors import DataError, UserError
+from data_sharding.format.class_names import class_digest
 from data_sharding.format.codec import SD_VAE, Codec
 from data_sharding.format.codecs import codec_of, get_codec
-from data_sharding.format.manifest import Manifest
+from data_sharding.format.manifest import Header, read_header
 from fitv2_scale.checkpoint.init_from import WeightsSource, is_weights, load_initial_weights
 from fitv2_scale.checkpoint.restore import restore
 from fitv2_scale.config.layout import Layout
@@ -32,11 +33,13 @@ class Weights:
     """A network with the EMA weights in ``engine.network``, from ``open_weights``."""
 
     name: str  # runs/first@1000, or the file
+    digest: str  # of the content, wherever they lie
     step: int | None  # None: a file of weights
     config: Config
     engine: Engine
     layout: Layout
     world: World
+    run: Run | None = None
 
     def codec(self) -> Codec:
         """The codec that decodes its latents: that of the dataset, or if that cannot be read the VAE of sampling.vae.
@@ -46,7 +49,7 @@ class Weights:
         """
         vae = self.config.sampling.vae
         try:
-            return codec_of(self._manifest().header.codec, vae)
+            return codec_of(self.header().codec, vae)
         except DataError as error:
             if vae:
                 return get_codec(SD_VAE, vae)
@@ -59,12 +62,23 @@ class Weights:
     def classes(self) -> int:
         """The number of classes it was trained on; those of the model if the dataset cannot be read."""
         try:
-            return min(len(self._manifest().classes), self.config.model.classes)
+            return min(len(self.header().classes), self.config.model.classes)
         except DataError:
             return self.config.model.classes
 
-    def _manifest(self) -> Manifest:
-        return Manifest.load(self.config.data.urls[0])
+    def header(self) -> Header:
+        """Of the dataset that it was trained on, or of another with the same classes and codec."""
+        header, _ = read_header(url := self.config.data.urls[0].rstrip("/"))
+        if self.run is not None:
+            for what, now, then in (
+                ("class list", class_digest(header.classes), self.run.classes),
+                ("codec", header.codec["digest"], self.run.recorded("codec")),
+            ):
+                if then not in (None, now):
+                    raise UserError(
+                        f"{url} has another {what} than the data of {self.name}: give that as data.url=FOLDER"
+                    )
+        return header
 
 
 @contextmanager
@@ -80,13 +94,16 @@ def open_weights(
     config, run, step = read_alike(world, lambda: _read(source, config_file, overrides))
     engine, layout = _engine(config, world)
     if run is None:
-        load_initial_weights(WeightsSource.parse(source), engine, config.model, world)
-        weights = Weights(source, None, config, engine, layout, world)
+        file = WeightsSource.parse(source)
+        digest = world.run_on_rank0(file.digest)  # while they are loaded, the ranks compare what they read
+        load_initial_weights(file, engine, config.model, world)
+        weights = Weights(source, digest, None, config, engine, layout, world)
     else:
         restored = restore(engine, run, world, step)
         if restored is None:
             raise UserError(f"{run.url} has no commit" + (" yet" if step is None else f" at step {step}"))
-        weights = Weights(f"{run.url}@{restored.step}", restored.step, config, engine, layout, world)
+        name = f"{run.url}@{restored.step}"
+        weights = Weights(name, restored.digest, restored.step, config, engine, layout, world, run)
     with engine.ema_weights():
         yield weights
 
@@ -116,7 +133,7 @@ def _read(
 def _data_facts(config: Config) -> Facts:
     """Classes and codec are those of the dataset, where it can be read."""
     try:
-        return {"digest of dataset 0": Manifest.load(config.data.urls[0]).digest}
+        return {"digest of dataset 0": read_header(config.data.urls[0].rstrip("/"))[1]}
     except DataError:
         return {"digest of dataset 0": None}
 

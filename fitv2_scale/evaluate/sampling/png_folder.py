@@ -5,6 +5,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -15,15 +16,18 @@ from data_sharding.format.codec import Codec
 from data_sharding.rng import Purpose, uniform
 from data_sharding.storage.atomic_write import atomic_write
 from data_sharding.storage.local_store import LocalStore
-from fitv2_scale.config.model import parse_size
+from fitv2_scale.config.defaults import with_defaults
+from fitv2_scale.config.model import ModelConfig, parse_size
 from fitv2_scale.config.sections import SamplingConfig
 from fitv2_scale.evaluate.sampling.image_grid import decode
 from fitv2_scale.evaluate.sampling.load_weights import Weights
 from fitv2_scale.evaluate.sampling.sampler import ImageRequest, sample
-from fitv2_scale.parallel.agreement import read_alike
+from fitv2_scale.parallel.agreement import agree, read_alike
 from fitv2_scale.run.run import differences
 
 _RECORD = "request.json"
+# Settings that decide no image; the codec's digest stands for the VAE.
+_NO_SETTINGS = {"every_steps", "sizes", "columns", "vae"}
 _MAX_IMAGES = 256  # of a rank at once; a killed call loses at most these
 
 
@@ -51,7 +55,8 @@ def fill_folder(
         UserError: ``folder`` holds images of other weights or settings.
     """
     world, model = weights.world, weights.config.model
-    to_do = world.run_on_rank0(lambda: _missing(weights, requests, sampling, seed, folder))
+    agree(world, {"digest of the codec": codec.digest})
+    to_do = world.run_on_rank0(lambda: _missing(weights, requests, sampling, seed, folder, codec))
     read_alike(world, lambda: (_check_shared(folder), {}))
     requests, evaluations = [r for r in requests if r.index in to_do], 0
     with tqdm(total=len(requests), unit="image", disable=not world.is_first, dynamic_ncols=True) as bar:
@@ -111,25 +116,49 @@ def _read_png(file: Path) -> np.ndarray:
 
 
 def _missing(
-    weights: Weights, requests: list[ImageRequest], sampling: SamplingConfig, seed: int, folder: str
+    weights: Weights, requests: list[ImageRequest], sampling: SamplingConfig, seed: int, folder: str, codec: Codec
 ) -> set[int]:
     """The indices of the images that do not exist yet. Records weights, settings and requests in the folder."""
-    settings = sampling.model_dump(mode="json", exclude={"every_steps", "sizes", "columns", "vae"})
     images = {str(r.index): [r.label, r.rows, r.columns] for r in requests}
-    record = {"weights": weights.name, "seed": seed, "sampling": settings}
+    record = {
+        "weights": weights.name,
+        "weights_digest": weights.digest,
+        "codec": codec.digest,
+        "model": weights.config.model.model_dump(mode="json"),
+        "seed": seed,
+        "sampling": sampling.model_dump(mode="json", exclude=_NO_SETTINGS),
+    }
     store = LocalStore(folder)
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
     if there := store.read_json(_RECORD):
-        both = there["images"].keys() & images.keys()
-        before, now = ({index: of[index] for index in both} for of in (there["images"], images))
-        if changes := differences(there | {"images": before}, record | {"images": now}):
+        before = there.pop("images")
+        both = before.keys() & images.keys()
+        changes = differences(_as_now(there, record, weights), record)
+        changes += differences({i: before[i] for i in both}, {i: images[i] for i in both})
+        if changes:
             raise UserError(f"{folder} holds other images ({'; '.join(changes[:3])}): give another folder")
-        images = there["images"] | images
+        images = before | images
+    elif any(image_file(folder, r.index).exists() for r in requests):
+        raise UserError(f"{folder} holds images, but no {_RECORD} that tells of what weights: give another folder")
     store.put_json(_RECORD, record | {"images": images})
     return {r.index for r in requests if not image_file(folder, r.index).exists()}
+
+
+def _as_now(there: dict[str, Any], record: dict[str, Any], weights: Weights) -> dict[str, Any]:
+    """The record ``there`` of any version, as this one would have written it for the same images.
+
+    Weights are known by their digest, wherever they lie. Earlier versions recorded the name alone; that of a commit
+    still says which weights they were, that of a file does not.
+    """
+    if weights.run is not None and "weights_digest" not in there and there["weights"] == record["weights"]:
+        there |= {name: record[name] for name in ("weights_digest", "codec", "model")}
+    if there.get("weights_digest") == record["weights_digest"]:
+        there |= {"weights": record["weights"], "model": with_defaults(ModelConfig, there["model"])}
+    settings = with_defaults(SamplingConfig, there["sampling"])
+    return there | {"sampling": {name: value for name, value in settings.items() if name not in _NO_SETTINGS}}
 
 
 def chunk_requests(

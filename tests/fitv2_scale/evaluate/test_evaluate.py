@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from xxhash import xxh3_128_hexdigest
 
 from data_sharding.errors import UserError
 from fitv2_scale.checkpoint.weights import export_weights
@@ -92,7 +93,7 @@ def test_weights_from_a_file(two_step_run, feature_network, reference, tiny, tmp
     found = evaluated(weights, means, out, str(config))
     of_run = evaluated(two_step_run, means, str(tmp_path / "of_run"))
     assert [r["fid"] for r in found] == [r["fid"] for r in of_run] and found[0]["step"] is None
-    assert Path(out, "evaluations/weights.json").exists()
+    assert Path(out, f"evaluations/weights-{xxh3_128_hexdigest(Path(weights).read_bytes()):.8}.json").exists()
     with pytest.raises(UserError, match="give a folder as --out"):
         evaluated(weights, means, None, str(config))
     config.write_text(yaml.safe_dump(tiny(model__hidden=64).model_dump(mode="json")))

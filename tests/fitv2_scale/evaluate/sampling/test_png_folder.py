@@ -1,0 +1,89 @@
+"""A folder of pictures holds those of one set of weights, known by their content."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from xxhash import xxh3_128_hexdigest
+
+from data_sharding.errors import UserError
+from fitv2_scale.evaluate.sampling.load_weights import open_weights
+from fitv2_scale.evaluate.sampling.png_folder import fill_folder, image_file, random_requests
+from fitv2_scale.parallel.world import join
+from tests.support.other_weights import replace_weights, weights_of
+
+
+@pytest.fixture
+def sampled(tmp_path):
+    """``sampled(images, source, config, overrides)``: how many pictures the call made."""
+
+    def run(images: int, source: str, config: str | None = None, *overrides: str) -> int:
+        with join() as world, open_weights(source, world, config, ["sampling.steps=1", *overrides]) as weights:
+            requests = random_requests(["32x32"], images, [0, 1, 2], 5)
+            settings = weights.config.sampling
+            return fill_folder(weights, requests, settings, 5, str(tmp_path / "folder"), weights.codec()).made
+
+    return run
+
+
+def request(tmp_path) -> dict:
+    return json.loads((tmp_path / "folder" / "request.json").read_text())
+
+
+def test_other_weights_at_the_same_path_do_not_continue_a_folder(sampled, two_step_run, tmp_path):
+    file, config = weights_of(two_step_run, tmp_path / "first")
+    shutil.copy(file, old := tmp_path / "old.safetensors")
+    assert sampled(2, file, config) == 2
+    assert request(tmp_path)["weights_digest"] == xxh3_128_hexdigest(old.read_bytes())
+    replace_weights(file)
+    with pytest.raises(UserError, match=r"folder holds other images \(weights_digest: .*give another folder"):
+        sampled(4, file, config)
+    assert not image_file(str(tmp_path / "folder"), 2).exists()
+    # The same weights elsewhere continue it.
+    assert sampled(4, str(old), config) == 2 and sampled(4, str(old), config) == 0
+
+
+def test_another_network_or_codec_does_not_continue_a_folder(sampled, two_step_run, tmp_path):
+    """Neither is in the weights: QK-norm has none, and latents may come from a dataset that was replaced."""
+    file, config = weights_of(two_step_run, tmp_path / "first")
+    assert sampled(2, file, config) == 2
+    with pytest.raises(UserError, match=r'\(model\.qk_norm: "layernorm" -> "none"\)'):
+        sampled(3, file, config, "model.qk_norm=none")
+    record = request(tmp_path)
+    (tmp_path / "folder" / "request.json").write_text(json.dumps(record | {"codec": "00"}))
+    with pytest.raises(UserError, match=r"\(codec: "):
+        sampled(3, file, config)
+
+
+def test_a_folder_of_an_earlier_version(sampled, two_step_run, tmp_path):
+    """It recorded the weights' name alone, and settings without the keys of today. A commit's name still says which
+    weights they are; a file's does not."""
+
+    def as_before() -> None:
+        record = request(tmp_path)
+        for key in ("weights_digest", "codec", "model"):
+            del record[key]
+        del record["sampling"]["guided_channels"]
+        (tmp_path / "folder" / "request.json").write_text(json.dumps(record))
+
+    assert sampled(2, two_step_run) == 2
+    as_before()
+    assert sampled(3, two_step_run) == 1
+    as_before()
+    with pytest.raises(UserError, match=r'sampling\.guided_channels: "all" -> "three"'):
+        sampled(4, two_step_run, None, "sampling.guided_channels=three")
+    shutil.rmtree(tmp_path / "folder")
+    file, config = weights_of(two_step_run, tmp_path / "first")
+    assert sampled(2, file, config) == 2
+    as_before()
+    with pytest.raises(UserError, match=r"codec: \(absent\) -> "):
+        sampled(3, file, config)
+
+
+def test_pictures_that_nobody_recorded_are_not_taken_for_ours(sampled, two_step_run, tmp_path):
+    image_file(str(tmp_path / "folder"), 1).parent.mkdir()
+    image_file(str(tmp_path / "folder"), 1).write_bytes(b"a picture of somebody else")
+    with pytest.raises(UserError, match="folder holds images, but no request.json"):
+        sampled(3, two_step_run)
+    assert [path.name for path in Path(tmp_path / "folder").iterdir()] == ["000001.png"]
