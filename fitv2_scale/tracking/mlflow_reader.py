@@ -15,11 +15,14 @@ __all__ = ["ServerError", "TrackedRun", "training_runs"]
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """``points`` are name, step, value."""
+    """``points`` are name, step, value. ``datasets`` are digests, None if they were not recorded; ``parent`` is the id
+    of the run that a fork left."""
 
     name: str
     params: dict[str, str]
     points: list[tuple[str, int, float]]
+    datasets: list[str] | None
+    parent: str | None
 
 
 def training_runs(uri: str, experiment: str, wanted: Callable[[str], bool]) -> Iterator[TrackedRun]:
@@ -33,7 +36,9 @@ def training_runs(uri: str, experiment: str, wanted: Callable[[str], bool]) -> I
             names = [name for name in run.data.metrics if wanted(name)]
             histories = (client.get_metric_history(run.info.run_id, name) for name in names)
             points = [(p.key, p.step, p.value) for history in histories for p in history]
-            yield TrackedRun(run.data.tags[tags.RUN_ID], run.data.params, points)
+            digests, parent = run.data.tags.get(tags.DATASET), run.data.tags.get(tags.PARENT)
+            datasets = digests.split(",") if digests else None
+            yield TrackedRun(run.data.tags[tags.RUN_ID], run.data.params, points, datasets, parent)
 
 
 def _canonical(client: MlflowClient, experiment_id: str) -> Iterator:

@@ -20,6 +20,8 @@ RUN_ID = "fitv2.run_id"  # the canonical run
 LIVE_ID = "fitv2.live_id"  # the run id, a slash and the attempt: the child that shows it live
 COPY_OF = "fitv2.copy_of"
 LAG = "fitv2.lag"
+DATASET = "fitv2.dataset"
+PARENT = "fitv2.parent_run"
 _FAMILIES = {(15, 384): "S/2", (15, 768): "B/2", (28, 1024): "L/2", (36, 1152): "XL/2", (40, 2304): "3B/2"}
 
 
@@ -31,7 +33,7 @@ def run_tags(run: Run) -> dict[str, str]:
         "fitv2.seed": run.config.get("seed"),
         "fitv2.recipe_hash": run.recipe_hash,
         "fitv2.plan_hash": run.plan_hash,
-        "fitv2.parent_run": parent.get("run"),
+        PARENT: parent.get("run"),
         "fitv2.branch_step": parent.get("step"),
     }
     return {key: str(value) for key, value in tags.items() if value is not None}
@@ -45,7 +47,7 @@ def attempt_tags(attempt: int, start: dict[str, Any]) -> dict[str, str]:
         "fitv2.git": start.get("git"),
         "fitv2.gpu": ", ".join(f"{n} x {name}" for name, n in gpus.items()) or "none",
         "fitv2.parameters": start.get("parameters"),
-        "fitv2.dataset": ",".join(start.get("datasets", [])) or None,
+        DATASET: ",".join(start.get("datasets", [])) or None,
     }
     return {key: str(value) for key, value in tags.items() if value is not None}
 

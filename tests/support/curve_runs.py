@@ -34,12 +34,16 @@ def parameters(size: str) -> int:
 
 def make_run(
     folder: Path, size: str, steps: Sequence[int], noise: float = 0.0, seed: int = 0, offset: float = 0.0,
-    fid: Sequence[float] = (), **more,
+    fid: Sequence[float] = (), changes: dict | None = None, facts: dict | None = None, parent: dict | None = None,
+    **more,
 ) -> Run:  # fmt: skip
     """A run of one attempt that has committed all of ``steps``; ``more`` are metrics by name, one value a step, as
-    ``fid`` is of the last ones."""
-    run = Run.open_or_create(str(folder), config(size), {}, "plan")
-    attempt = run.claim({})
+    ``fid`` is of the last ones. ``changes`` are to its config, by section; ``facts`` are in its start.json."""
+    plain = config(size)
+    for section, keys in (changes or {}).items():
+        plain[section] = plain[section] | keys if isinstance(keys, dict) else keys
+    run = Run.open_or_create(str(folder), plain, {}, "plan", parent)
+    attempt = run.claim(facts or {})
     rng = np.random.default_rng(seed)
     steps = np.asarray(steps)
     loss = TRUTH(parameters(size), steps * BATCH) * np.exp(noise * rng.standard_normal(len(steps)) + offset)

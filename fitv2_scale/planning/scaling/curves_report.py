@@ -16,6 +16,7 @@ from fitv2_scale.planning.scaling.laws import (
     law_of_sizes,
     with_intervals,
 )
+from fitv2_scale.planning.scaling.meaning import first_difference
 from fitv2_scale.planning.scaling.predictions import PredictionFile, PredictionRequest, predict, score
 from fitv2_scale.planning.scaling.published_fid import FidCurve, comparison_rows, fid_curves_of, published_curves
 from fitv2_scale.planning.scaling.read_curves import AXES, Curve, common_loss, log_binned
@@ -54,7 +55,9 @@ def analyse(curves: Sequence[Curve], options: CurvesOptions) -> Analysis:
     metric = common_loss(curves)
     laws = [(curve, law_of_run(curve, metric)) for curve in curves]
     surface = why = None
-    if curves:
+    if difference := first_difference({curve.name: curve.meaning for curve in curves}, metric):
+        why = f"there is no law over sizes: {difference}; leave one of them out"
+    elif curves:
         try:
             surface = law_of_sizes(curves, metric)
         except UserError as error:

@@ -4,9 +4,10 @@ They are kept as lines of predictions.jsonl:
 
     {"made": "2025-06-01T12:00:00+00:00", "of": "fitv2_3b2@2000000", "model": {"depth": 40, …}, "step": 2000000,
      "images": 512000000.0, "metric": "val_loss_ema", "value": 0.512, "low": 0.509, "high": 0.514, "level": 0.9,
-     "by": "sizes", "runs": ["b2-0a1b…", "xl2-…"]}
+     "by": "sizes", "runs": ["b2-0a1b…", "xl2-…"], "meaning": {"datasets": "5c84…", "data.views": "mixed", …}}
 
-``low`` and ``high`` are null where there is no interval.
+``low`` and ``high`` are null where there is no interval. ``meaning`` is that of the runs' losses (see ``meaning``);
+predictions of earlier versions have none.
 """
 
 import json
@@ -24,11 +25,13 @@ from fitv2_scale.config.schema import Config
 from fitv2_scale.model.counts import parameter_count
 from fitv2_scale.planning.scaling.bootstrap import LEVEL, interval
 from fitv2_scale.planning.scaling.laws import RunLaw, SurfaceLaw
+from fitv2_scale.planning.scaling.meaning import Origin, meaning_of, unlike
 from fitv2_scale.planning.scaling.read_curves import Curve
 from fitv2_scale.run.log import now
 from fitv2_scale.run.reference import parse_reference
 
 PREDICTIONS = "predictions.jsonl"
+_OF_A_CONFIG = ("flow.t_sampler", "flow.label_dropout", "data.views")  # parts of a meaning that a config decides
 _SCORED_AROUND = 0.02  # a prediction for step s is scored by the mean over s ± this fraction of it
 
 
@@ -60,7 +63,7 @@ def predict(
     if surface is not None:
         n = parameter_count(model)
         value, refits = float(surface.fit(n, images)), [float(f(n, images)) for f in surface.refits]
-        by, runs = "sizes", [curve.name for curve, _ in laws]
+        by, runs, meaning = "sizes", [curve.name for curve, _ in laws], laws[0][0].meaning
     else:
         own = [(c, law.fit, law.refits) for c, law in laws if c.model == model and law.fit is not None]
         if not own:
@@ -71,7 +74,12 @@ def predict(
         curve, fit, refits = max(own, key=lambda found: found[0].last)
         at = images / curve.batch
         value, refits = float(fit(at)), [float(f(at)) for f in refits]
-        by, runs = "run", [curve.name]
+        by, runs, meaning = "run", [curve.name], curve.meaning
+    own_meaning = {k: v for k, v in meaning_of(request.config.model_dump(), Origin()).items() if k in _OF_A_CONFIG}
+    if differences := unlike(meaning, own_meaning, metric):
+        raise UserError(
+            f"{request.text} cannot be predicted: the runs and its config differ ({'; '.join(differences)})"
+        )
     low, high = interval(refits) if refits else (None, None)
     return {
         "made": now(),
@@ -86,6 +94,7 @@ def predict(
         "level": LEVEL,
         "by": by,
         "runs": runs,
+        "meaning": dict(meaning),
     }
 
 
@@ -112,10 +121,13 @@ class PredictionFile:
 
 def score(prediction: dict[str, Any], curves: Sequence[Curve]) -> dict[str, Any]:
     """The prediction with ``measured``, ``error`` (relative to ``measured``) and ``inside`` (its interval); all None
-    until a run of that network has reached the step. For several such runs, ``measured`` is their mean."""
+    until a run of that network, whose loss means the same, has reached the step. For several such runs, ``measured`` is
+    their mean."""
     model, images, found = ModelConfig.model_validate(prediction["model"]), prediction["images"], []
     for curve in curves:
         series = curve.series.get(prediction["metric"])
+        if unlike(prediction.get("meaning", {}), curve.meaning, prediction["metric"]):
+            continue
         if curve.model == model and series is not None:
             at = curve.along("images", series.steps)
             near = np.abs(at / images - 1) <= _SCORED_AROUND

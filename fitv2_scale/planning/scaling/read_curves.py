@@ -6,6 +6,7 @@ number of tokens that the run reports.
 """
 
 import json
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,8 +20,11 @@ from data_sharding.errors import UserError
 from data_sharding.storage.store import Store
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.model.counts import forward_flops, parameter_count
+from fitv2_scale.planning.scaling.meaning import Meaning, Origin, meaning_of
 from fitv2_scale.run.run import Run
 from fitv2_scale.tracking import journal
+
+log = logging.getLogger(__name__)
 
 AXES = ("steps", "images", "flops", "gpu_hours")
 LOSSES = ("val_loss_ema", "val_loss", "loss")  # runs are compared by the first one that all of them have
@@ -45,6 +49,7 @@ class Curve:
     batch: int  # images per step
     warmup: int  # steps
     series: Mapping[str, Series]
+    meaning: Meaning  # of its losses
 
     @property
     def parameters(self) -> int:
@@ -101,15 +106,36 @@ def from_journal(url: str) -> Curve:
     run = Run.open(url)
     records = ((r.step, r.metrics) for r in journal.read(run) if r.metrics)
     points = ((name, step, value) for step, metrics in records for name, value in metrics.items() if _wanted(name))
-    return _curve(run.id, run.config, chain(points, _fids(run.store)))
+    begun = bool(run.parent or run.config.get("init_from"))
+    origin = Origin(run.recorded("datasets"), run.recorded("validation"), begun)
+    return _curve(run.id, run.config, chain(points, _fids(run.store)), origin)
 
 
 def _fids(store: Store) -> Iterator[tuple[str, int, float]]:
-    """The FIDs that `fitv2 evaluate` has written to a run: evaluations/<step>.json."""
+    """The FIDs that `fitv2 evaluate` has written to a run: evaluations/<step>.json. Those of one curve need one
+    reference and one feature network; if there are several, the newest measurement decides which."""
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for path in store.list("evaluations/"):
         if re.fullmatch(r"evaluations/\d+\.json", path):
-            cells = store.read_json(path)["cells"]
-            yield from ((f"evaluate/{c['label']}/fid", c["step"], c["fid"]) for c in cells if c["fid"] is not None)
+            for cell in store.read_json(path)["cells"]:
+                found[cell["label"]] += [cell] if cell["fid"] is not None else []
+    for label, cells in found.items():
+        cells.sort(key=lambda cell: cell.get("time", ""))
+        alike = [cell for cell in cells if _measured_alike(cell, cells[-1])]
+        if others := len(cells) - len(alike):
+            log.warning(
+                "%s: %d FIDs of %s have another reference or network and are left out", store.url, others, label
+            )
+        yield from ((f"evaluate/{label}/fid", cell["step"], cell["fid"]) for cell in alike)
+
+
+def _measured_alike(cell: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether reference and feature network are the same; earlier versions knew those of a folder by path alone."""
+    sides = []
+    for one in (cell, other):
+        reference = one.get("reference", {})
+        sides.append((one.get("network"), reference.get("sha256", reference.get("digest")), reference.get("at_most")))
+    return all(a == b or None in (a, b) for a, b in zip(*sides, strict=True))
 
 
 def from_mlflow(uri: str, experiment: str) -> list[Curve]:
@@ -124,14 +150,19 @@ def from_mlflow(uri: str, experiment: str) -> list[Curve]:
         raise UserError(f"cannot read the experiment {experiment} from MLflow: {error}") from error
     if not found:
         raise UserError(f"the experiment {experiment} has no training run yet: check its name and --uri")
-    return [_curve(run.name, _nested(run.params), run.points) for run in found]
+    configs = [_nested(run.params) for run in found]
+    origins = [
+        Origin(run.datasets, pretrained=bool(run.parent or config.get("init_from")))
+        for run, config in zip(found, configs, strict=True)
+    ]
+    return [_curve(run.name, config, run.points, of) for run, config, of in zip(found, configs, origins, strict=True)]
 
 
 def _wanted(metric: str) -> bool:
     return metric in (*LOSSES, *_RATES, *_CUMULATIVE) or is_fid(metric)
 
 
-def _curve(name: str, config: Mapping[str, Any], points: Iterable[tuple[str, int, float]]) -> Curve:
+def _curve(name: str, config: Mapping[str, Any], points: Iterable[tuple[str, int, float]], origin: Origin) -> Curve:
     try:
         model = ModelConfig.model_validate(config["model"])
         batch, warmup = int(config["batch"]["images"]), int(config["optimizer"]["warmup_steps"])
@@ -139,7 +170,7 @@ def _curve(name: str, config: Mapping[str, Any], points: Iterable[tuple[str, int
         raise UserError(
             f"the config of {name} does not describe its network ({type(error).__name__}): leave this run out"
         ) from error
-    return Curve(name, model, batch, warmup, dict(_series(points)))
+    return Curve(name, model, batch, warmup, dict(_series(points)), meaning_of(config, origin))
 
 
 def _series(points: Iterable[tuple[str, int, float]]) -> Iterator[tuple[str, Series]]:

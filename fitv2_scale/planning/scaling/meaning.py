@@ -1,0 +1,63 @@
+"""What the loss of a run measures: losses that mean different things do not lie on one law.
+
+That is the data, the objective, the held-out images and times of a validation loss, and whether training began with
+random weights. Networks, learning rates, batches and seeds may differ from run to run.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+from fitv2_scale.config.defaults import with_defaults
+from fitv2_scale.config.model import FlowConfig
+from fitv2_scale.config.sections import DataConfig, ValidationConfig
+
+Meaning = Mapping[str, str]
+_VALIDATION = "validation"
+_SHOWN = 16  # characters of a value
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a run's config does not say. ``datasets`` and ``validation`` are digests, None where they are not known;
+    ``pretrained``: it began with the weights of another run."""
+
+    datasets: Sequence[str] | None = None
+    validation: Sequence[str] | None = None
+    pretrained: bool = False
+
+
+def meaning_of(config: Mapping[str, Any], origin: Origin) -> Meaning:
+    """Of a run's config, of any version."""
+    data = with_defaults(DataConfig, dict(config.get("data", {})))
+    grid = with_defaults(ValidationConfig, dict(config.get("validation", {})))
+    found: dict[str, Any] = {f"flow.{k}": v for k, v in with_defaults(FlowConfig, dict(config.get("flow", {}))).items()}
+    found |= {"data.views": data["views"], "begins with": "other weights" if origin.pretrained else "random weights"}
+    if isinstance(data.get("url"), list):
+        found["data.weights"] = data["weights"]
+    found |= {f"{_VALIDATION}.{name}": grid[name] for name in ("images", "timesteps")}
+    if origin.datasets:
+        found["datasets"] = ",".join(origin.datasets)
+    if origin.validation:
+        found[f"{_VALIDATION} datasets"] = ",".join(origin.validation)
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in found.items()}
+
+
+def unlike(a: Meaning, b: Meaning, metric: str) -> list[str]:
+    """In what two runs differ, so that their ``metric`` measures different things, as "key: value and value"; so far
+    as it is known of both."""
+    return [
+        f"{key}: {a[key]:.{_SHOWN}} and {b[key]:.{_SHOWN}}"
+        for key in sorted(a.keys() & b.keys())
+        if a[key] != b[key] and (metric.startswith("val_") or not key.startswith(_VALIDATION))
+    ]
+
+
+def first_difference(meanings: Mapping[str, Meaning], metric: str) -> str | None:
+    """A sentence about two runs, by name, whose ``metric`` does not measure the same; None if there are none."""
+    for (name, a), (other, b) in combinations(meanings.items(), 2):
+        if differences := unlike(a, b, metric):
+            return f"{name} and {other} do not measure the same {metric} ({'; '.join(differences)})"
+    return None
