@@ -5,7 +5,6 @@ import math
 from argparse import Namespace
 from collections import OrderedDict
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from fitv2_scale.cli.__main__ import main
 from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.load import load_config
 from fitv2_scale.config.schema import Config
+from fitv2_scale.data import Data
 from fitv2_scale.model.counts import logical_shapes
 from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.world import join
@@ -203,10 +203,10 @@ def test_runs_keep_absolute_paths(tiny, tmp_path, monkeypatch):
     save_file(public(config), "w.safetensors")
     imported = import_weights("w.safetensors", "imported", config)
     with join() as world:
-        trained = claim(config, SimpleNamespace(hash="77", manifests=[]), None, world).run
-    for run in (imported, trained):
+        trained = claim(config, Data.open(tiny(), (1,)).plan, None, world).run
+    for run, name in ((imported, "imported"), (trained, "made")):
         places = run.config["run"], run.config["data"]["url"], run.config["sampling"]["vae"]
-        assert places == (f"{tmp_path}/made", f"{tmp_path}/data/mine", f"{tmp_path}/vae")
+        assert places == (f"{tmp_path}/{name}", f"{tmp_path}/data/mine", f"{tmp_path}/vae")
 
 
 def test_safetensors_under_another_suffix_are_read(tiny, tmp_path):
