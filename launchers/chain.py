@@ -16,7 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data_sharding.errors import UserError
+from pydantic import TypeAdapter, ValidationError
+
+from data_sharding.errors import DataError, UserError
 from data_sharding.standard_streams import reporting
 from data_sharding.storage.local_store import LocalStore
 from fitv2_scale.run.log import newest_attempt, now
@@ -52,7 +54,11 @@ class Chain:
         record = LocalStore(str(home)).read_json(CHAIN_FILE)
         if record is None:
             raise UserError(f"{home} has no {CHAIN_FILE}: restore the folder, or submit the run again.")
-        return cls(**record)
+        try:
+            return TypeAdapter(cls).validate_python(record)
+        except ValidationError as error:
+            cause = error.errors()[0]["msg"]
+            raise DataError(f"{home}/{CHAIN_FILE} is damaged ({cause}): submit the run again.") from error
 
     def save(self) -> None:
         LocalStore(self.home).put_json(CHAIN_FILE, asdict(self), indent=1)

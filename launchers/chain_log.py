@@ -19,15 +19,44 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 from data_sharding.storage.numbered_log import NumberedLog
+from data_sharding.storage.records import Count, Seconds, Shape, Time
 from data_sharding.storage.store import Store
 from fitv2_scale.run.log import LogEntry, newest_attempt, now
 from fitv2_scale.run.run import BAD_INPUT, DONE, GIVE_UP, NOT_FINITE, RETRY, Attempt, Run
 
 MIN_SIGNAL_SECONDS = 300
-_REQUIRED = {"SUBMIT": ("log",), "START": ("job", "restart"), "END": ("job", "restart", "code", "reason", "blamed")}
 _FINAL = (DONE, BAD_INPUT, GIVE_UP)
 
 Record = dict[str, Any]
+
+
+class _Record(Shape):
+    time: Time
+
+
+class _Submit(_Record):
+    home: str
+    log: Count
+
+
+class _Start(_Record):
+    job: str
+    restart: Count
+    nodes: list[str]
+    commits: Count
+    attempt: Count
+    signal: Seconds = 0  # versions up to a2e80d5 did not always write it
+
+
+class _End(_Record):
+    job: str
+    restart: Count
+    code: int
+    reason: str
+    blamed: list[str]
+
+
+_SHAPES: dict[str, type[_Record]] = {"SUBMIT": _Submit, "START": _Start, "END": _End}
 
 
 class ChainLog:
@@ -149,8 +178,4 @@ def _minutes(earlier: str, later: str) -> float:
 
 
 def _parse(number: int, record: Record) -> Record:
-    if (kind := record["kind"]) not in _REQUIRED:
-        raise ValueError(f"it says kind={kind!r}")
-    if missing := [key for key in _REQUIRED[kind] if key not in record]:
-        raise ValueError(f"this {kind} has no {missing[0]}")
-    return record
+    return _SHAPES[record["kind"]].check(record)

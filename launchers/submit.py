@@ -27,10 +27,11 @@ from fitv2_scale.data import Data
 from fitv2_scale.identity import check_start, open_run
 from fitv2_scale.planning.forecast.assumptions import Assumptions
 from fitv2_scale.planning.forecast.plan_report import node_advice
+from fitv2_scale.run.differences import flatten
 from fitv2_scale.run.fork import Fork
 from fitv2_scale.run.provenance import SOURCE, source
 from fitv2_scale.run.redact import redact
-from fitv2_scale.run.run import Run, flatten
+from fitv2_scale.run.run import Run
 from launchers import slurm
 from launchers.batch_script import command_script, train_script
 from launchers.chain import CHAIN_FILE, Chain, node_count

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 import xxhash
 
-from data_sharding.errors import DataError
+from data_sharding.errors import DataError, UserError
 from data_sharding.storage.atomic_write import atomic_write
 from data_sharding.storage.byte_ranges import read_range
 from data_sharding.storage.file_digest import file_digest
@@ -53,7 +53,9 @@ def read_column(url: str, name: str, file: dict[str, int | str], totals: dict[st
         column = _open(where, file, cache_dir)
     except FileNotFoundError as error:
         raise DataError(f"{where} is missing: {_REMEDY}") from error
-    except (ValueError, EOFError) as error:
+    except (OSError, UserError):
+        raise
+    except Exception as error:  # numpy parses a header as Python, and passes on whatever that raises
         raise DataError(f"{where} is not a complete .npy file: {_REMEDY}") from error
     dtype, rows, row_shape = COLUMNS[name]
     shape = ({"F": totals["frames"], "F+1": totals["frames"] + 1, "N": totals["samples"]}[rows], *row_shape)
@@ -71,7 +73,8 @@ def blocks(column: np.ndarray) -> Iterator[np.ndarray]:
     row = column.itemsize * int(np.prod(column.shape[1:]))
     with open(column.filename, "rb") as file:
         file.seek(column.offset)
-        while block := file.read(row * _ROWS):
+        for at in range(0, len(column), _ROWS):
+            block = file.read(row * min(_ROWS, len(column) - at))
             yield np.frombuffer(block, column.dtype).reshape(-1, *column.shape[1:])
 
 

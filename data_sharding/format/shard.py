@@ -290,9 +290,11 @@ def _array(name: str, data: memoryview) -> tuple[_Shape, memoryview]:
 @lru_cache(maxsize=4096)  # one entry for each shape of a view
 def _npy_header(header: bytes) -> tuple[tuple[int, ...], np.dtype]:
     file = io.BytesIO(header)
-    if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError("an array is not of .npy version 1.0")
-    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-    if fortran_order or dtype.hasobject:
-        raise ValueError("an array is in Fortran order or holds objects")
+    try:
+        version, read = np.lib.format.read_magic(file), np.lib.format.read_array_header_1_0(file)
+    except Exception as error:  # numpy parses it as Python, and passes on what that raises
+        raise ValueError(f"an array has no .npy header of version 1.0 ({error})") from error
+    shape, fortran_order, dtype = read
+    if version != (1, 0) or fortran_order or dtype.hasobject:
+        raise ValueError("an array is not of .npy version 1.0, is in Fortran order, or holds objects")
     return shape, dtype

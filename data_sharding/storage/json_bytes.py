@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from data_sharding.errors import DataError
+from data_sharding.storage.records import Shape
 
 
 def to_json(value: Any, indent: int | None = None) -> bytes:
@@ -11,9 +12,11 @@ def to_json(value: Any, indent: int | None = None) -> bytes:
     return json.dumps(value, indent=indent).encode()
 
 
-def from_json(data: bytes, where: str) -> Any:
-    """The value in ``data``, read from the path or URL ``where``. Raises DataError if it is not JSON."""
+def from_json(data: bytes, where: str, shape: type[Shape] | None = None) -> Any:
+    """The value in ``data``, read from the path or URL ``where``. Raises DataError if it is not JSON, or not an object
+    of ``shape``."""
     try:
-        return json.loads(data)
-    except ValueError as error:
+        value = json.loads(data)
+        return shape.check(value) if shape else value
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is damaged ({error}); restore it from a backup.") from error

@@ -112,7 +112,7 @@ class NumberedLog(Generic[Entry]):
             if not isinstance(record := json.loads(data), dict):
                 raise ValueError("no JSON object")
             return self._parse(number, dict(record)), record.get("nonce")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(
                 f"{self._store.path(self._path(number))} is not a {self._noun} ({error}): {self._remedy}"
             ) from error

@@ -13,6 +13,7 @@ from pathlib import PurePosixPath
 from typing import Any, Protocol, TypeVar
 
 from data_sharding.storage.json_bytes import from_json, to_json
+from data_sharding.storage.records import Shape
 
 Result = TypeVar("Result")
 Bytes = bytes | memoryview
@@ -83,10 +84,11 @@ class Store(ABC):
     def put(self, path: str, data: bytes) -> None:
         """Writes the object, replacing an older one atomically."""
 
-    def read_json(self, path: str) -> Any:
-        """The JSON value at ``path``, None if there is no such object. Raises DataError if it is damaged."""
+    def read_json(self, path: str, shape: type[Shape] | None = None) -> Any:
+        """The JSON value at ``path``, None if there is no such object. Raises DataError if it is damaged, or not an
+        object of ``shape``."""
         try:
-            return from_json(self.read(path), self.path(path))
+            return from_json(self.read(path), self.path(path), shape)
         except (FileNotFoundError, NotADirectoryError):
             return None
 

@@ -6,7 +6,6 @@ a COMMIT entry in the run's log names that folder and the sha256 of the manifest
 """
 
 import hashlib
-import json
 from itertools import groupby
 from pathlib import PurePosixPath
 from typing import Any
@@ -14,10 +13,12 @@ from typing import Any
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from data_sharding.errors import UserError
+from data_sharding.errors import DataError, UserError
+from data_sharding.storage.json_bytes import from_json
 from fitv2_scale.checkpoint.checksums import CHUNK, ChunkReader, Damaged
 from fitv2_scale.checkpoint.dcp_storage import FORMAT, MANIFEST, CommitReader, CommitWriter
 from fitv2_scale.checkpoint.dcp_tensor import DcpTensor
+from fitv2_scale.checkpoint.manifest_shape import manifest_of
 from fitv2_scale.parallel.boxes import LogicalTensor
 from fitv2_scale.parallel.world import World
 from fitv2_scale.run.log import LogEntry
@@ -81,10 +82,13 @@ def read_manifest(run: Run, entry: LogEntry) -> dict:
         raise Damaged(f"{path} is missing") from None
     if hashlib.sha256(text).hexdigest() != entry.fields["manifest"]:
         raise Damaged(f"{path} does not match its digest in the log")
-    manifest = json.loads(text)
-    if manifest["format"] != FORMAT:
-        raise UserError(f"{path} is of format {manifest['format']}, this program reads format {FORMAT}")
-    return manifest
+    try:
+        written = from_json(text, path)
+        if isinstance(written, dict) and written.get("format", FORMAT) != FORMAT:
+            raise UserError(f"{path} is of format {written['format']}, this program reads format {FORMAT}")
+        return manifest_of(written)
+    except (ValueError, DataError) as error:
+        raise Damaged(f"{path} is no manifest of a commit: {error}") from error
 
 
 def verify_commit(run: Run, entry: LogEntry, reader: int = 0, readers: int = 1) -> list[str]:

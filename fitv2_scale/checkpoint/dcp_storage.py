@@ -159,6 +159,8 @@ class CommitReader(StorageReader):
 
     def read_tensor(self, name: str) -> Tensor:
         """One logical tensor, whole."""
+        for file in {box["file"] for box in self._tensors[name]["boxes"]}:
+            self._chunks.check_size(file)  # before memory is taken for what may not be there
         full, parts = torch.empty(self._tensors[name]["shape"]), []
         for box in self._tensors[name]["boxes"]:
             target = full

@@ -10,8 +10,8 @@ from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
 from fitv2_scale.parallel.agreement import Facts
 from fitv2_scale.parallel.world import World
+from fitv2_scale.run.differences import flatten
 from fitv2_scale.run.provenance import code_digest, installed
-from fitv2_scale.run.run import flatten
 
 # All keys of the config must be the same on all ranks, except these.
 PER_NODE = {

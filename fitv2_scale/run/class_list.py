@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from data_sharding.errors import UserError
 from data_sharding.storage.store import Store
 from fitv2_scale.run.log import RunLog
+from fitv2_scale.run.shapes import Classes, Start
 
 _FILE = "classes.json"
 
@@ -31,7 +32,7 @@ class DataIdentity:
 
 def adopted(store: Store) -> str | None:
     """What the run in ``store`` has adopted; None if nothing."""
-    return (store.read_json(_FILE) or {}).get("classes")
+    return (store.read_json(_FILE, Classes) or {}).get("classes")
 
 
 def agreed(store: Store, classes: str | None, wanted: str) -> str:
@@ -54,5 +55,5 @@ def were_trained_on(store: Store, log: RunLog, data: DataIdentity) -> bool:
     trained = [entry for entry in log.commits() if entry.fields["step"] > 0]  # step 0 is imported weights
     if not trained:
         return True
-    start = store.read_json(f"attempts/{trained[-1].attempt}/start.json") or {}
+    start = store.read_json(f"attempts/{trained[-1].attempt}/start.json", Start) or {}
     return tuple(start.get("datasets", ())) == data.datasets

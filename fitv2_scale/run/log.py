@@ -24,9 +24,29 @@ from datetime import UTC, datetime
 from typing import Any
 
 from data_sharding.storage.numbered_log import NumberedLog
+from data_sharding.storage.records import Count, Shape, Time
 from data_sharding.storage.store import Store
 
-_REQUIRED = {"CLAIM": (), "COMMIT": ("step", "path", "manifest"), "RETIRE": ("entry",), "STOP": ()}
+
+class _Entry(Shape):
+    n: Count
+    kind: str
+    attempt: Count
+    nonce: str
+    time: Time
+
+
+class _Commit(_Entry):
+    step: Count
+    path: str
+    manifest: str
+
+
+class _Retire(_Entry):
+    entry: Count
+
+
+_SHAPES: dict[str, type[_Entry]] = {"CLAIM": _Entry, "COMMIT": _Commit, "RETIRE": _Retire, "STOP": _Entry}
 
 
 class StaleAttempt(Exception):
@@ -124,9 +144,7 @@ def require_newest(attempt: int, entries: Sequence[LogEntry]) -> int:
 
 
 def _parse(n: int, record: dict[str, Any]) -> LogEntry:
-    entry = LogEntry(*(record.pop(key) for key in ("n", "kind", "attempt", "nonce", "time")), fields=record)
-    if entry.n != n or entry.kind not in _REQUIRED or not isinstance(entry.attempt, int):
-        raise ValueError(f"it says n={entry.n!r} kind={entry.kind!r} attempt={entry.attempt!r}")
-    if missing := [key for key in _REQUIRED[entry.kind] if key not in record]:
-        raise ValueError(f"this {entry.kind} has no {missing[0]}")
-    return entry
+    _SHAPES[record["kind"]].check(record)
+    if record["n"] != n:
+        raise ValueError(f"it says n={record['n']}")
+    return LogEntry(*(record.pop(key) for key in ("n", "kind", "attempt", "nonce", "time")), fields=record)

@@ -12,7 +12,6 @@ The config has two halves. The *recipe* decides what is learned; it is hashed, a
 *runtime* half (layout, logging, storage) may differ from attempt to attempt.
 """
 
-import hashlib
 import json
 import logging
 import re
@@ -29,8 +28,10 @@ from data_sharding.storage.store import Store
 from fitv2_scale.run import class_list, local_files
 from fitv2_scale.run.class_list import DataIdentity
 from fitv2_scale.run.create import IDENTITY, create_identity, refuse_foreign_folder
+from fitv2_scale.run.differences import differences, recipe_hash
 from fitv2_scale.run.log import LogEntry, RunLog, newest_attempt, now
 from fitv2_scale.run.redact import redact
+from fitv2_scale.run.shapes import End, Identity, Pace, Start
 
 # How an attempt ends: exit codes of `fitv2 train`, and codes in end.json. README.md says how launchers react to each.
 DONE, RETRY, GIVE_UP, BAD_INPUT, BUG = 0, 75, 93, 2, 1
@@ -141,8 +142,8 @@ class Run:
             raise UserError(f"{store.url} is not a run (it has no {IDENTITY}); check the path.")
         try:
             identity = {_FORMER_KEYS.get(key, key): value for key, value in record.items()}
-            run = Run(**identity, store=store, log=RunLog(store))
-        except (TypeError, AttributeError) as error:
+            run = Run(**Identity.check(identity), store=store, log=RunLog(store))
+        except (ValueError, TypeError, AttributeError) as error:
             raise DataError(f"{store.path(IDENTITY)} is not what this version writes ({error}).") from error
         return run if run.classes else replace(run, classes=class_list.adopted(store))
 
@@ -165,7 +166,7 @@ class Run:
     def recorded(self, fact: str) -> Any:
         """What the newest attempt that recorded ``fact`` in its start.json has there; None if none did."""
         for number in range(newest_attempt(self.log.entries()), 0, -1):
-            start = self.store.read_json(f"attempts/{number}/start.json") or {}
+            start = Attempt(number, self).read_start()
             if fact in start:
                 return start[fact]
         return None
@@ -176,7 +177,7 @@ class Run:
         self._require_whole_log()
         entry = self.log.claim()
         attempt = Attempt(entry.attempt, self)
-        before = self.store.read_json(f"attempts/{entry.attempt - 1}/start.json") or {}
+        before = Attempt(entry.attempt - 1, self).read_start()
         start: dict[str, Any] = {"attempt": entry.attempt, "time": entry.time, **redact(provenance)}
         start["changed"] = _changes(before, start)
         if diff := start.pop("diff", None):
@@ -208,12 +209,16 @@ class Attempt:
     @property
     def changed(self) -> list[str]:
         """Differences of packages, code and machine to the previous attempt: ["packages.torch: 2.12.0 -> 2.13.0"]."""
-        return (self.run.store.read_json(f"{self.path}/start.json") or {}).get("changed", [])
+        return self.read_start().get("changed", [])
+
+    def read_start(self) -> dict[str, Any]:
+        """start.json; empty if there is none."""
+        return self.run.store.read_json(f"{self.path}/start.json", Start) or {}
 
     @property
     def claimed_by(self) -> tuple[str, int]:
         """Host name and process id of its rank 0."""
-        start = self.run.store.read_json(f"{self.path}/start.json") or {}
+        start = self.read_start()
         return start.get("hostname", ""), start.get("pid", 0)
 
     @property
@@ -251,7 +256,7 @@ class Attempt:
 
     def read_pace(self) -> dict[str, float] | None:
         """{"step_seconds": 1.5, "save_seconds": 40.0}, or None if it has not saved yet."""
-        return self.run.store.read_json(f"{self.path}/pace.json")
+        return self.run.store.read_json(f"{self.path}/pace.json", Pace)
 
     def end(self, code: int, reason: str) -> None:
         """Records why the attempt ended. ``code`` is the exit code of `train`: 0, 2, 75, 93, or another for a bug.
@@ -268,27 +273,7 @@ class Attempt:
 
     def read_end(self) -> dict[str, Any] | None:
         """end.json, or None if the attempt was killed or still runs."""
-        return self.run.store.read_json(f"{self.path}/end.json")
-
-
-def recipe_hash(recipe: dict[str, Any]) -> str:
-    """sha256, in hex, of ``recipe`` as canonical JSON: sorted keys, no spaces, no NaN."""
-    text = json.dumps(recipe, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one with dotted keys; lists and empty dicts are leaves. {"a": {"b": 1}} -> {"a.b": 1}"""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return flat
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Each dotted key at which two configs differ, as "key: old -> new", sorted."""
-    a, b = ({k: json.dumps(v, sort_keys=True) for k, v in flatten(tree).items()} for tree in (old, new))
-    return [f"{k}: {a.get(k, '(absent)')} -> {b.get(k, '(absent)')}" for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
+        return self.run.store.read_json(f"{self.path}/end.json", End)
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

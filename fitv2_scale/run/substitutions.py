@@ -11,6 +11,7 @@ from typing import Any
 
 from data_sharding.errors import DataError
 from data_sharding.storage.numbered_log import NumberedLog
+from data_sharding.storage.records import Count, Shape
 from data_sharding.storage.store import Store
 from data_sharding.stream.substitutes import LostFrame, Substitutes
 from fitv2_scale.run.log import RunLog, now, require_newest
@@ -18,6 +19,19 @@ from fitv2_scale.run.log import RunLog, now, require_newest
 log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
+
+
+class _Frame(Shape):
+    dataset: str
+    frame: Count
+    cause: str
+    images: list[list[Count | None]]  # the planned id, then the row to read instead for each view
+
+
+class _Record(Shape):
+    version: Count
+    frames: list[_Frame]
+    nonce: str
 
 
 @dataclass
@@ -95,6 +109,6 @@ def summary(store: Store) -> dict[str, Any]:
 
 
 def _parse(version: int, record: Record) -> Record:
-    if record["version"] != version or not isinstance(record["frames"], list) or not isinstance(record["nonce"], str):
-        raise ValueError("it is another record")
+    if _Record.check(record)["version"] != version:
+        raise ValueError(f"it says version={record['version']}")
     return record

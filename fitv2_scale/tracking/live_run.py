@@ -79,7 +79,7 @@ class LiveRuns:
                 f"Live measurements of attempt {number} of {self._name}: every tenth point, including steps that are "
                 "not committed yet. The parent run has the complete curve up to the last commit."
             )
-            start = self._run.store.read_json(f"{Attempt(number, self._run).path}/start.json") or {}
+            start = Attempt(number, self._run).read_start()
             self._child = self._server.open_run(
                 tags.LIVE_ID,
                 f"{self._name}/{number}",

@@ -12,9 +12,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
+from fitv2_scale.run.differences import flatten
 from fitv2_scale.run.log import LogEntry, newest_attempt
 from fitv2_scale.run.redact import redact
-from fitv2_scale.run.run import Attempt, Run, flatten
+from fitv2_scale.run.run import Attempt, Run
 from fitv2_scale.tracking import identity, journal, tags
 from fitv2_scale.tracking.destination import artifact_root
 from fitv2_scale.tracking.live_run import LiveRuns, final_status, ms
@@ -137,7 +138,7 @@ class Publisher:
 
     def _tag_attempt(self, connection: _Connection, newest: int) -> None:
         if newest != connection.tagged_attempt:
-            start = self._run.store.read_json(f"{Attempt(newest, self._run).path}/start.json") or {}
+            start = Attempt(newest, self._run).read_start()
             connection.canonical.set_tags(tags.attempt_tags(newest, start))
             connection.tagged_attempt = newest
 

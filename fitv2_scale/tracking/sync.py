@@ -60,7 +60,7 @@ def _is_training(run: Run) -> bool:
     if not isinstance(run.store, LocalStore):
         return True  # there is no way to tell from here
     attempt = Attempt(newest_attempt(run.log.entries()), run)
-    start = run.store.read_json(f"{attempt.path}/start.json") or {}
+    start = attempt.read_start()
     if start.get("hostname") == os.uname().nodename and "pid" in start:
         return Process(start["pid"]).alive()
     configured = run.config.get("tracking", {}).get("uri", "auto")

@@ -23,7 +23,7 @@ from fitv2_scale.evaluate.sampling.image_grid import decode
 from fitv2_scale.evaluate.sampling.load_weights import Weights
 from fitv2_scale.evaluate.sampling.sampler import ImageRequest, sample
 from fitv2_scale.parallel.agreement import agree, read_alike
-from fitv2_scale.run.run import differences
+from fitv2_scale.run.differences import differences
 
 _RECORD = "request.json"
 # Settings that decide no image; the codec's digest stands for the VAE.

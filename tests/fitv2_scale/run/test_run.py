@@ -8,10 +8,11 @@ import threading
 import pytest
 
 from data_sharding.errors import DataError, UserError
+from fitv2_scale.run.differences import differences, flatten, recipe_hash
 from fitv2_scale.run.log import StaleAttempt
 from fitv2_scale.run.paths import absolute_paths
 from fitv2_scale.run.redact import redact
-from fitv2_scale.run.run import Run, differences, flatten, recipe_hash
+from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
 
 RECIPE = {"model": {"depth": 4, "dim": 64}, "optim": {"lr": 1e-4}, "data": {"urls": ["a", "b"]}}

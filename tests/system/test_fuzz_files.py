@@ -1,0 +1,86 @@
+"""Configs and weights files survive what a stranger could have written."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from safetensors.torch import save
+
+from data_sharding.errors import UserError
+from fitv2_scale.checkpoint.weights import open_weights
+from fitv2_scale.config.load import explain, load_config
+from tests.support.fuzzing import COUNTS, edited_bytes, fuzz
+from tests.support.repository import ROOT
+from tests.support.tiny_networks import TINY, build
+
+
+@COUNTS
+def test_configs(count, tmp_path):
+    good = [file.read_bytes() for file in sorted((ROOT / "configs").glob("*.yaml"))[:4]]
+    file = tmp_path / "config.yaml"
+
+    def read(data: bytes) -> None:
+        file.write_bytes(data)
+        list(explain(load_config(str(file), ["run=x"])))
+
+    fuzz(edited_bytes([*good, b"a: &a [1]\nb: [*a, *a]\n", b"model: {depth: 1}\nrun: 2024-01-01\n"]), read, count)
+
+
+@COUNTS
+def test_overrides(count):
+    keys = st.sampled_from(
+        ["run", "seed", "model.depth", "data.url", "slurm.extra", "optimizer", "data.weights", "x", ""]
+    )
+    words = st.tuples(keys, st.sampled_from(["=", "", "=="]), st.text(max_size=12)).map("".join)
+    config = str(ROOT / "configs/demo.yaml")
+    fuzz(st.lists(words, min_size=1, max_size=2), lambda overrides: load_config(config, overrides), min(count, 20_000))
+
+
+def weights() -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in build(TINY).state_dict().items()}
+
+
+def read_all(file: str) -> None:
+    for stored in open_weights(file, TINY).values():
+        stored.read()
+
+
+@COUNTS
+def test_safetensors(count, tmp_path):
+    good, file = save(weights()), tmp_path / "w.safetensors"
+    length = int.from_bytes(good[:8], "little")
+    header, body = good[8 : 8 + length], good[8 + length :]
+
+    def read(data: bytes) -> None:
+        file.write_bytes(data)
+        read_all(str(file))
+
+    with_header = edited_bytes([header]).map(lambda text: len(text).to_bytes(8, "little") + text + body)
+    fuzz(st.one_of(with_header, edited_bytes([good])), read, count)
+
+
+@COUNTS
+def test_pickled_weights(count, tmp_path):
+    file = tmp_path / "w.bin"
+    torch.save(weights(), file)
+    good = file.read_bytes()
+    pickled = good.index(b"\x80\x02")
+    head = good[pickled : pickled + 4000]
+
+    def read(data: bytes) -> None:
+        file.write_bytes(data)
+        read_all(str(file))
+
+    # Most edits of the whole file hit the values, so half of them are of the pickle.
+    fuzz(st.one_of(edited_bytes([good]), edited_bytes([head]).map(lambda text: good.replace(head, text))), read, count)
+
+
+def test_the_seeds_are_valid(tmp_path):
+    (tmp_path / "w.safetensors").write_bytes(save(weights()))
+    read_all(str(tmp_path / "w.safetensors"))
+    torch.save(weights(), tmp_path / "w.bin")
+    read_all(str(tmp_path / "w.bin"))
+    with pytest.raises(UserError):
+        load_config(str(tmp_path / "none.yaml"), [])
+    assert json.loads("{}") == {}
