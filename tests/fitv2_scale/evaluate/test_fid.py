@@ -110,6 +110,12 @@ REFERENCE = Gaussian.of(GOOD)
         (lambda: Gaussian(GOOD[0], GOOD[:6]).check("f.npz"), "f.npz: its covariance is not symmetric"),
         (lambda: Gaussian(GOOD[0], GOOD[:5]).check("f.npz"), "no covariance of"),
         (lambda: Gaussian(GOOD[0] * np.nan, np.eye(6)).check("f.npz"), "f.npz: its statistics hold NaN or infinity"),
+        (lambda: Gaussian(GOOD[0], np.diag([1.0, 1, 1, 1, 1, -0.5])).check("f.npz"), "the variance is -0.5, but none"),
+        (
+            lambda: Gaussian(np.zeros(2), np.array([[1.0, 2], [2, 1]])).check("f.npz"),
+            "the variance is -1, but none",
+        ),
+        (lambda: Gaussian(np.float64(0), np.eye(1)).check("f.npz"), "a mean of shape .. has no covariance"),
         (lambda: features_file(pool=GOOD, spatial=GOOD[:5]), "spatial has 5 rows, but pool has 40"),
         (lambda: features_file(pool=GOOD.astype(int)), "file.npz: pool is int64"),
         (lambda: read_npz(b"PK\x03\x04 nothing"), "not an intact .npz of plain arrays"),
@@ -128,3 +134,12 @@ def test_metrics_without_their_inputs_are_none(tmp_path):
     without = measure(Features(GOOD + 1), Reference("r", REFERENCE, Gaussian.of(real.spatial), None, None))
     assert without["fid"] == pytest.approx(6, rel=1e-6)  # a shift by 1 in 6 features
     assert [without[name] for name in ("sfid", "is", "precision", "recall")] == [None] * 4
+
+
+@pytest.mark.parametrize("size", [6, 300])
+def test_rounding_makes_no_negative_variance(size):
+    """A covariance of low rank, rounded to float32 as some published files are, has eigenvalues below zero."""
+    factor = rng(0).normal(size=(size, 2))
+    covariance = (factor @ factor.T).astype(np.float32).astype(np.float64)
+    assert np.linalg.eigvalsh(covariance)[0] < 0
+    Gaussian(np.zeros(size), covariance).check("f.npz")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy.linalg import sqrtm
 
+from data_sharding.errors import UserError
 from fitv2_scale.evaluate.evaluate import EvaluationOptions, evaluate_images
 from fitv2_scale.evaluate.features import read_npz
 from fitv2_scale.evaluate.image_sets import open_image_set
@@ -57,3 +58,26 @@ def test_a_dataset_is_measured_as_decoded(dataset, photographs, feature_network)
     pictures = open_image_set(dataset, (48, 32), 100)
     assert pictures.count == 100 and {p.shape for p in pictures.read()} == {(48, 32, 3)}
     assert evaluate_images(photographs, "32x48", means, None)["fid"] > 1e-2  # others
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (
+            lambda a: {"sigma": a["sigma"] - 2 * np.diag(np.diag(a["sigma"]))},
+            "its covariance is none: along",
+        ),
+        (lambda a: {"sigma_s": -a["sigma_s"]}, "its covariance is none"),
+        (lambda a: {"sigma": a["sigma"] * np.inf}, "its statistics hold NaN or infinity"),
+        (lambda a: {"mu": a["mu"][None]}, "a mean of shape .* has no covariance"),
+        (lambda a: {"mu": a["mu"].astype(str)}, "mu is <U.*, not real numbers"),
+        (lambda a: {"sigma": a["sigma"] + 1j}, "sigma is complex128, not real numbers"),
+        (lambda a: {"sigma_s": None}, "lacks sigma_s: it is not a reference"),
+        (lambda a: {"pool": a["pool"][0]}, "pool is float32.*, not floats"),
+    ],
+)
+def test_statistics_of_no_images_are_refused(reference, photographs, feature_network, tmp_path, change, sentence):
+    arrays, bad = read_npz(reference), str(tmp_path / "bad.npz")
+    np.savez(bad, **{name: array for name, array in {**arrays, **change(arrays)}.items() if array is not None})
+    with pytest.raises(UserError, match=sentence):
+        evaluate_images(photographs, "32x48", EvaluationOptions(**feature_network, reference=bad), None)
