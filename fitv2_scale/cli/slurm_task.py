@@ -10,8 +10,12 @@ imported is delivered when the trainer can note it, not lost and not fatal.
 import os
 import signal
 import sys
+from typing import Any
 
+from data_sharding.errors import UserError
 from data_sharding.standard_streams import dropping
+from fitv2_scale.run.differences import flatten
+from fitv2_scale.run.redact import HIDDEN
 from fitv2_scale.run.stop_signals import STOP_SIGNALS
 from launchers.rank import cache_environment, check_node, rank_environment
 from launchers.secret_overrides import of_environment
@@ -36,6 +40,7 @@ def main() -> int:
         if training:
             # A rank that cannot read it exits; srun then ends the others, which may be joining another rank's check.
             config = load_config(arguments[1], secret)
+            _refuse_hidden(config.model_dump(mode="json"))
             if config.slurm.doctor and (code := check_node(config, node)) is not None:
                 return code
         return run_command(arguments)
@@ -44,6 +49,15 @@ def main() -> int:
     # That an attempt wants another one, or none, is in its end.json. To srun it would be a failure: it would end the
     # other ranks, who may be writing their last lines.
     return 0 if code in (RETRY, GIVE_UP) else code
+
+
+def _refuse_hidden(config: dict[str, Any]) -> None:
+    """Raises UserError if the job did not get a secret that its config file leaves out."""
+    if hidden := [key for key, value in flatten(config).items() if HIDDEN in str(value)]:
+        raise UserError(
+            f"{hidden[0]} is {HIDDEN} in this job: its secret travels in the environment, which the job did not get; "
+            "submit without --export in slurm.extra"
+        )
 
 
 if __name__ == "__main__":

@@ -283,3 +283,14 @@ def test_every_key_of_the_section_is_explained(config_file, capsys):
     shown = json.loads(capsys.readouterr().out)
     for key in SlurmConfig.model_fields:
         assert shown[f"slurm.{key}"]["meaning"]
+
+
+def test_a_job_without_its_secret_trains_nothing(tiny, tmp_path):
+    config = tiny(tracking__uri="https://me:hunter2@mlflow.example/x")
+    write_home(tmp_path / "home", config, config.run)
+    task = [sys.executable, "-m", "fitv2_scale.cli.slurm_task", "train", str(tmp_path / "home/config.yaml")]
+    done = subprocess.run(
+        task, cwd=ROOT, env=os.environ | TASK | {"TMPDIR": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "tracking.uri is [redacted] in this job" in done.stderr, done.stderr
+    assert not Path(config.run).exists()
