@@ -44,7 +44,7 @@ def before_joining() -> Generator[None]:
 def tell_ranks(error: Exception) -> None:
     """Joins the other ranks that a launcher has started, if there are any, to end all of them with ``error``. Raises
     it, as ``World.raise_shared`` does."""
-    if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if {"RANK", "MASTER_ADDR"} <= os.environ.keys() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         from fitv2_scale.parallel.world import join
 
         with join(error):

@@ -78,7 +78,7 @@ def with_changes(section: S, changes: dict[str, Any]) -> S:
     try:
         return section.model_validate(section.model_dump() | changes)
     except ValidationError as error:
-        raise UserError(_sentence(error.errors()[0])) from None
+        raise UserError(_sentence(error.errors()[0], type(section))) from None
 
 
 def explain(config: Config) -> Iterator[tuple[str, Any, str]]:
@@ -119,13 +119,13 @@ def _was_overridden(path: Sequence[str | int], overrides: list[str]) -> bool:
     return any(all(a == b for a, b in zip(key, path, strict=False)) for key in given)
 
 
-def _sentence(error: ErrorDetails) -> str:
+def _sentence(error: ErrorDetails, section: type[BaseModel] = Config) -> str:
     path = [str(part) for part in error["loc"]]
     key = ".".join(path)
     if error["type"] == "extra_forbidden":
         nearest = _nearest(path)
         return f"unknown key {key}" + (f", did you mean {nearest}?" if nearest else "")
-    while path and key_type(Config, path) is Any and not path[-1].isdecimal():
+    while path and key_type(section, path) is Any and not path[-1].isdecimal():
         path.pop()  # the kind of a union that was tried
     key = ".".join(path)
     if error["type"] == "missing":
