@@ -130,7 +130,7 @@ def test_save_stop_and_stop_now(slurm, fitv2, job_config, tiny):
 @pytest.mark.parametrize(
     "words,said",
     [
-        (["slurm.partition=gpu"], "slurm.partition=gpu: this cluster has test."),
+        (["slurm.partition=gpu"], "invalid partition specified: gpu .*this cluster has .*test"),
         (["--nodes", "9"], "sbatch fails: .*(node|Node)"),
         (["slurm.extra=[--no-such-option]"], "sbatch fails: .*no-such-option"),
         (["data.url=/no/such/set"], "there is no dataset at /no/such/set"),

@@ -6,6 +6,7 @@ What ends it is sent to the process that the user has started.
 import fcntl
 import os
 import pty
+import signal
 import subprocess
 import sys
 import termios
@@ -42,7 +43,10 @@ def training(launcher: str, config: Config, **streams) -> Generator[subprocess.P
     """Starts it, in a session of its own; kills at the end what is left of it."""
     file = Path(config.run + ".yaml")
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    # As a shell starts it: a suite that runs under nohup would pass on that SIGHUP is ignored.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     process = subprocess.Popen(command_of(launcher, file), start_new_session=True, **streams)
+    signal.signal(signal.SIGHUP, before)
     try:
         yield process
     finally:

@@ -90,5 +90,5 @@ def test_the_first_names_are_read_without_the_rest(tmp_path):
     assert first_names(str(cut), 2) == ["a", "b"]
     with pytest.raises(UserError, match="is truncated"):
         check_tar(str(cut))
-    with pytest.raises(UserError, match="the tar .*gone.tar cannot be opened: No such file or directory"):
+    with pytest.raises(UserError, match="the tar .*gone.tar cannot be used: No such file or directory"):
         check_tar(str(tmp_path / "gone.tar"))

@@ -187,7 +187,7 @@ def test_bad_tars_are_one_sentence_each(folder, tmp_path):
             tar.addfile(info, io.BytesIO(content))
     refused(tmp_path / "twice.tar", "the sample twice/a.jpg occurs twice")
     refused(tmp_path / "missing.tar", "there is nothing at .*missing.tar: check the path")
-    refused(tmp_path / "missing-{0..1}.tar", "the tar .*missing-0.tar cannot be opened: No such file")
+    refused(tmp_path / "missing-{0..1}.tar", "the tar .*missing-0.tar cannot be used: No such file")
 
 
 def test_a_missing_library_is_one_sentence(folder, tmp_path, monkeypatch):

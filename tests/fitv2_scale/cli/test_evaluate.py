@@ -97,7 +97,7 @@ def test_the_command_with_a_suite_and_with_few_steps(two_step_run, feature_netwo
          "has the sha256 .* not ab"),
         (["NAN", "REFERENCE"], "pool features: row 3 holds NaN or infinity"),
         (["FEW", "REFERENCE"], "9 images are too few for a covariance of 12 pool features: give at least 13"),
-        (["/no/such/pictures", "NETWORK", "REFERENCE", "--size", "32x48"], "/no/such/pictures is not a folder"),
+        (["/no/such/pictures", "NETWORK", "REFERENCE", "--size", "32x48"], "there is nothing at /no/such/pictures"),
         (["SMALL", "NETWORK", "REFERENCE"], "arr_0 is missing, not uint8"),
     ],
 )  # fmt: skip
