@@ -27,7 +27,7 @@ class Findings:
 
     def __init__(self) -> None:
         self.seen: Counter[str] = Counter()  # files by suffix
-        self.left_aside: Counter[str] = Counter()  # of these, what is not written: no images by their name; and folders
+        self.left_aside: Counter[str] = Counter()  # of these, files that are no images by their name; and folders
         self.left_out: list[Skipped] = []  # images by their name that cannot be read, and folders
 
     def file(self, name: str) -> None:

@@ -56,7 +56,11 @@ def read_npz(data: bytes | str, names: Sequence[str] | None = None) -> dict[str,
     where = data if isinstance(data, str) else "an .npz of this run"
     try:
         with np.load(data if isinstance(data, str) else io.BytesIO(data), allow_pickle=False) as opened:
-            return {name: opened[name] for name in opened.files if names is None or name in names}
+            arrays = {name: opened[name] for name in opened.files if names is None or name in names}
+            # A member that is no .npy file comes as its bytes.
+            if wrong := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+                raise ValueError(f"{wrong[0]} is no array")
+            return arrays
     except FileNotFoundError:
         raise UserError(f"there is no file {where}") from None
     except Exception as error:  # zipfile and numpy pass on whatever a damaged file makes them raise

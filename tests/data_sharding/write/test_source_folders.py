@@ -1,5 +1,5 @@
 """Class folders with what people and systems put in them: links, pipes, system folders, odd names, wrong levels. What
-is written has the right label, and what is not is counted, named or refused."""
+is written has the right label; everything else is counted, named or refused."""
 
 import json
 import os
