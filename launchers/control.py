@@ -37,7 +37,8 @@ def stop(url: str, at_once: bool) -> list[str]:
         done += [f"job {job} was pending and is cancelled" for job in pending]
         if at_once:  # the attempt sees the STOP by itself, but not if it hangs
             running = [job.id for job in jobs if job.state == "RUNNING"]
-            slurm.cancel(running, signal="USR2")  # kills at once; before a KILL, Slurm sends TERM, on which ranks save
+            # Ranks do not note it, and it ends them. Before a KILL, Slurm sends TERM, on which they save.
+            slurm.cancel(running, signal="ALRM")
             done += [f"the processes of job {job} are killed" for job in running]
     except slurm.SlurmError as error:
         done.append(f"jobs could not be cancelled: {error}")

@@ -72,6 +72,7 @@ class NumberedLog(Generic[Entry]):
         passed on, with nothing written.
 
         Returns all entries up to the new one, or those before it if there is none. Raises DataError as ``entries``;
+        ValueError or KeyError if ``build`` returned what could not be read again, which is then not written;
         OSError and UserError (StorageDown among them) if the entry was not written.
         """
         nonce = secrets.token_hex(8)
@@ -82,6 +83,7 @@ class NumberedLog(Generic[Entry]):
                 return before
             assert record["nonce"] == nonce, "an entry must carry its nonce"
             number, data = len(before) + 1, to_json(record)
+            entry = self._parse(number, json.loads(data))  # first: what nobody can read would stay there for ever
             try:
                 self._store.create(self._path(number), data)
             except (OSError, UserError) as error:
@@ -93,10 +95,9 @@ class NumberedLog(Generic[Entry]):
                     raise
                 if found[1] != nonce:
                     continue
-            return [*before, self._keep(number, data)]
+            return [*before, self._keep(number, entry)]
 
-    def _keep(self, number: int, data: bytes) -> Entry:
-        entry = self._parse(number, json.loads(data))
+    def _keep(self, number: int, entry: Entry) -> Entry:
         with self._lock:
             if len(self._seen) == number - 1:  # else another thread has read it already
                 self._seen.append(entry)

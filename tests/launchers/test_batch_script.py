@@ -70,7 +70,7 @@ HEARD = """
 import json, signal, sys
 import fitv2_scale.cli.__main__ as cli
 from fitv2_scale.cli.slurm_task import main
-cli.main = lambda words: print(json.dumps([words, sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ()))])) or 0
+cli.run_command = lambda words: print(json.dumps([words, sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ()))])) or 0
 sys.exit(main())
 """
 

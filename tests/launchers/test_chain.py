@@ -34,11 +34,11 @@ def test_counts_of_tasks():
     assert counts("8(x3),4") == [8, 8, 8, 4] and counts("1") == [1]
 
 
-SUBMIT = {"kind": "SUBMIT", "log": 2}
+SUBMIT = {"kind": "SUBMIT", "home": "/runs/x/jobs/1a2b3c4d", "log": 2}
 
 
 def start(commits: int, job: str = "1") -> dict:
-    return {"kind": "START", "job": job, "restart": 0, "commits": commits}
+    return {"kind": "START", "job": job, "restart": 0, "nodes": ["n1"], "commits": commits, "attempt": 1}
 
 
 def end(code: int, blamed=(), time: str = "2025-06-01T12:00:00.000000+00:00", job: str = "1") -> dict:
@@ -88,7 +88,7 @@ def log(*kinds: str) -> list[LogEntry]:
 def test_what_becomes_of_a_chain(records, entries, event, tmp_path):
     history = ChainLog(LocalStore(str(tmp_path)))
     for record in records:
-        history.add(**record | {"kind": record["kind"]})
+        history.add(**record)
     assert verdict(history.since_submit, log(*entries), steps=100, fruitless=3).event == event
     assert ChainLog(LocalStore(str(tmp_path))).records == history.records  # as the next job reads it
 
@@ -102,8 +102,8 @@ def test_the_end_of_an_older_job_is_not_the_new_chains(tmp_path):
 
 def test_two_writers_of_the_history_lose_nothing(tmp_path):
     first, second = ChainLog(LocalStore(str(tmp_path))), ChainLog(LocalStore(str(tmp_path)))
-    first.add("START", job="1", restart=0)
-    second.add("START", job="2", restart=0)
+    first.add(**start(0, "1"))
+    second.add(**start(0, "2"))
     assert [r["job"] for r in second.records] == [r["job"] for r in ChainLog(LocalStore(str(tmp_path))).records]
     assert len(second.records) == 2
 

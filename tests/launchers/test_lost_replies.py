@@ -33,9 +33,12 @@ def substitutions(store: Store, dataset: str) -> Log:
     return "ledger", write, lambda store: substitution_records(store).entries()
 
 
+STARTED = {"kind": "START", "restart": 0, "nodes": ["n1"], "commits": 0, "attempt": 1}
+
+
 def chain_log(store: Store, dataset: str) -> Log:
     log = ChainLog(store)
-    return "chain", lambda word: log.add("START", job=word, restart=0, commits=0), lambda store: ChainLog(store).records
+    return "chain", lambda word: log.add(**STARTED, job=word), lambda store: ChainLog(store).records
 
 
 @pytest.mark.parametrize("how", ["lost", "resent"])
@@ -71,22 +74,30 @@ def test_a_lost_reply_is_no_fruitless_job(how):
     """Two jobs without a new commit are two, so that a chain which may have three continues."""
     store = ScriptedStore()
     chain = ChainLog(store)
-    chain.add("SUBMIT", log=0)
+    chain.add("SUBMIT", home="/runs/x/jobs/1a2b3c4d", log=0)
     for job in ("17", "18"):
         store.script = [how]
-        chain.add("START", job=job, restart=0, commits=0)
+        chain.add(**STARTED, job=job)
     for seen in (chain, ChainLog(store)):
         assert verdict(seen.since_submit, [], steps=100, fruitless=3).event is None
-    chain.add("START", job="19", restart=0, commits=0)
+    chain.add(**STARTED, job="19")
     assert verdict(chain.since_submit, [], steps=100, fruitless=3).event == "no-progress"
 
 
 def test_a_record_of_before_there_were_nonces_is_read():
     store = ScriptedStore()
-    store.create("chain/00000001", b'{"kind": "SUBMIT", "time": "2025-06-01T12:00:00.000000+00:00", "log": 2}')
+    record = {"kind": "SUBMIT", "time": "2025-06-01T12:00:00.000000+00:00", "home": "/runs/x/jobs/1a2b3c4d", "log": 2}
+    store.create("chain/00000001", json.dumps(record).encode())
     chain = ChainLog(store)
-    chain.add("START", job="1", restart=0)
+    chain.add(**STARTED, job="1")
     assert [r["kind"] for r in ChainLog(store).records] == ["SUBMIT", "START"] and chain.submit["log"] == 2
+
+
+def test_a_record_that_nobody_could_read_again_is_not_written():
+    store = ScriptedStore()
+    with pytest.raises(ValueError, match="home: field required"):
+        ChainLog(store).add("SUBMIT", log=0)
+    assert store.objects == {} and ChainLog(store).records == []
 
 
 @pytest.mark.parametrize("junk", [b"", b"{", b"[]", b"{}", b'{"kind": "LOST"}', b'{"kind": "END", "job": "1"}'])

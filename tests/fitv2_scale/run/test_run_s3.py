@@ -72,7 +72,9 @@ def s3_commit_bytes(run: Run) -> dict[str, bytes]:
 @pytest.mark.s3
 def test_a_run_on_s3_is_the_run_on_local_disk(rgw, on_s3, tiny, tmp_path, capfd):
     """Killed, continued with the same command, and asked about: the same commits, curve and pictures."""
-    from fitv2_scale.tracking.sync import sync  # and with it MLflow, which this file's ranks do without
+    # And with them MLflow, which this file's ranks do without.
+    from fitv2_scale.tracking.destination import resolve_uri
+    from fitv2_scale.tracking.sync import sync
 
     changes = {"train__steps": 20, "checkpoint__every_steps": 4, "sampling__every_steps": 10, "sampling__steps": 2}
     changes |= {"sampling__sizes": ["32x32"], "sampling__columns": 2}
@@ -113,8 +115,9 @@ def test_a_run_on_s3_is_the_run_on_local_disk(rgw, on_s3, tiny, tmp_path, capfd)
     assert sent["pictures"] == 2 and sent["missing"] == 0 and sent["metrics"] > 20
     assert json.loads(run.store.read("tracking/ack.json"))["attempt"] == 2
     assert sync(config.run, uri, "test")["metrics"] == 0
+    assert sync(config.run, "auto", "test")["metrics"] == 0  # it goes on where it was published before
     with pytest.raises(UserError, match="is on S3, which cannot hold an SQLite file: give the URI"):
-        sync(config.run, "auto", "test")
+        resolve_uri(on_s3("new"), "auto")
 
     # A fork from there, on local disk.
     child = tiny("child", train__steps=20, sampling__every_steps=0)

@@ -140,7 +140,11 @@ def test_every_planned_id_counts_and_substitutes_are_counted(damaged, dataset, t
 
     with_loss, whole = damaged_config(damaged, tmp_path, "lost"), make_tiny(dataset, tmp_path, "whole", train__steps=24)
     assert run_ranks(2, train, with_loss) == run_ranks(2, train, whole) == [DONE, DONE]
-    assert trained(with_loss.run) == trained(whole.run)
+    planned = [
+        {step: [image[:3] for image in images] for step, images in trained(run).items()}  # epoch, id and t of each
+        for run in (with_loss.run, whole.run)
+    ]
+    assert planned[0] == planned[1]
     plan = Plan([Manifest.load(dataset)], 0, "mixed", [Segment(0, 12, (1,))])
     expected = {k + 1: int((plan.step(k).row >= 200).sum()) for k in range(24)}
     counted = {r.step: r.metrics["substituted_images"] for r in read(Run.open(with_loss.run)) if r.metrics}

@@ -27,7 +27,10 @@ def test_a_log_that_cannot_be_opened_ends_nothing(tmp_path, capfd):
     Path(attempt.folder, "logs/rank-00000.log").mkdir(parents=True)
     with log_to(attempt, 0):
         logging.getLogger("test").warning("a line")
-    assert "a line" in capfd.readouterr().err  # logging's own complaint shows it
+        logging.getLogger("test").warning("another")
+    said = capfd.readouterr().err
+    assert "a line" in said and "another" in said
+    assert said.count("rank-00000.log cannot be written, its lines come here: ") == 1 and "Is a directory" in said
 
 
 def bare(kind: type, **fields):
