@@ -13,6 +13,12 @@ class UserError(Exception):
             return str(self)
         return f"{self.origin}: {self}" if rank == 0 else None
 
+    def and_saved_at(self, step: int) -> "UserError":
+        """Itself, which ends a run of ``step`` steps: they are saved, and the sentence says so."""
+        if step:
+            self.args = (f"{self}; the run is saved at step {step}",)
+        return self
+
 
 class DataError(UserError):
     """Stored data is missing or does not match its digest. The message names the file and the frame."""

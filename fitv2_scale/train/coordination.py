@@ -6,11 +6,12 @@ others would wait for it in a collective forever.
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
-from data_sharding.errors import StorageDown
+from data_sharding.errors import StorageDown, UserError
 from data_sharding.stream.batch import StepBatch
 from data_sharding.stream.loader import Loader, SubstitutesNeeded
 from data_sharding.stream.substitutes import LostFrame
@@ -43,18 +44,20 @@ class Coordination:
         self._saves_obeyed = 0
         # Agreed on: the same on all ranks after each ``next_batch``.
         self.stop_reason: str | None = None
+        self.bad_input: UserError | None = None  # what to raise after a stop: another attempt would meet it again
         self.should_save = False  # after this step, because somebody requested it
         self.save_ended = False  # the one in flight, on all ranks: none of them waits when it finishes it
 
     def next_batch(self, step: int, loader: Loader | None) -> StepBatch | None:
         """This rank's part of ``step``, once every rank has its own. None if the step cannot be taken now, with the
-        reason in ``stop_reason``: the storage is down, or a stop was requested while some rank waited for data.
+        reason in ``stop_reason``: the storage is down, a stop was requested while some rank waited for data, or the
+        data cannot be used (``bad_input``). What was done before this step can still be saved.
 
         A rank without a loader gets its part from the rank of its tensor group that has one.
 
         If a frame cannot be read on any rank, all ranks substitute the same images of equal length and take this step
-        again. Raises on all ranks what any of them met while loading, and RuntimeError if the ids or the tokens that
-        the ranks hold do not add up to those of the plan, or they hold different numbers of packs.
+        again. Raises on all ranks a bug that any of them met while loading, and RuntimeError if the ids or the tokens
+        that the ranks hold do not add up to those of the plan, or they hold different numbers of packs.
         """
         self._stop.step, self.should_save = step, False
         while True:
@@ -67,15 +70,13 @@ class Coordination:
             self.save_ended = ended == self._world.size
             self.should_save, self._saves_obeyed = self.should_save or to_save > 0, saves
             if errors:
-                return self._stop_or_raise(error)
+                self._stop_for(self._world.raise_shared, error)
+                return None
             if stops and self.stop_reason is None:
                 self.stop_reason = next(filter(None, self._world.all_gather(stop)))
             if not lost_frames:
                 break
-            try:
-                self._substitute(lost, step, loader)
-            except StorageDown as error:  # the same on all ranks; what was done before this step can still be saved
-                self.stop_reason = str(error)
+            if not self._stop_for(self._substitute, lost, step, loader):
                 return None
         if ready < self._world.size:
             return None
@@ -113,13 +114,16 @@ class Coordination:
         if loader:
             loader.restart(step, substitutes)
 
-    def _stop_or_raise(self, mine: Exception | None) -> None:
-        """What some ranks met while loading: storage that does not answer is a reason to save and stop; all ranks raise
-        anything graver."""
+    def _stop_for(self, act: Callable[..., None], *args: Any) -> bool:
+        """Whether ``act(*args)``, which raises the same kind of error on all ranks, ends well. Storage that does not
+        answer and data that cannot be used are reasons to save and stop; anything graver is raised."""
         try:
-            self._world.raise_shared(mine)
-        except StorageDown as error:
+            act(*args)
+        except UserError as error:
             self.stop_reason = error.said_by(0)
+            self.bad_input = None if isinstance(error, StorageDown) else error
+            return False
+        return True
 
     def _load(self, loader: Loader) -> tuple[StepBatch | None, Sequence[LostFrame], Exception | None]:
         """(batch, lost frames, error): one of the three, or none if a stop was requested and no data comes."""

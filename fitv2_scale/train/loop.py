@@ -109,8 +109,10 @@ def _loop(s: Session, coordination: Coordination, watchdog: Watchdog) -> tuple[i
                 if failed is not None:  # nothing is lost yet: the next save may succeed
                     progress.say(failed)
                     if checkpoints.gave_up or (end and checkpoints.newest != done):
-                        return RETRY, failed
+                        return RETRY, failed if stop is None else f"{failed}; {stop}"
             if stop is not None and done < steps:
+                if coordination.bad_input is not None:
+                    raise coordination.bad_input.and_saved_at(done)
                 progress.say(reason := f"{stop}: saved at step {done}")
                 return RETRY, reason
     return DONE, f"all {steps} steps are done"

@@ -216,12 +216,21 @@ def test_a_run_killed_in_between_ends_bit_equal(damaged, tmp_path):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1])
-def test_more_than_the_allowed_share_stops_the_run(damaged, tmp_path, share):
-    config = make_tiny(damaged, tmp_path, train__steps=24, data__max_substituted=share)
-    with pytest.raises(
-        DataError, match=rf"40 images cannot be read, more than data.max_substituted = {share:g} allows"
-    ):
+def test_more_than_the_allowed_share_saves_and_stops_the_run(damaged, dataset, tmp_path, share):
+    """With this seed, 5 steps of 4 images need none of the lost frame, whose images are rows 200 and up."""
+    changes = {"seed": 12, "batch__images": 4, "checkpoint__every_steps": 10**6, "train__steps": 12}
+    plan = Plan([Manifest.load(dataset)], 12, "mixed", [Segment(0, 4, (1,))])
+    done = next(k for k in range(12) if (plan.step(k).row >= 200).any())
+    assert done == 5
+    config = damaged_config(damaged, tmp_path, "run", data__max_substituted=share, **changes)
+    said = rf"40 images cannot be read, more than data.max_substituted = {share:g} allows .* saved at step {done}$"
+    with pytest.raises(DataError, match=said):
         run_ranks(2, train, config)
-    attempt = status(Run.open(config.run))["attempts"][0]
-    assert attempt["code"] == BAD_INPUT and "the shard is missing" in attempt["why"]
+    report = status(Run.open(config.run))
+    assert report["attempts"][0]["code"] == BAD_INPUT and "the shard is missing" in report["attempts"][0]["why"]
+    assert report["last_commit"]["step"] == done and sorted(losses(config.run)) == list(range(1, done + 1))
     assert not Path(config.run, "ledger").exists()
+    # With more allowed, it continues as if that had been allowed at first.
+    undisturbed, allowed = (damaged_config(damaged, tmp_path, name, **changes) for name in ("undisturbed", "run"))
+    assert run_ranks(2, train, allowed) == run_ranks(2, train, undisturbed) == [DONE, DONE]
+    assert commit_bytes(allowed.run) == commit_bytes(undisturbed.run)

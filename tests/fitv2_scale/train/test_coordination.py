@@ -44,7 +44,7 @@ class Loader:
 
 
 def taken(size: int, changed: Callable[[int, StepBatch], StepBatch | Exception], reads=lambda rank: True) -> list:
-    """What ``next_batch`` gives or raises on each rank, and how many collectives it took; None: the batch."""
+    """What ``next_batch`` raises on each rank, or why it asks to stop, else how many collectives it took."""
 
     def act(world):
         batch = planned(world.rank, size)
@@ -53,7 +53,7 @@ def taken(size: int, changed: Callable[[int, StepBatch], StepBatch | Exception],
         coordination = Coordination(world, relay, stop, None, checkpoints, None)
         loader = Loader(changed(world.rank, batch)) if reads(world.rank) else None
         found = coordination.next_batch(7, loader)
-        return coordination.stop_reason if found is None else world.exchanges
+        return (coordination.bad_input or coordination.stop_reason) if found is None else world.exchanges
 
     return outcomes(size, act)
 
@@ -114,7 +114,8 @@ def test_a_substitute_may_be_shorter_and_not_longer():
 
 
 def test_what_one_rank_meets_all_raise_and_it_keeps_its_own():
-    """So that the traceback stays where it belongs; storage that does not answer is a reason to stop."""
+    """So that the traceback stays where it belongs. Storage that does not answer, and data that cannot be used, are
+    reasons to stop."""
     bug = ZeroDivisionError("in the loader")
     own, other = taken(2, lambda rank, batch: batch if rank else bug)
     assert own is bug and type(other) is ZeroDivisionError and other.__notes__ == ["(rank 0 on n0 raised this)"]
