@@ -28,6 +28,7 @@ from data_sharding.format.codec import CodecRecord
 from data_sharding.format.columns import COLUMNS, blocks, read_column
 from data_sharding.format.shard import ShardIndex
 from data_sharding.storage.files import exists, put, read
+from data_sharding.storage.json_bytes import parse_json
 
 FORMAT = "fitv2-shards"
 VERSION = 1  # increase when a reader of the old version would misread the new one
@@ -75,7 +76,7 @@ class Header:
     def from_json(cls, data: bytes, where: str) -> "Header":
         """Parses ``data``, read from ``where``. Raises DataError if it is damaged or of another version."""
         try:
-            record = json.loads(data)
+            record = parse_json(data)
             if record["format"] != FORMAT or record["version"] != VERSION:
                 raise DataError(
                     f"{where} is of format {record['format']} version {record['version']}, this program reads {FORMAT} "
@@ -88,7 +89,7 @@ class Header:
             counted = {key: sum(getattr(s, key) for s in header.shards) for key in ("samples", "frames", "bytes")}
             agrees = record["class_count"] == len(header.classes) and counted.items() <= header.totals.items()
             known = {file: (int(c["bytes"]), str(c["xxh3_128"])) for file, c in header.columns.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(
                 f"{where} is damaged ({error!r}): restore it from a copy or write the dataset again"
             ) from error

@@ -4,7 +4,6 @@ Several processes may append at the same time, and a reply of the storage may be
 under the key "nonce", drawn by whoever appends it: what stands under a number after a failed create says whose it is.
 """
 
-import json
 import re
 import secrets
 import threading
@@ -12,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 from data_sharding.errors import DataError, UserError
-from data_sharding.storage.json_bytes import to_json
+from data_sharding.storage.json_bytes import parse_json, to_json
 from data_sharding.storage.store import Store
 
 Entry = TypeVar("Entry")
@@ -83,7 +82,7 @@ class NumberedLog(Generic[Entry]):
                 return before
             assert record["nonce"] == nonce, "an entry must carry its nonce"
             number, data = len(before) + 1, to_json(record)
-            entry = self._parse(number, json.loads(data))  # first: what nobody can read would stay there for ever
+            entry = self._parse(number, parse_json(data))  # first: what nobody can read would stay there for ever
             try:
                 self._store.create(self._path(number), data)
             except (OSError, UserError) as error:
@@ -110,7 +109,7 @@ class NumberedLog(Generic[Entry]):
         except FileNotFoundError:
             return None
         try:
-            if not isinstance(record := json.loads(data), dict):
+            if not isinstance(record := parse_json(data), dict):
                 raise ValueError("no JSON object")
             return self._parse(number, dict(record)), record.get("nonce")
         except (ValueError, KeyError, TypeError, RecursionError) as error:

@@ -3,20 +3,21 @@
 import io
 import json
 import tarfile
+import zipfile
 from contextlib import suppress
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
 import xxhash
 import zstandard
-from hypothesis import strategies as st
 
 from data_sharding.format.manifest import Header, Manifest
 from data_sharding.format.shard import RawFrame, parse_frame, scan_frame
 from data_sharding.write.image_sources import open_source
 from fitv2_scale.evaluate.reference_statistics import open_reference
-from tests.support.fuzzing import COUNTS, edited_bytes, edited_trees, fuzz
+from tests.support.fuzzing import COUNTS, as_json, edited_bytes, edited_trees, fuzz, one_of
 from tests.support.pictures import file_of, noise
 from tests.support.repository import ROOT
 
@@ -24,13 +25,9 @@ DATASET = ROOT / "tests/fixtures/made_by_a2e80d5/dataset"
 HEADER = (DATASET / "manifest.json").read_bytes()
 
 
-def as_json(trees: st.SearchStrategy) -> st.SearchStrategy[bytes]:
-    return trees.map(lambda tree: json.dumps(tree).encode())
-
-
 @COUNTS
 def test_header_of_a_manifest(count):
-    inputs = st.one_of(edited_bytes([HEADER]), as_json(edited_trees([json.loads(HEADER)])))
+    inputs = one_of(edited_bytes([HEADER]), as_json(edited_trees([json.loads(HEADER)])))
     fuzz(inputs, lambda data: Header.from_json(data, "manifest.json"), count)
 
 
@@ -53,10 +50,8 @@ def test_columns_of_a_manifest(count, tmp_path):
         finally:
             (tmp_path / f"manifest/{name}.npy").write_bytes(columns[name])
 
-    edits = st.sampled_from(sorted(columns)).flatmap(
-        lambda name: st.tuples(st.just(name), edited_bytes([columns[name]]))
-    )
-    fuzz(edits, read, count, size=lambda edit: len(edit[1]))
+    edits = [lambda rng, name=name, data=data: (name, edited_bytes([data])(rng)) for name, data in columns.items()]
+    fuzz(one_of(*edits), read, count, size=lambda edit: len(edit[1]))
 
 
 @COUNTS
@@ -80,11 +75,13 @@ def test_frames_of_a_shard(count):
                     raw.view(sample, view)
 
     compress = zstandard.ZstdCompressor(level=1, write_content_size=True).compress
-    inputs = st.one_of(
-        edited_bytes(raws).map(lambda raw: (compress(raw), len(raw))),
-        st.tuples(edited_bytes(frames), st.sampled_from([len(raw) for raw in raws])),
-    )
-    fuzz(inputs, read, count, allowed=(ValueError,), size=lambda pair: len(pair[0]) + pair[1])
+
+    def whole(rng: Random) -> tuple[bytes, int]:
+        raw = edited_bytes(raws)(rng)
+        return compress(raw), len(raw)
+
+    broken = lambda rng: (edited_bytes(frames)(rng), len(rng.choice(raws)))  # noqa: E731
+    fuzz(one_of(whole, broken), read, count, allowed=(ValueError,), size=lambda pair: len(pair[0]) + pair[1])
 
 
 def webdataset() -> bytes:
@@ -118,8 +115,6 @@ def test_tars_of_images(count, tmp_path):
 def npz(**members: bytes) -> bytes:
     """An .npz whose members are these bytes, with the right check sums."""
     buffer = io.BytesIO()
-    import zipfile
-
     with zipfile.ZipFile(buffer, "w") as file:
         for name, data in members.items():
             file.writestr(f"{name}.npy", data)
@@ -142,10 +137,11 @@ def test_reference_statistics(count, tmp_path):
         file.write_bytes(data)
         open_reference(str(file), None, None, 10)
 
-    members = st.sampled_from(sorted(good)).flatmap(
-        lambda name: edited_bytes([good[name]]).map(lambda data: npz(**good | {name: data}))
-    )
-    fuzz(st.one_of(members, edited_bytes([npz(**good)])), read, count)
+    def with_member(rng: Random) -> bytes:
+        name = rng.choice(sorted(good))
+        return npz(**good | {name: edited_bytes([good[name]])(rng)})
+
+    fuzz(one_of(with_member, edited_bytes([npz(**good)])), read, count)
 
 
 @pytest.mark.parametrize("name", ["reference.npz"])

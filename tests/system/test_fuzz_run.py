@@ -4,9 +4,9 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from random import Random
 
 import pytest
-from hypothesis import strategies as st
 
 from fitv2_scale.checkpoint.checksums import Damaged
 from fitv2_scale.checkpoint.commit import quick_check, read_manifest, verify_commit
@@ -16,7 +16,7 @@ from fitv2_scale.run.status import status
 from fitv2_scale.tracking.journal import Position, read, read_attempt
 from launchers.chain_log import signal_seconds
 from launchers.control import chain, jobs
-from tests.support.fuzzing import COUNTS, edited_bytes, edited_trees, fuzz
+from tests.support.fuzzing import COUNTS, Input, as_json, edited_bytes, edited_trees, fuzz, one_of
 from tests.support.repository import ROOT
 
 OLD = ROOT / "tests/fixtures/made_by_a2e80d5/run"
@@ -28,18 +28,18 @@ def folder(tmp_path) -> Path:
     return tmp_path / "run"
 
 
-def trees_of(folder: Path, *files: str) -> st.SearchStrategy[tuple[str, bytes]]:
+def trees_of(folder: Path, *files: str) -> Input:
     """(file, edited bytes): of JSON, or of any."""
     good = {name: (folder / name).read_bytes() for name in files}
-    return st.sampled_from(files).flatmap(
-        lambda name: st.tuples(
-            st.just(name),
-            st.one_of(
-                edited_trees([json.loads(good[name])]).map(lambda tree: json.dumps(tree).encode()),
-                edited_bytes([good[name]]),
-            ),
-        )
-    )
+    edits = {
+        name: one_of(as_json(edited_trees([json.loads(data)])), edited_bytes([data])) for name, data in good.items()
+    }
+
+    def draw(rng: Random) -> tuple[str, bytes]:
+        name = rng.choice(files)
+        return name, edits[name](rng)
+
+    return draw
 
 
 def survives(folder: Path, files: tuple[str, ...], look, count: int, allowed: tuple = ()) -> None:
@@ -102,10 +102,8 @@ def test_lines_of_a_journal(folder, count):
         list(read_attempt(run, Position(1)))
         list(read(run))
 
-    tree = edited_trees([json.loads(line) for line in lines[:3]]).map(
-        lambda t: json.dumps(t).encode() + b"\n" + lines[0]
-    )
-    fuzz(st.one_of(tree, edited_bytes([b"".join(lines[:4])])), look, count)
+    line = as_json(edited_trees([json.loads(line) for line in lines[:3]]))
+    fuzz(one_of(lambda rng: line(rng) + b"\n" + lines[0], edited_bytes([b"".join(lines[:4])])), look, count)
 
 
 @COUNTS

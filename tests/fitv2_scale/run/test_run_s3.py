@@ -115,7 +115,7 @@ def test_a_run_on_s3_is_the_run_on_local_disk(rgw, on_s3, tiny, tmp_path, capfd)
     assert sent["pictures"] == 2 and sent["missing"] == 0 and sent["metrics"] > 20
     assert json.loads(run.store.read("tracking/ack.json"))["attempt"] == 2
     assert sync(config.run, uri, "test")["metrics"] == 0
-    assert sync(config.run, "auto", "test")["metrics"] == 0  # it goes on where it was published before
+    assert sync(config.run, "auto", "test")["metrics"] == 0  # where it was published before
     with pytest.raises(UserError, match="is on S3, which cannot hold an SQLite file: give the URI"):
         resolve_uri(on_s3("new"), "auto")
 
