@@ -9,9 +9,14 @@ from contextlib import contextmanager, suppress
 from io import BufferedWriter
 from pathlib import Path
 
+_NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}\.tmp")
 # What CIFS, FUSE, 9p and others answer to an fsync of a folder, or to opening one.
 _NO_FOLDER_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EISDIR, errno.EACCES, errno.EPERM}
+
+
+class NoHardLinks(Exception):
+    """The file system has none, so no file can be created there whole and at most once."""
 
 
 @contextmanager
@@ -29,6 +34,25 @@ def atomic_write(path: str | Path, *, durable: bool, temporary: Path | None = No
         os.replace(written, path)
         if durable:
             fsync_folder(Path(path).parent)
+
+
+def atomic_create(path: Path, data: bytes) -> None:
+    """A new durable file that is there as a whole or not at all: link(2) is done at most once per name. O_EXCL would
+    show an empty file first, for ever if the writer is then killed.
+
+    The folder must exist. Raises FileExistsError if there is a file, NoHardLinks, OSError.
+    """
+    with temporary_file(path) as (file, temporary):
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        try:
+            os.link(temporary, path)
+        except OSError as error:
+            if error.errno in _NO_HARD_LINKS:
+                raise NoHardLinks(str(path)) from error
+            raise
+        fsync_folder(path.parent)
 
 
 @contextmanager

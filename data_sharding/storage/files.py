@@ -1,14 +1,17 @@
 """Whole files, local or on an object store; and any other call of a file system, with retries."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from data_sharding.errors import UserError
-from data_sharding.storage.atomic_write import atomic_write
+from data_sharding.storage.atomic_write import NoHardLinks, atomic_create, atomic_write
 from data_sharding.storage.failures import failure, refused, unreachable
 from data_sharding.storage.filesystems import file_system, is_local
+from data_sharding.storage.open_store import open_store
 from data_sharding.storage.retry import RetriesExhausted, RetryPolicy, call_with_retry, retry_local
 
 Result = TypeVar("Result")
@@ -25,14 +28,39 @@ def put(url: str, data: bytes) -> None:
     Raises StorageDown if the store cannot be reached or is full, UserError if it refuses or the bucket does not exist.
     """
     fs, path = file_system(url)
-    try:
+    with _place_missing(url):
         if is_local(fs):
             with_local(url, lambda: _write(path, data), writing=True)
         else:
             _with_retry(_WHOLE_FILE, url, "pipe_file", data)
+
+
+@contextmanager
+def _place_missing(url: str) -> Generator[None]:
+    """A missing folder or bucket becomes a sentence."""
+    try:
+        yield
     except FileNotFoundError as error:
-        cause = f"its folder cannot be made ({error})" if is_local(fs) else "there is no such bucket; create it first"
+        local = is_local(file_system(url)[0])
+        cause = f"its folder cannot be made ({error})" if local else "there is no such bucket; create it first"
         raise UserError(f"{url} cannot be written: {cause}") from error
+
+
+def create_once(url: str, data: bytes) -> bytes:
+    """Writes a whole file as ``put``, unless there is one. Returns what is there then: of several processes one writes
+    it, and all of them find the same.
+
+    Only where nothing can be created at most once, on a file system without hard links or an object store other than
+    S3, can two that do so at the same time both write. Raises as ``put``.
+    """
+    for _ in range(_TRIES):
+        try:
+            _create(url, data)
+            return data
+        except FileExistsError:  # perhaps this very file, and the reply was lost
+            with suppress(FileNotFoundError):  # removed meanwhile
+                return read(url)
+    raise UserError(f"{url} cannot be written: something that is no file has its name; remove it")
 
 
 def read(url: str, deadline: float | None = None) -> bytes:
@@ -69,12 +97,47 @@ def with_local(url: str, act: Callable[[], Result], writing: bool = False) -> Re
 
 
 def _write(path: str, data: bytes) -> None:
+    def act() -> None:
+        with atomic_write(path, durable=True) as file:
+            file.write(data)
+
+    _in_its_folder(path, act)
+
+
+def _create(url: str, data: bytes) -> None:
+    """Raises FileExistsError if there is a file, and as ``put``."""
+    fs, path = file_system(url)
+    folder, _, name = url.rpartition("/")
+    if is_local(fs):
+        with _place_missing(url):
+            created = with_local(url, lambda: _create_locally(Path(path), data), writing=True)
+        if created is not None:
+            if not created:
+                raise FileExistsError(url)
+            return
+    elif folder.startswith("s3://") and "/" in folder.removeprefix("s3://"):
+        return open_store(folder).create(name, data)
+    if exists(url):
+        raise FileExistsError(url)
+    put(url, data)
+
+
+def _create_locally(path: Path, data: bytes) -> bool | None:
+    """Whether there was no such file; None if the file system cannot tell."""
+    try:
+        _in_its_folder(path, lambda: atomic_create(path, data))
+    except FileExistsError:
+        return False
+    except NoHardLinks:
+        return None
+    return True
+
+
+def _in_its_folder(path: str | Path, act: Callable[[], None]) -> None:
     for tries_left in range(_TRIES - 1, -1, -1):
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            with atomic_write(path, durable=True) as file:
-                file.write(data)
-            return
+            return act()
         except FileNotFoundError:
             if not tries_left:
                 raise

@@ -5,7 +5,9 @@ import math
 from typing import Any
 
 from data_sharding.errors import DataError
-from data_sharding.storage.records import Shape
+from data_sharding.storage.records import ListOf, Shape
+
+RESTORE = "restore it from a backup"
 
 
 def to_json(value: Any, indent: int | None = None) -> bytes:
@@ -25,11 +27,11 @@ def _finite(text: str) -> float:
     return number
 
 
-def from_json(data: bytes, where: str, shape: type[Shape] | None = None) -> Any:
-    """The value in ``data``, read from the path or URL ``where``. Raises DataError if it is not JSON, or not an object
-    of ``shape``."""
+def from_json(data: bytes, where: str, shape: type[Shape | ListOf] | None = None, remedy: str = RESTORE) -> Any:
+    """The value in ``data``, read from the path or URL ``where``. Raises DataError, which ends with ``remedy``, if it
+    is not JSON, or not an object of ``shape``."""
     try:
         value = parse_json(data)
         return shape.check(value) if shape else value
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is damaged ({error}); restore it from a backup.") from error
+        raise DataError(f"{where} is damaged ({error}); {remedy}.") from error

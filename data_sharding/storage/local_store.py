@@ -11,21 +11,19 @@ from io import BufferedWriter
 from pathlib import Path
 
 from data_sharding.errors import UserError
-from data_sharding.storage.atomic_write import atomic_write, destination, fsync_folder, temporary_file
+from data_sharding.storage.atomic_write import NoHardLinks, atomic_create, atomic_write, destination, fsync_folder
 from data_sharding.storage.failures import failure, unreachable
 from data_sharding.storage.retry import RetriesExhausted, RetryPolicy, retry_local
 from data_sharding.storage.store import Bytes, Result, Store, Writable
 
 _WRITEBACK = 16 << 20  # bytes after which the kernel is told to write a growing file to disk
-_NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}
 
 
 class LocalStore(Store):
     """Files in a folder, NFS included.
 
-    ``create`` writes a temporary file and links it (link(2)) to its name, which a file system does at most once per
-    name, and with the contents complete; O_EXCL would show an empty file first, for ever if the writer is then killed.
-    On NFS, if the reply to a link was lost, the retry fails with "exists" for our own file: the nonce tells, as on S3.
+    On NFS, if the reply to a link of ``create`` was lost, the retry fails with "exists" for our own file: the nonce
+    tells, as on S3.
     """
 
     def __init__(self, url: str, policy: RetryPolicy = RetryPolicy(deadline=120)) -> None:  # noqa: B008 - immutable
@@ -64,21 +62,13 @@ class LocalStore(Store):
         self._writing(self.path(path), lambda: self._create(path, data), once=True)
 
     def _create(self, path: str, data: bytes) -> None:
-        final = self._destination(path)
-        with temporary_file(final) as (file, temporary):
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            try:
-                os.link(temporary, final)
-            except OSError as error:
-                if error.errno in _NO_HARD_LINKS:
-                    raise UserError(
-                        f"{self.url}: this file system has no hard links, which the run log needs; "
-                        "put the run folder on another file system."
-                    ) from error
-                raise
-            fsync_folder(final.parent)
+        try:
+            atomic_create(self._destination(path), data)
+        except NoHardLinks as error:
+            raise UserError(
+                f"{self.url}: this file system has no hard links, which the run log needs; "
+                "put the run folder on another file system."
+            ) from error
 
     def put(self, path: str, data: bytes) -> None:
         def act() -> None:

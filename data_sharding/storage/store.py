@@ -12,8 +12,8 @@ from contextlib import AbstractContextManager
 from pathlib import PurePosixPath
 from typing import Any, Protocol, TypeVar
 
-from data_sharding.storage.json_bytes import from_json, to_json
-from data_sharding.storage.records import Shape
+from data_sharding.storage.json_bytes import RESTORE, from_json, to_json
+from data_sharding.storage.records import ListOf, Shape
 
 Result = TypeVar("Result")
 Bytes = bytes | memoryview
@@ -84,11 +84,10 @@ class Store(ABC):
     def put(self, path: str, data: bytes) -> None:
         """Writes the object, replacing an older one atomically."""
 
-    def read_json(self, path: str, shape: type[Shape] | None = None) -> Any:
-        """The JSON value at ``path``, None if there is no such object. Raises DataError if it is damaged, or not an
-        object of ``shape``."""
+    def read_json(self, path: str, shape: type[Shape | ListOf] | None = None, remedy: str = RESTORE) -> Any:
+        """The JSON value at ``path``, None if there is no such object. Raises as ``from_json``."""
         try:
-            return from_json(self.read(path), self.path(path), shape)
+            return from_json(self.read(path), self.path(path), shape, remedy)
         except (FileNotFoundError, NotADirectoryError):
             return None
 

@@ -5,7 +5,7 @@ process, which then writes a record of it into ``parts/``. A writer that is star
 record, so it continues where it was killed. When all records exist, the manifests are written from them and ``parts/``
 is removed.
 
-    DST/parts/options.json                      the options of this unfinished dataset
+    DST/parts/options.json, software.json       what this unfinished dataset is written from and by, see ``begun.py``
     DST/parts/shard-000000.tar.zst.json         {"index": {"name": …, "frames": [[…], …], …}, "skipped": […],
                                                  "several_frames": 0, "options": "5f0c…"}
     DST/skipped.json                            [{"source": "cat/3.jpg", "reason": "OSError: image file is trunc…"}]
@@ -15,68 +15,31 @@ is removed.
 Several tasks (such as those of ``srun``) may build one dataset. They claim nothing, so no lease can expire and no clock
 is trusted: task p of n writes shards p, p+n, p+2n, … and then those of the others that have no record yet, from their
 far ends. So the shards of a killed task are written by the rest, and a wrong number of tasks (SLURM_NTASKS in a batch
-script that starts one) does no harm. Two tasks that write the same shard write the same bytes, each a whole file; the
-later one stops as soon as it sees the record. A task that finds all records commits; two that do so at the same time
-write the same files.
+script that starts one) does no harm. Of two tasks that write the same shard, each a whole file, the later one stops as
+soon as it sees the record (see ``shard_task.py``). A task that finds all records commits; two that do so at the same
+time write the same files.
 """
 
 import json
-import logging
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from hashlib import blake2b
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Generic
 
 import numpy as np
 
 from data_sharding.errors import UserError
-from data_sharding.format.codec import CodecRecord
-from data_sharding.format.manifest import FILE, Header, Manifest, write_manifest
+from data_sharding.format.codec import SD_VAE, CodecRecord
+from data_sharding.format.manifest import FILE, Manifest, write_manifest
 from data_sharding.format.shard import DTYPE, ShardIndex
 from data_sharding.rng import Purpose, words64
-from data_sharding.storage.atomic_write import destination
-from data_sharding.storage.files import exists, fs_call, put, read
-from data_sharding.storage.filesystems import file_system, is_local
-from data_sharding.storage.json_bytes import from_json, to_json
+from data_sharding.storage.files import exists, put, read
+from data_sharding.storage.json_bytes import from_json
 from data_sharding.worker_pool import cores, order_for_slurm_task, progress_bar, run_tasks
+from data_sharding.write.begun import Options, begin
+from data_sharding.write.cleanup import clean
 from data_sharding.write.findings import Findings
-from data_sharding.write.shard_task import ItemT, Maker, ShardTask, write_shard
-from data_sharding.write.views import square_side
+from data_sharding.write.shard_task import ItemT, Maker, Part, ShardTask, write_shard
 from data_sharding.write.write_report import SKIPPED, WriteReport, put_counts, report_of
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Options:
-    """Everything that determines a dataset's bytes. ``source`` and ``codec`` are digests, ``holdout`` a fraction."""
-
-    source: str
-    codec: str
-    max_tokens: int
-    images_per_shard: int
-    holdout: float
-
-    def __post_init__(self):
-        square_side(self.max_tokens)
-        if not 0 <= self.holdout < 1:
-            raise UserError(
-                f"holdout is the fraction of images to set aside: at least 0 and below 1, not {self.holdout}"
-            )
-        if self.images_per_shard < 1:
-            raise UserError(f"images_per_shard must be at least 1, not {self.images_per_shard}")
-
-    @property
-    def digest(self) -> str:
-        """Of all of them."""
-        return blake2b(to_json(asdict(self) | {"holdout": float(self.holdout)}), digest_size=16).hexdigest()
-
-    @classmethod
-    def of(cls, header: Header) -> "Options":
-        """The options that a finished dataset was written with."""
-        source, codec = header.source, header.codec["digest"]
-        return cls(source["digest"], codec, header.max_tokens, source["images_per_shard"], source["holdout"])
 
 
 @dataclass(frozen=True)
@@ -86,27 +49,6 @@ class Inputs(Generic[ItemT]):
     items: tuple[ItemT, ...]
     classes: tuple[str, ...]
     findings: Findings
-
-
-def is_finished(dst: str, options: Options) -> bool:
-    """Whether the dataset is complete. Raises UserError if it exists, in whole or part, with other options."""
-    record = f"{dst}/parts/options.json"
-    if finished := exists(f"{dst}/{FILE}"):
-        begun = Options.of(Manifest.load(dst).header)
-    elif exists(record):
-        begun = Options(**from_json(read(record), record))
-    else:
-        return False
-    for name, value in asdict(begun).items():
-        if (now := getattr(options, name)) != value:
-            if not finished and _nothing_is_written(dst):
-                return False
-            remedy = "or give another folder" if finished else f"or remove it (rm -r {dst}), or give another folder"
-            raise UserError(
-                f"{dst} was started with another {name} ({value}, now {now}): give the same options and source as "
-                f"before (with images added, removed or changed it is another one), {remedy}"
-            )
-    return finished
 
 
 def build(
@@ -125,7 +67,7 @@ def build(
     tasks saw another source.
     """
     datasets = _divide(inputs.items, dst, options.holdout)
-    _begin(dst, options)
+    begun = begin(dst, options, vae=codec["name"] == SD_VAE)
     tasks = [
         ShardTask(
             dst,
@@ -135,6 +77,7 @@ def build(
             inputs.classes,
             make,
             options.digest,
+            begun,
         )
         for url, members in datasets.items()
         for i, at in enumerate(range(0, len(members), options.images_per_shard))
@@ -162,23 +105,8 @@ def report(dst: str, made: int, started: float) -> WriteReport:
     """Removes the files that only building needed, and reports what was written."""
     urls = [dst, *([f"{dst}/holdout"] if Manifest.load(dst).header.source["holdout"] else [])]
     for url in urls:
-        _clean(url)
+        clean(url)
     return report_of(urls, made, started)
-
-
-def _begin(dst: str, options: Options) -> None:
-    record = f"{dst}/parts/options.json"
-    if exists(record):
-        _remove_unfinished(dst)  # of a writer that was killed
-        if from_json(read(record), record) == asdict(options):
-            return
-    put(record, to_json(asdict(options)))
-
-
-def _nothing_is_written(dst: str) -> bool:
-    """Whether the unfinished dataset holds no shard: then it may as well start with other options."""
-    file_system(dst)[0].invalidate_cache()
-    return not any(path.rpartition("/")[2].startswith("shard-") for path in fs_call(dst, "find"))
 
 
 def _divide(items: Iterable[ItemT], dst: str, holdout: float) -> dict[str, tuple[ItemT, ...]]:
@@ -204,9 +132,10 @@ def _commit(
     inputs: Inputs[ItemT],
 ) -> None:
     """Writes, from the records, the lists of skipped items and counts, then the manifests, that of ``dst`` last."""
-    parts = [(task.dataset, from_json(read(task.part), task.part)) for task in tasks]
+    again = "remove it, and start again: its shard is then written again"
+    parts = [(task.dataset, from_json(read(task.part), task.part, Part, again)) for task in tasks]
     root = next(iter(datasets))
-    if others := [part for _, part in parts if part.get("options", options.digest) != options.digest]:
+    if others := [part for _, part in parts if part.get("options", options.digest) not in options.digests]:
         raise UserError(
             f"{len(others)} of the {len(parts)} shards of {root} were written from another listing of {src}, or with "
             f"other options: its files changed meanwhile; remove {root} (rm -r {root}) and write it again"
@@ -239,32 +168,3 @@ def _commit(
                 "holdout": options.holdout,
             },
         )
-
-
-def _clean(url: str) -> None:
-    """Removes the records, and the unfinished files of killed writers."""
-    fs, root = file_system(url)
-    fs.invalidate_cache()
-    if is_local(fs) and exists(f"{url}/parts"):
-        _remove(f"{url}/parts", "rm", recursive=True)
-    for path in fs_call(url, "find"):  # one by one: "rm" of an object store takes [ and * in the URL for a pattern
-        if path.endswith(".tmp") or path.startswith(f"{root}/parts/"):
-            _remove(fs.unstrip_protocol(path), "rm_file")
-
-
-def _remove_unfinished(url: str) -> None:
-    """Removes the files that a killed writer had not finished. One that still writes such a file writes it again."""
-    fs, _ = file_system(url)
-    for path in fs_call(url, "find") if is_local(fs) else ():
-        if destination(Path(path)) is not None:
-            _remove(fs.unstrip_protocol(path), "rm_file")
-
-
-def _remove(url: str, method: str, **options) -> None:
-    """What cannot be removed stays: NFS keeps a file that somebody has open, and nobody needs it to be gone."""
-    try:
-        fs_call(url, method, **options)
-    except FileNotFoundError:  # removed by another task, or by an attempt whose reply was lost
-        pass
-    except UserError as error:
-        log.warning("%s was not removed: %s", url, error)

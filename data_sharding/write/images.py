@@ -5,13 +5,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from data_sharding.errors import UserError
+from data_sharding.format.class_names import class_digest
 from data_sharding.format.codec import SD_VAE, Latent
 from data_sharding.format.codecs import get_codec
 from data_sharding.format.shard import Sample
 from data_sharding.storage.byte_ranges import read_all
 from data_sharding.storage.filesystems import file_system
 from data_sharding.worker_pool import cores
-from data_sharding.write.build import Inputs, Options, build, is_finished, report
+from data_sharding.write.begun import Options, is_finished
+from data_sharding.write.build import Inputs, build, report
 from data_sharding.write.entries import ImageFile, ImageSource, listed
 from data_sharding.write.findings import Skipped
 from data_sharding.write.image_file import UnreadableImage, decode
@@ -80,7 +82,8 @@ def write_dataset(
     source = open_source(src)
     if source.empty and not allow_empty:
         raise _empty_classes(src, source)
-    options = Options(source.digest, encoder.digest, max_tokens, images_per_shard, holdout)
+    classes = class_digest(source.classes)
+    options = Options(source.digest, encoder.digest, max_tokens, images_per_shard, holdout, classes)
     made = 0
     if not is_finished(dst, options):
         make = EncodeImages(codec, vae, latent, max_tokens)

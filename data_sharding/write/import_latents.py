@@ -20,12 +20,14 @@ from safetensors import SafetensorError, deserialize
 from safetensors.numpy import load
 
 from data_sharding.errors import UserError
+from data_sharding.format.class_names import class_digest
 from data_sharding.format.codec import SD_VAE, CodecRecord
 from data_sharding.format.shard import CHANNELS, DTYPE, Sample
 from data_sharding.storage.byte_ranges import read_all
 from data_sharding.worker_pool import cores
 from data_sharding.write.archives import Archive, unpack
-from data_sharding.write.build import Inputs, Options, build, is_finished, report
+from data_sharding.write.begun import Options, is_finished
+from data_sharding.write.build import Inputs, build, report
 from data_sharding.write.findings import Findings, Skipped
 from data_sharding.write.images import refuse_inside
 from data_sharding.write.published_latents import LatentFiles, PublishedLatents, list_latent_files, open_published
@@ -126,13 +128,15 @@ def import_dataset(
     src, dst = src.rstrip("/"), dst.rstrip("/")
     refuse_inside(src, dst)
     published = open_published(src, max_tokens)
-    options = Options(published.digest, CODEC["digest"], published.max_tokens, images_per_shard, holdout)
+    names = tuple(map(str, range(classes)))
+    sharding = published.max_tokens, images_per_shard, holdout
+    options = Options(published.digest, CODEC["digest"], *sharding, class_digest(names))
     made = 0
     if not is_finished(dst, options):
         workers = cores() if workers is None else workers
         findings = Findings()
         entries = _entries(published, dst, workers, progress, findings)
-        inputs = Inputs(tuple(entries), tuple(map(str, range(classes))), findings)
+        inputs = Inputs(tuple(entries), names, findings)
         make = ReadLatents(published.max_tokens, classes)
         made = build(src, dst, options, inputs, CODEC, make, workers, progress)
     return report(dst, made, started)

@@ -17,12 +17,28 @@ import numpy as np
 from data_sharding.format.manifest import Manifest
 from data_sharding.storage.files import exists, put, read
 from data_sharding.storage.json_bytes import from_json, to_json
+from data_sharding.storage.records import Count, ListOf, Shape
 from data_sharding.write.entries import listed
 from data_sharding.write.findings import Findings
 
 COUNTS, SKIPPED = "source.json", "skipped.json"
 _KINDS = 8  # of files, in a line
 _REASONS = 4
+
+
+class LeftOut(Shape):
+    """An image in skipped.json."""
+
+    source: str
+    reason: str
+
+
+class _Counts(Shape):
+    """source.json."""
+
+    seen: dict[str, Count] = {}
+    left_aside: dict[str, Count] = {}
+    several_frames: Count = 0
 
 
 @dataclass(frozen=True)
@@ -63,8 +79,8 @@ def report_of(urls: list[str], made: int, started: float) -> WriteReport:
     totals = {key: sum(h.totals[key] for h in headers) for key in ("samples", "skipped", "bytes")}
     classes = headers[0].classes
     images_of = np.sum([np.bincount(manifest.label, minlength=len(classes)) for manifest in manifests], 0).tolist()
-    counts, reasons = _record(f"{urls[0]}/{COUNTS}", {}), Counter()
-    for skipped in _record(f"{urls[0]}/{SKIPPED}", []) if totals["skipped"] else []:
+    counts, reasons = _record(f"{urls[0]}/{COUNTS}", _Counts, {}), Counter()
+    for skipped in _record(f"{urls[0]}/{SKIPPED}", ListOf[LeftOut], []) if totals["skipped"] else []:
         reasons[_kind(skipped["reason"])] += 1
     return WriteReport(
         url=urls[0],
@@ -120,5 +136,6 @@ def _sorted(counts: Mapping[str, int]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def _record(url: str, default: Any) -> Any:
-    return from_json(read(url), url) if exists(url) else default
+def _record(url: str, shape: type[Shape | ListOf], default: Any) -> Any:
+    remedy = "it is only a report: remove it"
+    return from_json(read(url), url, shape, remedy) if exists(url) else default

@@ -4,7 +4,6 @@ with the previous attempt's.
 A job trains with a copy of the code, which is no git checkout: ``fitv2 submit`` writes ``SOURCE`` into the copy.
 """
 
-import hashlib
 import os
 import re
 import socket
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_sharding.errors import DataError
+from data_sharding.storage import file_digest
 from data_sharding.storage.local_store import LocalStore
 from fitv2_scale.run.redact import redact
 
@@ -91,13 +91,8 @@ def source() -> dict[str, str | None]:
 
 
 def code_digest() -> str:
-    """The first 16 hex digits of the sha256 over names and contents of the modules of our packages."""
-    digest = hashlib.sha256()
-    for package in _OURS:
-        for file in sorted((_ROOT / package).rglob("*.py")):
-            data = file.read_bytes()
-            digest.update(f"{file.relative_to(_ROOT)} {len(data)}\n".encode() + data)
-    return digest.hexdigest()[:16]
+    """The digest of our packages as they lie on this machine."""
+    return file_digest.code_digest(_ROOT, _OURS)
 
 
 def _version(package: str) -> str | None:

@@ -51,6 +51,7 @@ TABLE = {
     "an object that could be read": READS | {"refused": "down"},
     "a log's entries": READS | {"missing": "continues"},  # an entry that is not there is the end
     "a whole file": WRITES,
+    "a file created once": WRITES,
     "put": WRITES,
     "put where could be written": WRITES | {"refused": "down"},
     "append to a log": WRITES,
@@ -113,6 +114,11 @@ def put_whole_file(place: Place) -> None:
     files.put(str(place.folder / "whole"), b"x")
 
 
+def create_file(place: Place) -> None:
+    (place.folder / "once").unlink(missing_ok=True)
+    assert files.create_once(str(place.folder / "once"), b"x") == b"x"
+
+
 def put_object(place: Place) -> None:
     place.store.put("sub/put", b"x")
 
@@ -150,6 +156,7 @@ CASES: list[tuple[str, Callable[[Place], None], str, list[str]]] = [
     ("an object that could be read", read_twice, "there", ["open", "read"]),
     ("a log's entries", read_log, "log/0000", ["open", "read"]),
     ("a whole file", put_whole_file, "whole", ["open", "write", "fsync", "replace"]),
+    ("a file created once", create_file, ".once", ["open", "write", "fsync"]),
     ("put", put_object, "sub/", ["open", "write", "fsync", "replace"]),
     ("put where could be written", put_twice, "sub/", ["open", "write", "fsync", "replace"]),
     ("append to a log", append, ".00000002", ["open", "write", "fsync"]),

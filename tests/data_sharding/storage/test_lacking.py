@@ -14,7 +14,7 @@ from data_sharding.storage.filesystems import disconnect
 from data_sharding.storage.local_store import LocalStore
 from data_sharding.storage.retry import RetryPolicy, retry_local
 from data_sharding.stream.disk_cache import DiskCache
-from data_sharding.write.build import Options, _begin
+from data_sharding.write.begun import Options, begin
 from tests.support.fake_object_store import FakeStore
 from tests.support.faulty_disk import FaultyDisk
 
@@ -66,12 +66,12 @@ def test_a_full_disk_is_a_sentence_and_nothing_stays(tmp_path, monkeypatch):
 
 
 def test_the_next_try_removes_what_a_killed_writer_left(tmp_path):
-    options = Options("source", "codec", 16, 7, 0.0)
-    _begin(str(tmp_path), options)
+    options = Options("source", "codec", 16, 7, 0.0, "classes")
+    begin(str(tmp_path), options, vae=False)
     left, other = tmp_path / ".shard-000000.tar.zst.0123456789abcdef.tmp", tmp_path / "unpacked.tar.0.tmp"
     left.touch()
     other.touch()  # an archive that another task unpacks
-    _begin(str(tmp_path), options)
+    begin(str(tmp_path), options, vae=False)
     assert not left.exists() and other.exists()
     assert destination(left) == tmp_path / "shard-000000.tar.zst" and destination(other) is None
 

@@ -1,6 +1,7 @@
 """Writing in several processes, or tasks of a Slurm job, any of which may die: the same bytes as from one."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 
 from data_sharding import worker_pool
 from data_sharding.storage.byte_ranges import ByteRange
-from data_sharding.write import build, image_sources, images, shard_task
+from data_sharding.write import build, cleanup, image_sources, images, shard_task
 from data_sharding.write.entries import ImageFile
 from data_sharding.write.findings import Skipped
 from data_sharding.write.image_sources import open_folder
@@ -131,6 +132,11 @@ def test_a_wrong_number_of_tasks_does_no_harm(image_folder, written_dataset, tmp
     assert bytes_of(tmp_path / "set") == bytes_of(written_dataset[0])
 
 
+def begun(dst: Path) -> None:
+    """The record that a task finds if all have the options b""."""
+    shard_task.put(f"{dst}/parts/options.json", b"")
+
+
 def test_work_on_a_shard_ends_when_another_task_has_it(image_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(shard_task, "_CHUNK", 2)
     entries = open_folder(image_folder).entries[:6]
@@ -142,7 +148,10 @@ def test_work_on_a_shard_ends_when_another_task_has_it(image_folder, tmp_path, m
             shard_task.put(task.part, b"{}")
         return [Skipped(item.key, "for the test") for item in items]
 
-    task = shard_task.ShardTask(str(tmp_path), str(tmp_path), "shard-000000.tar.zst", entries, ("ant",), make, "digest")
+    begun(tmp_path)
+    task = shard_task.ShardTask(
+        str(tmp_path), str(tmp_path), "shard-000000.tar.zst", entries, ("ant",), make, "digest", b""
+    )
     shard_task.write_shard(task, lambda count, fresh: reported.append((count, fresh)))
     assert len(seen) == 4 and reported == [(2, True), (2, True), (2, False)]
     assert Path(task.part).read_bytes() == b"{}"
@@ -155,7 +164,7 @@ def test_a_task_that_comes_last_to_commit_finds_it_done(image_folder, written_da
     def beaten(src, datasets, *rest):
         honest(src, datasets, *rest)
         for url in datasets:
-            build._clean(url)
+            cleanup.clean(url)
         honest(src, datasets, *rest)
 
     monkeypatch.setattr(build, "_commit", beaten)
@@ -167,9 +176,11 @@ def test_a_task_that_comes_last_to_commit_finds_it_done(image_folder, written_da
 def test_a_shard_finished_after_the_commit_leaves_no_record(tmp_path):
     def make(items):
         shard_task.put(f"{tmp_path}/manifest.json", b"{}")  # another task commits meanwhile
+        shutil.rmtree(tmp_path / "parts")
         return [Skipped(item.key, "for the test") for item in items]
 
+    begun(tmp_path)
     item = ImageFile(1, "ant/1.jpg", 0, ByteRange("", None, 0))
-    task = shard_task.ShardTask(str(tmp_path), str(tmp_path), "shard-000000.tar.zst", (item,), (), make, "digest")
+    task = shard_task.ShardTask(str(tmp_path), str(tmp_path), "shard-000000.tar.zst", (item,), (), make, "digest", b"")
     shard_task.write_shard(task, lambda *_: None)
     assert list(tmp_path.iterdir()) == [tmp_path / "manifest.json"]

@@ -7,7 +7,7 @@ import pytest
 
 from data_sharding.errors import UserError
 from data_sharding.format.manifest import Manifest
-from data_sharding.write import build
+from data_sharding.write import build, shard_task
 from data_sharding.write.images import write_dataset
 from tests.support.written_datasets import make_images
 
@@ -60,32 +60,38 @@ def test_after_a_shard_another_source_is_refused_with_the_way_out(tmp_path, kill
         write_dataset(src, dst, **OPTIONS)  # a finished dataset is worth more: nobody is told to remove it
 
 
-def test_tasks_that_saw_different_listings_write_no_dataset(tmp_path, monkeypatch):
-    """Two tasks list the source at the same time, and a file is added in between: neither finds options of another."""
+LATE = "1 of the 3 shards of .* were written from another listing of .*remove"
+
+
+@pytest.mark.parametrize("at_once, refused", [(True, "another task has started .*/set with other opt"), (False, LATE)])
+def test_tasks_that_saw_different_listings_write_no_dataset(tmp_path, monkeypatch, at_once, refused):
+    """Two tasks list the source at the same time, and a file is added in between. The one that finds the options of the
+    other is refused; so is, by the records of the shards, one that could not look."""
+    if not at_once:
+        monkeypatch.setattr(shard_task, "_require_begun", lambda task: None)
     src, dst = str(tmp_path / "images"), str(tmp_path / "set")
     make_images(tmp_path / "images", 5)
-    honest = build.run_tasks
+    honest, honest_commit = build.run_tasks, build._commit
 
     def other_task_first(tasks, write_shard, workers, progress):
         monkeypatch.setattr(build, "run_tasks", lambda tasks, work, *_: work(tasks[0], lambda *_: None))
         monkeypatch.setattr(build, "_commit", lambda *_: None)
         make_images(tmp_path / "images", 6)
         build.build(src, dst, *others)
-        monkeypatch.undo()
+        monkeypatch.setattr(build, "run_tasks", honest)
+        monkeypatch.setattr(build, "_commit", honest_commit)
         todo = [task for task in tasks if not build.exists(task.part)]
         honest(todo, write_shard, workers, progress)
 
     seen = []
-    honest_build = build.build
-    monkeypatch.setattr("data_sharding.write.images.build", lambda *arguments: seen.append(arguments) or 0)
-    monkeypatch.setattr("data_sharding.write.images.report", lambda *_: None)
-    make_images(tmp_path / "images", 6)
-    write_dataset(src, dst, **OPTIONS)
+    with monkeypatch.context() as patch:
+        patch.setattr("data_sharding.write.images.build", lambda *arguments: seen.append(arguments) or 0)
+        patch.setattr("data_sharding.write.images.report", lambda *_: None)
+        make_images(tmp_path / "images", 6)
+        write_dataset(src, dst, **OPTIONS)
     others = seen[0][2:]
     (tmp_path / "images/cow/005.jpg").unlink()
-    monkeypatch.undo()
     monkeypatch.setattr(build, "run_tasks", other_task_first)
-    assert honest_build is build.build
-    with pytest.raises(UserError, match="1 of the 3 shards of .* were written from another listing of .*remove"):
+    with pytest.raises(UserError, match=refused):
         write_dataset(src, dst, **OPTIONS)
     assert not (tmp_path / "set/manifest.json").exists()
