@@ -26,3 +26,7 @@ class DataError(UserError):
 
 class StorageDown(UserError):
     """The storage does not answer; neither the data nor the user is at fault. The message has the last error."""
+
+
+class BadPlace(StorageDown):
+    """Perhaps one place of a disk is bad and all others can be read (see ``storage.bad_places``)."""

@@ -10,8 +10,9 @@ from dataclasses import replace
 from io import BufferedWriter
 from pathlib import Path
 
-from data_sharding.errors import UserError
+from data_sharding.errors import BadPlace, UserError
 from data_sharding.storage.atomic_write import NoHardLinks, atomic_create, atomic_write, destination, fsync_folder
+from data_sharding.storage.bad_places import may_be_bad_place
 from data_sharding.storage.failures import failure, unreachable
 from data_sharding.storage.retry import RetriesExhausted, RetryPolicy, retry_local
 from data_sharding.storage.store import Bytes, Result, Store, Writable
@@ -151,6 +152,8 @@ class LocalStore(Store):
         try:
             result = retry_local(policy, where, act, writing=kind == "write")
         except RetriesExhausted as error:
+            if kind == "read" and may_be_bad_place(error.__cause__):
+                raise BadPlace(str(unreachable(where, error, local=True))) from error
             raise unreachable(where, error, local=True) from error
         self._allowed.add(kind)
         return result

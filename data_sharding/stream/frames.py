@@ -4,7 +4,6 @@ They are two functions so that a cache can stand between them: nothing is used b
 whatever the source of the bytes. Both are stateless, so any number of threads may call them.
 """
 
-import errno
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -14,6 +13,7 @@ import xxhash
 from data_sharding.errors import DataError, StorageDown, UserError
 from data_sharding.format.manifest import FILE, Manifest, digest_words
 from data_sharding.format.shard import RawFrame, Sample, parse_frame
+from data_sharding.storage.bad_places import can_be_read, may_be_bad_place
 from data_sharding.storage.files import read
 from data_sharding.storage.filesystems import file_system, is_local
 from data_sharding.storage.retry import CorruptRead, RetriesExhausted, RetryPolicy, call_with_retry
@@ -105,16 +105,10 @@ def _is_bad_place(manifest: Manifest, f: int, error: BaseException | None) -> bo
     file whose other end can. Everything else says nothing of the frame: a busy server, say, would refuse any."""
     if isinstance(error, CorruptRead):
         return True
-    local = is_local(file_system(manifest.url)[0])
-    if not local or not isinstance(error, OSError) or error.errno != errno.EIO:
+    fs, path = file_system(manifest.frame_url(f))
+    if not is_local(fs) or not may_be_bad_place(error):
         return False
-    shard = int(manifest.frame_shard[f])
-    place = 0 if manifest.frame_offset[f] else manifest.shards[shard].bytes - 1  # behind the last frame, a tar's end
-    try:
-        policy = RetryPolicy(deadline=_PROBE, attempt=_PROBE)
-        return bool(call_with_retry(policy, manifest.frame_url(f), "cat_file", start=place, end=place + 1, check=bytes))
-    except (OSError, RetriesExhausted):
-        return False
+    return can_be_read(path, [0 if manifest.frame_offset[f] else -1])  # behind the last frame is the end of the tar
 
 
 def _down(manifest: Manifest, error: Exception) -> StorageDown:

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from data_sharding.errors import DataError, UserError
 from data_sharding.storage.json_bytes import from_json
+from fitv2_scale.checkpoint.bad_commit import finding_bad_places
 from fitv2_scale.checkpoint.checksums import CHUNK, ChunkReader, Damaged
 from fitv2_scale.checkpoint.dcp_storage import FORMAT, MANIFEST, CommitReader, CommitWriter
 from fitv2_scale.checkpoint.dcp_tensor import DcpTensor
@@ -57,7 +58,7 @@ def read_tensors(run: Run, entry: LogEntry, manifest: dict, tensors: dict[str, L
     Raises, on all ranks, the gravest of what they met: Damaged if nothing worse.
     """
     state = {name: DcpTensor(logical) for name, logical in tensors.items()}
-    reader = CommitReader(run.store, entry.fields["path"], manifest)
+    reader = CommitReader(run.store, entry.fields["path"], manifest, lambda: finding_bad_places(run, entry))
     try:
         dcp.load(state, storage_reader=reader, process_group=group)
     except CheckpointException as error:
@@ -77,7 +78,8 @@ def read_manifest(run: Run, entry: LogEntry) -> dict:
     """The manifest of a commit, checked against the log. Raises Damaged; UserError if it is of another format."""
     path = f"{entry.fields['path']}/{MANIFEST}"
     try:
-        text = run.store.read(path)
+        with finding_bad_places(run, entry):
+            text = run.store.read(path)
     except FileNotFoundError:
         raise Damaged(f"{path} is missing") from None
     if hashlib.sha256(text).hexdigest() != entry.fields["manifest"]:
@@ -101,9 +103,10 @@ def verify_commit(run: Run, entry: LogEntry, reader: int = 0, readers: int = 1) 
     parts = [(file, n) for file, f in sorted(manifest["files"].items()) for n in range(-(-f["bytes"] // CHUNK))]
     for file, own in groupby(parts[reader::readers], key=lambda part: part[0]):
         try:
-            chunks.check_size(file)
-            for _, index in own:
-                chunks.chunk(file, index)
+            with finding_bad_places(run, entry):
+                chunks.check_size(file)
+                for _, index in own:
+                    chunks.chunk(file, index)
         except Damaged as error:
             problems.append(str(error))
     return problems
@@ -133,8 +136,9 @@ def quick_check(run: Run, entry: LogEntry) -> str | None:
     try:
         manifest = read_manifest(run, entry)
         reader = ChunkReader(run.store, entry.fields["path"], manifest["files"])
-        for file in manifest["files"]:
-            reader.check_size(file)
+        with finding_bad_places(run, entry):
+            for file in manifest["files"]:
+                reader.check_size(file)
     except Damaged as error:
         return str(error)
     return None

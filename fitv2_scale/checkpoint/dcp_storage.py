@@ -15,7 +15,8 @@ Each digest covers ``checksums.CHUNK`` bytes of its file.
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -128,9 +129,19 @@ def box_record(offset: Sequence[int], shape: Sequence[int], file: str, begin: in
 
 class CommitReader(StorageReader):
     """Reads the parts of a commit that a rank needs, and no more than the chunks around them, directly into place: this
-    takes memory for a few chunks, however large the tensors are. Raises Damaged."""
+    takes memory for a few chunks, however large the tensors are. Raises Damaged.
 
-    def __init__(self, store: Store, folder: str, manifest: dict):
+    ``reading()`` is a context for all reads of data.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        folder: str,
+        manifest: dict,
+        reading: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ):
+        self._reading = reading
         self._chunks = ChunkReader(store, folder, manifest["files"])
         self._tensors = manifest["tensors"]
         self._boxes = {
@@ -180,9 +191,10 @@ class CommitReader(StorageReader):
                 buffers[index] = torch.empty(part.rows)
             return buffers.get(index, part.target).flatten().view(torch.uint8).numpy().data
 
-        for index in self._chunks.fill([part.span for part in parts], memory):
-            if (rows := buffers.pop(index, None)) is not None:
-                parts[index].take(rows)
+        with self._reading():
+            for index in self._chunks.fill([part.span for part in parts], memory):
+                if (rows := buffers.pop(index, None)) is not None:
+                    parts[index].take(rows)
 
     def reset(self, checkpoint_id=None) -> None: ...
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:

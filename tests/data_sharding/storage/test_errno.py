@@ -172,6 +172,7 @@ def place(dataset, tmp_path, monkeypatch) -> Iterator[Place]:
     for name in ("_WHOLE_FILE", "_CALL", "_LOCAL"):
         monkeypatch.setattr(files, name, replace(getattr(files, name), deadline=BRIEF.deadline))
     monkeypatch.setattr("data_sharding.stream.frames._PROBE", BRIEF.deadline)
+    monkeypatch.setattr("data_sharding.storage.bad_places._SECONDS", BRIEF.deadline)
     monkeypatch.setattr("data_sharding.stream.disk_cache._USAGE_WAIT", 0.001)
     place = Place(FaultyDisk(monkeypatch), tmp_path, Manifest.load(dataset))
     place.store.put("there", b"x")

@@ -1,12 +1,15 @@
 """Fetching frames: transient errors are retried until one deadline, others are raised at once, and no byte is used that
 does not match its digest."""
 
+import errno
 import itertools
+import os
 import sys
 import threading
 import time
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import _registry
 
 from data_sharding.errors import StorageDown, UserError
@@ -17,6 +20,7 @@ from data_sharding.storage.filesystems import Cancelled, file_system
 from data_sharding.storage.retry import RetryPolicy
 from data_sharding.stream.frames import FrameReader, UnreadableFrame, fetch_frame, read_frame
 from tests.support.fake_object_store import FakeStore, serve
+from tests.support.faulty_disk import FaultyDisk
 
 SHORT = RetryPolicy(deadline=0.6, attempt=0.2)
 FOR_EVER = 1e6  # seconds that a test would hang if a read was not given up
@@ -89,6 +93,26 @@ def test_the_same_wrong_bytes_three_times_count_as_stored(manifest):
     with pytest.raises(UnreadableFrame, match="frame 1 .*: 10 of its .* bytes were read"):
         fetch_frame(manifest, 1)
     assert len(FakeStore.reads) == 3
+
+
+@pytest.mark.parametrize(("name", "elsewhere", "kind"), [
+    ("EIO", True, UnreadableFrame), ("EUCLEAN", True, UnreadableFrame), ("EIO", False, StorageDown),
+    ("ESHUTDOWN", True, StorageDown),
+])  # fmt: skip
+def test_a_bad_place_of_a_disk_is_an_unreadable_frame(dataset, monkeypatch, name, elsewhere, kind):
+    """Unless the other end of the shard cannot be read either."""
+    number, manifest = getattr(errno, name), Manifest.load(dataset)
+    monkeypatch.setattr("data_sharding.storage.bad_places._SECONDS", 0.01)
+    if not elsewhere:
+        FaultyDisk(monkeypatch).fail(number, ".tar.zst", "read")
+
+    def fail(*args, **kw):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(LocalFileSystem, "cat_file", fail)
+    with pytest.raises((UnreadableFrame, StorageDown), match=os.strerror(number)) as found:
+        fetch_frame(manifest, 1, RetryPolicy(deadline=0.02))
+    assert found.type is kind
 
 
 def test_storage_that_serves_no_shard_until_the_deadline_is_down(manifest):
