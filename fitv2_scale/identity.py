@@ -14,6 +14,7 @@ from fitv2_scale.run.fork import Fork
 from fitv2_scale.run.paths import absolute_paths
 from fitv2_scale.run.reference import split_reference
 from fitv2_scale.run.run import Run
+from fitv2_scale.run.weights_source import WeightsSource
 
 
 def open_run(config: Config, plan: Plan | None, parent: dict[str, Any] | None = None) -> Run:
@@ -30,6 +31,7 @@ def open_run(config: Config, plan: Plan | None, parent: dict[str, Any] | None = 
         parent,
         data=data,
         complete=config.complete_recipe,
+        weights=lambda: WeightsSource.parse(config.init_from).digest(),
     )
 
 

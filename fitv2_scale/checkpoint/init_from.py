@@ -4,66 +4,20 @@ They become the weights and the EMA; optimizer, step and data start from zero. A
 that a high-resolution stage trains: the released loader drops these, and with them what they had learned.
 """
 
-from dataclasses import dataclass
-
 import torch
 import xxhash
 
 from data_sharding.errors import UserError
-from data_sharding.storage.file_digest import file_digest
-from data_sharding.storage.files import with_local
 from fitv2_scale.checkpoint.checksums import Damaged
 from fitv2_scale.checkpoint.commit import read_manifest, read_tensors
-from fitv2_scale.checkpoint.weights import SUFFIXES, open_weights, read_finite
+from fitv2_scale.checkpoint.weights import open_weights, read_finite
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.parallel.agreement import Facts, read_alike
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.world import World
 from fitv2_scale.run.log import LogEntry
-from fitv2_scale.run.reference import parse_reference
 from fitv2_scale.run.run import Run
-
-
-@dataclass(frozen=True)
-class WeightsSource:
-    """RUN@STEP, or a weights file (then ``step`` is None)."""
-
-    url: str
-    step: int | None
-
-    @classmethod
-    def parse(cls, text: str) -> "WeightsSource":
-        """Raises UserError unless it is one of both; whether it exists is not looked at."""
-        if is_weights(text):
-            return cls(text, None)
-        wanted = f"RUN@STEP, as in runs/first@1000, or a weights file ({', '.join(SUFFIXES)})"
-        return cls(*parse_reference(text, "init_from", wanted))
-
-    def digest(self) -> str:
-        """The digest of the weights, wherever they lie: of a commit that of its manifest, which holds all others; of a
-        file that of its content, which takes as long as reading it.
-
-        Raises:
-            UserError: there are no such weights.
-        """
-        if self.step is not None:
-            return self.commit().fields["manifest"]
-        try:
-            return with_local(self.url, lambda: file_digest(self.url))
-        except FileNotFoundError:
-            raise UserError(f"there is no weights file {self.url}") from None
-
-    def commit(self) -> LogEntry:
-        """The commit of RUN@STEP. Raises UserError if there is none."""
-        commits = Run.open(self.url).log.commits()
-        if found := [entry for entry in commits if entry.fields["step"] == self.step]:
-            return found[-1]
-        steps = [entry.fields["step"] for entry in commits]
-        raise UserError(f"{self.url} has no commit at step {self.step}, but at {steps or 'none'}: choose one of them")
-
-
-def is_weights(text: str) -> bool:
-    return text.endswith(SUFFIXES)
+from fitv2_scale.run.weights_source import WeightsSource
 
 
 def load_initial_weights(source: WeightsSource, engine: Engine, model: ModelConfig, world: World) -> None:

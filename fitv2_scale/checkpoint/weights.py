@@ -29,6 +29,7 @@ from fitv2_scale.identity import open_run
 from fitv2_scale.model.counts import logical_shapes
 from fitv2_scale.run.provenance import provenance
 from fitv2_scale.run.run import Run
+from fitv2_scale.run.weights_source import SUFFIXES
 
 
 class WrongWeights(UserError):
@@ -39,7 +40,6 @@ class WrongWeights(UserError):
         self.missing, self.left_over = missing, left_over
 
 
-SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 # Keys of training checkpoints under which weights lie, averaged ones first.
 _BY_PREFERENCE = (
     *("ema", "model_ema", "ema_model", "params_ema", "ema_state_dict"),

@@ -17,7 +17,6 @@ from data_sharding.errors import UserError
 from data_sharding.storage.files import exists
 from data_sharding.storage.open_store import open_store
 from data_sharding.storage.store import Store
-from fitv2_scale.checkpoint.init_from import is_weights
 from fitv2_scale.config.model import PIXELS_PER_TOKEN, parse_size
 from fitv2_scale.evaluate.feature_network import FeatureNetwork
 from fitv2_scale.evaluate.features import Features, npz_bytes, read_npz
@@ -40,6 +39,7 @@ from fitv2_scale.parallel.world import join
 from fitv2_scale.run.log import now
 from fitv2_scale.run.reference import split_reference
 from fitv2_scale.run.run import Run
+from fitv2_scale.run.weights_source import is_weights
 
 
 @dataclass(frozen=True)

@@ -80,11 +80,13 @@ class Run:
         *,
         data: DataIdentity | None = None,
         complete: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+        weights: Callable[[], str | None] = lambda: None,
     ) -> "Run":
         """Makes the run at ``url``, or continues the one that is there.
 
         ``complete(recipe)`` gives a recipe of any version all keys of this one, and raises UserError if it has others.
-        A continuation may leave ``parent`` out.
+        A continuation may leave ``parent`` out, and give the weights it began with by another path: ``weights()`` is
+        their digest.
 
         Raises:
             UserError: that one has another recipe, other data, other classes or another parent; shows each difference.
@@ -107,7 +109,7 @@ class Run:
             with suppress(FileExistsError):  # another process was first: its identity is checked below
                 create_identity(store, new)
         run = Run.open(url)
-        if changes := run._differences_from(new, complete):
+        if changes := run._differences_from(new, complete, weights):
             raise UserError(
                 f"{store.url} holds a different run ({'; '.join(changes)}); "
                 "give a new run folder, or fork it with --fork-from RUN@STEP."
@@ -116,7 +118,12 @@ class Run:
             return run
         return replace(run, classes=class_list.agreed(store, run.classes, data.classes))
 
-    def _differences_from(self, new: dict[str, Any], complete: Callable[[dict[str, Any]], dict[str, Any]]) -> list[str]:
+    def _differences_from(
+        self,
+        new: dict[str, Any],
+        complete: Callable[[dict[str, Any]], dict[str, Any]],
+        weights: Callable[[], str | None],
+    ) -> list[str]:
         """Where ``new``, what run.json would hold, differs from what it holds."""
         if recipe_hash(self.recipe) != self.recipe_hash:
             raise DataError(f"{self.store.path(IDENTITY)} was edited: its recipe does not match its hash; restore it.")
@@ -124,6 +131,10 @@ class Run:
             stored, wanted = complete(self.recipe), complete(json.loads(json.dumps(new["recipe"])))
         except UserError as error:
             raise UserError(f"{self.url}: {error}") from error
+        paths = [recipe.get("init_from") for recipe in (stored, wanted)]
+        known = self.recorded("init_from") if all(paths) and paths[0] != paths[1] else None
+        if known is not None and known == weights():  # a path says where they lie, not which they are
+            stored["init_from"] = paths[1]
         changes = differences(stored, wanted)
         if None not in (self.plan_hash, new["plan_hash"]) and self.plan_hash != new["plan_hash"]:
             changes.append(f"plan_hash: {self.plan_hash} -> {new['plan_hash']}")

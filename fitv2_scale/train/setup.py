@@ -9,7 +9,7 @@ from data_sharding.plan.plan import Plan
 from data_sharding.plan.size_presets import is_preset
 from data_sharding.storage.open_store import open_store
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
-from fitv2_scale.checkpoint.init_from import WeightsSource, load_initial_weights
+from fitv2_scale.checkpoint.init_from import load_initial_weights
 from fitv2_scale.checkpoint.policy import SaveSchedule
 from fitv2_scale.checkpoint.restore import Restored, has_committed, restore
 from fitv2_scale.config.layout import Layout
@@ -27,6 +27,7 @@ from fitv2_scale.run.fork import Fork
 from fitv2_scale.run.provenance import own_gpu, provenance
 from fitv2_scale.run.run import Attempt, Run
 from fitv2_scale.run.substitutions import SubstitutionLog, substitutes_of, substitution_records
+from fitv2_scale.run.weights_source import WeightsSource
 from fitv2_scale.tracking.destination import journal_only_reason, notes_at_start
 from fitv2_scale.tracking.journal import Journal
 from fitv2_scale.tracking.uploader_process import Uploader
@@ -66,8 +67,8 @@ def claim(config: Config, plan: Plan, fork: Fork | None, world: World) -> Attemp
         check_start(config, plan, fork)
         run = open_run(config, plan, fork.parent() if fork else None)
         facts = _facts(config, plan) | {"gpus": [gpu for gpu in gpus if gpu]}
-        if config.init_from and not fork and not run.log.commits():
-            facts["init_from"] = _initial_weights(config, run)
+        if config.init_from and not fork:
+            facts |= _initial_weights(config, run, begins=not run.log.commits())
         return run.claim(provenance() | facts).number
 
     number = world.run_on_rank0(claim_on_rank0)
@@ -92,16 +93,29 @@ def _facts(config: Config, plan: Plan) -> dict[str, Any]:
     return facts
 
 
-def _initial_weights(config: Config, run: Run) -> str:
-    """The digest of the weights of init_from. Raises UserError if an earlier attempt began with others: the run would
-    be another one. (While they are loaded, the ranks compare what they read.)"""
-    digest = WeightsSource.parse(config.init_from).digest()
-    if run.recorded("init_from") not in (None, digest):
+def _initial_weights(config: Config, run: Run, begins: bool) -> dict[str, str]:
+    """The digest of the weights of init_from, for start.json. A run of an earlier version, which recorded none, adopts
+    that of the weights that are there now. ``begins``: the run needs them; from its first commit on it does not, and
+    they may be gone.
+
+    Raises UserError if they are needed and are others than those it began with: the run would be another one. (While
+    they are loaded, the ranks compare what they read.)
+    """
+    known = run.recorded("init_from")
+    if known and not begins:
+        return {"init_from": known}
+    try:
+        digest = WeightsSource.parse(config.init_from).digest()
+    except UserError:
+        if begins:
+            raise
+        return {}
+    if known not in (None, digest):
         raise UserError(
             f"{config.init_from} no longer holds the weights that {run.url} began with: restore them, or give a new "
             "run folder"
         )
-    return digest
+    return {"init_from": digest}
 
 
 def open_session(

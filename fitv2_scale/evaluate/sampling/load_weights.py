@@ -9,7 +9,7 @@ from data_sharding.format.class_names import class_digest
 from data_sharding.format.codec import SD_VAE, Codec
 from data_sharding.format.codecs import codec_of, get_codec
 from data_sharding.format.manifest import Header, read_header
-from fitv2_scale.checkpoint.init_from import WeightsSource, is_weights, load_initial_weights
+from fitv2_scale.checkpoint.init_from import load_initial_weights
 from fitv2_scale.checkpoint.restore import restore
 from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.load import load_config, parse_config
@@ -22,6 +22,7 @@ from fitv2_scale.parallel.rank_facts import config_facts
 from fitv2_scale.parallel.world import World
 from fitv2_scale.run.reference import split_reference
 from fitv2_scale.run.run import Run
+from fitv2_scale.run.weights_source import WeightsSource, is_weights
 
 # Sampling does not need the layout of training. Every pass gathers the weights, so each node keeps a copy of them; and
 # packs have many shapes, each of which would be compiled.
