@@ -61,3 +61,4 @@ class Codec(Protocol):
 
 
 SD_VAE = "sd-vae"
+PUBLISHED = "published sd-vae-ft-ema latents"  # in place of the digest: their weights came without one

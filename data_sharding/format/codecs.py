@@ -1,7 +1,7 @@
 """Chooses a codec: by the name that a user gives, or by the record in a dataset's manifest."""
 
 from data_sharding.errors import UserError
-from data_sharding.format.codec import SD_VAE, Codec, CodecRecord, Latent
+from data_sharding.format.codec import PUBLISHED, SD_VAE, Codec, CodecRecord, Latent
 from data_sharding.format.dct import DctCodec
 
 
@@ -40,6 +40,18 @@ def codec_of(record: CodecRecord, vae: str = "") -> Codec:
         raise UserError(
             f"the dataset was written with the VAE {record['vae']:.16}, but {vae} holds {codec.weights:.16}: give the "
             f"folder of {record['vae']:.16}"
+        )
+    return codec
+
+
+def decoding_vae(folder: str, digest: str | None) -> Codec:
+    """The VAE in ``folder``, for latents of the codec with this ``digest``, None if it is not known. Raises UserError
+    as ``codec_of``."""
+    codec = _sd_vae(folder, "mean")
+    if digest not in (None, PUBLISHED, codec.digest_as("mean"), codec.digest_as("sample")):
+        raise UserError(
+            f"the VAE in {folder} ({codec.weights:.16}) is not the one that encoded these latents (codec "
+            f"{digest:.16}): give the folder of that one"
         )
     return codec
 

@@ -118,8 +118,11 @@ class SdVae:
 
     @property
     def digest(self) -> str:
+        return self.digest_as(self._latent)
+
+    def digest_as(self, latent: Latent) -> str:
         """Hex sha256 of ``weights`` and of the posterior's use (mean or sample)."""
-        return sha256(f"sd-vae 1 {self._latent} {self.weights}".encode()).hexdigest()
+        return sha256(f"sd-vae 1 {latent} {self.weights}".encode()).hexdigest()
 
     @property
     def record(self) -> CodecRecord:

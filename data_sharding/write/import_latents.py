@@ -21,7 +21,7 @@ from safetensors.numpy import load
 
 from data_sharding.errors import UserError
 from data_sharding.format.class_names import class_digest
-from data_sharding.format.codec import SD_VAE, CodecRecord
+from data_sharding.format.codec import PUBLISHED, SD_VAE, CodecRecord
 from data_sharding.format.shard import CHANNELS, DTYPE, Sample
 from data_sharding.storage.byte_ranges import read_all
 from data_sharding.worker_pool import cores
@@ -34,10 +34,10 @@ from data_sharding.write.published_latents import LatentFiles, PublishedLatents,
 from data_sharding.write.shard_task import Made
 from data_sharding.write.write_report import WriteReport
 
-# Its weights came without a digest, and each flip is one draw of the posterior.
+# Each flip is one draw of the posterior.
 CODEC: CodecRecord = {
     "name": SD_VAE,
-    "digest": "published sd-vae-ft-ema latents",
+    "digest": PUBLISHED,
     "scale": 0.18215,
     "latent": "sample",
 }

@@ -96,7 +96,7 @@ def _grid(args: argparse.Namespace, weights: "Weights", sampling: "SamplingConfi
     from fitv2_scale.evaluate.sampling.image_grid import decode, grid_png, grid_requests
     from fitv2_scale.evaluate.sampling.sampler import sample
 
-    codec, requests = weights.codec(), grid_requests(sizes, _labels(args, weights))
+    codec, requests = weights.shared_codec(), grid_requests(sizes, _labels(args, weights))
     made = sample(
         weights.engine.network,
         requests,
@@ -121,7 +121,7 @@ def _single_images(args: argparse.Namespace, weights: "Weights", sampling: "Samp
     labels = _labels(args, weights) if args.classes else list(range(weights.classes))
     requests = random_requests(sizes, args.images, labels, args.seed)
     folder = args.folder or f"{args.npz or 'samples'}.pictures"
-    done = fill_folder(weights, requests, sampling, args.seed, folder, weights.codec())
+    done = fill_folder(weights, requests, sampling, args.seed, folder, weights.shared_codec())
     if args.npz and weights.world.is_first:
         write_npz(folder, requests, args.npz)
     text = f"{folder}: {args.images} images from the EMA weights of {weights.name}, NFE {done.nfe:g}, {done.made} new"

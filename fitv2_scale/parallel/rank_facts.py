@@ -17,7 +17,7 @@ from fitv2_scale.run.provenance import code_digest, installed
 PER_NODE = {
     "data.url": "a node may have a copy of its own; the digests of the datasets are compared",
     "validation.url": "as data.url",
-    "sampling.vae": "as data.url: the digest of its weights is compared with the one in the dataset",
+    "sampling.vae": "as data.url; the digest of its weights is compared where it is read",
     "data.cache_dir": "a folder on the node's own disk; whether the nodes share the work by it is compared",
     "data.cache_disk_gib": "as data.cache_dir",
 }

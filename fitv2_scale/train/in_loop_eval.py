@@ -44,7 +44,7 @@ class InLoopEvaluation:
         self._config, self._world, self._layout, self._data = config, world, layout, data
         self._engine = engine
         if config.sampling.every_steps:
-            read_alike(world, lambda: (data.codec(config), {}))
+            read_alike(world, lambda: (None, {"digest of the codec": data.codec(config).digest}))
         self._validation = validation_of(config, data, world, layout) if config.validation.every_steps else None
 
     def due(self, done: int) -> bool:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from data_sharding.errors import DataError, UserError
 from data_sharding.format.class_names import class_digest
-from data_sharding.format.codec import SD_VAE, Codec
-from data_sharding.format.codecs import codec_of, get_codec
+from data_sharding.format.codec import Codec
+from data_sharding.format.codecs import codec_of, decoding_vae
 from data_sharding.format.manifest import Header, read_header
 from fitv2_scale.checkpoint.init_from import load_initial_weights
 from fitv2_scale.checkpoint.restore import restore
@@ -46,18 +46,27 @@ class Weights:
         """The codec that decodes its latents: that of the dataset, or if that cannot be read the VAE of sampling.vae.
 
         Raises:
-            UserError: there is neither.
+            UserError: there is neither, or the VAE is not that of the latents that a run has learned.
         """
         vae = self.config.sampling.vae
         try:
             return codec_of(self.header().codec, vae)
         except DataError as error:
             if vae:
-                return get_codec(SD_VAE, vae)
+                return decoding_vae(vae, self.run.recorded("codec") if self.run else None)
             raise UserError(
                 f"the codec of these latents is not known: {error}; give the dataset as data.url=FOLDER, or the "
                 "diffusers AutoencoderKL as sampling.vae=FOLDER"
             ) from error
+
+    def shared_codec(self) -> Codec:
+        """``codec``, which each rank reads for itself, and the same on all of them. A collective."""
+
+        def read() -> tuple[Codec, Facts]:
+            codec = self.codec()
+            return codec, {"digest of the codec": codec.digest}
+
+        return read_alike(self.world, read)
 
     @property
     def classes(self) -> int:

@@ -64,6 +64,7 @@ def variants(model: ModelConfig, sampling: SamplingConfig, size: str) -> list[Ro
 def compare(weights: Weights, sampling: SamplingConfig, size: str, labels: list[int], seed: int) -> list[RopeVariant]:
     """Images of ``labels`` by each variant, all in one call. A collective; only rank 0 has the images."""
     rows, columns = parse_size(size)
+    codec = weights.shared_codec()
     model, found = weights.config.model, variants(weights.config.model, sampling, size)
     requests = [[ImageRequest(i, label, rows, columns, one.rope) for i, label in enumerate(labels)] for one in found]
     samples = sample(
@@ -75,10 +76,9 @@ def compare(weights: Weights, sampling: SamplingConfig, size: str, labels: list[
         world=weights.world,
         tensor=weights.layout.tensor,
     )
-    codec = weights.codec() if weights.world.is_first else None
     done = []
     for one, row in zip(found, requests, strict=True):
-        images = tuple(decode(samples[request].tokens, codec) for request in row) if codec else ()
+        images = tuple(decode(samples[request].tokens, codec) for request in row) if weights.world.is_first else ()
         nfe = sum(samples[request].nfe for request in row) / len(row)
         done.append(replace(one, nfe=nfe, images=images))
     return done

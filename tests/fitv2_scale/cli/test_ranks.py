@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from fitv2_scale.cli.__main__ import main
 from tests.support.ranks import run_ranks
+from tests.support.small_vae import save_vae
 
 NOTHING = "/no/such/set"
 
@@ -139,6 +140,23 @@ def test_weights_of_other_content(two_step_run, two_folders, config_file):
     assert_refused(run_ranks(2, run_in, folders, words), rf"rank 1 on \S+: {unshared}", unshared)
     words += ["--folder", str(two_folders[0] / "pictures")]
     assert [code for code, _ in run_ranks(2, run_in, folders, words)] == [0, 0]
+
+
+def test_a_vae_of_other_content(two_step_run, two_folders, config_file):
+    """No dataset tells whose latents they are, and rank 0 alone decodes the grid: they are compared all the same."""
+    for seed, folder in enumerate(two_folders):
+        save_vae(folder / "vae", seed)
+    weights = str(two_folders[0] / "w.safetensors")
+    assert main(["checkpoint", "export", two_step_run, weights, "--ema"]) == 0
+    words = ["sample", weights, "data.url=nowhere", "sampling.vae=vae", "--config", config_file("config"), *SAMPLE[:2]]
+    words += ["--steps", "1", "--columns", "1"]
+    folders = list(map(str, two_folders))
+    told = 'the ranks were not told the same: digest of the codec is "[0-9a-f]{64}" on rank 0 .*'
+    for compare in ([], ["--compare"]):
+        assert_refused(run_ranks(2, run_in, folders, [*words, *compare]), told, "")
+    (two_folders[1] / "vae/config.json").unlink()
+    missing = "vae holds no VAE .*give the folder of a diffusers AutoencoderKL"
+    assert_refused(run_ranks(2, run_in, folders, words), rf"rank 1 on \S+: {missing}", missing)
 
 
 def test_a_folder_that_the_ranks_do_not_share(two_folders, config_file):

@@ -10,12 +10,15 @@ import pytest
 from xxhash import xxh3_128_hexdigest
 
 from data_sharding.errors import UserError
+from data_sharding.format.codecs import get_codec
 from fitv2_scale.config.sections import SamplingConfig
 from fitv2_scale.evaluate import evaluate
 from fitv2_scale.evaluate.evaluate import EvaluationOptions, evaluate_weights
 from fitv2_scale.evaluate.features import read_npz
 from fitv2_scale.evaluate.generated_features import Cell
 from fitv2_scale.evaluate.image_sets import image_set_digest
+from fitv2_scale.evaluate.sampling.load_weights import open_weights
+from fitv2_scale.parallel.world import join
 from tests.support.other_weights import replace_weights, weights_of
 
 
@@ -166,9 +169,6 @@ def test_sets_of_images_are_known_by_what_is_in_them(photographs, dataset, tmp_p
 
 def test_a_dataset_that_took_the_place_of_a_runs_own(two_step_run, dataset, tmp_path):
     """Its classes, or its codec, are not those of the weights."""
-    from fitv2_scale.evaluate.sampling.load_weights import open_weights
-    from fitv2_scale.parallel.world import join
-
     taken = shutil.copytree(dataset, tmp_path / "set")
     header = json.loads((Path(taken) / "manifest.json").read_text())
     for change, difference in (
@@ -183,3 +183,16 @@ def test_a_dataset_that_took_the_place_of_a_runs_own(two_step_run, dataset, tmp_
                 continue
             with pytest.raises(UserError, match=f"{taken} has {difference} than the data of {two_step_run}@2"):
                 weights.codec()
+
+
+def test_a_vae_that_is_not_that_of_the_latents(two_step_run, vae_folder, tmp_path):
+    """The run's dataset is gone, but its codec is recorded."""
+    run = shutil.copytree(two_step_run, tmp_path / "run")
+    start = run / "attempts/1/start.json"
+    record = json.loads(start.read_text())
+    with join() as world, open_weights(str(run), world, None, ["data.url=gone", f"sampling.vae={vae_folder}"]) as found:
+        with pytest.raises(UserError, match=r"is not the one that encoded these latents .*give the folder"):
+            found.codec()
+        for codec in (get_codec("sd-vae", vae_folder, "sample").digest, "published sd-vae-ft-ema latents"):
+            start.write_text(json.dumps(record | {"codec": codec}))
+            assert found.codec().name == "sd-vae"
