@@ -18,9 +18,9 @@ import logging
 import os
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
 from itertools import count
@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from data_sharding.storage.atomic_write import fsync_folder
+from data_sharding.storage.files import with_local
 from fitv2_scale.run.log import LogEntry
 from fitv2_scale.run.run import Run
 
@@ -40,7 +41,8 @@ _encode = json.JSONEncoder(separators=(",", ":")).encode  # one encoder: creatin
 class Journal:
     """Appends one attempt's records. The thread that records touches no file: the journal's own thread writes to the
     disk, and a third thread may ``seal``. A slow or full disk delays only ``seal``; until it can be written, records
-    wait in memory.
+    wait in memory. There they stay until they are durable: after an error they are written again, because what a file
+    holds is then not known, and an open file may never work again.
 
     ``folder`` is the attempt's folder (``Attempt.folder``); ``upload`` uploads a sealed segment to a run on another
     storage (``Attempt.upload``). A killed process loses at most the last second, all of it after the last commit: call
@@ -52,9 +54,9 @@ class Journal:
     ) -> None:
         self._folder, self._upload = folder / "journal", upload
         self._segment, self._uploaded = 0, 0  # the one being written; the first that is not uploaded yet
+        self._data, self._written = bytearray(), 0  # this segment's lines; how many bytes of them are in its file
         self._file: FileIO | None = None
-        self._full: deque[FileIO] = deque()  # segments that are written, but not durable yet
-        self._unwritten = bytearray()  # lines of this segment that are not in its file yet
+        self._is_said = False  # that it cannot be written
         self._file_lock = threading.Lock()  # guards all of the above
         self._lines: list[bytes] = []  # recorded since the last flush
         self._lines_lock = threading.Lock()  # guards these, and is never held for long
@@ -76,22 +78,26 @@ class Journal:
     def seal(self) -> None:
         """Makes all records so far durable and begins the next segment. Call before each COMMIT and at the end.
 
-        Raises the errors of the disk and of ``upload``. Nothing is lost then: the next call does the rest.
+        Waits for a disk in trouble, as all writes into a run do. Raises StorageDown, UserError or FileNotFoundError,
+        and the errors of ``upload``. Nothing is lost then: the next call does the rest.
         """
         with self._file_lock:
-            self._flush()
-            if self._file is not None:
-                self._full.append(self._file)
-                self._file = None
-                self._segment += 1
-            while self._full:
-                os.fsync(self._full[0].fileno())
-                self._full.popleft().close()
-            if self._segment:
-                fsync_folder(self._folder)
+            with_local(str(self._path(self._segment)), self._finish_segment, writing=True)
             while self._uploaded < self._segment:
                 self._upload(self._path(self._uploaded))
                 self._uploaded += 1
+
+    def _finish_segment(self) -> None:
+        with self._rewriting_after_errors():
+            self._flush()
+            if self._file is not None:
+                os.fsync(self._file.fileno())
+                self._file.close()
+                fsync_folder(self._folder)
+        if self._file is not None:
+            self._file, self._written = None, 0
+            self._data.clear()
+            self._segment += 1
 
     def _path(self, segment: int) -> Path:
         return self._folder / f"{segment:05d}.jsonl"
@@ -108,23 +114,46 @@ class Journal:
     def _flush_in_background(self) -> None:
         with self._file_lock:
             try:
-                self._flush()
+                with self._rewriting_after_errors():
+                    self._flush()
+                self._is_said = False
             except OSError as error:
-                log.warning("the journal cannot be written yet; training continues: %s", error)
+                if not self._is_said:
+                    log.warning("the journal cannot be written yet; training continues: %s", error)
+                self._is_said = True
+
+    @contextmanager
+    def _rewriting_after_errors(self) -> Generator[None]:
+        try:
+            yield
+        except OSError:
+            if self._file is not None:
+                with suppress(OSError):
+                    self._file.close()
+            self._file, self._written = None, 0
+            raise
 
     def _flush(self) -> None:
         with self._lines_lock:
             lines, self._lines = self._lines, []
-        self._unwritten += b"".join(lines)
-        if not self._unwritten:
+        self._data += b"".join(lines)
+        if self._written == len(self._data):
             return
         if self._file is None:
             if not self._folder.is_dir():
                 self._folder.mkdir(parents=True, exist_ok=True)
                 fsync_folder(self._folder.parent)
-            self._file = open(self._path(self._segment), "xb", buffering=0)  # noqa: SIM115 - seal closes it
-        while self._unwritten:
-            del self._unwritten[: self._file.write(self._unwritten)]
+            self._file = _open(self._path(self._segment))
+        while self._written < len(self._data):
+            self._written += self._file.write(self._data[self._written :])
+
+
+def _open(path: Path) -> FileIO:
+    """A segment, to be written from its beginning. What it holds after an error is the beginning of what it will."""
+    try:
+        return open(path, "xb", buffering=0)
+    except FileExistsError:
+        return open(path, "r+b", buffering=0)
 
 
 @dataclass(frozen=True, order=True)
@@ -221,9 +250,14 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 def _segment(run: Run, path: str, offset: int) -> bytes:
     """A segment's bytes from ``offset`` on. The writing node's copy is never shorter than the uploaded one."""
+    file = run.local_path(path)
     try:
-        with open(run.local_path(path), "rb") as file:
-            file.seek(offset)
-            return file.read()
+        return with_local(str(file), lambda: _read_from(file, offset))
     except FileNotFoundError:
         return run.store.read(path)[offset:]
+
+
+def _read_from(file: Path, offset: int) -> bytes:
+    with open(file, "rb") as opened:
+        opened.seek(offset)
+        return opened.read()

@@ -1,5 +1,5 @@
 """Every errno of errno.h on every kind of read and write: it continues, is trouble of the storage (then training
-saves and ends with 75), or is one sentence. The table is written down here; it is not what the program thinks."""
+saves and ends with 75), or is one sentence."""
 
 import errno
 import secrets
@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from data_sharding.errors import DataError, StorageDown, UserError
 from data_sharding.format.manifest import Manifest
 from data_sharding.storage import files
 from data_sharding.storage import retry as retry_module
@@ -17,31 +16,12 @@ from data_sharding.storage.local_store import LocalStore
 from data_sharding.storage.numbered_log import NumberedLog
 from data_sharding.storage.retry import CorruptRead, RetryPolicy
 from data_sharding.stream.disk_cache import DiskCache
-from data_sharding.stream.frames import UnreadableFrame, fetch_frame
+from data_sharding.stream.frames import fetch_frame
+from tests.support.errnos import ALL_CONTINUE, READS, WRITES, kind_of, outcome
 from tests.support.faulty_disk import FaultyDisk
 
 BRIEF = RetryPolicy(deadline=0.004, attempt=0.001)
 
-MISSING = ("ENOENT", "ENOTDIR", "EISDIR")
-NAME = ("ENAMETOOLONG", "ELOOP", "ENOTEMPTY")
-EXISTS = ("EEXIST",)
-REFUSED = ("EACCES", "EPERM", "EROFS")
-FULL = ("ENOSPC", "EDQUOT", "EFBIG")
-KINDS = {"missing": MISSING, "name": NAME, "exists": EXISTS, "refused": REFUSED, "full": FULL}
-KIND_OF = {getattr(errno, name): kind for kind, names in KINDS.items() for name in names}
-
-# What each kind of errno comes to. "down" is StorageDown, so 75; "sentence" is a UserError, so 2; "lost" is one frame,
-# whose images are replaced; "none": there is no such object. The kind "other" is every errno that is not named above.
-READS = {
-    "missing": "none",
-    "name": "sentence",
-    "exists": "down",
-    "refused": "sentence",
-    "full": "down",
-    "other": "down",
-}
-WRITES = dict.fromkeys(KINDS, "sentence") | {"full": "down", "other": "down"}
-ALL_CONTINUE = dict.fromkeys([*KINDS, "other"], "continues")
 TABLE = {
     "a frame": READS | {"missing": "lost", "name": "lost", "refused": "down"},
     "the manifest": READS | {"missing": "sentence"},
@@ -180,21 +160,6 @@ def place(dataset, tmp_path, monkeypatch) -> Iterator[Place]:
     yield place
 
 
-def outcome(act: Callable[[], None]) -> str:
-    try:
-        act()
-    except StorageDown:
-        return "down"
-    except UnreadableFrame:
-        return "lost"
-    except (UserError, DataError) as error:
-        assert str(error) and "\n" not in str(error)
-        return "sentence"
-    except FileNotFoundError:
-        return "none"
-    return "continues"
-
-
 @pytest.mark.parametrize(("name", "act", "part", "points"), CASES, ids=[case[0] for case in CASES])
 def test_what_each_errno_comes_to(place, name, act, part, points):
     wrong = {}
@@ -202,7 +167,7 @@ def test_what_each_errno_comes_to(place, name, act, part, points):
         for number, code in errno.errorcode.items():
             place.disk.fail(number, part, point)
             found = outcome(lambda: act(place))
-            if place.disk.met == 0 or found != TABLE[name][KIND_OF.get(number, "other")]:
+            if place.disk.met == 0 or found != TABLE[name][kind_of(number)]:
                 wrong[code, point] = found if place.disk.met else "not met"
             place.disk.fail(0, part)
     assert not wrong
@@ -221,7 +186,7 @@ def test_trouble_that_passes_is_waited_for(place, name, act, part, points, monke
         monkeypatch.setattr(files, policy, replace(getattr(files, policy), deadline=60.0))
     for point in points:
         for number in errno.errorcode if point == points[0] else (errno.ESHUTDOWN, errno.ENOTCONN, errno.EIO):
-            if TABLE[name][KIND_OF.get(number, "other")] == "down" and KIND_OF.get(number) not in ("full", "exists"):
+            if TABLE[name][kind_of(number)] == "down" and kind_of(number) not in ("full", "exists"):
                 place.disk.fail(number, part, point, times=2)
                 assert (number, point, outcome(lambda: act(place))) == (number, point, "continues")
                 assert place.disk.met == 2

@@ -5,16 +5,19 @@ import errno
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
+from data_sharding.storage import files
 from data_sharding.storage.local_store import LocalStore
 from data_sharding.storage.retry import RetryPolicy
 from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
 from fitv2_scale.train.loop import DONE, RETRY, train
 from tests.support.commits import commit_bytes
+from tests.support.faulty_disk import FaultyDisk
 from tests.support.ranks import run_ranks
 from tests.support.run_history import losses, trained
 
@@ -81,6 +84,23 @@ def test_a_failed_save_at_the_end_is_tried_again(tiny, name, where):
     after = 1 if where == "log/" else 0  # the CLAIM
     assert run_ranks(1, train_on_a_run_that_fails, config, name, after, 1.5, where) == [DONE]
     assert [entry.fields["step"] for entry in Run.open(config.run).log.commits()] == [6]
+
+
+def train_on_a_journal_that_fails(config, name: str, times: float) -> int:
+    files._LOCAL = replace(files._LOCAL, deadline=1.0)
+    FaultyDisk(pytest.MonkeyPatch()).fail(getattr(errno, name), "/journal/", "open", "write", "fsync", times=times)
+    return train(config)
+
+
+@pytest.mark.parametrize("name", ["EIO", "ENOSPC"])
+def test_a_journal_that_cannot_be_written_fails_saves(tiny, name):
+    """Until it can: then no measurement is missing."""
+    config = tiny("run", checkpoint__every_steps=2, checkpoint__max_failed=2)
+    assert run_ranks(1, train_on_a_journal_that_fails, config, name, 1e9) == [RETRY]
+    report = status(Run.open(config.run))
+    assert "/journal/00000.jsonl cannot be" in report["attempts"][0]["why"] and report["last_commit"] is None
+    assert run_ranks(1, train_on_a_journal_that_fails, config, name, 1) == [DONE]
+    assert sorted(losses(config.run)) == list(range(1, 7))
 
 
 def test_a_run_that_cannot_be_written_any_more(tiny):
