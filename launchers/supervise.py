@@ -21,6 +21,11 @@ from launchers.chain_log import Record, outcome_of, verdict
 from launchers.notify import HUNG, run_event_command, was_hung
 
 _POLL = 0.2  # seconds
+# What comes from outside of a rank, whatever the others met then.
+_KILLED = {
+    signal.SIGKILL: "was killed (SIGKILL; out of memory?)",
+    signal.SIGBUS: "died of SIGBUS: a mapped file could not be read; check the storage of the dataset",
+}
 _AFTER_FAILURE = 10.0  # seconds for the others to end when a rank has failed; they cannot save without it
 _AFTER_SUCCESS = 120.0  # seconds for the others to end when a rank is done
 
@@ -155,8 +160,8 @@ def _killed(codes: Sequence[int | None]) -> str:
     none has; or if one has failed by itself, since others may then abort."""
     died = {rank: signal.Signals(-code) for rank, code in enumerate(codes) if code is not None and code < 0}
     for rank, number in died.items():
-        if number == signal.SIGKILL:
-            return f"rank {rank} was killed (SIGKILL; out of memory?)"
+        if number in _KILLED:
+            return f"rank {rank} {_KILLED[number]}"
     if any(code is not None and code > 0 for code in codes):
         return ""
     return next((f"rank {rank} died of {number.name}" for rank, number in died.items()), "")

@@ -1,9 +1,12 @@
 """The manifest's columns: .npy files, little-endian, no pickle, each with its digest in the header.
 
 A column is memory-mapped, never read as a whole, so a process holds only the parts that it uses, and all processes of a
-node share them. Columns on an object store are first copied to the node's disk, under the name of their digest:
+node share them. With a cache folder it is first copied to the node's disk, under the name of its digest:
 
     CACHE/columns/3f09…c2.npy    created by rename; any number of ranks and runs may use it
+
+Whoever reads a mapped page that its storage cannot deliver, because the file was cut or a network file system is down,
+dies of SIGBUS: the copies keep the storage of the dataset from being needed again.
 """
 
 import io
@@ -43,7 +46,8 @@ log = logging.getLogger(__name__)
 def read_column(url: str, name: str, file: dict[str, int | str], totals: dict[str, int], cache_dir: str) -> np.ndarray:
     """The column ``name`` of the dataset at ``url``; ``file`` and ``totals`` are from its header.
 
-    It is memory-mapped; only from an object store without ``cache_dir`` it is read into memory.
+    It is memory-mapped: its copy in ``cache_dir``, or else itself if it is a file. Without ``cache_dir``, one on an
+    object store is read into memory.
 
     Raises:
         DataError: it is missing, damaged, or not of the header's shape.
@@ -71,27 +75,27 @@ def blocks(column: np.ndarray) -> Iterator[np.ndarray]:
         yield from (column[at : at + _ROWS] for at in range(0, len(column), _ROWS))
         return
     row = column.itemsize * int(np.prod(column.shape[1:]))
-    with open(column.filename, "rb") as file:
-        file.seek(column.offset)
-        for at in range(0, len(column), _ROWS):
-            block = file.read(row * min(_ROWS, len(column) - at))
-            yield np.frombuffer(block, column.dtype).reshape(-1, *column.shape[1:])
+    for at in range(0, len(column), _ROWS):
+        begin, end = (column.offset + row * n for n in (at, min(at + _ROWS, len(column))))
+        block = read_range(column.filename, begin, end)
+        yield np.frombuffer(block, column.dtype).reshape(-1, *column.shape[1:])
 
 
 def _open(where: str, file: dict[str, int | str], cache_dir: str) -> np.ndarray:
     fs, path = file_system(where)
-    if is_local(fs):
-        column = with_local(where, lambda: np.load(path, mmap_mode="r", allow_pickle=False))
-        # From the file, not the mapping: see ``blocks``.
-        if with_local(where, lambda: file_digest(path)) != file["xxh3_128"]:
-            raise _damaged(where)
-        return column
     if cache_dir:
         try:
             return np.load(_local_copy(where, file, cache_dir), mmap_mode="r", allow_pickle=False)
         except OSError as error:
-            log.warning("%s cannot be used for the manifest (%s): %s is read into memory", cache_dir, error, where)
-    return np.load(io.BytesIO(b"".join(_download(where, file))), allow_pickle=False)
+            instead = "mapped where it lies" if is_local(fs) else "read into memory"
+            log.warning("%s cannot be used for the manifest (%s): %s is %s", cache_dir, error, where, instead)
+    if not is_local(fs):
+        return np.load(io.BytesIO(b"".join(_download(where, file))), allow_pickle=False)
+    column = with_local(where, lambda: np.load(path, mmap_mode="r", allow_pickle=False))
+    # From the file, not the mapping: see ``blocks``.
+    if with_local(where, lambda: file_digest(path)) != file["xxh3_128"]:
+        raise _damaged(where)
+    return column
 
 
 def _local_copy(where: str, file: dict[str, int | str], cache_dir: str) -> str:

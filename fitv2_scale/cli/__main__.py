@@ -1,6 +1,7 @@
 """The command line: parse, call, print. Every report takes --json; a user's error is one sentence and exit code 2."""
 
 import argparse
+import faulthandler
 import os
 import sys
 from collections.abc import Callable
@@ -43,8 +44,11 @@ def run_command(words: list[str]) -> int:
 
 
 def exit_code_of(act: Callable[[], int]) -> int:
-    """Calls ``act``; a user's error is printed, on the rank where it arose."""
+    """Calls ``act``; a user's error is printed, on the rank where it arose. What kills the process, such as a mapped
+    file that cannot be read (SIGBUS), leaves the stacks of its threads on standard error."""
     with reporting():
+        if not faulthandler.is_enabled():
+            faulthandler.enable(2)
         try:
             return act()
         except UserError as error:

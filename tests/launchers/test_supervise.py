@@ -121,6 +121,7 @@ def test_bad_input_is_not_tried_again(tiny, capfd):
     [
         ([None, -9], "rank 1 was killed (SIGKILL; out of memory?)"),
         ([1, -9], "rank 1 was killed (SIGKILL; out of memory?)"),  # the other one met what that broke
+        ([1, -7], "rank 1 died of SIGBUS: a mapped file could not be read; check the storage of the dataset"),
         ([None, -11], "rank 1 died of SIGSEGV"),
         ([-6, 1], ""),  # rank 1 failed, and NCCL aborts rank 0
         ([75, None], ""),

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import shutil
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -25,11 +27,17 @@ def remote():
 
 @pytest.fixture
 def fetched(monkeypatch):
-    """The URLs whose ranges are read."""
+    """The URLs on the object store whose ranges are read."""
     from data_sharding.format import columns
 
     urls, plain = [], columns.read_range
-    monkeypatch.setattr(columns, "read_range", lambda url, start, end: urls.append(url) or plain(url, start, end))
+
+    def read_range(url: str, start: int, end: int) -> bytes:
+        if url.startswith(URL):
+            urls.append(url)
+        return plain(url, start, end)
+
+    monkeypatch.setattr(columns, "read_range", read_range)
     return urls
 
 
@@ -62,6 +70,32 @@ def test_without_a_usable_disk_columns_are_read_into_memory(remote, tmp_path, ca
     with caplog.at_level(logging.WARNING):
         found = Manifest.load(remote, str(tmp_path / "file"))
     assert same_columns(found, Manifest.load(remote)) and "is read into memory" in caplog.text
+
+
+def test_columns_in_a_folder_are_copied_too_and_then_not_needed(dataset, tmp_path):
+    """A mapped file that is cut ends its reader with SIGBUS; so would a network file system that is down."""
+    mounted = tmp_path / "mounted"
+    shutil.copytree(dataset, mounted)
+    found = Manifest.load(str(mounted), str(tmp_path / "cache"))
+    assert all(Path(getattr(found, name).filename).parent == tmp_path / "cache/columns" for name in COLUMNS)
+    for column in (mounted / "manifest").iterdir():
+        os.truncate(column, 0)
+    assert same_columns(found, Manifest.load(dataset))
+
+
+def test_without_a_usable_disk_columns_in_a_folder_are_mapped_there(dataset, tmp_path, caplog):
+    (tmp_path / "file").write_bytes(b"")
+    with caplog.at_level(logging.WARNING):
+        found = Manifest.load(dataset, str(tmp_path / "file"))
+    assert found.size.filename == f"{dataset}/manifest/size.npy" and "is mapped where it lies" in caplog.text
+
+
+def test_a_mapped_column_that_was_cut_is_a_sentence_where_all_of_it_is_read(dataset, tmp_path):
+    shutil.copytree(dataset, tmp_path / "set")
+    found = Manifest.load(str(tmp_path / "set"))
+    os.truncate(tmp_path / "set/manifest/label.npy", 200)
+    with pytest.raises(DataError, match=r"label\.npy ends before byte .* it has changed"):
+        found.check()
 
 
 def test_damage_in_storage_is_an_error_and_leaves_no_copy(remote, tmp_path):
