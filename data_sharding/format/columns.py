@@ -77,7 +77,7 @@ def blocks(column: np.ndarray) -> Iterator[np.ndarray]:
     row = column.itemsize * int(np.prod(column.shape[1:]))
     for at in range(0, len(column), _ROWS):
         begin, end = (column.offset + row * n for n in (at, min(at + _ROWS, len(column))))
-        block = read_range(column.filename, begin, end)
+        block = read_range(os.fspath(column.filename), begin, end)
         yield np.frombuffer(block, column.dtype).reshape(-1, *column.shape[1:])
 
 
