@@ -1,5 +1,6 @@
 """Where fixtures come from, and which tests share a process."""
 
+import signal
 from functools import cache
 
 import pytest
@@ -30,6 +31,15 @@ pytest_plugins = (
 # The same examples on every machine, however slow it is; --hypothesis-profile=default looks for others.
 settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("same")
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """`fitv2 train` holds back the signals that ask to save until its process ends, which here is the tests' own."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
 
 SERVERS = {"rgw": "s3", "cluster": "slurm", "mlflow_server": "mlflow"}  # markers, by the fixture that starts the server
 

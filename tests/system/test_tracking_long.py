@@ -18,7 +18,7 @@ from tests.support.mlflow_queries import Database, check_child, check_curves
 from tests.support.simulated_trainer import start_trainer, uploader_of
 from tests.support.waiting import wait
 
-pytestmark = [pytest.mark.mlflow, pytest.mark.long, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.mlflow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture
@@ -30,9 +30,10 @@ def server(tmp_path):
     server.stop()
 
 
-def test_two_million_steps(server, tmp_path):
-    """The default window and 30 curves: 1.2 million points, and a child's 20,000."""
-    run, steps = make(tmp_path / "run"), 2_000_000
+@pytest.mark.parametrize("steps", [10_000, pytest.param(2_000_000, marks=pytest.mark.long)])
+def test_two_million_steps(server, tmp_path, steps):
+    """The default window and 30 curves: 1.2 million points, and a child's 20,000. A few of them in the short suite."""
+    run = make(tmp_path / "run")
     began = time.monotonic()
     trainer = start_trainer(tmp_path / "run", server.uri, 0, steps, 30, "end")
     a_step, a_record = map(float, trainer.communicate()[0].split())
@@ -55,9 +56,11 @@ def test_two_million_steps(server, tmp_path):
         f"\n{seconds:.0f} s, {with_wal / 1e6:.0f} MB, {len(points)} points of the history in {max(asked):.2f} s, "
         f"p99 {a_step:.1f} µs a step and {a_record:.1f} a record, largest segment {largest / 1e3:.0f} kB"
     )
-    assert seconds <= 600 and with_wal <= 400e6 and max(asked) < 1 and len(points) >= 320 and a_step <= 50
+    assert len(points) >= min(320, steps // 50)
+    assert steps < 2_000_000 or (seconds <= 600 and with_wal <= 400e6 and max(asked) < 1 and a_step <= 50)
 
 
+@pytest.mark.long
 def test_an_outage_of_ten_minutes(server, tmp_path):
     """The server is gone for ten minutes in the middle; the uploader is killed while it is, and the trainer too."""
     run, steps = make(tmp_path / "run"), 100_000
@@ -109,9 +112,11 @@ while True:
 """
 
 
-def test_a_server_that_comes_and_goes_costs_the_steps_nothing(tmp_path):
+@pytest.mark.parametrize("times,seconds", [(1, 1), pytest.param(8, 20, marks=pytest.mark.long)])
+def test_a_server_that_comes_and_goes_costs_the_steps_nothing(tmp_path, times, seconds):
     """One run; the server answers for 20 s and does not for 20 s, eight times. It stands for another machine, so server
-    and trainer have a core each; the uploader, at the lowest priority of them, takes what is free of both."""
+    and trainer have a core each; the uploader, at the lowest priority of them, takes what is free of both. The short
+    suite does it once for a second, which measures nothing."""
     server = MlflowServer(tmp_path)
     server.start()
     server.wait()
@@ -130,11 +135,11 @@ def test_a_server_that_comes_and_goes_costs_the_steps_nothing(tmp_path):
     periods: list[tuple[float, float, bool]] = []
     try:
         wait("what is sent", (tmp_path / "run" / "tracking" / "ack.json").exists, 600)
-        for up in [True, False] * 8:
+        for up in [True, False] * times:
             server.resume() if up else server.pause()
             time.sleep(1)
             begin = time.time()
-            time.sleep(20)
+            time.sleep(seconds)
             periods.append((begin, time.time(), up))
     finally:
         trainer.kill()
@@ -147,4 +152,4 @@ def test_a_server_that_comes_and_goes_costs_the_steps_nothing(tmp_path):
     medians = {up: statistics.median(values) for up, values in took.items()}
     difference = abs(medians[True] / medians[False] - 1)
     print(f"\nmedian {medians[True] * 1e3:.3f} ms with, {medians[False] * 1e3:.3f} ms without: {difference:.2%}")
-    assert difference < 0.005
+    assert times == 1 or difference < 0.005

@@ -43,22 +43,23 @@ def train_slowly(config) -> tuple[int, int, int]:
     """Trains with saves that copy slowly, and write until training has gone on by a step. Returns the exit code, the
     steps taken while a save was in flight, and the most writers that there were at once."""
     Staging.copy, step = slow(Staging.copy, 0.2), module.train_step
-    overlapping, writers, most = 0, 0, 0
+    overlapping, writers, most, done = 0, 0, 0, 0
     write_commit = checkpointer.write_commit
 
     def writing(run, folder, *args):
         nonlocal writers, most
         writers += 1
         most, before = max(most, writers), overlapping
-        if not folder.startswith(f"steps/{config.train.steps:08d}"):
-            wait("a step", lambda: overlapping > before)
+        # The last step may be over before the save of the one before it begins to write.
+        wait("a step", lambda: overlapping > before or done == config.train.steps)
         writers -= 1
         return write_commit(run, folder, *args)
 
     def counted(engine, batch, *rest):
-        nonlocal overlapping
+        nonlocal overlapping, done
         result = step(engine, batch, *rest)
         overlapping += writers > 0
+        done = batch.step + 1
         return result
 
     checkpointer.write_commit, module.train_step = writing, counted
