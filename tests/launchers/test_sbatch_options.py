@@ -43,9 +43,9 @@ def test_options_are_found_in_each_way_of_writing_them():
     for extra in (["--partition=a,b"], ["--partition a,b"], ["-pa,b"], ["-p", "a,b"], ["--mail-type=END -p a,b"]):
         assert partition_of(SlurmConfig(partition="x", extra=extra)) == "a,b", extra
     assert partition_of(SlurmConfig(partition="x", extra=["--exclusive"])) == "x"
-    assert (
-        walltime_of(SlurmConfig(walltime="60", extra=["-t 5"])) == "5" and walltime_of(SlurmConfig(walltime="7")) == "7"
-    )
+    for extra in (["-t 5"], ["--time=5 stray"], ["--time 5 stray"]):
+        assert walltime_of(SlurmConfig(walltime="60", extra=extra)) == "5", extra
+    assert walltime_of(SlurmConfig(walltime="7")) == "7"
 
 
 @pytest.mark.parametrize("option", ["--array=1-3%1", "--array 1-3", "-a1-3", "--dependency=afterok:7", "-J mine"])
