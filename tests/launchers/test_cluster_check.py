@@ -1,0 +1,45 @@
+"""Which time limits could never be granted, with a sinfo that prints what Slurm's would."""
+
+import pytest
+
+from data_sharding.errors import UserError
+from fitv2_scale.config.slurm import SlurmConfig
+from launchers.cluster_check import check_cluster
+
+SINFO = """#!/bin/sh
+echo 'test*|1:00:00'
+echo 'short|2:00'
+case "$*" in *--all*) echo 'hidden|10:00:00' ;; esac
+"""
+
+
+@pytest.fixture(autouse=True)
+def programs(tmp_path, monkeypatch):
+    for name, text in {"sinfo": SINFO, "sbatch": "#!/bin/sh\n"}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+
+@pytest.mark.parametrize(
+    "partition,minutes",
+    [("", 60), ("test", 60), ("short", 2), ("test,short", 60), ("hidden", 600)],
+)
+def test_the_longest_limit_can_be_asked_for_and_no_more(partition, minutes):
+    check_cluster(SlurmConfig(partition=partition, walltime=str(minutes)))
+    with pytest.raises(UserError, match=f"slurm.walltime={minutes + 1} is above the limit of .* {minutes} minutes: "):
+        check_cluster(SlurmConfig(partition=partition, walltime=str(minutes + 1)))
+
+
+def test_a_quality_of_service_may_lift_the_limit():
+    check_cluster(SlurmConfig(partition="short", walltime="3", qos="long"))
+
+
+def test_a_partition_that_slurm_does_not_know_is_left_to_slurm():
+    check_cluster(SlurmConfig(partition="nosuch", walltime="9000"))
+
+
+def test_without_slurm(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    with pytest.raises(UserError, match="sbatch is not on this machine: use a login node"):
+        check_cluster(SlurmConfig())
