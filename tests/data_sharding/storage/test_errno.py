@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from data_sharding.format.columns import read_column
 from data_sharding.format.manifest import Manifest
 from data_sharding.storage import files
 from data_sharding.storage import retry as retry_module
@@ -20,7 +21,7 @@ from data_sharding.stream.frames import fetch_frame
 from tests.support.errnos import ALL_CONTINUE, READS, WRITES, kind_of, outcome
 from tests.support.faulty_disk import FaultyDisk
 
-BRIEF = RetryPolicy(deadline=0.004, attempt=0.001)
+BRIEF = RetryPolicy(deadline=0.001, attempt=0.001)
 
 TABLE = {
     "a frame": READS | {"missing": "lost", "name": "lost", "refused": "down"},
@@ -59,6 +60,11 @@ def read_frame(place: Place) -> None:
 
 def read_manifest(place: Place) -> None:
     Manifest.load(place.manifest.url)
+
+
+def read_label(place: Place) -> None:
+    header = place.manifest.header
+    read_column(place.manifest.url, "label", header.columns["label.npy"], header.totals, "")
 
 
 def read_object(place: Place) -> None:
@@ -130,7 +136,7 @@ def use_cache(place: Place) -> None:
 CASES: list[tuple[str, Callable[[Place], None], str, list[str]]] = [
     ("a frame", read_frame, ".tar.zst", ["open", "read"]),
     ("the manifest", read_manifest, "manifest.json", ["open", "read"]),
-    ("a column", read_manifest, "label.npy", ["open", "read"]),
+    ("a column", read_label, "label.npy", ["open", "read"]),
     ("an object", read_object, "there", ["open", "read"]),
     ("an object's size", size_of_object, "there", ["stat"]),
     ("an object that could be read", read_twice, "there", ["open", "read"]),
@@ -147,8 +153,8 @@ CASES: list[tuple[str, Callable[[Place], None], str, list[str]]] = [
 
 @pytest.fixture
 def place(dataset, tmp_path, monkeypatch) -> Iterator[Place]:
-    monkeypatch.setattr(retry_module, "_FIRST_PAUSE", 0.0005)
-    monkeypatch.setattr(retry_module, "_LONGEST_PAUSE", 0.001)
+    monkeypatch.setattr(retry_module, "_FIRST_PAUSE", 0.0001)
+    monkeypatch.setattr(retry_module, "_LONGEST_PAUSE", 0.0002)
     for name in ("_WHOLE_FILE", "_CALL", "_LOCAL"):
         monkeypatch.setattr(files, name, replace(getattr(files, name), deadline=BRIEF.deadline))
     monkeypatch.setattr("data_sharding.stream.frames._PROBE", BRIEF.deadline)

@@ -14,6 +14,8 @@ from data_sharding.format.columns import COLUMNS
 from data_sharding.format.manifest import Manifest
 from data_sharding.storage import byte_ranges
 from data_sharding.storage import files as storage_files
+from data_sharding.storage import retry as retry_module
+from data_sharding.storage.s3_store import S3Store
 from data_sharding.storage.tar_members import list_tar
 from data_sharding.verify import verify
 from data_sharding.write.image_sources import open_source
@@ -46,11 +48,19 @@ def bucket(client) -> str:
 
 @pytest.fixture
 def proxy(rgw, bucket, monkeypatch):
+    monkeypatch.setattr(retry_module, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(retry_module, "_LONGEST_PAUSE", 0.1)
     monkeypatch.setattr(storage_files, "_CALL", replace(storage_files._CALL, deadline=300, attempt=0.7))
-    monkeypatch.setattr(storage_files, "_WHOLE_FILE", replace(storage_files._WHOLE_FILE, deadline=300, attempt=0.7))
+    write_with(monkeypatch, deadline=300, attempt=0.7)
     with FaultProxy(rgw.port) as proxy:
         use(monkeypatch, environment(proxy.port))
         yield proxy
+
+
+def write_with(monkeypatch, **policy: float) -> None:
+    """Whole files, and those that are created once."""
+    monkeypatch.setattr(storage_files, "_WHOLE_FILE", changed := replace(storage_files._WHOLE_FILE, **policy))
+    monkeypatch.setattr(S3Store.__init__, "__defaults__", (changed,))
 
 
 @pytest.fixture(scope="module")
@@ -97,17 +107,17 @@ def test_writing_through_faults(proxy, bucket, client, pictures, local, fault):
     assert objects(client, fault) == files(local)
 
 
-@pytest.mark.parametrize("outage", [[Rule("status", method="PUT", skip=3)], [Rule("reset", method="PUT", skip=3)]])
+@pytest.mark.parametrize("outage", [[Rule("status", method="PUT", skip=4)], [Rule("reset", method="PUT", skip=4)]])
 def test_an_outage_ends_the_writing_and_the_next_call_continues(
     proxy, bucket, client, pictures, local, outage, monkeypatch
 ):
     url = f"{bucket}/{outage[0].action}"
     proxy.rules = [replace(rule) for rule in outage]
     with monkeypatch.context() as patch:
-        patch.setattr(storage_files, "_WHOLE_FILE", replace(storage_files._WHOLE_FILE, deadline=5))
-        with pytest.raises(StorageDown, match="cannot be reached: .*, retried for 5 s; check"):
+        write_with(patch, deadline=2)
+        with pytest.raises(StorageDown, match="cannot be reached: .*, retried for 2 s; check"):
             write(pictures, url)
-    monkeypatch.setattr(storage_files, "_WHOLE_FILE", replace(storage_files._WHOLE_FILE, attempt=100))
+    write_with(monkeypatch, attempt=100)
     proxy.rules, proxy.requests[:] = [], []
     write(pictures, url)
     assert objects(client, outage[0].action) == files(local)
@@ -142,10 +152,10 @@ def test_verifying_through_faults_finds_the_damage(proxy, bucket, client, local)
 
 def test_verifying_in_an_outage_is_one_sentence(proxy, bucket, client, local, monkeypatch):
     upload(client, local, "away")
-    monkeypatch.setattr(storage_files, "_CALL", replace(storage_files._CALL, deadline=2))
+    monkeypatch.setattr(storage_files, "_CALL", replace(storage_files._CALL, deadline=1))
     proxy.rules = [Rule("status", path="tar.zst")]
     began = time.monotonic()
-    with pytest.raises(StorageDown, match="cannot be reached: 503 SlowDown, retried for 2 s; check AWS_ENDPOINT_URL"):
+    with pytest.raises(StorageDown, match="cannot be reached: 503 SlowDown, retried for 1 s; check AWS_ENDPOINT_URL"):
         verify(f"{bucket}/away")
     assert time.monotonic() - began < 10
 
