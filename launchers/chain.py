@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from data_sharding.errors import DataError, UserError
 from data_sharding.standard_streams import reporting
 from data_sharding.storage.local_store import LocalStore
+from data_sharding.storage.records import ListOf, Shape
 from fitv2_scale.run.log import newest_attempt, now
 from fitv2_scale.run.run import RETRY, Run
 from launchers import slurm
@@ -143,10 +144,18 @@ def after(home: str, ended: str) -> int:
     return decision.code
 
 
+class _Hung(Shape):
+    node: str
+
+
 def hung_nodes(run: Run, before: int) -> list[str]:
     """The nodes of ranks that the watchdog reported as hung in the newest attempt, if that is newer than ``before``."""
     newest = newest_attempt(run.log.entries())
-    found = run.store.read_json(f"attempts/{newest}/hung.json") if newest > before else None
+    try:
+        found = run.store.read_json(f"attempts/{newest}/hung.json", ListOf[_Hung]) if newest > before else None
+    except DataError as error:
+        _print(f"nobody is blamed: {error}")
+        return []
     return sorted({rank["node"] for rank in found or ()})
 
 

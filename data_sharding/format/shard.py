@@ -18,7 +18,7 @@ import io
 import json
 import tarfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from math import prod
 from typing import NamedTuple
@@ -91,8 +91,8 @@ class ShardIndex:
     @classmethod
     def from_record(cls, record: dict) -> "ShardIndex":
         """The inverse of ``to_record``."""
-        frames = [FrameRow(*row) for row in record["frames"]]
-        return replace(cls(**record), frames=frames, samples=[SampleRow(*row) for row in record["samples"]])
+        frames, samples = [FrameRow(*row) for row in record["frames"]], [SampleRow(*row) for row in record["samples"]]
+        return cls(record["name"], record["bytes"], record["xxh3_128"], frames, samples)
 
 
 class ShardBuilder:

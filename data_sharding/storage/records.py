@@ -14,6 +14,7 @@ def _moment(text: str) -> str:
 
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Seconds = Annotated[float, Field(ge=0, lt=1e12, allow_inf_nan=False)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
 Time = Annotated[str, AfterValidator(_moment)]  # ISO 8601
 
 

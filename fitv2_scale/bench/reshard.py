@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
-from fitv2_scale.checkpoint.commit import commit_folder
-from fitv2_scale.checkpoint.dcp_storage import MANIFEST, CommitReader, box_record, write_manifest
+from fitv2_scale.checkpoint.commit import commit_folder, read_manifest
+from fitv2_scale.checkpoint.dcp_storage import CommitReader, box_record, write_manifest
 from fitv2_scale.checkpoint.safetensors_file import TensorToWrite, Written, write_safetensors
 from fitv2_scale.run.log import LogEntry
 from fitv2_scale.run.run import Attempt, Run
@@ -16,7 +16,7 @@ _REWRITTEN = ("format", "files", "tensors")
 def reshard_commit(source: Run, entry: LogEntry, target: Run, ranks: int) -> None:
     """Commits the contents of ``entry`` of ``source`` to ``target``, with the rows of each tensor divided evenly among
     ``ranks``. One tensor is in memory at a time."""
-    manifest = source.store.read_json(f"{entry.fields['path']}/{MANIFEST}")
+    manifest = read_manifest(source, entry)
     reader = CommitReader(source.store, entry.fields["path"], manifest)
     attempt: Attempt = target.claim({})
     folder = commit_folder(manifest["step"], attempt.number)

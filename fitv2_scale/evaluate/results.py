@@ -10,11 +10,13 @@ little guidance, most evaluations. To get one FID per step (`fitv2 curves`), rea
 number, without leading zeros; of a weights file, it is the file's name and the first digits of its digest.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import AfterValidator, Field
 
-from data_sharding.errors import DataError
+from data_sharding.errors import DataError, UserError
+from data_sharding.storage.records import Count, Number, Shape, Time
 from data_sharding.storage.store import Store
 from fitv2_scale.config.model import parse_size
 from fitv2_scale.evaluate.features import Features
@@ -24,15 +26,44 @@ from fitv2_scale.evaluate.reference_statistics import NEIGHBOUR_IMAGES, Referenc
 
 METRICS = ("fid", "sfid", "is", "precision", "recall")
 FOLDER = "evaluations"
-_NEEDED = {
-    "step",
-    "weights",
-    "images",
-    "size",
-    "cfg",
-    "nfe",
-    *METRICS,
-}  # keys of a cell that its step's file is made of
+
+
+def _size(text: str) -> str:
+    try:
+        parse_size(text)
+    except UserError as error:
+        raise ValueError(str(error)) from error
+    return text
+
+
+_Metric = Number | None
+
+
+class _Reference(Shape):
+    source: str
+    size: str | None
+
+
+class _Cell(Shape):
+    """A result, of any version."""
+
+    label: str
+    step: Count | None
+    time: Time
+    weights: str
+    network: str
+    images: Count
+    size: Annotated[str, AfterValidator(_size)]
+    cfg: Number
+    solver: str
+    rope: str
+    nfe: Number
+    fid: _Metric
+    sfid: _Metric
+    inception_score: _Metric = Field(alias="is")
+    precision: _Metric
+    recall: _Metric
+    reference: _Reference
 
 
 def measure(features: Features, reference: Reference, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -63,7 +94,8 @@ def measure(features: Features, reference: Reference, device: torch.device | str
 
 
 def read_result(store: Store, step: str, cell: str) -> dict[str, Any] | None:
-    return store.read_json(_path(step, cell))
+    """The stored result of a cell, None if there is none. Raises DataError if it is damaged."""
+    return store.read_json(_path(step, cell), _Cell, "remove it, and it is measured again")
 
 
 def write_result(store: Store, step: str, cell: str, result: dict[str, Any]) -> None:
@@ -78,10 +110,9 @@ def write_result(store: Store, step: str, cell: str, result: dict[str, Any]) -> 
 def _read_cell(store: Store, path: str) -> dict[str, Any] | None:
     """The result at ``path``; None if it is something else, such as what a desktop leaves in each folder."""
     try:
-        cell = store.read_json(path)
+        return store.read_json(path, _Cell)
     except DataError:
         return None
-    return cell if isinstance(cell, dict) and cell.keys() >= _NEEDED else None
 
 
 def _rank(cell: dict[str, Any]) -> tuple:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from data_sharding.errors import DataError
 from data_sharding.storage import file_digest
 from data_sharding.storage.local_store import LocalStore
+from data_sharding.storage.records import Shape
 from fitv2_scale.run.redact import redact
 
 if TYPE_CHECKING:
@@ -27,6 +28,11 @@ _PACKAGES = ("torch", "triton", "numpy", "safetensors", "deepspeed", "megatron-c
 _OURS = ("data_sharding", "fitv2_scale", "launchers")
 _ROOT = Path(__file__).parents[2]
 _MOST_DIFF = 1 << 20  # characters; a longer one is cut
+
+
+class _Source(Shape):
+    git: str | None
+    diff: str
 
 
 def provenance() -> dict[str, Any]:
@@ -79,7 +85,7 @@ def source() -> dict[str, str | None]:
     """{"git": the commit, ending with "-dirty" if tracked files have changes, "diff": those changes}; None and "" if
     this code is not in a git repository."""
     with suppress(OSError, DataError):
-        if (written := LocalStore(str(_ROOT)).read_json(SOURCE)) is not None:
+        if (written := LocalStore(str(_ROOT)).read_json(SOURCE, _Source)) is not None:
             return written
     here = Path(__file__)
     try:

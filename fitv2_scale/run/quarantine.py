@@ -6,9 +6,10 @@
 import logging
 import re
 
-from data_sharding.errors import UserError
+from data_sharding.errors import DataError, UserError
 from fitv2_scale.run.log import LogEntry
 from fitv2_scale.run.run import Run
+from fitv2_scale.run.shapes import Quarantined
 
 _RECORD = re.compile(r"quarantine/([0-9]{8,})\.json")
 
@@ -22,8 +23,12 @@ def quarantined(run: Run) -> set[int]:
 
 
 def problem_of(run: Run, entry: LogEntry) -> str:
-    """What was found wrong with a COMMIT that is in quarantine."""
-    return (run.store.read_json(_path(entry)) or {}).get("problem", "the reason is not recorded")
+    """What was found wrong with a COMMIT that is in quarantine; or with its record there."""
+    try:
+        found = run.store.read_json(_path(entry), Quarantined, "remove it, and the commit is checked again")
+    except DataError as error:
+        return str(error)
+    return found["problem"] if found else "the reason is not recorded"
 
 
 def quarantine(run: Run, entry: LogEntry, problem: str) -> None:

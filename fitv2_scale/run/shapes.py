@@ -30,15 +30,29 @@ class _Gpu(Shape):
 class Start(Shape):
     """start.json of an attempt."""
 
+    time: Time | None = None
+    hostname: str = ""
+    pid: Count = 0
+    git: str | None = None
     changed: list[str] = []
     gpus: list[_Gpu] = []
+    parameters: Count | None = None
     datasets: list[str] = []
+    validation: list[str] = []
+    codec: str | None = None
+    init_from: str | None = None
 
 
 class Classes(Shape):
     """classes.json."""
 
     classes: str
+
+
+class Quarantined(Shape):
+    """A record in quarantine/."""
+
+    problem: str
 
 
 class Pace(Shape):

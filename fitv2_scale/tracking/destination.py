@@ -19,7 +19,7 @@ from data_sharding.storage.local_store import LocalStore
 from data_sharding.storage.open_store import open_store
 from fitv2_scale.run.redact import HIDDEN, redact
 from fitv2_scale.run.run import Run
-from fitv2_scale.tracking.identity import IDENTITY, published
+from fitv2_scale.tracking.identity import place_of, published
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 _SQLITE = re.compile(r"sqlite(\+\w+)?:///")
@@ -44,7 +44,7 @@ def resolve_uri(run_url: str, uri: str) -> str:
     if uri != "auto":
         return uri
     store = open_store(run_url)
-    before = str((store.read_json(IDENTITY) or {}).get("uri", ""))
+    before = place_of(store).get("uri", "")
     if before and HIDDEN not in before and ((file := sqlite_path(before)) is None or file.exists()):
         return before
     if told := os.environ.get(URI_VARIABLE):

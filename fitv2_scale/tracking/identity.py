@@ -17,6 +17,8 @@ from typing import Any
 from data_sharding.errors import StorageDown, UserError
 from data_sharding.storage.local_store import LocalStore
 from data_sharding.storage.open_store import open_store
+from data_sharding.storage.records import Shape
+from data_sharding.storage.store import Store
 from fitv2_scale.run.run import Run
 
 IDENTITY = "tracking/mlflow.json"
@@ -34,16 +36,29 @@ class Published:
     copied_from: str = ""  # the URL of the original; the other fields are then empty, since they are the original's
 
 
+class _Place(Shape):
+    uri: str = ""
+    experiment: str = ""
+    mlflow_run: str | None = None
+    run: str = ""
+    name: str = ""
+
+
+def place_of(store: Store) -> dict[str, Any]:
+    """The record in a run's ``store``; {} if there is none. Raises DataError if it is damaged."""
+    return store.read_json(IDENTITY, _Place, "remove it: its MLflow run is found again by the run's id") or {}
+
+
 def published(run: Run) -> Published:
-    """Raises StorageDown if it cannot be told whether the run is a copy."""
-    record = run.store.read_json(IDENTITY) or {}
-    before = str(record.get("run") or run.config.get("run") or "")
+    """Raises DataError as ``place_of``; StorageDown if it cannot be told whether the run is a copy."""
+    record = place_of(run.store)
+    before = record.get("run") or str(run.config.get("run") or "")
     if _same_place(before, run.url):
         before = ""
     if before and _holds(before, run):
         return Published(name=f"{run.id}-copy-{secrets.token_hex(4)}", copied_from=open_store(before).url)
     known: dict[str, Any] = {key: record[key] for key in ("uri", "experiment", "mlflow_run") if record.get(key)}
-    return Published(**known, name=record.get("name", run.id), moved_from=str(record.get("run", "")) and before)
+    return Published(**known, name=record.get("name", run.id), moved_from=record.get("run", "") and before)
 
 
 def record(run: Run, uri: str, experiment: str, mlflow_run: str | None, name: str) -> None:
@@ -55,7 +70,7 @@ def record(run: Run, uri: str, experiment: str, mlflow_run: str | None, name: st
 
 def _same_place(before: str, url: str) -> bool:
     """Whether both are one folder, perhaps under two names."""
-    with suppress(UserError, OSError):
+    with suppress(UserError, OSError, ValueError):  # of a name that no file can have
         store = open_store(before) if before else None
         return store is None or store.url == url or (isinstance(store, LocalStore) and os.path.samefile(store.url, url))
     return False
@@ -67,5 +82,5 @@ def _holds(url: str, run: Run) -> bool:
         return (open_store(url).read_json("run.json") or {}).get("id") == run.id
     except StorageDown:
         raise
-    except (UserError, OSError, AttributeError):
+    except (UserError, OSError, AttributeError, ValueError):
         return False

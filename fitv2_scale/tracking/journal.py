@@ -29,10 +29,13 @@ from typing import Any
 
 from data_sharding.storage.atomic_write import fsync_folder
 from data_sharding.storage.files import with_local
+from data_sharding.storage.records import Count, Shape
 from fitv2_scale.run.log import LogEntry
 from fitv2_scale.run.run import Run
 
 _FLUSH_EVERY_S = 1.0
+SEND_AGAIN = "remove it, and everything is sent again"  # the remedy for a damaged record of what was sent
+_BIG = 1 << 63  # what no integer of a record reaches
 log = logging.getLogger(__name__)
 
 _encode = json.JSONEncoder(separators=(",", ":")).encode  # one encoder: creating it would double the cost of a record
@@ -156,6 +159,14 @@ def _open(path: Path) -> FileIO:
         return open(path, "r+b", buffering=0)
 
 
+class PositionShape(Shape):
+    """A ``Position`` as a record has it."""
+
+    attempt: Count
+    segment: Count
+    offset: Count
+
+
 @dataclass(frozen=True, order=True)
 class Position:
     """A position in a run's journals: ``offset`` bytes into one segment. Everything before it has been read."""
@@ -163,6 +174,11 @@ class Position:
     attempt: int = 0
     segment: int = 0
     offset: int = 0
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> "Position":
+        """That of a record of ``PositionShape``."""
+        return cls(*(record[name] for name in PositionShape.model_fields))
 
 
 @dataclass(frozen=True)
@@ -244,8 +260,19 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(record, dict) or not {"attempt", "step"} & record.keys():
         return None
-    measured = {"step": int, "time_ms": int} if "step" in record else {}
-    return record if all(type(record.get(key)) is kind for key, kind in measured.items()) else None
+    return record if "step" not in record or _is_measured(record) else None
+
+
+def _is_measured(record: dict[str, Any]) -> bool:
+    """Whether a step's record holds what ``Journal`` writes."""
+    metrics, picture = record.get("metrics", {}), record.get("picture", "")
+    return (
+        all(type(record.get(key)) is int and -_BIG < record[key] < _BIG for key in ("step", "time_ms"))
+        and type(metrics) is dict
+        and all(type(value) is float or (type(value) is int and -_BIG < value < _BIG) for value in metrics.values())
+        and type(picture) is str
+        and not (picture.startswith("/") or ".." in picture.split("/"))
+    )
 
 
 def _segment(run: Run, path: str, offset: int) -> bytes:

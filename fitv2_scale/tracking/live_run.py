@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
 
+from data_sharding.storage.records import Count
 from fitv2_scale.run.log import LogEntry, newest_attempt, now
 from fitv2_scale.run.run import Attempt, Run
 from fitv2_scale.tracking import journal, tags
@@ -25,16 +26,23 @@ _EVERY = 10
 STATE = "tracking/live.json"
 
 
+class _State(journal.PositionShape):
+    """live.json."""
+
+    mlflow_run: str | None = None
+    seen: Count = 0
+
+
 class LiveRuns:
     """The child runs of the canonical MLflow run ``parent``. Methods raise ServerError."""
 
     def __init__(self, run: Run, server: Server, parent: str, name: str) -> None:
         """``name`` is that of the canonical run."""
         self._run, self._server, self._parent, self._name = run, server, parent, name
-        state = run.store.read_json(STATE) or {}
-        same = state.pop("mlflow_run", None) == parent
-        self._seen = state.pop("seen", 0) if same else 0  # records of the attempt with any of KEYS
-        self._position = journal.Position(**state) if same else journal.Position(attempt=1)
+        state = run.store.read_json(STATE, _State, journal.SEND_AGAIN) or {}
+        same = state.get("mlflow_run") == parent
+        self._seen = state.get("seen", 0) if same else 0  # records of the attempt with any of KEYS
+        self._position = journal.Position.of(state) if same else journal.Position(attempt=1)
         self._child: ServerRun | None = None  # of the attempt at ``_position``
         self.step = 0  # the last measured step that was read
 

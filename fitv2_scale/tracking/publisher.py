@@ -27,6 +27,12 @@ _ACK = "tracking/ack.json"
 _PICTURE_TRIES = 3
 
 
+class _Ack(journal.PositionShape):
+    """ack.json."""
+
+    mlflow_run: str | None = None
+
+
 @dataclass
 class _Connection:
     """The run on the server, and what was published to it."""
@@ -109,10 +115,7 @@ class Publisher:
             self._say(f"the MLflow run {known} no longer exists: everything is sent again to a new one ({found.id})")
         if known != found.id or before.moved_from:
             identity.record(run, uri, self._experiment, found.id, before.name)
-        ack = run.store.read_json(_ACK) or {}
-        same = ack.pop("mlflow_run", None) == found.id  # another server, or a new MLflow run, gets everything
-        acknowledged = journal.Position(**ack) if same else journal.Position()
-        return _Connection(found, LiveRuns(run, server, found.id, before.name), acknowledged)
+        return _Connection(found, LiveRuns(run, server, found.id, before.name), acknowledged(run, found.id))
 
     def _send(self, canonical: ServerRun, batch: Sequence[journal.Record], counts: dict[str, int]) -> None:
         rows = [(name, v, r.time_ms, r.step) for r in batch for name, v in (r.metrics or {}).items()]
@@ -149,6 +152,12 @@ class Publisher:
         if connection.live.step and lag != connection.lag:
             connection.canonical.set_tags({tags.LAG: lag})
             connection.lag = lag
+
+
+def acknowledged(run: Run, mlflow_run: str) -> journal.Position:
+    """How much of the curve the MLflow run has; another server, or a new MLflow run, gets everything."""
+    ack = run.store.read_json(_ACK, _Ack, journal.SEND_AGAIN)
+    return journal.Position.of(ack) if ack and ack.get("mlflow_run") == mlflow_run else journal.Position()
 
 
 def _batches(records: Iterable[journal.Record]) -> Iterator[list[journal.Record]]:

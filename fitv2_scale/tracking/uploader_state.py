@@ -13,11 +13,17 @@ from typing import Any
 from data_sharding.errors import DataError, UserError
 from data_sharding.storage.atomic_write import atomic_write
 from data_sharding.storage.json_bytes import from_json, to_json
+from data_sharding.storage.records import Shape
 from fitv2_scale.run.log import now
 from fitv2_scale.run.redact import redact
 from fitv2_scale.run.run import Run
 
 _FILE = "tracking/state.json"
+
+
+class _State(Shape):
+    trouble: str
+    tell: bool
 
 
 def write_state(run: Run, trouble: str, tell: bool) -> None:
@@ -30,11 +36,12 @@ def write_state(run: Run, trouble: str, tell: bool) -> None:
 
 
 def read_state(run: Run) -> dict[str, Any]:
-    """The state as this machine knows it; {} if there is none."""
+    """The state as this machine knows it; {} if there is none, or a damaged one, which the uploader replaces."""
     with suppress(OSError, UserError, DataError):
         file = run.local_path(_FILE)
-        state = from_json(file.read_bytes(), str(file)) if file.exists() else run.store.read_json(_FILE)
-        return state if isinstance(state, dict) else {}
+        if file.exists():
+            return from_json(file.read_bytes(), str(file), _State)
+        return run.store.read_json(_FILE, _State) or {}
     return {}
 
 
@@ -52,7 +59,7 @@ class TroubleReader:
             return []
         self._seen = version
         state = read_state(self._run)
-        return [str(state["trouble"])] if state.get("tell") and state.get("trouble") else []
+        return [state["trouble"]] if state.get("tell") and state.get("trouble") else []
 
     def _version(self) -> tuple[int, int] | None:
         try:

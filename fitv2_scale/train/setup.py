@@ -159,11 +159,14 @@ def _rank_zero_recorder(attempt: Attempt, start: int, config: Config, notes: lis
     run, tracking = attempt.run, config.tracking
     journal, check_uploader = Journal(attempt.folder, attempt.number, start, attempt.upload), lambda: list[str]()
     if tracking.uri != "none":
-        notes += notes_at_start(run, tracking.uri, tracking.experiment)
-        if (why := journal_only_reason(run.url, tracking.uri)) is not None:
-            notes.append(why)
-        else:
-            check_uploader = Uploader(run.url, tracking.uri, tracking.experiment).check
+        try:
+            notes += notes_at_start(run, tracking.uri, tracking.experiment)
+            if (why := journal_only_reason(run.url, tracking.uri)) is not None:
+                notes.append(why)
+            else:
+                check_uploader = Uploader(run.url, tracking.uri, tracking.experiment).check
+        except DataError as error:  # a damaged record of where it was published before
+            notes.append(f"nothing is published to MLflow: {error} The journal keeps the metrics.")
     return RankZeroRecorder(attempt, journal, check_uploader)
 
 

@@ -5,10 +5,11 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image
+from pydantic import Field
 from tqdm import tqdm
 
 from data_sharding.errors import UserError
@@ -16,6 +17,7 @@ from data_sharding.format.codec import Codec
 from data_sharding.rng import Purpose, uniform
 from data_sharding.storage.atomic_write import atomic_write
 from data_sharding.storage.local_store import LocalStore
+from data_sharding.storage.records import Count, Shape
 from fitv2_scale.config.defaults import with_defaults
 from fitv2_scale.config.model import ModelConfig, parse_size
 from fitv2_scale.config.sections import SamplingConfig
@@ -29,6 +31,18 @@ _RECORD = "request.json"
 # Settings that decide no image; the codec's digest stands for the VAE.
 _NO_SETTINGS = {"every_steps", "sizes", "columns", "vae"}
 _MAX_IMAGES = 256  # of a rank at once; a killed call loses at most these
+
+
+class _Request(Shape):
+    """request.json. Versions up to a2e80d5 recorded neither digests nor the model."""
+
+    weights: str
+    weights_digest: str = ""
+    codec: str = ""
+    model: dict[str, Any] = {}
+    seed: Annotated[int, Field(ge=0, lt=1 << 64)]
+    sampling: dict[str, Any]
+    images: dict[str, list[Count]]
 
 
 @dataclass(frozen=True)
@@ -80,8 +94,13 @@ def fill_folder(
 
 def _check_shared(folder: str) -> None:
     """Raises UserError on a rank that does not see what rank 0 has recorded there."""
-    if LocalStore(folder).read_json(_RECORD) is None:
+    if read_request(folder) is None:
         raise UserError(f"{folder} is not the folder that rank 0 writes to: give one that all nodes share")
+
+
+def read_request(folder: str) -> dict[str, Any] | None:
+    """What the images in ``folder`` were asked for, None if that is not recorded. Raises DataError."""
+    return LocalStore(folder).read_json(_RECORD, _Request, "give another folder")
 
 
 def image_file(folder: str, index: int) -> Path:
@@ -133,7 +152,7 @@ def _missing(
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
-    if there := store.read_json(_RECORD):
+    if there := read_request(folder):
         before = there.pop("images")
         both = before.keys() & images.keys()
         changes = differences(_as_now(there, record, weights), record)
@@ -156,7 +175,7 @@ def _as_now(there: dict[str, Any], record: dict[str, Any], weights: Weights) -> 
     if weights.run is not None and "weights_digest" not in there and there["weights"] == record["weights"]:
         there |= {name: record[name] for name in ("weights_digest", "codec", "model")}
     if there.get("weights_digest") == record["weights_digest"]:
-        there |= {"weights": record["weights"], "model": with_defaults(ModelConfig, there["model"])}
+        there |= {"weights": record["weights"], "model": with_defaults(ModelConfig, there.get("model", {}))}
     settings = with_defaults(SamplingConfig, there["sampling"])
     return there | {"sampling": {name: value for name, value in settings.items() if name not in _NO_SETTINGS}}
 

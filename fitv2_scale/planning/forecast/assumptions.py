@@ -1,13 +1,16 @@
 """The figures of a forecast that cannot be computed: measured by `fitv2 bench`, given by the user, or published. Each
 has a source, which the report names."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from data_sharding.errors import UserError
+from data_sharding.storage.json_bytes import parse_json
+from data_sharding.storage.records import Seconds, Shape
 
 
 @dataclass(frozen=True)
@@ -93,20 +96,49 @@ class Assumptions:
         return {name: asdict(figure) for name, figure in vars(self).items() if isinstance(figure, Figure)}
 
 
+_Positive = Annotated[float, Field(gt=0, lt=1e30, allow_inf_nan=False)]
+_Ranks = Annotated[int, Field(gt=0, lt=1 << 31)]
+
+
+class _Median(Shape):
+    median: Seconds
+
+
+class _Some(Shape):
+    median: _Positive
+
+
+class _StepReport(Shape):
+    machine: str
+    ranks: _Ranks
+    images_per_second: _Positive
+    seconds_a_step: _Some
+    seconds_by_part: dict[str, Seconds] | None = None
+    flops_a_step: _Positive
+    fill: _Positive
+    peak_tflops: _Positive | None
+
+
+class _SaveReport(Shape):
+    machine: str
+    ranks: _Ranks
+    bytes: _Positive
+    stall_seconds: _Median
+    durable_seconds: _Median
+
+
 def _read_bench(file: str) -> dict[str, Any]:
     try:
-        report = json.loads(Path(file).read_text())
+        report = parse_json(Path(file).read_bytes())
+        of_a_step = isinstance(report, dict) and "flops_a_step" in report
+        return (_StepReport if of_a_step else _SaveReport).check(report)
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from error
-    except ValueError:
-        report = None
-    known = (
-        {"flops_a_step", "seconds_a_step", "ranks", "fill"},
-        {"stall_seconds", "durable_seconds", "bytes", "ranks"},
-    )
-    if not isinstance(report, dict) or not any(keys <= report.keys() for keys in known):
-        raise UserError(f"{file} is not a report of `fitv2 bench step --json` or `fitv2 bench checkpoint --json`")
-    return report
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{file} is not a report of `fitv2 bench step --json` or `fitv2 bench checkpoint --json` ({error}): "
+            "measure again, or leave it out"
+        ) from error
 
 
 def _step_bench(file: str, report: dict[str, Any]) -> StepBench:

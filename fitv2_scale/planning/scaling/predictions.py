@@ -14,11 +14,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import AfterValidator, Field
 
 from data_sharding.errors import UserError
+from data_sharding.storage.json_bytes import parse_json
+from data_sharding.storage.records import Count, Number, Shape
 from fitv2_scale.config.load import load_config
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.config.schema import Config
@@ -33,6 +36,25 @@ from fitv2_scale.run.reference import parse_reference
 PREDICTIONS = "predictions.jsonl"
 _OF_A_CONFIG = ("flow.t_sampler", "flow.label_dropout", "data.views")  # parts of a meaning that a config decides
 _SCORED_AROUND = 0.02  # a prediction for step s is scored by the mean over s ± this fraction of it
+
+
+def _model(record: dict[str, Any]) -> dict[str, Any]:
+    ModelConfig.model_validate(record)
+    return record
+
+
+class _Prediction(Shape):
+    """A line."""
+
+    of: str
+    model: Annotated[dict[str, Any], AfterValidator(_model)]
+    step: Count
+    images: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    metric: str
+    value: Number
+    low: Number | None
+    high: Number | None
+    meaning: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -114,8 +136,8 @@ class PredictionFile:
         if not self._file.exists():
             return []
         try:
-            return [json.loads(line) for line in self._file.read_text().splitlines()]
-        except ValueError as error:
+            return [_Prediction.check(parse_json(line)) for line in self._file.read_bytes().splitlines()]
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{self._file} has a line that is not a prediction ({error}): remove it") from error
 
 

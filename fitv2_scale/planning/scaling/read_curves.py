@@ -16,7 +16,8 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from data_sharding.errors import UserError
+from data_sharding.errors import DataError, UserError
+from data_sharding.storage.records import Count, Number, Shape
 from data_sharding.storage.store import Store
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.model.counts import forward_flops, parameter_count
@@ -96,6 +97,27 @@ class Curve:
         return float(np.median(tokens.values / images.values))
 
 
+class _Reference(Shape):
+    sha256: str | None = None
+    digest: str | None = None
+    at_most: Count | None = None
+
+
+class _Cell(Shape):
+    label: str
+    step: Count
+    fid: Number | None
+    time: str = ""
+    network: str | None = None
+    reference: _Reference = _Reference()
+
+
+class _Step(Shape):
+    """evaluations/<step>.json, as far as a curve needs it; earlier versions wrote less."""
+
+    cells: list[_Cell]
+
+
 def is_fid(metric: str) -> bool:
     """Whether it is an FID of `fitv2 evaluate`: evaluate/<label>/fid."""
     return metric.startswith("evaluate/") and metric.endswith("/fid")
@@ -117,7 +139,7 @@ def _fids(store: Store) -> Iterator[tuple[str, int, float]]:
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for path in store.list("evaluations/"):
         if re.fullmatch(r"evaluations/\d+\.json", path):
-            for cell in store.read_json(path)["cells"]:
+            for cell in _cells(store, path):
                 found[cell["label"]] += [cell] if cell["fid"] is not None else []
     for label, cells in found.items():
         cells.sort(key=lambda cell: cell.get("time", ""))
@@ -127,6 +149,14 @@ def _fids(store: Store) -> Iterator[tuple[str, int, float]]:
                 "%s: %d FIDs of %s have another reference or network and are left out", store.url, others, label
             )
         yield from ((f"evaluate/{label}/fid", cell["step"], cell["fid"]) for cell in alike)
+
+
+def _cells(store: Store, path: str) -> list[dict[str, Any]]:
+    try:
+        return (store.read_json(path, _Step) or {"cells": []})["cells"]
+    except DataError as error:
+        log.warning("its FIDs are left out: %s", error)
+        return []
 
 
 def _measured_alike(cell: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -36,9 +36,10 @@ def littered(two_step_run, tmp_path) -> str:
     return str(run)
 
 
-def test_foreign_files_are_ignored(littered, dataset, capsys):
+def test_foreign_files_are_ignored(littered, dataset, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # `curves` writes its report there
     for words in (["status"], ["checkpoint", "list"], ["checkpoint", "verify"], ["checkpoint", "sweep"], ["curves"]):
-        assert main([*words, littered]) == (2 if words == ["curves"] else 0)  # one run gives no law
+        assert main([*words, littered]) == 0
         assert "Traceback" not in capsys.readouterr().err
     config = make_tiny(dataset, Path(littered).parent, train__steps=8, checkpoint__every_steps=2, ema__decay=0.1)
     assert run_ranks(1, train, config) == [DONE]  # its saves retire older commits
