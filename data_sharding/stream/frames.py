@@ -20,6 +20,7 @@ from data_sharding.storage.retry import CorruptRead, RetriesExhausted, RetryPoli
 from data_sharding.storage.store import Bytes
 from data_sharding.stream.disk_cache import DiskCache
 
+_PAGE = 4096  # bytes that a disk reads at least
 _PROBE = 10.0  # seconds in which something else of the dataset must answer
 
 
@@ -108,7 +109,10 @@ def _is_bad_place(manifest: Manifest, f: int, error: BaseException | None) -> bo
     fs, path = file_system(manifest.frame_url(f))
     if not is_local(fs) or not may_be_bad_place(error):
         return False
-    return can_be_read(path, [0 if manifest.frame_offset[f] else -1])  # behind the last frame is the end of the tar
+    begin, size = int(manifest.frame_offset[f]), int(manifest.frame_bytes[f])
+    other = 0 if begin else -1  # behind the last frame is the end of the tar
+    # The frame again after the other: an outage may just have ended.
+    return can_be_read(path, [other]) and not can_be_read(path, [*range(begin, begin + size, _PAGE), begin + size - 1])
 
 
 def _down(manifest: Manifest, error: Exception) -> StorageDown:

@@ -6,6 +6,7 @@ a COMMIT entry in the run's log names that folder and the sha256 of the manifest
 """
 
 import hashlib
+from functools import partial
 from itertools import groupby
 from pathlib import PurePosixPath
 from typing import Any
@@ -58,7 +59,7 @@ def read_tensors(run: Run, entry: LogEntry, manifest: dict, tensors: dict[str, L
     Raises, on all ranks, the gravest of what they met: Damaged if nothing worse.
     """
     state = {name: DcpTensor(logical) for name, logical in tensors.items()}
-    reader = CommitReader(run.store, entry.fields["path"], manifest, lambda: finding_bad_places(run, entry))
+    reader = CommitReader(run.store, entry.fields["path"], manifest, lambda act: finding_bad_places(run, entry, act))
     try:
         dcp.load(state, storage_reader=reader, process_group=group)
     except CheckpointException as error:
@@ -78,8 +79,7 @@ def read_manifest(run: Run, entry: LogEntry) -> dict:
     """The manifest of a commit, checked against the log. Raises Damaged; UserError if it is of another format."""
     path = f"{entry.fields['path']}/{MANIFEST}"
     try:
-        with finding_bad_places(run, entry):
-            text = run.store.read(path)
+        text = finding_bad_places(run, entry, lambda: run.store.read(path))
     except FileNotFoundError:
         raise Damaged(f"{path} is missing") from None
     if hashlib.sha256(text).hexdigest() != entry.fields["manifest"]:
@@ -101,12 +101,15 @@ def verify_commit(run: Run, entry: LogEntry, reader: int = 0, readers: int = 1) 
         return [str(error)]
     chunks, problems = ChunkReader(run.store, entry.fields["path"], manifest["files"]), []
     parts = [(file, n) for file, f in sorted(manifest["files"].items()) for n in range(-(-f["bytes"] // CHUNK))]
+
+    def check(file: str, indices: list[int]) -> None:
+        chunks.check_size(file)
+        for index in indices:
+            chunks.chunk(file, index)
+
     for file, own in groupby(parts[reader::readers], key=lambda part: part[0]):
         try:
-            with finding_bad_places(run, entry):
-                chunks.check_size(file)
-                for _, index in own:
-                    chunks.chunk(file, index)
+            finding_bad_places(run, entry, partial(check, file, [index for _, index in own]))
         except Damaged as error:
             problems.append(str(error))
     return problems
@@ -136,9 +139,8 @@ def quick_check(run: Run, entry: LogEntry) -> str | None:
     try:
         manifest = read_manifest(run, entry)
         reader = ChunkReader(run.store, entry.fields["path"], manifest["files"])
-        with finding_bad_places(run, entry):
-            for file in manifest["files"]:
-                reader.check_size(file)
+        for file in manifest["files"]:
+            finding_bad_places(run, entry, partial(reader.check_size, file))
     except Damaged as error:
         return str(error)
     return None

@@ -16,7 +16,6 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -131,7 +130,7 @@ class CommitReader(StorageReader):
     """Reads the parts of a commit that a rank needs, and no more than the chunks around them, directly into place: this
     takes memory for a few chunks, however large the tensors are. Raises Damaged.
 
-    ``reading()`` is a context for all reads of data.
+    ``reading(act)`` calls ``act()``, which reads data, once or more.
     """
 
     def __init__(
@@ -139,7 +138,7 @@ class CommitReader(StorageReader):
         store: Store,
         folder: str,
         manifest: dict,
-        reading: Callable[[], AbstractContextManager[None]] = nullcontext,
+        reading: Callable[[Callable[[], None]], None] = lambda act: act(),
     ):
         self._reading = reading
         self._chunks = ChunkReader(store, folder, manifest["files"])
@@ -191,10 +190,12 @@ class CommitReader(StorageReader):
                 buffers[index] = torch.empty(part.rows)
             return buffers.get(index, part.target).flatten().view(torch.uint8).numpy().data
 
-        with self._reading():
+        def act() -> None:
             for index in self._chunks.fill([part.span for part in parts], memory):
                 if (rows := buffers.pop(index, None)) is not None:
                     parts[index].take(rows)
+
+        self._reading(act)
 
     def reset(self, checkpoint_id=None) -> None: ...
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:

@@ -15,10 +15,12 @@ _POINTS = {"read": "read", "readinto": "read", "write": "write"}  # methods of a
 
 class FaultyDisk:
     """``fail(number, "shard", "read")``: from now on, reads of paths with "shard" in them raise OSError(number);
-    ``times`` of them, then all is well. Points: open, read, write, stat, link, replace, fsync, flock."""
+    ``times`` of them, then all is well. Points: open, read, write, stat, link, replace, fsync, flock. ``place``: only
+    reads of some of these bytes fail."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.number, self.part, self.points, self.left, self.met = 0, "", (), 0.0, 0
+        self.place: range | None = None
         opened = self._opener(builtins.open)
         for owner in (builtins, io):
             patch.setattr(owner, "open", opened)
@@ -32,8 +34,11 @@ class FaultyDisk:
         patch.setattr(os, "fsync", lambda file: self.touch(file, "fsync"))  # nobody cuts the power
         patch.setattr(fcntl, "flock", self._failing(fcntl.flock, "flock", 0))
 
-    def fail(self, number: int, part: str, *points: str, times: float = float("inf")) -> None:
+    def fail(
+        self, number: int, part: str, *points: str, times: float = float("inf"), place: range | None = None
+    ) -> None:
         self.number, self.part, self.points, self.left, self.met = number, part, points, times, 0
+        self.place = place
 
     def touch(self, path: object, point: str) -> None:
         if point in self.points and self.left > 0 and self.part in _name(path):
@@ -66,8 +71,14 @@ class _File:
         return partial(self._act, found, _POINTS[name]) if name in _POINTS else found
 
     def _act(self, call: Callable, point: str, *args: Any) -> Any:
-        self._disk.touch(self._path, point)
+        if point != "read" or self._disk.place is None or self._reads(self._disk.place, *args):
+            self._disk.touch(self._path, point)
         return call(*args)
+
+    def _reads(self, place: range, size: Any = -1) -> bool:
+        """``size``: how many bytes, -1 for all; or a buffer for them."""
+        begin, size = self._file.tell(), size if isinstance(size, int) else len(size)
+        return begin < place.stop and (size < 0 or place.start < begin + size)
 
     def __enter__(self) -> "_File":
         return self

@@ -9,7 +9,6 @@ import threading
 import time
 
 import pytest
-from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import _registry
 
 from data_sharding.errors import StorageDown, UserError
@@ -18,6 +17,7 @@ from data_sharding.storage import retry as retry_module
 from data_sharding.storage.files import put, read
 from data_sharding.storage.filesystems import Cancelled, file_system
 from data_sharding.storage.retry import RetryPolicy
+from data_sharding.stream import frames
 from data_sharding.stream.frames import FrameReader, UnreadableFrame, fetch_frame, read_frame
 from tests.support.fake_object_store import FakeStore, serve
 from tests.support.faulty_disk import FaultyDisk
@@ -95,24 +95,34 @@ def test_the_same_wrong_bytes_three_times_count_as_stored(manifest):
     assert len(FakeStore.reads) == 3
 
 
-@pytest.mark.parametrize(("name", "elsewhere", "kind"), [
-    ("EIO", True, UnreadableFrame), ("EUCLEAN", True, UnreadableFrame), ("EIO", False, StorageDown),
-    ("ESHUTDOWN", True, StorageDown),
+@pytest.mark.parametrize(("name", "place", "kind"), [
+    ("EIO", "in the frame", UnreadableFrame), ("EUCLEAN", "in the frame", UnreadableFrame),
+    ("EIO", "everywhere", StorageDown), ("ESHUTDOWN", "in the frame", StorageDown),
 ])  # fmt: skip
-def test_a_bad_place_of_a_disk_is_an_unreadable_frame(dataset, monkeypatch, name, elsewhere, kind):
+def test_a_bad_place_of_a_disk_is_an_unreadable_frame(dataset, monkeypatch, name, place, kind):
     """Unless the other end of the shard cannot be read either."""
-    number, manifest = getattr(errno, name), Manifest.load(dataset)
+    number, manifest, disk = getattr(errno, name), Manifest.load(dataset), FaultyDisk(monkeypatch)
     monkeypatch.setattr("data_sharding.storage.bad_places._SECONDS", 0.01)
-    if not elsewhere:
-        FaultyDisk(monkeypatch).fail(number, ".tar.zst", "read")
-
-    def fail(*args, **kw):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(LocalFileSystem, "cat_file", fail)
+    begin, size = int(manifest.frame_offset[1]), int(manifest.frame_bytes[1])
+    # What a disk cannot read is a page at least: here one that ends with the frame.
+    bad = range(begin + max(0, size - 4096), begin + size)
+    disk.fail(number, ".tar.zst", "read", place=bad if place == "in the frame" else None)
     with pytest.raises((UnreadableFrame, StorageDown), match=os.strerror(number)) as found:
         fetch_frame(manifest, 1, RetryPolicy(deadline=0.02))
     assert found.type is kind
+
+
+def test_an_outage_that_ends_while_another_place_is_asked_loses_no_frame(dataset, monkeypatch):
+    manifest, disk, ask = Manifest.load(dataset), FaultyDisk(monkeypatch), frames.can_be_read
+    disk.fail(errno.EIO, ".tar.zst", "read")
+
+    def and_the_outage_is_over(*asked) -> bool:
+        disk.points = ()
+        return ask(*asked)
+
+    monkeypatch.setattr(frames, "can_be_read", and_the_outage_is_over)
+    with pytest.raises(StorageDown):
+        fetch_frame(manifest, 1, RetryPolicy(deadline=0.02))
 
 
 def test_storage_that_serves_no_shard_until_the_deadline_is_down(manifest):

@@ -9,6 +9,7 @@ from data_sharding.errors import StorageDown
 from data_sharding.storage import bad_places
 from data_sharding.storage.local_store import LocalStore
 from data_sharding.storage.retry import RetryPolicy
+from fitv2_scale.checkpoint import bad_commit
 from fitv2_scale.checkpoint.commit import verify_commit, verify_together
 from fitv2_scale.checkpoint.restore import restore
 from fitv2_scale.run.quarantine import quarantined
@@ -117,6 +118,25 @@ def restore_the_only_one(url: str) -> tuple:
         with pytest.raises(StorageDown) as down:
             restore(State(-1, world), run, world)
         return (None if not run.store.list("quarantine/") else "quarantine"), str(down.value)
+
+
+def restore_when_an_outage_ends(url: str) -> tuple:
+    """It does while other commits are asked."""
+    faulty, ask = disk(), bad_commit._another_can_be_read
+
+    def and_the_outage_is_over(*asked) -> bool:
+        faulty.points = ()
+        return ask(*asked)
+
+    bad_commit._another_can_be_read = and_the_outage_is_over
+    with opened({}, url) as (world, run):
+        state = State(-1, world)
+        faulty.fail(errno.EIO, "steps/", "read")
+        return restore(state, run, world).step, state.is_whole(11), quarantined(run)
+
+
+def test_an_outage_that_ends_while_others_are_asked_damages_nothing(run):
+    assert run_ranks(1, restore_when_an_outage_ends, run) == [(11, True, set())]
 
 
 def look(url: str, number: int, part: str) -> list:
