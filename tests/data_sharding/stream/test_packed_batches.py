@@ -52,3 +52,11 @@ def test_bad_arguments_are_one_sentence(dataset, tmp_path):
         packed_batches(str(tmp_path), images=12, max_tokens=256, steps=range(1))
     with pytest.raises(UserError, match="batch.images is 1000, but .* holds 240 images"):
         packed_batches(dataset, images=1000, max_tokens=256, steps=range(1))
+
+
+def test_without_a_rank_it_is_the_first_and_only_one(dataset):
+    options = {"images": IMAGES, "max_tokens": 256, "steps": range(2)}
+    told = options | {"rank": 0, "nodes": (1,), "seed": 0}
+    with packed_batches(dataset, **options) as short, packed_batches(dataset, **told) as long:
+        for a, b in zip(short, long, strict=True):
+            assert list(images_in(a)) == list(images_in(b)) and len(images_in(a)) == IMAGES
