@@ -5,7 +5,7 @@ import os
 import pytest
 
 from data_sharding.errors import UserError
-from data_sharding.worker_pool import run_tasks, slurm_task
+from data_sharding.worker_pool import WORKER, run_tasks, slurm_task
 
 
 def work(task: int, progress) -> None:
@@ -13,15 +13,16 @@ def work(task: int, progress) -> None:
         raise KeyError(f"task {task}")
     if task == 9:
         os._exit(1)
-    progress(task, os.getpid())
+    progress(task, os.getpid(), os.environ.get(WORKER))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_each_task_is_done_once(workers):
-    done: list[tuple[int, int]] = []
+    done: list[tuple] = []
     run_tasks([0, 1, 3, 4], work, workers, lambda *told: done.append(told))
-    assert sorted(task for task, _ in done) == [0, 1, 3, 4]
-    assert all((pid == os.getpid()) == (workers == 1) for _, pid in done)
+    assert sorted(task for task, *_ in done) == [0, 1, 3, 4]
+    assert all((pid == os.getpid()) == (workers == 1) for _, pid, _ in done)
+    assert {number for *_, number in done} <= ({"0", "1"} if workers == 2 else {None})
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -27,7 +27,7 @@ ROOMS: dict[str, tuple[str, bool, list[str]]] = {
     "launchers": ("launchers", True, []),
     "train": ("fitv2_scale/train", True, SYSTEM),
     "bench": ("fitv2_scale/bench", True, []),
-    "cli": ("fitv2_scale/cli", True, ["tests/launchers/test_preflight.py"]),
+    "cli": ("fitv2_scale/cli", True, ["tests/launchers/test_batch_script.py", "tests/launchers/test_preflight.py"]),
 }
 
 

@@ -124,3 +124,13 @@ def test_bad_input_is_one_sentence(
     assert len(lines) == 1
     assert re.search(sentence, lines[0]), lines[0]
     assert sorted(Path(two_step_run).rglob("*")) == before
+
+
+def test_figures_of_a_part_of_the_images_end_with_2(photographs, feature_network, reference, tmp_path, capfd):
+    shutil.copytree(photographs, tmp_path / "some")
+    broken = next((tmp_path / "some").rglob("*.jpg"), None) or next((tmp_path / "some").rglob("*.png"))
+    broken.write_bytes(b"")
+    words = [str(tmp_path / "some"), *network_options(feature_network), "--reference", reference, "--size", "32x48"]
+    assert main(["evaluate", *words]) == 2
+    said = capfd.readouterr()
+    assert "1 of the images cannot be read and were left out of these figures" in said.err and "fid " in said.out
