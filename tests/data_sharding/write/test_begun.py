@@ -167,3 +167,8 @@ def test_what_a_killed_writer_had_not_finished_is_removed(tmp_path):
     unfinished.write_bytes(b"half")
     begin(str(tmp_path), Options("source", "codec", 16, 2, 0.0, "classes"), vae=False)
     assert not unfinished.exists()
+
+
+def test_the_bar_begins_where_the_killed_writer_stopped(unfinished, capsys):
+    write_dataset(*unfinished, **OPTIONS | {"progress": True})
+    assert "6/6 images" in capsys.readouterr().err.split("\r")[-1]
