@@ -8,6 +8,7 @@ from data_sharding.errors import UserError
 from fitv2_scale.evaluate.evaluate import EvaluationOptions, evaluate_images
 from fitv2_scale.evaluate.features import read_npz
 from fitv2_scale.evaluate.image_sets import open_image_set
+from fitv2_scale.evaluate.reference_statistics import open_reference
 from tests.support.feature_networks import POOL
 
 
@@ -81,3 +82,11 @@ def test_statistics_of_no_images_are_refused(reference, photographs, feature_net
     np.savez(bad, **{name: array for name, array in {**arrays, **change(arrays)}.items() if array is not None})
     with pytest.raises(UserError, match=sentence):
         evaluate_images(photographs, "32x48", EvaluationOptions(**feature_network, reference=bad), None)
+
+
+def test_the_size_of_a_reference_is_that_of_its_pictures(tmp_path):
+    pictures = np.zeros((16, 8, 12, 3), np.uint8)
+    np.savez(tmp_path / "r.npz", mu=np.zeros(3), sigma=np.eye(3), arr_0=pictures)
+    assert open_reference(str(tmp_path / "r.npz"), None, None, 10).size == (8, 12)
+    np.savez(tmp_path / "r.npz", mu=np.zeros(3), sigma=np.eye(3))
+    assert open_reference(str(tmp_path / "r.npz"), None, None, 10).size is None
