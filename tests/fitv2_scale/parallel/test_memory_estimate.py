@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import pytest
+
 from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.parallel.memory_estimate import Compute, cuda_peak, saved_bytes, state_bytes
@@ -29,3 +31,15 @@ def test_the_peak_holds_the_state_and_what_a_step_needs():
 def test_with_checkpointing_one_block_at_a_time_is_there_again():
     whole, none = (saved_bytes(MODEL, LAYOUT, replace(COMPUTE, checkpointing=kind)) for kind in ("none", "full"))
     assert 3 * (peak() - peak(checkpointing="full")) == 2 * (whole - none) > 0  # of three blocks, two are not
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_what_is_saved_for_the_backward_pass(tensor):
+    """Per token and block, by hand: D = 32, M = the MLP's width, two bytes a number, a float32 a head."""
+    layout, m = Layout(1, 1, tensor), {1: 85, 2: 43}[tensor]  # 4 D 2 / 3, and its larger half
+    kinds = ("full", "selective", "none")
+    of = {kind: saved_bytes(MODEL, layout, replace(COMPUTE, checkpointing=kind)) for kind in kinds}
+    head = 4 * 2 // tensor
+    a_block = {"full": 2 * 32, "selective": 2 * (3 * 32 + 4 * 32 // tensor + 2 * m) + head}
+    a_block["none"] = a_block["selective"] + 2 * (2 * 32 + 2 * 32 // tensor + m + 11 * 32 + m)
+    assert of == {kind: 3 * 1000 * number for kind, number in a_block.items()}
