@@ -1,5 +1,6 @@
 """What the launcher decides, without Slurm: tables of cases."""
 
+import json
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from data_sharding.storage.local_store import LocalStore
 from fitv2_scale.config.slurm import SlurmConfig
 from fitv2_scale.run.log import LogEntry
 from fitv2_scale.run.run import NOT_FINITE, Run
-from launchers.chain import first_failed_node, killed_task, node_count
+from launchers.chain import Chain, first_failed_node, killed_task, node_count
 from launchers.chain_log import ChainLog, nodes_to_exclude, signal_seconds, verdict
 from launchers.hostlist import counts, expand
 from launchers.slurm import is_usable
@@ -134,6 +135,15 @@ def test_the_signal_comes_early_enough(tiny, tmp_path):
     run.claim({}).record_pace(30.25, 170.0)
     run.claim({})  # has not saved yet
     assert signal_seconds(run, 0) == 401 and signal_seconds(run, 60) == 60
+
+
+def test_a_chain_of_before_its_signal_was_recorded(tmp_path):
+    chain = Chain("RUN", "n", str(tmp_path), 10, 1, 1, 1, "", 3, 1.0, "", False)
+    chain.save()
+    record = json.loads((tmp_path / "chain.json").read_text())
+    del record["signal_seconds"]
+    (tmp_path / "chain.json").write_text(json.dumps(record))
+    assert Chain.load(tmp_path) == chain and chain.signal_seconds == 0
 
 
 KILLED = "srun: error: node2: task 1: Killed\n"

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data_sharding.plan.size_presets import pixel_sizes
+from data_sharding.plan.size_presets import open_preset, pixel_sizes
 
 # width, height: the share of the images, written down apart from the code.
 COMMON = {(500, 375): 0.277, (375, 500): 0.075, (500, 333): 0.056, (333, 500): 0.021, (640, 480): 0.0225}
@@ -19,3 +19,10 @@ def test_shares_of_the_sizes():
     found = Counter(zip(width.tolist(), height.tolist(), strict=True))
     for size, share in (COMMON | RARE).items():
         assert found[size] / count == pytest.approx(share, rel=0.15, abs=0.0015), size
+
+
+@pytest.mark.parametrize("tokens", [256, 1024])
+def test_a_preset_is_what_its_name_says(tokens):
+    manifest = open_preset(f"preset:imagenet{tokens}", 5000)
+    assert manifest.header.max_tokens == tokens
+    assert manifest.size.astype(int).prod(-1).max() in range(tokens - 3, tokens + 1)
