@@ -118,16 +118,16 @@ def after(home: str, ended: str) -> int:
     if start is None or (start["job"], start["restart"]) != (job.id, job.restart):
         _print("a newer job has taken over")  # Slurm believed this node dead
         return RETRY
+    srun_output = _read(Path(home) / f"srun-{job.id}.log")
     if ended.isdigit():
-        outcome = outcome_of(run, start["attempt"], int(ended))
+        outcome = outcome_of(run, start["attempt"], int(ended), refusing_log(srun_output, home))
     else:
         outcome = Outcome(RETRY, f"SIG{ended} came before its ranks were started", True)
-    srun_output = Path(home) / f"srun-{job.id}.log"
     blamed = hung_nodes(run, start["attempt"])
     if not blamed and not outcome.clean:
-        blamed = first_failed_node(srun_output.read_text(), job.nodes)
+        blamed = first_failed_node(srun_output, job.nodes)
     code, reason = outcome.code, outcome.reason
-    if not outcome.clean and (killed := killed_task(srun_output.read_text())):
+    if not outcome.clean and (killed := killed_task(srun_output)):
         reason = f"{killed}; {reason}"
     chain_log.add("END", job=job.id, restart=job.restart, code=code, reason=reason, blamed=blamed)
     _print(f"ended with {code}: {reason}" + (f"; {', '.join(blamed)} will be avoided" if blamed else ""))
@@ -170,6 +170,21 @@ def first_failed_node(srun_output: str, nodes: Sequence[str]) -> list[str]:
         if failure[2]:  # several nodes at once: no node's fault
             return []
     return []
+
+
+_REFUSED = re.compile(r"^srun: error: [^:\s]+: tasks? (\d+)[\d,-]*: Exited with exit code 2$", re.MULTILINE)
+
+
+def refusing_log(srun_output: str, home: str) -> str:
+    """Where the sentence about bad input stands. Ranks that have joined end together, and rank 0 repeats what another
+    one says; before, a rank ends alone, and srun ends the others."""
+    lowest = [int(task) for task in _REFUSED.findall(srun_output)]  # of each group of tasks
+    return f"{home}/rank-{0 if 0 in lowest else lowest[0]}.log" if lowest else f"the logs of the ranks in {home}"
+
+
+def _read(file: Path) -> str:
+    """Empty if there is no such file: srun was not started."""
+    return file.read_text(errors="replace") if file.exists() else ""
 
 
 def killed_task(srun_output: str) -> str:

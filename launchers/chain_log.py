@@ -101,8 +101,9 @@ class Outcome(NamedTuple):
     clean: bool  # they ended by themselves, and not because one of them failed
 
 
-def outcome_of(run: Run, before: int, code: int) -> Outcome:
-    """Of processes that ended with exit code ``code``; ``before`` was the newest attempt when they started."""
+def outcome_of(run: Run, before: int, code: int, said_in: str) -> Outcome:
+    """Of processes that ended with exit code ``code``; ``before`` was the newest attempt when they started, and
+    ``said_in`` is where bad input is named that none of them could record."""
     newest = newest_attempt(run.log.entries())
     if newest > before:
         end = Attempt(newest, run).read_end()
@@ -110,7 +111,7 @@ def outcome_of(run: Run, before: int, code: int) -> Outcome:
             return Outcome(RETRY, f"attempt {newest} was killed", False)
         return Outcome(end["code"], end["reason"], end["code"] in (*_FINAL, RETRY))
     if code == BAD_INPUT:
-        return Outcome(BAD_INPUT, "bad input, see the log of rank 0", True)
+        return Outcome(BAD_INPUT, f"bad input, see {said_in}", True)
     return Outcome(RETRY, f"failed before an attempt started (exit code {code})", False)
 
 

@@ -27,6 +27,7 @@ _KILLED = {
     signal.SIGBUS: "died of SIGBUS: a mapped file could not be read; check the storage of the dataset",
 }
 _AFTER_FAILURE = 10.0  # seconds for the others to end when a rank has failed; they cannot save without it
+_SAID = "what the ranks have printed"
 _AFTER_SUCCESS = 120.0  # seconds for the others to end when a rank is done
 
 
@@ -171,7 +172,7 @@ def _outcome(run: Run | None, before: int, ended: Ended) -> tuple[int, str]:
     """Code and reason of ranks that have ended; ``before`` was the newest attempt when they started. A killed rank is
     the reason for what the others met: this alone knows it, so it is written to the attempt's end.json."""
     if run:
-        code, reason, clean = outcome_of(run, before, ended.code)
+        code, reason, clean = outcome_of(run, before, ended.code, _SAID)
         if not ended.killed or clean:
             return code, reason
         newest = newest_attempt(run.log.entries())
@@ -180,7 +181,7 @@ def _outcome(run: Run | None, before: int, ended: Ended) -> tuple[int, str]:
             attempt.end(code, ended.killed)
         return code, ended.killed
     if ended.code == BAD_INPUT:
-        return BAD_INPUT, "bad input"
+        return BAD_INPUT, f"bad input, see {_SAID}"
     return RETRY, f"{ended.killed or f'exit code {ended.code}'} before the run was created"
 
 

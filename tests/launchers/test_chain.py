@@ -10,8 +10,8 @@ from data_sharding.storage.local_store import LocalStore
 from fitv2_scale.config.slurm import SlurmConfig
 from fitv2_scale.run.log import LogEntry
 from fitv2_scale.run.run import NOT_FINITE, Run
-from launchers.chain import Chain, first_failed_node, killed_task, node_count
-from launchers.chain_log import ChainLog, nodes_to_exclude, signal_seconds, verdict
+from launchers.chain import Chain, first_failed_node, killed_task, node_count, refusing_log
+from launchers.chain_log import ChainLog, nodes_to_exclude, outcome_of, signal_seconds, verdict
 from launchers.hostlist import counts, expand
 from launchers.slurm import is_usable
 from launchers.submit import parse_nodes
@@ -178,6 +178,28 @@ def test_whose_task_failed_first(said, nodes, names):
 )
 def test_how_a_task_was_killed(said, expected):
     assert killed_task(said) == expected
+
+
+EXITED = "srun: error: node{}: {}: Exited with exit code 2\n"
+
+
+@pytest.mark.parametrize(
+    "said,log",
+    [
+        (CANCELLED + EXITED.format(2, "task 3") + "srun: error: node1: task 0: Terminated\n", "/jobs/a/rank-3.log"),
+        (EXITED.format(2, "tasks 3-5,7") + EXITED.format(1, "task 1"), "/jobs/a/rank-3.log"),
+        (EXITED.format("[1-2]", "tasks 0-7"), "/jobs/a/rank-0.log"),
+        (EXITED.format(2, "task 3") + EXITED.format(1, "tasks 0-2"), "/jobs/a/rank-0.log"),  # joined: it repeats it
+        ("srun: error: node1: task 4: Exited with exit code 1\n", "the logs of the ranks in /jobs/a"),
+        ("srun: error: node1: task 4: Exited with exit code 22\n", "the logs of the ranks in /jobs/a"),
+        ("", "the logs of the ranks in /jobs/a"),
+    ],
+)
+def test_where_bad_input_is_named(said, log, tmp_path):
+    assert refusing_log(said, "/jobs/a") == log
+    run = Run.open_or_create(str(tmp_path / "run"), {}, {}, None)
+    outcome = outcome_of(run, 0, 2, refusing_log(said, "/jobs/a"))
+    assert outcome == (2, f"bad input, see {log}", True)
 
 
 def test_numbers_of_nodes():
