@@ -6,7 +6,10 @@ after attention's projection and after the SwiGLU's. Everything else, all condit
 gradient is the same on all ranks of a group.
 
 The group's size need not divide the width of a SwiGLU: some ranks are then padded with units that do not exist. Their
-weights start at zero, which makes their gradients zero, so they stay zero; they are in no checkpoint.
+weights start at zero, which makes their gradients zero, so they stay zero; they are in no checkpoint. Nor are they
+compared at a save (see ``checkpoint.copies``): such a unit gives gate times value times its column of fc2, so a
+flipped bit in one of the three, or in a moment of it, meets a zero factor in the output and in every gradient; and one
+bit makes 2.0 of a zero at most, never infinity.
 """
 
 from collections.abc import Sequence
