@@ -12,6 +12,7 @@ from data_sharding.errors import UserError
 
 IS_SPLIT = 5000  # images
 _BLOCK = 4096  # images turned into float64 at once
+_MOST = 1e100  # of a mean or a covariance: far above any feature's, and products of them are finite
 _ROUNDING = 1e-5  # of the largest variance: how far below zero float32 leaves the least of 2,048, with a wide margin
 
 
@@ -48,8 +49,11 @@ class Gaussian:
         size = self.mean.shape[0] if self.mean.ndim == 1 else 0
         if not size or self.covariance.shape != (size, size):
             raise UserError(f"{name}: a mean of shape {self.mean.shape} has no covariance of {self.covariance.shape}")
-        if not (np.isfinite(self.mean).all() and np.isfinite(self.covariance).all()):
-            raise UserError(f"{name}: its statistics hold NaN or infinity: get the file again, or compute it again")
+        if not ((abs(self.mean) < _MOST).all() and (abs(self.covariance) < _MOST).all()):
+            raise UserError(
+                f"{name}: its statistics hold NaN or infinity, or numbers of {_MOST:.0e} and more: get the file again, "
+                "or compute it again"
+            )
         if not np.allclose(self.covariance, self.covariance.T, rtol=1e-5, atol=1e-6 * abs(self.covariance).max()):
             raise UserError(f"{name}: its covariance is not symmetric: get the file again")
         variances = np.linalg.eigvalsh((self.covariance + self.covariance.T) / 2)

@@ -110,6 +110,7 @@ REFERENCE = Gaussian.of(GOOD)
         (lambda: Gaussian(GOOD[0], GOOD[:6]).check("f.npz"), "f.npz: its covariance is not symmetric"),
         (lambda: Gaussian(GOOD[0], GOOD[:5]).check("f.npz"), "no covariance of"),
         (lambda: Gaussian(GOOD[0] * np.nan, np.eye(6)).check("f.npz"), "f.npz: its statistics hold NaN or infinity"),
+        (lambda: Gaussian(GOOD[0], np.eye(6) * 1e300).check("f.npz"), "or numbers of 1e\\+100 and more: get the file"),
         (lambda: Gaussian(GOOD[0], np.diag([1.0, 1, 1, 1, 1, -0.5])).check("f.npz"), "the variance is -0.5, but none"),
         (
             lambda: Gaussian(np.zeros(2), np.array([[1.0, 2], [2, 1]])).check("f.npz"),

@@ -16,6 +16,8 @@ from fitv2_scale.planning.forecast.run_length import (
     RELEASED_SAVE,
     RELEASED_STEPS,
     configured_schedule,
+    goodput_report,
+    recommended_schedule,
     released_schedule,
 )
 from fitv2_scale.planning.forecast.save_interval import recommended_interval
@@ -160,3 +162,10 @@ def test_schedules_of_a_config_in_seconds(tiny):
     assert configured_schedule(by_time, 0.5, assumed).interval == 600
     released = released_schedule(config, 0.5)
     assert released.interval == RELEASED_STEPS * 0.5 and released.stall == released.durable == RELEASED_SAVE
+
+
+def test_the_report_says_one_interval_in_three_units(tiny):
+    report = goodput_report(tiny(), 0.5, 2, Assumptions(), {})
+    seconds = report["interval_seconds"]
+    assert seconds == recommended_schedule(tiny(), 0.5, 2, Assumptions()).interval
+    assert report["interval_minutes"] * 60 == pytest.approx(seconds) and report["interval_steps"] == round(seconds * 2)
