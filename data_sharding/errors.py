@@ -30,3 +30,7 @@ class StorageDown(UserError):
 
 class BadPlace(StorageDown):
     """Perhaps one place of a disk is bad and all others can be read (see ``storage.bad_places``)."""
+
+
+class RanksMissing(UserError):
+    """Ranks of a command have not joined, hang or have ended. The message names them; the CLI exits with 75."""

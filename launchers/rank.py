@@ -54,17 +54,18 @@ def rank_environment(slurm: Mapping[str, str]) -> dict[str, str]:
     # A requeued job has the same id, and its old processes may be alive; so may those of another step: another port.
     turn = int(slurm.get("SLURM_RESTART_COUNT", 0)) + int(slurm.get("SLURM_STEP_ID", 0))
     port = _PORTS[(int(slurm["SLURM_JOB_ID"]) * _PORTS_OF_A_JOB + turn % _CHECK) % len(_PORTS)]
-    local_size = counts(slurm["SLURM_STEP_TASKS_PER_NODE"])[int(slurm["SLURM_NODEID"])]
+    nodes, sizes = expand(slurm["SLURM_STEP_NODELIST"]), counts(slurm["SLURM_STEP_TASKS_PER_NODE"])
     # Where Slurm gives each task a GPU of its own, that is the only one it sees.
     alone = len(slurm.get("CUDA_VISIBLE_DEVICES", "").split(",")) == 1 and "CUDA_VISIBLE_DEVICES" in slurm
     return {
         "RANK": slurm["SLURM_PROCID"],
         "WORLD_SIZE": slurm["SLURM_NTASKS"],
         "LOCAL_RANK": "0" if alone else slurm["SLURM_LOCALID"],
-        "LOCAL_WORLD_SIZE": str(local_size),
-        "MASTER_ADDR": expand(slurm["SLURM_STEP_NODELIST"])[0],
+        "LOCAL_WORLD_SIZE": str(sizes[int(slurm["SLURM_NODEID"])]),
+        "MASTER_ADDR": nodes[0],
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": slurm.get("OMP_NUM_THREADS") or slurm.get("SLURM_CPUS_PER_TASK") or "1",
+        "FITV2_NODES": ",".join(f"{node}:{ranks}" for node, ranks in zip(nodes, sizes, strict=False)),
     }
 
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from data_sharding.errors import UserError
+from data_sharding.errors import RanksMissing, UserError
 from data_sharding.standard_streams import ReaderGone, reporting
 from fitv2_scale.cli import (
     bench,
@@ -25,6 +25,7 @@ from fitv2_scale.cli import (
     validate,
 )
 from fitv2_scale.cli.common import tell_ranks
+from fitv2_scale.run.run import BAD_INPUT, RETRY
 from launchers.rank import become_a_rank
 
 _IN_ORDER = (shard, plan, config, train, status, cluster, checkpoint, track, curves, bench, sample, validate, evaluate)
@@ -54,7 +55,7 @@ def exit_code_of(act: Callable[[], int]) -> int:
         except UserError as error:
             if (sentence := error.said_by(int(os.environ.get("RANK", 0)))) is not None:
                 print(f"fitv2: {sentence}", file=sys.stderr)
-            return 2
+            return RETRY if isinstance(error, RanksMissing) else BAD_INPUT
         except ReaderGone:  # a pager has seen enough
             return 1
         except KeyboardInterrupt:

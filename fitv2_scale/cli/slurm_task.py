@@ -47,8 +47,8 @@ def main() -> int:
 
     code = exit_code_of(run)
     # That an attempt wants another one, or none, is in its end.json. To srun it would be a failure: it would end the
-    # other ranks, who may be writing their last lines.
-    return 0 if code in (RETRY, GIVE_UP) else code
+    # other ranks, who may be writing their last lines, and blame this node if others do not come.
+    return 0 if training and code in (RETRY, GIVE_UP) else code
 
 
 def _refuse_hidden(config: dict[str, Any]) -> None:

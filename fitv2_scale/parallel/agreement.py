@@ -8,11 +8,11 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, TypeVar
 
 from data_sharding.errors import UserError
 from fitv2_scale.parallel.failures import arisen_on, portable, shared
+from fitv2_scale.parallel.rank_names import name_ranks
 from fitv2_scale.parallel.world import World
 from fitv2_scale.run.redact import redact
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 Facts = dict[str, Any]
 
 # What the sentence about a difference holds at most.
-_GROUPS, _NAMES, _CHARACTERS, _NODES = 4, 5, 100, 4
+_GROUPS, _NAMES, _CHARACTERS = 4, 5, 100
 
 
 def agree(world: World, facts: Facts) -> None:
@@ -97,7 +97,7 @@ def _line(name: str, told: Sequence[_Told], nodes: Sequence[str]) -> str:
         ranks.setdefault(digest, []).extend(one.ranks)
         texts[digest] = one.texts.get(name, "(absent)")
     hidden = " (what differs is not shown)" if len(set(texts.values())) < len(texts) else ""
-    return f"{name} is " + " and ".join(f"{texts[d]} on {_ranks(ranks[d], nodes)}" for d in ranks) + hidden
+    return f"{name} is " + " and ".join(f"{texts[d]} on {name_ranks(ranks[d], nodes)}" for d in ranks) + hidden
 
 
 def _text(name: str, value: Any) -> str:
@@ -106,17 +106,3 @@ def _text(name: str, value: Any) -> str:
     value = value[: 10 * _CHARACTERS] if isinstance(value, str) else value  # looking for secrets takes time
     text = json.dumps(redact({key: value})[key], sort_keys=True, ensure_ascii=False, default=str)
     return text if len(text) <= _CHARACTERS else f"{text[: _CHARACTERS - 1]}…"
-
-
-def _ranks(ranks: list[int], nodes: Sequence[str]) -> str:
-    """ "ranks 0, 2-7 (n1, n2)"."""
-    ranks = sorted(ranks)
-    runs = [[rank for _, rank in run] for _, run in groupby(enumerate(ranks), lambda pair: pair[1] - pair[0])]
-    spans = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
-    on = list(dict.fromkeys(nodes[rank] for rank in ranks))
-    return f"rank{'s' if len(ranks) > 1 else ''} {_few(spans)} ({_few(on)})"
-
-
-def _few(names: Sequence[str]) -> str:
-    more = len(names) - _NODES
-    return ", ".join(names[:_NODES]) + (f" and {more} more" if more > 0 else "")

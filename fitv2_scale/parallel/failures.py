@@ -6,18 +6,26 @@ break because that rank has left.
 """
 
 import pickle
+import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from datetime import timedelta
 
 import torch.distributed as dist
 
 from data_sharding.errors import StorageDown, UserError
+from fitv2_scale.parallel.group_store import ANSWER, appears, in_time
 
-_FAILED, _WORDS, _LEFT = "fitv2/failed", "fitv2/words", "fitv2/left"  # keys of the store
-_PATIENCE = timedelta(seconds=5)  # with ranks that fail at the same time, or come for the words of the one that did
+_FAILED, WORDS, _LEFT = "fitv2/failed", "fitv2/words", "fitv2/left"  # keys of the store
+_WRITING = 30.0  # seconds in which the first rank that fails finds out why
+_LEAVING = 5.0  # seconds for the others to come for its words
 _POLL = 0.05  # seconds
+
+_BROKEN = re.compile(r"gloo|nccl|pair\.cc|connection (closed|reset|refused|was)|broken pipe|socket", re.IGNORECASE)
+
+
+def is_broken_collective(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and bool(_BROKEN.search(str(error)))
 
 
 def portable(error: Exception | None) -> Exception | None:
@@ -61,12 +69,16 @@ def _harmless(error: Exception) -> int:
 
 
 class LastWords:
-    """The error of the first rank that failed outside of an exchange, in ``store``, where every rank can read it."""
+    """The error of the first rank that failed outside of an exchange, in ``store``, where every rank can read it.
+    ``explained`` finds out who has broken a collective."""
 
-    def __init__(self, store: dist.Store, rank: int, size: int, node: str) -> None:
-        self._store, self._rank, self._size = store, rank, size
+    def __init__(
+        self, store: dist.Store, rank: int, size: int, node: str, explained: Callable[[Exception], Exception]
+    ) -> None:
+        self._store, self._rank, self._size, self._explained = store, rank, size, explained
         self._place = f"rank {rank} on {node}"
         self._settled: Exception | None = None
+        self._store_answers = True
 
     def settle(self, error: Exception) -> Exception:
         """What this rank raises after it met ``error``: that of a rank that failed before, if that has broken this
@@ -75,30 +87,46 @@ class LastWords:
             return error
         self._settled = error
         shared_already = isinstance(error, UserError) and bool(error.origin)
-        with suppress(dist.DistError, RuntimeError):  # the rank that holds the store has gone: nothing is known
-            if not shared_already:
+        if not shared_already:
+            try:
                 self._settled = self._compare(error)
+            except (RuntimeError, TimeoutError):  # the rank that holds the store has gone, or is stopped
+                self._settled, self._store_answers = self._explained(error), False
         if self._settled is not error:
             self._settled.__cause__ = error
         return self._settled
 
     def _compare(self, error: Exception) -> Exception:
-        if self._store.add(_FAILED, 1) == 1:
-            self._store.set(_WORDS, pickle.dumps((self._place, portable(error))).hex())
+        if in_time(lambda: self._store.add(_FAILED, 1), ANSWER) == 1:
+            error = self._explained(error)
+            words = pickle.dumps((self._place, portable(error))).hex()
+            in_time(lambda: self._store.set(WORDS, words), ANSWER)
             return error
-        self._store.wait([_WORDS], _PATIENCE)
-        place, words = pickle.loads(bytes.fromhex(self._store.get(_WORDS).decode()))
+        place, words = in_time(self._words, 2 * _WRITING)
         if not isinstance(error, UserError):
             return arisen_on(place, words)  # a broken collective; a bug of its own stays in the log, as its context
         return arisen_on(place, error) if str(error) == str(words) else error
 
+    def _words(self) -> tuple[str, Exception]:
+        if not appears(self._store, WORDS, _WRITING):
+            raise TimeoutError("the rank that failed first has not said why")
+        return pickle.loads(bytes.fromhex(self._store.get(WORDS).decode()))
+
     def leave(self) -> None:
-        """Once this rank has left the group. If it failed and holds the store, as the first rank may, it stays for a
-        moment, so that the others can read its words."""
-        if self._settled is None:
-            return
-        with suppress(dist.DistError, RuntimeError):
-            self._store.add(_LEFT, 1)
-            until = time.monotonic() + _PATIENCE.total_seconds()
-            while self._rank == 0 and self._store.add(_LEFT, 0) < self._size and time.monotonic() < until:
-                time.sleep(_POLL)
+        """Once this rank has left the group."""
+        if self._settled is not None and self._store_answers:
+            leave(self._store, self._rank, self._size)
+
+
+def leave(store: dist.Store, rank: int, size: int) -> None:
+    """For a rank that has failed. If it holds the store, as the first rank may, it stays for a moment, so that the
+    others of ``size`` ranks can read why."""
+
+    def wait() -> None:
+        store.add(_LEFT, 1)
+        until = time.monotonic() + _LEAVING
+        while rank == 0 and store.add(_LEFT, 0) < size and time.monotonic() < until:
+            time.sleep(_POLL)
+
+    with suppress(RuntimeError, TimeoutError):
+        in_time(wait, 2 * _LEAVING)

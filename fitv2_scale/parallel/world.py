@@ -13,9 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
-from torch.distributed.rendezvous import rendezvous
 
 from fitv2_scale.parallel.failures import LastWords, arisen_on, portable, shared
+from fitv2_scale.parallel.group_store import open_group_store
+from fitv2_scale.parallel.presence import Presence
+from fitv2_scale.parallel.roll_call import call_roll
 
 _TIMEOUT = timedelta(minutes=10)
 _RECORDED = 2000  # collectives that torch's flight recorder keeps, for the watchdog to write when a rank hangs
@@ -30,6 +32,7 @@ class World:
     hosts: tuple[str, ...]  # the host name of each rank's machine, by rank
     nodes: tuple[str, ...]  # that machine as messages name it: Slurm's name for it, if there is one
     last_words: LastWords
+    presence: Presence
 
     @property
     def is_first(self) -> bool:
@@ -89,6 +92,9 @@ def join(failure: Exception | None = None) -> Generator[World]:
 
     A rank that cannot do its part gives its ``failure``: all ranks raise it as soon as they have joined, as
     ``World.raise_shared`` does. A rank that fails inside is known to the others when it has left (``LastWords``).
+
+    Raises:
+        RanksMissing: other ranks do not join; or hang or have ended inside, and so have broken a collective.
     """
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -97,21 +103,26 @@ def join(failure: Exception | None = None) -> Generator[World]:
     else:
         device, backend = torch.device("cpu"), "gloo"
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(_RECORDED))
+    patience, node = _TIMEOUT.total_seconds(), _node()
     if "RANK" in os.environ:
-        store, rank, size = next(iter(rendezvous("env://", timeout=_TIMEOUT)))
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store = open_group_store(rank, size, patience)
+        first = call_roll(store, rank, size, node, patience)
     else:
-        store, rank, size = dist.HashStore(), 0, 1
-    dist.init_process_group(backend, timeout=_TIMEOUT, store=store, rank=rank, world_size=size)
-    last_words = LastWords(store, rank, size, _node())
-    try:
-        cpu_group = own_group(dist.new_group(backend="gloo", timeout=_TIMEOUT))
-        yield _meet(World(rank, size, device, cpu_group, (), (), last_words), failure)
-    except Exception as raised:
-        error = last_words.settle(raised)
-        raise error from error.__cause__
-    finally:
-        dist.destroy_process_group()
-        last_words.leave()
+        store, rank, size, first = dist.HashStore(), 0, 1, node
+    presence = Presence(store, rank, size, node, first, patience)
+    with presence.shown():
+        dist.init_process_group(backend, timeout=_TIMEOUT, store=store, rank=rank, world_size=size)
+        last_words = LastWords(store, rank, size, node, presence.explained)
+        try:
+            cpu_group = own_group(dist.new_group(backend="gloo", timeout=_TIMEOUT))
+            yield _meet(World(rank, size, device, cpu_group, (), (), last_words, presence), failure)
+        except Exception as raised:
+            error = last_words.settle(raised)
+            raise error from error.__cause__
+        finally:
+            dist.destroy_process_group()
+            last_words.leave()
 
 
 def _meet(world: World, failure: Exception | None) -> World:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 
-from data_sharding.errors import StorageDown, UserError
+from data_sharding.errors import RanksMissing, StorageDown, UserError
 from data_sharding.standard_streams import dropping
 from fitv2_scale.checkpoint.copies import CopiesDiffer
 from fitv2_scale.config.schema import Config
@@ -161,7 +161,7 @@ def _recorded(attempt: Attempt, world: World) -> Generator[_End]:
     except Exception as raised:
         error = world.last_words.settle(raised)
         reason = f"{error.origin}: {error}" if isinstance(error, UserError) and error.origin else str(error)
-        if isinstance(error, StorageDown):
+        if isinstance(error, StorageDown | RanksMissing):
             end(RETRY, reason)
             _say_error(error, world)
         elif isinstance(error, UserError):

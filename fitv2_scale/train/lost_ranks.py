@@ -4,13 +4,11 @@ Each rank listens on a UDP port (see ``watchdog``). What is sent to a port that 
 with "refused", by the machine of the rank if that still runs.
 """
 
-import re
 import socket
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 
-_BROKEN = re.compile(r"gloo|nccl|pair\.cc|connection (closed|reset|refused|was)|broken pipe|socket", re.IGNORECASE)
 _PATIENCE = 2.0  # seconds: connections break before all files of a killed process are closed
 _PAUSE = 0.1  # seconds, for the answer
 
@@ -22,10 +20,6 @@ class RankLost(RuntimeError):
 
     def __repr__(self) -> str:
         return str(self)  # it is the reason in end.json
-
-
-def is_broken_collective(error: BaseException) -> bool:
-    return isinstance(error, RuntimeError) and bool(_BROKEN.search(str(error)))
 
 
 def refusing(addresses: Callable[[], Mapping[int, Address]], patience: float = _PATIENCE) -> list[int]:

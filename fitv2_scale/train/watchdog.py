@@ -15,20 +15,20 @@ import logging
 import os
 import secrets
 import socket
-import sys
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from fitv2_scale.config.sections import WatchdogConfig
+from fitv2_scale.parallel.failures import is_broken_collective
+from fitv2_scale.parallel.presence import Progress, waited_for, where
 from fitv2_scale.parallel.world import World, set_group_timeouts
 from fitv2_scale.run.run import RETRY, Attempt
-from fitv2_scale.train.lost_ranks import RankLost, is_broken_collective, refusing
+from fitv2_scale.train.lost_ranks import RankLost, refusing
 from fitv2_scale.train.stacks import write_stacks
 
 Phase = Literal["load", "data", "step", "compile", "save", "evaluate"]
@@ -40,8 +40,6 @@ _NAMED = 64  # ranks that an alarm names at most: it has to fit into a datagram
 _COMPILING = 3  # first steps that may include compilation
 _RANKS_PER_SECOND = 128  # to which a rank sends; in larger worlds it sends to each of them less often
 _WRITER_GRACE, _OTHERS_GRACE = 2.0, 10.0  # seconds between stacks and exit: the first exit ends all ranks
-
-_PACKAGES = [Path(__file__).parents[2] / name for name in ("fitv2_scale", "data_sharding")]
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +56,8 @@ class Beat:
     patience: float  # seconds for which it may be silent now
     where: str = ""  # innermost line of this project in the main thread
     event: str = ""  # "alarm"; or "bye": it exits as it should
+    begun: Mapping[str, int] = field(default_factory=dict)  # collectives, by group
+    still: float = 0.0  # seconds in which it has begun no more of them
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,17 @@ class Hung:
 
 def find_hung(beats: Mapping[int, Beat], unheard: Mapping[int, float]) -> list[Hung]:
     """The ranks that the others wait for, from the last beat of each rank and the seconds for which it was ``unheard``:
-    ranks that are silent for longer than their patience; else those behind in steps; else those in another phase than
-    most, or at another line; else all, because they wait for something outside."""
+    ranks that are silent for longer than their patience; else those whose collectives the others wait for; else those
+    behind in steps; else those in another phase than most, or at another line; else all, because they wait for
+    something outside."""
     silent = [b for b in beats.values() if unheard[b.rank] > b.patience]
     if silent:
         return [Hung(b.rank, b.node, b.phase, b.step, unheard[b.rank], True, b.where) for b in silent]
+    # Beats come at different times; only if there is one when all stood still, they can be compared.
+    at_once = min(unheard[b.rank] + b.still for b in beats.values()) > max(unheard[b.rank] for b in beats.values())
+    late = waited_for({b.rank: b.begun for b in beats.values()}) if at_once else []
     last = min(b.step for b in beats.values())
-    suspects = [b for b in beats.values() if b.step == last]
+    suspects = [b for b in beats.values() if (b.rank in late if late else b.step == last)]
     for trait in (lambda b: b.phase, lambda b: b.where):
         if len(suspects) == len(beats):
             (usual, count), *others = Counter(map(trait, suspects)).most_common()
@@ -119,8 +123,10 @@ class Watchdog:
         self._beats = {rank: Beat(rank, nodes[rank], "load", 0, 0.0, config.load_seconds) for rank in others}
         self._heard = dict.fromkeys(others, time.monotonic())
         self._ended = threading.Event()
+        self._progress = Progress()
         self._looked = 0.0  # when this rank last looked at the clock
         self.cover_groups()
+        world.presence.hand_over()
 
     @contextmanager
     def watching(self) -> Generator["Watchdog"]:
@@ -225,7 +231,9 @@ class Watchdog:
 
     def _own(self, patience: float, event: str = "") -> Beat:
         since = time.monotonic() - self._since
-        return Beat(self._rank, self._node, self._phase, self._step, since, patience, _where(), event)
+        return Beat(
+            self._rank, self._node, self._phase, self._step, since, patience, where(), event, *self._progress.look()
+        )
 
     def _listen(self, seconds: float) -> None:
         until = time.monotonic() + seconds
@@ -262,17 +270,6 @@ class Watchdog:
         else:
             time.sleep(_OTHERS_GRACE)
         os._exit(RETRY)
-
-
-def _where() -> str:
-    """The innermost line of this project that the main thread is at."""
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    while frame is not None:
-        file = Path(frame.f_code.co_filename)
-        if any(file.is_relative_to(package) for package in _PACKAGES):
-            return f"{file.name}:{frame.f_lineno} {frame.f_code.co_name}"
-        frame = frame.f_back
-    return ""
 
 
 def _address() -> str:

@@ -44,6 +44,7 @@ def test_what_a_rank_is_told():
         "LOCAL_WORLD_SIZE": "8",
         "MASTER_ADDR": "n03",
         "OMP_NUM_THREADS": "1",
+        "FITV2_NODES": "n03:8,n04:8",
     }
     others = [TASK | {"SLURM_RESTART_COUNT": "1"}, TASK | {"SLURM_JOB_ID": "4712"}]
     ports = [port, *(rank_environment(task)["MASTER_PORT"] for task in others)]

@@ -74,6 +74,14 @@ class Ranks:
         assert not hanging, f"ranks {hanging} hang"
         return [outcomes[p] for p in self._pipes]
 
+    def result(self, rank: int, timeout: float = PATIENCE) -> Any:
+        """What one rank returned, while others may still run."""
+        assert self._pipes[rank].poll(timeout), f"rank {rank} hangs"
+        outcome = _receive(self._pipes[rank])
+        if isinstance(outcome, _Failure):
+            raise outcome.error from RuntimeError(outcome.traceback)
+        return outcome
+
     def terminate(self, rank: int) -> None:
         self._processes[rank].terminate()
 

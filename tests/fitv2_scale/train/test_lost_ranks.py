@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from fitv2_scale.parallel.failures import is_broken_collective
 from fitv2_scale.train.loop import train
-from fitv2_scale.train.lost_ranks import is_broken_collective, refusing
+from fitv2_scale.train.lost_ranks import refusing
 from tests.support.ranks import Ranks
 from tests.support.run_history import reach
 from tests.support.tiny_runs import make_tiny

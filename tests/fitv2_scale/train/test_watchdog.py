@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -22,8 +23,8 @@ STRICT = {f"watchdog__{phase}_seconds": seconds for phase, seconds in LIMITS.ite
 STRICT |= {"train__steps": 100_000, "checkpoint__every_steps": 50_000}
 
 
-def beat(rank: int, phase: str = "step", step: int = 7, patience: float = 30.0, where: str = "a.py:1") -> Beat:
-    return Beat(rank, f"n{rank}", phase, step, 40.0, patience, where)
+def beat(rank: int, phase: str = "step", step: int = 7, patience: float = 30.0, where: str = "a.py:1", **rest) -> Beat:
+    return Beat(rank, f"n{rank}", phase, step, 40.0, patience, where, **{"begun": {"a": 9}, "still": 20.0} | rest)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,9 @@ def beat(rank: int, phase: str = "step", step: int = 7, patience: float = 30.0, 
         ([beat(0), beat(1, "data"), beat(2)], [0, 1, 1], [1]),  # in another phase
         ([beat(0), beat(1, where="b.py:1"), beat(2)], [0, 1, 1], [1]),  # at another line
         ([beat(0), beat(1, where="b.py:1")], [0, 1], [0, 1]),  # which of two cannot be told
+        ([beat(0), beat(1, where="b.py:1", begun={"a": 8})], [0, 1], [1]),  # but the other one waits in a collective
+        ([beat(0), beat(1, begun={"a": 8}), beat(2, "data", step=6)], [0, 1, 1], [1]),  # that is surer than a step
+        ([beat(0, still=0.5), beat(1, where="b.py:1", begun={"a": 8})], [0, 1], [0, 1]),  # which it had not begun then
         ([beat(0, "save"), beat(1, "save")], [0, 1], [0, 1]),  # all wait for something outside
         ([beat(0, step=6), beat(1)], [0, 31], [1]),  # silence counts first
     ],
@@ -71,7 +75,7 @@ def test_a_stopped_rank_is_named(tiny, stopped):
         assert end["code"] == 75 and end["reason"].startswith(f"rank {stopped} on "), end
         assert "has not been heard from" in end["reason"]
         (hung,) = json.loads(Path(config.run, "attempts/1/hung.json").read_text())
-        assert (hung["rank"], hung["silent"]) == (stopped, True)
+        assert (hung["rank"], hung["node"], hung["silent"]) == (stopped, socket.gethostname(), True)
         stacks = sorted(p.name for p in Path(config.run, "attempts/1/logs").glob("*.stacks"))
         assert stacks == [f"rank-{rank:05d}.stacks" for rank in range(3) if rank != stopped]
         text = Path(config.run, "attempts/1/logs", stacks[0]).read_text()
@@ -111,13 +115,15 @@ def test_ranks_that_are_suspended_together_continue(tiny):
 
 
 def test_a_rank_that_never_returns_from_a_step_is_named(dataset, tmp_path):
-    """It lives and is heard, and the others wait for it in the same phase of the same step; but at another line."""
+    """It lives and is heard, and the other one waits for it in the same phase of the same step."""
     config = make_tiny(dataset, tmp_path, **STRICT)
-    ranks = Ranks(3, train_to_a_standstill, config)
+    ranks = Ranks(2, train_to_a_standstill, config)
     try:
         end = end_of(config.run)
         assert end["code"] == 75 and end["reason"].startswith("rank 1 on "), end
         assert "has been in phase step" in end["reason"] and "at step 6, in loop.py:" in end["reason"]
+        (hung,) = json.loads(Path(config.run, "attempts/1/hung.json").read_text())
+        assert (hung["rank"], hung["node"], hung["silent"]) == (1, socket.gethostname(), False)
         assert "train_to_a_standstill" in Path(config.run, "attempts/1/logs/rank-00001.stacks").read_text()
     finally:
         ranks.kill()

@@ -1,0 +1,68 @@
+"""Ranks that never join are named by those that have.
+
+Each rank writes into the store of the process group which node it is on, and the last one writes that all are there.
+A rank that has waited for too long writes instead who is missing, and all that wait end with that sentence.
+"""
+
+import json
+import logging
+import os
+
+import torch.distributed as dist
+
+from data_sharding.errors import RanksMissing
+from fitv2_scale.parallel.failures import arisen_on, leave
+from fitv2_scale.parallel.group_store import appears, in_time
+from fitv2_scale.parallel.rank_names import guess_nodes, name_ranks
+
+# Keys of the store: how many ranks have joined, the node of each, who has warned, and what was found.
+_JOINED, _NODE, _WARNED, _FOUND = "fitv2/joined", "fitv2/node", "fitv2/warned", "fitv2/found"
+_ALL_ARE_THERE = "all"
+
+log = logging.getLogger(__name__)
+
+
+def call_roll(store: dist.Store, rank: int, size: int, node: str, patience: float) -> str:
+    """Returns the first rank's node, once all ranks have called it. Raises RanksMissing on all that have, if others do
+    not come for ``patience`` seconds."""
+    place = f"rank {rank} on {node}"
+    try:
+        found = in_time(lambda: _wait(store, rank, size, node, patience), 2 * patience)
+    except (dist.DistError, TimeoutError) as error:  # the server was stopped, or has gone
+        raise RanksMissing(
+            f"{place} waited for the other ranks to join, and rank 0 or its node does not answer any more: see what "
+            "became of it, then start again"
+        ) from error
+    if found == _ALL_ARE_THERE:
+        return store.get(f"{_NODE}/0").decode()
+    missing, origin, sentence = json.loads(found)
+    leave(store, rank, size - missing)
+    error = RanksMissing(sentence)
+    raise error if origin == place else arisen_on(origin, error)
+
+
+def _wait(store: dist.Store, rank: int, size: int, node: str, patience: float) -> str:
+    """What was found: by the last rank to come, or by the first that has waited for too long."""
+    store.set(f"{_NODE}/{rank}", node)
+    if store.add(_JOINED, 1) == size:
+        store.compare_set(_FOUND, "", _ALL_ARE_THERE)
+    if not appears(store, _FOUND, patience / 2) and store.add(_WARNED, 1) == 1:
+        log.warning("%s; waiting for as long again", _who_is_missing(store, size, patience / 2)[1])
+    if not appears(store, _FOUND, patience / 2):
+        missing, who = _who_is_missing(store, size, patience)
+        sentence = (
+            f"{who}: see whether each was started and what it waits for (an import, a mount, a node that does not "
+            "answer), then start again"
+        )
+        store.compare_set(_FOUND, "", json.dumps([missing, f"rank {rank} on {node}", sentence]))
+    return store.get(_FOUND).decode()
+
+
+def _who_is_missing(store: dist.Store, size: int, seconds: float) -> tuple[int, str]:
+    """How many, and which."""
+    known = {rank: store.get(key).decode() for rank in range(size) if store.check([key := f"{_NODE}/{rank}"])}
+    nodes = guess_nodes(known, os.environ.get("FITV2_NODES", ""), int(os.environ.get("LOCAL_WORLD_SIZE", 1)), size)
+    missing = [rank for rank in range(size) if rank not in known]
+    verb = "have" if len(missing) > 1 else "has"
+    others = f"the other {len(known)}" if len(known) > 1 else "the other one"
+    return len(missing), f"{name_ranks(missing, nodes)} {verb} not joined {others} for {seconds:.0f} s"

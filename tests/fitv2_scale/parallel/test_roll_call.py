@@ -1,0 +1,97 @@
+"""Ranks that never join are named by the others, each of which ends with one and the same sentence."""
+
+import logging
+import re
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from data_sharding.errors import RanksMissing
+from fitv2_scale.cli.__main__ import exit_code_of
+from fitv2_scale.parallel.group_store import open_group_store
+from fitv2_scale.parallel.rank_names import guess_nodes, name_ranks
+from fitv2_scale.parallel.roll_call import call_roll
+from tests.services.ports import free_port
+
+
+@pytest.fixture
+def server() -> dist.TCPStore:
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+
+
+def called(server: dist.TCPStore, rank: int, size: int, patience: float) -> RanksMissing | str:
+    """What ``rank`` raises. Two ranks a node."""
+    store = dist.TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False)
+    try:
+        return call_roll(store, rank, size, f"n{rank // 2}", patience)
+    except RanksMissing as error:
+        return error
+
+
+def together(server: dist.TCPStore, ranks: list[int], size: int, patience: float) -> list[RanksMissing | str]:
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        return list(pool.map(lambda rank: called(server, rank, size, patience), ranks))
+
+
+def test_when_all_come_it_returns(server):
+    assert together(server, list(range(6)), 6, 60.0) == ["n0"] * 6
+
+
+@pytest.mark.parametrize(
+    "there,size,who",
+    [
+        ([0, 1, 3], 4, "rank 2 (n1) has not joined the other 3 for 3 s"),
+        ([1, 2, 3], 4, "rank 0 (n0) has not joined the other 3 for 3 s"),
+        ([0, 4], 8, "ranks 1-3, 5-7 (n0, n1, n2, n3) have not joined the other 2 for 3 s"),
+        ([1], 2, "rank 0 (n0) has not joined the other one for 3 s"),
+    ],
+)
+def test_who_is_missing_is_named(server, monkeypatch, caplog, there, size, who):
+    monkeypatch.setenv("FITV2_NODES", ",".join(f"n{node}:2" for node in range(size // 2)))
+    with caplog.at_level(logging.WARNING):
+        found = together(server, there, size, 3.0)
+    assert {str(error).partition(":")[0] for error in found} == {who}
+    assert len({str(error) for error in found}) == 1 and "start again" in str(found[0])
+    printed = [error.said_by(rank) for rank, error in zip(there, found, strict=True)]
+    assert 1 <= len([said for said in printed if said]) <= 2  # where it was found, and by rank 0
+    warned = [record.getMessage() for record in caplog.records]
+    assert len(warned) == 1 and re.match(r"ranks? .* not joined .* for 2 s; waiting for as long again", warned[0])
+    # Who comes now is not left waiting for ranks that have ended.
+    late = next(rank for rank in range(size) if rank not in there)
+    assert str(called(server, late, size, 60.0)) == str(found[0])
+
+
+def test_a_server_that_nobody_has_started_is_named(monkeypatch, capsys):
+    port = free_port()
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+
+    def act() -> int:
+        open_group_store(1, 2, 1.0)
+        raise AssertionError("there is a server")
+
+    assert exit_code_of(act) == 75  # another attempt may find it
+    assert f"fitv2: rank 1 has not reached rank 0 at 127.0.0.1:{port} for 1 s: see" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "known,told,local,expected",
+    [
+        ({}, "a:2,b:2", 1, ["a", "a", "b", "b"]),
+        ({0: "a", 3: "b"}, "a:2,b:2", 1, ["a", "a", "b", "b"]),
+        ({0: "a", 1: "b"}, "a:2,b:2", 2, ["a", "b", None, None]),  # dealt in turn: the plan does not hold
+        ({0: "a", 3: "b"}, "", 2, ["a", "a", "b", "b"]),  # beside a rank of the same node
+        ({0: "a", 3: "b"}, "", 1, ["a", None, None, "b"]),
+        ({0: "a"}, "a:2", 4, ["a"] * 4),  # told of another number of ranks
+    ],
+)
+def test_where_a_rank_is_that_has_said_nothing(known, told, local, expected):
+    assert guess_nodes(known, told, local, 4) == expected
+
+
+def test_names_of_ranks():
+    assert name_ranks([5, 3, 4, 0], ["a", "a", "a", "b", "b", None]) == "ranks 0, 3-5 (a, b)"
+    assert name_ranks([5], [None] * 6) == "rank 5"
