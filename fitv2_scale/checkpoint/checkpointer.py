@@ -89,10 +89,11 @@ class Checkpointer:
         folder = commit_folder(step, number, self._failed)
         header = {"step": step, "attempt": number, "cursor": asdict(cursor), "scalars": self._engine.scalars()}
         header["accounting"] = accounting or {}
+        derived = self._engine.derived()
         self._staging.mark(self._live)
         began = time.monotonic()
         self._saving = _in_background(
-            lambda: self._save(step, folder, header, before_commit, began), self._writers.device
+            lambda: self._save(step, folder, header, derived, before_commit, began), self._writers.device
         )
         self.newest = step
 
@@ -148,10 +149,18 @@ class Checkpointer:
         self.start_save(step, cursor)
         return self.finish_save()
 
-    def _save(self, step: int, folder: str, header: dict, before_commit: Callable[[], None], began: float) -> None:
+    def _save(
+        self,
+        step: int,
+        folder: str,
+        header: dict,
+        derived: dict[str, float],
+        before_commit: Callable[[], None],
+        began: float,
+    ) -> None:
         self._staging.copy()
         ranks, run, copy = self._writers, self._attempt.run, self._engine.copy
-        scalars = {"step": step, "cursor": header["cursor"], **header["scalars"]}
+        scalars = {"step": step, "cursor": header["cursor"], **header["scalars"], **derived}
         require_equal_copies(self._staging.tensors, scalars, copy, ranks)
         written = {
             name: logical if copy.writes(name) else LogicalTensor(logical.shape, [])

@@ -48,6 +48,11 @@ class Engine(Protocol):
     def scalars(self) -> dict[str, float]:
         """State other than tensors, the same on all ranks; NaN if what is to be one value is several."""
 
+    def derived(self) -> dict[str, float]:
+        """As ``scalars``, but not part of the state: of what the engine keeps beside the state and computes with, NaN
+        if that no longer follows from the state."""
+        ...
+
     def load_scalars(self, scalars: dict[str, float]) -> None: ...
 
     def loaded(self) -> None:

@@ -87,6 +87,9 @@ class FSDPEngine:
     def scalars(self) -> dict[str, float]:
         return {"optimizer_step": single_value(self._adamw.steps)}
 
+    def derived(self) -> dict[str, float]:
+        return {}  # what it computes with is made of the state in every step
+
     def load_scalars(self, scalars: dict[str, float]) -> None:
         self._adamw.steps.fill_(scalars["optimizer_step"])
 

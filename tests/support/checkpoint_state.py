@@ -58,6 +58,9 @@ class State:
     def scalars(self) -> dict[str, float]:
         return {"step": float(self.step)}
 
+    def derived(self) -> dict[str, float]:
+        return {}
+
     def load_scalars(self, scalars: dict[str, float]) -> None:
         self.step = int(scalars["step"])
 

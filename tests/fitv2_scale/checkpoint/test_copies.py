@@ -81,6 +81,40 @@ def test_a_flipped_bit_in_any_copy_is_caught(tmp_path, engine, cell, caught):
         assert f"{name} differs between copies" in message and f"rank {rank} on {NODE}" in message, message
 
 
+def save_with_a_flip_in_what_computes(config, url: str, hit: int, trained: bool) -> str:
+    """What a save says after a bit has flipped in the range that rank ``hit`` computes with of a tensor."""
+    with opened({}, url) as (world, run):
+        engine = engine_of(config, world)
+        steps_of(engine, config, Cell(world.size), world, range(1))
+        checkpoints = Checkpointer(engine, Attempt(world.run_on_rank0(lambda: run.claim({}).number), run), world)
+        assert checkpoints.save(1, CURSOR) is None
+        shard = next(
+            s for s in engine._shards.values() if s.param.requires_grad == trained and len(s.param.ds_shape) == 2
+        )
+        assert shard.param.ds_tensor.dtype == torch.bfloat16
+        if world.rank == hit:
+            shard.param.ds_tensor.view(torch.int16)[:1].bitwise_xor_(1 << 8)
+        try:
+            return str(checkpoints.save(2, CURSOR))
+        except CopiesDiffer as error:
+            return str(error)
+
+
+@pytest.mark.parametrize("world,hit", [(1, 0), (3, 1)])
+def test_a_flipped_bit_in_frozen_weights_is_caught(tmp_path, world, hit):
+    """zero3 computes with bfloat16 of its own, which is in no commit, and is never written again if it is frozen."""
+    config = make_config("zero3", layout__precision="bf16")
+    config = config.model_copy(update={"trainable": ["blocks.*.attn.*"]})
+    (said, *others) = run_ranks(world, save_with_a_flip_in_what_computes, config, str(tmp_path / "a"), hit, False)
+    where = (
+        f"differs between copies that must be equal, on rank 1 on {NODE}. " if world > 1 else "has no single value. "
+    )
+    assert said.startswith(f"step 2 is not committed, because the state is corrupt: frozen weights {where}")
+    assert others == [said] * (world - 1)
+    trained = run_ranks(world, save_with_a_flip_in_what_computes, config, str(tmp_path / "b"), hit, True)
+    assert trained == ["None"] * world  # the next step writes it again
+
+
 def test_of_three_copies_the_odd_one_is_named(tmp_path):
     config, name = make_config(layout__replicate=3), f"ema/{SPLIT}"
     (raised, _), *_ = run_ranks(3, save_with_flips, config, Cell(3, replicate=3), str(tmp_path / "run"), [name])
