@@ -29,3 +29,8 @@ def test_a_word_that_is_none_of_the_choices_is_refused(words, said, capsys):
     with pytest.raises(SystemExit) as ended:
         main(words)
     assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_several_loaders_can_be_compared_with(capsys):
+    assert main(["bench", "data", "--against", "files", "nosuch"]) == 2
+    assert "nosuch" in capsys.readouterr().err

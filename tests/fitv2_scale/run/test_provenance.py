@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from fitv2_scale.cli.__main__ import main
-from fitv2_scale.run.provenance import SOURCE, provenance
+from fitv2_scale.run.provenance import SOURCE, _driver, provenance
 from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
 from fitv2_scale.train.loop import DONE, train
@@ -21,6 +21,15 @@ def test_it_says_what_ran():
     assert json.loads(json.dumps(made_of)) == made_of
     assert made_of["packages"]["numpy"] and made_of["python"].startswith("3.") and made_of["hostname"]
     assert re.fullmatch("[0-9a-f]{16}", made_of["code"])
+
+
+def test_the_driver_is_the_one_that_the_kernel_has(tmp_path, monkeypatch):
+    version = tmp_path / "version"
+    version.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\n")
+    monkeypatch.setattr("fitv2_scale.run.provenance.Path", lambda _: version)
+    assert _driver() == "535.104.05"
+    version.write_text("something else")
+    assert _driver() is None
 
 
 def test_a_change_between_attempts_is_reported(tiny, capfd):
