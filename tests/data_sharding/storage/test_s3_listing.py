@@ -3,8 +3,6 @@
 import pytest
 
 from data_sharding.storage.s3_store import S3Store
-from data_sharding.write.image_sources import open_source
-from tests.support.pictures import file_of, noise
 
 
 @pytest.fixture
@@ -30,14 +28,3 @@ def test_a_tree_is_deleted_and_no_other(store):
     assert store.asked == [("rm_file", "steps/1/a"), ("rm_file", "steps/1/b/c")]
     with pytest.raises(ValueError, match="refusing to delete all"):
         store.delete_tree(".")
-
-
-def test_images_of_a_store_that_is_no_disk(tmp_path):
-    import fsspec
-
-    memory = fsspec.filesystem("memory")
-    for name in ("cat/1.png", "cat/2.png", "dog/1.png"):
-        memory.pipe(f"/source/{name}", file_of(noise(16, 16, len(name)), "PNG"))
-    source = open_source("memory://source")
-    assert [entry.key for entry in source.entries] == ["cat/1.png", "cat/2.png", "dog/1.png"]
-    assert list(source.classes) == ["cat", "dog"]

@@ -7,6 +7,7 @@ import socket
 import stat
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from data_sharding.errors import UserError
@@ -245,3 +246,12 @@ def test_the_storages_faults_are_not_the_images(tmp_path, monkeypatch):
     monkeypatch.setattr(source_files.os, "scandir", scandir)
     with pytest.raises(UserError, match="src/bee/ cannot be listed: Input/output error; check the storage, then run"):
         open_folder(str(src))
+
+
+def test_images_of_a_store_that_is_no_disk():
+    memory = fsspec.filesystem("memory")
+    for name in ("cat/1.png", "cat/2.png", "dog/1.png"):
+        memory.pipe(f"/source/{name}", file_of(noise(16, 16, len(name)), "PNG"))
+    source = open_source("memory://source")
+    assert [entry.key for entry in source.entries] == ["cat/1.png", "cat/2.png", "dog/1.png"]
+    assert list(source.classes) == ["cat", "dog"]
