@@ -55,7 +55,7 @@ def test_what_the_alarm_says():
     assert str(hung) == "rank 1 on n1 has been in phase data for 40 s, at step 6, in a.py:1"
 
 
-def end_of(run: str, seconds: float = 120) -> dict:
+def end_of(run: str, seconds: float = 240) -> dict:
     file, deadline = Path(run, "attempts/1/end.json"), time.monotonic() + seconds
     while not file.exists():
         assert time.monotonic() < deadline, "the watchdog has not barked"
