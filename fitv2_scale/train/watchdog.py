@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
@@ -102,6 +102,13 @@ def find_hung(beats: Mapping[int, Beat], unheard: Mapping[int, float]) -> list[H
             if others and count > others[0][1]:
                 suspects = [b for b in suspects if trait(b) != usual]
     return [Hung(b.rank, b.node, b.phase, b.step, b.since, False, b.where) for b in suspects]
+
+
+def writer_of(ranks: Set[int], hung: Sequence[Hung]) -> int | None:
+    """The rank that writes the end: one that does not hang, since one that does may be stopped though the alarm came
+    before its silence was noticed; if all do, one that is heard. None if there is none."""
+    sound = ranks - {h.rank for h in hung} or ranks - {h.rank for h in hung if h.silent}
+    return min(sound, default=None)
 
 
 class Watchdog:
@@ -259,7 +266,7 @@ class Watchdog:
         reason = "; ".join(map(str, hung[:3])) + (f"; and {len(hung) - 3} more" if len(hung) > 3 else "")
         log.error("%s", reason)
         ranks = {self._rank, *self._beats}
-        if self._rank == min(ranks - {h.rank for h in hung if h.silent}, default=None):
+        if self._rank == writer_of(ranks, hung):
             with suppress(Exception):  # the storage may be what hangs
                 found = [h.record() for h in hung] if len(hung) < min(len(ranks), _NAMED) else []
                 # Created once: a rank that was stopped, and wakes up while all are being ended, must not overwrite it.

@@ -13,7 +13,7 @@ import pytest
 from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
 from fitv2_scale.train.loop import train
-from fitv2_scale.train.watchdog import Beat, find_hung
+from fitv2_scale.train.watchdog import Beat, Hung, find_hung, writer_of
 from tests.support.ranks import Ranks
 from tests.support.run_history import reach
 from tests.support.tiny_runs import make_tiny
@@ -53,6 +53,22 @@ def test_what_the_alarm_says():
     assert str(hung) == "rank 1 on n1 has not been heard from for 31 s, at step 7, in a.py:1"
     (hung,) = find_hung({0: beat(0), 1: beat(1, "data", 6)}, {0: 0.0, 1: 0.4})
     assert str(hung) == "rank 1 on n1 has been in phase data for 40 s, at step 6, in a.py:1"
+
+
+@pytest.mark.parametrize(
+    "hung,writer",
+    [
+        ({}, 0),
+        ({0: True}, 1),
+        ({0: False}, 1),  # stopped a moment ago: it could not write
+        ({1: True}, 0),
+        ({0: True, 1: False, 2: False}, 1),  # all hang, two of them are heard
+        ({0: True, 1: True, 2: True}, None),
+    ],
+)
+def test_who_writes_the_end(hung, writer):
+    found = [Hung(rank, "n", "step", 7, 9.0, silent, "") for rank, silent in hung.items()]
+    assert writer_of({0, 1, 2}, found) == writer
 
 
 def end_of(run: str, seconds: float = 240) -> dict:
