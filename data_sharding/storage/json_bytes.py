@@ -17,7 +17,7 @@ def to_json(value: Any, indent: int | None = None) -> bytes:
 
 def parse_json(data: bytes) -> Any:
     """The value in ``data``. Raises ValueError or RecursionError if it is not JSON, or has a number that is not finite:
-    nothing here is computed with one, and none is ever written."""
+    no reader here can compute with one."""
     return json.loads(data, parse_float=_finite, parse_constant=_finite)
 
 

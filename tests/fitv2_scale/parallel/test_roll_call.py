@@ -85,6 +85,7 @@ def test_a_server_that_nobody_has_started_is_named(monkeypatch, capsys):
         ({0: "a", 1: "b"}, "a:2,b:2", 2, ["a", "b", None, None]),  # dealt in turn: the plan does not hold
         ({0: "a", 3: "b"}, "", 2, ["a", "a", "b", "b"]),  # beside a rank of the same node
         ({0: "a", 3: "b"}, "", 1, ["a", None, None, "b"]),
+        ({0: "a", 1: "b"}, "", 4, ["a", "b", None, None]),  # beside ranks of two nodes
         ({0: "a"}, "a:2", 4, ["a"] * 4),  # told of another number of ranks
     ],
 )
