@@ -49,15 +49,16 @@ class Gaussian:
         size = self.mean.shape[0] if self.mean.ndim == 1 else 0
         if not size or self.covariance.shape != (size, size):
             raise UserError(f"{name}: a mean of shape {self.mean.shape} has no covariance of {self.covariance.shape}")
-        if not ((abs(self.mean) < _MOST).all() and (abs(self.covariance) < _MOST).all()):
+        mean, covariance = self.mean.astype(np.float64), self.covariance.astype(np.float64)  # sums of float32 overflow
+        if not ((abs(mean) < _MOST).all() and (abs(covariance) < _MOST).all()):
             raise UserError(
                 f"{name}: its statistics hold NaN or infinity, or numbers of {_MOST:.0e} and more: get the file again, "
                 "or compute it again"
             )
-        if not np.allclose(self.covariance, self.covariance.T, rtol=1e-5, atol=1e-6 * abs(self.covariance).max()):
+        if not np.allclose(covariance, covariance.T, rtol=1e-5, atol=1e-6 * abs(covariance).max()):
             raise UserError(f"{name}: its covariance is not symmetric: get the file again")
-        variances = np.linalg.eigvalsh((self.covariance + self.covariance.T) / 2)
-        if variances[0] < -_ROUNDING * variances[-1] or self.covariance.diagonal().min() < 0:
+        variances = np.linalg.eigvalsh((covariance + covariance.T) / 2)
+        if variances[0] < -_ROUNDING * variances[-1] or covariance.diagonal().min() < 0:
             raise UserError(
                 f"{name}: its covariance is none: along one direction the variance is {variances[0]:.3g}, but none can "
                 "be negative: get the file again, or compute it again"

@@ -144,3 +144,10 @@ def test_rounding_makes_no_negative_variance(size):
     covariance = (factor @ factor.T).astype(np.float32).astype(np.float64)
     assert np.linalg.eigvalsh(covariance)[0] < 0
     Gaussian(np.zeros(size), covariance).check("f.npz")
+
+
+@pytest.mark.filterwarnings("error")
+def test_large_statistics_in_float32_are_checked_without_overflow():
+    Gaussian(GOOD[0], np.eye(6, dtype=np.float32) * np.float32(3e38)).check("f.npz")
+    with pytest.raises(UserError, match="its statistics hold NaN or infinity"):
+        Gaussian(GOOD[0], np.full((6, 6), np.inf, np.float32)).check("f.npz")
