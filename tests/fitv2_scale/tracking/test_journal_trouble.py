@@ -9,6 +9,7 @@ import pytest
 
 from data_sharding.storage import files
 from data_sharding.storage import retry as retry_module
+from fitv2_scale.run.run import Attempt
 from fitv2_scale.tracking import journal
 from fitv2_scale.tracking.journal import Journal
 from tests.support.errnos import WRITES, kind_of, outcome
@@ -25,6 +26,14 @@ def disk(monkeypatch) -> FaultyDisk:
     return FaultyDisk(monkeypatch)
 
 
+def begun_journal(attempt: Attempt) -> Journal:
+    """Its first line, which it writes in the background, is on the disk."""
+    log = Journal(attempt.folder, 1, 0)
+    log._flushing.result()
+    log.seal()
+    return log
+
+
 def recorded(log: Journal, step: int) -> None:
     """Recorded, and tried to be written."""
     log.metrics(step, {"loss": 1.0})
@@ -38,8 +47,8 @@ def test_what_each_errno_comes_to_and_that_nothing_is_lost(tmp_path, disk, point
     """``begun``: the segment's file is open when the trouble comes."""
     run = make(tmp_path)
     attempt = run.claim({})
-    log, step, wrong = Journal(attempt.folder, 1, 0), 0, {}
     disk.fail(0, ".jsonl")
+    log, step, wrong = begun_journal(attempt), 0, {}
     for number, code in errno.errorcode.items():
         if begun:
             recorded(log, step := step + 1)
@@ -60,10 +69,10 @@ def test_trouble_that_passes_fails_no_save(tmp_path, disk, monkeypatch):
     run = make(tmp_path)
     attempt = run.claim({})
     monkeypatch.setattr(files, "_LOCAL", replace(files._LOCAL, deadline=60.0))
-    log = Journal(attempt.folder, 1, 0)
+    log = begun_journal(attempt)
     for step, point in enumerate(("open", "write", "fsync"), 1):
-        log.metrics(step, {"loss": 1.0})
         disk.fail(errno.EIO, ".jsonl", point, times=2)
+        log.metrics(step, {"loss": 1.0})
         log.seal()
         assert disk.met == 2
     attempt.commit(3, "steps/3", DIGEST)
@@ -75,9 +84,9 @@ def test_a_file_that_will_never_work_again_is_opened_again(tmp_path, disk, caplo
     run = make(tmp_path)
     attempt = run.claim({})
     disk.fail(0, ".jsonl")
-    log = Journal(attempt.folder, 1, 0)
+    log = begun_journal(attempt)
     recorded(log, 1)
-    stale, file = log._file, attempt.folder / "journal/00000.jsonl"
+    stale, file = log._file, attempt.folder / "journal/00001.jsonl"
     disk.fail(errno.ESTALE, ".jsonl", "write", "fsync")
     for step in (2, 3):
         recorded(log, step)
