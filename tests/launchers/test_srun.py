@@ -6,7 +6,12 @@ import pytest
 
 from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
-from tests.support.launched_training import assert_saved, training
+from tests.support.launched_training import (
+    assert_saved,
+    continues_when_nobody_reads_it,
+    saves_when_its_terminal_closes,
+    training,
+)
 from tests.support.run_history import reach
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
@@ -31,3 +36,13 @@ def test_the_tasks_of_a_step_are_the_ranks_of_one_attempt_and_save(slurm, tiny, 
         "rank-00000.jsonl",
         "rank-00001.jsonl",
     ]
+
+
+@pytest.mark.long
+def test_a_terminal_that_closes(slurm, tiny):
+    saves_when_its_terminal_closes("srun", tiny(train__steps=100_000, checkpoint__every_steps=50_000))
+
+
+@pytest.mark.long
+def test_a_pipe_that_nobody_reads_any_more(slurm, tiny):
+    continues_when_nobody_reads_it("srun", tiny(train__steps=60, checkpoint__every_steps=50_000))

@@ -19,7 +19,7 @@ import yaml
 from fitv2_scale.config.schema import Config
 from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
-from tests.support.run_history import audited
+from tests.support.run_history import audited, reach
 from tests.support.waiting import wait
 
 _PYTHON = [sys.executable, "-m"]
@@ -87,3 +87,23 @@ def assert_saved(config: Config, why: str, attempt: int = 1) -> None:
     (*_, last), commits = status(run)["attempts"], run.log.commits()
     assert last["code"] == 75 and last["why"].startswith(f"{why}: saved at step"), last
     assert commits[-1].fields["step"] == audited(config.run, attempt)[-1] + 1
+
+
+def saves_when_its_terminal_closes(launcher: str, config: Config) -> None:
+    """Everything that it would print fails at the same time."""
+    with on_a_terminal(launcher, config) as (process, far):
+        reach(config.run, 3, 1)
+        os.close(far)
+        process.wait(120)
+        assert_saved(config, "SIGHUP")
+
+
+def continues_when_nobody_reads_it(launcher: str, config: Config) -> None:
+    """As of `fitv2 train … 2>&1 | head -1`: training continues to its end, and its exit code is its own."""
+    with training(launcher, config, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(300) == 0
+        wait("its processes to end", lambda: not processes_of(config))
+    (attempt,) = status(Run.open(config.run))["attempts"]
+    assert (attempt["why"], attempt["code"]) == (f"all {config.train.steps} steps are done", 0), attempt

@@ -3,15 +3,17 @@
 The whole matrix is long; the short suite has the ways that a signal takes, each once.
 """
 
-import os
 import signal
-import subprocess
 
 import pytest
 
-from tests.support.launched_training import assert_saved, on_a_terminal, processes_of, training
+from tests.support.launched_training import (
+    assert_saved,
+    continues_when_nobody_reads_it,
+    saves_when_its_terminal_closes,
+    training,
+)
 from tests.support.run_history import reach
-from tests.support.waiting import wait
 
 SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ENDLESS = {"train__steps": 100_000, "checkpoint__every_steps": 50_000}
@@ -46,13 +48,7 @@ def test_every_signal_saves(tiny, launcher, number):
     "launcher", ["plain", *(pytest.param(name, marks=pytest.mark.long) for name in ("torchrun", "supervise"))]
 )
 def test_a_terminal_that_closes(tiny, launcher):
-    """Everything that it would print fails at the same time."""
-    config = tiny(**ENDLESS)
-    with on_a_terminal(launcher, config) as (process, far):
-        reach(config.run, 3, 1)
-        os.close(far)
-        process.wait(120)
-        assert_saved(config, "SIGHUP")
+    saves_when_its_terminal_closes(launcher, tiny(**ENDLESS))
 
 
 @pytest.mark.services
@@ -60,10 +56,4 @@ def test_a_terminal_that_closes(tiny, launcher):
     "launcher", ["plain", *(pytest.param(name, marks=pytest.mark.long) for name in ("torchrun", "supervise"))]
 )
 def test_a_pipe_that_nobody_reads_any_more(tiny, launcher):
-    """As of `fitv2 train … 2>&1 | head -1`: training continues, and its exit code is its own."""
-    config = tiny(**ENDLESS | {"train__steps": 60})
-    with training(launcher, config, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        assert process.stdout.readline()
-        process.stdout.close()
-        assert process.wait(300) == 0
-        wait("its processes to end", lambda: not processes_of(config))
+    continues_when_nobody_reads_it(launcher, tiny(**ENDLESS | {"train__steps": 60}))
