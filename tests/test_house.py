@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutation.named import NAMED
+from tests.mutation.tables import TABLE
 from tests.support.glossary import OLD_WORDS
 from tests.support.repository import ROOT
 
@@ -70,7 +70,7 @@ def test_what_is_written_apart_imports_nothing_of_the_product():
 
 def test_the_lines_of_the_named_mutants_are_there():
     """Whoever changes one of them writes the mutant again, so that its fault stays looked for."""
-    for mutant in NAMED:
+    for mutant in TABLE:
         source = (ROOT / mutant.file).read_text()
         changed = mutant.applied(source)
         assert ast.dump(ast.parse(changed)) != ast.dump(ast.parse(source)), mutant.name

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tests.mutation.named import NAMED
 from tests.mutation.report import to_text
 from tests.mutation.rooms import drawn, suite_of
 from tests.mutation.runner import copied_tree, preload, run_changed, run_tests
+from tests.mutation.tables import TABLE
 from tests.support.repository import ROOT
 
 
@@ -29,7 +29,7 @@ class Task:
 
 
 def named_tasks(root: Path) -> Iterator[Task]:
-    for one in NAMED:
+    for one in TABLE:
         changed = one.applied((root / one.file).read_text())
         yield Task(one.name, "named", one.file, changed, list(one.tests), f"{one.search!r} -> {one.replace!r}")
 
