@@ -20,13 +20,14 @@ _CHECK = _PORTS_OF_A_JOB // 2
 _PORTS = range(10_000, 30_000)  # below those that the system assigns itself
 
 
-def become_a_rank() -> None:
-    """Gives this process torchrun's variables if srun or mpirun has started it as one of several. Raises UserError if
-    the others cannot be found."""
+def become_a_rank() -> str | None:
+    """Gives this process torchrun's variables if srun or mpirun has started it as one of several. Returns the launcher,
+    None for a process that is the only one. Raises UserError if the others cannot be found."""
     task = launched(os.environ)
     if task is not None and task.launcher != "torchrun":
         found = rank_environment(os.environ) if task.launcher == "srun" else _of_mpirun(task, os.environ)
         os.environ.update(found)
+    return task.launcher if task else None
 
 
 def _of_mpirun(task: Launched, environment: Mapping[str, str]) -> dict[str, str]:

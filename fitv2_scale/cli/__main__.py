@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
 def run_command(words: list[str]) -> int:
     args = _parse(words)
     if getattr(args, "on_ranks", False):
-        become_a_rank()
+        args.launcher = become_a_rank()
     code = args.command(args)
     sys.stdout.flush()  # what has no reader, or no room, fails here
     return code

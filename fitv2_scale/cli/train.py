@@ -28,6 +28,13 @@ def add(commands: Any) -> None:
     train.add_argument("--processes", type=int, metavar="N", help="with --supervise (default: one per GPU, else 1)")
 
 
+# Not even `nohup` keeps srun from it; nor can a task, which it kills with SIGKILL.
+_SRUN_KILLS = (
+    "srun kills its tasks at once, unsaved, on SIGTERM and when its terminal closes: start it in tmux or with setsid, "
+    "or use `fitv2 submit`; `scancel --signal=USR1 {job}` saves and ends"
+)
+
+
 def train_run(args: argparse.Namespace) -> int:
     from fitv2_scale.config.load import load_config
 
@@ -42,6 +49,8 @@ def train_run(args: argparse.Namespace) -> int:
                 f"--nproc-per-node {args.processes} -m fitv2_scale.cli train …"
             )
         config = load_config(args.config, args.overrides)
+    if args.launcher == "srun" and os.environ["RANK"] == "0":
+        print(_SRUN_KILLS.format(job=os.environ["SLURM_JOB_ID"]), file=sys.stderr)
     if args.supervise:
         return _supervise(args, config)
     from fitv2_scale.train.loop import train

@@ -19,7 +19,26 @@ TWO_NODES = {
     "OMPI_COMM_WORLD_LOCAL_RANK": "1",
     "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
 }
-RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+SRUN = {
+    "SLURM_JOB_ID": "71",
+    "SLURM_STEP_NODELIST": "node1",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+    "SLURM_NTASKS": "2",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_TASKS_PER_NODE": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "2",
+}
+RANK = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "OMP_NUM_THREADS",
+    "FITV2_NODES",
+)
 
 
 @pytest.fixture
@@ -41,8 +60,8 @@ def test_mpirun_on_several_nodes_needs_a_place_to_meet(environment, capsys):
     assert main(["train", "configs/demo.yaml"]) == 2
     assert "mpirun -x MASTER_ADDR=node1 -x MASTER_PORT=29500" in capsys.readouterr().err
     environment(**TWO_NODES, MASTER_ADDR="n7", MASTER_PORT="29500")
-    become_a_rank()
-    assert [os.environ[name] for name in RANK] == ["3", "4", "1", "2", "n7", "29500"]
+    assert become_a_rank() == "mpirun"
+    assert [os.environ[name] for name in RANK[:6]] == ["3", "4", "1", "2", "n7", "29500"]
 
 
 @pytest.mark.parametrize("words", [["--processes", "2"], ["--processes", "0"]])
@@ -55,6 +74,14 @@ def test_each_of_several_processes_does_not_supervise(environment, capsys):
     environment(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="2")
     assert main(["train", "configs/demo.yaml", "--supervise"]) == 2
     assert "--supervise starts the processes itself" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("task", "says"), [("0", True), ("1", False)])
+def test_the_first_task_of_srun_says_what_srun_does_not_do(environment, monkeypatch, capsys, task, says):
+    environment(**SRUN, SLURM_PROCID=task)
+    monkeypatch.setattr("fitv2_scale.train.loop.train", lambda *_: 0)
+    assert main(["train", "configs/demo.yaml"]) == 0
+    assert ("`scancel --signal=USR1 71` saves and ends" in capsys.readouterr().err) == says
 
 
 @pytest.mark.services

@@ -1,5 +1,6 @@
 """`srun fitv2 train`, without `fitv2 submit`: the tasks of a step are the ranks of one attempt."""
 
+import os
 import signal
 
 import pytest
@@ -9,10 +10,12 @@ from fitv2_scale.run.status import status
 from tests.support.launched_training import (
     assert_saved,
     continues_when_nobody_reads_it,
-    saves_when_its_terminal_closes,
+    on_a_terminal,
+    processes_of,
     training,
 )
 from tests.support.run_history import reach
+from tests.support.waiting import wait
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
@@ -40,7 +43,15 @@ def test_the_tasks_of_a_step_are_the_ranks_of_one_attempt_and_save(slurm, tiny, 
 
 @pytest.mark.long
 def test_a_terminal_that_closes(slurm, tiny):
-    saves_when_its_terminal_closes("srun", tiny(train__steps=100_000, checkpoint__every_steps=50_000))
+    """srun kills its tasks; what rank 0 says in the beginning keeps it apart from the terminal."""
+    ending = tiny(train__steps=60, checkpoint__every_steps=50_000)
+    with on_a_terminal("srun", ending, ["setsid", "--wait"]) as (process, far):
+        reach(ending.run, 3, 1)
+        assert "start it in tmux or with setsid" in os.read(far, 1 << 16).decode()
+        os.close(far)
+        wait("its processes to end", lambda: not processes_of(ending))
+    (attempt,) = status(Run.open(ending.run))["attempts"]
+    assert (attempt["why"], attempt["code"]) == ("all 60 steps are done", 0), attempt
 
 
 @pytest.mark.long

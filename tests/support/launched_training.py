@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import termios
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -39,14 +39,14 @@ def command_of(launcher: str, file: Path) -> list[str]:
 
 
 @contextmanager
-def training(launcher: str, config: Config, **streams) -> Generator[subprocess.Popen]:
-    """Starts it, in a session of its own; kills at the end what is left of it."""
+def training(launcher: str, config: Config, before: Sequence[str] = (), **options) -> Generator[subprocess.Popen]:
+    """Starts it behind the words ``before``, in a session of its own; kills at the end what is left of it."""
     file = Path(config.run + ".yaml")
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     # As a shell starts it: a suite that runs under nohup would pass on that SIGHUP is ignored.
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    process = subprocess.Popen(command_of(launcher, file), start_new_session=True, **streams)
-    signal.signal(signal.SIGHUP, before)
+    handler = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    process = subprocess.Popen([*before, *command_of(launcher, file)], start_new_session=True, **options)
+    signal.signal(signal.SIGHUP, handler)
     try:
         yield process
     finally:
@@ -67,12 +67,13 @@ def processes_of(config: Config) -> list[int]:
 
 
 @contextmanager
-def on_a_terminal(launcher: str, config: Config) -> Generator[tuple[subprocess.Popen, int]]:
+def on_a_terminal(launcher: str, config: Config, before: Sequence[str] = ()) -> Generator[tuple[subprocess.Popen, int]]:
     """As ``training``, with a terminal of its own: gives also its far end, which closes the terminal when it closes."""
     far, near = pty.openpty()
     control = lambda: fcntl.ioctl(near, termios.TIOCSCTTY, 0)  # noqa: E731 - in the child, which leads its session
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), near)
     try:
-        with training(launcher, config, stdin=near, stdout=near, stderr=near, preexec_fn=control) as process:
+        with training(launcher, config, before, **streams, preexec_fn=control) as process:
             os.close(near)
             yield process, far
     finally:
