@@ -21,6 +21,7 @@ from PIL import Image
 
 from data_sharding.errors import UserError
 from data_sharding.rng import Purpose, uniform
+from data_sharding.storage.failures import as_sentence
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scale", type=float, default=1.0)
     args = parser.parse_args(argv)
     try:
-        write_photographs(args.dst, args.crops, args.scale)
+        with as_sentence(args.dst):
+            write_photographs(args.dst, args.crops, args.scale)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -18,6 +18,7 @@ import fitv2_scale
 import launchers
 from data_sharding.errors import UserError
 from data_sharding.plan.size_presets import is_preset
+from data_sharding.storage.failures import as_sentence, failure
 from data_sharding.storage.local_store import LocalStore
 from data_sharding.storage.open_store import open_store
 from fitv2_scale.config.load import load_config
@@ -137,8 +138,9 @@ def submit(config: Config, nodes: str, dry_run: bool, fork_from: str | None = No
     seen = len(run.log.entries())
     script = train_script(site, chain.name, count, run.url, home, seen, seconds, fork_from)
     secret = write_home(home, config, run.url)
-    chain.save()
-    (home / "job.sh").write_text(script)
+    with as_sentence(home):
+        chain.save()
+        (home / "job.sh").write_text(script)
     _keep_copy(run, home)
     older = [job.id for job in slurm.queue(chain.name) if job.state == "PENDING"]
     ChainLog(run.store).add("SUBMIT", home=str(home), log=seen, nodes=nodes, git=source()["git"])
@@ -182,7 +184,8 @@ def submit_command(site: SlurmConfig, nodes: str, command: list[str], dry_run: b
     if not dry_run:
         check_script(script)
         _copy_code(home / "code")
-        (home / "job.sh").write_text(script)
+        with as_sentence(home):
+            (home / "job.sh").write_text(script)
         jobs = [slurm.sbatch(str(home / "job.sh"))]
     return Submission("", name, count, jobs, script, shell=shell)
 
@@ -227,7 +230,8 @@ def write_home(home: Path, config: Config, url: str) -> list[str]:
     """Writes the code and the config as they are now, without secrets. Returns the secrets, as overrides."""
     _copy_code(home / "code")
     shown = redact(config.model_dump(mode="json") | {"run": url})
-    (home / "config.yaml").write_text(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True))
+    with as_sentence(home):
+        (home / "config.yaml").write_text(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True))
     return secret_overrides(config)
 
 
@@ -240,9 +244,15 @@ def secret_overrides(config: Config) -> list[str]:
 
 def _copy_code(folder: Path) -> None:
     """Copies the packages that this process has imported, whether or not git tracks them."""
-    for package in _PACKAGES:
-        folder_of = Path(package.__path__[0])
-        shutil.copytree(folder_of, folder / folder_of.name, ignore=shutil.ignore_patterns("__pycache__", "*.png", ".*"))
+    ignored = shutil.ignore_patterns("__pycache__", "*.png", ".*")
+    try:
+        for package in _PACKAGES:
+            folder_of = Path(package.__path__[0])
+            shutil.copytree(folder_of, folder / folder_of.name, ignore=ignored)
+    except shutil.Error as error:  # it holds, for each file, the two paths and the reason
+        raise UserError(f"the code cannot be copied to {folder}: {error.args[0][0][2]}") from error
+    except OSError as error:
+        raise failure(str(folder), error) from error
     LocalStore(str(folder)).put_json(SOURCE, redact(source()))
 
 

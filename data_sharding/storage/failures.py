@@ -10,6 +10,9 @@ and ESHUTDOWN, which Python raises as BrokenPipeError. What is final is a short 
 """
 
 import errno
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
 
 from data_sharding.errors import StorageDown, UserError
 
@@ -43,6 +46,15 @@ def failure(url: str, error: OSError) -> UserError:
     if error.errno in _NAME or isinstance(error, FileExistsError):
         return UserError(f"{url} cannot be used: {cause}; give another path, or remove what is in its way")
     return StorageDown(f"{url} cannot be reached: {cause}; check the storage, then start again")
+
+
+@contextmanager
+def as_sentence(url: str | Path) -> Generator[None]:
+    """An OSError inside, of the file or folder at the local path ``url``, becomes the sentence of ``failure``."""
+    try:
+        yield
+    except OSError as error:
+        raise failure(str(url), error) from error
 
 
 def unreachable(url: str, error: Exception, local: bool) -> StorageDown:

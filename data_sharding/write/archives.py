@@ -7,12 +7,14 @@ import time
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 from fsspec.implementations.local import LocalFileSystem
 
 from data_sharding.errors import UserError
 from data_sharding.storage.atomic_write import atomic_write
 from data_sharding.storage.byte_ranges import open_binary
+from data_sharding.storage.failures import as_sentence
 from data_sharding.storage.files import exists, put, read
 from data_sharding.storage.filesystems import file_system
 from data_sharding.storage.tar_members import check_tar
@@ -64,12 +66,14 @@ def _unpack(archive: Archive, progress: Progress) -> None:
         progress(archive.bytes, False)
         return
     fs, path = file_system(archive.tar)
-    fs.makedirs(os.path.dirname(path), exist_ok=True)
+    with as_sentence(path):
+        fs.makedirs(os.path.dirname(path), exist_ok=True)
     # Named by the task, so that a task that is started again reuses the space.
     temporary = Path(f"{path}.{slurm_task()[0]}.tmp")
     beat, count = time.monotonic(), 0
     with (
         _Joined([url for url, _ in archive.parts]) as parts,
+        as_sentence(path),
         atomic_write(path, durable=True, temporary=temporary) as out,
     ):
         stream = gzip.GzipFile(fileobj=parts) if parts.peek(2)[:2] == b"\x1f\x8b" else parts
@@ -112,7 +116,7 @@ class _Joined(io.BufferedReader):
 class _RawJoined(io.RawIOBase):
     def __init__(self, urls: list[str]):
         self._urls = urls[::-1]
-        self._file = None
+        self._opened: tuple[str, BinaryIO] | None = None
         self._at = 0
 
     def readable(self) -> bool:
@@ -122,14 +126,19 @@ class _RawJoined(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer) -> int:
-        while True:
-            if self._file is None:
-                if not self._urls:
-                    return 0
-                self._file = open_binary(self._urls.pop())
-            if data := self._file.read(len(buffer)):
+        while self._opened or self._urls:
+            url, file = self._opened = self._opened or _open(self._urls.pop())
+            with as_sentence(url):
+                data = file.read(len(buffer))
+            if data:
                 buffer[: len(data)] = data
                 self._at += len(data)
                 return len(data)
-            self._file.close()
-            self._file = None
+            file.close()
+            self._opened = None
+        return 0
+
+
+def _open(url: str) -> tuple[str, BinaryIO]:
+    with as_sentence(url):
+        return url, open_binary(url)

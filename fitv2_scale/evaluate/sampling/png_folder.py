@@ -16,6 +16,7 @@ from data_sharding.errors import UserError
 from data_sharding.format.codec import Codec
 from data_sharding.rng import Purpose, uniform
 from data_sharding.storage.atomic_write import atomic_write
+from data_sharding.storage.failures import as_sentence
 from data_sharding.storage.local_store import LocalStore
 from data_sharding.storage.records import Count, Shape
 from fitv2_scale.config.defaults import with_defaults
@@ -118,20 +119,25 @@ def write_npz(folder: str, requests: list[ImageRequest], file: str) -> None:
     if len(sizes) != 1:
         raise UserError("an .npz for ADM's evaluator holds images of one size: give one --size")
     first = _read_png(image_file(folder, requests[0].index))
-    with atomic_write(file, durable=False) as npz, zipfile.ZipFile(npz, "w", zipfile.ZIP_STORED) as archive:
+    with (
+        as_sentence(file),
+        atomic_write(file, durable=False) as npz,
+        zipfile.ZipFile(npz, "w", zipfile.ZIP_STORED) as archive,
+    ):
         with archive.open("arr_0.npy", "w", force_zip64=True) as out:
             header = {"descr": "|u1", "fortran_order": False, "shape": (len(requests), *first.shape)}
             np.lib.format.write_array_header_1_0(out, header)
             for request in tqdm(requests, desc=file, unit="image", dynamic_ncols=True):
-                out.write(
-                    np.asarray(Image.open(image_file(folder, request.index), formats=["PNG"]).convert("RGB")).tobytes()
-                )
+                out.write(_read_png(image_file(folder, request.index)).tobytes())
         with archive.open("arr_1.npy", "w") as out:
             np.lib.format.write_array(out, np.array([r.label for r in requests], np.int64))
 
 
 def _read_png(file: Path) -> np.ndarray:
-    return np.asarray(Image.open(file, formats=["PNG"]).convert("RGB"))
+    try:
+        return np.asarray(Image.open(file, formats=["PNG"]).convert("RGB"))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error}): remove it, and the command makes it again") from error
 
 
 def _missing(
@@ -199,5 +205,5 @@ def chunk_requests(
 
 
 def _write(path: Path, image: Image.Image) -> None:
-    with atomic_write(path, durable=False) as file:
+    with as_sentence(path), atomic_write(path, durable=False) as file:
         image.save(file, "PNG")

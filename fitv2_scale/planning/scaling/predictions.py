@@ -20,6 +20,7 @@ import numpy as np
 from pydantic import AfterValidator, Field
 
 from data_sharding.errors import UserError
+from data_sharding.storage.failures import as_sentence
 from data_sharding.storage.json_bytes import parse_json
 from data_sharding.storage.records import Count, Number, Shape
 from fitv2_scale.config.load import load_config
@@ -127,9 +128,10 @@ class PredictionFile:
         self._file = folder / PREDICTIONS
 
     def add(self, prediction: dict[str, Any]) -> None:
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._file, "a") as file:
-            file.write(json.dumps(prediction) + "\n")
+        with as_sentence(self._file):
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._file, "a") as file:
+                file.write(json.dumps(prediction) + "\n")
 
     def all(self) -> list[dict[str, Any]]:
         """All predictions, oldest first. Raises UserError if a line is not one."""

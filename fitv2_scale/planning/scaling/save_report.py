@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_sharding.errors import UserError
+from data_sharding.storage.failures import as_sentence
 from data_sharding.storage.local_store import LocalStore
 from fitv2_scale.planning.scaling.curves_report import Analysis, CurvesOptions
 from fitv2_scale.planning.scaling.plots import fid_plot, frontier_plot, loss_plot
@@ -20,17 +21,18 @@ _COLUMNS = ("name", "parameters", "batch", "steps", "images", "flops", "gpu_hour
 
 def draw(analysis: Analysis, options: CurvesOptions) -> list[Path]:
     """Draws the plots for which there are data, and returns their files."""
-    options.folder.mkdir(parents=True, exist_ok=True)
     files = []
-    if analysis.laws:
-        files.append(options.folder / "loss.png")
-        loss_plot(analysis.laws, analysis.metric, files[-1])
-    if analysis.fids:
-        files.append(options.folder / "fid.png")
-        fid_plot(analysis.fids, options.target, files[-1])
-    if analysis.surface:
-        files.append(options.folder / "frontier.png")
-        frontier_plot([curve for curve, _ in analysis.laws], analysis.surface, analysis.metric, files[-1])
+    with as_sentence(options.folder):
+        options.folder.mkdir(parents=True, exist_ok=True)
+        if analysis.laws:
+            files.append(options.folder / "loss.png")
+            loss_plot(analysis.laws, analysis.metric, files[-1])
+        if analysis.fids:
+            files.append(options.folder / "fid.png")
+            fid_plot(analysis.fids, options.target, files[-1])
+        if analysis.surface:
+            files.append(options.folder / "frontier.png")
+            frontier_plot([curve for curve, _ in analysis.laws], analysis.surface, analysis.metric, files[-1])
     return files
 
 
@@ -39,13 +41,14 @@ def write(report: dict[str, Any], text: str, folder: Path) -> list[Path]:
     is one."""
     files = [folder / "curves.json", folder / "curves.txt"]
     LocalStore(str(folder)).put_json(files[0].name, report, indent=2)
-    files[1].write_text(text + "\n")
-    if report["runs"]:
-        files.append(folder / "runs.csv")
-        with open(files[-1], "w", newline="") as file:
-            table = csv.DictWriter(file, _COLUMNS, extrasaction="ignore")
-            table.writeheader()
-            table.writerows(report["runs"])
+    with as_sentence(folder):
+        files[1].write_text(text + "\n")
+        if report["runs"]:
+            files.append(folder / "runs.csv")
+            with open(files[-1], "w", newline="") as file:
+                table = csv.DictWriter(file, _COLUMNS, extrasaction="ignore")
+                table.writeheader()
+                table.writerows(report["runs"])
     return files + [file for file in [folder / PREDICTIONS] if file.exists()]
 
 

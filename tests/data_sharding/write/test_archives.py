@@ -1,5 +1,6 @@
 """Parts of an archive become one tar, and each byte of them is reported once."""
 
+import errno
 import gzip
 import io
 import re
@@ -7,8 +8,9 @@ import tarfile
 
 import pytest
 
-from data_sharding.errors import UserError
+from data_sharding.errors import StorageDown, UserError
 from data_sharding.write.archives import Archive, unpack
+from tests.support.faulty_disk import FaultyDisk
 
 
 def packed(seed: int) -> bytes:
@@ -46,3 +48,14 @@ def test_a_part_that_is_missing_is_told(archive, tmp_path):
     (tmp_path / "part2").write_bytes(b"")
     with pytest.raises(UserError, match="a.tar.gz ends too early: its last part is missing or incomplete"):
         unpack([archive], workers=1, progress=False)
+
+
+def test_a_disk_that_is_full_or_cannot_be_read_is_a_sentence(archive, tmp_path, monkeypatch):
+    disk = FaultyDisk(monkeypatch)
+    disk.fail(errno.ENOSPC, "a.0.tmp", "write")
+    with pytest.raises(StorageDown, match="/a cannot be written: No space left on device; free some space there"):
+        unpack([archive], workers=1, progress=False)
+    disk.fail(errno.EIO, "part1", "read")
+    with pytest.raises(StorageDown, match="/part1 cannot be reached: Input/output error; check the storage"):
+        unpack([archive], workers=1, progress=False)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["part0", "part1", "part2"]

@@ -1,16 +1,19 @@
 """A folder of pictures holds those of one set of weights, known by their content."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from xxhash import xxh3_128_hexdigest
 
-from data_sharding.errors import UserError
+from data_sharding.errors import StorageDown, UserError
 from fitv2_scale.evaluate.sampling.load_weights import open_weights
-from fitv2_scale.evaluate.sampling.png_folder import fill_folder, image_file, random_requests
+from fitv2_scale.evaluate.sampling.png_folder import fill_folder, image_file, random_requests, write_npz
 from fitv2_scale.parallel.world import join
+from tests.support.faulty_disk import FaultyDisk
 from tests.support.other_weights import replace_weights, weights_of
 
 
@@ -87,3 +90,27 @@ def test_pictures_that_nobody_recorded_are_not_taken_for_ours(sampled, two_step_
     with pytest.raises(UserError, match="folder holds images, but no request.json"):
         sampled(3, two_step_run)
     assert [path.name for path in Path(tmp_path / "folder").iterdir()] == ["000001.png"]
+
+
+def test_a_full_disk_is_a_sentence_and_the_folder_is_continued(sampled, two_step_run, tmp_path, monkeypatch):
+    disk = FaultyDisk(monkeypatch)
+    disk.fail(errno.ENOSPC, "000001.png", "write")
+    with pytest.raises(StorageDown, match="000001.png cannot be written: No space left on device; free some space"):
+        sampled(2, two_step_run)
+    disk.fail(0, "nothing")
+    assert sampled(2, two_step_run) == 1
+
+
+def test_an_npz_that_cannot_be_written_or_has_a_damaged_picture_is_a_sentence(tmp_path, monkeypatch):
+    requests = random_requests(["32x48"], 3, [0, 1, 2], 5)
+    for request in requests:
+        Image.new("RGB", (48, 32)).save(image_file(str(tmp_path), request.index))
+    disk = FaultyDisk(monkeypatch)
+    disk.fail(errno.ENOSPC, "all.npz", "write")
+    with pytest.raises(StorageDown, match="all.npz cannot be written: No space left on device"):
+        write_npz(str(tmp_path), requests, str(tmp_path / "all.npz"))
+    disk.fail(0, "nothing")
+    image_file(str(tmp_path), 2).write_bytes(b"no picture")
+    with pytest.raises(UserError, match="000002.png cannot be read .*remove it, and the command makes it again"):
+        write_npz(str(tmp_path), requests, str(tmp_path / "all.npz"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"00000{i}.png" for i in range(3)]
