@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data_sharding.errors import UserError
+from fitv2_scale.config.yaml_text import parse_plain, read_text
 from fitv2_scale.evaluate.results import METRICS
 
 _FOLDER = Path(__file__).with_name("published")
@@ -55,7 +56,7 @@ def load_suite(name: str) -> Suite:
             raise UserError(f"there is no suite {name}: give the path of a .yaml file, or one of {', '.join(known)}")
         name = str(known[name])
     try:
-        tree = yaml.safe_load(Path(name).read_text())
+        tree = parse_plain(read_text(name), name)
         common, rows = tree.pop("sampling", {}), tree.get("published", [])
         tree["cells"] = [common | cell for cell in tree["cells"]]
         own = ("model", "seen")

@@ -2,6 +2,7 @@
 
 import pytest
 
+from data_sharding.errors import UserError
 from fitv2_scale.config.sections import SamplingConfig
 from fitv2_scale.evaluate.suites import load_suite, suite_table
 
@@ -26,3 +27,18 @@ def test_published_rows_of_the_paper():
     assert by["in1k256"]["FiTv2-3B/2"]["128x384"] == (13.73, 23.26, 145.38, 0.61, 0.48)
     assert by["ood"]["FiTv2-XL/2"]["224x448"] == (5.54, 14.53, 233.11, 0.77, 0.51)
     assert by["hr"]["FiTv2-3B/2 (1.6)"]["256x768"] == (16.08, 19.75, 140.10, 0.72, 0.52)
+
+
+@pytest.mark.parametrize(
+    "text,said",
+    [
+        ("cells:\n- {size: 16x16}\ncells:\n- {size: 32x32}\n", "line 3: cells is given twice, first in line 1"),
+        ("title: a\ncells:\n- {size: 256x256, cfg: 2, cfg: 3}\n", r"line 3: cells\.0\.cfg is given twice"),
+        ("cells: [", "is not YAML: line 1"),
+        ("cells: 3", "is not a suite"),
+    ],
+)
+def test_what_is_no_suite_is_refused(tmp_path, text, said):
+    (tmp_path / "own.yaml").write_text(text)
+    with pytest.raises(UserError, match=f"own.yaml.*{said}"):
+        load_suite(str(tmp_path / "own.yaml"))
