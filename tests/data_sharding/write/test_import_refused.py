@@ -108,6 +108,16 @@ def test_a_hard_link_in_a_tar_of_latents_is_read(tmp_path):
     assert (report.images, report.skipped) == (2, 1)
 
 
+def test_a_name_in_a_tar_that_is_not_utf8_is_left_out_by_name(tmp_path):
+    files = {group: {} for group in GROUPS}
+    files[GROUPS[0]] = {f"{name}.safetensors": latent("a", 3, 4, 0) for name in ("a", os.fsdecode(b"caf\xe9"))}
+    report = import_dataset(str(write_layout(tmp_path / "src", "tar", files)), str(tmp_path / "set"), **OPTIONS)
+    assert (report.images, report.skipped) == (1, 1)
+    (entry,) = json.loads((tmp_path / "set/skipped.json").read_bytes())
+    assert entry["source"].endswith("caf\\xe9.safetensors")
+    assert entry["reason"] == "the name is not UTF-8: rename the file"
+
+
 def test_sources_that_lack_something_are_one_sentence_each(tmp_path):
     dst = str(tmp_path / "set")
 

@@ -93,6 +93,15 @@ def test_what_is_no_file_is_left_out_by_name_and_the_rest_is_written(tmp_path):
     assert write(src, tmp_path / "set").skipped == 9  # and so again, when nothing is left to do
 
 
+def test_a_pipe_is_known_before_it_is_opened(tmp_path):
+    """Whoever opens one waits until somebody writes to it."""
+    src = put(tmp_path / "src", "ant/1.jpg")
+    os.mkfifo(src / "ant/2.jpg")
+    source = open_source(str(src))
+    assert [entry.key for entry in source.entries] == ["ant/1.jpg"]
+    assert source.findings.left_out == [("ant/2.jpg", "a pipe, a socket or a device, not a file")]
+
+
 def test_a_folder_or_file_without_permission_is_left_out_by_name(tmp_path, monkeypatch):
     """The tests may run as root, whom nothing is forbidden: the system calls answer as they would to others."""
     src = put(tmp_path / "src", "ant/1.jpg", "ant/private.jpg", "bee/2.jpg", "cow/shut/3.jpg", "cow/4.jpg")
@@ -255,3 +264,13 @@ def test_images_of_a_store_that_is_no_disk():
     source = open_source("memory://source")
     assert [entry.key for entry in source.entries] == ["cat/1.png", "cat/2.png", "dog/1.png"]
     assert list(source.classes) == ["cat", "dog"]
+
+
+def test_what_else_a_store_holds_is_counted():
+    memory = fsspec.filesystem("memory")
+    for name in ("cat/1.png", "cat/a.txt", "dog/.cache/2.png", "dog/1.png", "__MACOSX/cat/1.png"):
+        memory.pipe(f"/mixed/{name}", JPEG)
+    source = open_source("memory://mixed")
+    assert {entry.key: entry.label for entry in source.entries} == {"cat/1.png": 0, "dog/1.png": 1}
+    assert (source.classes, source.empty) == (("cat", "dog"), ())
+    assert source.findings.left_aside == {".txt": 1, "in .cache/": 1, "in __MACOSX/": 1}

@@ -4,6 +4,7 @@ right or refused by name."""
 import io
 import json
 import math
+import os
 import tarfile
 from pathlib import Path
 
@@ -150,3 +151,12 @@ def test_files_that_are_no_images_or_in_no_sample_are_counted(tmp_path):
     }  # fmt: skip
     reason = "its name has no part before the first dot, so it belongs to no sample"
     assert source.findings.left_out == [("a/.png", reason)]
+
+
+def test_a_name_that_is_not_utf8_is_left_out_by_name(tmp_path):
+    latin = os.fsdecode(b"caf\xe9")
+    files = {"0.png": PNG, "0.cls": b"0", f"{latin}.png": PNG, f"{latin}.cls": b"1"}
+    source = open_source(tar(tmp_path / "a.tar", files))
+    assert [(entry.key, entry.label) for entry in source.entries] == [("a/0.png", 0)]
+    assert source.findings.left_out == [("a/caf\\xe9.png", "the name is not UTF-8: rename the file")]
+    assert source.findings.left_aside == {".cls": 1}

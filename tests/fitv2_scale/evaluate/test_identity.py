@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from fitv2_scale.evaluate.evaluate import EvaluationOptions, evaluate_weights
 from fitv2_scale.evaluate.features import read_npz
 from fitv2_scale.evaluate.generated_features import Cell
 from fitv2_scale.evaluate.image_sets import image_set_digest
-from fitv2_scale.evaluate.sampling.load_weights import open_weights
+from fitv2_scale.evaluate.sampling.load_weights import Weights, open_weights
 from fitv2_scale.parallel.world import join
 from tests.support.other_weights import replace_weights, weights_of
 
@@ -93,6 +94,18 @@ def test_another_network_of_the_same_shapes_is_another(two_step_run, evaluated, 
     file, config = weights_of(two_step_run, tmp_path / "first")
     evaluated(file, config)
     assert evaluated(file, config, "model.qk_norm=none")[1] == 20
+
+
+def test_another_codec_is_measured_again(two_step_run, evaluated, tmp_path, monkeypatch):
+    """A VAE that took the place of another makes other pictures of the same latents."""
+    file, config = weights_of(two_step_run, tmp_path / "first")
+    first, _ = evaluated(file, config)
+    codec = get_codec("dct")
+    negative = SimpleNamespace(digest="00", decode=lambda latent: 255 - codec.decode(latent))
+    monkeypatch.setattr(Weights, "codec", lambda self: negative)
+    second, made = evaluated(file, config)
+    assert made == 20 and second["fid"] != first["fid"]
+    assert (first["codec"], second["codec"]) == (codec.digest, "00")
 
 
 def test_a_run_is_known_by_its_commit_not_by_its_folder(two_step_run, evaluated, tmp_path):

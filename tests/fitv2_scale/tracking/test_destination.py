@@ -2,12 +2,15 @@
 
 import sqlite3
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import pytest
 from sqlalchemy.engine import make_url
 
 from fitv2_scale.run.run import Run
 from fitv2_scale.tracking.destination import (
+    artifact_root,
     deleted_experiment,
     journal_only_reason,
     notes_at_start,
@@ -28,6 +31,13 @@ def test_a_file_of_any_name_is_where_its_uri_says(name):
     url = make_url(sqlite_uri(file))
     assert (url.database, dict(url.query)) == (str(file), {})
     assert sqlite_path(sqlite_uri(file)) == file
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_pictures_lie_beside_a_file_of_any_name(name):
+    root = urlsplit(artifact_root(sqlite_uri(Path("/runs", name, "mlflow.db"))))
+    assert (root.scheme, url2pathname(root.path)) == ("file", f"/runs/{name}/mlartifacts")
+    assert root.query == root.fragment == ""
 
 
 def test_uris_of_before_stay_the_same():
