@@ -1,10 +1,13 @@
 """Which time limits could never be granted, with a sinfo that prints what Slurm's would."""
 
+from pathlib import Path
+
 import pytest
 
 from data_sharding.errors import UserError
 from fitv2_scale.config.slurm import SlurmConfig
 from launchers.cluster_check import check_cluster
+from launchers.submit import submit
 
 SINFO = """#!/bin/sh
 echo 'test*|1:00:00'
@@ -29,6 +32,13 @@ def test_the_longest_limit_can_be_asked_for_and_no_more(partition, minutes):
     check_cluster(SlurmConfig(partition=partition, walltime=str(minutes)))
     with pytest.raises(UserError, match=f"slurm.walltime={minutes + 1} is above the limit of .* {minutes} minutes: "):
         check_cluster(SlurmConfig(partition=partition, walltime=str(minutes + 1)))
+
+
+def test_nothing_is_submitted_that_could_never_start(tiny, tmp_path):
+    site = {"gpus": "none", "tasks_per_node": 1, "walltime": "61", "folder": str(tmp_path / "jobs")}
+    with pytest.raises(UserError, match="slurm.walltime=61 is above the limit of the default partition, 60 minutes"):
+        submit(tiny(slurm=site), "1", dry_run=False)
+    assert not (tmp_path / "jobs").exists() and not Path(tiny().run).exists()
 
 
 def test_a_quality_of_service_may_lift_the_limit():

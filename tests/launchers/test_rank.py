@@ -19,26 +19,20 @@ TWO_NODES = {
     "OMPI_COMM_WORLD_LOCAL_RANK": "1",
     "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
 }
-SRUN = {
-    "SLURM_JOB_ID": "71",
-    "SLURM_STEP_NODELIST": "node1",
-    "SLURM_LOCALID": "0",
-    "SLURM_NODEID": "0",
+SECOND_OF_TWO = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "1",
     "SLURM_NTASKS": "2",
     "SLURM_STEP_NUM_TASKS": "2",
-    "SLURM_TASKS_PER_NODE": "2",
-    "SLURM_STEP_TASKS_PER_NODE": "2",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_NODELIST": "n[03-04]",
+    "SLURM_TASKS_PER_NODE": "1(x2)",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
 }
-RANK = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "OMP_NUM_THREADS",
-    "FITV2_NODES",
-)
+RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+OTHERS = ("OMP_NUM_THREADS", "FITV2_NODES")
 
 
 @pytest.fixture
@@ -46,7 +40,7 @@ def environment(monkeypatch):
     """Sets variables for a test, and takes those back that it gets."""
 
     def change(**variables: str) -> None:
-        for name in RANK:
+        for name in RANK + OTHERS:
             monkeypatch.setenv(name, "")  # so that it is restored
             monkeypatch.delenv(name)
         for name, value in variables.items():
@@ -61,7 +55,15 @@ def test_mpirun_on_several_nodes_needs_a_place_to_meet(environment, capsys):
     assert "mpirun -x MASTER_ADDR=node1 -x MASTER_PORT=29500" in capsys.readouterr().err
     environment(**TWO_NODES, MASTER_ADDR="n7", MASTER_PORT="29500")
     assert become_a_rank() == "mpirun"
-    assert [os.environ[name] for name in RANK[:6]] == ["3", "4", "1", "2", "n7", "29500"]
+    assert [os.environ[name] for name in RANK] == ["3", "4", "1", "2", "n7", "29500"]
+
+
+def test_a_task_of_srun_is_a_rank_of_the_step(environment):
+    environment(**SECOND_OF_TWO)
+    assert become_a_rank() == "srun"
+    port = 10_000 + 4711 * 16 % 20_000
+    assert [os.environ[name] for name in RANK] == ["1", "2", "0", "1", "n03", str(port)]
+    assert os.environ["FITV2_NODES"] == "n03:1,n04:1"
 
 
 @pytest.mark.parametrize("words", [["--processes", "2"], ["--processes", "0"]])
@@ -78,10 +80,10 @@ def test_each_of_several_processes_does_not_supervise(environment, capsys):
 
 @pytest.mark.parametrize(("task", "says"), [("0", True), ("1", False)])
 def test_the_first_task_of_srun_says_what_srun_does_not_do(environment, monkeypatch, capsys, task, says):
-    environment(**SRUN, SLURM_PROCID=task)
+    environment(**SECOND_OF_TWO | {"SLURM_PROCID": task})
     monkeypatch.setattr("fitv2_scale.train.loop.train", lambda *_: 0)
     assert main(["train", "configs/demo.yaml"]) == 0
-    assert ("`scancel --signal=USR1 71` saves and ends" in capsys.readouterr().err) == says
+    assert ("`scancel --signal=USR1 4711` saves and ends" in capsys.readouterr().err) == says
 
 
 @pytest.mark.services

@@ -12,6 +12,7 @@ from launchers.sbatch_options import (
     walltime_of,
     with_shell_options,
 )
+from launchers.submit import submit, submit_command
 
 
 def directives(site: SlurmConfig, home: str = "/h") -> list[str]:
@@ -91,3 +92,32 @@ def test_ranks_get_the_script_s_variables_whatever_the_job_was_given():
     script = train_script(SlurmConfig(extra=["--export=NONE"]), "n", 1, "r", "/h", 0, 300)
     command = script[script.index("  srun ") : script.index("slurm_task train")]
     assert "--export=ALL" in command
+
+
+SITE = {"gpus": "none", "tasks_per_node": 1, "walltime": "60"}
+
+
+def test_a_submission_asks_the_shell_who_pays_and_where_it_runs(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("SBATCH_ACCOUNT", "mine")
+    monkeypatch.setenv("SBATCH_PARTITION", "long,test")
+    site = SITE | {"folder": str(tmp_path)}
+    chain = submit(tiny(slurm=site), "1", dry_run=True)
+    one = submit_command(SlurmConfig(**site), "1", ["plan", "x"], dry_run=True)
+    for done in (chain, one):
+        assert {"#SBATCH --account=mine", "#SBATCH --partition=long,test"} <= set(done.script.splitlines())
+        assert done.shell == [
+            "SBATCH_ACCOUNT=mine of this shell is used",
+            "SBATCH_PARTITION=long,test of this shell is used",
+        ]
+
+
+def test_a_submission_that_would_break_is_refused(tiny, tmp_path, monkeypatch):
+    site = SITE | {"folder": str(tmp_path)}
+    array = site | {"extra": ["--array=1-3%1"]}
+    with pytest.raises(UserError, match="slurm.extra has --array: a chain queues one job after the other"):
+        submit(tiny(slurm=array), "1", dry_run=True)
+    with pytest.raises(UserError, match="slurm.extra has --array: its tasks would all do the same work"):
+        submit_command(SlurmConfig(**array), "1", ["plan", "x"], dry_run=True)
+    bare = tiny(slurm=site | {"extra": ["--export=NONE"]}, tracking__uri="http://me:s3cret@host")
+    with pytest.raises(UserError, match="but tracking.uri contains a secret"):
+        submit(bare, "1", dry_run=True)

@@ -107,6 +107,17 @@ def test_three_attempts_without_a_commit_are_enough(tiny, tmp_path, capfd):
     assert "3 jobs in a row ended without a new commit" in capfd.readouterr().err
 
 
+def test_a_supervisor_that_nobody_reads_starts_the_next_attempt(tiny, tmp_path, monkeypatch):
+    """Its terminal is gone, or its `| head` has seen enough."""
+    command = [sys.executable, "-c", f"open({str(tmp_path / 'count')!r}, 'a').write('x'); raise SystemExit(1)"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", buffering=1) as unread:
+        monkeypatch.setattr(sys, "stderr", unread)
+        assert supervise(tiny(), command, 1) == 93
+    assert (tmp_path / "count").read_text() == "xxx"
+
+
 def test_a_signal_before_there_are_ranks_is_passed_on():
     waits = "import signal; raise SystemExit(7 * (signal.sigwait({signal.SIGTERM, signal.SIGUSR1}) == signal.SIGTERM))"
     assert run_processes([sys.executable, "-c", waits], 2, Signals(received=signal.SIGTERM)).code == 7

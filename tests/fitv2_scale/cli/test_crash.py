@@ -1,8 +1,14 @@
 """What kills a process leaves a word where its output goes."""
 
+import errno
+import os
 import signal
 import subprocess
 import sys
+
+import pytest
+
+from fitv2_scale.cli.__main__ import exit_code_of
 
 CUT = """
 import os, sys
@@ -26,3 +32,14 @@ def test_a_mapped_file_that_was_cut_is_a_word_and_the_line_that_read_it(tmp_path
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == -signal.SIGBUS
     assert "Bus error" in done.stderr and "in read_a_mapped_file_that_was_cut" in done.stderr
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.ESHUTDOWN])
+def test_a_broken_pipe_that_is_not_that_of_standard_output_is_no_closed_pager(number):
+    """Python has one class for both errnos; the second is also that of a file system which has evicted its client."""
+
+    def fail() -> int:
+        raise OSError(number, os.strerror(number), "/data/00000.tar.zst")
+
+    with pytest.raises(BrokenPipeError, match="/data/00000.tar.zst"):
+        exit_code_of(fail)

@@ -1,5 +1,6 @@
 """How an attempt ends: its code, its reason, and what leaves `train`, by what was raised in it."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -7,8 +8,9 @@ import pytest
 from data_sharding.errors import DataError, StorageDown, UserError
 from fitv2_scale.checkpoint.copies import CopiesDiffer
 from fitv2_scale.run.log import StaleAttempt
-from fitv2_scale.run.run import BAD_INPUT, BUG, GIVE_UP, RETRY
-from fitv2_scale.train.loop import _recorded
+from fitv2_scale.run.run import BAD_INPUT, BUG, DONE, GIVE_UP, RETRY, Run
+from fitv2_scale.train.loop import _recorded, train
+from tests.support.ranks import run_ranks
 
 
 def ended(error: BaseException, first: bool = True) -> list[tuple[int, str]]:
@@ -54,3 +56,18 @@ def test_the_codes_of_what_is_raised(monkeypatch):
         with pytest.raises(type(error)), _recorded(attempt, world):
             raise error
     assert codes == [(BAD_INPUT, "no such key"), (BUG, repr(ValueError("a bug")))]
+
+
+def train_unread(config) -> int:
+    """As behind `2>&1 | head`: what it prints goes into a pipe that nobody reads any more."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    for stream in (1, 2):
+        os.dup2(writer, stream)
+    return train(config)
+
+
+def test_training_goes_on_when_nobody_reads_what_it_prints(tiny):
+    config = tiny(train__steps=4, checkpoint__every_steps=2)
+    assert run_ranks(2, train_unread, config) == [DONE, DONE]
+    assert [entry.fields["step"] for entry in Run.open(config.run).log.commits()] == [2, 4]

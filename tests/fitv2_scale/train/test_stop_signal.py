@@ -35,6 +35,24 @@ def test_a_signal_is_answered_at_once_and_a_second_ctrl_c_ends_even_a_deaf_proce
         assert process.wait(60) == 130
 
 
+NOTED = """
+import os, signal, sys
+from fitv2_scale.train.signals import StopSignal
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as a shell starts it: these tests may run under nohup
+with StopSignal().caught() as stop:
+    for name in sys.argv[1:]:
+        os.kill(os.getpid(), signal.Signals[name])
+        print(stop.name, flush=True)
+"""
+
+
+def test_every_signal_that_asks_to_save_is_noted_and_kills_nobody():
+    """SIGHUP is that of a closed terminal or SSH session."""
+    names = ["SIGHUP", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGINT"]
+    done = subprocess.run([sys.executable, "-c", NOTED, *names], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, names)
+
+
 def test_other_ranks_say_nothing(monkeypatch, capfd):
     monkeypatch.setenv("RANK", "1")
     with StopSignal().caught() as stop:
@@ -61,3 +79,9 @@ def test_a_rank_whose_launcher_has_died_saves(monkeypatch):
     assert StopSignal().name is None
     monkeypatch.setenv(SUPERVISED, str(os.getpid()))  # not this process's parent: as after the parent's death
     assert StopSignal().name == "the launcher died"
+    monkeypatch.delenv(SUPERVISED)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    stop = StopSignal()
+    assert stop.name is None
+    monkeypatch.setattr(os, "getppid", lambda: 1)  # torchrun was killed, and init has taken over
+    assert stop.name == "the launcher died"
