@@ -75,6 +75,11 @@ OF_RUNS: tuple[Named, ...] = (
         (f"{RANKS}::test_a_vae_of_other_content",),
     ),
     Named(
+        "B30: tasks that write a dataset run other code", "data_sharding/write/begun.py",
+        "_agree_on_software(dst, vae)\n    return", "return",
+        (f"{DATA}/write/test_begun.py::test_another_program_is_refused_until_its_record_is_removed",),
+    ),
+    Named(
         "B37: a damaged last commit counts as done", "fitv2_scale/checkpoint/restore.py",
         'problem = "; ".join(verify_together(run, entry, world))', 'problem = ""',
         (f"{UNIT}/checkpoint/test_checkpointer.py::test_a_finished_run_whose_last_commit_is_damaged_trains_it_again",),
@@ -162,7 +167,10 @@ OF_RUNS: tuple[Named, ...] = (
         "B80: a pipe that nobody reads ends training", "fitv2_scale/train/loop.py",
         "with dropping(), ", "with ", (f"{UNIT}/train/test_loop.py",),
     ),
-    Named("B80: a pipe that nobody reads ends a supervisor", SUPERVISE, "with dropping(), ", "with ", (SUPERVISED,)),
+    Named(
+        "B80: a pipe that nobody reads ends a supervisor", SUPERVISE,
+        "with dropping(), ", "with ", (f"{SUPERVISED}::test_a_supervisor_that_nobody_reads_starts_the_next_attempt",),
+    ),
     Named(
         "B80: a long job fails of what it cannot print", "data_sharding/standard_streams.py",
         "except (OSError, ValueError) as error:  # ValueError", "except ValueError as error:  # ValueError",
@@ -201,6 +209,7 @@ OF_RUNS: tuple[Named, ...] = (
         "B58: a job that could never start is queued", "launchers/cluster_check.py",
         "if seconds_of(walltime) > limit and not site.qos:", "if False:", (CLUSTER,),
     ),
+    Named("B58: submit does not ask the cluster", SUBMIT, "check_cluster(site)\n        _check", "_check", (CLUSTER,)),
     Named(
         "B58: why a job is pending is not said", "launchers/control.py",
         'for job in queued if job.state == "PENDING"]', "for job in []]", (f"{LAUNCHERS}/test_slurm.py",),
