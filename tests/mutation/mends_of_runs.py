@@ -18,7 +18,9 @@ FACTS, STEPS, SUBMIT = "fitv2_scale/parallel/rank_facts.py", "fitv2_scale/train/
 OPTIONS, SLURM, DEVICE = "launchers/sbatch_options.py", "launchers/slurm.py", "data_sharding/format/sd_vae.py"
 LAUNCHED, STOP, SUPERVISE = "data_sharding/launched.py", f"{UNIT}/train/test_stop_signal.py", "launchers/supervise.py"
 CLUSTER, SUPERVISED = f"{LAUNCHERS}/test_cluster_check.py", f"{LAUNCHERS}/test_supervise.py"
-VAE = f"{DATA}/format/test_sd_vae.py::test_the_vae_is_on_the_gpu_of_its_process"
+TASKS, VAE = f"{DATA}/test_launched.py", f"{DATA}/format/test_sd_vae.py::test_the_vae_is_on_the_gpu_of_its_process"
+PLACE, SAVES = "fitv2_scale/tracking/destination.py", "fitv2_scale/checkpoint/checkpointer.py"
+LOOP, CLI, FAILURES = "fitv2_scale/train/loop.py", "fitv2_scale/cli/__main__.py", "data_sharding/storage/failures.py"
 
 OF_RUNS: tuple[Named, ...] = (
     Named(
@@ -35,10 +37,7 @@ OF_RUNS: tuple[Named, ...] = (
         "if key not in PER_NODE}",
         'if key not in PER_NODE and not key.startswith(("layout.", "train.", "checkpoint."))}', (DIFFERENCES,),
     ),
-    Named(
-        "B30: a rank with another seed trains", FACTS,
-        "not in PER_NODE}", 'not in {*PER_NODE, "seed"}}', (DIFFERENCES,),
-    ),
+    Named("B30: a rank has another seed", FACTS, "not in PER_NODE}", 'not in {*PER_NODE, "seed"}}', (DIFFERENCES,)),
     Named(
         "B30: a copy of the data with other labels", FACTS,
         "return (layout, data), datasets | divided", "return (layout, data), {}", (DIFFERENCES,),
@@ -85,17 +84,17 @@ OF_RUNS: tuple[Named, ...] = (
         (f"{UNIT}/checkpoint/test_checkpointer.py::test_a_finished_run_whose_last_commit_is_damaged_trains_it_again",),
     ),
     Named(
-        "R3: copies of the state are never compared", "fitv2_scale/checkpoint/checkpointer.py",
+        "R3: copies of the state are never compared", SAVES,
         "require_equal_copies(self._staging.tensors, scalars, copy, ranks)", "pass",
         (f"{COPIES}::test_training_ends_without_a_commit_and_the_next_attempt_repairs_it",),
     ),
     Named(
-        "R3: a commit mixes the copies", "fitv2_scale/checkpoint/checkpointer.py",
+        "R3: a commit mixes the copies", SAVES,
         "logical if copy.writes(name) else LogicalTensor(logical.shape, [])", "logical",
         (f"{COPIES}::test_one_copy_saves",),
     ),
     Named(
-        "R3: bf16 copies of frozen weights are never compared", "fitv2_scale/checkpoint/checkpointer.py",
+        "R3: bf16 copies of frozen weights are never compared", SAVES,
         '**header["scalars"], **derived}', '**header["scalars"]}',
         (f"{COPIES}::test_a_flipped_bit_in_frozen_weights_is_caught",),
     ),
@@ -110,11 +109,11 @@ OF_RUNS: tuple[Named, ...] = (
         (f"{RANKS}::test_training_that_one_rank_cannot_begin",),
     ),
     Named(
-        "B33, R7: a BrokenPipeError of storage is a closed pager", "fitv2_scale/cli/__main__.py",
+        "B33, R7: a BrokenPipeError of storage is a closed pager", CLI,
         "except ReaderGone:", "except (ReaderGone, BrokenPipeError):", (f"{UNIT}/cli/test_crash.py",),
     ),
     Named(
-        "B33: ESHUTDOWN is not waited for", "data_sharding/storage/failures.py",
+        "B33: ESHUTDOWN is not waited for", FAILURES,
         "error.errno in _NAME or isinstance(error, FileN",
         "error.errno in {*_NAME, errno.ESHUTDOWN} or isinstance(error, FileN",
         (f"{UNIT}/train/test_storage_trouble.py::test_training_waits_for_shards",),
@@ -125,7 +124,7 @@ OF_RUNS: tuple[Named, ...] = (
         (f"{DATA}/stream/test_frames.py::test_storage_that_serves_no_shard_until_the_deadline_is_down",),
     ),
     Named(
-        "B34: only EIO and its like are waited for", "data_sharding/storage/failures.py",
+        "B34: only EIO and its like are waited for", FAILURES,
         "error.errno in _NAME or isinstance(error, FileN",
         "error.errno not in {errno.EIO, errno.ESTALE, errno.ETIMEDOUT} or isinstance(error, FileN", (ERRNO,),
     ),
@@ -139,18 +138,18 @@ OF_RUNS: tuple[Named, ...] = (
     ),
     Named(
         "B55: tasks of srun do not know of each other", LAUNCHED,
-        "if _is_slurm_task(environment):", "if False:", (f"{DATA}/test_launched.py",),
+        "if _is_slurm_task(environment):", "if False:", (TASKS,),
     ),
     Named(
         "B55: processes of mpirun do not know of each other", LAUNCHED,
-        "(_TORCHRUN, *_MPI)", "(_TORCHRUN,)", (f"{DATA}/test_launched.py",),
+        "(_TORCHRUN, *_MPI)", "(_TORCHRUN,)", (TASKS,),
     ),
     Named(
         "B55: a task of srun becomes no rank", "launchers/rank.py",
         'task.launcher != "torchrun":', 'task.launcher == "mpirun":', (f"{LAUNCHERS}/test_rank.py",),
     ),
     Named(
-        "B55: training does not ask who started it", "fitv2_scale/cli/__main__.py",
+        "B55: training does not ask who started it", CLI,
         'if getattr(args, "on_ranks", False):', "if False:", (f"{LAUNCHERS}/test_rank.py",),
     ),
     Named("B79: SIGHUP kills", "fitv2_scale/run/stop_signals.py", "    signal.SIGHUP,\n", "", (STOP,)),
@@ -163,12 +162,9 @@ OF_RUNS: tuple[Named, ...] = (
         "for number in noted_signals()}", "for number in noted_signals() if number != signal.SIGHUP}",
         (f"{SUPERVISED}::test_a_signal_to_the_supervisor_saves_and_ends",),
     ),
+    Named("B80: a broken pipe ends training", LOOP, "with dropping(), ", "with ", (f"{UNIT}/train/test_loop.py",)),
     Named(
-        "B80: a pipe that nobody reads ends training", "fitv2_scale/train/loop.py",
-        "with dropping(), ", "with ", (f"{UNIT}/train/test_loop.py",),
-    ),
-    Named(
-        "B80: a pipe that nobody reads ends a supervisor", SUPERVISE,
+        "B80: a broken pipe ends a supervisor", SUPERVISE,
         "with dropping(), ", "with ", (f"{SUPERVISED}::test_a_supervisor_that_nobody_reads_starts_the_next_attempt",),
     ),
     Named(
@@ -186,20 +182,14 @@ OF_RUNS: tuple[Named, ...] = (
         "shared(self.all_gather(portable(failure)), failure,", "shared(self.all_gather(portable(failure)), None,",
         (TRACEBACK,),
     ),
-    Named(
-        "R9: a bug's traceback is not in the log", "fitv2_scale/train/loop.py",
-        "world.rank, exc_info=error)", "world.rank)", (TRACEBACK,),
-    ),
+    Named("R9: a bug's traceback is not in the log", LOOP, "world.rank, exc_info=error)", "world.rank)", (TRACEBACK,)),
     Named(
         "R12: groups break before the watchdog names who hangs", "fitv2_scale/train/watchdog.py",
         "set_group_timeouts(_BEYOND_LIMITS * max(limits))", "pass",
         (f"{UNIT}/train/test_watchdog.py::test_a_rank_that_never_returns_from_a_step_is_named",),
     ),
     Named("B56: several partitions are one of that name", SLURM, 'partition.split(",")', "[partition]", (CLUSTER,)),
-    Named(
-        "B56: a partition that sinfo does not list is refused", SLURM,
-        "default=math.inf)", "default=0.0)", (CLUSTER,),
-    ),
+    Named("B56: a partition that sinfo hides is refused", SLURM, "default=math.inf)", "default=0.0)", (CLUSTER,)),
     Named("B57: account and partition of the shell are dropped", OPTIONS, "changes[key] = value", "pass", (SBATCH,)),
     Named(
         "B57: submit asks the shell nothing", SUBMIT,
@@ -218,18 +208,9 @@ OF_RUNS: tuple[Named, ...] = (
         "B59: an array job of the same name ends the chain", SLURM,
         r'int(re.split(r"\D", job.id)[0])', "int(job.id)", (f"{LAUNCHERS}/test_slurm.py",),
     ),
-    Named(
-        "B59: an array of jobs is submitted", OPTIONS,
-        "for option in _parse(extra):", "for option in ():", (SBATCH,),
-    ),
-    Named(
-        "B59: submit does not look at slurm.extra", SUBMIT,
-        "refuse_conflicts(site.extra, chain=True)", "pass", (SBATCH,),
-    ),
-    Named(
-        "B61: a secret is lost with --export", OPTIONS,
-        "if secret and exported is not None and", "if False and", (SBATCH,),
-    ),
+    Named("B59: an array is submitted", OPTIONS, "for option in _parse(extra):", "for option in ():", (SBATCH,)),
+    Named("B59: submit takes any slurm.extra", SUBMIT, "refuse_conflicts(site.extra, chain=True)", "pass", (SBATCH,)),
+    Named("B61: --export loses a secret", OPTIONS, "if secret and exported is not None and", "if False and", (SBATCH,)),
     Named(
         "B61: submit does not look for lost secrets", SUBMIT,
         "refuse_lost_secrets(site.extra, secret_overrides(config))", "pass", (SBATCH,),
@@ -240,12 +221,12 @@ OF_RUNS: tuple[Named, ...] = (
         (f"{LAUNCHERS}/test_batch_script.py::test_a_job_without_its_secret_trains_nothing",),
     ),
     Named(
-        "B64: a deleted experiment is reported by nobody", "fitv2_scale/tracking/destination.py",
+        "B64: a deleted experiment is reported by nobody", PLACE,
         " or deleted_experiment(target, experiment):", ":",
         (f"{DESTINATION}::test_a_deleted_experiment_is_seen_in_the_file",),
     ),
     Named(
-        "B64: a wrong scheme is reported by nobody", "fitv2_scale/tracking/destination.py",
+        "B64: a wrong scheme is reported by nobody", PLACE,
         "if problem := uri_problem(target) or ", "if problem := ",
         (f"{DESTINATION}::test_what_can_never_work_is_said_at_the_start",),
     ),
@@ -254,7 +235,15 @@ OF_RUNS: tuple[Named, ...] = (
         "lasting or long)", "long)", (f"{UNIT}/tracking/test_outages.py::test_training_is_told_what_lasts",),
     ),
     Named(
-        "B67: MLFLOW_TRACKING_URI is not taken", "fitv2_scale/tracking/destination.py",
+        "B64: what can never work is not said at the start", "fitv2_scale/train/setup.py",
+        "notes += notes_at_start(run, tracking.uri, tracking.experiment)", "pass", (f"{UNIT}/train/test_recorder.py",),
+    ),
+    Named(
+        "B64: training does not say what lasts", "fitv2_scale/train/recorder.py",
+        "return self._check_uploader()", "return []", (f"{UNIT}/train/test_recorder.py",),
+    ),
+    Named(
+        "B67: MLFLOW_TRACKING_URI is not taken", PLACE,
         "if told := os.environ.get(URI_VARIABLE):", "if told := None:", (DESTINATION,),
     ),
     Named(
@@ -268,7 +257,7 @@ OF_RUNS: tuple[Named, ...] = (
     ),
     Named("R4: a rank's VAE is not on its GPU", DEVICE, "if torch.cuda.is_initialized():", "if False:", (VAE,)),
     Named(
-        "R5: the thread that saves takes memory of GPU 0", "fitv2_scale/checkpoint/checkpointer.py",
+        "R5: the thread that saves takes memory of GPU 0", SAVES,
         "torch.cuda.set_device(device)", "pass",
         (f"{UNIT}/checkpoint/test_staging.py::test_the_thread_that_saves_stays_on_the_gpu_of_its_rank",),
     ),
