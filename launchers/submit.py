@@ -21,7 +21,7 @@ from data_sharding.plan.size_presets import is_preset
 from data_sharding.storage.failures import as_sentence, failure
 from data_sharding.storage.local_store import LocalStore
 from data_sharding.storage.open_store import open_store
-from fitv2_scale.config.load import load_config
+from fitv2_scale.config.load import load_config, overridden_keys
 from fitv2_scale.config.schema import Config
 from fitv2_scale.config.slurm import SlurmConfig, seconds_of
 from fitv2_scale.data import Data
@@ -49,6 +49,7 @@ from launchers.sbatch_options import (
 from launchers.secret_overrides import to_environment
 
 _PACKAGES = (data_sharding, fitv2_scale, launchers)
+_SECTIONS = ("model", "flow", "optimizer", "batch")  # an axis over one of them names configs
 
 
 @dataclass(frozen=True)
@@ -77,27 +78,37 @@ def sweep(config: str, overrides: list[str], axes: list[str]) -> Iterator[list[s
     """The overrides of each combination of the axes ``key=a,b,c``, each with a run of its own below ``run``.
 
     A value for a whole section, as in model=fitv2_s2,fitv2_b2, names a config in the folder of ``config`` that has the
-    section.
+    section; other axes and ``overrides`` may change keys of it.
     """
     parsed = [axis.partition("=") for axis in axes]
     for axis, (_, equals, values) in zip(axes, parsed, strict=True):
         if not equals or not values:
             raise UserError(f"--sweep {axis}: give it as key=a,b,c")
-    runs = [override.removeprefix("run=") for override in overrides if override.startswith("run=")]
-    if not runs:
+    if "run" not in overridden_keys(overrides):
         raise UserError("--sweep needs run=FOLDER, below which each combination gets a run of its own.")
+    (run,) = [override.removeprefix("run=") for override in overrides if override.startswith("run=")]
+    others = [override for override in overrides if not override.startswith("run=")]
     for values in product(*(values.split(",") for _, _, values in parsed)):
         pairs = list(zip((key for key, _, _ in parsed), values, strict=True))
         name = "_".join(f"{key.split('.')[-1]}-{value}" for key, value in pairs)
-        made = [_section_or_value(config, key, value) for key, value in pairs]
-        yield [*made, *overrides, f"run={runs[-1].rstrip('/')}/{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}"]
+        stated = [*others, *(f"{key}={value}" for key, value in pairs if key not in _SECTIONS)]
+        keys = overridden_keys(stated)
+        sections = [_section(config, key, value, keys) for key, value in pairs if key in _SECTIONS]
+        yield [*sections, *stated, f"run={run.rstrip('/')}/{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}"]
 
 
-def _section_or_value(config: str, key: str, value: str) -> str:
-    if key not in ("model", "flow", "optimizer", "batch"):
-        return f"{key}={value}"
+def _section(config: str, key: str, value: str, stated: set[str]) -> str:
+    """The section ``key`` of the config named ``value`` as an override, without the keys that are ``stated``."""
     section = getattr(load_config(str(Path(config).with_name(f"{value}.yaml"))), key)
-    return f"{key}={json.dumps(section.model_dump(mode='json'))}"
+    return f"{key}={json.dumps(_without(section.model_dump(mode='json'), f'{key}.', stated))}"
+
+
+def _without(section: dict[str, Any], prefix: str, stated: set[str]) -> dict[str, Any]:
+    return {
+        key: _without(value, f"{prefix}{key}.", stated) if isinstance(value, dict) else value
+        for key, value in section.items()
+        if f"{prefix}{key}" not in stated
+    }
 
 
 def submit(config: Config, nodes: str, dry_run: bool, fork_from: str | None = None) -> Submission:

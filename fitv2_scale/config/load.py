@@ -2,7 +2,7 @@
 
 import copy
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,11 +34,11 @@ class _SlurmAlone(Section):
 
 def load_config(path: str, overrides: list[str] | None = None) -> Config:
     """Reads a YAML file and applies ``key.path=value`` overrides. Text is taken as it is written, whatever YAML would
-    make of it; lists and sections are YAML.
+    make of it; lists and sections are YAML. An override of a section changes the keys that it names, and no others.
 
     Raises:
-        UserError: no such file, not YAML, a key given twice, an unknown key (with the nearest right one) or a value of
-            the wrong type.
+        UserError: no such file, not YAML, a key given twice in the file or in the overrides, an unknown key (with the
+            nearest right one) or a value of the wrong type.
     """
     try:
         text = read_text(path)
@@ -63,13 +63,13 @@ def load_slurm(overrides: list[str]) -> SlurmConfig:
 def parse_config(tree: dict, where: str, overrides: list[str] | None = None) -> Config:
     """Validates plain data, with overrides as for ``load_config``. Raises UserError with one sentence that names the
     key, and ``where`` unless an override is to blame."""
-    tree, overrides = copy.deepcopy(tree), overrides or []
-    _override(tree, overrides, Config)
+    tree = copy.deepcopy(tree)
+    given = _override(tree, overrides or [], Config)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
-        blamed = "" if _was_overridden(first["loc"], overrides) else f"{where}: "
+        blamed = "" if _was_overridden(first["loc"], given) else f"{where}: "
         raise UserError(f"{blamed}{_sentence(first)}") from None
 
 
@@ -95,13 +95,36 @@ def _explain(section: BaseModel, prefix: str) -> Iterator[tuple[str, Any, str]]:
             yield f"{prefix}{name}", value, field.description or ""
 
 
-def _override(tree: dict, overrides: list[str], section: type[BaseModel]) -> None:
+def overridden_keys(overrides: list[str]) -> set[str]:
+    """The dotted keys that ``overrides`` set, those in sections one by one. Raises UserError if one is set twice."""
+    return {".".join(path) for path in _override({}, overrides, Config)}
+
+
+def _override(tree: dict, overrides: list[str], section: type[BaseModel]) -> dict[tuple[str, ...], str]:
+    """Sets in ``tree`` what ``overrides`` give. Returns by which of them each key was set."""
+    given: dict[tuple[str, ...], str] = {}
     for override in overrides:
         key, equals, value = override.partition("=")
         path = key.split(".")
         if not equals or not all(path):
             raise UserError(f"'{override}' is not of the form key=value, as in train.steps=1000")
-        _set(tree, path, parse_value(value, key_type(section, path), override))
+        for leaf, each in _leaves(tuple(path), parse_value(value, key_type(section, path), override)):
+            if leaf in given:
+                raise UserError(
+                    f"{'.'.join(leaf)} is given twice, by '{given[leaf]}' and by '{override}': keep one of them"
+                )
+            given[leaf] = override
+            _set(tree, leaf, each)
+    return given
+
+
+def _leaves(path: tuple[str, ...], value: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(path, value) of ``value``, or of each key in it if it is a section."""
+    if not isinstance(value, dict):
+        yield path, value
+        return
+    for name, each in value.items():
+        yield from _leaves((*path, name), each)
 
 
 def _set(tree: dict, path: Sequence[str], value: Any) -> None:
@@ -113,9 +136,8 @@ def _set(tree: dict, path: Sequence[str], value: Any) -> None:
     tree[leaf] = value
 
 
-def _was_overridden(path: Sequence[str | int], overrides: list[str]) -> bool:
-    """Whether one of ``overrides`` gave what lies at ``path``, or a part of it."""
-    given = [override.partition("=")[0].split(".") for override in overrides]
+def _was_overridden(path: Sequence[str | int], given: Iterable[tuple[str, ...]]) -> bool:
+    """Whether one of the keys ``given`` by overrides is what lies at ``path``, or a part of it."""
     return any(all(a == b for a, b in zip(key, path, strict=False)) for key in given)
 
 

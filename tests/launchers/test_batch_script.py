@@ -189,6 +189,13 @@ def test_a_sweep_is_one_run_for_each_combination(config_file, tmp_path):
         ("/runs/s/model-small_lr-0.1", 16, 5, 0.1),
         ("/runs/s/model-small_lr-0.2", 16, 5, 0.2),
     ]
+    (both,) = sweep(config_file, ["run=/r", "model={depth: 3}"], ["model=small", "model.classes=4", "seed=1"])
+    config = load_config(config_file, both)
+    assert (config.model.hidden, config.model.depth, config.model.classes, config.seed) == (16, 3, 4, 1)
+    with pytest.raises(UserError, match="seed is given twice, by 'seed=3' and by 'seed=1'"):
+        list(sweep(config_file, ["run=/runs/s", "seed=3"], ["seed=1,2"]))
+    with pytest.raises(UserError, match="run is given twice"):
+        list(sweep(config_file, ["run=/runs/s", "run=/runs/t"], ["seed=1,2"]))
     with pytest.raises(UserError, match="give it as key=a,b,c"):
         list(sweep(config_file, ["run=/runs/s"], ["seed"]))
     with pytest.raises(UserError, match="needs run=FOLDER"):
@@ -233,25 +240,8 @@ def test_without_slurm(without_slurm, config_file, tmp_path, capfd):
     chosen = json.loads(capfd.readouterr().out)["nodes"]["why"]
     assert advice.startswith(f"fitv2: fitv2-run-new: {chosen} (from published figures") and advice.count("\n") == 1
     assert not (tmp_path / "run").exists()
-    assert (
-        main(
-            [
-                "submit",
-                "--nodes",
-                "2",
-                "--dry-run",
-                "slurm.gpus=none",
-                "--",
-                "shard",
-                "write",
-                "a b",
-                "c",
-                "--max-tokens",
-                "64",
-            ]
-        )
-        == 0
-    )
+    command = ["submit", "--nodes", "2", "--dry-run", "slurm.gpus=none", "--"]
+    assert main([*command, "shard", "write", "a b", "c", "--max-tokens", "64"]) == 0
     assert "-m fitv2_scale.cli.slurm_task shard write 'a b' c --max-tokens 64\n" in capfd.readouterr().out
 
 

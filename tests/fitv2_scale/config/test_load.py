@@ -3,6 +3,7 @@
 import codecs
 import math
 import os
+import re
 
 import pytest
 
@@ -81,6 +82,37 @@ def test_quotes_and_sections_are_yaml(load):
     assert (config.optimizer.lr, config.optimizer.warmup_steps) == (1e-3, 10)
 
 
+OPTIMIZER = "optimizer: {lr: 1e-3, warmup_steps: 10}\n"
+
+
+def test_an_override_of_a_section_keeps_its_other_keys(load):
+    """As the file has them, or another override; also those of a section within."""
+    changed = load(OPTIMIZER, "optimizer={lr: 0.5}").optimizer
+    assert (changed.lr, changed.warmup_steps, changed.eps) == (0.5, 10, 1e-8)
+    split = load(OPTIMIZER, "optimizer.lr=0.5", "optimizer={warmup_steps: 3}").optimizer
+    assert (split.lr, split.warmup_steps) == (0.5, 3)
+    assert load(OPTIMIZER, "optimizer={}").optimizer == load(OPTIMIZER).optimizer
+    model = load("", "model={rope: {mode: ntk}}", "model.rope.train_side=8", "model.classes=7").model
+    assert (model.hidden, model.classes, model.rope.mode, model.rope.train_side) == (32, 7, "ntk", 8)
+    assert load_slurm(["slurm.account=a", "slurm={partition: b}"]).account == "a"
+
+
+@pytest.mark.parametrize(
+    "key,first,second",
+    [
+        ("optimizer.lr", "optimizer.lr=0.5", "optimizer.lr=0.7"),
+        ("optimizer.lr", "optimizer.lr=0.5", "optimizer={lr: 0.7}"),
+        ("optimizer.lr", "optimizer={eps: 1, lr: 0.7}", "optimizer.lr=0.5"),
+        ("model.rope.mode", "model={rope: {mode: pi}}", "model.rope={mode: ntk}"),
+        ("run", "run=a", "run=a"),
+    ],
+)
+def test_a_key_in_two_overrides_is_refused(load, key, first, second):
+    said = f"{key} is given twice, by '{first}' and by '{second}': keep one of them"
+    with pytest.raises(UserError, match=f"^{re.escape(said)}$"):
+        load(OPTIMIZER, first, "seed=3", second)
+
+
 @pytest.mark.parametrize(
     "key,text,value",
     [
@@ -145,7 +177,7 @@ def test_who_is_to_blame(load, tmp_path):
     with pytest.raises(UserError, match=rf"^{tmp_path}/c.yaml: unknown key modle, did you mean model\?"):
         load("modle: {depth: 3}\n", "seed=3")
     with pytest.raises(UserError, match=rf"^{tmp_path}/c.yaml: optimizer.lr = 'fast': "):
-        load("optimizer: {lr: fast}\n", "optimizer.eps=1")
+        load("optimizer: {lr: fast}\n", "optimizer.eps=1", "optimizer={beta1: 0.5}")
 
 
 def float_keys(section: type = Config, prefix: str = "") -> list[str]:
