@@ -17,11 +17,10 @@ from data_sharding.errors import UserError
 from data_sharding.format.class_names import class_digest
 from data_sharding.format.manifest import FILE, Header, Manifest
 from data_sharding.storage.file_digest import code_digest
-from data_sharding.storage.files import create_once, exists, fs_call, read
-from data_sharding.storage.filesystems import file_system
+from data_sharding.storage.files import create_once, exists, read
 from data_sharding.storage.json_bytes import from_json, to_json
 from data_sharding.storage.records import Count, Shape
-from data_sharding.write.cleanup import remove, remove_unfinished
+from data_sharding.write.cleanup import holds_shards, remove, remove_unfinished
 from data_sharding.write.views import square_side
 
 _PACKAGES = ("numpy", "pillow", "safetensors", "zstandard")  # beside our own code, what decides the bytes of a shard
@@ -99,7 +98,7 @@ def begin(dst: str, options: Options, vae: bool) -> bytes:
     Raises UserError if other tasks have other options, or another version of the program.
     """
     record, data = options_file(dst), to_json(asdict(options))
-    if not exists(record) and not _nothing_is_written(dst) and not _is_begun(dst):
+    if not exists(record) and holds_shards(dst) and not _is_begun(dst):
         raise UserError(f"{dst} holds shards, but no record of what they were written from: remove it (rm -r {dst})")
     there = create_once(record, data)
     remove_unfinished(dst)  # of a writer that was killed
@@ -130,7 +129,7 @@ def _is_as_begun(dst: str, begun: dict[str, Any], options: Options) -> bool:
     written; if nothing is, it may as well start with them."""
     if all(begun.get(name, value) == value for name, value in asdict(options).items()):
         return True
-    if not _nothing_is_written(dst):
+    if holds_shards(dst):
         _refuse(dst, begun, options, f"or remove it (rm -r {dst}), or give another folder")
     return False
 
@@ -167,9 +166,3 @@ def _version(package: str) -> str | None:
 
 def _digest(options: dict[str, Any]) -> str:
     return blake2b(to_json(options | {"holdout": float(options["holdout"])}), digest_size=16).hexdigest()
-
-
-def _nothing_is_written(dst: str) -> bool:
-    """Whether the unfinished dataset holds no shard."""
-    file_system(dst)[0].invalidate_cache()
-    return not any(path.rpartition("/")[2].startswith("shard-") for path in fs_call(dst, "find"))

@@ -10,6 +10,7 @@ from data_sharding.format.codec import SD_VAE, Latent
 from data_sharding.format.codecs import get_codec
 from data_sharding.format.shard import Sample
 from data_sharding.storage.byte_ranges import read_all
+from data_sharding.storage.files import exists
 from data_sharding.storage.filesystems import file_system
 from data_sharding.worker_pool import cores
 from data_sharding.write.begun import Options, is_finished
@@ -78,7 +79,7 @@ def write_dataset(
     started = time.monotonic()
     src, dst = src.rstrip("/"), dst.rstrip("/")
     encoder = get_codec(codec, vae, latent)
-    refuse_inside(src, dst)
+    refuse_destination(src, dst)
     source = open_source(src)
     if source.empty and not allow_empty:
         raise _empty_classes(src, source)
@@ -100,11 +101,13 @@ def _empty_classes(src: str, source: ImageSource) -> UserError:
     )
 
 
-def refuse_inside(src: str, dst: str) -> None:
-    """Raises UserError if ``dst`` lies inside ``src``."""
+def refuse_destination(src: str, dst: str) -> None:
+    """Raises UserError if ``dst`` lies inside ``src``, or is the folder of a run."""
     inner, outer = (file_system(url)[1].rstrip("/") + "/" for url in (dst, src))
     if inner.startswith(outer):
         raise UserError(f"{dst} lies inside the source {src}: choose a folder outside of it")
+    if exists(f"{dst}/run.json"):
+        raise UserError(f"{dst} is the folder of a run (it holds run.json): choose another folder for the dataset")
 
 
 def _writers(codec: str) -> int:

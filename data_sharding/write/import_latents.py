@@ -29,7 +29,7 @@ from data_sharding.write.archives import Archive, unpack
 from data_sharding.write.begun import Options, is_finished
 from data_sharding.write.build import Inputs, build, report
 from data_sharding.write.findings import Findings, Skipped
-from data_sharding.write.images import refuse_inside
+from data_sharding.write.images import refuse_destination
 from data_sharding.write.published_latents import LatentFiles, PublishedLatents, list_latent_files, open_published
 from data_sharding.write.shard_task import Made
 from data_sharding.write.write_report import WriteReport
@@ -126,7 +126,7 @@ def import_dataset(
     """
     started = time.monotonic()
     src, dst = src.rstrip("/"), dst.rstrip("/")
-    refuse_inside(src, dst)
+    refuse_destination(src, dst)
     published = open_published(src, max_tokens)
     names = tuple(map(str, range(classes)))
     sharding = published.max_tokens, images_per_shard, holdout

@@ -162,8 +162,8 @@ def test_a_damaged_record_is_named_with_what_to_do(unfinished):
 
 
 def test_what_a_killed_writer_had_not_finished_is_removed(tmp_path):
-    (tmp_path / "shards").mkdir()
-    unfinished = tmp_path / f"shards/.shard-000000.tar.zst.{'0a' * 8}.tmp"
+    (tmp_path / "holdout").mkdir()
+    unfinished = tmp_path / f"holdout/.shard-000000.tar.zst.{'0a' * 8}.tmp"
     unfinished.write_bytes(b"half")
     begin(str(tmp_path), Options("source", "codec", 16, 2, 0.0, "classes"), vae=False)
     assert not unfinished.exists()

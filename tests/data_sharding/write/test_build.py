@@ -41,7 +41,7 @@ def test_killed_twice_and_started_again_it_writes_the_same_bytes(tmp_path):
         kept = len(list(dst.rglob("shard-*.json")))
         assert workers and not (dst / "manifest.json").exists()
     done_before = {file: file.stat().st_mtime_ns for file in dst.glob("*.tar.zst")}
-    (dst / "shard-000000.tar.zst.0123.tmp").write_bytes(b"what a killed writer leaves")
+    (dst / ".shard-000000.tar.zst.0123456789abcdef.tmp").write_bytes(b"what a killed writer leaves")
     report = write_dataset(src, str(dst), workers=1, **options)
     assert report.encoded <= 48 - 3 * kept + 3
     recorded = sum(file.stat().st_mtime_ns == at for file, at in done_before.items())
