@@ -1,6 +1,7 @@
 """A folder of generated PNGs, filled by any number of processes and continued after a kill; and the .npz that ADM's
 evaluator reads."""
 
+import os
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from data_sharding.storage.failures import as_sentence
 from data_sharding.storage.local_store import LocalStore
 from data_sharding.storage.records import Count, Shape
 from fitv2_scale.config.defaults import with_defaults
-from fitv2_scale.config.model import ModelConfig, parse_size
+from fitv2_scale.config.model import PIXELS_PER_TOKEN, ModelConfig, parse_size
 from fitv2_scale.config.sections import SamplingConfig
 from fitv2_scale.evaluate.sampling.image_grid import decode
 from fitv2_scale.evaluate.sampling.load_weights import Weights
@@ -32,6 +33,7 @@ _RECORD = "request.json"
 # Settings that decide no image; the codec's digest stands for the VAE.
 _NO_SETTINGS = {"every_steps", "sizes", "columns", "vae"}
 _MAX_IMAGES = 256  # of a rank at once; a killed call loses at most these
+_PNG_END = bytes.fromhex("0000000049454e44ae426082")  # the last chunk, IEND, which is the same in every PNG
 
 
 class _Request(Shape):
@@ -67,7 +69,7 @@ def fill_folder(
     kill another call generates the rest, with any number of ranks.
 
     Raises:
-        UserError: ``folder`` holds images of other weights or settings.
+        UserError: ``folder`` holds images of other weights or settings, or that no call has made.
     """
     world, model = weights.world, weights.config.model
     agree(world, {"digest of the codec": codec.digest})
@@ -113,37 +115,67 @@ def write_npz(folder: str, requests: list[ImageRequest], file: str) -> None:
     ``requests``, with one image in memory at a time. For one process.
 
     Raises:
-        UserError: the images are not all of one size.
+        UserError: the images are not all of one size, or a file is not the image that was asked for.
     """
     sizes = {(r.rows, r.columns) for r in requests}
     if len(sizes) != 1:
         raise UserError("an .npz for ADM's evaluator holds images of one size: give one --size")
-    first = _read_png(image_file(folder, requests[0].index))
+    ((rows, columns),) = sizes
+    shape = len(requests), rows * PIXELS_PER_TOKEN, columns * PIXELS_PER_TOKEN, 3
     with (
         as_sentence(file),
         atomic_write(file, durable=False) as npz,
         zipfile.ZipFile(npz, "w", zipfile.ZIP_STORED) as archive,
     ):
         with archive.open("arr_0.npy", "w", force_zip64=True) as out:
-            header = {"descr": "|u1", "fortran_order": False, "shape": (len(requests), *first.shape)}
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(out, header)
             for request in tqdm(requests, desc=file, unit="image", dynamic_ncols=True):
-                out.write(_read_png(image_file(folder, request.index)).tobytes())
+                out.write(_read_png(image_file(folder, request.index), request).tobytes())
         with archive.open("arr_1.npy", "w") as out:
             np.lib.format.write_array(out, np.array([r.label for r in requests], np.int64))
 
 
-def _read_png(file: Path) -> np.ndarray:
+def _read_png(file: Path, request: ImageRequest) -> np.ndarray:
+    """uint8 (H, W, 3). Raises UserError, which names ``file``, if that is not what ``request`` has become."""
     try:
-        return np.asarray(Image.open(file, formats=["PNG"]).convert("RGB"))
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error}): remove it, and the command makes it again") from error
+        with Image.open(file, formats=["PNG"]) as image:
+            _check_size(file, image, request)
+            return np.asarray(image)
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged bytes
+        reason = getattr(error, "strerror", None) or "it is damaged"
+        raise UserError(f"{file} cannot be read ({reason}): remove it, and the command makes it again") from error
+
+
+def _check_size(file: Path, image: Image.Image, request: ImageRequest) -> None:
+    wanted = request.columns * PIXELS_PER_TOKEN, request.rows * PIXELS_PER_TOKEN
+    if (image.size, image.mode) != (wanted, "RGB"):
+        found, due = (f"{height}x{width}" for width, height in (image.size, wanted))
+        raise UserError(
+            f"{file} is {found} in {image.mode}, not {due} in RGB, so it was not made here: move it away, and the "
+            "command makes the image"
+        )
+
+
+def _exists(folder: str, request: ImageRequest) -> bool:
+    """Whether the image is there to its end: a power cut leaves files that are empty or of zeros. Raises UserError if
+    it is a PNG of another size."""
+    file = image_file(folder, request.index)
+    try:
+        with Image.open(file, formats=["PNG"]) as image:
+            _check_size(file, image, request)
+        with open(file, "rb") as opened:
+            opened.seek(-len(_PNG_END), os.SEEK_END)
+            return opened.read() == _PNG_END
+    except (OSError, SyntaxError, ValueError):
+        return False
 
 
 def _missing(
     weights: Weights, requests: list[ImageRequest], sampling: SamplingConfig, seed: int, folder: str, codec: Codec
 ) -> set[int]:
-    """The indices of the images that do not exist yet. Records weights, settings and requests in the folder."""
+    """The indices of the images that do not exist yet. Records weights, settings and requests in the folder, before any
+    image is made: so one that is not in the record is somebody else's."""
     images = {str(r.index): [r.label, r.rows, r.columns] for r in requests}
     record = {
         "weights": weights.name,
@@ -158,18 +190,20 @@ def _missing(
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
-    if there := read_request(folder):
+    before: dict[str, Any] = {}
+    if (there := read_request(folder)) is not None:
         before = there.pop("images")
         both = before.keys() & images.keys()
         changes = differences(_as_now(there, record, weights), record)
         changes += differences({i: before[i] for i in both}, {i: images[i] for i in both})
         if changes:
             raise UserError(f"{folder} holds other images ({'; '.join(changes[:3])}): give another folder")
-        images = before | images
-    elif any(image_file(folder, r.index).exists() for r in requests):
-        raise UserError(f"{folder} holds images, but no {_RECORD} that tells of what weights: give another folder")
-    store.put_json(_RECORD, record | {"images": images})
-    return {r.index for r in requests if not image_file(folder, r.index).exists()}
+    for request in requests:
+        if str(request.index) not in before and (file := image_file(folder, request.index)).exists():
+            told = f"no {_RECORD} there tells of what weights" if there is None else f"{_RECORD} does not list it"
+            raise UserError(f"{file} was not made here, {told}: move it away, or give another folder")
+    store.put_json(_RECORD, record | {"images": before | images})
+    return {r.index for r in requests if not _exists(folder, r)}
 
 
 def _as_now(there: dict[str, Any], record: dict[str, Any], weights: Weights) -> dict[str, Any]:

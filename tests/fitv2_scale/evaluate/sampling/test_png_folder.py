@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from xxhash import xxh3_128_hexdigest
@@ -87,7 +88,7 @@ def test_a_folder_of_an_earlier_version(sampled, two_step_run, tmp_path):
 def test_pictures_that_nobody_recorded_are_not_taken_for_ours(sampled, two_step_run, tmp_path):
     image_file(str(tmp_path / "folder"), 1).parent.mkdir()
     image_file(str(tmp_path / "folder"), 1).write_bytes(b"a picture of somebody else")
-    with pytest.raises(UserError, match="folder holds images, but no request.json"):
+    with pytest.raises(UserError, match="000001.png was not made here, no request.json there tells"):
         sampled(3, two_step_run)
     assert [path.name for path in Path(tmp_path / "folder").iterdir()] == ["000001.png"]
 
@@ -114,3 +115,74 @@ def test_an_npz_that_cannot_be_written_or_has_a_damaged_picture_is_a_sentence(tm
     with pytest.raises(UserError, match="000002.png cannot be read .*remove it, and the command makes it again"):
         write_npz(str(tmp_path), requests, str(tmp_path / "all.npz"))
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"00000{i}.png" for i in range(3)]
+
+
+def test_a_picture_that_the_record_does_not_list_is_refused_by_name(sampled, two_step_run, tmp_path):
+    assert sampled(2, two_step_run) == 2
+    picture = image_file(str(tmp_path / "folder"), 3)
+    Image.new("RGB", (32, 32), "red").save(picture)
+    with pytest.raises(UserError, match=r"000003\.png was not made here, request\.json does not list it: move it away"):
+        sampled(4, two_step_run)
+    assert Image.open(picture).getpixel((0, 0)) == (255, 0, 0)
+    picture.unlink()
+    assert sampled(4, two_step_run) == 2
+
+
+def test_what_a_power_cut_has_damaged_is_made_again(sampled, two_step_run, tmp_path):
+    assert sampled(4, two_step_run) == 4
+    files = [image_file(str(tmp_path / "folder"), i) for i in range(4)]
+    whole = [file.read_bytes() for file in files]
+    files[0].write_bytes(b"")
+    files[1].write_bytes(bytes(len(whole[1])))
+    files[2].write_bytes(whole[2][:-100] + bytes(100))
+    assert sampled(4, two_step_run) == 3
+    assert [file.read_bytes() for file in files] == whole
+
+
+def test_a_picture_of_another_size_is_refused_where_one_of_ours_was(sampled, two_step_run, tmp_path):
+    assert sampled(2, two_step_run) == 2
+    Image.new("RGB", (48, 32)).save(image_file(str(tmp_path / "folder"), 1))
+    with pytest.raises(UserError, match=r"000001\.png is 32x48 in RGB, not 32x32 in RGB, .*move it away"):
+        sampled(2, two_step_run)
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Three plain pictures of 16 x 32, in levels 10, 11 and 12, and the requests for them."""
+    for i in range(3):
+        Image.new("RGB", (32, 16), (10 + i,) * 3).save(image_file(str(tmp_path), i))
+    return random_requests(["16x32"], 3, [7], 0)
+
+
+def test_an_npz_holds_each_picture_in_its_place(three, tmp_path):
+    write_npz(str(tmp_path), three, file := str(tmp_path / "all.npz"))
+    with np.load(file) as found:
+        assert found["arr_0"].shape == (3, 16, 32, 3) and found["arr_1"].tolist() == [7, 7, 7]
+        assert [set(image.ravel().tolist()) for image in found["arr_0"]] == [{10}, {11}, {12}]
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize(
+    "mode,size,sentence",
+    [
+        ("RGB", (16, 32), r"is 32x16 in RGB, not 16x32 in RGB"),
+        ("RGB", (64, 64), r"is 64x64 in RGB, not 16x32 in RGB"),
+        ("RGBA", (32, 16), r"is 16x32 in RGBA, not 16x32 in RGB"),
+        ("L", (32, 16), r"is 16x32 in L, not 16x32 in RGB"),
+    ],
+)
+def test_an_npz_with_a_foreign_picture_is_not_written(three, tmp_path, place, mode, size, sentence):
+    """One of another size would move all later pictures in the array."""
+    Image.new(mode, size).save(image_file(str(tmp_path), place))
+    with pytest.raises(UserError, match=rf"00000{place}\.png {sentence}"):
+        write_npz(str(tmp_path), three, str(tmp_path / "all.npz"))
+    assert not list(tmp_path.glob("*.npz"))
+
+
+@pytest.mark.parametrize("kept", [0, 40])
+def test_an_npz_with_a_damaged_picture_is_not_written(three, tmp_path, kept):
+    damaged = image_file(str(tmp_path), 1)
+    damaged.write_bytes(damaged.read_bytes()[:kept])
+    with pytest.raises(UserError, match=r"000001\.png cannot be read \(it is damaged\): remove it"):
+        write_npz(str(tmp_path), three, str(tmp_path / "all.npz"))
+    assert not list(tmp_path.glob("*.npz"))
