@@ -12,7 +12,7 @@ from fitv2_scale.config.sections import DataConfig
 from fitv2_scale.run.class_list import DataIdentity
 from fitv2_scale.run.fork import Fork
 from fitv2_scale.run.paths import absolute_paths
-from fitv2_scale.run.reference import split_reference
+from fitv2_scale.run.reference import find_reference
 from fitv2_scale.run.run import Run
 from fitv2_scale.run.weights_source import WeightsSource
 
@@ -42,7 +42,7 @@ def check_start(config: Config, plan: Plan, fork: Fork | None) -> None:
         return
     if fork:
         _check_classes(fork.run, f"{fork.run.url}@{fork.step}", plan.manifests[0])
-    url, step = split_reference(config.init_from)
+    url, step = find_reference(config.init_from)
     if step is not None:
         _check_classes(Run.open(url), config.init_from, plan.manifests[0])
 

@@ -31,6 +31,7 @@ from fitv2_scale.run.create import IDENTITY, create_identity, refuse_foreign_fol
 from fitv2_scale.run.differences import differences, recipe_hash
 from fitv2_scale.run.log import LogEntry, RunLog, newest_attempt, now
 from fitv2_scale.run.redact import redact
+from fitv2_scale.run.reference import refuse_name
 from fitv2_scale.run.shapes import End, Identity, Pace, Start
 
 # How an attempt ends: exit codes of `fitv2 train`, and codes in end.json. README.md says how launchers react to each.
@@ -90,7 +91,7 @@ class Run:
 
         Raises:
             UserError: that one has another recipe, other data, other classes or another parent; shows each difference.
-                Or there is a local folder that holds something else.
+                Or a new run's name ends with @STEP, or its local folder holds something else.
             DataError: its recipe was edited.
         """
         store = open_store(url)
@@ -105,6 +106,7 @@ class Run:
             "parent": redact(parent),
         } | ({"classes": data.classes} if data else {})
         if not store.exists(IDENTITY):
+            refuse_name(store)
             refuse_foreign_folder(store)
             with suppress(FileExistsError):  # another process was first: its identity is checked below
                 create_identity(store, new)

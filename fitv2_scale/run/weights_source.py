@@ -22,7 +22,7 @@ class WeightsSource:
 
     @classmethod
     def parse(cls, text: str) -> "WeightsSource":
-        """Raises UserError unless it is one of both; whether it exists is not looked at."""
+        """Raises UserError unless it is one of both; whether the commit or file exists is not looked at."""
         if is_weights(text):
             return cls(text, None)
         wanted = f"RUN@STEP, as in runs/first@1000, or a weights file ({', '.join(SUFFIXES)})"

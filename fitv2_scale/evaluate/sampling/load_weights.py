@@ -20,7 +20,7 @@ from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.rank_facts import config_facts
 from fitv2_scale.parallel.world import World
-from fitv2_scale.run.reference import split_reference
+from fitv2_scale.run.reference import find_reference
 from fitv2_scale.run.run import Run
 from fitv2_scale.run.weights_source import WeightsSource, is_weights
 
@@ -131,7 +131,7 @@ def _read(
         return (config, None, None), config_facts(config) | _data_facts(config)
     if config_file is not None:
         raise UserError(f"{source} is a run, which has its own config: leave out --config")
-    url, step = split_reference(source)
+    url, step = find_reference(source)
     run = Run.open(url)
     tree = run.config | {"layout": run.config["layout"] | _LAYOUT}
     config = parse_config(tree, f"{run.url}/run.json", overrides)

@@ -32,7 +32,7 @@ from fitv2_scale.planning.scaling.laws import RunLaw, SurfaceLaw
 from fitv2_scale.planning.scaling.meaning import Origin, meaning_of, unlike
 from fitv2_scale.planning.scaling.read_curves import Curve
 from fitv2_scale.run.log import now
-from fitv2_scale.run.reference import parse_reference
+from fitv2_scale.run.reference import split_reference
 
 PREDICTIONS = "predictions.jsonl"
 _OF_A_CONFIG = ("flow.t_sampler", "flow.label_dropout", "data.views")  # parts of a meaning that a config decides
@@ -69,9 +69,9 @@ class PredictionRequest:
     @classmethod
     def parse(cls, text: str) -> "PredictionRequest":
         """Raises UserError. The config is a file, or the name of one in configs/."""
-        name, step = parse_reference(text, "--predict", wanted := "CONFIG@STEP, as in fitv2_3b2@2000000")
-        if step < 1:
-            raise UserError(f"--predict '{text}': give {wanted}")
+        name, step = split_reference(text)
+        if not step:
+            raise UserError(f"--predict '{text}': give CONFIG@STEP, as in fitv2_3b2@2000000")
         path = name if Path(name).exists() else f"configs/{name}.yaml"
         return cls(f"{Path(name).stem}@{step}", load_config(path), step)
 

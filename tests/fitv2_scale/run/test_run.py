@@ -49,6 +49,15 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     make(tmp_path / "empty")
 
 
+def test_a_new_name_that_reads_as_a_step_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"/a@4 would be read as step 4 of the run .*/a: give the new run another name"):
+        make(tmp_path / "a@4")
+    assert not (tmp_path / "a@4").exists()
+    earlier = make(tmp_path / "b")  # one of an earlier version continues
+    (tmp_path / "b").rename(tmp_path / "b@4")
+    assert make(tmp_path / "b@4").id == earlier.id
+
+
 def test_another_recipe_is_refused_with_every_difference(tmp_path):
     make(tmp_path)
     recipe = {"model": {"depth": 4, "dim": 128}, "optim": {}, "data": {"urls": ["a"]}, "seed": 1}
