@@ -16,6 +16,11 @@ from data_sharding.storage.failures import failure
 _MOST_LINKS = 40  # from link to link, as Linux allows
 
 
+def is_tar_name(name: str) -> bool:
+    """Whether a file of this name is taken for an uncompressed tar."""
+    return name.lower().endswith(".tar")
+
+
 class Member(NamedTuple):
     """A file in a tar."""
 

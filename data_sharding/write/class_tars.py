@@ -1,12 +1,12 @@
 """Class tars, as ImageNet is distributed: a tar for each class, in a folder or in a tar. Nothing is unpacked."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from data_sharding.errors import UserError
 from data_sharding.storage.byte_ranges import ByteRange
-from data_sharding.storage.tar_members import Member, first_names, list_tar
+from data_sharding.storage.tar_members import Member, first_names, is_tar_name, list_tar
 from data_sharding.write.entries import (
     ImageSource,
     image_source,
@@ -19,7 +19,8 @@ from data_sharding.write.findings import Findings, in_system_folder, is_utf8, su
 from data_sharding.write.image_file import is_image_name
 from data_sharding.write.webdataset import list_webdataset
 
-COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
+_ARCHIVES = (".tar", *_COMPRESSED, ".zip", ".7z", ".rar")
 _LISTERS = 16  # tars listed in parallel: the time is spent waiting for the storage
 
 
@@ -30,7 +31,7 @@ def open_tars(urls: list[str]) -> ImageSource:
         UserError: a tar is missing or damaged, or the tars are of another kind.
     """
     first = [name.lower() for name in first_names(urls[0], 100)]
-    if any(name.endswith((".tar", *COMPRESSED)) for name in first):
+    if any(name.endswith((".tar", *_COMPRESSED)) for name in first):
         if len(urls) > 1:
             raise UserError(f"{urls[0]} is a tar of tars, and there are other tars: give this one alone")
         return _tar_of_tars(urls[0])
@@ -41,11 +42,17 @@ def open_tars(urls: list[str]) -> ImageSource:
     return _class_tars([(_stem(url), url, 0) for url in urls], urls[0], Findings())
 
 
+def is_archive_name(name: str) -> bool:
+    """Whether a file of this name is taken for an archive, of which only tars can be read in place."""
+    return name.lower().endswith(_ARCHIVES)
+
+
 def refuse_compressed(src: str, names: list[str]) -> None:
-    """Raises UserError if some of the tars in ``src`` are compressed: their classes would be missing."""
-    if found := [name for name in names if name.lower().endswith(COMPRESSED)]:
+    """Raises UserError if there are compressed archives beside the tars in ``src``: their classes would be missing."""
+    if found := [name for name in names if is_archive_name(name) and not is_tar_name(name)]:
         raise UserError(
-            f"{src} holds compressed tars among others ({listed(found)}): decompress them first, or move them away"
+            f"{src} holds compressed archives beside tars ({listed(found)}): make plain tars of them first, or move "
+            "them away"
         )
 
 
@@ -55,14 +62,14 @@ def _tar_of_tars(url: str) -> ImageSource:
 
     def unusable(name: str, reason: str) -> None:
         findings.file(name)
-        if name.lower().endswith(".tar"):
+        if is_tar_name(name):
             raise UserError(f"{url}: {name} cannot be read ({reason}), and its class would be missing")
         findings.unusable(name, reason)
 
     members = list(list_tar(url, unusable=unusable))
     refuse_compressed(url, [member.name for member in members])
     for member in members:
-        if member.name.endswith(".tar"):
+        if is_tar_name(member.name):
             inner.append((_stem(member.name), member.data.url, member.data.start or 0))
         else:
             findings.file(member.name)
@@ -92,7 +99,25 @@ def _class_tars(tars: list[tuple[str, str, int]], src: str, findings: Findings) 
         raise no_images(f"{src} holds", findings)
     nested = all("/" in key.partition("/")[2] for key in images)
     refuse_splits(src, set(names) - empty, nested, "unpack one part and give its folder")
+    _refuse_class_folders(src, images)
     return image_source(names, images, findings, empty)
+
+
+def _refuse_class_folders(src: str, keys: Iterable[str]) -> None:
+    """Raises UserError if the folders in the tars are the classes, not the tars: if one that has no image outside of
+    them holds several, or several hold the same one among others. A folder that is named as its tar is no class."""
+    folders: dict[str, set[str]] = {}
+    for key in keys:
+        tar, *inner = key.split("/")[:-1]
+        folders.setdefault(tar, set()).add("" if tar in inner else "/".join(inner))
+    nested = {tar: found for tar, found in folders.items() if "" not in found}
+    times = Counter(folder for found in nested.values() for folder in found)
+    if any(len(found) > 1 for found in nested.values()) or (len(times) > 1 and max(times.values()) > 1):
+        tar = max(nested, key=lambda tar: len(nested[tar]))
+        raise UserError(
+            f"{src}: {tar}.tar holds folders of images ({listed(sorted(nested[tar]))}): unpack it and give the folder; "
+            "of several tars, unpack all into one folder"
+        )
 
 
 def _members(tar: tuple[str, str, int]) -> tuple[list[Member], Findings]:
@@ -121,7 +146,8 @@ def _members(tar: tuple[str, str, int]) -> tuple[list[Member], Findings]:
 
 
 def _stem(name: str) -> str:
-    return name.rpartition("/")[2].removesuffix(".tar")
+    name = name.rpartition("/")[2]
+    return name[: -len(".tar")] if is_tar_name(name) else name
 
 
 def _in_parallel(work: Callable, items: list) -> Iterator:

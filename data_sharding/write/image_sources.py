@@ -23,7 +23,8 @@ import os
 from data_sharding.errors import UserError
 from data_sharding.storage.files import fs_call
 from data_sharding.storage.filesystems import file_system, is_local
-from data_sharding.write.class_tars import open_tars, refuse_compressed
+from data_sharding.storage.tar_members import is_tar_name
+from data_sharding.write.class_tars import is_archive_name, open_tars, refuse_compressed
 from data_sharding.write.entries import (
     ImageSource,
     image_source,
@@ -46,11 +47,18 @@ def open_source(src: str) -> ImageSource:
     """
     if "{" in src and not _exists(src):
         return open_tars(webdataset_library().expand_urls(src))
-    if src.endswith(".tar") and _is_file(src):
+    if is_tar_name(src) and _is_file(src):
         return open_tars([src])
     top = list_top(src)
-    tars = sorted(name for name in top.files if name.endswith(".tar"))
-    return _folder_of_tars(src, tars, top) if tars and not top.folders else open_folder(src)
+    tars = sorted(name for name in top.files if is_tar_name(name))
+    if tars and not top.folders:
+        return _folder_of_tars(src, tars, top)
+    if archives := sorted(name for name in top.files if is_archive_name(name)):
+        raise UserError(
+            f"{src} holds archives ({listed(archives)}), each of which may be a class that would be missing: unpack "
+            "each into a folder, or move it away"
+        )
+    return open_folder(src)
 
 
 def open_folder(src: str) -> ImageSource:

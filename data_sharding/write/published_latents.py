@@ -17,14 +17,14 @@ from data_sharding.errors import UserError
 from data_sharding.storage.byte_ranges import ByteRange
 from data_sharding.storage.files import fs_call
 from data_sharding.storage.filesystems import file_system
-from data_sharding.storage.tar_members import list_tar
+from data_sharding.storage.tar_members import is_tar_name, list_tar
 from data_sharding.write.entries import refuse_collisions, sample_id
 from data_sharding.write.findings import Findings, is_utf8, printable, suffix_of
 from data_sharding.write.source_files import Top, list_folder, list_top
 
 _NAME = re.compile(
     r"(from_16_to|greater_than)_(\d+)(_resize|_crop)?"
-    r"(\.tar\.gz|\.tgz|\.tar)?(?:[._-](?:part[._-]?)?([a-z]{2,3}|\d+))?"
+    r"(?i:(\.tar\.gz|\.tgz|\.tar))?(?:[._-](?:part[._-]?)?([a-z]{2,3}|\d+))?"
 )
 
 _SUFFIX = ".safetensors"
@@ -51,7 +51,7 @@ class LatentGroup:
     @property
     def is_tar(self) -> bool:
         """Whether it is a tar that can be read in place."""
-        return len(self.files) == 1 and self.files[0][0].endswith(".tar")
+        return len(self.files) == 1 and is_tar_name(self.files[0][0])
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from data_sharding.format.manifest import FILE, Manifest, read_header
 from data_sharding.storage.byte_ranges import ByteRange
 from data_sharding.storage.file_digest import file_digest
 from data_sharding.storage.files import exists
+from data_sharding.storage.tar_members import is_tar_name
 from data_sharding.stream.frames import read_frame
 from data_sharding.write.entries import no_images
 from data_sharding.write.findings import Findings
@@ -98,7 +99,7 @@ def image_set_digest(url: str, most: int, vae: str = "") -> str:
 
 def _list_files(url: str) -> tuple[list[tuple[str, ByteRange]], Findings]:
     """The files of images at ``url`` by name, and what is left out."""
-    if url.endswith(".tar") or "{" in url or _is_folder_of_tars(url):
+    if is_tar_name(url) or "{" in url or _is_folder_of_tars(url):
         source = open_source(url)
         found, findings = [(entry.key, entry.data) for entry in source.entries], source.findings
     else:
@@ -112,7 +113,7 @@ def _list_files(url: str) -> tuple[list[tuple[str, ByteRange]], Findings]:
 
 def _is_folder_of_tars(url: str) -> bool:
     top = list_top(url)
-    return not top.folders and any(name.endswith(".tar") for name in top.files)
+    return not top.folders and any(is_tar_name(name) for name in top.files)
 
 
 def _read_files(images: ImageSet, chosen: list[tuple[str, ByteRange]]) -> Iterator[np.ndarray]:

@@ -80,8 +80,10 @@ def test_what_would_lose_or_mislabel_a_class_is_refused(tmp_path):
 
     tar(tmp_path / "zipped/ant.tar", ("1.jpg", JPEG))
     (tmp_path / "zipped/bee.tar.gz").write_bytes(b"")
-    refused(tmp_path / "zipped", r"holds compressed tars among others \(bee.tar.gz\): decompress them first")
-    refused(tar(tmp_path / "inner.tar", ("a.tar", b""), ("b.tgz", b"")), r"compressed tars among others \(b.tgz\)")
+    refused(tmp_path / "zipped", r"holds compressed archives beside tars \(bee.tar.gz\): make plain tars of")
+    (tmp_path / "zipped/bee.tar.gz").rename(tmp_path / "zipped/bee.ZIP")
+    refused(tmp_path / "zipped", r"holds compressed archives beside tars \(bee.ZIP\)")
+    refused(tar(tmp_path / "inner.tar", ("a.tar", b""), ("b.tgz", b"")), r"compressed archives beside tars \(b.tgz\)")
     tar(tmp_path / "linked/ant.tar", ("1.jpg", JPEG))
     (tmp_path / "linked/bee.tar").symlink_to("/mnt/nowhere.tar")
     refused(tmp_path / "linked", "bee.tar cannot be read: it is a link to nothing; correct it")
@@ -102,3 +104,42 @@ def test_what_would_lose_or_mislabel_a_class_is_refused(tmp_path):
     images = [(f"{i}.jpg", JPEG) for i in range(101)]
     tar(tmp_path / "late/x.tar", *images, *((f"{i}.cls", b"0") for i in range(101)))
     refused(tmp_path / "late", r"holds labels \(.cls\), but not beside its images: write the tar again")
+
+
+def test_a_tar_is_a_tar_in_upper_case_too(tmp_path):
+    tar(tmp_path / "c/ant.tar", ("1.jpg", JPEG))
+    tar(tmp_path / "c/bee.TAR", ("1.jpg", OTHER))
+    tar(tmp_path / "c/cow.Tar", ("1.jpg", JPEG))
+    expected = {"ant/1.jpg": (0, JPEG), "bee/1.jpg": (1, OTHER), "cow/1.jpg": (2, JPEG)}
+    assert found(tmp_path / "c") == expected
+    inner = [(file.name, file.read_bytes()) for file in (tmp_path / "c").iterdir()]
+    assert found(tar(tmp_path / "ALL.TAR", *inner)) == expected
+    tar(tmp_path / "c/ant.TAR", ("2.jpg", JPEG))
+    with pytest.raises(UserError, match="several tars of the class ant"):
+        found(tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("tars", "named"),
+    [
+        ({"images_0": ["cat/0.jpg", "dog/0.jpg"], "images_1": ["cat/1.jpg", "dog/1.jpg"]}, "images_0.tar .*cat, dog"),
+        ({"images_0": ["cat/0.jpg"], "images_1": ["data/cow/1.jpg", "data/dog/1.jpg"]}, "images_1.tar .*data/cow"),
+        ({"images_0": ["cat/0.jpg"], "images_1": ["cat/1.jpg"], "images_2": ["dog/0.jpg"]}, "images_0.tar .*cat"),
+    ],
+)
+def test_tars_that_hold_the_class_folders_are_no_classes(tmp_path, tars, named):
+    for name, members in tars.items():
+        tar(tmp_path / f"c/{name}.tar", *((member, JPEG) for member in members))
+    with pytest.raises(UserError, match=rf"{named}.*\): unpack it and give the folder"):
+        found(tmp_path / "c")
+
+
+def test_folders_in_class_tars_are_allowed(tmp_path):
+    """The folder that was packed, folders in it, and a folder that all classes have."""
+    tar(tmp_path / "own/cat.tar", ("cat/1.jpg", JPEG), ("cat/more/2.jpg", JPEG))
+    tar(tmp_path / "own/dog.tar", ("./data/dog/1.jpg", OTHER))
+    assert [label for label, _ in found(tmp_path / "own").values()] == [0, 0, 1]
+    tar(tmp_path / "same/cat.tar", ("images/1.jpg", JPEG))
+    tar(tmp_path / "same/dog.tar", ("images/1.jpg", OTHER))
+    tar(tmp_path / "same/elk.tar", ("1.jpg", OTHER), ("young/2.jpg", OTHER))
+    assert [label for label, _ in found(tmp_path / "same").values()] == [0, 1, 2, 2]

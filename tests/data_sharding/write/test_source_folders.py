@@ -227,6 +227,14 @@ def test_links_that_would_lose_or_double_a_class_are_refused(tmp_path):
         open_folder(str(src))
 
 
+@pytest.mark.parametrize("name", ["cow.tar", "cow.TAR", "cow.tar.gz", "cow.zip"])
+def test_an_archive_beside_class_folders_may_be_a_class(tmp_path, name):
+    src = put(tmp_path / "src", "ant/1.jpg", "bee/2.jpg", name)
+    with pytest.raises(UserError, match=rf"holds archives \({name}\), each of which may be a class .*: unpack each"):
+        write(src, tmp_path / "set")
+    assert not (tmp_path / "set").exists()
+
+
 def test_a_source_that_is_no_folder_is_refused_with_the_reason(tmp_path):
     put(tmp_path, "photos.zip", "a::b/ant/1.jpg", "{x}/ant/1.jpg")
     (tmp_path / "link").symlink_to("/mnt/nowhere")

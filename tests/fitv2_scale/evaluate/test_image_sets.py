@@ -72,7 +72,7 @@ def test_features_are_those_of_the_readable_images(tmp_path, monkeypatch, capsys
 
 
 def test_tars_and_odd_folders(tmp_path):
-    with tarfile.open(tmp_path / "ant.tar", "w") as tar:
+    with tarfile.open(tmp_path / "ant.TAR", "w") as tar:
         for name in ("1.png", "2.png"):
             (tmp_path / name).write_bytes(file_of(noise(32, 32), "PNG"))
             tar.add(tmp_path / name, name)
