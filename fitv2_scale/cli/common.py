@@ -3,7 +3,7 @@
 import argparse
 import json
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,16 @@ def new_file(suffix: str) -> Callable[[str], str]:
 def sampling_changes(args: argparse.Namespace) -> dict[str, Any]:
     """What flags like --cfg change in the config's section ``sampling``."""
     return {name: getattr(args, name) for name in _SAMPLING_FLAGS if getattr(args, name) is not None}
+
+
+def refuse_unused(args: argparse.Namespace, unused: Collection[str], sentence: str) -> None:
+    """Raises UserError with ``sentence``, which has {} for the options, if any of ``unused`` was given: an option
+    without an effect would be taken for one. Their defaults must be None, False or empty."""
+    values = {name: getattr(args, name) for name in unused}
+    given = [name for name, value in values.items() if value is not None and value is not False and value != []]
+    if given:
+        words = [" ".join(args.overrides) if name == "overrides" else f"--{name.replace('_', '-')}" for name in given]
+        raise UserError(sentence.format(", ".join(words)))
 
 
 def class_numbers(text: str, classes: int) -> list[int]:

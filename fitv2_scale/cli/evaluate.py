@@ -4,13 +4,37 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from data_sharding.errors import UserError
-from fitv2_scale.cli.common import before_joining, class_numbers, make, new_file, sampling_changes, show, whole
+from fitv2_scale.cli.common import (
+    before_joining,
+    class_numbers,
+    make,
+    new_file,
+    refuse_unused,
+    sampling_changes,
+    show,
+    whole,
+)
 
 if TYPE_CHECKING:  # torch is imported when there is something to do
     from fitv2_scale.evaluate.evaluate import Evaluation, EvaluationOptions
     from fitv2_scale.evaluate.generated_features import Cell
     from fitv2_scale.evaluate.sampling.load_weights import Weights
     from fitv2_scale.parallel.agreement import Facts
+
+# What is not used if WHAT is weights, or images, and the sentence that refuses it.
+_UNUSED = {
+    "weights": (
+        ("save_statistics",),
+        "{} needs images: make some with `fitv2 sample … --images N --folder DIR`",
+    ),
+    "images": (
+        (
+            *("overrides", "config", "out", "keep_features", "suite", "images", "nfe", "classes", "seed"),
+            *("cfg", "guided_channels", "solver", "steps", "rope", "attention_scale"),
+        ),
+        "images that exist already are measured as they are: leave out {}",
+    ),
+}
 
 
 def add(commands: Any) -> None:
@@ -48,7 +72,7 @@ def add(commands: Any) -> None:
     evaluate.add_argument("--cfg", type=float, help="guidance scale; this and the next five as in `fitv2 sample`")
     for name in ("guided-channels", "solver", "steps", "rope", "attention-scale"):
         evaluate.add_argument(f"--{name}", type=int if name == "steps" else str)
-    evaluate.add_argument("--seed", type=whole(0), default=0, help="seed of classes and noise (default 0)")
+    evaluate.add_argument("--seed", type=whole(0), help="seed of classes and noise (default 0)")
     evaluate.add_argument("--config", metavar="FILE", help="the config of a weights file")
     evaluate.add_argument("--vae", default="", metavar="FOLDER", help="VAE that decodes a dataset of sd-vae latents")
     evaluate.add_argument("--out", metavar="FOLDER", help="folder for the results (default: the run)")
@@ -68,11 +92,12 @@ def evaluate_source(args: argparse.Namespace) -> int:
         keep_features=args.keep_features,
     )
     with before_joining():
-        of_weights = is_network(args.source)
-        if of_weights and args.save_statistics:
-            raise UserError("--save-statistics needs images: make some with `fitv2 sample … --images N --folder DIR`")
-        facts = {"WHAT": "weights" if of_weights else "images"} | command_facts(args) | software_facts()
-    if not of_weights:
+        kind = "weights" if is_network(args.source) else "images"
+        refuse_unused(args, *_UNUSED[kind])
+        if args.nfe is not None:
+            refuse_unused(args, ("steps",), "--nfe gives the numbers of steps: leave out {}")
+        facts = {"WHAT": kind} | command_facts(args) | software_facts()
+    if kind == "images":
         return _measure_images(args, options, facts)
     done = evaluate_weights(
         args.source,
@@ -136,7 +161,7 @@ def _cells(args: argparse.Namespace, weights: "Weights") -> "list[Cell]":
             sampling = with_changes(weights.config.sampling, cell | sampling_changes(args) | few)
             rope = rope_for_size(sampling, weights.config.model, rows, columns)  # what "auto" means for it
             sampling = with_changes(sampling, {"rope": rope.mode, "attention_scale": rope.attention_scale})
-            cells.append(Cell(size, sampling, images, args.seed, tuple(labels)))
+            cells.append(Cell(size, sampling, images, args.seed or 0, tuple(labels)))
     return cells
 
 

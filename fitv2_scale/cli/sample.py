@@ -6,12 +6,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_sharding.errors import UserError
-from fitv2_scale.cli.common import class_numbers, make, new_file, sampling_changes, show, whole
+from fitv2_scale.cli.common import class_numbers, make, new_file, refuse_unused, sampling_changes, show, whole
 
 if TYPE_CHECKING:  # torch is imported when there is something to do
     from fitv2_scale.config.sections import SamplingConfig
     from fitv2_scale.evaluate.sampling.load_weights import Weights
     from fitv2_scale.parallel.agreement import Facts
+
+_GRID, _COLUMNS = "samples.png", 8
+# What each kind of call does not use, and the sentence that refuses it.
+_UNUSED = {
+    "single images": (("compare", "out", "columns"), "--images makes single images, no grid: leave out {}"),
+    "comparison": (("folder", "npz"), "--compare makes one grid: leave out {}"),
+    "grid": (("folder", "npz"), "without --images one grid is made: give their number as --images N, or leave out {}"),
+}
 
 
 def add(commands: Any) -> None:
@@ -21,9 +29,7 @@ def add(commands: Any) -> None:
     sample.add_argument("--config", metavar="FILE", help="the config of a weights file")
     sample.add_argument("--size", action="append", metavar="HxW", help="in pixels, multiples of 16; may be repeated")
     sample.add_argument("--classes", metavar="A,B,…", help="class numbers (default: spread evenly over all)")
-    sample.add_argument(
-        "--columns", type=whole(1), default=8, help="number of classes, if --classes is not given (default 8)"
-    )
+    sample.add_argument("--columns", type=whole(1), help="number of classes, if --classes is not given (default 8)")
     sample.add_argument("--cfg", type=float, help="guidance scale; 1: none (default: the config's sampling.cfg, 1.5)")
     sample.add_argument(
         "--guided-channels",
@@ -44,9 +50,8 @@ def add(commands: Any) -> None:
     sample.add_argument(
         "--out",
         type=new_file(".png"),
-        default="samples.png",
         metavar="FILE.png",
-        help="the grid: one row per size, one column per class",
+        help="the grid: one row per size, one column per class (default samples.png)",
     )
     sample.add_argument("--compare", action="store_true", help="compare all RoPE modes at one --size, in --out")
     sample.add_argument(
@@ -84,11 +89,9 @@ def _request(args: argparse.Namespace) -> "tuple[tuple[Callable, list[str]], Fac
     sizes = args.size or ["256x256"]
     if args.compare and len(sizes) > 1:
         raise UserError("--compare shows one size: give one --size")
-    if args.npz and args.images is None:
-        raise UserError("--npz needs the number of images as --images N")
-    if args.compare and args.images is not None:
-        raise UserError("--compare makes a grid and --images makes single images: give one of the two")
-    sample_as = _compare if args.compare else _single_images if args.images is not None else _grid
+    kind = "single images" if args.images is not None else "comparison" if args.compare else "grid"
+    refuse_unused(args, *_UNUSED[kind])
+    sample_as = {"single images": _single_images, "comparison": _compare, "grid": _grid}[kind]
     return (sample_as, sizes), command_facts(args) | software_facts()
 
 
@@ -96,6 +99,7 @@ def _grid(args: argparse.Namespace, weights: "Weights", sampling: "SamplingConfi
     from fitv2_scale.evaluate.sampling.image_grid import decode, grid_png, grid_requests
     from fitv2_scale.evaluate.sampling.sampler import sample
 
+    file = args.out or _GRID
     codec, requests = weights.shared_codec(), grid_requests(sizes, _labels(args, weights))
     made = sample(
         weights.engine.network,
@@ -108,9 +112,9 @@ def _grid(args: argparse.Namespace, weights: "Weights", sampling: "SamplingConfi
     )
     if weights.world.is_first:
         png = grid_png([decode(made[r].tokens, codec) for r in requests], rows=len(sizes))
-        _write(args.out, png)
+        _write(file, png)
     nfe = sum(one.nfe for one in made.values()) / len(made)
-    return {"file": args.out, "nfe": nfe}, f"{args.out}: images from the EMA weights of {weights.name}, NFE {nfe:g}"
+    return {"file": file, "nfe": nfe}, f"{file}: images from the EMA weights of {weights.name}, NFE {nfe:g}"
 
 
 def _single_images(args: argparse.Namespace, weights: "Weights", sampling: "SamplingConfig", sizes: list[str]) -> tuple:
@@ -132,17 +136,18 @@ def _single_images(args: argparse.Namespace, weights: "Weights", sampling: "Samp
 def _compare(args: argparse.Namespace, weights: "Weights", sampling: "SamplingConfig", sizes: list[str]) -> tuple:
     from fitv2_scale.evaluate.sampling.rope_comparison import compare, plot, to_text
 
+    file = args.out or _GRID
     found = compare(weights, sampling, sizes[0], _labels(args, weights), args.seed)
     if weights.world.is_first:
-        _write(args.out, plot(found, sizes[0]))
-    return {"file": args.out, "ways": [way.report() for way in found]}, f"{to_text(found)}\n{args.out}"
+        _write(file, plot(found, sizes[0]))
+    return {"file": file, "ways": [way.report() for way in found]}, f"{to_text(found)}\n{file}"
 
 
 def _labels(args: argparse.Namespace, weights: "Weights") -> list[int]:
     from fitv2_scale.evaluate.sampling.image_grid import evenly_spaced_labels
 
     if args.classes is None:
-        return evenly_spaced_labels(args.columns, weights.classes)
+        return evenly_spaced_labels(args.columns or _COLUMNS, weights.classes)
     return class_numbers(args.classes, weights.config.model.classes)
 
 

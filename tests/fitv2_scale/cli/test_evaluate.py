@@ -99,17 +99,21 @@ def test_the_command_with_a_suite_and_with_few_steps(two_step_run, feature_netwo
         (["FEW", "REFERENCE"], "9 images are too few for a covariance of 12 pool features: give at least 13"),
         (["/no/such/pictures", "NETWORK", "REFERENCE", "--size", "32x48"], "there is nothing at /no/such/pictures"),
         (["SMALL", "NETWORK", "REFERENCE"], "arr_0 is missing, not uint8"),
+        (["BATCH", "NETWORK", "REFERENCE", "--size", "32x32"], "images of 32x48, .*not resized: leave out --size"),
+        (["RUN", "NETWORK", "REFERENCE", "--save-statistics", "s.npz"], "--save-statistics needs images: make some"),
+        (["RUN", "NETWORK", "REFERENCE", "--nfe", "5", "--steps", "5"], "--nfe gives the numbers of steps: leave out"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_sentence(
     words, sentence, two_step_run, feature_network, reference, photographs, tmp_path, capfd
 ):
     pool = np.random.default_rng(0).normal(size=(40, POOL)).astype(np.float32)
-    files = {name: str(tmp_path / f"{name}.npz") for name in ("SMALL", "OTHER", "NAN", "FEW")}
+    files = {name: str(tmp_path / f"{name}.npz") for name in ("SMALL", "OTHER", "NAN", "FEW", "BATCH")}
     np.savez(files["SMALL"], mu=np.zeros(5), sigma=np.eye(5))
     np.savez(files["OTHER"], mu=np.zeros(POOL), sigma=np.eye(POOL), network=np.array("00" * 32))
     np.savez(files["NAN"], pool=np.where(np.arange(40)[:, None] == 3, np.nan, pool))
     np.savez(files["FEW"], pool=pool[:9])
+    np.savez(files["BATCH"], arr_0=np.zeros((20, 32, 48, 3), np.uint8))
     single = files | {
         "RUN": two_step_run,
         "RUN@7": f"{two_step_run}@7",
@@ -124,6 +128,20 @@ def test_bad_input_is_one_sentence(
     assert len(lines) == 1
     assert re.search(sentence, lines[0]), lines[0]
     assert sorted(Path(two_step_run).rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["--images", "9"], ["--out", "o"], ["--suite", "hr"], ["--nfe", "5"], ["--classes", "1"], ["--cfg", "1"]),
+        *(["--config", "c.yaml"], ["--seed", "0"], ["--keep-features"], ["--guided-channels", "all"]),
+        *(["--solver", "heun"], ["--steps", "3"], ["--rope", "ntk"], ["--attention-scale", "none"], ["model.depth=2"]),
+    ],
+)
+def test_what_only_makes_images_is_refused_for_images_that_exist(words, photographs, reference, capfd):
+    assert main(["evaluate", photographs, "--reference", reference, "--size", "32x48", *words]) == 2
+    sentence = f"images that exist already are measured as they are: leave out {words[0]}"
+    assert capfd.readouterr().err == f"fitv2: {sentence}\n"
 
 
 def test_figures_of_a_part_of_the_images_end_with_2(photographs, feature_network, reference, tmp_path, capfd):
