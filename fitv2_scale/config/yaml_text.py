@@ -51,13 +51,6 @@ def parse_mapping(text: str, where: str, section: type[BaseModel]) -> dict[str, 
     return value
 
 
-def parse_plain(text: str, where: str) -> Any:
-    """A YAML document of no section, with the types that YAML guesses. Raises UserError: not YAML, or a key that is
-    given twice."""
-    _Document(where).parse(text, Any)
-    return yaml.safe_load(text)
-
-
 def parse_value(text: str, annotation: Any, where: str) -> Any:
     """What ``key=text`` sets a key of type ``annotation`` to. Lists, sections and what is in quotes are YAML."""
     kinds = _kinds(annotation)

@@ -13,11 +13,11 @@ published:                                             # FID, sFID, IS, precisio
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data_sharding.errors import UserError
-from fitv2_scale.config.yaml_text import parse_plain, read_text
+from fitv2_scale.config.sections import SamplingConfig
+from fitv2_scale.config.yaml_text import parse_mapping, read_text
 from fitv2_scale.evaluate.results import METRICS
 
 _FOLDER = Path(__file__).with_name("published")
@@ -48,6 +48,20 @@ class Suite(BaseModel):
         return list(dict.fromkeys(cell["size"] for cell in self.cells))
 
 
+class _FileCell(SamplingConfig):
+    size: str
+
+
+class _File(BaseModel):
+    """The types of the keys in a file; the metrics below ``published`` are under keys of their own, the sizes."""
+
+    title: str
+    images: int
+    sampling: SamplingConfig
+    cells: list[_FileCell]
+    published: list[Published]
+
+
 def load_suite(name: str) -> Suite:
     """The suite in a file, given by its path or by its name in published/. Raises UserError."""
     if not name.endswith((".yaml", ".yml")):
@@ -56,7 +70,7 @@ def load_suite(name: str) -> Suite:
             raise UserError(f"there is no suite {name}: give the path of a .yaml file, or one of {', '.join(known)}")
         name = str(known[name])
     try:
-        tree = parse_plain(read_text(name), name)
+        tree = parse_mapping(read_text(name), name, _File)
         common, rows = tree.pop("sampling", {}), tree.get("published", [])
         tree["cells"] = [common | cell for cell in tree["cells"]]
         own = ("model", "seen")
@@ -75,7 +89,7 @@ def load_suite(name: str) -> Suite:
         raise UserError(f"{name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     except KeyError as error:
         raise UserError(f"{name} is not a suite: it has no {error.args[0]}; see the examples in {_FOLDER}") from None
-    except (yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{name} is not a suite: {' '.join(str(error).split())}") from error
 
 

@@ -34,6 +34,7 @@ def test_published_rows_of_the_paper():
     [
         ("cells:\n- {size: 16x16}\ncells:\n- {size: 32x32}\n", "line 3: cells is given twice, first in line 1"),
         ("title: a\ncells:\n- {size: 256x256, cfg: 2, cfg: 3}\n", r"line 3: cells\.0\.cfg is given twice"),
+        ("title: a\ncells:\n- {size: 256x256, steps: 010}\n", r"line 3: cells\.0\.steps: 010 begins with a zero"),
         ("cells: [", "is not YAML: line 1"),
         ("cells: 3", "is not a suite"),
     ],
@@ -42,3 +43,16 @@ def test_what_is_no_suite_is_refused(tmp_path, text, said):
     (tmp_path / "own.yaml").write_text(text)
     with pytest.raises(UserError, match=f"own.yaml.*{said}"):
         load_suite(str(tmp_path / "own.yaml"))
+
+
+def test_values_are_those_of_a_config(tmp_path):
+    """YAML 1.1 takes 1e1 for a text, and 1234 for a number where a text is meant."""
+    (tmp_path / "own.yaml").write_text(
+        "title: 1234\nimages: 1e3\nsampling: {cfg: 1e1}\ncells: [{size: 256x256, rope: none, steps: 1_0}]\n"
+        "published: [{model: 12:30, seen: 0512, 256x256: [1e1, null, 2.5, 1, 0]}]\n"
+    )
+    suite = load_suite(str(tmp_path / "own.yaml"))
+    assert (suite.title, suite.images) == ("1234", 1000)
+    assert suite.cells == [{"size": "256x256", "rope": "none", "steps": 10, "cfg": 10.0}]
+    (row,) = suite.published
+    assert (row.model, row.seen, row.metrics) == ("12:30", "0512", {"256x256": (10.0, None, 2.5, 1.0, 0.0)})
