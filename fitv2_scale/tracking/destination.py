@@ -24,6 +24,7 @@ from fitv2_scale.tracking.identity import place_of, published
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 _SQLITE = re.compile(r"sqlite(\+\w+)?:///")
 _REMEDY = "give tracking.uri=http://HOST:PORT, sqlite:////ABSOLUTE/PATH or auto"
+_NOTHING = {"", "none", "null", "no", "off", "false"}  # what people write for no MLflow, in any case
 _SERVERS = {"http", "https", "databricks", "databricks-uc", "uc"}
 _DATABASES = {"sqlite", "mysql", "postgresql", "mssql"}
 _MOUNTS = Path("/proc/self/mountinfo")
@@ -80,6 +81,8 @@ def artifact_root(uri: str) -> str | None:
 
 def uri_problem(uri: str) -> str | None:
     """A sentence for the user if ``uri`` names no place where MLflow could be."""
+    if uri.lower() in _NOTHING:
+        return f"tracking.uri={uri} names no MLflow: write none, in small letters, if you want none; or {_REMEDY}"
     scheme = uri.partition(":")[0] if ":" in uri else ""
     if scheme in ("http", "https") and not urlsplit(uri).hostname:
         return f"tracking.uri={redact(uri)} names no host: {_REMEDY}"

@@ -115,6 +115,12 @@ def test_what_could_work_is_tried(tmp_path, uri):
     assert uri_problem(uri) is None and notes_at_start(made(tmp_path / "run"), uri, "x") == []
 
 
+@pytest.mark.parametrize("uri", ["", "None", "NONE", "null", "off", "False"])
+def test_who_wants_no_mlflow_is_told_how_to_say_it(tmp_path, uri):
+    (note,) = notes_at_start(made(tmp_path / "run"), uri, "x")
+    assert f"nothing is published to MLflow: tracking.uri={uri} names no MLflow: write none, in small letters" in note
+
+
 def test_a_deleted_experiment_is_seen_in_the_file(tmp_path):
     uri = sqlite_uri(tmp_path / "100% ?.db")
     assert deleted_experiment(uri, "x") is None
