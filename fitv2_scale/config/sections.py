@@ -2,7 +2,7 @@
 it is trained (``optimizer``, ``ema``, ``train``), what is recorded (``tracking``, ``profile``, ``validation``,
 ``sampling``), and what keeps a run alive (``checkpoint``, ``watchdog``)."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -145,6 +145,8 @@ class SamplingConfig(Section):
     @field_validator("sizes")
     @classmethod
     def _sizes_are_tokens(cls, sizes: list[str]) -> list[str]:
+        if not sizes:
+            raise ValueError("give at least one size, as in [256x256]; sampling.every_steps=0 samples none")
         for size in sizes:
             try:
                 parse_size(size)
@@ -165,7 +167,9 @@ class CheckpointConfig(Section):
         2, ge=_LEAST_KEPT, description="newest commits to keep; older ones are retired, then deleted"
     )
     keep_every: int = Field(0, ge=0, description="commits at multiples of this step are made and kept forever; 0: none")
-    milestones: list[int] = Field([], description="commits at these steps are made and kept forever")
+    milestones: list[Annotated[int, Field(ge=0)]] = Field(
+        [], description="commits at these steps are made and kept forever"
+    )
     max_failed: int = Field(
         3,
         ge=1,

@@ -20,6 +20,7 @@ from fitv2_scale.parallel.presence import Presence
 from fitv2_scale.parallel.roll_call import call_roll
 
 _TIMEOUT = timedelta(minutes=10)
+_LONGEST_TIMEOUT = timedelta(days=365)
 _RECORDED = 2000  # collectives that torch's flight recorder keeps, for the watchdog to write when a rank hangs
 
 
@@ -140,6 +141,8 @@ def _node() -> str:
 
 
 def set_group_timeouts(seconds: float) -> None:
-    """For all groups that there are, those of meshes and engines included."""
+    """For all groups that there are, those of meshes and engines included. More than a year is a year: torch counts
+    nanoseconds in 64 bits, and a timedelta has an end as well."""
+    timeout = timedelta(seconds=seconds) if seconds < _LONGEST_TIMEOUT.total_seconds() else _LONGEST_TIMEOUT
     for group in list(distributed_c10d._world.pg_map):  # torch has no public way; torchtitan uses the same call
-        distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+        distributed_c10d._set_pg_timeout(timeout, group)

@@ -161,6 +161,8 @@ def test_a_number_is_what_it_shows(load, key, text, value):
         ("data.url=[a", r"data.url=\[a is not YAML: line 1"),
         ("data.url=", "data.url = '': give the folder or URL of a dataset"),
         ("optimizer={lr: 1, lr: 2}", "lr is given twice"),
+        ("sampling.sizes=[]", r"sampling.sizes = \[\]: give at least one size, as in \[256x256\]"),
+        ("checkpoint.milestones=[5, -5]", r"checkpoint.milestones.1 = -5: .*greater than or equal to 0"),
     ],
 )
 def test_what_is_no_value_is_refused(load, override, said):
