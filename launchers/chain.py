@@ -28,6 +28,7 @@ from launchers import slurm
 from launchers.chain_log import ChainLog, Outcome, Verdict, nodes_to_exclude, outcome_of, signal_seconds, verdict
 from launchers.hostlist import expand
 from launchers.notify import HUNG, run_event_command, sync_mlflow, was_hung
+from launchers.sbatch_options import excluded_nodes, script_options
 
 CHAIN_FILE = "chain.json"
 
@@ -197,7 +198,7 @@ def killed_task(srun_output: str) -> str:
 
 def _ensure_successor(chain_log: ChainLog, job: ThisJob, seconds: int, replace: bool = False) -> None:
     """Makes sure that exactly one job is pending, with the settings of the newest submission and without nodes that
-    failed, which gets its signal to save ``seconds`` before its time limit.
+    failed or that the user excludes, which gets its signal to save ``seconds`` before its time limit.
 
     Slurm cannot change that of a pending job, so ``replace`` cancels the pending one and queues another. A job that was
     cancelled queues none: whoever did that may have cancelled its successor too.
@@ -210,13 +211,15 @@ def _ensure_successor(chain_log: ChainLog, job: ThisJob, seconds: int, replace: 
     if not slurm.available():
         return  # `fitv2 submit` has queued slurm.successors
     try:
-        usable = slurm.usable_nodes(newest.partition)
-        excluded = nodes_to_exclude(chain_log.records, usable, newest.least, newest.exclude_minutes, now())
-        nodes = node_count(len(set(usable) - set(excluded)), newest.least, newest.most)
+        script = f"{newest.home}/job.sh"
+        by_user = excluded_nodes(script_options(Path(script).read_text()))
+        usable = sorted(set(slurm.usable_nodes(newest.partition)) - set(by_user))
+        failed = nodes_to_exclude(chain_log.records, usable, newest.least, newest.exclude_minutes, now())
+        excluded = sorted({*failed, *by_user})  # what is given to sbatch replaces what the script says
+        nodes = node_count(len(set(usable) - set(failed)), newest.least, newest.most)
         jobs = slurm.queue(newest.name)
         cancelled = any(other.id == job.id and other.state == "COMPLETING" for other in jobs)
         pending = [other for other in jobs if other.state == "PENDING" and other.id != job.id]
-        script = f"{newest.home}/job.sh"
         kept = [] if replace and not cancelled else [other for other in pending if other.script == script][:1]
         slurm.cancel([other.id for other in pending if other not in kept])
         if kept:

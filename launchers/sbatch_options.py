@@ -4,11 +4,14 @@ sbatch reads its options from a job's script and from the submitting shell. A ch
 whose shell is another one, so what the user's shell says is written into the script once, by `fitv2 submit`.
 """
 
+import itertools
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 
 from data_sharding.errors import UserError
 from fitv2_scale.config.slurm import SlurmConfig
+from launchers.hostlist import expand
 from launchers.secret_overrides import VARIABLE
 
 # SBATCH_ variables that stand for a key of the section slurm; the key wins.
@@ -43,6 +46,8 @@ _SHORT = {
     "-M": "--clusters",
     "-N": "--nodes",
     "-A": "--account",
+    "-w": "--nodelist",
+    "-x": "--exclude",
 }
 _SHORT |= {"-n": "--ntasks", "-p": "--partition", "-q": "--qos", "-t": "--time", "-W": "--wait"}
 
@@ -122,6 +127,24 @@ def partition_of(site: SlurmConfig) -> str:
 def walltime_of(site: SlurmConfig) -> str:
     """The time limit that is asked for."""
     return _parse(site.extra).get("--time", site.walltime)
+
+
+def script_options(script: str) -> dict[str, str]:
+    """The options in the #SBATCH lines of a script, by their long names. sbatch reads them up to the first command."""
+    lines = itertools.takewhile(lambda line: not line or line.startswith("#"), script.splitlines())
+    return _parse([line.removeprefix("#SBATCH") for line in lines if line.startswith("#SBATCH")])
+
+
+def excluded_nodes(options: Mapping[str, str]) -> list[str]:
+    """The nodes that ``options`` exclude, as in --exclude=n[1-2],n7. Raises UserError if that names a file that cannot
+    be read: sbatch takes a name with a slash for one."""
+    names = options.get("--exclude", "")
+    if "/" in names:
+        try:
+            names = ",".join(Path(names).read_text().split())
+        except OSError as error:
+            raise UserError(f"slurm.extra has --exclude={names}, which cannot be read: {error.strerror}.") from error
+    return expand(names)
 
 
 def _parse(extra: list[str]) -> dict[str, str]:
