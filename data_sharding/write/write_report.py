@@ -68,8 +68,12 @@ class WriteReport:
 
 def put_counts(url: str, findings: Findings, several_frames: int) -> None:
     """Writes source.json."""
-    counts = {"seen": _sorted(findings.seen), "left_aside": _sorted(findings.left_aside)}
-    put(f"{url}/{COUNTS}", to_json(counts | {"several_frames": several_frames}, indent=1))
+    put(f"{url}/{COUNTS}", to_json(counts_of(findings) | {"several_frames": several_frames}, indent=1))
+
+
+def counts_of(findings: Findings) -> dict[str, dict[str, int]]:
+    """``seen`` and ``left_aside`` of a source, as in ``WriteReport``."""
+    return {"seen": _sorted(findings.seen), "left_aside": _sorted(findings.left_aside)}
 
 
 def report_of(urls: list[str], made: int, started: float) -> WriteReport:
@@ -107,10 +111,7 @@ def to_text(report: WriteReport) -> str:
         f"{report.url}: {report.images + report.held_out} images of {report.classes} classes in {report.shards} shards"
         f"{held_out}, {report.bytes / 1e6:.1f} MB"
     ]
-    if report.seen:
-        lines.append(f"  files seen: {sum(report.seen.values())} ({_counted(report.seen, _KINDS)})")
-    if report.left_aside:
-        lines.append(f"  no images by their names, left aside: {_counted(report.left_aside, _KINDS)}")
+    lines += counts_to_text(report.seen, report.left_aside)
     if report.skipped:
         lines.append(f"  images left out, named in {SKIPPED}: {_counted(report.reasons, _REASONS)}")
     if report.several_frames:
@@ -118,6 +119,12 @@ def to_text(report: WriteReport) -> str:
     if report.without_images:
         lines.append(f"  classes without an image: {len(report.without_images)} ({listed(report.without_images)})")
     return "\n".join(lines)
+
+
+def counts_to_text(seen: Mapping[str, int], left_aside: Mapping[str, int]) -> list[str]:
+    """Lines for a terminal on what a source holds besides images."""
+    lines = [f"  files seen: {sum(seen.values())} ({_counted(seen, _KINDS)})"] if seen else []
+    return lines + ([f"  no images by their names, left aside: {_counted(left_aside, _KINDS)}"] if left_aside else [])
 
 
 def _counted(counts: Mapping[str, int], most: int) -> str:

@@ -128,6 +128,7 @@ def _measure_images(args: argparse.Namespace, options: "EvaluationOptions", fact
     result = evaluate_images(args.source, args.size[0] if args.size else None, options, args.save_statistics)
     figures = {name: result[name] for name in METRICS if result.get(name) is not None}
     lines = [f"{args.source}: {result['images']:,} images" + (f" of {result['size']}" if result["size"] else "")]
+    lines += [*_besides(result), *_of_references([result])]
     lines += [f"{name:>10} {value:.4f}" for name, value in figures.items()]
     lines += [f"{args.save_statistics}: statistics of these images"] if args.save_statistics else []
     show(args, result, "\n".join(lines))
@@ -186,7 +187,13 @@ def _report(args: argparse.Namespace, done: "Evaluation") -> None:
     suite = load_suite(args.suite) if args.suite else None
     table = suite_table(suite, done.results) if suite else results_table(done.results)
     where = done.store.path(f"{FOLDER}/{done.step}.json")
-    lines = [table, "", *_other_sizes(done.results), f"{where}: all measurements of these weights"]
+    lines = [
+        table,
+        "",
+        *_other_sizes(done.results),
+        *_of_references(done.results),
+        f"{where}: all measurements of these weights",
+    ]
     if suite:
         done.store.put(f"{FOLDER}/{done.step}/{suite.name}.md", f"{table}\n".encode())
     if args.nfe:
@@ -208,3 +215,15 @@ def _other_sizes(results: list[dict[str, Any]]) -> list[str]:
         for where, its, ours in sorted(sizes)
         if its not in (None, ours)
     ]
+
+
+def _of_references(results: list[dict[str, Any]]) -> list[str]:
+    """What the references hold besides images, each once."""
+    found = {r["reference"]["source"]: _besides(r["reference"]) for r in results if "reference" in r}
+    return [line for source, lines in found.items() if lines for line in (f"{source}, the reference:", *lines)]
+
+
+def _besides(about: dict[str, Any]) -> list[str]:
+    from data_sharding.write.write_report import counts_to_text
+
+    return counts_to_text(about.get("seen", {}), about.get("left_aside", {}))

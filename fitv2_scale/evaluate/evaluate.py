@@ -57,7 +57,8 @@ class EvaluationOptions:
         return FeatureNetwork.load(self.network, self.network_sha256, device) if self.network else None
 
     def open_reference(self, size: tuple[int, int] | None, network: FeatureNetwork | None) -> Reference:
-        return open_reference(self.reference_url, size, network, self.reference_images, self.vae)
+        url = reference_for(self.reference_url, None if size is None else "{}x{}".format(*size))
+        return open_reference(url, size, network, self.reference_images, self.vae)
 
     @property
     def reference_url(self) -> str:
@@ -261,8 +262,7 @@ def evaluate_images(source: str, size: str | None, options: EvaluationOptions, s
     shape = pixels if images is None else images.size
     result: dict[str, Any] = {"source": source, "images": len(features)}
     result |= {"size": None if shape is None else "{}x{}".format(*shape), "network": network and network.digest}
-    if images is not None and images.left_out:
-        result["left_out"] = images.left_out
+    result |= {} if images is None else images.besides()
     if save:
         save_statistics(save, reference_from_features(features, source, shape), images, network)
         result["saved"] = save

@@ -8,6 +8,7 @@ can only be compared with metrics against the same reference.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -26,6 +27,7 @@ from data_sharding.write.image_file import IMAGE_SUFFIXES, UnreadableImage, load
 from data_sharding.write.image_sources import open_source
 from data_sharding.write.source_files import list_folder, list_top
 from data_sharding.write.views import cover_crop
+from data_sharding.write.write_report import counts_of
 from fitv2_scale.evaluate.features import read_npz
 from fitv2_scale.evaluate.sampling.image_grid import decode
 
@@ -38,7 +40,7 @@ class ImageSet:
     """``count`` images of one ``size`` (height, width). ``read`` reads them one by one: uint8 (H, W, 3).
 
     An image that cannot be read is left out, as `fitv2 shard write` does: ``left_out`` names it with the reason, and
-    from then on ``count`` is one less.
+    from then on ``count`` is one less. ``counts``: what else the source holds, as ``counts_of`` gives it.
     """
 
     source: str
@@ -46,6 +48,11 @@ class ImageSet:
     size: tuple[int, int]
     read: Callable[[], Iterator[np.ndarray]]
     left_out: dict[str, str] = field(default_factory=dict)
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def besides(self) -> dict[str, Any]:
+        """What of the source was not measured, for a result: ``counts``, and ``left_out`` if there is any."""
+        return self.counts | ({"left_out": self.left_out} if self.left_out else {})
 
     def left_out_sentence(self) -> str:
         """What to tell the user, if something was left out."""
@@ -75,7 +82,7 @@ def open_image_set(url: str, size: tuple[int, int] | None, most: int, vae: str =
     found, findings = _list_files(url)
     left_out = dict(findings.left_out)
     chosen = [found[i] for i in evenly_spaced_rows(len(found), most)]
-    images = ImageSet(url, len(chosen), size, lambda: _read_files(images, chosen), left_out)
+    images = ImageSet(url, len(chosen), size, lambda: _read_files(images, chosen), left_out, counts_of(findings))
     return images
 
 

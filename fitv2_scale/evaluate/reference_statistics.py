@@ -9,9 +9,11 @@ evaluator reads both kinds of file, and so does ``open_reference``.
 """
 
 import hashlib
+import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -33,31 +35,35 @@ from fitv2_scale.evaluate.image_sets import (
 NEIGHBOUR_IMAGES = 10_000  # real images for precision and recall, as in the published references
 _STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 _BATCH = 50
+_SIZED = re.compile(r"\d+x\d+\.npz", re.ASCII)
 
 
 @dataclass(frozen=True, eq=False)
 class Reference:
     """Statistics of real images, and their ``features`` (N, D) for precision and recall. ``spatial`` and ``features``
-    are None if they are not available."""
+    are None if they are not available. ``besides``: what their source holds besides them (see ``ImageSet``)."""
 
     source: str
     pool: Gaussian
     spatial: Gaussian | None
     features: np.ndarray | None
     size: tuple[int, int] | None  # of its images, in pixels
+    besides: dict[str, Any] = field(default_factory=dict)
 
     def record(self) -> dict:
         """Its description in a result."""
         size = None if self.size is None else "{}x{}".format(*self.size)
-        return {"source": self.source, "size": size}
+        return {"source": self.source, "size": size} | self.besides
 
 
-def reference_for(url: str, size: str) -> str:
+def reference_for(url: str, size: str | None) -> str:
     """The reference that ``url`` means for ``size``: of a folder of files such as 160x320.npz, the one for ``size``.
-    Raises UserError if it has none."""
+    Raises UserError if it has none, or if it needs a size to be chosen by."""
     folder = Path(url)
-    if folder.is_dir() and (known := sorted(folder.glob("*x*.npz"))):
-        if (folder / f"{size}.npz") not in known:
+    if folder.is_dir() and (known := [path.name for path in folder.iterdir() if _SIZED.fullmatch(path.name)]):
+        if size is None:
+            raise UserError(f"{url} has a reference for each size: give the images' as --size HEIGHTxWIDTH")
+        if f"{size}.npz" not in known:
             raise UserError(
                 f"{url} has no {size}.npz: create it with `fitv2 evaluate PHOTOS --size {size} --save-statistics`"
             )
@@ -103,7 +109,8 @@ def open_reference(
     """
     if not url.endswith(".npz"):
         images = open_image_set(url, size, most, vae)
-        return reference_from_features(features_of_images(images, network), url, images.size)
+        found = reference_from_features(features_of_images(images, network), url, images.size)
+        return replace(found, besides=images.besides())
     arrays = read_npz(url)
     if network:
         _check_digest(url, arrays, network)

@@ -144,11 +144,14 @@ def test_what_only_makes_images_is_refused_for_images_that_exist(words, photogra
     assert capfd.readouterr().err == f"fitv2: {sentence}\n"
 
 
-def test_figures_of_a_part_of_the_images_end_with_2(photographs, feature_network, reference, tmp_path, capfd):
+def test_figures_of_a_part_of_the_images_end_with_2(photographs, feature_network, tmp_path, capfd):
     shutil.copytree(photographs, tmp_path / "some")
     broken = next((tmp_path / "some").rglob("*.jpg"), None) or next((tmp_path / "some").rglob("*.png"))
     broken.write_bytes(b"")
-    words = [str(tmp_path / "some"), *network_options(feature_network), "--reference", reference, "--size", "32x48"]
+    (tmp_path / "some" / "notes.txt").touch()
+    words = [str(tmp_path / "some"), *network_options(feature_network), "--reference", photographs, "--size", "32x48"]
     assert main(["evaluate", *words]) == 2
     said = capfd.readouterr()
+    assert "files seen: 81 (" in said.out and "left aside: .txt 1\n" in said.out
+    assert f"{photographs}, the reference:\n  files seen: 80 (" in said.out
     assert "1 of the images cannot be read and were left out of these figures" in said.err and "fid " in said.out

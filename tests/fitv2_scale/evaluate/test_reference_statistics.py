@@ -1,5 +1,8 @@
 """References: our own, those that others made, halves, datasets."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy.linalg import sqrtm
@@ -8,7 +11,7 @@ from data_sharding.errors import UserError
 from fitv2_scale.evaluate.evaluate import EvaluationOptions, evaluate_images
 from fitv2_scale.evaluate.features import read_npz
 from fitv2_scale.evaluate.image_sets import open_image_set
-from fitv2_scale.evaluate.reference_statistics import open_reference
+from fitv2_scale.evaluate.reference_statistics import open_reference, reference_for
 from tests.support.feature_networks import POOL
 
 
@@ -90,3 +93,40 @@ def test_the_size_of_a_reference_is_that_of_its_pictures(tmp_path):
     assert open_reference(str(tmp_path / "r.npz"), None, None, 10).size == (8, 12)
     np.savez(tmp_path / "r.npz", mu=np.zeros(3), sigma=np.eye(3))
     assert open_reference(str(tmp_path / "r.npz"), None, None, 10).size is None
+
+
+def test_of_a_folder_of_references_the_one_for_the_size_of_the_images(
+    photographs, feature_network, reference, tmp_path
+):
+    options = EvaluationOptions(**feature_network, reference=str(tmp_path))
+    for name in ("32x48.npz", "64x64.npz"):
+        shutil.copy(reference, tmp_path / name)
+    found = evaluate_images(photographs, "32x48", options, None)
+    assert found["reference"]["source"] == str(tmp_path / "32x48.npz") and found["fid"] < 1e-3
+    with pytest.raises(UserError, match=r"has no 48x32\.npz: create it"):
+        evaluate_images(photographs, "48x32", options, None)
+    np.savez(tmp_path / "features", pool=read_npz(reference)["pool"])
+    with pytest.raises(UserError, match="has a reference for each size: give the images' as --size"):
+        evaluate_images(str(tmp_path / "features.npz"), None, options, None)
+    assert evaluate_images(str(tmp_path / "features.npz"), "32x48", options, None)["fid"] < 1e-3
+
+
+@pytest.mark.parametrize("name", ["index.npz", "mix.npz", "4x4.npz.bak", "ax4.npz"])
+def test_photographs_with_another_npz_beside_them_are_no_folder_of_references(tmp_path, name):
+    Path(tmp_path, name).touch()
+    assert reference_for(str(tmp_path), "32x48") == str(tmp_path)
+
+
+def test_what_else_lies_in_the_folders_is_counted(photographs, feature_network, tmp_path):
+    photos, folder = str(tmp_path / "photos"), str(tmp_path / "real")
+    for copy in (photos, folder):
+        shutil.copytree(photographs, copy)
+    for i in range(3):
+        Path(photos, f"{i}.HEIC").touch()
+    Path(photos, ".git").mkdir()
+    Path(folder, "labels.txt").touch()
+    options = EvaluationOptions(**feature_network, reference=folder)
+    found = evaluate_images(photos, "32x48", options, None)
+    assert sum(found["seen"].values()) == 83 and found["seen"][".heic"] == 3
+    assert found["left_aside"] == {".heic": 3, "folder .git": 1}
+    assert sum(found["reference"]["seen"].values()) == 81 and found["reference"]["left_aside"] == {".txt": 1}
