@@ -17,7 +17,7 @@ from data_sharding.write.entries import (
 )
 from data_sharding.write.findings import Findings, in_system_folder, is_utf8, suffix_of
 from data_sharding.write.image_file import is_image_name
-from data_sharding.write.webdataset import list_webdataset
+from data_sharding.write.webdataset import list_webdataset, suffixes_beside_images
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 _ARCHIVES = (".tar", *_COMPRESSED, ".zip", ".7z", ".rar")
@@ -25,7 +25,8 @@ _LISTERS = 16  # tars listed in parallel: the time is spent waiting for the stor
 
 
 def open_tars(urls: list[str]) -> ImageSource:
-    """Lists class tars, a tar of them, or WebDataset tars: the first files of the first tar tell which.
+    """Lists class tars, a tar of them, or WebDataset tars: the first files of the first tar tell which: in a WebDataset
+    about every image has a .cls or .json of its name.
 
     Raises:
         UserError: a tar is missing or damaged, or the tars are of another kind.
@@ -35,7 +36,8 @@ def open_tars(urls: list[str]) -> ImageSource:
         if len(urls) > 1:
             raise UserError(f"{urls[0]} is a tar of tars, and there are other tars: give this one alone")
         return _tar_of_tars(urls[0])
-    if any(name.endswith((".cls", ".json")) for name in first):
+    labels = {".cls", ".json"} & suffixes_beside_images(first)
+    if labels or (not any(map(is_image_name, first)) and any(name.endswith(".cls") for name in first)):
         return list_webdataset(urls, [_stem(url) for url in urls], _in_parallel)
     if len(urls) == 1 and first and all("/" in name for name in first):
         raise UserError(f"{urls[0]} holds folders of images: unpack it and give the folder")
@@ -85,13 +87,9 @@ def _class_tars(tars: list[tuple[str, str, int]], src: str, findings: Findings) 
     refuse_class_names(src, names)
     images: dict[str, tuple[str, ByteRange]] = {}
     empty = set(names)
-    for (name, url, _), (found, more) in zip(tars, _in_parallel(_members, tars), strict=True):
+    for (name, url, _), (found, beside, more) in zip(tars, _in_parallel(_members, tars), strict=True):
         findings.add(more)
-        if more.seen[".cls"]:
-            raise UserError(
-                f"{url} holds labels (.cls), but not beside its images: write the tar again as a WebDataset, each "
-                "image followed by its label"
-            )
+        _refuse_labels(f"{url}: {name}.tar", beside, more)
         images |= {f"{name}/{member.name}": (name, member.data) for member in found}
         if found or more.left_out:
             empty.discard(name)
@@ -120,11 +118,28 @@ def _refuse_class_folders(src: str, keys: Iterable[str]) -> None:
         )
 
 
-def _members(tar: tuple[str, str, int]) -> tuple[list[Member], Findings]:
-    """The images of a class tar. Of files of one name the last counts, as when the tar is unpacked."""
+def _refuse_labels(where: str, beside: set[str], findings: Findings) -> None:
+    """Raises UserError if the tar seems to hold the labels of its images. ``beside``: see `suffixes_beside_images`."""
+    if findings.seen[".cls"]:
+        raise UserError(
+            f"{where} holds labels (.cls), but not beside its images: write the tar again as a WebDataset, each image "
+            "followed by its label"
+        )
+    if beside:
+        raise UserError(
+            f"{where} holds a {listed(sorted(beside))} for each image, which may be its label; labels are read from a "
+            '.cls, or "label" in a .json, that lies next to its image: write the tars again so, or, if each is one '
+            "class, unpack them into one folder per class"
+        )
+
+
+def _members(tar: tuple[str, str, int]) -> tuple[list[Member], set[str], Findings]:
+    """The images of a class tar, and `suffixes_beside_images`. Of files of one name the last counts, as when the tar is
+    unpacked."""
     name, url, start = tar
     findings = Findings()
     found: dict[str, Member] = {}
+    names = []
 
     def unusable(member: str, reason: str) -> None:
         findings.file(member)
@@ -134,6 +149,7 @@ def _members(tar: tuple[str, str, int]) -> tuple[list[Member], Findings]:
         findings.file(member.name)
         if in_system_folder(member.name, findings):
             continue
+        names.append(member.name)
         if not is_image_name(member.name):
             findings.aside(suffix_of(member.name))
         elif not is_utf8(member.name):
@@ -142,7 +158,7 @@ def _members(tar: tuple[str, str, int]) -> tuple[list[Member], Findings]:
             if member.name in found:
                 findings.aside("replaced by a later file of the same name")
             found[member.name] = member
-    return list(found.values()), findings
+    return list(found.values()), suffixes_beside_images(names), findings
 
 
 def _stem(name: str) -> str:

@@ -5,6 +5,8 @@ Of a sample's images the one with a plain suffix is taken: 0007.png, not 0007.de
 with several images of which none is plain, is left out by name, since nothing says which one is meant.
 """
 
+from collections import Counter
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -12,7 +14,14 @@ from data_sharding.errors import UserError
 from data_sharding.storage.byte_ranges import ByteRange
 from data_sharding.storage.tar_members import Member, list_tar
 from data_sharding.write.entries import ImageSource, image_source, no_images
-from data_sharding.write.findings import Findings, in_system_folder, is_utf8, printable, suffix_of
+from data_sharding.write.findings import (
+    Findings,
+    in_system_folder,
+    is_system_folder,
+    is_utf8,
+    printable,
+    suffix_of,
+)
 from data_sharding.write.image_file import is_image_name
 from data_sharding.write.labels import (
     BadLabel,
@@ -25,6 +34,8 @@ from data_sharding.write.labels import (
     no_label,
     refused,
 )
+
+_MOST_IMAGES = 4  # in a sample; where names hold dots, all images of a tar may seem to be one sample
 
 
 class Sample(NamedTuple):
@@ -54,6 +65,27 @@ def list_webdataset(urls: list[str], stems: list[str], in_parallel) -> ImageSour
         raise no_images(f"{urls[0]} holds", findings)
     classes, class_of = classes_of(urls[0], {key: sample.label for key, sample in samples.items()})
     return image_source(classes, {key: (class_of[key], s.data) for key, s in samples.items()}, findings)
+
+
+def suffixes_beside_images(names: Iterable[str]) -> set[str]:
+    """The suffixes, no images', of which about every sample with an image has a file, as labels do in a WebDataset."""
+    images, others = [], []
+    for name in names:
+        if not any(map(is_system_folder, name.split("/"))):  # a hidden file is none either
+            (images if is_image_name(name) else others).append(name)
+    samples = {_sample_name(name) for name in images}
+    beside = [(_sample_name(name), suffix_of(name)) for name in others if _sample_name(name) in samples]
+    files, of_suffix = Counter(suffix for _, suffix in beside), Counter(suffix for _, suffix in set(beside))
+    return {
+        suffix
+        for suffix, count in of_suffix.items()
+        if 2 * count >= len(samples) and _MOST_IMAGES * files[suffix] >= len(images)
+    }
+
+
+def _sample_name(name: str) -> str:
+    folder, slash, file = name.rpartition("/")
+    return folder + slash + file.partition(".")[0]
 
 
 def _samples(url: str, stem: str) -> tuple[list[Sample], Findings]:

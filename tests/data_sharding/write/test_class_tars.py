@@ -106,6 +106,27 @@ def test_what_would_lose_or_mislabel_a_class_is_refused(tmp_path):
     refused(tmp_path / "late", r"holds labels \(.cls\), but not beside its images: write the tar again")
 
 
+@pytest.mark.parametrize("suffix", ["json", "class", "label", "txt", "target.TXT"])
+def test_a_file_beside_each_image_may_be_its_label(tmp_path, suffix):
+    images = [(f"deep/{i:03d}.jpg", JPEG) for i in range(101)]
+    tar(tmp_path / "c/x.tar", *images, *((f"deep/{i:03d}.{suffix}", b'{"label": 1}') for i in range(1, 101)))
+    tar(tmp_path / "c/y.tar", *images)
+    last = suffix.lower().rpartition(".")[2]
+    with pytest.raises(UserError, match=rf"x.tar holds a .{last} for each image, which may be its label; labels are"):
+        found(tmp_path / "c")
+    (tmp_path / "c/x.tar").rename(tmp_path / "c/z.tar")  # not the first tar either
+    with pytest.raises(UserError, match=rf"z.tar holds a .{last} for each image"):
+        found(tmp_path / "c")
+
+
+def test_a_few_files_in_class_tars_are_no_labels(tmp_path):
+    tar(tmp_path / "c/ant.tar", ("1.jpg", JPEG), ("meta.json", b"{}"), ("2.jpg", JPEG), ("3.jpg", JPEG), ("3.txt", b""))
+    tar(tmp_path / "c/bee.tar", *((f"bee.{i}.jpg", OTHER) for i in range(9)), ("bee.json", b"{}"))
+    assert [label for label, _ in found(tmp_path / "c").values()] == [0] * 3 + [1] * 9
+    source = open_source(str(tmp_path / "c"))
+    assert source.findings.left_aside == {".json": 2, ".txt": 1}
+
+
 def test_a_tar_is_a_tar_in_upper_case_too(tmp_path):
     tar(tmp_path / "c/ant.tar", ("1.jpg", JPEG))
     tar(tmp_path / "c/bee.TAR", ("1.jpg", OTHER))
