@@ -1,13 +1,15 @@
 """Labels of WebDataset samples: numbers, or names of classes; never a mixture, and never a guess.
 
 A label in a .cls is a text, one in a .json any value. 3, 3.0, "3" and "3.0" are the number 3. Refused are what is no
-class: -1, 2.5, NaN, null, true, lists and objects.
+class: -1, 2.5, NaN, null, true, lists and objects, and what programs write for a missing value; and two labels.
 """
 
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from data_sharding.errors import UserError
@@ -17,6 +19,8 @@ from data_sharding.write.findings import printable
 Label = int | str
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_MISSING = {"nan", "null", "<na>", "nat", "inf", "infinity"}  # in lower case; a class may well be called "none"
+_SHOWN = 80  # characters of a label in a sentence
 _MOST_CLASSES = 100_000  # without as many samples: ImageNet-21k and the like have fewer
 
 
@@ -28,8 +32,31 @@ class BadLabel(Exception):
     """The label is no class; the message says what it is."""
 
 
-def label_of_cls(data: bytes) -> Label:
-    """The label in a .cls. Raises BadLabel."""
+class _Object(dict[str, Any]):
+    """A JSON object that knows which of its keys are repeated: a dict keeps the last value."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]):
+        super().__init__(pairs)
+        self.repeated = {key for key, count in Counter(key for key, _ in pairs).items() if count > 1}
+
+
+def label_of(files: Mapping[str, bytes]) -> Label:
+    """The label in a sample's files by suffix: "cls", "json", both or none. Raises NoLabel; BadLabel, also if both have
+    one and they differ."""
+    if "cls" not in files:
+        return _label_of_json(files.get("json", b""))
+    label = _label_of_cls(files["cls"])
+    with suppress(NoLabel):
+        if "json" in files and (other := _label_of_json(files["json"])) != label:
+            raise BadLabel(f"is {_shown(label)} in its .cls and {_shown(other)} in its .json")
+    return label
+
+
+def _shown(label: Label) -> str:
+    return printable(str(label))[:_SHOWN]
+
+
+def _label_of_cls(data: bytes) -> Label:
     try:
         text = data.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
@@ -37,16 +64,18 @@ def label_of_cls(data: bytes) -> Label:
     return _of_text(text)
 
 
-def label_of_json(data: bytes) -> Label:
-    """The value of "label" in a .json. Raises NoLabel, BadLabel."""
+def _label_of_json(data: bytes) -> Label:
     try:
-        label = json.loads(data)["label"]
+        found = json.loads(data, object_pairs_hook=_Object)
+        label = found["label"]
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise NoLabel from error
+    if "label" in found.repeated:
+        raise BadLabel('is given more than once in its .json (several "label")')
     if isinstance(label, str):
         return _of_text(label.strip())
     if isinstance(label, bool) or not isinstance(label, int | float):
-        raise BadLabel(f"is {json.dumps(label)[:80]}, neither a number nor a text")
+        raise BadLabel(f"is {json.dumps(label)[:_SHOWN]}, neither a number nor a text")
     return _of_number(label, str(label))
 
 
@@ -96,14 +125,16 @@ def _of_text(text: str) -> Label:
         raise BadLabel("is empty")
     if _NUMBER.fullmatch(text):
         return _of_number(int(text) if text.isdecimal() and len(text) < 20 else float(text), text)
+    if text == "None" or text.lstrip("+-").lower() in _MISSING:
+        raise BadLabel(f"is {text}, which is no class but a missing value")
     if not text.isprintable():
-        raise BadLabel(f"is {printable(text)[:80]}, which holds line breaks or control characters")
+        raise BadLabel(f"is {printable(text)[:_SHOWN]}, which holds line breaks or control characters")
     return text
 
 
 def _of_number(number: int | float, text: str) -> int:
     if not math.isfinite(number) or number < 0 or number != int(number):
-        raise BadLabel(f"is {text[:80]}, which is no class: classes are counted 0, 1, 2, …")
+        raise BadLabel(f"is {text[:_SHOWN]}, which is no class: classes are counted 0, 1, 2, …")
     return int(number)
 
 

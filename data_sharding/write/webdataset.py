@@ -29,8 +29,7 @@ from data_sharding.write.labels import (
     NoLabel,
     classes_of,
     describe,
-    label_of_cls,
-    label_of_json,
+    label_of,
     no_label,
     refused,
 )
@@ -151,10 +150,10 @@ def _sample(url: str, stem: str, name: str, of: dict[str, Member], findings: Fin
         findings.aside(f".{suffix} beside .{plain[0]}")
     where = printable(f"{url}: {image.name}")
     try:
-        label = label_of_cls(of["cls"].data.read()) if "cls" in of else label_of_json(of["json"].data.read())
+        label = label_of({suffix: of[suffix].data.read() for suffix in ("cls", "json") if suffix in of})
     except BadLabel as error:
         raise refused(where, error) from error
-    except (KeyError, NoLabel) as error:
+    except NoLabel as error:
         raise no_label(where, describe(name, plain[0], [suffix for suffix in of if suffix != plain[0]])) from error
     return Sample(f"{stem}/{image.name}", label, image.data)
 

@@ -68,7 +68,14 @@ def test_a_number_is_that_number_and_a_name_its_place(tmp_path, kind, values, ex
         ("cls", b"3\n4", r"0001.png is 3\\n4, which holds line breaks"),
         ("cls", b"c\xe4t", "0001.png is not UTF-8"),
         ("cls", "3".encode("utf-16"), "0001.png is not UTF-8"),
-        ("cls", b"nan", r"mixes labels that are numbers \(0 of .*\) with names \(nan of "),
+        ("cls", b"nan", "0001.png is nan, which is no class but a missing value: correct it"),
+        ("cls", b"NaN\n", "0001.png is NaN, which is no class"),
+        ("cls", b"None", "0001.png is None, which is no class"),
+        ("cls", b"null", "0001.png is null, which is no class"),
+        ("cls", b"-inf", "0001.png is -inf, which is no class"),
+        ("json", label("nan"), "0001.png is nan, which is no class"),
+        ("json", b'{"label": 0, "label": 1}', r"0001.png is given more than once in its .json \(several \"label\"\)"),
+        ("json", b'{"label": 0, "label": 0}', "0001.png is given more than once"),
         ("cls", b"cat", r"mixes labels that are numbers \(0 of .*0000.png\) with names \(cat of .*0001.png\)"),
         ("cls", b"2000000000", "0001.png is 2000000000, but there are only 2 samples"),
         ("cls", b"1440764", "0001.png is 1440764, but there are only 2 samples: .*write them with a letter before"),
@@ -89,6 +96,31 @@ def test_what_is_no_class_is_refused_by_name(tmp_path, kind, value, message):
     good = {"cls": b"0", "json": label(0)}[kind]
     with pytest.raises(UserError, match=message):
         open_source(labelled(tmp_path / "a.tar", kind, [good, value]))
+
+
+@pytest.mark.parametrize(
+    ("cls", "value", "both"),
+    [
+        (b"0", label(1), "0 in its .cls and 1 in its .json"),
+        (b"cat", label("dog"), "cat in its .cls and dog in its .json"),
+        (b"0", label("cat"), "0 in its .cls and cat in its .json"),
+        (b"0", label(None), "null, neither a number nor a text"),
+        (b"0", b'{"label": 0, "label": 0}', "given more than once in its .json"),
+    ],
+)
+def test_two_labels_that_differ_are_refused_by_name(tmp_path, cls, value, both):
+    good = {"0.png": PNG, "0.cls": cls, "0.json": b'{"caption": "a cat"}'}
+    with pytest.raises(UserError, match=f"the label of .*1.png is {both}.*: correct it, or leave the sample out"):
+        labels(tar(tmp_path / "a.tar", good | {"1.png": PNG, "1.cls": cls, "1.json": value}))
+
+
+def test_two_labels_that_agree_are_one(tmp_path):
+    jsons = [label(1), label("1.0"), b"{}", b"[1]", b"no json", b'{"of": {"label": 7}, "a": 1, "a": 2}']
+    files = {}
+    for i, value in enumerate(jsons):
+        files |= {f"{i}.png": PNG, f"{i}.json": value, f"{i}.cls": b"1"}
+    assert labels(tar(tmp_path / "a.tar", files)) == [1] * 6
+    assert labels(labelled(tmp_path / "b.tar", "cls", [b"none", b"nanny"])) == [1, 0]
 
 
 def test_names_that_look_the_same_are_refused(tmp_path):
