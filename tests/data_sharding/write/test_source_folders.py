@@ -251,6 +251,17 @@ def test_a_source_that_is_no_folder_is_refused_with_the_reason(tmp_path):
         assert entry.data.read() == JPEG
 
 
+def test_a_source_without_permission_is_refused_with_the_reason(tmp_path, monkeypatch):
+    src = put(tmp_path / "src", "ant/1.jpg")
+
+    def scandir(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(source_files.os, "scandir", scandir)
+    with pytest.raises(UserError, match="the folder .*src cannot be opened: Permission denied$"):
+        open_source(str(src))
+
+
 def test_the_storages_faults_are_not_the_images(tmp_path, monkeypatch):
     src = put(tmp_path / "src", "ant/1.jpg", "bee/1.jpg")
     honest = os.scandir

@@ -4,6 +4,7 @@ import errno
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from PIL import Image
 from xxhash import xxh3_128_hexdigest
 
 from data_sharding.errors import StorageDown, UserError
-from fitv2_scale.evaluate.sampling.load_weights import open_weights
+from data_sharding.format.codecs import get_codec
+from fitv2_scale.evaluate.sampling.load_weights import Weights, open_weights
 from fitv2_scale.evaluate.sampling.png_folder import fill_folder, image_file, random_requests, write_npz
 from fitv2_scale.parallel.world import join
 from tests.support.faulty_disk import FaultyDisk
@@ -48,16 +50,17 @@ def test_other_weights_at_the_same_path_do_not_continue_a_folder(sampled, two_st
     assert sampled(4, str(old), config) == 2 and sampled(4, str(old), config) == 0
 
 
-def test_another_network_or_codec_does_not_continue_a_folder(sampled, two_step_run, tmp_path):
+def test_another_network_or_codec_does_not_continue_a_folder(sampled, two_step_run, tmp_path, monkeypatch):
     """Neither is in the weights: QK-norm has none, and latents may come from a dataset that was replaced."""
     file, config = weights_of(two_step_run, tmp_path / "first")
     assert sampled(2, file, config) == 2
     with pytest.raises(UserError, match=r'\(model\.qk_norm: "layernorm" -> "none"\)'):
         sampled(3, file, config, "model.qk_norm=none")
-    record = request(tmp_path)
-    (tmp_path / "folder" / "request.json").write_text(json.dumps(record | {"codec": "00"}))
-    with pytest.raises(UserError, match=r"\(codec: "):
+    negative = SimpleNamespace(digest="00", decode=lambda latent: 255 - get_codec("dct").decode(latent))
+    monkeypatch.setattr(Weights, "codec", lambda self: negative)
+    with pytest.raises(UserError, match=rf'\(codec: "{get_codec("dct").digest}" -> "00"\)'):
         sampled(3, file, config)
+    assert not image_file(str(tmp_path / "folder"), 2).exists()
 
 
 def test_a_folder_of_an_earlier_version(sampled, two_step_run, tmp_path):
