@@ -22,7 +22,7 @@ from tests.support.repository import ROOT
 
 CPU_SECONDS = 60.0  # of the tests of one mutant: what no test has noticed by then, none notices
 WALL_SECONDS = 600.0  # on a busy machine; a mutant that waits this long hangs
-_FAILED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
+_FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+\.py\b.*?)(?: - .*)?$", re.MULTILINE)  # log lines begin so, too
 _OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not long and not services and not gpu")
 _OURS = ("tests", "data_sharding", "fitv2_scale", "launchers")
 _OTHERS = (
