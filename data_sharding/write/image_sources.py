@@ -104,6 +104,12 @@ def _refuse_odd_classes(src: str, listing: Listing, findings: Findings) -> None:
                 f"the classes {listed([other, name])} in {src} are one folder, one of them a link: every image would "
                 "have two labels; remove the link"
             )
+    doubled = [keys for keys in listing.linked if len({key.partition("/")[0] for key in keys}) > 1]
+    if doubled:
+        raise UserError(
+            f"{src} holds images that lie in several classes by links, and would have several labels "
+            f"({listed(min(doubled))} are one; {len(doubled)} in all): remove the links"
+        )
 
 
 def _folder_of_tars(src: str, tars: list[str], top: Top) -> ImageSource:

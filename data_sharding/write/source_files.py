@@ -8,9 +8,12 @@ a pipe, a device, a folder or file without permission, a name that is not UTF-8.
 import errno
 import os
 import stat
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
+
+import numpy as np
 
 from data_sharding.errors import StorageDown, UserError
 from data_sharding.storage.byte_ranges import ByteRange
@@ -25,10 +28,12 @@ _FORBIDDEN = {errno.EACCES, errno.EPERM}
 @dataclass(frozen=True)
 class Listing:
     """``files`` by key, the path below the folder. ``folders`` are the names in the folder itself that are followed,
-    each with what identifies the folder (None on an object store)."""
+    each with what identifies the folder (None on an object store). ``linked`` are groups of keys that are one and the
+    same file, at least one of them by a link to it or to a folder above it. Hard links alone are files of their own."""
 
     files: dict[str, ByteRange]
     folders: dict[str, tuple[int, int] | None]
+    linked: list[list[str]]
 
 
 class Top(NamedTuple):
@@ -54,7 +59,7 @@ def list_folder(src: str, suffixes: tuple[str, ...], findings: Findings) -> List
     refuse_unless_folder(src)
     walk = _Walk(root or "/", suffixes, findings)
     files = {key: ByteRange(f"{prefix}/{key}", None, size) for key, size in walk.files()}
-    return Listing(files, walk.top)
+    return Listing(files, walk.top, walk.identities.linked(list(files)))
 
 
 def list_top(src: str) -> Top:
@@ -114,23 +119,51 @@ def refuse_unless_folder(src: str) -> None:
         raise UserError(f"the folder {src} cannot be opened: {error.strerror}") from error
 
 
+class _Identities:
+    """Of files, in the order in which they are added: arrays, since there may be many millions."""
+
+    def __init__(self) -> None:
+        self._device, self._inode, self._by_link = array("Q"), array("Q"), array("B")
+
+    def add(self, found: os.stat_result, by_link: bool) -> None:
+        """``by_link``: a link to the file or to a folder above it was followed."""
+        self._device.append(found.st_dev)
+        self._inode.append(found.st_ino)
+        self._by_link.append(by_link)
+
+    def linked(self, keys: list[str]) -> list[list[str]]:
+        """See ``Listing``; ``keys`` are those of the files."""
+        device, inode = (np.frombuffer(ids, np.uint64) for ids in (self._device, self._inode))
+        by_link = np.frombuffer(self._by_link, bool)
+        if not by_link.any():
+            return []
+        order = np.lexsort((inode, device))
+        differs = (np.diff(device[order]) != 0) | (np.diff(inode[order]) != 0)
+        starts = np.concatenate([[0], np.flatnonzero(differs) + 1])
+        counts = np.diff([*starts, len(order)])
+        wanted = (counts > 1) & np.logical_or.reduceat(by_link[order], starts) & (inode[order[starts]] != 0)
+        groups = zip(starts[wanted].tolist(), counts[wanted].tolist(), strict=True)
+        return [sorted(keys[i] for i in order[at : at + count].tolist()) for at, count in groups]
+
+
 class _Walk:
     def __init__(self, root: str, suffixes: tuple[str, ...], findings: Findings):
         self._root, self._suffixes, self._findings = root, suffixes, findings
         self.top: dict[str, tuple[int, int] | None] = {}
+        self.identities = _Identities()
 
     def files(self) -> Iterator[tuple[str, int]]:
         """(key, bytes) of each file, in no order."""
         here = os.stat(self._root)
-        waiting = [("", frozenset({(here.st_dev, here.st_ino)}))]
+        waiting = [("", frozenset({(here.st_dev, here.st_ino)}), False)]
         while waiting:
-            folder, above = waiting.pop()
+            folder, above, by_link = waiting.pop()
             for entry in self._entries(folder):
                 key = f"{folder}{entry.name}"
                 if (at := self._folder(entry, key, above)) is None:
-                    yield from self._file(entry, key)
+                    yield from self._file(entry, key, by_link)
                 elif at != _LEFT:
-                    waiting.append((f"{key}/", above | {at}))
+                    waiting.append((f"{key}/", above | {at}, by_link or entry.is_symlink()))
                     if not folder:
                         self.top[entry.name] = at
 
@@ -162,7 +195,7 @@ class _Walk:
             self._findings.leave_out(f"{key}/", "a link back to a folder above it")
         return _LEFT
 
-    def _file(self, entry: os.DirEntry, key: str) -> Iterator[tuple[str, int]]:
+    def _file(self, entry: os.DirEntry, key: str, by_link: bool) -> Iterator[tuple[str, int]]:
         self._findings.file(entry.name)
         wanted = entry.name.lower().endswith(self._suffixes)
         if not wanted and not entry.is_symlink():
@@ -180,6 +213,7 @@ class _Walk:
         elif reason := _why_unreadable(found, entry):
             self._findings.leave_out(key, reason)
         else:
+            self.identities.add(found, by_link or entry.is_symlink())
             yield key, found.st_size
 
 
@@ -228,4 +262,4 @@ def _list_store(src: str, root: str, prefix: str, suffixes: tuple[str, ...], fin
             files[key] = ByteRange(f"{prefix}/{key}", None, info["size"])
         else:
             findings.aside(suffix_of(key))
-    return Listing(files, dict.fromkeys(name for name in names if not is_system_folder(name)))
+    return Listing(files, dict.fromkeys(name for name in names if not is_system_folder(name)), [])

@@ -44,11 +44,11 @@ def reasons(dst: Path) -> dict[str, str]:
 
 def test_linked_folders_and_files_are_followed(tmp_path):
     """As torchvision's ImageFolder (os.walk with followlinks) finds them."""
-    elsewhere = put(tmp_path / "elsewhere", "x/1.jpg", "x/deep/2.jpg", "3.jpg")
+    elsewhere = put(tmp_path / "elsewhere", "x/1.jpg", "x/deep/2.jpg", "y/2.jpg", "3.jpg")
     src = put(tmp_path / "src", "bee/0.jpg")
     (src / "ant").symlink_to(elsewhere / "x")
     (src / "cow").mkdir()
-    (src / "cow/herd").symlink_to(elsewhere / "x/deep")
+    (src / "cow/herd").symlink_to(elsewhere / "y")
     (src / "cow/3.jpg").symlink_to("../../elsewhere/3.jpg")
     expected = {"ant/1.jpg": 0, "ant/deep/2.jpg": 0, "bee/0.jpg": 1, "cow/herd/2.jpg": 2, "cow/3.jpg": 2}
     walked = {
