@@ -8,7 +8,7 @@ DST/source.json keeps the counts of the source for later calls:
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,7 @@ class WriteReport:
     ``seen`` counts the source's files by suffix, ``left_aside`` those that are no images by their name (and folders
     with all that is in them), ``reasons`` why images were skipped. ``several_frames`` images are the first of several
     in their file. All four are empty for a dataset of an earlier version. ``without_images`` are classes.
+    ``sorted_as_text`` is empty, or holds a class whose name is a number with its label, which is another one.
     """
 
     url: str
@@ -64,6 +65,7 @@ class WriteReport:
     left_aside: dict[str, int]
     reasons: dict[str, int]
     several_frames: int
+    sorted_as_text: dict[str, int]
 
 
 def put_counts(url: str, findings: Findings, several_frames: int) -> None:
@@ -101,6 +103,7 @@ def report_of(urls: list[str], made: int, started: float) -> WriteReport:
         left_aside=counts.get("left_aside", {}),
         reasons=_sorted(reasons),
         several_frames=counts.get("several_frames", 0),
+        sorted_as_text=_sorted_as_text(classes),
     )
 
 
@@ -118,6 +121,8 @@ def to_text(report: WriteReport) -> str:
         lines.append(f"  files with several frames or pages, of which the first was taken: {report.several_frames}")
     if report.without_images:
         lines.append(f"  classes without an image: {len(report.without_images)} ({listed(report.without_images)})")
+    for name, label in report.sorted_as_text.items():
+        lines.append(f'  classes of numbers are sorted as text, as in torchvision: class "{name}" is label {label}')
     return "\n".join(lines)
 
 
@@ -125,6 +130,14 @@ def counts_to_text(seen: Mapping[str, int], left_aside: Mapping[str, int]) -> li
     """Lines for a terminal on what a source holds besides images."""
     lines = [f"  files seen: {sum(seen.values())} ({_counted(seen, _KINDS)})"] if seen else []
     return lines + ([f"  no images by their names, left aside: {_counted(left_aside, _KINDS)}"] if left_aside else [])
+
+
+def _sorted_as_text(classes: Sequence[str]) -> dict[str, int]:
+    """The first class that is out of the order of numbers, with its label, if all names are whole numbers."""
+    if not all(name.isascii() and name.isdecimal() for name in classes):
+        return {}
+    places = enumerate(zip(classes, sorted(classes, key=int), strict=True))
+    return next(({name: label} for label, (name, numeric) in places if name != numeric), {})
 
 
 def _counted(counts: Mapping[str, int], most: int) -> str:
