@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -33,6 +34,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
+from data_sharding.errors import UserError
 from data_sharding.storage.store import Store
 from fitv2_scale.checkpoint.checksums import CHUNK, ChunkReader, FileSpan
 from fitv2_scale.checkpoint.safetensors_file import TensorToWrite, Written, write_safetensors
@@ -40,6 +42,7 @@ from fitv2_scale.checkpoint.safetensors_file import TensorToWrite, Written, writ
 FORMAT = 2
 MANIFEST = "manifest.json"
 _ITEM = torch.float32.itemsize
+_LOOKING = 16  # files of a commit that are looked for at once
 
 
 def write_manifest(store: Store, folder: str, header: dict, files: dict[str, Written], tensors: dict) -> str:
@@ -100,7 +103,25 @@ class CommitWriter(StorageWriter):
                 place = places[MetadataIndex(name, chunk.offsets)]
                 boxes.append(box_record(chunk.offsets, chunk.sizes, place.file, place.begin))
             tensors[name] = {"shape": list(stored.size), "boxes": boxes}
+        self._require(files)
         self.manifest_digest = write_manifest(self._store, self._folder, self._header, files, tensors)
+
+    def _require(self, files: dict[str, Written]) -> None:
+        """Raises UserError unless this rank, which writes the manifest, sees all files as they were written: another
+        rank may have written into a folder of its own."""
+
+        def check(file: str) -> None:
+            path, size = f"{self._folder}/{file}", files[file].bytes
+            try:
+                found = self._store.size(path)
+            except FileNotFoundError:
+                found = None
+            if found != size:
+                here = "is not there" if found is None else f"has {found} bytes there, not the {size} that were written"
+                raise UserError(f"{self._store.path(path)} {here}: do all nodes share this place?")
+
+        with ThreadPoolExecutor(_LOOKING, thread_name_prefix="sizes") as pool:
+            list(pool.map(check, sorted(files)))
 
     def reset(self, checkpoint_id=None) -> None: ...
     def set_up_storage_writer(self, is_coordinator: bool, *args, **kwargs) -> None: ...

@@ -6,6 +6,7 @@ differ, and then only those of the first few groups of ranks, so that it takes a
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -21,6 +22,10 @@ Facts = dict[str, Any]
 
 # What the sentence about a difference holds at most.
 _GROUPS, _NAMES, _CHARACTERS = 4, 5, 100
+
+# Seconds for what rank 0 has written to appear on other nodes, longer than NFS keeps what it knows of a folder; and
+# between two looks.
+_APPEARING, _LOOK = 90.0, 0.5
 
 
 def agree(world: World, facts: Facts) -> None:
@@ -55,6 +60,36 @@ def read_alike(world: World, read: Callable[[], tuple[T, Facts]]) -> T:
         raise error if world.is_first else arisen_on(world.place(0), error)
     assert result is not None  # else it has failed
     return result[0]
+
+
+def require_shared(world: World, place: str, appears: Callable[[], bool]) -> None:
+    """Returns once ``appears`` is true on every rank: it looks in ``place`` for what rank 0 has just written there, and
+    nobody else. A copy of the place has all but that. A collective.
+
+    Raises:
+        Exception: what ``appears`` raised on this rank or, as ``World.raise_shared`` does, on another.
+        UserError: on all ranks, if some have another place of that name; it names them and their nodes.
+    """
+    there, failure = False, None
+    try:
+        there = _waited_for(appears)
+    except Exception as error:
+        failure = error
+    world.raise_shared(failure)
+    without = [rank for rank, found in enumerate(world.all_gather(there)) if not found]
+    if without:
+        error = UserError(
+            f"{place} of {name_ranks(without, world.nodes)} is not that of rank 0, whose files do not appear there: "
+            "give a place that all nodes share"
+        )
+        raise error if world.is_first else arisen_on(world.place(0), error)
+
+
+def _waited_for(appears: Callable[[], bool]) -> bool:
+    until = time.monotonic() + _APPEARING
+    while not (there := appears()) and time.monotonic() < until:
+        time.sleep(_LOOK)
+    return there
 
 
 def _digest(value: Any) -> str:

@@ -212,7 +212,7 @@ class Run:
 class Attempt:
     """Training by one set of processes, from their start to their end. Samples of its files in attempts/<number>/:
 
-    start.json  {"attempt": 2, "time": "2025-06-01T12:00:00.000000+00:00", "packages": {…}, "changed": [], …}
+    start.json  {"attempt": 2, "time": "2025-06-01T12:00:00.000000+00:00", "nonce": "9f…", "changed": [], …}
     end.json    {"attempt": 2, "time": "2025-06-01T13:00:00.000000+00:00", "code": 75, "reason": "SIGUSR1"}
     """
 

@@ -1,6 +1,7 @@
 """Everything an attempt sets up before its first step; what is cheap to check comes first."""
 
 import logging
+import secrets
 from typing import Any
 
 from data_sharding.errors import DataError, UserError
@@ -18,7 +19,7 @@ from fitv2_scale.data import Data
 from fitv2_scale.evaluate.validation import held_out_urls
 from fitv2_scale.identity import check_start, open_run
 from fitv2_scale.model.counts import parameter_count
-from fitv2_scale.parallel.agreement import Facts, read_alike
+from fitv2_scale.parallel.agreement import Facts, read_alike, require_shared
 from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.rank_facts import config_facts, software_facts
@@ -60,18 +61,22 @@ def is_complete(config: Config, world: World) -> bool:
 
 
 def claim(config: Config, plan: Plan, fork: Fork | None, world: World) -> Attempt:
-    """Makes or continues the run and starts an attempt, on all ranks. Raises UserError if the run is another one."""
+    """Makes or continues the run and starts an attempt, on all ranks. Raises UserError if the run is another one, or
+    not in a place that all ranks share: a rank that sees a copy would save its part of each commit there."""
     gpus = world.all_gather(own_gpu(world.device))
 
-    def claim_on_rank0() -> int:
+    def claim_on_rank0() -> tuple[int, str]:
         check_start(config, plan, fork)
         run = open_run(config, plan, fork.parent() if fork else None)
         facts = _facts(config, plan) | {"gpus": [gpu for gpu in gpus if gpu]}
         if config.init_from and not fork:
             facts |= _initial_weights(config, run, begins=not run.log.commits())
-        return run.claim(provenance() | facts).number
+        nonce = secrets.token_hex(8)
+        return run.claim(provenance() | facts | {"nonce": nonce}).number, nonce
 
-    number = world.run_on_rank0(claim_on_rank0)
+    number, nonce = world.run_on_rank0(claim_on_rank0)
+    start = f"attempts/{number}/start.json"
+    require_shared(world, config.run, lambda: (open_store(config.run).read_json(start) or {}).get("nonce") == nonce)
 
     def open_here() -> tuple[Run, Facts]:
         run = Run.open(config.run)

@@ -2,8 +2,10 @@
 evaluator reads."""
 
 import os
+import secrets
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +28,8 @@ from fitv2_scale.config.sections import SamplingConfig
 from fitv2_scale.evaluate.sampling.image_grid import decode
 from fitv2_scale.evaluate.sampling.load_weights import Weights
 from fitv2_scale.evaluate.sampling.sampler import ImageRequest, sample
-from fitv2_scale.parallel.agreement import agree, read_alike
+from fitv2_scale.parallel.agreement import agree, require_shared
+from fitv2_scale.parallel.world import World
 from fitv2_scale.run.differences import differences
 
 _RECORD = "request.json"
@@ -74,7 +77,7 @@ def fill_folder(
     world, model = weights.world, weights.config.model
     agree(world, {"digest of the codec": codec.digest})
     to_do = world.run_on_rank0(lambda: _missing(weights, requests, sampling, seed, folder, codec))
-    read_alike(world, lambda: (_check_shared(folder), {}))
+    _require_shared(world, folder)
     requests, evaluations = [r for r in requests if r.index in to_do], 0
     with tqdm(total=len(requests), unit="image", disable=not world.is_first, dynamic_ncols=True) as bar:
         for chunk in chunk_requests(requests, weights, sampling):
@@ -95,10 +98,21 @@ def fill_folder(
     return FolderResult(len(requests), sum(world.all_gather(evaluations)) / max(1, len(requests)))  # all have written
 
 
-def _check_shared(folder: str) -> None:
-    """Raises UserError on a rank that does not see what rank 0 has recorded there."""
-    if read_request(folder) is None:
-        raise UserError(f"{folder} is not the folder that rank 0 writes to: give one that all nodes share")
+def _require_shared(world: World, folder: str) -> None:
+    """Raises UserError on all ranks if some have another folder of that name, be it a copy of rank 0's."""
+    sign = Path(folder) / world.run_on_rank0(lambda: f".shared-{secrets.token_hex(8)}")
+
+    def write() -> None:
+        with as_sentence(sign):
+            sign.touch()
+
+    world.run_on_rank0(write)
+    try:
+        require_shared(world, folder, sign.exists)
+    finally:
+        if world.is_first:
+            with suppress(OSError):
+                sign.unlink()
 
 
 def read_request(folder: str) -> dict[str, Any] | None:

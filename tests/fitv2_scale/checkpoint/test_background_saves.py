@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import fitv2_scale.train.loop as module
-from fitv2_scale.checkpoint import checkpointer
+from fitv2_scale.checkpoint import checkpointer, dcp_storage
 from fitv2_scale.checkpoint.dcp_storage import CommitWriter
 from fitv2_scale.checkpoint.staging import Staging
 from fitv2_scale.run.run import Run
@@ -126,6 +127,30 @@ def test_a_last_save_that_fails_asks_for_another_attempt(tiny):
     assert status(Run.open(config.run))["attempts"][0]["why"].startswith("the save at step 6 failed: ")
     assert run_ranks(2, train, config) == [DONE] * 2
     assert steps_of(config) == [3, 6]
+
+
+def train_elsewhere(config, damage: str) -> int:
+    """The file of rank 1 is written, and then is not what rank 0 finds."""
+    write_safetensors = dcp_storage.write_safetensors
+
+    def write(store, path, entries, *rest):
+        written = write_safetensors(store, path, entries, *rest)
+        if path.endswith("rank-00001.safetensors") and "/00000004." in path:
+            file = Path(store.path(path))
+            file.unlink() if damage == "is not there" else os.truncate(file, 1000)
+        return written
+
+    dcp_storage.write_safetensors = write
+    return train(config)
+
+
+@pytest.mark.parametrize("damage", ["is not there", "has 1000 bytes there"])
+def test_nothing_is_committed_unless_rank_0_sees_all_files(tiny, damage):
+    config = tiny(train__steps=6, checkpoint__every_steps=2, **EVERY_COMMIT)
+    assert run_ranks(2, train_elsewhere, config, damage) == [DONE, DONE]
+    assert steps_of(config) == [2, 6]
+    said = Path(config.run, "attempts/1/logs/rank-00000.log").read_text()
+    assert re.search(rf"the save at step 4 failed: \S+/rank-00001.safetensors {damage}.*do all nodes share", said)
 
 
 def train_superseded(config) -> int:

@@ -5,6 +5,7 @@ import contextlib
 import io
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from fitv2_scale.cli.__main__ import main
+from fitv2_scale.parallel import agreement
+from fitv2_scale.run.run import Run
 from tests.support.ranks import run_ranks
 from tests.support.small_vae import save_vae
 
@@ -33,6 +36,7 @@ def run_as(*words: list[str]) -> tuple[int, str]:
 def run_in(folders: list[str], words: list[str]) -> tuple[int, str]:
     """As ``run_as``, each rank in its folder: what a relative path names is another file there."""
     os.chdir(folders[int(os.environ["RANK"])])
+    agreement._APPEARING = 0.1  # what is not shared will not appear
     return run_as(words)
 
 
@@ -136,8 +140,11 @@ def test_weights_of_other_content(two_step_run, two_folders, config_file):
     told = 'the ranks were not told the same: content of w.safetensors is "[0-9a-f]{32}" on rank 0 .*'
     assert_refused(run_ranks(2, run_in, folders, words), told, "")
     save_file(load_file(first), second)
-    unshared = r"samples.pictures is not the folder .*"  # nor would the pictures of all ranks come together
-    assert_refused(run_ranks(2, run_in, folders, words), rf"rank 1 on \S+: {unshared}", unshared)
+    unshared = r"samples.pictures of rank 1 \(\S+\) is not that of rank 0, .*"  # pictures would not come together
+    assert_refused(run_ranks(2, run_in, folders, words), unshared, "")
+    shutil.copytree(two_folders[0] / "samples.pictures", two_folders[1] / "samples.pictures")  # its request.json, too
+    assert_refused(run_ranks(2, run_in, folders, words), unshared, "")
+    assert [path.name for path in (two_folders[0] / "samples.pictures").iterdir()] == ["request.json"]
     words += ["--folder", str(two_folders[0] / "pictures")]
     assert [code for code, _ in run_ranks(2, run_in, folders, words)] == [0, 0]
 
@@ -162,9 +169,12 @@ def test_a_vae_of_other_content(two_step_run, two_folders, config_file):
 def test_a_folder_that_the_ranks_do_not_share(two_folders, config_file):
     """A run on the disk of each node: its commits would lack every other rank's part."""
     words = ["train", config_file("config"), "run=run"]
-    sentence = r".*second/run is not a run \(it has no run.json\).*"
+    sentence = r"run of rank 1 \(\S+\) is not that of rank 0, whose files do not appear there: .*"
     folders = list(map(str, two_folders))
-    assert_refused(run_ranks(2, run_in, folders, words), rf"rank 1 on \S+: {sentence}", sentence)
+    assert_refused(run_ranks(2, run_in, folders, words), sentence, "")
+    shutil.copytree(two_folders[0] / "run", two_folders[1] / "run")  # as of a node that was prepared by a copy
+    assert_refused(run_ranks(2, run_in, folders, words), sentence, "")
+    assert Run.open(str(two_folders[0] / "run")).log.commits() == []
 
 
 def test_validation(two_step_run, dataset):
