@@ -95,7 +95,7 @@ OF_SOURCES = (
     ),
     Named(
         "B05: -1 and 2.5 are names", LABELS,
-        'raise BadLabel(f"is {text[:80]}, which is no class: classes are counted 0, 1, 2, …")',
+        'raise BadLabel(f"is {text[:_SHOWN]}, which is no class: classes are counted 0, 1, 2, …")',
         "return text",
         (WEBDATASET,),
     ),
@@ -107,8 +107,14 @@ OF_SOURCES = (
     ),
     Named(
         "B05: null, true and lists are names", LABELS,
-        'raise BadLabel(f"is {json.dumps(label)[:80]}, neither a number nor a text")',
+        'raise BadLabel(f"is {json.dumps(label)[:_SHOWN]}, neither a number nor a text")',
         "return str(label)",
+        (WEBDATASET,),
+    ),
+    Named(
+        "B05: of two labels that differ the first is taken", LABELS,
+        'if "json" in files and',
+        "if False and",
         (WEBDATASET,),
     ),
     # Not every number: a list of 2e9 names would fill the memory of whoever runs this.
@@ -215,8 +221,8 @@ OF_SOURCES = (
     Named("B21: nor in a WebDataset", SAMPLES, 'findings.aside(suffix_of(f"x.{suffix}"))', "pass", (WEBDATASET,)),
     Named(
         "B21: the report leaves them out", f"{WRITE}/write_report.py",
-        "if report.left_aside:",
-        "if False:",
+        "if left_aside else [])",
+        "if False else [])",
         (FOLDERS,),
     ),
     Named(
