@@ -241,7 +241,7 @@ def _measure_cell(
     features, nfe = collect_features(job.cell, store, job.folder)
     metrics = measure(features, references.open(job.reference, job.cell.size), network.device)
     about = job.about | {"label": job.cell.label, "time": now(), "network": network.digest}
-    result = about | job.cell.record() | {"nfe": nfe} | metrics
+    result = about | job.cell.record() | {"class_numbers": job.cell.class_numbers, "nfe": nfe} | metrics
     result["reference"] |= job.reference
     if options.keep_features:
         store.put(f"{job.folder}.npz", npz_bytes(features.arrays()))

@@ -52,6 +52,11 @@ class Cell:
         steps = "" if s.solver == "dopri5" else str(s.steps)
         return f"{self.size}-cfg{s.cfg:g}-{s.solver}{steps}-{s.rope}-{self.images}"
 
+    @property
+    def class_numbers(self) -> str:
+        """A digest of ``labels``, for the result; not in ``record``, by which results of earlier versions are found."""
+        return hashlib.sha256(json.dumps(self.labels).encode()).hexdigest()[:16]
+
     def name(self, *made_by: str) -> str:
         """The name of its objects in the storage: readable, and unique for the cell and what it is ``made_by``: digests
         of weights, network, codec and feature network."""

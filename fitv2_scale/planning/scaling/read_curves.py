@@ -110,6 +110,14 @@ class _Cell(Shape):
     time: str = ""
     network: str | None = None
     reference: _Reference = _Reference()
+    codec: str | None = None
+    seed: Count | None = None
+    classes: Count | None = None
+    class_numbers: str | None = None
+    guided_channels: str | None = None
+    attention_scale: str | None = None
+    atol: Number | None = None
+    rtol: Number | None = None
 
 
 class _Step(Shape):
@@ -134,8 +142,8 @@ def from_journal(url: str) -> Curve:
 
 
 def _fids(store: Store) -> Iterator[tuple[str, int, float]]:
-    """The FIDs that `fitv2 evaluate` has written to a run: evaluations/<step>.json. Those of one curve need one
-    reference and one feature network; if there are several, the newest measurement decides which."""
+    """The FIDs that `fitv2 evaluate` has written to a run: evaluations/<step>.json. Those of one curve were measured
+    alike (see ``_conditions``); if there are several ways, the newest measurement decides which."""
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for path in store.list("evaluations/"):
         if re.fullmatch(r"evaluations/\d+\.json", path):
@@ -143,11 +151,11 @@ def _fids(store: Store) -> Iterator[tuple[str, int, float]]:
                 found[cell["label"]] += [cell] if cell["fid"] is not None else []
     for label, cells in found.items():
         cells.sort(key=lambda cell: cell.get("time", ""))
-        alike = [cell for cell in cells if _measured_alike(cell, cells[-1])]
+        unlike = [_differing(cell, cells[-1]) for cell in cells]
+        alike = [cell for cell, names in zip(cells, unlike, strict=True) if not names]
         if others := len(cells) - len(alike):
-            log.warning(
-                "%s: %d FIDs of %s have another reference or network and are left out", store.url, others, label
-            )
+            names = ", ".join(sorted(set().union(*unlike)))
+            log.warning("%s: %d FIDs of %s are left out: the newest has another %s", store.url, others, label, names)
         yield from ((f"evaluate/{label}/fid", cell["step"], cell["fid"]) for cell in alike)
 
 
@@ -159,13 +167,23 @@ def _cells(store: Store, path: str) -> list[dict[str, Any]]:
         return []
 
 
-def _measured_alike(cell: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether reference and feature network are the same; earlier versions knew those of a folder by path alone."""
-    sides = []
-    for one in (cell, other):
-        reference = one.get("reference", {})
-        sides.append((one.get("network"), reference.get("sha256", reference.get("digest")), reference.get("at_most")))
-    return all(a == b or None in (a, b) for a, b in zip(*sides, strict=True))
+def _differing(cell: dict[str, Any], other: dict[str, Any]) -> set[str]:
+    """In which conditions two FIDs differ, so far as they are known of both."""
+    a, b = _conditions(cell), _conditions(other)
+    return {name for name in a if None not in (a[name], b[name]) and a[name] != b[name]}
+
+
+def _conditions(cell: dict[str, Any]) -> dict[str, Any]:
+    """What an FID depends on, besides the weights and what its label tells. Earlier versions did not record all of it,
+    and knew the references of a folder by path alone."""
+    reference = cell.get("reference", {})
+    names = ("network", "codec", "seed", "guided_channels", "attention_scale", "atol", "rtol")
+    return {
+        "reference": reference.get("sha256", reference.get("digest")),
+        "number of reference images": reference.get("at_most"),
+        "number of classes": cell.get("classes"),
+        "choice of classes": cell.get("class_numbers"),
+    } | {name.replace("_", " "): cell.get(name) for name in names}
 
 
 def from_mlflow(uri: str, experiment: str) -> list[Curve]:

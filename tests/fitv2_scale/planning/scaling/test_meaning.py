@@ -104,4 +104,27 @@ def test_one_curve_of_fids_has_one_reference_and_one_network(tmp_path, caplog):
         run.store.put_json(f"evaluations/{step}.json", {"cells": [cell | {"time": time}]})
     series = from_journal(run.url).series["evaluate/32x48/fid"]
     assert (series.steps.tolist(), series.values.tolist()) == ([100, 200], [100.0, 200.0])
-    assert "2 FIDs of 32x48 have another reference or network and are left out" in caplog.text
+    assert "2 FIDs of 32x48 are left out: the newest has another network, reference" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "key,first,newest,name",
+    [
+        ("seed", 0, 7, "seed"),
+        ("classes", 5, 2, "number of classes"),
+        ("class_numbers", "aa", "bb", "choice of classes"),
+        ("guided_channels", "all", "three", "guided channels"),
+        ("attention_scale", "none", "paper", "attention scale"),
+        ("codec", "aa", "bb", "codec"),
+        ("atol", 1e-6, 1e-3, "atol"),
+        ("rtol", 1e-3, 1e-2, "rtol"),
+    ],
+)
+def test_fids_of_other_images_are_not_on_one_curve(tmp_path, caplog, key, first, newest, name):
+    """One of an earlier version, which did not record it, is."""
+    run = make_run(tmp_path / "b2", "b2", STEPS)
+    for step, value in ((100, {key: first}), (200, {}), (300, {key: newest})):
+        cell = {"label": "32x48", "step": step, "fid": float(step), "time": f"2025-06-0{step // 100}"} | value
+        run.store.put_json(f"evaluations/{step}.json", {"cells": [cell]})
+    assert from_journal(run.url).series["evaluate/32x48/fid"].steps.tolist() == [200, 300]
+    assert f"1 FIDs of 32x48 are left out: the newest has another {name}" in caplog.text
