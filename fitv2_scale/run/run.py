@@ -41,7 +41,8 @@ NOT_FINITE = "loss or gradient was not finite"  # how the reason begins if this 
 # Versions up to a2e80d5 wrote these keys of run.json under other names. Such runs continue, so both are read.
 _FORMER_KEYS = {"science": "recipe", "science_hash": "recipe_hash"}
 # Keys of start.json on which results may depend. The layout is not among them: results do not depend on it.
-_COMPARED = ("python", "packages", "cuda", "nccl", "driver", "git", "code", "gpus")
+_SHOWN = 16  # digits of a digest, for people
+_COMPARED = ("python", "packages", "cuda", "nccl", "driver", "git", "code", "gpus", "validation", "validation_grid")
 
 log = logging.getLogger(__name__)
 
@@ -221,7 +222,7 @@ class Attempt:
 
     @property
     def changed(self) -> list[str]:
-        """Differences of packages, code and machine to the previous attempt: ["packages.torch: 2.12.0 -> 2.13.0"]."""
+        """Differences of packages, code, machine and validation to the attempt before: ["python: 3.11.4 -> 3.12.0"]."""
         return self.read_start().get("changed", [])
 
     def read_start(self) -> dict[str, Any]:
@@ -295,4 +296,5 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     sides = [{key: side[key] for key in compared} for side in (old, new)]
     for side in sides:
         side["gpus"] = sorted({gpu["name"] for gpu in side.get("gpus", [])})  # their model, not which devices
+        side["validation"] = [digest[:_SHOWN] for digest in side.get("validation", [])]
     return [line.replace('"', "") for line in differences(*sides)]

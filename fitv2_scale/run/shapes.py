@@ -39,6 +39,7 @@ class Start(Shape):
     parameters: Count | None = None
     datasets: list[str] = []
     validation: list[str] = []
+    validation_grid: dict[str, Count] = {}
     codec: str | None = None
     init_from: str | None = None
 

@@ -95,6 +95,7 @@ def _facts(config: Config, plan: Plan) -> dict[str, Any]:
     }
     if config.validation.every_steps:
         facts["validation"] = [read_header(url)[1] for url in held_out_urls(plan.manifests, config.validation)]
+        facts["validation_grid"] = config.validation.model_dump(include={"images", "timesteps"})
     return facts
 
 
@@ -134,6 +135,7 @@ def open_session(
     if world.is_first and attempt.changed:
         notes = [*notes, f"since attempt {attempt.number - 1}: {'; '.join(attempt.changed)}"]
         log.warning("%s", notes[-1])
+    notes = [*notes, *_validation_notes(attempt)]
     substitutions = _open_substitutions(attempt, data, restored, fork, config, world)
     checkpoints = Checkpointer(engine, attempt, world, config.checkpoint, newest=start)
     evaluation = InLoopEvaluation(config, world, layout, data, engine)
@@ -157,6 +159,16 @@ def open_session(
         accounting=Accounting.of(restored.accounting, forked) if restored else Accounting(),
         notes=notes,
     )
+
+
+def _validation_notes(attempt: Attempt) -> list[str]:
+    """What the user should know of the images of validation."""
+    recorded, notes = attempt.read_start(), []
+    if any(line.startswith("validation") for line in attempt.changed):
+        notes.append("val_loss is measured on other images or times than before: do not compare it with its old values")
+    if set(recorded.get("validation", [])) & set(recorded["datasets"]):
+        notes.append("validation.url is a dataset of the training, so val_loss says nothing of images not trained on")
+    return notes
 
 
 def _rank_zero_recorder(attempt: Attempt, start: int, config: Config, notes: list[str]) -> RankZeroRecorder:

@@ -43,12 +43,23 @@ def make_run(
     for section, keys in (changes or {}).items():
         plain[section] = plain[section] | keys if isinstance(keys, dict) else keys
     run = Run.open_or_create(str(folder), plain, {}, "plan", parent)
-    attempt = run.claim(facts or {})
     rng = np.random.default_rng(seed)
     steps = np.asarray(steps)
     loss = TRUTH(parameters(size), steps * BATCH) * np.exp(noise * rng.standard_normal(len(steps)) + offset)
     columns = {"loss": loss, "images_per_second": np.full(len(steps), 1000.0)} | more
     columns["tokens_per_second"] = columns["images_per_second"] * TOKENS
+    continue_run(run, steps, facts or {}, **columns)
+    for step, value in zip(steps[len(steps) - len(fid) :].tolist(), fid, strict=True):
+        cell = {"label": "256x256_cfg1", "step": step, "fid": float(value)}
+        run.store.put(
+            f"evaluations/{step}.json", json.dumps({"step": step, "fid": float(value), "cells": [cell]}).encode()
+        )
+    return run
+
+
+def continue_run(run: Run, steps: Sequence[int], facts: dict, **columns: Sequence[float]) -> None:
+    """One more attempt, of ``facts``, that has measured ``columns`` at ``steps`` and committed them."""
+    attempt, steps = run.claim(facts), np.asarray(steps)
     journal = attempt.folder / "journal"
     journal.mkdir(parents=True)
     with open(journal / "00000.jsonl", "w") as file:
@@ -57,9 +68,3 @@ def make_run(
             metrics = {name: float(values[i]) for name, values in columns.items()}
             file.write(json.dumps({"step": step, "time_ms": 1000 * step, "metrics": metrics}) + "\n")
     attempt.commit(int(steps[-1]), f"steps/{steps[-1]}", "sha256:00")
-    for step, value in zip(steps[len(steps) - len(fid) :].tolist(), fid, strict=True):
-        cell = {"label": "256x256_cfg1", "step": step, "fid": float(value)}
-        run.store.put(
-            f"evaluations/{step}.json", json.dumps({"step": step, "fid": float(value), "cells": [cell]}).encode()
-        )
-    return run

@@ -6,7 +6,7 @@ random weights. Networks, learning rates, batches and seeds may differ from run 
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
@@ -22,17 +22,19 @@ _SHOWN = 16  # characters of a value
 @dataclass(frozen=True)
 class Origin:
     """What a run's config does not say. ``datasets`` and ``validation`` are digests, None where they are not known;
-    ``pretrained``: it began with the weights of another run."""
+    ``pretrained``: it began with the weights of another run; ``grid``: keys of its validation that have changed since.
+    """
 
     datasets: Sequence[str] | None = None
     validation: Sequence[str] | None = None
     pretrained: bool = False
+    grid: Mapping[str, int] = field(default_factory=dict)
 
 
 def meaning_of(config: Mapping[str, Any], origin: Origin) -> Meaning:
     """Of a run's config, of any version."""
     data = with_defaults(DataConfig, dict(config.get("data", {})))
-    grid = with_defaults(ValidationConfig, dict(config.get("validation", {})))
+    grid = with_defaults(ValidationConfig, dict(config.get("validation", {})) | origin.grid)
     found: dict[str, Any] = {f"flow.{k}": v for k, v in with_defaults(FlowConfig, dict(config.get("flow", {}))).items()}
     found |= {"data.views": data["views"], "begins with": "other weights" if origin.pretrained else "random weights"}
     if isinstance(data.get("url"), list):

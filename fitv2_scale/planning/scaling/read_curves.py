@@ -22,7 +22,7 @@ from data_sharding.storage.store import Store
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.model.counts import forward_flops, parameter_count
 from fitv2_scale.planning.scaling.meaning import Meaning, Origin, meaning_of
-from fitv2_scale.run.run import Run
+from fitv2_scale.run.run import Attempt, Run
 from fitv2_scale.tracking import journal
 
 log = logging.getLogger(__name__)
@@ -134,11 +134,31 @@ def is_fid(metric: str) -> bool:
 def from_journal(url: str) -> Curve:
     """The canonical curve of the run at ``url``. Raises UserError if there is no such run."""
     run = Run.open(url)
-    records = ((r.step, r.metrics) for r in journal.read(run) if r.metrics)
-    points = ((name, step, value) for step, metrics in records for name, value in metrics.items() if _wanted(name))
     begun = bool(run.parent or run.config.get("init_from"))
-    origin = Origin(run.recorded("datasets"), run.recorded("validation"), begun)
+    points, (validation, grid) = _points(run)
+    origin = Origin(run.recorded("datasets"), validation or run.recorded("validation"), begun, grid)
     return _curve(run.id, run.config, chain(points, _fids(run.store)), origin)
+
+
+def _points(run: Run) -> tuple[list[tuple[str, int, float]], tuple[list[str], dict[str, int]]]:
+    """The measurements in the journal as (name, step, value), and on what the validation losses among them were
+    measured: digests and grid, empty where not known. Those that an earlier attempt measured on something else are
+    left out."""
+    found = [
+        (record.end.attempt, (name, record.step, value))
+        for record in journal.read(run)
+        for name, value in (record.metrics or {}).items()
+        if _wanted(name)
+    ]
+    validated = dict.fromkeys(attempt for attempt, (name, *_) in found if name.startswith("val_"))
+    starts = {attempt: Attempt(attempt, run).read_start() for attempt in validated}
+    held = {n: (start.get("validation", []), start.get("validation_grid", {})) for n, start in starts.items()}
+    last = held[max(held)] if held else ([], {})
+    other = {n for n, sides in held.items() if any(a and b and a != b for a, b in zip(sides, last, strict=True))}
+    kept = [point for attempt, point in found if not (attempt in other and point[0].startswith("val_"))]
+    if cut := len(found) - len(kept):
+        log.warning("%s: %d validation losses on other images or times than the newest are left out", run.url, cut)
+    return kept, last
 
 
 def _fids(store: Store) -> Iterator[tuple[str, int, float]]:

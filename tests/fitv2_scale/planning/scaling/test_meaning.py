@@ -7,7 +7,7 @@ import pytest
 
 from fitv2_scale.cli.__main__ import main
 from fitv2_scale.planning.scaling.read_curves import from_journal
-from tests.support.curve_runs import make_run
+from tests.support.curve_runs import continue_run, make_run
 
 STEPS = np.geomspace(1000, 400_000, 30).astype(int)
 DATA = {"datasets": ["5c84" + "0" * 60], "validation": ["77e1" + "0" * 60]}
@@ -63,6 +63,32 @@ def test_a_law_over_sizes_needs_losses_that_mean_the_same(report, tmp_path, othe
         metric = "val_loss_ema" if metrics else "loss"
         between = f"there is no law over sizes: {runs[0].id} and {runs[3].id} do not measure the same {metric} ("
         assert found["why_no_surface"].startswith(between) and difference in found["why_no_surface"]
+
+
+HELD_OUT = {"validation": ["77e1" + "0" * 60], "validation_grid": {"images": 256, "timesteps": 8}}
+
+
+@pytest.mark.parametrize(
+    "facts,steps",
+    [
+        (HELD_OUT, [1000, 2000, 3000, 4000]),
+        (HELD_OUT | {"validation": ["9a1b" + "0" * 60]}, [3000, 4000]),
+        (HELD_OUT | {"validation_grid": {"images": 256, "timesteps": 4}}, [3000, 4000]),
+        ({"validation": HELD_OUT["validation"]}, [1000, 2000, 3000, 4000]),  # of an earlier version
+    ],
+)
+def test_a_validation_loss_is_read_from_the_newest_validation_on(tmp_path, caplog, facts, steps):
+    losses = {"loss": [0.6, 0.5], "val_loss": [0.5, 0.4]}
+    run = make_run(tmp_path / "b2", "b2", [1000, 2000], facts=HELD_OUT, val_loss=losses["val_loss"])
+    continue_run(run, [3000, 4000], facts, **losses)
+    curve = from_journal(run.url)
+    assert curve.series["val_loss"].steps.tolist() == steps
+    assert curve.series["loss"].steps.tolist() == [1000, 2000, 3000, 4000]
+    assert ("2 validation losses on other images or times than the newest are left out" in caplog.text) == (
+        len(steps) == 2
+    )
+    assert curve.meaning["validation datasets"] == facts["validation"][0]
+    assert curve.meaning["validation.timesteps"] == str(facts.get("validation_grid", {"timesteps": 8})["timesteps"])
 
 
 def test_a_mixture_by_other_weights_is_other_data(report, tmp_path):
