@@ -11,12 +11,15 @@ class _Value:
     """Anything but a text or a dictionary: only that it is there."""
 
 
+TENSOR = _Value()
+_REBUILD = _Value()  # a function that makes a tensor
 _ORDERED = _Value()  # the class of ordered dictionaries, in which torch keeps weights
 
 
 def outline(file: str) -> dict[str, Any] | None:
     """The dictionary at the top of a .bin or .pt file: its text keys, and dictionaries as values in the same way; other
-    values are opaque. None if the file is another one. Raises ValueError and zipfile.BadZipFile for a damaged one."""
+    values are TENSOR or opaque. None if the file is another one. Raises ValueError and zipfile.BadZipFile for a damaged
+    one."""
     with zipfile.ZipFile(file) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith("data.pkl")][:1] or [None]
         if name is None or archive.getinfo(name).file_size > _MOST_BYTES:
@@ -62,12 +65,12 @@ def _other(name: str, opcode: pickletools.OpcodeInfo, argument: Any, stack: list
         taken = taken[: taken.index(pickletools.markobject)]
     popped = [stack.pop() for _ in taken if stack]
     if name == "REDUCE" and popped:  # an OrderedDict is made by a call and filled afterwards
-        stack.append({} if popped[-1] is _ORDERED else _Value())
+        stack.append({} if popped[-1] is _ORDERED else TENSOR if popped[-1] is _REBUILD else _Value())
     elif name == "BUILD" and popped:
         stack.append(popped[-1])  # gets a state, and stays what it is
     elif name in ("GLOBAL", "STACK_GLOBAL"):
         words = str(argument).split() if name == "GLOBAL" else popped[::-1]
-        stack.append(_ORDERED if words == ["collections", "OrderedDict"] else _Value())
+        stack.append(_class(words))
     elif name in ("EMPTY_DICT", "DICT"):
         stack.append({})
         _set(stack[-1], items)
@@ -75,6 +78,12 @@ def _other(name: str, opcode: pickletools.OpcodeInfo, argument: Any, stack: list
         stack.append(argument)
     else:
         stack += [_Value() for _ in opcode.stack_after if _ is not pickletools.markobject]
+
+
+def _class(words: list[Any]) -> _Value:
+    if words == ["collections", "OrderedDict"]:
+        return _ORDERED
+    return _REBUILD if words[:1] == ["torch._utils"] and str(words[-1]).startswith("_rebuild_") else _Value()
 
 
 def _pop_to_mark(stack: list[Any], marks: list[int]) -> list[Any]:

@@ -7,7 +7,7 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from fitv2_scale.checkpoint.pickle_outline import outline
+from fitv2_scale.checkpoint.pickle_outline import TENSOR, outline
 
 
 def keys(tree):
@@ -28,6 +28,20 @@ def keys(tree):
 def test_the_keys_are_those_that_were_saved(saved, protocol, tmp_path):
     torch.save(saved, tmp_path / "w.bin", pickle_protocol=protocol)
     assert keys(outline(str(tmp_path / "w.bin"))) == keys(saved)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_tensors_are_told_from_other_values(protocol, tmp_path):
+    saved = {
+        "a": torch.ones(2),
+        "b": torch.nn.Parameter(torch.ones(1)),
+        "c": 3,
+        "d": torch.float32,
+        "e": [torch.ones(1)],
+    }
+    torch.save(saved, tmp_path / "w.bin", pickle_protocol=protocol)
+    found = outline(str(tmp_path / "w.bin"))
+    assert [key for key, value in found.items() if value is TENSOR] == ["a", "b"]
 
 
 def test_a_list_or_another_archive_has_no_keys(tmp_path):

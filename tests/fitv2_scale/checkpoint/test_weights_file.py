@@ -1,0 +1,86 @@
+"""What is no file of weights, or holds them below something else, is named with what to do."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from data_sharding.errors import UserError
+from fitv2_scale.checkpoint.weights import open_weights
+from fitv2_scale.checkpoint.weights_file import open_tensors
+from fitv2_scale.config.model import ModelConfig
+from fitv2_scale.model.counts import logical_shapes
+
+MODEL = ModelConfig(depth=1, hidden=16, heads=2, classes=3)
+
+
+def refused(file) -> str:
+    with pytest.raises(UserError) as said:
+        open_tensors(str(file))
+    assert "weights_only" not in str(said.value) and "\n" not in str(said.value)
+    return str(said.value).removeprefix(str(file))
+
+
+@pytest.mark.parametrize(
+    "data,said",
+    [
+        (b"<!DOCTYPE html><html>404</html>", "it begins with '<!DOCTYPE html><html': fetch it again"),
+        (b"", "it begins with '': fetch it again"),
+        (bytes(range(128, 228)), "fetch it again"),
+    ],
+)
+def test_what_is_no_file_of_weights(tmp_path, data, said):
+    (tmp_path / "w.pt").write_bytes(data)
+    sentence = refused(tmp_path / "w.pt")
+    assert sentence.startswith(" is no file of torch.save or safetensors, ") and said in sentence
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_the_format_before_torch_1_6(tmp_path, protocol):
+    former = {"pickle_protocol": protocol, "_use_new_zipfile_serialization": False}
+    torch.save({"a": torch.ones(2)}, tmp_path / "w.pt", **former)
+    torch.save({"a": torch.ones(2)}, tmp_path / "cut.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "cut.pt").read_bytes()[:-30])
+    assert refused(tmp_path / "w.pt").startswith(" is in the format of torch before 1.6: load it with torch, save it")
+    assert refused(tmp_path / "cut.pt") == " is not complete: fetch it again"
+
+
+def test_a_program_is_no_file_of_weights(tmp_path):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 3)), tmp_path / "net.pt")
+    assert refused(tmp_path / "net.pt") == " is a TorchScript program: save its state_dict() and give that file"
+
+
+TENSORS = {"a": torch.ones(2), "b": torch.ones(1)}
+
+
+@pytest.mark.parametrize(
+    "saved,keys",
+    [
+        ({"weights": TENSORS, "optimizer": {"lr": 0.1, "state": {"a": {"exp_avg": torch.ones(2)}}}}, "'weights'"),
+        ({"one": TENSORS, "step": torch.ones(()), "two": TENSORS}, "'one' or 'two'"),
+        ({"trainer": {"net": TENSORS, "step": 3}}, "'trainer.net'"),
+        ({"weights": TENSORS, "ema": TENSORS}, "'ema'"),
+    ],
+)
+def test_the_keys_of_dictionaries_of_tensors_are_named(tmp_path, saved, keys):
+    torch.save(saved, tmp_path / "w.pt")
+    assert refused(tmp_path / "w.pt").startswith(f" is a training checkpoint: its weights lie under {keys}; save these")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_what_wrappers_put_before_every_name_is_left_out(tmp_path, prefix, suffix):
+    """As DistributedDataParallel and torch.compile do."""
+    weights = {name: torch.full(shape, float(i)) for i, (name, shape) in enumerate(logical_shapes(MODEL).items())}
+    file = str(tmp_path / f"w{suffix}")
+    (save_file if suffix == ".safetensors" else torch.save)({f"{prefix}{n}": w for n, w in weights.items()}, file)
+    found = open_weights(file, MODEL)
+    assert found.keys() == weights.keys() and all(torch.equal(found[n].read(), w) for n, w in weights.items())
+
+
+def test_a_prefix_of_some_names_stays(tmp_path):
+    weights = {f"module.{name}": torch.zeros(shape) for name, shape in logical_shapes(MODEL).items()}
+    first = min(weights)
+    weights[first.removeprefix("module.")] = weights.pop(first)
+    torch.save(weights, tmp_path / "w.pt")
+    with pytest.raises(UserError, match=r"are left over \(module\."):
+        open_weights(str(tmp_path / "w.pt"), MODEL)
