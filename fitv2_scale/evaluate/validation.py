@@ -68,10 +68,12 @@ class Validation:
         self._packs = make_batch(0, grid, assignment, cost, rank, arrays, substituted=0).packs
 
     @torch.no_grad()
-    def loss(self, network: Callable[..., Tensor]) -> float:
-        """The mean over the grid of the loss of each image, the same on all ranks. A collective."""
+    def loss(self, network: Callable[..., Tensor], between: Callable[[], None] = lambda: None) -> float:
+        """The mean over the grid of the loss of each image, the same on all ranks. A collective. Before each pack, of
+        which all ranks have as many, it calls ``between``, which may raise BrokenOff on all ranks."""
         total = torch.zeros((), dtype=torch.float64, device=self._world.device)
         for pack in self._packs:
+            between()
             batch = pack_to_torch(pack, self._world.device)
             t_I = self._t_K[batch.epoch_I]
             flow = noised(batch, t_I, batch.label_I, Purpose.VALIDATION_NOISE, _SEED)

@@ -24,6 +24,10 @@ _POLL = 0.05  # seconds
 _BROKEN = re.compile(r"gloo|nccl|pair\.cc|connection (closed|reset|refused|was)|broken pipe|socket", re.IGNORECASE)
 
 
+class BrokenOff(Exception):
+    """Work that all ranks share is given up: all of them raise it at the same place. The message says why."""
+
+
 def is_broken_collective(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and bool(_BROKEN.search(str(error)))
 

@@ -17,6 +17,7 @@ from data_sharding.stream.loader import Loader, SubstitutesNeeded
 from data_sharding.stream.substitutes import LostFrame
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
 from fitv2_scale.parallel.agreement import difference
+from fitv2_scale.parallel.failures import BrokenOff
 from fitv2_scale.parallel.world import World
 from fitv2_scale.run.requests import Requests
 from fitv2_scale.run.substitutions import SubstitutionLog
@@ -84,6 +85,16 @@ class Coordination:
         batch = self._batch_broadcast.broadcast(batch)
         _check_whole(batch, *parts[3:])
         return batch
+
+    def break_off_if_stopped(self) -> None:
+        """Raises BrokenOff on all ranks if any of them was asked to stop: for work between two steps, such as an
+        evaluation, which may take longer than a job that is about to end has left. The reason is in ``stop_reason``."""
+        if self.stop_reason is None:
+            stop, _ = self._requested()
+            if self._world.all_reduce_sum(torch.tensor([stop is not None], dtype=torch.int64)).item():
+                self.stop_reason = next(filter(None, self._world.all_gather(stop)))
+        if self.stop_reason is not None:
+            raise BrokenOff(self.stop_reason)
 
     def _check_alike(self, step: int, batch: StepBatch | None, readers: int, alike: int, squares: int) -> None:
         """Raises RuntimeError, on all ranks, unless all that have read a batch are at one step, of packs of one number

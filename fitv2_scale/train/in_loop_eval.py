@@ -13,6 +13,7 @@ from fitv2_scale.evaluate.sampling.sampler import sample
 from fitv2_scale.evaluate.validation import Validation, held_out
 from fitv2_scale.parallel.agreement import Facts, read_alike
 from fitv2_scale.parallel.engine import Engine
+from fitv2_scale.parallel.failures import BrokenOff
 from fitv2_scale.parallel.world import World
 from fitv2_scale.train.recorder import Recorder
 
@@ -57,24 +58,38 @@ class InLoopEvaluation:
     def _is_due(self, done: int, every: int) -> bool:
         return bool(every) and (done % every == 0 or done == self._config.train.steps)
 
-    def run(self, done: int, recorder: Recorder, say: Callable[[str], None]) -> dict[str, float]:
+    def run(
+        self, done: int, recorder: Recorder, say: Callable[[str], None], between: Callable[[], None]
+    ) -> dict[str, float]:
         """Evaluates what is due after ``done`` steps; returns the validation losses, the same on all ranks, or {}.
-        Meanwhile the engine holds the EMA in place of the weights, so nothing else may read them."""
-        validation = self._validation if self._is_due(done, self._config.validation.every_steps) else None
-        losses = {}
-        if validation:
-            losses["val_loss"] = validation.loss(self._engine.network)
-        with self._engine.ema_weights():
-            if validation:
-                losses["val_loss_ema"] = validation.loss(self._engine.network)
-            if self._sampling_due(done):
-                self._sample(done, recorder)
+        Meanwhile the engine holds the EMA in place of the weights, so nothing else may read them.
+
+        Before each pack and each call of the network, all ranks call ``between``, which may raise BrokenOff on all of
+        them: then nothing is recorded, and {} returned.
+        """
+        try:
+            losses = self._run(done, recorder, between)
+        except BrokenOff as reason:
+            say(f"step {done}: the evaluation is broken off and not recorded ({reason})")
+            return {}
         if losses:
             say(f"step {done}: validation loss {losses['val_loss']:.4f}, with EMA weights {losses['val_loss_ema']:.4f}")
             recorder.metrics(done, losses)
         return losses
 
-    def _sample(self, done: int, recorder: Recorder) -> None:
+    def _run(self, done: int, recorder: Recorder, between: Callable[[], None]) -> dict[str, float]:
+        validation = self._validation if self._is_due(done, self._config.validation.every_steps) else None
+        losses = {}
+        if validation:
+            losses["val_loss"] = validation.loss(self._engine.network, between)
+        with self._engine.ema_weights():
+            if validation:
+                losses["val_loss_ema"] = validation.loss(self._engine.network, between)
+            if self._sampling_due(done):
+                self._sample(done, recorder, between)
+        return losses
+
+    def _sample(self, done: int, recorder: Recorder, between: Callable[[], None]) -> None:
         """Samples the configured grid."""
         config = self._config
         labels = evenly_spaced_labels(config.sampling.columns, self._data.classes)
@@ -87,6 +102,7 @@ class InLoopEvaluation:
             seed=config.seed,
             world=self._world,
             tensor=self._layout.tensor,
+            between=between,
         )
 
         def png() -> bytes:

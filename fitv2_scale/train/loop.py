@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from data_sharding.errors import RanksMissing, StorageDown, UserError
 from data_sharding.standard_streams import dropping
+from data_sharding.stream.batch import StepBatch
 from fitv2_scale.checkpoint.copies import CopiesDiffer
 from fitv2_scale.config.schema import Config
 from fitv2_scale.parallel.agreement import read_alike
@@ -80,12 +81,7 @@ def _loop(s: Session, coordination: Coordination, watchdog: Watchdog) -> tuple[i
             waited = time.perf_counter() - asked
             if batch is not None:  # else nothing of this step is done; what was done before is kept
                 with watchdog.within("step"), profiler.step(step):
-                    with s.clock.step(batch.shape):
-                        sums, result = train_step(
-                            s.engine, batch, s.config, s.world.device, s.wait_for_staging, s.audit.add
-                        )
-                    s.audit.write(step)
-                    monitor.add(batch, waited, sums, result)
+                    _take(s, batch, waited, monitor)
                 progress.advance()
             done, stop = step + (batch is not None), coordination.stop_reason
             end = done == steps or stop is not None
@@ -96,9 +92,10 @@ def _loop(s: Session, coordination: Coordination, watchdog: Watchdog) -> tuple[i
                 reason = monitor.examine(newest=commit or evaluate, report=commit, last=done == steps)
             if evaluate and reason is None:
                 with watchdog.within("evaluate"):
-                    losses = s.evaluate(done, progress.say)
-                if done == steps and not all(map(math.isfinite, losses.values())):
-                    reason = f"{NOT_FINITE}: the validation loss after the last step is not"
+                    reason = _evaluate(s, coordination, done, progress)
+                if stop is None and (stop := coordination.stop_reason) is not None:
+                    end, commit = True, unsaved
+                    monitor.examine(newest=True, report=commit, last=False)
             if reason is not None:
                 progress.say(reason)
                 return GIVE_UP, reason
@@ -116,6 +113,24 @@ def _loop(s: Session, coordination: Coordination, watchdog: Watchdog) -> tuple[i
                 progress.say(reason := f"{stop}: saved at step {done}")
                 return RETRY, reason
     return DONE, f"all {steps} steps are done"
+
+
+def _take(s: Session, batch: StepBatch, waited: float, monitor: Monitor) -> None:
+    """The step of ``batch``, which ``waited`` seconds for its data."""
+    with s.clock.step(batch.shape):
+        sums, result = train_step(s.engine, batch, s.config, s.world.device, s.wait_for_staging, s.audit.add)
+    s.audit.write(batch.step)
+    monitor.add(batch, waited, sums, result)
+
+
+def _evaluate(s: Session, coordination: Coordination, done: int, progress: ProgressBar) -> str | None:
+    """Evaluates what is due after ``done`` steps, unless a stop is requested meanwhile: that waits for nothing but the
+    save. Evaluation comes before the save of its step, since the curve of a run has what was recorded before a COMMIT.
+    Returns why the run must be given up, if it must."""
+    losses = s.evaluate(done, progress.say, coordination.break_off_if_stopped)
+    if done == s.config.train.steps and not all(map(math.isfinite, losses.values())):
+        return f"{NOT_FINITE}: the validation loss after the last step is not"
+    return None
 
 
 def _meter(s: Session) -> Meter:

@@ -84,11 +84,11 @@ class Session:
             substitutes=self.substitutions.substitutes,
         )
 
-    def evaluate(self, step: int, say: Callable[[str], None]) -> dict[str, float]:
-        """Evaluates what is due after ``step`` steps and returns the losses by name (see InLoopEvaluation)."""
+    def evaluate(self, step: int, say: Callable[[str], None], between: Callable[[], None]) -> dict[str, float]:
+        """Evaluates what is due after ``step`` steps and returns the losses by name (see InLoopEvaluation.run)."""
         with self.clock.outside_steps("evaluation"):
             self.checkpoints.wait_for_staging()
-            return self.evaluation.run(step, self.recorder, say)
+            return self.evaluation.run(step, self.recorder, say, between)
 
     def save(self, step: int, start: bool, last: bool, accounting: Callable[[], Accounting]) -> str | None:
         """Finishes the save in flight, then starts that of the state after ``step`` steps if ``start``; if ``last``,

@@ -89,7 +89,11 @@ class StopSignal:
                 _say(self._sentence(signal.Signals(number[0])))
 
     def _sentence(self, number: signal.Signals) -> str:
-        what = "ends when it has loaded" if self.step is None else f"saving at step {self.step}, then it ends"
+        what = (
+            "ends when it has loaded"
+            if self.step is None
+            else f"saving at step {self.step} or soon after, then it ends"
+        )
         again = "; Ctrl-C again quits without saving" if number == signal.SIGINT else ""
         return f"{number.name}: {what}{again}"
 

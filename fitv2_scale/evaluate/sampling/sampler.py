@@ -7,6 +7,7 @@ on the other images of its pack.
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from fitv2_scale.model.flow import noise_words
 from fitv2_scale.model.packed_batch import to_device
 from fitv2_scale.model.rng import normal
 from fitv2_scale.model.to_torch import packing_to_torch
+from fitv2_scale.parallel.failures import BrokenOff
 from fitv2_scale.parallel.world import World
 
 Network = Callable[..., Tensor]
@@ -60,12 +62,14 @@ def sample(
     world: World,
     tensor: int = 1,
     gather: bool = True,
+    between: Callable[[], None] = lambda: None,
 ) -> dict[ImageRequest, Sample]:
     """The sample of each request; without ``gather`` only of the requests of this rank.
 
     A collective: each rank generates its images in one pack, and all packs have one shape, so all ranks call the
     network alike. The ``tensor`` ranks of a tensor group compute the same pack together; without ``gather`` only the
-    first of them returns its samples.
+    first of them returns its samples. Before each call of the network, ranks call ``between``, which may raise
+    BrokenOff on all of them.
 
     Raises:
         UserError: a label that is no class of ``model``.
@@ -74,7 +78,12 @@ def sample(
         if not 0 <= request.label < model.classes:
             raise UserError(f"class {request.label} is out of range: the model has classes 0 to {model.classes - 1}")
     pack = _RankPack.of(requests, 1 if sampling.cfg == 1.0 else 2, world, tensor)
-    guided = _GuidedVelocity(network, pack, model, sampling, world.device)
+
+    def interruptible(*inputs: Any) -> Tensor:
+        between()
+        return network(*inputs)
+
+    guided = _GuidedVelocity(interruptible, pack, model, sampling, world.device)
     if sampling.solver == "dopri5":
         with _lockstep(guided, world) as velocity:
             made = _solve(velocity, guided.images, pack.requests, sampling, seed)
@@ -194,7 +203,8 @@ def _solve(
 @contextmanager
 def _lockstep(guided: _GuidedVelocity, world: World) -> Generator[Velocity]:
     """For ranks that need different numbers of network calls, but must call it equally often, since every rank holds a
-    part of it: a rank that is done, or has failed, continues to call until all are done."""
+    part of it: a rank that is done, or has failed, continues to call until all are done. BrokenOff comes on all of them
+    in the same call."""
 
     def any_working(working: int) -> bool:
         return world.size > 1 and world.all_reduce_sum(torch.tensor([working])).item() > 0
@@ -203,8 +213,12 @@ def _lockstep(guided: _GuidedVelocity, world: World) -> Generator[Velocity]:
         any_working(1)
         return guided(x_NC, t_I)
 
+    alone = True
     try:
         yield velocity
+    except BrokenOff:
+        alone = False
+        raise
     finally:
-        while any_working(0):
+        while alone and any_working(0):
             guided.idle()

@@ -10,6 +10,7 @@ import pytest
 from data_sharding.errors import StorageDown, UserError
 from data_sharding.plan.pack_layout import PackShape, lay_out
 from data_sharding.stream.batch import Pack, StepBatch
+from fitv2_scale.parallel.failures import BrokenOff
 from fitv2_scale.train.coordination import Coordination
 from tests.support.thread_ranks import outcomes
 
@@ -126,3 +127,19 @@ def test_what_one_rank_meets_all_raise_and_it_keeps_its_own():
     assert down == ["rank 1 on n0: no answer", "no answer"]
     both = {0: StorageDown("no answer"), 1: wrong}
     assert [str(error) for error in taken(2, lambda rank, batch: both[rank])] == ["damaged", "damaged"]
+
+
+def test_work_between_two_steps_is_broken_off_on_all_ranks_when_one_is_to_stop():
+    """The reason is that of the rank that knows it, and costs nothing to ask for again."""
+
+    def act(world) -> tuple[str | None, str, int]:
+        stop, checkpoints = SimpleNamespace(name=None), SimpleNamespace(save_ended=False)
+        coordination = Coordination(world, None, stop, None, checkpoints, None)
+        coordination.break_off_if_stopped()
+        before, stop.name = coordination.stop_reason, "SIGUSR1" if world.rank == 1 else None
+        for _ in range(2):
+            with pytest.raises(BrokenOff, match="SIGUSR1"):
+                coordination.break_off_if_stopped()
+        return before, coordination.stop_reason, world.exchanges
+
+    assert outcomes(3, act) == [(None, "SIGUSR1", 3)] * 3

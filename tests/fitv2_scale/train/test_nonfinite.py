@@ -141,7 +141,7 @@ def test_a_run_whose_last_steps_have_no_loss_is_no_success(tiny):
 def train_with_validation_losses(config, losses: dict[int, float]) -> int:
     """``losses`` by the number of the call, from 0; raw and EMA weights in turn."""
     calls = iter(range(99))
-    Validation.loss = lambda self, network: losses.get(next(calls), 1.0)
+    Validation.loss = lambda self, network, between: losses.get(next(calls), 1.0)
     return train(config)
 
 

@@ -21,11 +21,13 @@ from fitv2_scale.evaluate.sampling.load_weights import open_weights
 from fitv2_scale.evaluate.sampling.sampler import ImageRequest, rope_for_size, sample
 from fitv2_scale.parallel.boxes import Box
 from fitv2_scale.parallel.build import make_engine
+from fitv2_scale.parallel.failures import BrokenOff
 from fitv2_scale.parallel.world import join
 from fitv2_scale.run.run import Run
 from fitv2_scale.train.loop import train
 from tests.support.commits import commit_bytes
 from tests.support.ranks import run_ranks
+from tests.support.thread_ranks import outcomes
 
 # Eight of each; at a train_side of 4, seven of them are extrapolated, each by its own scales.
 SIZES = ["64x64", "32x96", "80x32", "96x96", "16x112", "80x80", "128x48", "48x128"]
@@ -177,6 +179,28 @@ def test_guidance(cfg, channels):
         np.testing.assert_allclose(shift[..., :12], guided, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(shift[..., 12:], last, rtol=1e-5, atol=1e-5)
     assert 0.9 < np.concatenate([n.ravel() for n in noise.values()]).std() < 1.1
+
+
+@pytest.mark.parametrize("solver", ["euler", "dopri5"])
+def test_all_ranks_leave_what_is_broken_off_and_none_waits(solver):
+    """Also one without pictures, which only keeps the others company: before their fourth call of the network."""
+    calls = [0, 0]
+
+    def act(world) -> None:
+        world.device = torch.device("cpu")
+
+        def network(*inputs):
+            calls[world.rank] += 1
+            return constant(*inputs)
+
+        def between() -> None:
+            if calls[world.rank] == 3:
+                raise BrokenOff("SIGUSR1")
+
+        options = SamplingConfig(cfg=1.0, solver=solver)
+        sample(network, [ImageRequest(0, 1, 1, 1)], model=MODEL, sampling=options, seed=0, world=world, between=between)
+
+    assert [str(error) for error in outcomes(2, act)] == ["SIGUSR1"] * 2 and calls == [3, 3]
 
 
 def test_a_class_that_the_model_has_not():
