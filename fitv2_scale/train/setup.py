@@ -88,14 +88,14 @@ def claim(config: Config, plan: Plan, fork: Fork | None, world: World) -> Attemp
 def _facts(config: Config, plan: Plan) -> dict[str, Any]:
     """What start.json records of the network and the data: digests, by which others find out that these are the same.
     Raises UserError if the data of validation do not exist."""
-    facts = {
+    facts: dict[str, Any] = {
         "parameters": parameter_count(config.model),
         "datasets": [m.digest for m in plan.manifests],
         "codec": plan.manifests[0].header.codec["digest"],
     }
     if config.validation.every_steps:
         facts["validation"] = [read_header(url)[1] for url in held_out_urls(plan.manifests, config.validation)]
-        facts["validation_grid"] = config.validation.model_dump(include={"images", "timesteps"})
+        facts["validation_grid"] = {"images": config.validation.images, "timesteps": config.validation.timesteps}
     return facts
 
 

@@ -34,7 +34,7 @@ class Origin:
 def meaning_of(config: Mapping[str, Any], origin: Origin) -> Meaning:
     """Of a run's config, of any version."""
     data = with_defaults(DataConfig, dict(config.get("data", {})))
-    grid = with_defaults(ValidationConfig, dict(config.get("validation", {})) | origin.grid)
+    grid = with_defaults(ValidationConfig, dict(config.get("validation", {})) | dict(origin.grid))
     found: dict[str, Any] = {f"flow.{k}": v for k, v in with_defaults(FlowConfig, dict(config.get("flow", {}))).items()}
     found |= {"data.views": data["views"], "begins with": "other weights" if origin.pretrained else "random weights"}
     if isinstance(data.get("url"), list):
