@@ -18,7 +18,7 @@ from PIL import Image, ImageOps, TiffImagePlugin
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # Pillow's names; JPEG includes phones' MPO
 
-_BITS, _COMPRESSION, _PHOTOMETRIC, _PLANES, _SAMPLES = 258, 259, 262, 284, 339  # tags of TIFF
+_BITS, _COMPRESSION, _PHOTOMETRIC, _MAXIMUM, _PLANES, _SAMPLES = 258, 259, 262, 281, 284, 339  # tags of TIFF
 
 
 class UnreadableImage(Exception):
@@ -50,6 +50,10 @@ def decode(data: bytes) -> Decoded:
         image = ImageOps.exif_transpose(file)
         if image.mode.startswith("I"):  # Pillow would clip 16 bits to 255 instead of scaling them
             image = Image.fromarray(_eight_bits(np.asarray(image), file))
+        elif most := _declared_maximum(file):
+            image = _stretched(image, most)
+        if file.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getbbox() is None:
+            image = image.convert("RGB")  # Windows leaves the fourth byte of screenshots at 0; nobody stores nothing
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -70,6 +74,9 @@ def _refuse_unknown_scale(file: Image.Image) -> None:
             raise UnreadableImage("its pixels are signed integers, of which no value is declared as white")
         if tags.get(_PLANES) == 2 and tags.get(_COMPRESSION, 1) == 1 and max(tags.get(_BITS, (1,))) > 8:
             raise UnreadableImage("its 16-bit channels lie in separate planes, which are not supported")
+        # Of colours, Pillow keeps the upper 8 bits alone.
+        if file.mode[0] != "I" and max(tags.get(_BITS, (1,))) > 8 and (most := _declared_maximum(file)):
+            raise UnreadableImage(f"its 16-bit colours end at {most}, which is not supported")
     if file.mode == "F":
         raise UnreadableImage("its pixels are floating-point numbers, of which no value is declared as white")
     if file.mode == "I" and file.format not in ("PPM", "PNG"):  # of these two, Pillow gives 16 bits in this mode
@@ -77,16 +84,41 @@ def _refuse_unknown_scale(file: Image.Image) -> None:
 
 
 def _eight_bits(pixels: np.ndarray, file: Image.Image) -> np.ndarray:
-    """The upper 8 bits of 16-bit grey; of a TIFF of 12 bits, the upper 8 of these. Transparent pixels become white."""
+    """The upper 8 bits of 16-bit grey; of a TIFF of 12 bits, the upper 8 of these; of one that declares a maximum,
+    what is scaled by it. Transparent pixels become white."""
     bits, white_is_zero = 16, False
     if isinstance(file, TiffImagePlugin.TiffImageFile):
         bits, white_is_zero = file.tag_v2.get(_BITS, (16,))[0], file.tag_v2.get(_PHOTOMETRIC) == 0
-    grey = (pixels >> (bits - 8)).astype(np.uint8)
+    most = _declared_maximum(file)
+    if most and pixels.max() <= most:
+        grey = ((pixels.astype(np.uint32) * 255 + most // 2) // most).astype(np.uint8)
+    else:
+        grey = (pixels >> (bits - 8)).astype(np.uint8)
     if white_is_zero:  # which Pillow takes into account for 8 bits only
         grey = 255 - grey
     if isinstance(transparent := file.info.get("transparency"), int):
         grey[pixels == transparent] = 255
     return grey
+
+
+def _declared_maximum(file: Image.Image) -> int | None:
+    """MaxSampleValue of a TIFF whose numbers have fewer bits than they are stored in, such as 4095 in 16 bits; else
+    None. TIFF 6.0 calls it a statistic that must not change how an image looks, and some programs store the brightest
+    pixel there, so only 2^n - 1 is taken for what white is."""
+    if not isinstance(file, TiffImagePlugin.TiffImageFile) or file.tag_v2.get(_PHOTOMETRIC) not in (0, 1, 2):
+        return None
+    declared, bits = file.tag_v2.get(_MAXIMUM), file.tag_v2.get(_BITS, (1,))
+    most = max(declared) if isinstance(declared, tuple) else declared
+    if not isinstance(most, int) or max(bits) < 8 or not 0 < most < (1 << max(bits)) - 1 or most & (most + 1):
+        return None
+    return most
+
+
+def _stretched(image: Image.Image, most: int) -> Image.Image:
+    """``image``, of 8 bits, with ``most`` as white; as it is if it holds more than that."""
+    if image.mode not in ("L", "RGB") or np.asarray(image).max() > most:
+        return image
+    return image.point([min(255, round(value * 255 / most)) for value in range(256)] * len(image.getbands()))
 
 
 def _has_several_frames(file: Image.Image) -> bool:

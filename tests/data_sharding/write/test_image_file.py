@@ -92,9 +92,41 @@ def test_tiffs_of_more_than_8_bits_are_scaled():
     assert grey(tiff(12, 1, bytes([0x00, 0x04, 0x00, 0x80, 0x0F, 0xFF]))) == [0, 64, 128, 255]  # 000 400 800 FFF
 
 
+def test_a_tiff_is_scaled_by_the_depth_that_it_declares():
+    twelve = struct.pack("<4H", 0, 0x400, 0x800, 0xFFF)
+    assert grey(tiff(16, 1, twelve, t281=4095)) == [0, 64, 128, 255]
+    assert grey(tiff(16, 0, twelve, t281=4095)) == [255, 191, 127, 0]
+    assert grey(tiff(16, 1, struct.pack("<4H", 0, 7, 21, 63), t281=63)) == [0, 28, 85, 255]
+    assert grey(tiff(8, 1, bytes([0, 7, 21, 63]), t281=63)) == [0, 28, 85, 255]
+    assert grey(tiff(8, 1, bytes([0, 64, 128, 255]), t281=255)) == [0, 64, 128, 255]
+
+
+def test_the_brightest_pixel_is_no_depth_and_a_wrong_one_is_none():
+    """By TIFF's own definition the maximum is a statistic."""
+    assert grey(tiff(16, 1, DEEP, t281=60000)) == grey(tiff(16, 1, DEEP, t281=4095)) == [0, 64, 128, 255]
+    assert grey(tiff(8, 1, bytes([0, 64, 128, 200]), t281=200)) == [0, 64, 128, 200]
+    assert grey(tiff(8, 1, bytes([0, 64, 128, 200]), t281=63)) == [0, 64, 128, 200]
+
+
+def bmp(*pixels: tuple[int, int, int, int]) -> bytes:
+    """A row of 32-bit pixels (red, green, blue, alpha), with a header that declares the alpha."""
+    body = b"".join(bytes([blue, green, red, alpha]) for red, green, blue, alpha in pixels)
+    masks = struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    header = struct.pack("<IiiHHIIiiII", 108, len(pixels), 1, 1, 32, 3, len(body), 2835, 2835, 0, 0) + masks + bytes(52)
+    return b"BM" + struct.pack("<IHHI", 14 + 108 + len(body), 0, 0, 14 + 108) + header + body
+
+
+def test_a_bitmap_without_any_opacity_is_opaque():
+    """Screenshots of Windows: the fourth byte is not set. One that is set somewhere is meant."""
+    assert np.asarray(load_rgb(bmp((9, 80, 200, 0), (0, 0, 0, 0)))).tolist() == [[[9, 80, 200], [0, 0, 0]]]
+    assert np.asarray(load_rgb(bmp((9, 80, 200, 255), (0, 0, 0, 0)))).tolist() == [[[9, 80, 200], [255, 255, 255]]]
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
+        (tiff(16, 2, bytes(24), t277=3, t281=4095), "its 16-bit colours end at 4095, which is not supported"),
+        (tiff(16, 2, bytes(24), t277=3, t281=63), "its 16-bit colours end at 63, which is not supported"),
         (tiff(32, 1, struct.pack("<4I", 0, 255, 256, 1 << 31)), "32-bit integers, of which no value is declared"),
         (tiff(32, 1, struct.pack("<4f", 0, 0.5, 1, 255), t339=3), "floating-point numbers, of which no value"),
         (tiff(32, 0, struct.pack("<4f", 0, 0.5, 1, 255), t339=3), "floating-point numbers, of which no value"),
