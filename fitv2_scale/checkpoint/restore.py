@@ -30,7 +30,7 @@ class Restored:
 def restore(engine: Engine, run: Run, world: World, step: int | None = None) -> Restored | None:
     """Fills ``engine``, on all ranks together, from the newest intact commit of ``run`` (or the one at ``step``).
 
-    Returns None if the run has no commit (at ``step``). Raises UserError if all of its commits are damaged, or if they
+    Returns None if the run has no commit (at ``step``). Raises UserError if all of these are damaged, or if they
     are another network's.
     """
     commits = world.run_on_rank0(run.log.commits)
@@ -42,10 +42,14 @@ def restore(engine: Engine, run: Run, world: World, step: int | None = None) -> 
         if problem is None:
             cursor = Cursor(**manifest["cursor"]) if manifest["cursor"] else None
             return Restored(manifest["step"], cursor, manifest.get("accounting", {}), skipped, entry.fields["manifest"])
-        skipped.append(f"the commit at step {entry.fields['step']} is damaged ({problem}) and was skipped")
+        skipped.append(
+            f"the commit at step {entry.fields['step']} is damaged ({problem})"
+            + (" and was skipped" if step is None else "")
+        )
         world.run_on_rank0(lambda e=entry, p=problem: quarantine(run, e, p))
     if entries:
-        raise UserError(f"{run.url}: all commits are damaged: " + "; ".join(skipped))
+        damage = "; ".join(skipped)
+        raise UserError(f"{run.url}: {damage}" if step is not None else f"{run.url}: all commits are damaged: {damage}")
     return None
 
 

@@ -147,6 +147,8 @@ def test_when_all_commits_are_damaged_training_stops_with_a_sentence(tiny):
     (newest_commit(config.run) / "rank-00000.safetensors").unlink()
     with pytest.raises(UserError, match=r"all commits are damaged: .*step 5.*rank-00000.safetensors is missing"):
         run_ranks(2, train, tiny(train__steps=8))
+    with pytest.raises(UserError, match=r"/run: the commit at step 5 is damaged \(.*safetensors is missing\)$"):
+        run_ranks(1, train, tiny("fork", train__steps=8), f"{config.run}@5")
     assert newest_commit(config.run).exists()
 
 
