@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from fitv2_scale.run.stop_signals import STOP_SIGNALS
 from tests.support.repository import ROOT
 
 pytest_plugins = (
@@ -35,9 +36,13 @@ settings.load_profile("same")
 
 @pytest.fixture(autouse=True)
 def signals_as_before():
-    """`fitv2 train` holds back the signals that ask to save until its process ends, which here is the tests' own."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    """`fitv2 train` holds back the signals that ask to save, and ignores them in the end, until its process ends, which
+    here is the tests' own."""
+    before, handlers = signal.pthread_sigmask(signal.SIG_BLOCK, ()), {s: signal.getsignal(s) for s in STOP_SIGNALS}
     yield
+    for number, handler in handlers.items():
+        if signal.getsignal(number) != handler:
+            signal.signal(number, handler)
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 

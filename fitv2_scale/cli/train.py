@@ -55,7 +55,7 @@ def train_run(args: argparse.Namespace) -> int:
         return _supervise(args, config)
     from fitv2_scale.train.loop import train
 
-    return train(config, args.fork_from)
+    return train(config, args.fork_from, True)
 
 
 def _supervise(args: argparse.Namespace, config: "Config") -> int:

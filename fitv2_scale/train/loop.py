@@ -34,10 +34,11 @@ from fitv2_scale.train.watchdog import Watchdog
 log = logging.getLogger(__name__)
 
 
-def train(config: Config, fork_from: str | None = None) -> int:
-    """Trains in the processes that call it; returns the exit code, the same on all ranks. Raises UserError, also if the
-    ranks were not told the same."""
-    with dropping(), StopSignal().caught() as stop, join() as world:
+def train(config: Config, fork_from: str | None = None, ends_process: bool = False) -> int:
+    """Trains in the processes that call it; returns the exit code, the same on all ranks. ``ends_process``: they end
+    with it, so that signals that ask to stop are ignored from then on. Raises UserError, also if the ranks were not
+    told the same."""
+    with dropping(), StopSignal().caught(for_good=ends_process) as stop, join() as world:
         try:
             fork = read_alike(world, lambda: read_request(config, fork_from))
             if is_complete(config, world):

@@ -37,7 +37,9 @@ class StopSignal:
         return self._noted
 
     @contextmanager
-    def caught(self) -> Generator["StopSignal"]:
+    def caught(self, for_good: bool = False) -> Generator["StopSignal"]:
+        """Notes signals meanwhile. Then their handlers are those of before; or, ``for_good``, they are ignored: a
+        process that has saved and is about to end must not die of a repeated one, which any of its threads may get."""
         if threading.current_thread() is not threading.main_thread():
             yield self  # only the main thread may set handlers
             return
@@ -47,9 +49,9 @@ class StopSignal:
             try:
                 yield self
             finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)  # a repeated one must not kill a rank that leaves
+                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
                 for s, handler in before.items():
-                    signal.signal(s, handler)
+                    signal.signal(s, signal.SIG_IGN if for_good else handler)
 
     def _note(self, number: int, frame: object) -> None:
         self._noted = signal.Signals(number).name

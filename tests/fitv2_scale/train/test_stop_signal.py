@@ -5,7 +5,8 @@ import signal
 import subprocess
 import sys
 
-from fitv2_scale.run.stop_signals import SUPERVISED
+from fitv2_scale.cli.__main__ import main
+from fitv2_scale.run.stop_signals import STOP_SIGNALS, SUPERVISED
 from fitv2_scale.train.signals import StopSignal
 
 # The main thread is in C and hears no signal, as in a collective.
@@ -51,6 +52,33 @@ def test_every_signal_that_asks_to_save_is_noted_and_kills_nobody():
     names = ["SIGHUP", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGINT"]
     done = subprocess.run([sys.executable, "-c", NOTED, *names], capture_output=True, text=True)
     assert (done.returncode, done.stdout.split()) == (0, names)
+
+
+# Held back in the main thread before, as in a rank; a thread of training, which holds nothing back, outlives it.
+LEAVING = """
+import os, signal, sys, threading
+from fitv2_scale.train.signals import STOP_SIGNALS, StopSignal
+signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+with StopSignal().caught(for_good=True):
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+    os.kill(os.getpid(), signal.SIGUSR1)
+for number in STOP_SIGNALS:
+    os.kill(os.getpid(), number)
+sys.exit(75)
+"""
+
+
+def test_a_rank_that_leaves_does_not_die_of_a_repeated_signal():
+    assert subprocess.run([sys.executable, "-c", LEAVING]).returncode == 75
+
+
+def test_only_the_command_ignores_signals_for_good(monkeypatch, tmp_path):
+    handlers, asked = [signal.getsignal(number) for number in STOP_SIGNALS], []
+    with StopSignal().caught():
+        pass
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == handlers
+    monkeypatch.setattr("fitv2_scale.train.loop.train", lambda config, fork, ends_process: asked.append(ends_process))
+    assert main(["train", "configs/demo.yaml", f"run={tmp_path}"]) is None and asked == [True]
 
 
 def test_other_ranks_say_nothing(monkeypatch, capfd):
