@@ -8,6 +8,7 @@ REDACT, DESTINATION = "fitv2_scale/run/redact.py", "fitv2_scale/tracking/destina
 FOLDER, DATA, YAML = f"{EVALUATE}/sampling/png_folder.py", "fitv2_scale/data.py", "fitv2_scale/config/yaml_text.py"
 REFERENCE, JOBS = f"{EVALUATE}/reference_statistics.py", f"{EVALUATE}/evaluate.py"
 WEIGHTS, RUNS = "fitv2_scale/checkpoint/weights.py", "fitv2_scale/identity.py"
+WEIGHTS_FILE = "fitv2_scale/checkpoint/weights_file.py"
 LOAD, OF_RUN = "tests/fitv2_scale/config/test_load.py", "tests/fitv2_scale/run/test_run.py"
 OF_DESTINATION, OF_DATA_PY = "tests/fitv2_scale/tracking/test_destination.py", "tests/fitv2_scale/test_data.py"
 OF_WEIGHTS, IDENTITY = "tests/fitv2_scale/checkpoint/test_weights.py", "tests/fitv2_scale/test_identity.py"
@@ -222,13 +223,13 @@ OF_DATA = (
         (SUBSTITUTES,),
     ),
     Named(
-        "B46: a training checkpoint is only refused", WEIGHTS,
-        "if (found := _where_weights_lie(file)) is not None:",
-        "if (found := None) is not None:",
+        "B46: a training checkpoint is only refused", WEIGHTS_FILE,
+        "if found := _where_weights_lie(file):",
+        "if found := None:",
         (f"{OF_WEIGHTS}::test_a_training_checkpoint_is_told_from_weights",),
     ),
     Named(
-        "B46: torch advises to load it all the same", WEIGHTS,
+        "B46: torch advises to load it all the same", WEIGHTS_FILE,
         "does not load as plain tensors ({_reason(error)})",
         "does not load as plain tensors ({error})",
         (f"{OF_WEIGHTS}::test_what_is_no_dictionary_of_tensors_is_named",),
