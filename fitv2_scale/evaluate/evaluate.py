@@ -19,7 +19,7 @@ from data_sharding.storage.open_store import open_store
 from data_sharding.storage.store import Store
 from fitv2_scale.config.model import PIXELS_PER_TOKEN, parse_size
 from fitv2_scale.evaluate.feature_network import FeatureNetwork
-from fitv2_scale.evaluate.features import Features, npz_bytes, read_npz
+from fitv2_scale.evaluate.features import Features, is_npz, npz_bytes, read_npz
 from fitv2_scale.evaluate.generated_features import Cell, collect_features, generate_features
 from fitv2_scale.evaluate.image_sets import open_image_set
 from fitv2_scale.evaluate.reference_statistics import (
@@ -82,7 +82,7 @@ class Evaluation:
 
 def is_network(source: str) -> bool:
     """Whether ``source`` is a run or a file of weights, rather than images or features."""
-    if source.endswith(".npz"):
+    if is_npz(source):
         return False
     if split_reference(source)[1] is not None and not exists(source):
         return True  # and if there is no such run, that is the error to report
@@ -273,7 +273,7 @@ def evaluate_images(source: str, size: str | None, options: EvaluationOptions, s
 
 
 def _features_of(source: str, size: tuple[int, int] | None, options: EvaluationOptions, network: FeatureNetwork | None):
-    arrays = read_npz(source) if source.endswith(".npz") else {}
+    arrays = read_npz(source) if is_npz(source) else {}
     if "pool" in arrays and "mu" not in arrays:
         return Features.from_arrays(arrays, source), None
     images = open_image_set(source, size, options.reference_images, options.vae)

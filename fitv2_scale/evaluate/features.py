@@ -9,6 +9,7 @@ their bias).
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import numpy as np
 
@@ -48,6 +49,11 @@ class Features:
             if len(array) != len(found["pool"]):
                 raise UserError(f"{where}: {name} has {len(array)} rows, but pool has {len(found['pool'])}")
         return cls(**found)
+
+
+def is_npz(url: str) -> bool:
+    """Whether it names an .npz; a folder may be called so, too."""
+    return url.endswith(".npz") and not Path(url).is_dir()
 
 
 def read_npz(data: bytes | str, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:

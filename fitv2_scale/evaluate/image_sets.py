@@ -8,6 +8,7 @@ can only be compared with metrics against the same reference.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from data_sharding.write.image_sources import open_source
 from data_sharding.write.source_files import list_folder, list_top
 from data_sharding.write.views import cover_crop
 from data_sharding.write.write_report import counts_of
-from fitv2_scale.evaluate.features import read_npz
+from fitv2_scale.evaluate.features import is_npz, read_npz
 from fitv2_scale.evaluate.sampling.image_grid import decode
 
 ARRAY = "arr_0"  # the images in ADM's .npz
@@ -73,7 +74,7 @@ def open_image_set(url: str, size: tuple[int, int] | None, most: int, vae: str =
     Raises:
         UserError: there are none, or ``size`` is missing.
     """
-    if url.endswith(".npz"):
+    if is_npz(url):
         return image_set_of_array(url, read_npz(url).get(ARRAY), most)
     if size is None:
         raise UserError(f"{url} may hold images of many sizes: give the size to measure at as --size HEIGHTxWIDTH")
@@ -89,7 +90,7 @@ def open_image_set(url: str, size: tuple[int, int] | None, most: int, vae: str =
 def image_set_digest(url: str, most: int, vae: str = "") -> str:
     """Hex xxh3_128 of the content of what ``open_image_set`` gives, wherever it lies: of a dataset, its digest and that
     of the codec that decodes it; of a folder or tars, the files. Raises as ``open_image_set``."""
-    if url.endswith(".npz"):
+    if is_npz(url):
         return file_digest(url)
     digest = xxhash.xxh3_128()
     if exists(f"{url.rstrip('/')}/{FILE}"):
@@ -106,7 +107,8 @@ def image_set_digest(url: str, most: int, vae: str = "") -> str:
 
 def _list_files(url: str) -> tuple[list[tuple[str, ByteRange]], Findings]:
     """The files of images at ``url`` by name, and what is left out."""
-    if is_tar_name(url) or "{" in url or _is_folder_of_tars(url):
+    may_be_tars = is_tar_name(url) or "{" in url
+    if (may_be_tars and not Path(url).is_dir()) or _is_folder_of_tars(url):
         source = open_source(url)
         found, findings = [(entry.key, entry.data) for entry in source.entries], source.findings
     else:

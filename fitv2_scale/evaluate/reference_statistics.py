@@ -21,7 +21,7 @@ from tqdm import tqdm
 from data_sharding.errors import UserError
 from data_sharding.storage.atomic_write import atomic_write
 from fitv2_scale.evaluate.feature_network import FeatureNetwork
-from fitv2_scale.evaluate.features import Features, npz_bytes, read_npz
+from fitv2_scale.evaluate.features import Features, is_npz, npz_bytes, read_npz
 from fitv2_scale.evaluate.fid import Gaussian
 from fitv2_scale.evaluate.image_sets import (
     ARRAY,
@@ -74,7 +74,7 @@ def reference_for(url: str, size: str | None) -> str:
 def reference_identity(url: str, most: int, vae: str = "") -> dict[str, str | int]:
     """The reference at ``url``, as a result records it: by the digest of its content. ``most`` and ``vae`` as for
     ``open_reference``. Raises UserError if there is none."""
-    if not url.endswith(".npz"):
+    if not is_npz(url):
         return {"source": url, "at_most": most, "digest": image_set_digest(url, most, vae)}
     try:
         with open(url, "rb") as file:
@@ -86,7 +86,7 @@ def reference_identity(url: str, most: int, vae: str = "") -> dict[str, str | in
 def check_reference(url: str, network: FeatureNetwork, size: int) -> None:
     """Raises UserError if ``url`` is an .npz that cannot be compared with the features of ``network``, which have
     ``size``: of another network, or no statistics."""
-    if not url.endswith(".npz"):
+    if not is_npz(url):
         return
     arrays = read_npz(url, ("network", *_STATISTICS))
     _check_digest(url, arrays, network)
@@ -107,7 +107,7 @@ def open_reference(
     Raises:
         UserError: there is none, it is of another network, or a network is needed.
     """
-    if not url.endswith(".npz"):
+    if not is_npz(url):
         images = open_image_set(url, size, most, vae)
         found = reference_from_features(features_of_images(images, network), url, images.size)
         return replace(found, besides=images.besides())

@@ -2,12 +2,13 @@
 lie."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from data_sharding.errors import UserError
 from data_sharding.storage.file_digest import file_digest
 from data_sharding.storage.files import with_local
 from fitv2_scale.run.log import LogEntry
-from fitv2_scale.run.reference import parse_reference
+from fitv2_scale.run.reference import is_run, parse_reference
 from fitv2_scale.run.run import Run
 
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
@@ -52,4 +53,5 @@ class WeightsSource:
 
 
 def is_weights(text: str) -> bool:
-    return text.endswith(SUFFIXES)
+    """Whether it names a file of weights. Folders may be called as they like: a run, or photographs."""
+    return text.endswith(SUFFIXES) and not Path(text).is_dir() and not is_run(text)

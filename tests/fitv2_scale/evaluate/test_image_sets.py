@@ -9,9 +9,11 @@ from PIL import Image
 
 from data_sharding.errors import UserError
 from fitv2_scale.evaluate import image_sets
+from fitv2_scale.evaluate.evaluate import is_network
 from fitv2_scale.evaluate.features import Features
-from fitv2_scale.evaluate.image_sets import open_image_set
+from fitv2_scale.evaluate.image_sets import image_set_digest, open_image_set
 from fitv2_scale.evaluate.reference_statistics import features_of_images
+from fitv2_scale.run.weights_source import is_weights
 from tests.support.pictures import file_of, noise
 
 
@@ -94,3 +96,16 @@ def test_the_order_of_a_folder_is_as_before(tmp_path):
     found, _ = image_sets._list_files(str(tmp_path))
     expected = sorted(path for path in tmp_path.rglob("*.png"))
     assert [name for name, _ in found] == [str(path.relative_to(tmp_path)) for path in expected]
+
+
+@pytest.mark.parametrize("name", ["photos.npz", "photos.bin", "photos.tar", "pho{to}s", "photos.pt"])
+def test_a_folder_may_be_called_as_a_file_is(tmp_path, name):
+    (tmp_path / name).mkdir()
+    noise(32, 32, 3).save(tmp_path / name / "a.png")
+    folder = str(tmp_path / name)
+    assert not is_network(folder)
+    (picture,) = open_image_set(folder, (32, 32), 50).read()
+    np.testing.assert_array_equal(picture, np.asarray(noise(32, 32, 3)))
+    assert image_set_digest(folder, 50)
+    (tmp_path / name / "run.json").write_text("{}")
+    assert is_network(folder) and not is_weights(folder)
