@@ -26,7 +26,10 @@ _MERGE = "tag:yaml.org,2002:merge"
 
 
 def read_text(path: str) -> str:
-    """The text of a config file, UTF-8, or UTF-16 with its mark. Raises OSError, and UserError if it is no text."""
+    """The text of a config file, UTF-8, or UTF-16 with its mark. Raises OSError, and UserError if it is no text, or a
+    pipe with a name of its own, which may have no writer. Those of <(…) in a shell are open already."""
+    if Path(path).is_fifo() and not path.startswith(("/dev/", "/proc/")):
+        raise UserError(f"{path} is a pipe: give a file, or <(COMMAND)")
     with Path(path).open("rb") as file:
         data = file.read(_MOST_BYTES + 1)
     if len(data) > _MOST_BYTES:

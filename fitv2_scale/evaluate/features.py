@@ -52,8 +52,11 @@ class Features:
 
 
 def is_npz(url: str) -> bool:
-    """Whether it names an .npz; a folder may be called so, too."""
-    return url.endswith(".npz") and not Path(url).is_dir()
+    """Whether it names an .npz; a folder may be called so, too. Raises UserError for a pipe, which cannot be one."""
+    named = url.endswith(".npz") and not Path(url).is_dir()
+    if named and Path(url).is_fifo():
+        raise UserError(f"{url} is a pipe: give a file")
+    return named
 
 
 def read_npz(data: bytes | str, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:

@@ -253,5 +253,16 @@ def test_files_that_cannot_be_read(tmp_path):
             load_config(os.path.join(tmp_path, path))
 
 
+def test_a_pipe_is_read_only_where_a_shell_opened_it(tmp_path):
+    os.mkfifo(tmp_path / "c.yaml")
+    with pytest.raises(UserError, match=r"c.yaml is a pipe: give a file, or <\(COMMAND\)"):
+        load_config(str(tmp_path / "c.yaml"))
+    reader, writer = os.pipe()
+    with open(writer, "w") as file:
+        file.write(LEAST)
+    assert load_config(f"/dev/fd/{reader}").train.steps == 5
+    os.close(reader)
+
+
 def test_a_section_without_keys_has_its_defaults(load):
     assert load("optimizer:\n  # lr: 3\n", "optimizer.eps=0.5").optimizer.lr == 1e-4

@@ -1,5 +1,6 @@
 """References: our own, those that others made, halves, datasets."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -8,10 +9,10 @@ import pytest
 from scipy.linalg import sqrtm
 
 from data_sharding.errors import UserError
-from fitv2_scale.evaluate.evaluate import EvaluationOptions, evaluate_images
+from fitv2_scale.evaluate.evaluate import EvaluationOptions, evaluate_images, is_network
 from fitv2_scale.evaluate.features import read_npz
 from fitv2_scale.evaluate.image_sets import open_image_set
-from fitv2_scale.evaluate.reference_statistics import open_reference, reference_for
+from fitv2_scale.evaluate.reference_statistics import open_reference, reference_for, reference_identity
 from tests.support.feature_networks import POOL
 
 
@@ -85,6 +86,15 @@ def test_statistics_of_no_images_are_refused(reference, photographs, feature_net
     np.savez(bad, **{name: array for name, array in {**arrays, **change(arrays)}.items() if array is not None})
     with pytest.raises(UserError, match=sentence):
         evaluate_images(photographs, "32x48", EvaluationOptions(**feature_network, reference=bad), None)
+
+
+def test_a_pipe_is_no_reference(tmp_path):
+    os.mkfifo(tmp_path / "ref.npz")
+    url = str(tmp_path / "ref.npz")
+    calls = (lambda: reference_identity(url, 5), lambda: open_reference(url, None, None, 5), lambda: is_network(url))
+    for read in calls:
+        with pytest.raises(UserError, match="ref.npz is a pipe: give a file"):
+            read()
 
 
 def test_the_size_of_a_reference_is_that_of_its_pictures(tmp_path):
