@@ -58,13 +58,13 @@ def curves_of_runs(args: argparse.Namespace) -> int:
 def _place(args: argparse.Namespace) -> tuple[str, str] | None:
     """MLflow's URI and experiment for the report; None: nowhere."""
     from fitv2_scale.run.run import Run
-    from fitv2_scale.tracking.destination import resolve_uri
+    from fitv2_scale.tracking.destination import resolve_uri, settings_of
 
     if args.uri == "none" or not (args.experiment or args.runs):
         return None
     if args.experiment:
         return args.uri, args.experiment
     run = Run.open(args.runs[0])
-    tracking = run.config["tracking"]
-    uri = args.uri or tracking["uri"]
-    return None if uri == "none" else (resolve_uri(run.url, uri), tracking["experiment"])
+    told = settings_of(run)
+    uri = args.uri or told.uri
+    return None if uri == "none" else (resolve_uri(run.url, uri), told.experiment)

@@ -6,17 +6,17 @@ from typing import Any
 from fitv2_scale.evaluate.results import METRICS
 from fitv2_scale.run.redact import redact
 from fitv2_scale.run.run import Run
-from fitv2_scale.tracking.destination import resolve_uri
+from fitv2_scale.tracking.destination import resolve_uri, settings_of
 from fitv2_scale.tracking.identity import published
 
 
 def publish(run: Run, results: list[dict[str, Any]]) -> str:
     """Sends the metrics and returns a sentence about it. A failure is no error, since the run stores the metrics."""
-    uri = run.config["tracking"]["uri"]
+    uri, experiment = settings_of(run)
     if uri == "none":
         return "MLflow: none (tracking.uri)"
     target, place = resolve_uri(run.url, uri), published(run)
-    if place.mlflow_run is None or place.uri != redact(target):
+    if place.mlflow_run is None or (place.uri, place.experiment) != (redact(target), experiment):
         return f"MLflow does not know the run yet: run `fitv2 track sync {run.url}`, then this command again"
     # Not at the top: mlflow takes seconds to import, and training must never import it.
     from fitv2_scale.tracking.mlflow_writer import ServerError, known_run

@@ -27,6 +27,11 @@ class _Gpu(Shape):
     name: str
 
 
+class _Tracking(Shape):
+    uri: str
+    experiment: str
+
+
 class Start(Shape):
     """start.json of an attempt."""
 
@@ -42,6 +47,7 @@ class Start(Shape):
     validation_grid: dict[str, Count] = {}
     codec: str | None = None
     init_from: str | None = None
+    tracking: _Tracking | None = None
 
 
 class Classes(Shape):

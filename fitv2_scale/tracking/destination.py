@@ -12,11 +12,13 @@ import sqlite3
 from contextlib import closing, suppress
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
 from data_sharding.errors import UserError
 from data_sharding.storage.local_store import LocalStore
 from data_sharding.storage.open_store import open_store
+from fitv2_scale.run.log import newest_attempt
 from fitv2_scale.run.redact import HIDDEN, redact
 from fitv2_scale.run.run import Run
 from fitv2_scale.tracking.identity import place_of, published
@@ -34,6 +36,32 @@ _SHARED = _NETWORK | _PARALLEL | {"gfs2", "ocfs2"}
 _ESCAPED = re.compile(r"\\([0-7]{3})")
 
 
+class Settings(NamedTuple):
+    """`tracking.uri` and `tracking.experiment`."""
+
+    uri: str = "auto"
+    experiment: str = "fitv2"
+
+
+def configured(run: Run) -> Settings:
+    """The settings of the newest attempt that recorded them; if none did, those that the run was made with. Without
+    secrets."""
+    told = run.recorded("tracking") or run.config.get("tracking") or {}
+    return Settings(**{key: told[key] for key in Settings._fields if key in told})
+
+
+def settings_of(run: Run) -> Settings:
+    """Where a command that is no training publishes the run: where the newest attempt did, or where it was published
+    since then. So a change of the settings holds for later commands, and so does a place given to `fitv2 track sync`.
+
+    Raises as ``published``.
+    """
+    place, told = published(run), configured(run)
+    if not place.uri or (run.recorded("tracking") and place.attempt < newest_attempt(run.log.entries())):
+        return told
+    return Settings(place.uri if _is_there(place.uri) else told.uri, place.experiment)
+
+
 def resolve_uri(run_url: str, uri: str) -> str:
     """The tracking URI that ``uri`` stands for. "auto" is where the run has been published before; else what
     $MLFLOW_TRACKING_URI says; else one SQLite file for all runs in the same folder.
@@ -46,7 +74,7 @@ def resolve_uri(run_url: str, uri: str) -> str:
         return uri
     store = open_store(run_url)
     before = place_of(store).get("uri", "")
-    if before and HIDDEN not in before and ((file := sqlite_path(before)) is None or file.exists()):
+    if before and _is_there(before):
         return before
     if told := os.environ.get(URI_VARIABLE):
         return told
@@ -56,6 +84,12 @@ def resolve_uri(run_url: str, uri: str) -> str:
             f"or in {URI_VARIABLE}."
         )
     return sqlite_uri(Path(store.url).parent / "mlflow.db")
+
+
+def _is_there(uri: str) -> bool:
+    """Whether ``uri``, where a run was published before, can be used as it is: not if its login is hidden, or if it is
+    a file that is gone."""
+    return HIDDEN not in uri and ((file := sqlite_path(uri)) is None or file.exists())
 
 
 def sqlite_uri(file: Path) -> str:
@@ -115,7 +149,8 @@ def deleted_experiment(uri: str, experiment: str) -> str | None:
 def deleted_sentence(experiment: str, experiment_id: str) -> str:
     return (
         f"the experiment {experiment} was deleted in MLflow: restore it with `mlflow experiments restore -x "
-        f"{experiment_id}`, or give another one as tracking.experiment=NAME"
+        f"{experiment_id}`, or give another one: tracking.experiment=NAME to `fitv2 train`, --experiment NAME to "
+        "`fitv2 track sync`"
     )
 
 

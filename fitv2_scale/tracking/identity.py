@@ -2,10 +2,10 @@
 from. Imports no mlflow.
 
     tracking/mlflow.json    {"uri": "sqlite:////runs/mlflow.db", "experiment": "fitv2", "mlflow_run": "8d0f…",
-                             "run": "/runs/first", "name": "first-5f1c09ab"}
+                             "run": "/runs/first", "name": "first-5f1c09ab", "attempt": 3}
 
 ``run`` is where the folder was when it was last published; ``name`` is the tag fitv2.run_id, and only in a copy not the
-run's id. Versions up to a2e80d5 wrote neither.
+run's id; ``attempt`` was the newest when this place was taken. Versions up to a2e80d5 wrote none of the three.
 """
 
 import os
@@ -17,8 +17,9 @@ from typing import Any
 from data_sharding.errors import StorageDown, UserError
 from data_sharding.storage.local_store import LocalStore
 from data_sharding.storage.open_store import open_store
-from data_sharding.storage.records import Shape
+from data_sharding.storage.records import Count, Shape
 from data_sharding.storage.store import Store
+from fitv2_scale.run.log import newest_attempt
 from fitv2_scale.run.run import Run
 
 IDENTITY = "tracking/mlflow.json"
@@ -32,6 +33,7 @@ class Published:
     experiment: str = ""
     mlflow_run: str | None = None
     name: str = ""
+    attempt: int = -1  # the newest when this place was taken; -1: not known
     moved_from: str = ""
     copied_from: str = ""  # the URL of the original; the other fields are then empty, since they are the original's
 
@@ -42,6 +44,7 @@ class _Place(Shape):
     mlflow_run: str | None = None
     run: str = ""
     name: str = ""
+    attempt: Count = 0
 
 
 def place_of(store: Store) -> dict[str, Any]:
@@ -58,6 +61,7 @@ def published(run: Run) -> Published:
     if before and _holds(before, run):
         return Published(name=f"{run.id}-copy-{secrets.token_hex(4)}", copied_from=open_store(before).url)
     known: dict[str, Any] = {key: record[key] for key in ("uri", "experiment", "mlflow_run") if record.get(key)}
+    known["attempt"] = record.get("attempt", -1)
     return Published(**known, name=record.get("name", run.id), moved_from=record.get("run", "") and before)
 
 
@@ -65,7 +69,7 @@ def record(run: Run, uri: str, experiment: str, mlflow_run: str | None, name: st
     """Remembers where the run is published, or None as long as the server has not answered. ``uri`` must hold no
     secrets."""
     place = {"uri": uri, "experiment": experiment, "mlflow_run": mlflow_run, "run": run.url, "name": name}
-    run.store.put_json(IDENTITY, place)
+    run.store.put_json(IDENTITY, place | {"attempt": newest_attempt(run.log.entries())})
 
 
 def _same_place(before: str, url: str) -> bool:

@@ -10,7 +10,7 @@ from data_sharding.storage.local_store import LocalStore
 from fitv2_scale.run.log import newest_attempt
 from fitv2_scale.run.redact import redact
 from fitv2_scale.run.run import Attempt, Run
-from fitv2_scale.tracking.destination import journal_only_reason, resolve_uri
+from fitv2_scale.tracking.destination import configured, journal_only_reason, resolve_uri
 from fitv2_scale.tracking.locks import RunLock, writer_lock
 from fitv2_scale.tracking.publisher import Publisher, ServerError
 from fitv2_scale.tracking.uploader import Process, Timing, attempt_has_ended
@@ -63,8 +63,8 @@ def _is_training(run: Run) -> bool:
     start = attempt.read_start()
     if start.get("hostname") == os.uname().nodename and "pid" in start:
         return Process(start["pid"]).alive()
-    configured = run.config.get("tracking", {}).get("uri", "auto")
-    if configured != "none" and journal_only_reason(run.url, configured) is None:
+    uri = configured(run).uri
+    if uri != "none" and journal_only_reason(run.url, uri) is None:
         return False  # its uploader would hold the lock
     times = [file.stat().st_mtime for file in (attempt.folder / "journal").glob("*.jsonl")]
     return time.time() - max(times, default=0.0) < _SILENT_S

@@ -87,11 +87,13 @@ def claim(config: Config, plan: Plan, fork: Fork | None, world: World) -> Attemp
 
 def _facts(config: Config, plan: Plan) -> dict[str, Any]:
     """What start.json records of the network and the data: digests, by which others find out that these are the same.
-    Raises UserError if the data of validation do not exist."""
+    Also where metrics are published, since a later attempt may publish elsewhere. Raises UserError if the data of
+    validation do not exist."""
     facts: dict[str, Any] = {
         "parameters": parameter_count(config.model),
         "datasets": [m.digest for m in plan.manifests],
         "codec": plan.manifests[0].header.codec["digest"],
+        "tracking": {"uri": config.tracking.uri, "experiment": config.tracking.experiment},
     }
     if config.validation.every_steps:
         facts["validation"] = [read_header(url)[1] for url in held_out_urls(plan.manifests, config.validation)]

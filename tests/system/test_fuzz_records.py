@@ -28,7 +28,7 @@ from fitv2_scale.planning.scaling.read_curves import Curve, Series, _fids
 from fitv2_scale.run import provenance
 from fitv2_scale.run.quarantine import problem_of
 from fitv2_scale.run.run import Attempt, Run
-from fitv2_scale.tracking.destination import notes_at_start, resolve_uri
+from fitv2_scale.tracking.destination import notes_at_start, resolve_uri, settings_of
 from fitv2_scale.tracking.identity import published
 from fitv2_scale.tracking.live_run import LiveRuns
 from fitv2_scale.tracking.publisher import acknowledged
@@ -90,6 +90,7 @@ def of_an_attempt(place: Place) -> None:
 def of_tracking(place: Place) -> None:
     published(place.run)
     resolve_uri(place.url, "auto")
+    settings_of(place.run)
     notes_at_start(place.run, "sqlite:////nowhere/mlflow.db", "fitv2")
 
 
@@ -120,12 +121,13 @@ def of_a_shard(place: Place) -> None:
 # path below the run, a valid record, and all that reads it
 RECORDS: list[tuple[str, Any, Callable[[Place], object]]] = [
     ("attempts/1/start.json", {"attempt": 1, "time": TIME, "hostname": "n1", "pid": 7, "git": None, "changed": [],
-      "gpus": [{"node": "n1", "name": "H100"}], "parameters": 9, "datasets": ["ab"]}, of_an_attempt),
+      "gpus": [{"node": "n1", "name": "H100"}], "parameters": 9, "datasets": ["ab"],
+      "tracking": {"uri": "auto", "experiment": "fitv2"}}, of_an_attempt),
     ("tracking/live.json", {"mlflow_run": "8d0f", "attempt": 1, "segment": 0, "offset": 8, "seen": 4}, of_an_attempt),
     ("tracking/ack.json", {"mlflow_run": "8d0f", "attempt": 1, "segment": 0, "offset": 8},
      lambda place: acknowledged(place.run, "8d0f")),
     ("tracking/mlflow.json", {"uri": "sqlite:////m.db", "experiment": "fitv2", "mlflow_run": "8d0f", "run": "/runs/x",
-      "name": "run-1"}, of_tracking),
+      "name": "run-1", "attempt": 1}, of_tracking),
     ("tracking/state.json", {"time": TIME, "trouble": "no", "tell": True}, lambda place: read_state(place.run)),
     ("quarantine/00000002.json", {"entry": 2, "path": "steps/1", "problem": "gone"},
      lambda place: problem_of(place.run, place.run.log.entries()[1])),

@@ -21,9 +21,9 @@ def test_figures_reach_mlflow_at_their_step(two_step_run, feature_network, refer
 
     copy = str(tmp_path / "tracked" / "run")
     shutil.copytree(two_step_run, copy, ignore=shutil.ignore_patterns("evaluations"))
-    record = Path(copy, "run.json")
-    tracking = {"uri": "auto", "experiment": "tests", "peak_tflops": None}
-    record.write_text(json.dumps(json.loads(record.read_text()) | {"config": _config(record) | {"tracking": tracking}}))
+    start = Path(copy, "attempts/1/start.json")
+    tracking = {"uri": "auto", "experiment": "tests"}
+    start.write_text(json.dumps(json.loads(start.read_text()) | {"tracking": tracking}))
     call = ["evaluate", copy, *network_options(feature_network), "--reference", reference]
     call += ["--size", "32x48", "--images", "30", "--nfe", "1"]
     assert main(call) == 0 and "MLflow does not know the run yet" in capfd.readouterr().out
@@ -37,10 +37,6 @@ def test_figures_reach_mlflow_at_their_step(two_step_run, feature_network, refer
         (sent,) = client.get_metric_history(found.info.run_id, f"evaluate/32x48-cfg1.5-euler1-none-30/{name}")
         assert (sent.step, sent.value) == (2, step[name])
     assert client.get_run(found.info.run_id).info.status == found.info.status
-
-
-def _config(record: Path) -> dict:
-    return json.loads(record.read_text())["config"]
 
 
 def test_the_command_with_a_suite_and_with_few_steps(two_step_run, feature_network, reference, tmp_path, capfd):

@@ -37,7 +37,7 @@ def test_a_change_between_attempts_is_reported(tiny, capfd):
     assert run_ranks(1, train, config) == [DONE]
     file = Path(config.run, "attempts/1/start.json")
     start = json.loads(file.read_text())
-    assert start["changed"] == []
+    assert start["changed"] == [] and start["tracking"] == {"uri": "none", "experiment": "fitv2"}
     old = start | {"driver": "1.2.3", "packages": start["packages"] | {"torch": "2.0.0"}}
     file.write_text(json.dumps({key: value for key, value in old.items() if key != "code"}))  # of before it was noted
     assert run_ranks(1, train, tiny(train__steps=4)) == [DONE]

@@ -15,6 +15,7 @@ from fitv2_scale.tracking.destination import (
     journal_only_reason,
     notes_at_start,
     resolve_uri,
+    settings_of,
     sqlite_path,
     sqlite_uri,
     uri_problem,
@@ -77,6 +78,44 @@ def test_auto_is_where_it_was_then_the_variable_then_a_file(tmp_path, monkeypatc
     assert resolve_uri(run.url, "auto") == beside
 
 
+A, B, H = ("http://h:5", "a"), ("http://h:5", "b"), ("http://[redacted]@h", "c")
+
+
+@pytest.mark.parametrize(
+    "made_with,attempts,place,expected",
+    [
+        (A, [], None, A),
+        (A, [A], (*A, 1), A),
+        (A, [A, B], (*A, 1), B),  # until the second attempt is published
+        (A, [A, B], (*B, 2), B),
+        (("none", "a"), [("none", "a"), B], None, B),
+        (A, [A, ("none", "a")], (*A, 1), ("none", "a")),
+        (A, [A], (*B, 1), B),  # `fitv2 track sync --experiment b`
+        (A, [A, A], (*B, 1), A),  # and then an attempt
+        (A, [A], ("http://other", "a", 1), ("http://other", "a")),
+        (H, [H], (*H, 1), H),
+        (A, [None], (*B, None), B),  # versions that recorded neither
+        (("none", "a"), [None], (*B, None), B),
+        (("auto", "a"), [("auto", "b")], ("sqlite:////nowhere/gone.db", "b", 1), ("auto", "b")),
+        (None, [], None, ("auto", "fitv2")),
+    ],
+)
+def test_a_run_is_published_where_it_was_last(tmp_path, made_with, attempts, place, expected):
+    """...unless a newer attempt was told another place."""
+
+    def named(settings):
+        return {"tracking": dict(zip(("uri", "experiment"), settings, strict=True))} if settings else {}
+
+    run = Run.open_or_create(str(tmp_path / "run"), named(made_with), {}, None)
+    for settings in attempts:
+        run.claim(named(settings))
+    if place:
+        uri, experiment, attempt = place
+        since = {} if attempt is None else {"attempt": attempt, "run": run.url}
+        run.store.put_json("tracking/mlflow.json", {"uri": uri, "experiment": experiment, "mlflow_run": "7"} | since)
+    assert settings_of(run) == expected
+
+
 def test_a_server_is_no_shared_file(tmp_path, monkeypatch):
     from fitv2_scale.tracking import destination
 
@@ -132,6 +171,8 @@ def test_a_deleted_experiment_is_seen_in_the_file(tmp_path):
         "nothing is published to MLflow: the experiment x was deleted in MLflow: restore it with `mlflow experiments "
     )
     (note,) = notes_at_start(made(tmp_path / "run"), uri, "x")
-    assert note.startswith(f"{said}restore -x 7`, or give another one as tracking.experiment=NAME")
+    assert note.startswith(
+        f"{said}restore -x 7`, or give another one: tracking.experiment=NAME to `fitv2 train`, --exp"
+    )
     (tmp_path / "other.db").write_bytes(b"no database")
     assert deleted_experiment(sqlite_uri(tmp_path / "other.db"), "x") is None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fitv2_scale.cli.__main__ import main
 from fitv2_scale.evaluate.mlflow_upload import publish
 from fitv2_scale.run.run import Run
 from fitv2_scale.tracking.destination import notes_at_start
@@ -121,3 +122,26 @@ def test_a_run_in_a_folder_of_any_name_keeps_mlflow_beside_it(tmp_path):
     assert points(there) == [(2, 1)]
     assert [p.read_bytes() for p in (runs / "mlartifacts").rglob("00000002.png")] == [b"picture"]
     assert {p.name for p in tmp_path.iterdir()} == {"50%20off #1?a=b"} and len([*runs.parent.iterdir()]) == 1
+
+
+def test_the_experiment_of_the_newest_attempt_gets_the_run(run_folder, runs):
+    """...by `fitv2 track sync`, and `fitv2 evaluate` sends its metrics there."""
+    run = make(run_folder, {"tracking": {"uri": "none", "experiment": "a"}})
+    for until, experiment in ((5, "a"), (8, "b")):
+        attempt = train(run, until - 5, until, commits=(until,))
+        start = json.loads((attempt.folder / "start.json").read_text())
+        start["tracking"] = {"uri": "auto", "experiment": experiment}
+        (attempt.folder / "start.json").write_text(json.dumps(start))
+        attempt.end(75, "SIGTERM")
+        assert "MLflow does not know the run yet" in publish(run, [])
+        assert main(["track", "sync", run.url]) == 0
+        assert "MLflow: 0 metrics in run" in publish(run, [])
+    with sqlite3.connect(runs / "mlflow.db", timeout=60) as db:
+        query = """select e.name, t.value from experiments e join runs r using (experiment_id) join tags t
+                   using (run_uuid) where t.key = 'fitv2.attempt' and r.run_uuid in
+                   (select run_uuid from tags where key = 'fitv2.run_id' and value = ?) order by e.name"""
+        assert db.execute(query, (run.id,)).fetchall() == [("a", "1"), ("b", "2")]
+    assert main(["track", "sync", run.url, "--experiment", "c"]) == 0
+    assert json.loads((run_folder / "tracking/mlflow.json").read_text())["experiment"] == "c"
+    assert main(["track", "sync", run.url]) == 0  # again there
+    assert json.loads((run_folder / "tracking/mlflow.json").read_text())["experiment"] == "c"
