@@ -134,10 +134,9 @@ def open_session(
     engine, batch_broadcast = make_engine(config, layout, world), BatchBroadcast(layout, world.rank)
     restored, data, notes, forked = _restore(engine, attempt.run, data, fork, config, world)
     start = restored.step if restored else 0
-    if world.is_first and attempt.changed:
-        notes = [*notes, f"since attempt {attempt.number - 1}: {'; '.join(attempt.changed)}"]
-        log.warning("%s", notes[-1])
-    notes = [*notes, *_validation_notes(attempt)]
+    for note in _changes(attempt) if world.is_first else []:
+        notes = [*notes, note]
+        log.warning("%s", note)
     substitutions = _open_substitutions(attempt, data, restored, fork, config, world)
     checkpoints = Checkpointer(engine, attempt, world, config.checkpoint, newest=start)
     evaluation = InLoopEvaluation(config, world, layout, data, engine)
@@ -163,10 +162,11 @@ def open_session(
     )
 
 
-def _validation_notes(attempt: Attempt) -> list[str]:
-    """What the user should know of the images of validation."""
-    recorded, notes = attempt.read_start(), []
-    if any(line.startswith("validation") for line in attempt.changed):
+def _changes(attempt: Attempt) -> list[str]:
+    """What has changed since the attempt before, and what the user should know of the images of validation."""
+    recorded, changed = attempt.read_start(), attempt.changed
+    notes = [f"since attempt {attempt.number - 1}: {'; '.join(changed)}"] if changed else []
+    if any(line.startswith("validation") for line in changed):
         notes.append("val_loss is measured on other images or times than before: do not compare it with its old values")
     if set(recorded.get("validation", [])) & set(recorded["datasets"]):
         notes.append("validation.url is a dataset of the training, so val_loss says nothing of images not trained on")

@@ -1,17 +1,19 @@
 """What an attempt says at its start."""
 
+from pathlib import Path
+
 from fitv2_scale.run.run import Run
 from fitv2_scale.train.loop import DONE, train
 from tests.support.ranks import run_ranks
 
 
-def test_another_validation_than_before_is_noted(tiny, dataset, capfd):
+def test_another_validation_than_before_is_noted(tiny, dataset):
     """And one on the images of the training, which say nothing of others."""
-    same, said = {"validation__every_steps": 2, "validation__url": dataset, "validation__images": 20}, []
+    same = {"validation__every_steps": 2, "validation__url": dataset, "validation__images": 20}
     for steps, times in ((2, 2), (4, 2), (6, 3)):
         assert run_ranks(1, train, tiny(**same, train__steps=steps, validation__timesteps=times)) == [DONE]
-        said.append(capfd.readouterr().err)
-    first, second, third = said
+    logs = (Path(tiny().run, f"attempts/{n}/logs/rank-00000.log") for n in (1, 2, 3))
+    first, second, third = (log.read_text() for log in logs)
     assert "since attempt" not in second and "do not compare it with its old values" not in first + second
     assert "since attempt 2: validation_grid.timesteps: 2 -> 3" in third
     assert "val_loss is measured on other images or times than before: do not compare" in third
