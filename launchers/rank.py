@@ -22,12 +22,22 @@ _PORTS = range(10_000, 30_000)  # below those that the system assigns itself
 
 def become_a_rank() -> str | None:
     """Gives this process torchrun's variables if srun or mpirun has started it as one of several. Returns the launcher,
-    None for a process that is the only one. Raises UserError if the others cannot be found."""
+    None for a process that is the only one. Raises UserError if the others cannot be found.
+
+    LOCAL_RANK says which of the GPUs that it sees is its own, also under torchrun.
+    """
     task = launched(os.environ)
     if task is not None and task.launcher != "torchrun":
         found = rank_environment(os.environ) if task.launcher == "srun" else _of_mpirun(task, os.environ)
         os.environ.update(found)
+    elif task is not None and _sees_one_gpu(os.environ):
+        os.environ["LOCAL_RANK"] = "0"
     return task.launcher if task else None
+
+
+def _sees_one_gpu(environment: Mapping[str, str]) -> bool:
+    """Whether this process sees one GPU alone, as where Slurm or a script gives each its own."""
+    return len(environment.get("CUDA_VISIBLE_DEVICES", "").split(",")) == 1 and "CUDA_VISIBLE_DEVICES" in environment
 
 
 def _of_mpirun(task: Launched, environment: Mapping[str, str]) -> dict[str, str]:
@@ -42,7 +52,7 @@ def _of_mpirun(task: Launched, environment: Mapping[str, str]) -> dict[str, str]
     return {
         "RANK": str(task.rank),
         "WORLD_SIZE": str(task.size),
-        "LOCAL_RANK": str(task.local[0]),
+        "LOCAL_RANK": "0" if _sees_one_gpu(environment) else str(task.local[0]),
         "LOCAL_WORLD_SIZE": str(task.local[1]),
         "MASTER_ADDR": environment.get("MASTER_ADDR", "127.0.0.1"),
         "MASTER_PORT": environment.get("MASTER_PORT", str(port)),
@@ -56,12 +66,10 @@ def rank_environment(slurm: Mapping[str, str]) -> dict[str, str]:
     turn = int(slurm.get("SLURM_RESTART_COUNT", 0)) + int(slurm.get("SLURM_STEP_ID", 0))
     port = _PORTS[(int(slurm["SLURM_JOB_ID"]) * _PORTS_OF_A_JOB + turn % _CHECK) % len(_PORTS)]
     nodes, sizes = expand(slurm["SLURM_STEP_NODELIST"]), counts(slurm["SLURM_STEP_TASKS_PER_NODE"])
-    # Where Slurm gives each task a GPU of its own, that is the only one it sees.
-    alone = len(slurm.get("CUDA_VISIBLE_DEVICES", "").split(",")) == 1 and "CUDA_VISIBLE_DEVICES" in slurm
     return {
         "RANK": slurm["SLURM_PROCID"],
         "WORLD_SIZE": slurm["SLURM_NTASKS"],
-        "LOCAL_RANK": "0" if alone else slurm["SLURM_LOCALID"],
+        "LOCAL_RANK": "0" if _sees_one_gpu(slurm) else slurm["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": str(sizes[int(slurm["SLURM_NODEID"])]),
         "MASTER_ADDR": nodes[0],
         "MASTER_PORT": str(port),

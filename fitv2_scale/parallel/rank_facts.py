@@ -5,6 +5,8 @@ import os
 import platform
 from typing import Any
 
+import torch
+
 from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
@@ -58,10 +60,17 @@ def command_facts(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def software_facts() -> dict[str, Any]:
-    """Our code, the packages that results may depend on, and variables of the environment."""
+    """Our code, the packages that results may depend on, the device, and variables of the environment."""
     packages = {f"version of {name}": version for name, version in installed().items()}
     variables = {f"${name}": os.environ.get(name) for name in _VARIABLES}
-    return {"digest of the code": code_digest(), "version of python": platform.python_version()} | packages | variables
+    facts = {"device": _device(), "digest of the code": code_digest(), "version of python": platform.python_version()}
+    return facts | packages | variables
+
+
+def _device() -> str:
+    """The model of this rank's GPU. A node whose driver is broken has none, and copies of the state that other models
+    compute need not have the same bits."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def read_data(config: Config, world: World) -> tuple[tuple[Layout, Data], Facts]:

@@ -14,9 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
+from data_sharding.errors import UserError
 from fitv2_scale.parallel.failures import LastWords, arisen_on, portable, shared
 from fitv2_scale.parallel.group_store import open_group_store
 from fitv2_scale.parallel.presence import Presence
+from fitv2_scale.parallel.rank_names import name_ranks
 from fitv2_scale.parallel.roll_call import call_roll
 
 _TIMEOUT = timedelta(minutes=10)
@@ -95,14 +97,12 @@ def join(failure: Exception | None = None) -> Generator[World]:
     ``World.raise_shared`` does. A rank that fails inside is known to the others when it has left (``LastWords``).
 
     Raises:
+        UserError: a node has fewer GPUs than ranks.
         RanksMissing: other ranks do not join; or hang or have ended inside, and so have broken a collective.
     """
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
-    else:
-        device, backend = torch.device("cpu"), "gloo"
+    device, no_gpu = _own_device()
+    failure = failure or no_gpu
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(_RECORDED))
     patience, node = _TIMEOUT.total_seconds(), _node()
     if "RANK" in os.environ:
@@ -126,13 +126,38 @@ def join(failure: Exception | None = None) -> Generator[World]:
             last_words.leave()
 
 
+def _own_device() -> tuple[torch.device, UserError | None]:
+    """This rank's device; or the CPU, and why it has none though its node has GPUs."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu"), None
+    local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local >= gpus:
+        sees = f"sees {gpus} GPU{'s' if gpus > 1 else ''}"
+        return torch.device("cpu"), UserError(f"rank {local} of its node {sees}: start a rank for each GPU, not more")
+    device = torch.device("cuda", local)
+    torch.cuda.set_device(device)
+    return device, None
+
+
+def _gpu(device: torch.device) -> tuple[str, str | None, int] | None:
+    """Which GPU that is; None for a CPU. Parts of one may have one UUID, but not one name."""
+    if device.type != "cuda":
+        return None
+    uuid = torch.cuda.get_device_properties(device).uuid
+    return str(uuid), os.environ.get("CUDA_VISIBLE_DEVICES"), device.index
+
+
 def _meet(world: World, failure: Exception | None) -> World:
-    """``world`` with the names of all nodes; raises the ``failure`` of any rank."""
-    mine = socket.gethostname(), _node(), portable(failure)
-    hosts, nodes, failures = zip(*world.all_gather(mine), strict=True)
+    """``world`` with the names of all nodes; raises the ``failure`` of any rank, and UserError if two have one GPU."""
+    mine = socket.gethostname(), _node(), portable(failure), _gpu(world.device)
+    hosts, nodes, failures, gpus = zip(*world.all_gather(mine), strict=True)
     world = replace(world, hosts=hosts, nodes=nodes)
     if error := shared(failures, failure, world.rank, world.place):
         raise error
+    for gpu in gpus:
+        if gpu is not None and len(ranks := [rank for rank, other in enumerate(gpus) if other == gpu]) > 1:
+            error = UserError(f"{name_ranks(ranks, nodes)} would share a GPU: start a rank for each GPU, not more")
+            raise error if world.is_first else arisen_on(world.place(0), error)
     return world
 
 

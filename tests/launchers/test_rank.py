@@ -32,7 +32,7 @@ SECOND_OF_TWO = {
     "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
 }
 RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-OTHERS = ("OMP_NUM_THREADS", "FITV2_NODES")
+OTHERS = ("OMP_NUM_THREADS", "FITV2_NODES", "CUDA_VISIBLE_DEVICES")
 
 
 @pytest.fixture
@@ -64,6 +64,19 @@ def test_a_task_of_srun_is_a_rank_of_the_step(environment):
     port = 10_000 + 4711 * 16 % 20_000
     assert [os.environ[name] for name in RANK] == ["1", "2", "0", "1", "n03", str(port)]
     assert os.environ["FITV2_NODES"] == "n03:1,n04:1"
+
+
+@pytest.mark.parametrize(("visible", "local"), [("5", "0"), ("4,5", "1"), (None, "1")])
+def test_a_rank_that_sees_one_gpu_has_that_one(environment, visible, local):
+    """Whoever has started it: Slurm, or a script that gives each process its GPU."""
+    torchrun = dict(zip(RANK, ("3", "4", "1", "2", "n7", "29500"), strict=True))
+    mpirun = TWO_NODES | {"MASTER_ADDR": "n7", "MASTER_PORT": "29500"}
+    for started in (torchrun, mpirun, SECOND_OF_TWO | {"SLURM_LOCALID": "1"}):
+        environment(**started | ({"CUDA_VISIBLE_DEVICES": visible} if visible else {}))
+        become_a_rank()
+        assert os.environ["LOCAL_RANK"] == local
+        for name in started:
+            os.environ.pop(name)
 
 
 @pytest.mark.parametrize("words", [["--processes", "2"], ["--processes", "0"]])
