@@ -212,11 +212,14 @@ def _ensure_successor(chain_log: ChainLog, job: ThisJob, seconds: int, replace: 
         return  # `fitv2 submit` has queued slurm.successors
     try:
         script = f"{newest.home}/job.sh"
-        by_user = excluded_nodes(script_options(Path(script).read_text()))
+        text = Path(script).read_text()
+        by_user = excluded_nodes(script_options(text))
         usable = sorted(set(slurm.usable_nodes(newest.partition)) - set(by_user))
         failed = nodes_to_exclude(chain_log.records, usable, newest.least, newest.exclude_minutes, now())
         excluded = sorted({*failed, *by_user})  # what is given to sbatch replaces what the script says
+        exclude = [f"--exclude={','.join(excluded)}"] if excluded else []
         nodes = node_count(len(set(usable) - set(failed)), newest.least, newest.most)
+        nodes = slurm.most_nodes(text, newest.least, nodes, *exclude)
         jobs = slurm.queue(newest.name)
         cancelled = any(other.id == job.id and other.state == "COMPLETING" for other in jobs)
         pending = [other for other in jobs if other.state == "PENDING" and other.id != job.id]
@@ -225,9 +228,7 @@ def _ensure_successor(chain_log: ChainLog, job: ThisJob, seconds: int, replace: 
         if kept:
             slurm.set_pending(kept[0].id, nodes, nodes * newest.tasks_per_node, excluded)
         elif not cancelled:
-            options = [f"--nodes={nodes}", *_signal_option(script, seconds)]
-            options += [f"--exclude={','.join(excluded)}"] if excluded else []
-            successor = slurm.sbatch(script, *options)
+            successor = slurm.sbatch(script, f"--nodes={nodes}", *_signal_option(text, seconds), *exclude)
             _print(f"job {successor} is queued as the successor, on {nodes} nodes")
         if not cancelled:
             slurm.do_not_requeue(job.id)  # else both would come back when a node dies
@@ -237,7 +238,7 @@ def _ensure_successor(chain_log: ChainLog, job: ThisJob, seconds: int, replace: 
 
 def _signal_option(script: str, seconds: int) -> list[str]:
     """The script's own --signal option with a newer number of seconds; nothing if it has none."""
-    found = re.search(r"^#SBATCH --signal=(\S+)@\d+$", Path(script).read_text(), re.MULTILINE)
+    found = re.search(r"^#SBATCH --signal=(\S+)@\d+$", script, re.MULTILINE)
     return [f"--signal={found[1]}@{seconds}"] if found else []
 
 

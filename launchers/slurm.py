@@ -16,6 +16,7 @@ _TIMEOUT = 120  # seconds; a busy slurmctld answers late
 # or are the options of the job that this runs in.
 _KEPT = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT"}
 _DROPPED = ("SLURM_", "SBATCH_", "SQUEUE_", "SINFO_", "SCANCEL_", "SCONTROL_")
+_NEVER = "Requested node configuration is not available"
 _UNUSABLE = ("down", "drain", "fail", "maint", "unknown", "inval")
 
 
@@ -45,6 +46,29 @@ def sbatch(script: str, *options: str, environment: Mapping[str, str] | None = N
 def check(script: str, *options: str) -> None:
     """Raises SlurmError if Slurm would not accept the script with this text; queues nothing."""
     _run("sbatch", "--test-only", *options, text=script)
+
+
+def most_nodes(script: str, least: int, most: int, *options: str) -> int:
+    """The largest number of nodes, from ``least`` to ``most``, that Slurm could ever give to the script with this text:
+    by its partition, --exclude, --nodelist, --constraint, --reservation and whatever else it asks of nodes. At least
+    ``least``."""
+    tried = most  # mostly it is right
+    while least < most:
+        if _is_possible(script, f"--nodes={tried}", *options):
+            least = tried
+        else:
+            most = tried - 1
+        tried = (least + most + 1) // 2
+    return least
+
+
+def _is_possible(script: str, *options: str) -> bool:
+    """Any other answer of Slurm is not about the number of nodes."""
+    try:
+        check(script, *options)
+    except SlurmError as error:
+        return _NEVER not in str(error)
+    return True
 
 
 def queue(name: str, seconds: float = _TIMEOUT) -> list[Job]:

@@ -40,9 +40,11 @@ from launchers.chain_log import MIN_SIGNAL_SECONDS, ChainLog, signal_seconds
 from launchers.cluster_check import check_cluster, check_script
 from launchers.control import job_name
 from launchers.sbatch_options import (
+    excluded_nodes,
     partition_of,
     refuse_conflicts,
     refuse_lost_secrets,
+    script_options,
     walltime_of,
     with_shell_options,
 )
@@ -127,8 +129,6 @@ def submit(config: Config, nodes: str, dry_run: bool, fork_from: str | None = No
         check_cluster(site)
         _check_data(config)
     data, parent = _check_training(config, least, most, fork_from)
-    usable = len(slurm.usable_nodes(partition_of(site))) if slurm.available() and not dry_run else most
-    count = node_count(usable, least, most)
     url = open_store(config.run).url
     home = _home(site, url) / secrets.token_hex(4)
     known = Run.open(url) if open_store(url).exists("run.json") else None
@@ -140,9 +140,10 @@ def submit(config: Config, nodes: str, dry_run: bool, fork_from: str | None = No
         )
     if dry_run:
         name = job_name(known.id if known else f"{Path(url).name}-new")
-        script = train_script(site, name, count, url, home, 0, seconds, fork_from)
-        return Submission(url, name, count, [], script, _advice(config, data, most), shell)
+        script = train_script(site, name, most, url, home, 0, seconds, fork_from)
+        return Submission(url, name, most, [], script, _advice(config, data, most), shell)
     # The job's name has the run's id; Slurm is asked before the run is created, so with another name.
+    count = _node_count(site, train_script(site, "fitv2", least, url, home, 0, seconds, fork_from), least, most)
     check_script(train_script(site, "fitv2", count, url, home, 0, seconds, fork_from))
     run = open_run(config, data.plan, parent)
     chain = _chain(config, run, home, least, most)
@@ -158,6 +159,12 @@ def submit(config: Config, nodes: str, dry_run: bool, fork_from: str | None = No
     slurm.cancel(older)
     jobs = [slurm.sbatch(str(home / "job.sh"), environment=to_environment(secret)) for _ in range(1 + site.successors)]
     return Submission(run.url, chain.name, count, jobs, script, _advice(config, data, most), shell)
+
+
+def _node_count(site: SlurmConfig, script: str, least: int, most: int) -> int:
+    """As many nodes as the script could have; ``least`` if Slurm would not accept it at all."""
+    usable = set(slurm.usable_nodes(partition_of(site))) - set(excluded_nodes(script_options(script)))
+    return slurm.most_nodes(script, least, node_count(len(usable), least, most))
 
 
 def _chain(config: Config, run: Run, home: Path, least: int, most: int) -> Chain:

@@ -7,11 +7,17 @@ import pytest
 from fitv2_scale.run.run import Run
 from launchers.chain import Chain, after, before
 from launchers.chain_log import ChainLog
+from launchers.slurm import most_nodes
 
 PROGRAMS = {
     "sinfo": 'for n in 1 2 3 4 5; do echo "test*|node$n|idle"; done',
     "squeue": 'cat "$SAID/queue"',
-    "sbatch": 'echo "sbatch $*" >>"$SAID/calls"; echo 8',
+    "sbatch": """nodes=$(expr "$*" : '.*--nodes=\\([0-9]*\\)')
+case $1 in
+--test-only) [ "$nodes" -le "$(cat "$SAID/possible")" ] && exit
+  echo "allocation failure: $(cat "$SAID/answer")" >&2; exit 1 ;;
+*) echo "sbatch $*" >>"$SAID/calls"; echo 8 ;;
+esac""",
     "scontrol": 'echo "scontrol $*" >>"$SAID/calls"',
     "scancel": 'echo "scancel $*" >>"$SAID/calls"',
 }
@@ -19,7 +25,8 @@ PROGRAMS = {
 
 @pytest.fixture
 def said(tmp_path, monkeypatch) -> Path:
-    """A folder: ``queue`` is what squeue prints, ``calls`` what the other programs were called with."""
+    """A folder: ``queue`` is what squeue prints, ``calls`` what the other programs were called with; for more than
+    ``possible`` nodes, sbatch --test-only fails with ``answer``."""
     for name, text in PROGRAMS.items():
         (tmp_path / "bin").mkdir(exist_ok=True)
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
@@ -29,6 +36,8 @@ def said(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_JOB_NODELIST", "node[1-2]")
     (tmp_path / "queue").write_text("")
+    (tmp_path / "possible").write_text("5")
+    (tmp_path / "answer").write_text("Requested node configuration is not available")
     return tmp_path
 
 
@@ -76,3 +85,28 @@ def test_without_such_nodes_none_are_excluded(said):
     home = submitted(said, "--comment=x")
     assert before(home) == "train"
     assert calls(said)[0] == f"sbatch --parsable --nodes=4 {home}/job.sh"
+
+
+@pytest.mark.parametrize(
+    "possible,answer,nodes",
+    [
+        (5, "", 4),
+        (3, "Requested node configuration is not available", 3),
+        (2, "Requested node configuration is not available", 2),
+        (1, "Requested node configuration is not available", 2),
+        (2, "Job violates accounting/QOS policy", 4),  # it is not about nodes
+    ],
+)
+def test_no_more_nodes_are_asked_for_than_slurm_could_give(said, possible, answer, nodes):
+    """...by a constraint or a reservation, which only Slurm can judge."""
+    (said / "possible").write_text(str(possible))
+    (said / "answer").write_text(answer)
+    home = submitted(said, "--constraint=fast")
+    assert before(home) == "train"
+    assert calls(said)[0] == f"sbatch --parsable --nodes={nodes} {home}/job.sh"
+
+
+@pytest.mark.parametrize("possible", range(2, 40, 6))
+def test_the_largest_possible_number_of_nodes_is_found(said, possible):
+    (said / "possible").write_text(str(possible))
+    assert most_nodes("", 3, 37) == min(max(possible, 3), 37)

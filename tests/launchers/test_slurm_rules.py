@@ -81,3 +81,12 @@ def test_a_path_that_slurm_would_fill_in(slurm, fitv2, tmp_path):
     (home,) = folder.iterdir()
     (output,) = home.glob("job-[0-9]*.out")
     assert re.search(r"^train\.steps = 123 ", output.read_text(), re.M)
+
+
+@pytest.mark.parametrize("extra,nodes", [("--exclude=node1", "3"), ("-w node[1-2]", "2"), ("-p short", "2")])
+def test_a_range_of_nodes_is_what_slurm_can_give(slurm, fitv2, job_config, tiny, extra, nodes):
+    config = tiny()
+    site = ["slurm.walltime=2", "slurm.signal_seconds=10", f"slurm.extra=[--hold,'{extra}']"]
+    fitv2("submit", job_config(), *site, "--nodes", "1-4")
+    assert held(slurm, job_name(Run.open(config.run).id), "%D") == [nodes]
+    fitv2("stop", config.run)
