@@ -51,6 +51,20 @@ _SHORT = {
 }
 _SHORT |= {"-n": "--ntasks", "-p": "--partition", "-q": "--qos", "-t": "--time", "-W": "--wait"}
 
+# The long options of sbatch 22 to 25, of which it takes any beginning that only one has.
+_LONG = """
+account acctg-freq array batch bb bbf begin chdir cluster-constraint clusters comment consolidate-segments constraint
+container container-id contiguous core-spec cores-per-socket cpu-freq cpus-per-gpu cpus-per-task deadline delay-boot
+dependency distribution error exclude exclusive export export-file extra extra-node-info get-user-env gid gpu-bind
+gpu-freq gpus gpus-per-node gpus-per-socket gpus-per-task gres gres-flags help hint hold ignore-pbs input job-name
+kill-on-invalid-dep licenses mail-type mail-user mcs-label mem mem-bind mem-per-cpu mem-per-gpu mincpus network nice
+no-kill no-requeue nodefile nodelist nodes ntasks ntasks-per-core ntasks-per-gpu ntasks-per-node ntasks-per-socket
+oom-kill-step open-mode output overcommit oversubscribe parsable partition power prefer priority profile propagate qos
+quiet reboot requeue reservation resv-ports segment signal sockets-per-node spread-job spread-segments stepmgr switches
+test-only thread-spec threads-per-core time time-min tmp tres-bind tres-per-task uid umask usage use-min-nodes verbose
+version wait wait-all-nodes wckey wrap
+"""
+
 # What an option in slurm.extra would break, and what to use instead.
 _ALWAYS_REFUSED = {
     "--array": "its tasks would all do the same work; give --nodes instead",
@@ -151,9 +165,10 @@ def _parse(extra: list[str]) -> dict[str, str]:
     """The options in ``slurm.extra`` by their long names. Of one that is given twice, sbatch takes the last."""
     options: dict[str, str] = {}
     last = None
-    for word in (word for line in extra for word in shlex.split(line, comments=True)):
+    for word in (word for line in extra for word in _words(line)):
         if word.startswith("--"):
-            last, equals, value = word.partition("=")
+            name, equals, value = word.partition("=")
+            last = _long(name)
             options[last] = value
             last = None if equals else last
         elif word.startswith("-") and len(word) > 1:
@@ -163,3 +178,17 @@ def _parse(extra: list[str]) -> dict[str, str]:
         elif last:
             options[last], last = word, None
     return options
+
+
+def _words(line: str) -> list[str]:
+    try:
+        return shlex.split(line, comments=True)
+    except ValueError as error:
+        raise UserError(f"slurm.extra has {line.strip()}, which cannot be read ({error}): close the quote.") from error
+
+
+def _long(name: str) -> str:
+    """The option that ``name`` is or abbreviates, as --arr does --array; ``name`` itself if that is not clear."""
+    known = _LONG.split()
+    meant = [option for option in known if option.startswith(name[2:])]
+    return f"--{meant[0]}" if len(meant) == 1 and name[2:] not in known else name

@@ -9,6 +9,7 @@ from launchers.sbatch_options import (
     partition_of,
     refuse_conflicts,
     refuse_lost_secrets,
+    script_options,
     walltime_of,
     with_shell_options,
 )
@@ -121,3 +122,35 @@ def test_a_submission_that_would_break_is_refused(tiny, tmp_path, monkeypatch):
     bare = tiny(slurm=site | {"extra": ["--export=NONE"]}, tracking__uri="http://me:s3cret@host")
     with pytest.raises(UserError, match="but tracking.uri contains a secret"):
         submit(bare, "1", dry_run=True)
+
+
+@pytest.mark.parametrize(
+    "short,option,value",
+    [
+        ("--arr=1-2", "--array", "1-2"),
+        ("--depend afterok:7", "--dependency", "afterok:7"),
+        ("--sig=B:USR1@9", "--signal", "B:USR1@9"),
+        ("--job=mine", "--job-name", "mine"),
+        ("--nodes=4", "--nodes", "4"),
+        ("--time=5", "--time", "5"),
+        ("--time-=5", "--time-min", "5"),
+        ("--exclud=n1", "--exclude", "n1"),
+        ("--exc=n1", "--exc", "n1"),  # several begin so, and sbatch refuses it
+        ("--clus=x", "--clus", "x"),
+        ("--nosuch=x", "--nosuch", "x"),
+    ],
+)
+def test_an_option_may_be_abbreviated_as_sbatch_takes_it(short, option, value):
+    assert script_options(f"#!/bin/sh\n#SBATCH {short}\n") == {option: value}
+    if option in ("--array", "--dependency", "--signal", "--job-name", "--nodes"):
+        with pytest.raises(UserError, match=f"slurm.extra has {option}: "):
+            refuse_conflicts([short], chain=True)
+    else:
+        refuse_conflicts([short], chain=True)
+
+
+@pytest.mark.parametrize("extra", ["--comment='my run", '--comment="my run', "--comment=x\\"])
+def test_an_unclosed_quote_is_a_sentence(tiny, tmp_path, extra):
+    site = SITE | {"folder": str(tmp_path), "extra": [extra]}
+    with pytest.raises(UserError, match="slurm.extra has --comment=.*: close the quote"):
+        submit(tiny(slurm=site), "1", dry_run=True)
