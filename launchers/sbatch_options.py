@@ -21,7 +21,10 @@ _KEYS = {
     "SBATCH_QOS": "qos",
     "SBATCH_CONSTRAINT": "constraint",
     "SBATCH_MEM_PER_NODE": "memory",
+    "SBATCH_TIMELIMIT": "walltime",
 }
+# Options that say the same as a key, if that is not the key's name.
+_SAME = {"memory": ("--mem", "--mem-per-cpu", "--mem-per-gpu"), "walltime": ("--time",)}
 # Others, with their option (see man sbatch, INPUT ENVIRONMENT VARIABLES).
 _OPTIONS = {
     "SBATCH_ACCTG_FREQ": "--acctg-freq",
@@ -36,7 +39,6 @@ _OPTIONS = {
     "SBATCH_RESERVATION": "--reservation",
     "SBATCH_SEGMENT_SIZE": "--segment",
     "SBATCH_THREADS_PER_CORE": "--threads-per-core",
-    "SBATCH_TIMELIMIT": "--time",
     "SBATCH_WCKEY": "--wckey",
 }
 _SHORT = {
@@ -46,6 +48,7 @@ _SHORT = {
     "-M": "--clusters",
     "-N": "--nodes",
     "-A": "--account",
+    "-C": "--constraint",
     "-w": "--nodelist",
     "-x": "--exclude",
 }
@@ -96,17 +99,19 @@ def with_shell_options(site: SlurmConfig, environment: Mapping[str, str]) -> tup
         if not name.startswith("SBATCH_"):
             continue
         key, option = _KEYS.get(name), _OPTIONS.get(name)
-        if key and not getattr(site, key) and f"--{key}" not in present:
+        if key and _is_open(site, key) and present.keys().isdisjoint(_SAME.get(key, (f"--{key}",))):
             changes[key] = value
-        elif name == "SBATCH_TIMELIMIT" and "walltime" not in site.model_fields_set:
-            changes["walltime"] = value
-        elif option and option != "--time" and option not in present:
-            extra.append(f"{option}={value}")
+        elif option and option not in present:
+            extra.append(f"{option}={shlex.quote(value)}")
         else:
             said.append(f"{name}={value} of this shell is not used: {_instead(name, key)}")
             continue
         said.append(f"{name}={value} of this shell is used")
     return site.model_copy(update=changes | {"extra": extra}), said
+
+
+def _is_open(site: SlurmConfig, key: str) -> bool:
+    return "walltime" not in site.model_fields_set if key == "walltime" else not getattr(site, key)
 
 
 def _instead(name: str, key: str | None) -> str:

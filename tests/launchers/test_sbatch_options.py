@@ -154,3 +154,21 @@ def test_an_unclosed_quote_is_a_sentence(tiny, tmp_path, extra):
     site = SITE | {"folder": str(tmp_path), "extra": [extra]}
     with pytest.raises(UserError, match="slurm.extra has --comment=.*: close the quote"):
         submit(tiny(slurm=site), "1", dry_run=True)
+
+
+@pytest.mark.parametrize(
+    "name,value,extra,line",
+    [
+        ("SBATCH_MEM_PER_NODE", "99G", "--mem=5G", "--mem=99G"),
+        ("SBATCH_MEM_PER_NODE", "99G", "--mem-per-cpu=5G", "--mem=99G"),
+        ("SBATCH_TIMELIMIT", "30", "-t 60", "--time=30"),
+        ("SBATCH_CONSTRAINT", "fast", "-C slow", '--constraint="fast"'),
+        ("SBATCH_WCKEY", "a b", "--wckey=c", "--wckey='a b'"),
+    ],
+)
+def test_the_shell_says_nothing_that_slurm_extra_says(name, value, extra, line):
+    site, (said,) = with_shell_options(SlurmConfig(gpus="none", extra=[extra]), {name: value})
+    assert said == f"{name}={value} of this shell is not used: the config sets it"
+    assert line not in directives(site) and extra in directives(site)
+    site, (said,) = with_shell_options(SlurmConfig(gpus="none"), {name: value})
+    assert said == f"{name}={value} of this shell is used" and line in directives(site)
