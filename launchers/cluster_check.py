@@ -3,7 +3,7 @@
 from data_sharding.errors import UserError
 from fitv2_scale.config.slurm import SlurmConfig, seconds_of
 from launchers import slurm
-from launchers.sbatch_options import partition_of, walltime_of
+from launchers.sbatch_options import least_time_of, may_exceed_limits, partition_of
 
 # What sbatch writes, and the key that asked for it.
 _KEYS = {
@@ -18,16 +18,17 @@ _KEYS = {
 
 def check_cluster(site: SlurmConfig) -> None:
     """Raises UserError if there is no Slurm here, or if the job would wait for ever: Slurm queues a job whose time
-    limit is above that of its partition (unless EnforcePartLimits is set), and never starts it."""
+    limit, or --time-min if that is given, is above that of its partition (unless EnforcePartLimits is set), and never
+    starts it."""
     if not slurm.available():
         raise UserError(
             "sbatch is not on this machine: use a login node of the cluster, or print the script with --dry-run."
         )
-    partition, walltime = partition_of(site), walltime_of(site)
+    partition, (key, time) = partition_of(site), least_time_of(site)
     limit = slurm.time_limit(partition)
-    if seconds_of(walltime) > limit and not site.qos:
+    if time and seconds_of(time) > limit and not may_exceed_limits(site):
         raise UserError(
-            f"slurm.walltime={walltime} is above the limit of {_named(partition)}, {limit / 60:.0f} minutes: the job "
+            f"{key}={time} is above the limit of {_named(partition)}, {limit / 60:.0f} minutes: the job "
             "would never start. Lower it, choose another slurm.partition, or name the slurm.qos that lifts the limit."
         )
 

@@ -148,6 +148,17 @@ def walltime_of(site: SlurmConfig) -> str:
     return _parse(site.extra).get("--time", site.walltime)
 
 
+def least_time_of(site: SlurmConfig) -> tuple[str, str]:
+    """The shortest time limit that would do, after the key or option that asks for it; "" means the partition's own."""
+    least = _parse(site.extra).get("--time-min")
+    return ("--time-min", least) if least else ("slurm.walltime", walltime_of(site))
+
+
+def may_exceed_limits(site: SlurmConfig) -> bool:
+    """Whether a quality of service is named: it may lift a partition's limits."""
+    return bool(_parse(site.extra).get("--qos", site.qos))
+
+
 def script_options(script: str) -> dict[str, str]:
     """The options in the #SBATCH lines of a script, by their long names. sbatch reads them up to the first command."""
     lines = itertools.takewhile(lambda line: not line or line.startswith("#"), script.splitlines())

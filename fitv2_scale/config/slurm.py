@@ -78,7 +78,7 @@ class SlurmConfig(Section):
 
 def seconds_of(time: str) -> float:
     """Of a time as sbatch takes it and sinfo prints it: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS; endless
-    if it is none of these, since Slurm may know better."""
+    if it is 0, which asks sbatch for no limit, or none of these, since Slurm may know better."""
     if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", time):
         return math.inf
     days, dash, clock = time.rpartition("-")
@@ -86,4 +86,4 @@ def seconds_of(time: str) -> float:
     if not dash and len(parts) < 3:
         parts.insert(0, 0)  # hours
     hours, minutes, seconds = (*parts, 0, 0)[:3]
-    return ((24 * int(days or 0) + hours) * 60 + minutes) * 60 + seconds
+    return ((24 * int(days or 0) + hours) * 60 + minutes) * 60 + seconds or math.inf

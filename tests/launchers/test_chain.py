@@ -212,7 +212,7 @@ def test_numbers_of_nodes():
 
 def test_time_limits():
     limits = {"90": 5400, "90:30": 5430, "2:00:30": 7230, "1-0": 86400, "1-12:30": 131400, "2-00:00:05": 172805}
-    limits |= {"": math.inf, "UNLIMITED": math.inf}
+    limits |= {"": math.inf, "UNLIMITED": math.inf, "0": math.inf, "0:00:00": math.inf}
     assert {limit: SlurmConfig(walltime=limit).walltime_seconds for limit in limits} == limits
 
 

@@ -12,6 +12,7 @@ from launchers.submit import submit
 SINFO = """#!/bin/sh
 echo 'test*|1:00:00'
 echo 'short|2:00'
+echo 'endless|infinite'
 case "$*" in *--all*) echo 'hidden|10:00:00' ;; esac
 """
 
@@ -41,8 +42,33 @@ def test_nothing_is_submitted_that_could_never_start(tiny, tmp_path):
     assert not (tmp_path / "jobs").exists() and not Path(tiny().run).exists()
 
 
-def test_a_quality_of_service_may_lift_the_limit():
-    check_cluster(SlurmConfig(partition="short", walltime="3", qos="long"))
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"qos": "long"},
+        {"extra": ["--qos=long"]},
+        {"extra": ["-q long"]},
+        {"extra": ["--time-min=2"]},
+        {"walltime": ""},  # that of the partition
+        {"walltime": "0", "partition": "endless"},
+        {"walltime": "0", "partition": "short,endless"},
+    ],
+)
+def test_what_slurm_would_start_is_not_refused(asked):
+    """...though its limit is above that of the partition."""
+    check_cluster(SlurmConfig(**({"partition": "short", "walltime": "3"} | asked)))
+
+
+def test_what_slurm_would_never_start_is_named():
+    with pytest.raises(UserError, match="^--time-min=3 is above the limit of partition short, 2 minutes"):
+        check_cluster(SlurmConfig(partition="short", walltime="9", extra=["--time-min 3"]))
+    with pytest.raises(UserError, match="^slurm.walltime=0 is above the limit of partition short, 2 minutes"):
+        check_cluster(SlurmConfig(partition="short", walltime="0"))  # no limit at all
+
+
+def test_a_job_without_a_limit_has_time_to_train(tiny, tmp_path):
+    site = {"gpus": "none", "tasks_per_node": 1, "walltime": "0", "folder": str(tmp_path / "jobs")}
+    assert "#SBATCH --time=0" in submit(tiny(slurm=site), "1", dry_run=True).script
 
 
 def test_a_partition_that_slurm_does_not_know_is_left_to_slurm():
