@@ -49,6 +49,7 @@ _SHORT = {
     "-N": "--nodes",
     "-A": "--account",
     "-C": "--constraint",
+    "-D": "--chdir",
     "-w": "--nodelist",
     "-x": "--exclude",
 }
@@ -146,6 +147,11 @@ def partition_of(site: SlurmConfig) -> str:
 def walltime_of(site: SlurmConfig) -> str:
     """The time limit that is asked for."""
     return _parse(site.extra).get("--time", site.walltime)
+
+
+def changes_folder(extra: list[str]) -> bool:
+    """Whether jobs begin in another folder than the one that they are submitted from."""
+    return "--chdir" in _parse(extra)
 
 
 def least_time_of(site: SlurmConfig) -> tuple[str, str]:

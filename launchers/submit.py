@@ -30,8 +30,10 @@ from fitv2_scale.planning.forecast.assumptions import Assumptions
 from fitv2_scale.planning.forecast.plan_report import node_advice
 from fitv2_scale.run.differences import flatten
 from fitv2_scale.run.fork import Fork
+from fitv2_scale.run.paths import absolute_paths
 from fitv2_scale.run.provenance import SOURCE, source
 from fitv2_scale.run.redact import redact
+from fitv2_scale.run.reference import parse_reference
 from fitv2_scale.run.run import Run
 from launchers import slurm
 from launchers.batch_script import command_script, train_script
@@ -40,6 +42,7 @@ from launchers.chain_log import MIN_SIGNAL_SECONDS, ChainLog, signal_seconds
 from launchers.cluster_check import check_cluster, check_script
 from launchers.control import job_name
 from launchers.sbatch_options import (
+    changes_folder,
     excluded_nodes,
     partition_of,
     refuse_conflicts,
@@ -123,6 +126,8 @@ def submit(config: Config, nodes: str, dry_run: bool, fork_from: str | None = No
         raise UserError("give the run's folder as run=FOLDER")
     site, shell = with_shell_options(config.slurm, os.environ)
     config = config.model_copy(update={"slurm": site})
+    if changes_folder(site.extra):
+        config, fork_from = _independent_of_the_folder(config, fork_from)
     refuse_conflicts(site.extra, chain=True)
     refuse_lost_secrets(site.extra, secret_overrides(config))
     if not dry_run:
@@ -159,6 +164,14 @@ def submit(config: Config, nodes: str, dry_run: bool, fork_from: str | None = No
     slurm.cancel(older)
     jobs = [slurm.sbatch(str(home / "job.sh"), environment=to_environment(secret)) for _ in range(1 + site.successors)]
     return Submission(run.url, chain.name, count, jobs, script, _advice(config, data, most), shell)
+
+
+def _independent_of_the_folder(config: Config, fork_from: str | None) -> tuple[Config, str | None]:
+    """Both with absolute paths, for jobs that begin in another folder than this one."""
+    if fork_from:
+        parent, step = parse_reference(fork_from, "--fork-from")
+        fork_from = f"{open_store(parent).url}@{step}"
+    return type(config).model_validate(absolute_paths(config.model_dump(mode="json"))), fork_from
 
 
 def _node_count(site: SlurmConfig, script: str, least: int, most: int) -> int:
