@@ -18,7 +18,8 @@ class Recorder(Protocol):
         """Records measurements of ``step``. Returns sentences for the user: what keeps them from MLflow for good."""
 
     def picture(self, step: int, make_png: Callable[[], bytes]) -> None:
-        """Stores a picture as samples/<step>.png. If the storage refuses it, that is logged and training continues."""
+        """Stores a picture as samples/<step>.png. If it cannot be drawn, or the storage refuses it, that is logged and
+        training continues. One rank alone calls ``make_png``, so it must not wait for others."""
 
     def seal(self) -> None:
         """Makes everything recorded so far durable: to be called before each COMMIT (see ``Journal.seal``)."""
@@ -50,7 +51,12 @@ class RankZeroRecorder:
         return self._check_uploader()
 
     def picture(self, step: int, make_png: Callable[[], bytes]) -> None:
-        path, png = f"samples/{step:08d}.png", make_png()
+        path = f"samples/{step:08d}.png"
+        try:
+            png = make_png()
+        except Exception as error:  # of any kind, such as no memory for the decoder
+            log.warning("the pictures of step %d could not be drawn: %s", step, error, exc_info=error)
+            return
         try:
             self._attempt.run.store.put(path, png)
             self._journal.picture(step, path)

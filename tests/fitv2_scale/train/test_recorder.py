@@ -4,8 +4,12 @@ import contextlib
 import io
 from types import SimpleNamespace
 
+import torch
+
 import fitv2_scale.train.setup as setup
+from data_sharding.errors import StorageDown
 from fitv2_scale.train.loop import DONE, train
+from fitv2_scale.train.recorder import RankZeroRecorder
 from tests.support.ranks import run_ranks
 
 
@@ -25,4 +29,26 @@ def test_what_keeps_metrics_from_mlflow_is_printed_once(tiny):
     assert said == [
         "nothing is published to MLflow: tracking.uri=htp://h:5000 begins with htp:",
         "MLflow at htp://h:5000 failed",
+    ]
+
+
+def test_a_picture_that_cannot_be_drawn_or_stored_ends_nothing(caplog):
+    stored, journal = [], []
+
+    def put(path: str, png: bytes) -> None:
+        if png == b"unwanted":
+            raise StorageDown("no answer")
+        stored.append((path, png))
+
+    def without_memory() -> bytes:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    attempt = SimpleNamespace(run=SimpleNamespace(store=SimpleNamespace(put=put)))
+    recorder = RankZeroRecorder(attempt, SimpleNamespace(picture=lambda step, path: journal.append((step, path))), list)
+    for step, draw in enumerate((without_memory, lambda: b"unwanted", lambda: b"png")):
+        recorder.picture(step, draw)
+    assert stored == [("samples/00000002.png", b"png")] and journal == [(2, "samples/00000002.png")]
+    assert caplog.messages == [
+        "the pictures of step 0 could not be drawn: CUDA out of memory",
+        "the pictures of step 1 could not be stored: no answer",
     ]
