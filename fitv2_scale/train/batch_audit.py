@@ -18,6 +18,7 @@ on its rank, its pack or its neighbours. Between a CPU and a GPU a last bit may 
 """
 
 import json
+import logging
 from collections import defaultdict
 from pathlib import Path
 from typing import Protocol
@@ -28,6 +29,8 @@ from torch import Tensor
 
 from fitv2_scale.model.flow import FlowBatch
 from fitv2_scale.model.packed_batch import PackedBatch
+
+log = logging.getLogger(__name__)
 
 
 class Audit(Protocol):
@@ -49,14 +52,20 @@ class NullAudit:
 
 
 class BatchAudit:
-    """Waits for the device at each pack, to read what it holds."""
+    """Waits for the device at each pack, to read what it holds.
+
+    A line that cannot be written, as on a full disk, ends the record of this attempt and not the attempt: a warning
+    says so, once. A later line would stand behind a gap, or behind half a line.
+    """
 
     def __init__(self, folder: Path, rank: int):
-        folder.mkdir(parents=True, exist_ok=True)
+        self._ended = False
         self._path = folder / f"rank-{rank:05d}.jsonl"
         self._columns: dict[str, list] = defaultdict(list)
 
     def add(self, batch: PackedBatch, flow: FlowBatch) -> None:
+        if self._ended:
+            return
         real = batch.weight_I.nonzero()[:, 0]  # an image has a weight, a slot of padding has none
         columns = {
             "epoch": batch.epoch_I[real].tolist(),
@@ -71,8 +80,15 @@ class BatchAudit:
             self._columns[name] += values
 
     def write(self, step: int) -> None:
-        with open(self._path, "a") as file:
-            file.write(json.dumps({"step": step} | self._columns) + "\n")
+        if self._ended:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._path, "a") as file:
+                file.write(json.dumps({"step": step} | self._columns) + "\n")
+        except OSError as error:
+            self._ended = True
+            log.warning("%s ends before step %d; training continues: %s", self._path, step, error)
         self._columns.clear()
 
 
