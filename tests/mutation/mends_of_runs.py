@@ -48,7 +48,7 @@ OF_RUNS: tuple[Named, ...] = (
         (f"{RANKS}::test_weights_of_other_content",),
     ),
     Named("B30: a rank runs other code", FACTS, '"digest of the code": code_digest(), ', "", (DIFFERENCES,)),
-    Named("B30: a rank has another torch", FACTS, "} | packages | variables", "} | variables", (DIFFERENCES,)),
+    Named("B30: a rank has another torch", FACTS, "facts | packages |", "facts |", (DIFFERENCES,)),
     Named("B30: NCCL is told otherwise on a rank", FACTS, "packages | variables", "packages", (DIFFERENCES,)),
     Named(
         "B30: ranks with other numbers of packs", STEPS,
