@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from launchers.chain_log import ChainLog, Outcome, Verdict, nodes_to_exclude, ou
 from launchers.hostlist import expand
 from launchers.notify import HUNG, run_event_command, sync_mlflow, was_hung
 from launchers.sbatch_options import excluded_nodes, script_options
+from launchers.srun_output import first_failed_node, killed_task, refusing_log
 
 CHAIN_FILE = "chain.json"
 
@@ -160,40 +161,9 @@ def hung_nodes(run: Run, before: int) -> list[str]:
     return sorted({rank["node"] for rank in found or ()})
 
 
-_FAILED = re.compile(r"^srun: error: (?:Node failure on )?([^:\s]+)(?:: tasks? [\d,-]+: (.*))?$", re.MULTILINE)
-
-
-def first_failed_node(srun_output: str, nodes: Sequence[str]) -> list[str]:
-    """The node of the first task that failed, if that is one of several nodes: the others fail because of it."""
-    for failure in _FAILED.finditer(srun_output):
-        if failure[1] in nodes and len(nodes) > 1:
-            return [failure[1]]
-        if failure[2]:  # several nodes at once: no node's fault
-            return []
-    return []
-
-
-_REFUSED = re.compile(r"^srun: error: [^:\s]+: tasks? (\d+)[\d,-]*: Exited with exit code 2$", re.MULTILINE)
-
-
-def refusing_log(srun_output: str, home: str) -> str:
-    """Where the sentence about bad input stands. Ranks that have joined end together, and rank 0 repeats what another
-    one says; before, a rank ends alone, and srun ends the others."""
-    lowest = [int(task) for task in _REFUSED.findall(srun_output)]  # of each group of tasks
-    return f"{home}/rank-{0 if 0 in lowest else lowest[0]}.log" if lowest else f"the logs of the ranks in {home}"
-
-
 def _read(file: Path) -> str:
     """Empty if there is no such file: srun was not started."""
     return file.read_text(errors="replace") if file.exists() else ""
-
-
-def killed_task(srun_output: str) -> str:
-    """How the first task that ended was killed, if it was: srun then ends the others, and they know only what broke."""
-    tasks = (failure for failure in _FAILED.finditer(srun_output) if failure[2])
-    first = next(tasks, None)
-    killed = first is not None and not first[2].startswith("Exited")
-    return first[0].removeprefix("srun: error: ") if killed else ""
 
 
 def _ensure_successor(chain_log: ChainLog, job: ThisJob, seconds: int, replace: bool = False) -> None:
