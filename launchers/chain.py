@@ -25,7 +25,16 @@ from data_sharding.storage.records import ListOf, Shape
 from fitv2_scale.run.log import newest_attempt, now
 from fitv2_scale.run.run import RETRY, Run
 from launchers import slurm
-from launchers.chain_log import ChainLog, Outcome, Verdict, nodes_to_exclude, outcome_of, signal_seconds, verdict
+from launchers.chain_log import (
+    NO_SUCCESSOR,
+    ChainLog,
+    Outcome,
+    Verdict,
+    nodes_to_exclude,
+    outcome_of,
+    signal_seconds,
+    verdict,
+)
 from launchers.hostlist import expand
 from launchers.notify import HUNG, run_event_command, sync_mlflow, was_hung
 from launchers.sbatch_options import excluded_nodes, script_options
@@ -90,7 +99,7 @@ def before(home: str) -> str:
     run, job = Run.open(chain.run), ThisJob.of(os.environ)
     chain_log = ChainLog(run.store)
     decision = chain.verdict(run, chain_log)
-    if decision.event:
+    if decision.event not in (None, NO_SUCCESSOR):  # somebody has requeued a job that was the last
         _print(f"{decision.reason}: nothing to do")
         _cancel_pending(chain, job)
         if chain_log.records[-1]["kind"] == "START":  # the last job was killed, before it could notify
@@ -136,9 +145,12 @@ def after(home: str, ended: str) -> int:
     decision = chain.verdict(run, chain_log)
     if decision.event is None:
         seconds = signal_seconds(run, chain.signal_seconds)
-        _ensure_successor(chain_log, job, seconds, replace=seconds > start.get("signal", seconds))
+        missing = _ensure_successor(chain_log, job, seconds, replace=seconds > start.get("signal", seconds))
         if was_hung(run, start["attempt"]):
             _notify(chain, HUNG, reason)
+        if missing and not _requeue(job):  # last, since it ends this process
+            chain_log.add("ALONE", job=job.id, restart=job.restart, reason=missing)
+            _notify(chain, NO_SUCCESSOR, missing)
         return code
     _cancel_pending(chain, job)
     _print(f"the chain ends: {decision.reason}")
@@ -166,20 +178,22 @@ def _read(file: Path) -> str:
     return file.read_text(errors="replace") if file.exists() else ""
 
 
-def _ensure_successor(chain_log: ChainLog, job: ThisJob, seconds: int, replace: bool = False) -> None:
+def _ensure_successor(chain_log: ChainLog, job: ThisJob, seconds: int, replace: bool = False) -> str:
     """Makes sure that exactly one job is pending, with the settings of the newest submission and without nodes that
     failed or that the user excludes, which gets its signal to save ``seconds`` before its time limit.
 
     Slurm cannot change that of a pending job, so ``replace`` cancels the pending one and queues another. A job that was
     cancelled queues none: whoever did that may have cancelled its successor too.
 
-    An error of Slurm is printed and not fatal, since this job was submitted with --requeue.
+    An error of Slurm is printed and not fatal, since this job was submitted with --requeue. Returns why none could be
+    queued; "" if one is, if that is not known, or if there should be none.
     """
     chain_log.refresh()  # a person may have submitted again meanwhile
     assert chain_log.submit is not None
     newest = Chain.load(chain_log.submit["home"])
     if not slurm.available():
-        return  # `fitv2 submit` has queued slurm.successors
+        return ""  # `fitv2 submit` has queued slurm.successors
+    queueing = False
     try:
         script = f"{newest.home}/job.sh"
         text = Path(script).read_text()
@@ -198,12 +212,27 @@ def _ensure_successor(chain_log: ChainLog, job: ThisJob, seconds: int, replace: 
         if kept:
             slurm.set_pending(kept[0].id, nodes, nodes * newest.tasks_per_node, excluded)
         elif not cancelled:
+            queueing = True
             successor = slurm.sbatch(script, f"--nodes={nodes}", *_signal_option(text, seconds), *exclude)
+            queueing = False
             _print(f"job {successor} is queued as the successor, on {nodes} nodes")
         if not cancelled:
             slurm.do_not_requeue(job.id)  # else both would come back when a node dies
     except slurm.SlurmError as error:
         _print(f"no successor: {error}")
+        return str(error) if queueing else ""
+    return ""
+
+
+def _requeue(job: ThisJob) -> bool:
+    """Makes this job its own successor, where a user may have only one job at a time."""
+    try:
+        slurm.requeue(job.id)
+    except slurm.SlurmError as error:
+        _print(f"the chain ends: {error}")
+        return False
+    _print("it is requeued, since no successor could be queued")
+    return True
 
 
 def _signal_option(script: str, seconds: int) -> list[str]:

@@ -3,6 +3,7 @@
     {"kind": "SUBMIT", "time": "2025-06-01T12:00:00.000000+00:00", "nonce": "9f0c…", "home": "/runs/x/jobs/1a2b3c4d", …}
     {"kind": "START", "time": "…", "nonce": "…", "job": "17", "restart": 0, "nodes": ["n1", "n2"], "commits": 0, …}
     {"kind": "END", "time": "…", "nonce": "…", "job": "17", "restart": 0, "code": 75, "reason": "…", "blamed": ["n2"]}
+    {"kind": "ALONE", "time": "…", "nonce": "…", "job": "17", "restart": 0, "reason": "sbatch fails: …"}
 
 SUBMIT: `fitv2 submit` started or changed a chain. ``home`` is the folder with script, code and config of its jobs,
 ``log`` the length of the run's log.
@@ -10,6 +11,7 @@ START: a job started, when the run had had ``commits`` COMMITs and its newest at
 queued as its successor gets its signal to save ``signal`` seconds before the time limit.
 END: the job ended with ``code``, an exit code of `fitv2 train`; ``blamed`` are the nodes that failed. A job that is
 killed has no END.
+ALONE: the job ended without a successor, and Slurm would not requeue it either. Only a submission continues the chain.
 """
 
 import math
@@ -25,6 +27,7 @@ from fitv2_scale.run.log import LogEntry, newest_attempt, now
 from fitv2_scale.run.run import BAD_INPUT, DONE, GIVE_UP, NOT_FINITE, RETRY, Attempt, Run
 
 MIN_SIGNAL_SECONDS = 300
+NO_SUCCESSOR = "no-successor"
 _FINAL = (DONE, BAD_INPUT, GIVE_UP)
 
 Record = dict[str, Any]
@@ -56,7 +59,13 @@ class _End(_Record):
     blamed: list[str]
 
 
-_SHAPES: dict[str, type[_Record]] = {"SUBMIT": _Submit, "START": _Start, "END": _End}
+class _Alone(_Record):
+    job: str
+    restart: Count
+    reason: str
+
+
+_SHAPES: dict[str, type[_Record]] = {"SUBMIT": _Submit, "START": _Start, "END": _End, "ALONE": _Alone}
 
 
 class ChainLog:
@@ -119,7 +128,7 @@ def outcome_of(run: Run, before: int, code: int, said_in: str) -> Outcome:
 class Verdict:
     """Whether a chain continues: ``event`` is why it ends, None if it continues."""
 
-    event: str | None  # done, stopped, bad-input, not-finite, no-progress, gave-up
+    event: str | None  # done, stopped, bad-input, not-finite, no-progress, gave-up, no-successor
     code: int
     reason: str
 
@@ -144,6 +153,8 @@ def verdict(since_submit: Sequence[Record], log: Sequence[LogEntry], steps: int,
     if without_commit >= fruitless:
         why = f", the last one: {last['reason']}" if last.get("kind") == "END" else ""
         return Verdict("no-progress", GIVE_UP, f"{without_commit} jobs in a row ended without a new commit{why}")
+    if last.get("kind") == "ALONE":
+        return Verdict(NO_SUCCESSOR, RETRY, f"{last['reason']}: submit again")
     return Verdict(None, RETRY, last.get("reason", ""))
 
 

@@ -95,6 +95,12 @@ def do_not_requeue(job: str) -> None:
     _run("scontrol", "update", f"JobId={job}", "Requeue=0")
 
 
+def requeue(job: str) -> None:
+    """Ends a running job, and queues it again under its number."""
+    _run("scontrol", "update", f"JobId={job}", "Requeue=1")
+    _run("scontrol", "requeue", job)
+
+
 def partitions() -> list[str]:
     return sorted(set(_run("sinfo", "--noheader", "--format", "%R").split()))
 

@@ -61,7 +61,7 @@ class SlurmConfig(Section):
     on_event: str = Field(
         "",
         description="shell command run as COMMAND EVENT RUN REASON when the chain ends (done, stopped, bad-input, "
-        "not-finite, no-progress, gave-up), and when the watchdog ends an attempt (hung)",
+        "not-finite, no-progress, gave-up, no-successor), and when the watchdog ends an attempt (hung)",
     )
 
     @property

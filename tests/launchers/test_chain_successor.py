@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from fitv2_scale.cli.__main__ import main
 from fitv2_scale.run.run import Run
 from launchers.chain import Chain, after, before
 from launchers.chain_log import ChainLog
+from launchers.control import chain
 from launchers.slurm import most_nodes
 
 PROGRAMS = {
@@ -16,9 +18,10 @@ PROGRAMS = {
 case $1 in
 --test-only) [ "$nodes" -le "$(cat "$SAID/possible")" ] && exit
   echo "allocation failure: $(cat "$SAID/answer")" >&2; exit 1 ;;
-*) echo "sbatch $*" >>"$SAID/calls"; echo 8 ;;
+*) echo "sbatch $*" >>"$SAID/calls"
+  [ -e "$SAID/full" ] && { echo "sbatch: error: QOSMaxSubmitJobPerUserLimit" >&2; exit 1; }; echo 8 ;;
 esac""",
-    "scontrol": 'echo "scontrol $*" >>"$SAID/calls"',
+    "scontrol": 'echo "scontrol $*" >>"$SAID/calls"; [ "$1" != requeue ] || [ ! -e "$SAID/disabled" ]',
     "scancel": 'echo "scancel $*" >>"$SAID/calls"',
 }
 
@@ -26,7 +29,8 @@ esac""",
 @pytest.fixture
 def said(tmp_path, monkeypatch) -> Path:
     """A folder: ``queue`` is what squeue prints, ``calls`` what the other programs were called with; for more than
-    ``possible`` nodes, sbatch --test-only fails with ``answer``."""
+    ``possible`` nodes, sbatch --test-only fails with ``answer``. If ``full`` exists, no job can
+    be queued; if ``disabled`` does, none requeued."""
     for name, text in PROGRAMS.items():
         (tmp_path / "bin").mkdir(exist_ok=True)
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
@@ -41,12 +45,12 @@ def said(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def submitted(folder: Path, *directives: str) -> str:
+def submitted(folder: Path, *directives: str, on_event: str = "") -> str:
     """The home of a chain on 2 to 4 nodes, whose script has these lines."""
     run = Run.open_or_create(str(folder / "run"), {}, {}, None)
     home = folder / "home"
     home.mkdir()
-    Chain(run.url, "n", str(home), 10, 2, 4, 1, "", 3, 60.0, "", False).save()
+    Chain(run.url, "n", str(home), 10, 2, 4, 1, "", 3, 60.0, on_event, False).save()
     lines = [f"#SBATCH {line}\n" for line in directives]
     (home / "job.sh").write_text("".join(["#!/bin/bash\n", *lines, "\necho begin\n#SBATCH --exclude=node5\n"]))
     ChainLog(run.store).add("SUBMIT", home=str(home), log=0, nodes="2-4", git=None)
@@ -110,3 +114,40 @@ def test_no_more_nodes_are_asked_for_than_slurm_could_give(said, possible, answe
 def test_the_largest_possible_number_of_nodes_is_found(said, possible):
     (said / "possible").write_text(str(possible))
     assert most_nodes("", 3, 37) == min(max(possible, 3), 37)
+
+
+def ended(home: str, signal: str = "USR1") -> int:
+    """The exit code of the job at its end, which began as the first of its chain."""
+    assert before(home) == "train"
+    return after(home, signal)
+
+
+def test_a_job_that_may_have_no_successor_is_its_own(said):
+    """A limit of one job per user: Slurm does not requeue what ends with 75 by itself."""
+    home = submitted(said)
+    (said / "full").touch()
+    assert ended(home) == 75
+    assert calls(said)[-1] == "scontrol requeue 7"
+    assert chain(Run.open(str(said / "run")))["event"] is None
+
+
+def test_a_chain_that_ends_for_want_of_a_successor_says_so(said, capfd):
+    home = submitted(said, on_event=f"echo >>{said}/event")
+    for name in ("full", "disabled"):
+        (said / name).touch()
+    assert ended(home) == 75
+    reason = "sbatch fails: QOSMaxSubmitJobPerUserLimit"
+    assert (said / "event").read_text() == f"no-successor {said}/run {reason}\n"
+    assert main(["status", f"{said}/run"]) == 0
+    assert f"chain: no-successor  {reason}: submit again" in capfd.readouterr().out
+    (said / "full").unlink()
+    assert before(home) == "train"  # somebody has requeued it
+    assert chain(Run.open(str(said / "run")))["event"] is None
+
+
+def test_a_successor_that_is_there_suffices(said):
+    home = submitted(said)
+    (said / "full").touch()
+    (said / "queue").write_text(f"8|PENDING|Dependency|{home}/job.sh\n")
+    assert ended(home) == 75
+    assert not [line for line in calls(said) if line.startswith(("sbatch", "scontrol requeue"))]
