@@ -62,6 +62,7 @@ def test_everything_arrives_once_with_its_times(run_folder, monkeypatch):
         "mlflow_run": counts["mlflow_run"],
         "run": str(run_folder),
         "name": run.id,
+        "attempt": 1,
     }
 
     again = sync(str(run_folder), "auto", "test")
