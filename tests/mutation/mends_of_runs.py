@@ -197,7 +197,7 @@ OF_RUNS: tuple[Named, ...] = (
     ),
     Named(
         "B58: a job that could never start is queued", "launchers/cluster_check.py",
-        "if seconds_of(walltime) > limit and not site.qos:", "if False:", (CLUSTER,),
+        "if time and seconds_of(time) > limit and not may_exceed_limits(site):", "if False:", (CLUSTER,),
     ),
     Named("B58: submit does not ask the cluster", SUBMIT, "check_cluster(site)\n        _check", "_check", (CLUSTER,)),
     Named(
