@@ -19,6 +19,7 @@ from data_sharding.errors import UserError
 from data_sharding.storage.local_store import LocalStore
 from data_sharding.storage.open_store import open_store
 from fitv2_scale.run.log import newest_attempt
+from fitv2_scale.run.paths import absolute_paths
 from fitv2_scale.run.redact import HIDDEN, redact
 from fitv2_scale.run.run import Run
 from fitv2_scale.tracking.identity import place_of, published
@@ -71,19 +72,24 @@ def resolve_uri(run_url: str, uri: str) -> str:
     if uri == "none":
         raise UserError(f"{run_url} has tracking.uri=none: give the MLflow to publish it to with --uri.")
     if uri != "auto":
-        return uri
+        return _absolute(uri)
     store = open_store(run_url)
     before = place_of(store).get("uri", "")
     if before and _is_there(before):
         return before
     if told := os.environ.get(URI_VARIABLE):
-        return told
+        return _absolute(told)
     if not isinstance(store, LocalStore):
         raise UserError(
             f"{run_url} is on S3, which cannot hold an SQLite file: give the URI of an MLflow server as tracking.uri, "
             f"or in {URI_VARIABLE}."
         )
     return sqlite_uri(Path(store.url).parent / "mlflow.db")
+
+
+def _absolute(uri: str) -> str:
+    """``uri`` for later commands too, which begin in other folders: that of an SQLite file with its whole path."""
+    return absolute_paths({"uri": uri})["uri"]
 
 
 def _is_there(uri: str) -> bool:
@@ -163,13 +169,19 @@ def notes_at_start(run: Run, uri: str, experiment: str) -> list[str]:
         notes.append(f"{run.url} is a copy of {before.copied_from}: it gets an MLflow run of its own")
     if before.moved_from:
         notes.append(f"{run.url} was at {before.moved_from} before: it stays the same MLflow run")
-    if uri == "auto" and variable and target == variable != before.uri:
+    if uri == "auto" and variable and target == _absolute(variable) != before.uri:
         notes.append(f"metrics go to MLflow at {redact(variable)}, as {URI_VARIABLE} says")
-    elif uri == "auto" and variable and target != variable:
+    elif uri == "auto" and variable and target != _absolute(variable):
         notes.append(
             f"metrics go to MLflow at {redact(target)}, where this run has been published before, not to "
             f"{URI_VARIABLE}={redact(variable)}: give that as tracking.uri to change it"
         )
+    for name in ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"):
+        if (other := os.environ.get(name)) not in (None, "", experiment):
+            notes.append(
+                f"metrics go to the experiment {experiment}; {name}={other} is not used: give tracking.experiment=NAME "
+                "to change it"
+            )
     if problem := uri_problem(target) or folder_problem(target) or deleted_experiment(target, experiment):
         notes.append(f"nothing is published to MLflow: {problem}; the journal keeps the metrics")
     return notes

@@ -25,6 +25,7 @@ from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.rank_facts import config_facts, software_facts
 from fitv2_scale.parallel.world import World
 from fitv2_scale.run.fork import Fork
+from fitv2_scale.run.paths import absolute_paths
 from fitv2_scale.run.provenance import own_gpu, provenance
 from fitv2_scale.run.run import Attempt, Run
 from fitv2_scale.run.substitutions import SubstitutionLog, substitutes_of, substitution_records
@@ -93,7 +94,7 @@ def _facts(config: Config, plan: Plan) -> dict[str, Any]:
         "parameters": parameter_count(config.model),
         "datasets": [m.digest for m in plan.manifests],
         "codec": plan.manifests[0].header.codec["digest"],
-        "tracking": {"uri": config.tracking.uri, "experiment": config.tracking.experiment},
+        "tracking": absolute_paths({"uri": config.tracking.uri, "experiment": config.tracking.experiment}),
     }
     if config.validation.every_steps:
         facts["validation"] = [read_header(url)[1] for url in held_out_urls(plan.manifests, config.validation)]

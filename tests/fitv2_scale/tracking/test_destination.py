@@ -116,6 +116,30 @@ def test_a_run_is_published_where_it_was_last(tmp_path, made_with, attempts, pla
     assert settings_of(run) == expected
 
 
+def test_a_relative_file_gets_its_whole_path(tmp_path, monkeypatch):
+    """...given by the config or by the environment: later commands begin in other folders."""
+    run = made(tmp_path / "run")
+    (tmp_path / "first").mkdir()
+    monkeypatch.chdir(tmp_path / "first")
+    absolute = f"sqlite:///{tmp_path}/first/a.db?timeout=9"
+    assert resolve_uri(run.url, "sqlite:///a.db?timeout=9") == absolute == resolve_uri(run.url, absolute)
+    monkeypatch.setenv(VARIABLE, "sqlite:///a.db?timeout=9")
+    assert resolve_uri(run.url, "auto") == absolute
+    (note,) = notes_at_start(run, "auto", "x")
+    assert note == "metrics go to MLflow at sqlite:///a.db?timeout=9, as MLFLOW_TRACKING_URI says"
+
+
+@pytest.mark.parametrize("name", ["MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"])
+def test_an_experiment_of_the_environment_is_not_used_and_that_is_said(tmp_path, monkeypatch, name):
+    run = made(tmp_path / "run")
+    monkeypatch.setenv(name, "7")
+    (note,) = notes_at_start(run, "http://h", "fitv2")
+    assert note == (
+        f"metrics go to the experiment fitv2; {name}=7 is not used: give tracking.experiment=NAME to change it"
+    )
+    assert notes_at_start(run, "http://h", "7") == []
+
+
 def test_a_server_is_no_shared_file(tmp_path, monkeypatch):
     from fitv2_scale.tracking import destination
 
