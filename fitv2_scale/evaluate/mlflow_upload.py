@@ -16,7 +16,7 @@ def publish(run: Run, results: list[dict[str, Any]]) -> str:
     if uri == "none":
         return "MLflow: none (tracking.uri)"
     target, place = resolve_uri(run.url, uri), published(run)
-    if place.mlflow_run is None or (place.uri, place.experiment) != (redact(target), experiment):
+    if place.mlflow_run is None or place.moved_from or (place.uri, place.experiment) != (redact(target), experiment):
         return f"MLflow does not know the run yet: run `fitv2 track sync {run.url}`, then this command again"
     # Not at the top: mlflow takes seconds to import, and training must never import it.
     from fitv2_scale.tracking.mlflow_writer import ServerError, known_run

@@ -59,10 +59,22 @@ def published(run: Run) -> Published:
     if _same_place(before, run.url):
         before = ""
     if before and _holds(before, run):
-        return Published(name=f"{run.id}-copy-{secrets.token_hex(4)}", copied_from=open_store(before).url)
+        return _copy(run, before)
     known: dict[str, Any] = {key: record[key] for key in ("uri", "experiment", "mlflow_run") if record.get(key)}
     known["attempt"] = record.get("attempt", -1)
     return Published(**known, name=record.get("name", run.id), moved_from=record.get("run", "") and before)
+
+
+def unless_taken(run: Run, before: Published, place: str) -> Published:
+    """``before``; but if the run was moved, and its MLflow run meanwhile is that of the folder ``place`` with the same
+    run, it was copied first, and both copies moved: then it is a copy of that one. ``place`` is MLflow's tag."""
+    if not before.moved_from or place in ("", before.moved_from) or _same_place(place, run.url):
+        return before
+    return _copy(run, place) if _holds(place, run) else before
+
+
+def _copy(run: Run, original: str) -> Published:
+    return Published(name=f"{run.id}-copy-{secrets.token_hex(4)}", copied_from=open_store(original).url)
 
 
 def record(run: Run, uri: str, experiment: str, mlflow_run: str | None, name: str) -> None:

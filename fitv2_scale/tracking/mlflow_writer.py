@@ -83,6 +83,12 @@ class Server:
                 raise ServerError(deleted_sentence(experiment, found.experiment_id), lasting=True)
             self._at = found.experiment_id if found else self._client.create_experiment(experiment, artifact_root)
 
+    def tag_of(self, tag: str, value: str, wanted: str) -> str:
+        """The tag ``wanted`` of the run with this tag; "" if it has none, or if there is no such run."""
+        with server_errors():
+            runs = self._client.search_runs([self._at], f"tags.`{tag}` = '{value}'")
+        return next((run.data.tags[wanted] for run in runs if wanted in run.data.tags), "")
+
     def open_run(
         self, tag: str, value: str, *, start_ms: int, name: str, tags: dict[str, str], known: str | None = None
     ) -> "ServerRun":

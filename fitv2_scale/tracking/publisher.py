@@ -101,6 +101,8 @@ class Publisher:
         run = self._run
         server = Server(self._uri, self._experiment, artifact_root(self._uri))
         before, uri = identity.published(run), redact(self._uri)
+        if before.moved_from:
+            before = identity.unless_taken(run, before, server.tag_of(tags.RUN_ID, before.name, tags.PLACE))
         known = before.mlflow_run if (before.uri, before.experiment) == (uri, self._experiment) else None
         own = tags.run_tags(run) | ({tags.COPY_OF: run.id} if before.name != run.id else {})
         if before.copied_from:
@@ -114,6 +116,7 @@ class Publisher:
         if known and known != found.id:
             self._say(f"the MLflow run {known} no longer exists: everything is sent again to a new one ({found.id})")
         if known != found.id or before.moved_from:
+            found.set_tags({tags.PLACE: redact(run.url)})
             identity.record(run, uri, self._experiment, found.id, before.name)
         return _Connection(found, LiveRuns(run, server, found.id, before.name), acknowledged(run, found.id))
 

@@ -6,6 +6,7 @@ and start.json, which are redacted.
     fitv2.dataset     the digest of the dataset's manifest; of several, with commas between
     fitv2.seed, fitv2.plan_hash, fitv2.recipe_hash
     fitv2.parent_run, fitv2.branch_step   the run id and step where a fork left
+    fitv2.place       the run's folder when it was last published, by which another copy of it is told from a move
     fitv2.copy_of     of a folder that was copied and trained on by itself: the run id, which both have
     fitv2.attempt, fitv2.git, fitv2.gpu   of the newest attempt; gpu is "8 x NVIDIA H200" on its first node, or "none"
     fitv2.lag         "120 steps: 1120 measured, 1000 committed"
@@ -19,6 +20,7 @@ from fitv2_scale.run.run import Run
 RUN_ID = "fitv2.run_id"  # the canonical run
 LIVE_ID = "fitv2.live_id"  # the run id, a slash and the attempt: the child that shows it live
 COPY_OF = "fitv2.copy_of"
+PLACE = "fitv2.place"
 LAG = "fitv2.lag"
 DATASET = "fitv2.dataset"
 PARENT = "fitv2.parent_run"

@@ -145,3 +145,21 @@ def test_the_experiment_of_the_newest_attempt_gets_the_run(run_folder, runs):
     assert json.loads((run_folder / "tracking/mlflow.json").read_text())["experiment"] == "c"
     assert main(["track", "sync", run.url]) == 0  # again there
     assert json.loads((run_folder / "tracking/mlflow.json").read_text())["experiment"] == "c"
+
+
+def test_of_two_copies_that_both_were_moved_one_gets_an_mlflow_run_of_its_own(run_folder, runs):
+    run = make(run_folder, {"run": str(run_folder)})
+    train(run, 0, 5, commits=(5,)).end(75, "SIGTERM")
+    first = sync(run.url, "auto", "test")["mlflow_run"]
+    second = copied(run_folder, runs / "copied")
+    moved = run_folder.rename(runs / "moved")
+    assert sync(str(moved), "auto", "test")["mlflow_run"] == first
+    assert "MLflow does not know the run yet" in publish(Run.open(str(second)), [])
+    own = sync(str(second), "auto", "test")["mlflow_run"]
+    assert own != first
+    for _ in range(2):
+        assert sync(str(moved), "auto", "test")["mlflow_run"] == first
+        assert sync(str(second), "auto", "test")["mlflow_run"] == own
+    again = moved.rename(runs / "again")
+    assert sync(str(again), "auto", "test")["mlflow_run"] == first
+    assert in_mlflow(runs / "mlflow.db", run.id)[1]["tags"]["fitv2.copy_of"] == run.id
