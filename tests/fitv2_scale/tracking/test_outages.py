@@ -179,7 +179,7 @@ def test_a_deleted_experiment_is_told_until_it_is_restored(run_folder, capfd):
     reader = TroubleReader(run)
     follow(run, uri, "gone", lambda: True, Timing(poll=0.02, backoff=0.05, last_pass=0.1))
     (told,) = reader.news()
-    assert said in told and "or give another one as tracking.experiment=NAME" in told
+    assert said in told and "or give another one: tracking.experiment=NAME to `fitv2 train`" in told
     assert main(["status", run.url]) == 0 and said in capfd.readouterr().out
     client.restore_experiment(gone)
     follow(run, uri, "gone", lambda: True, Timing(poll=0.02, backoff=0.05))
