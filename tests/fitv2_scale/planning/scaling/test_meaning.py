@@ -154,3 +154,11 @@ def test_fids_of_other_images_are_not_on_one_curve(tmp_path, caplog, key, first,
         run.store.put_json(f"evaluations/{step}.json", {"cells": [cell]})
     assert from_journal(run.url).series["evaluate/32x48/fid"].steps.tolist() == [200, 300]
     assert f"1 FIDs of 32x48 are left out: the newest has another {name}" in caplog.text
+
+
+def test_a_damaged_result_leaves_out_its_own_fids(tmp_path, caplog):
+    run = make_run(tmp_path / "b2", "b2", STEPS)
+    run.store.put_json("evaluations/100.json", {"cells": [{"label": "32x48", "step": 100, "fid": 8.0}]})
+    run.store.put("evaluations/200.json", b"{")
+    assert from_journal(run.url).series["evaluate/32x48/fid"].values.tolist() == [8.0]
+    assert "its FIDs are left out: " in caplog.text
