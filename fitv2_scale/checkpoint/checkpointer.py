@@ -34,6 +34,7 @@ from fitv2_scale.config.sections import CheckpointConfig
 from fitv2_scale.parallel.boxes import LogicalTensor
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.world import World, own_group
+from fitv2_scale.run.log import require_newest
 from fitv2_scale.run.quarantine import quarantine, quarantined
 from fitv2_scale.run.run import Attempt
 
@@ -170,6 +171,7 @@ class Checkpointer:
             writer = write_commit(run, folder, ranks.rank, header, written, ranks.cpu_group)
         except CheckpointException as error:
             ranks.run_on_rank0(lambda: self._discard(folder))
+            ranks.run_on_rank0(self._require_newest)
             raise cause_of(error) from error
         ranks.run_on_rank0(lambda: self._commit(step, folder, writer.manifest_digest, before_commit))
         self.longest_save = max(self.longest_save, time.monotonic() - began)
@@ -183,6 +185,11 @@ class Checkpointer:
         """Frees the space of a failed save if it can, else `sweep` does: its COMMIT was never tried."""
         with suppress(OSError, UserError):
             self._attempt.run.store.delete_tree(folder)
+
+    def _require_newest(self) -> None:
+        """Raises StaleAttempt if a newer attempt has taken over: it removes what this one was writing."""
+        with suppress(OSError, UserError):  # the storage does not tell
+            require_newest(self._attempt.number, self._attempt.run.log.entries())
 
     def _commit(self, step: int, folder: str, digest: str, before_commit: Callable[[], None]) -> None:
         before_commit()

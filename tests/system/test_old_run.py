@@ -52,8 +52,8 @@ def copies(tmp_path) -> Path:
     return tmp_path
 
 
-def config_of(copies: Path, *changes: str) -> Config:
-    return load_config(str(OLD / "config.yaml"), [f"run={copies}/run", f"data.url={copies}/dataset", *changes])
+def config_of(copies: Path, *changes: str, run: str = "run") -> Config:
+    return load_config(str(OLD / "config.yaml"), [f"run={copies}/{run}", f"data.url={copies}/dataset", *changes])
 
 
 def said(*command: str) -> dict | list:
@@ -198,8 +198,7 @@ def test_an_edited_recipe_is_found_out(copies):
 
 
 def test_a_fork_continues_with_the_recorded_loss(copies):
-    child = f"run={copies}/child"
-    assert run_ranks(1, train, config_of(copies, child, "train.steps=8"), f"{copies}/run@7") == [0]
+    assert run_ranks(1, train, config_of(copies, "train.steps=8", run="child"), f"{copies}/run@7") == [0]
     assert losses(f"{copies}/child") == pytest.approx({8: numbers("losses")[8]}, rel=CLOSE)
     written = json.loads((copies / "child" / "run.json").read_text())
     parent = json.loads((OLD / "run" / "run.json").read_text())

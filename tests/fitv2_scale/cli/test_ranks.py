@@ -185,7 +185,7 @@ def test_validation(two_step_run, dataset):
 
 def test_evaluation(two_step_run, tmp_path):
     """One rank takes what the others sample from for a folder of images: it does not see the run."""
-    evaluate = ["evaluate", two_step_run, "--reference", "r.npz", "--images", "8"]
+    evaluate = ["evaluate", two_step_run, "--reference", "r.npz"]
     (tmp_path / "folder").mkdir()
     found = run_ranks(2, run_as, evaluate, ["evaluate", str(tmp_path / "folder"), *evaluate[2:]])
     assert_refused(found, '.* WHAT is "weights" on rank 0 .* and "images" on rank 1 .*', "")
