@@ -137,7 +137,9 @@ def train_elsewhere(config, damage: str) -> int:
         written = write_safetensors(store, path, entries, *rest)
         if path.endswith("rank-00001.safetensors") and "/00000004." in path:
             file = Path(store.path(path))
-            file.unlink() if damage == "is not there" else os.truncate(file, 1000)
+            os.truncate(file, 1000) if damage == "has 1000 bytes there" else file.unlink()
+            if damage == "is removed by a newer attempt":
+                Run.open(config.run).claim({})
         return written
 
     dcp_storage.write_safetensors = write
@@ -151,6 +153,15 @@ def test_nothing_is_committed_unless_rank_0_sees_all_files(tiny, damage):
     assert steps_of(config) == [2, 6]
     said = Path(config.run, "attempts/1/logs/rank-00000.log").read_text()
     assert re.search(rf"the save at step 4 failed: \S+/rank-00001.safetensors {damage}.*do all nodes share", said)
+
+
+def test_files_that_a_newer_attempt_has_removed_are_no_fault_of_the_nodes(tiny):
+    config = tiny(train__steps=6, checkpoint__every_steps=2, **EVERY_COMMIT)
+    assert run_ranks(2, train_elsewhere, config, "is removed by a newer attempt") == [GIVE_UP] * 2
+    first, _ = status(Run.open(config.run))["attempts"]
+    assert steps_of(config) == [2] and "superseded by attempt 2" in first["why"]
+    said = [file.read_text() for file in Path(config.run).glob("attempts/1/logs/*.log")]  # none, if nothing was logged
+    assert "share this place" not in "".join(said)
 
 
 def train_superseded(config) -> int:
