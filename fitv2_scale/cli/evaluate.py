@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # torch is imported when there is something to do
     from fitv2_scale.evaluate.sampling.load_weights import Weights
     from fitv2_scale.parallel.agreement import Facts
 
-# What is not used if WHAT is weights, or images, and the sentence that refuses it.
+# Options that have no effect on weights, or on images, and the sentence that refuses them.
 _UNUSED = {
     "weights": (
         ("save_statistics",),
@@ -93,7 +93,8 @@ def evaluate_source(args: argparse.Namespace) -> int:
     )
     with before_joining():
         kind = "weights" if is_network(args.source) else "images"
-        refuse_unused(args, *_UNUSED[kind])
+        if kind == "weights":
+            refuse_unused(args, *_UNUSED[kind])
         if args.nfe is not None:
             refuse_unused(args, ("steps",), "--nfe gives the numbers of steps: leave out {}")
         facts = {"WHAT": kind} | command_facts(args) | software_facts()
@@ -116,11 +117,12 @@ def evaluate_source(args: argparse.Namespace) -> int:
 def _measure_images(args: argparse.Namespace, options: "EvaluationOptions", facts: "Facts") -> int:
     from fitv2_scale.evaluate.evaluate import evaluate_images
     from fitv2_scale.evaluate.results import METRICS
-    from fitv2_scale.parallel.agreement import agree
+    from fitv2_scale.parallel.agreement import agree, read_alike
     from fitv2_scale.parallel.world import join
 
     with join() as world:
-        agree(world, facts)
+        agree(world, facts)  # first: a rank that does not see the run of the others takes it for images
+        read_alike(world, lambda: (refuse_unused(args, *_UNUSED["images"]), {}))
     if not world.is_first:
         return 0  # one process is enough
     if args.size and len(args.size) > 1:

@@ -36,7 +36,7 @@ def run_as(*words: list[str]) -> tuple[int, str]:
 def run_in(folders: list[str], words: list[str]) -> tuple[int, str]:
     """As ``run_as``, each rank in its folder: what a relative path names is another file there."""
     os.chdir(folders[int(os.environ["RANK"])])
-    agreement._APPEARING = 0.1  # what is not shared will not appear
+    agreement._APPEARING = 0.1  # seconds: a copied folder never gets the file
     return run_as(words)
 
 
@@ -185,7 +185,7 @@ def test_validation(two_step_run, dataset):
 
 def test_evaluation(two_step_run, tmp_path):
     """One rank takes what the others sample from for a folder of images: it does not see the run."""
-    evaluate = ["evaluate", two_step_run, "--reference", "r.npz"]
+    evaluate = ["evaluate", two_step_run, "--reference", "r.npz", "--images", "8"]
     (tmp_path / "folder").mkdir()
     found = run_ranks(2, run_as, evaluate, ["evaluate", str(tmp_path / "folder"), *evaluate[2:]])
     assert_refused(found, '.* WHAT is "weights" on rank 0 .* and "images" on rank 1 .*', "")
