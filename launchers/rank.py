@@ -37,7 +37,8 @@ def become_a_rank() -> str | None:
 
 def _sees_one_gpu(environment: Mapping[str, str]) -> bool:
     """Whether this process sees one GPU alone, as where Slurm or a script gives each its own."""
-    return len(environment.get("CUDA_VISIBLE_DEVICES", "").split(",")) == 1 and "CUDA_VISIBLE_DEVICES" in environment
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+    return visible != "" and "," not in visible
 
 
 def _of_mpirun(task: Launched, environment: Mapping[str, str]) -> dict[str, str]:
