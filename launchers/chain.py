@@ -218,7 +218,7 @@ def _ensure_successor(chain_log: ChainLog, job: ThisJob, seconds: int, replace: 
             _print(f"job {successor} is queued as the successor, on {nodes} nodes")
         if not cancelled:
             slurm.do_not_requeue(job.id)  # else both would come back when a node dies
-    except slurm.SlurmError as error:
+    except UserError as error:  # of Slurm, or of a list of excluded nodes that cannot be read
         _print(f"no successor: {error}")
         return str(error) if queueing else ""
     return ""
