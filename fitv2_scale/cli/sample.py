@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # torch is imported when there is something to do
     from fitv2_scale.parallel.agreement import Facts
 
 _GRID, _COLUMNS = "samples.png", 8
-# What each kind of call does not use, and the sentence that refuses it.
+# Options that have no effect on each kind of call, and the sentence that refuses them.
 _UNUSED = {
     "single images": (("compare", "out", "columns"), "--images makes single images, no grid: leave out {}"),
     "comparison": (("folder", "npz"), "--compare makes one grid: leave out {}"),

@@ -40,8 +40,8 @@ NOT_FINITE = "loss or gradient was not finite"  # how the reason begins if this 
 
 # Versions up to a2e80d5 wrote these keys of run.json under other names. Such runs continue, so both are read.
 _FORMER_KEYS = {"science": "recipe", "science_hash": "recipe_hash"}
-# Keys of start.json on which results may depend. The layout is not among them: results do not depend on it.
 _SHOWN = 16  # digits of a digest, for people
+# Keys of start.json on which results may depend. The layout is not among them: results do not depend on it.
 _COMPARED = ("python", "packages", "cuda", "nccl", "driver", "git", "code", "gpus", "validation", "validation_grid")
 
 log = logging.getLogger(__name__)
