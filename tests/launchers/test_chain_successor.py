@@ -85,6 +85,12 @@ def test_nodes_that_the_user_excludes_stay_excluded(said, monkeypatch, directive
     ]
 
 
+def test_a_list_of_nodes_that_is_gone_does_not_end_the_chain(said, monkeypatch, capsys):
+    monkeypatch.chdir(said)
+    assert before(submitted(said, "--exclude=./gone")) == "train"
+    assert "no successor: slurm.extra has --exclude=./gone, which cannot be read" in capsys.readouterr().err
+
+
 def test_without_such_nodes_none_are_excluded(said):
     home = submitted(said, "--comment=x")
     assert before(home) == "train"

@@ -66,13 +66,13 @@ def test_a_task_of_srun_is_a_rank_of_the_step(environment):
     assert os.environ["FITV2_NODES"] == "n03:1,n04:1"
 
 
-@pytest.mark.parametrize(("visible", "local"), [("5", "0"), ("4,5", "1"), (None, "1")])
+@pytest.mark.parametrize(("visible", "local"), [("5", "0"), ("4,5", "1"), ("", "1"), (None, "1")])
 def test_a_rank_that_sees_one_gpu_has_that_one(environment, visible, local):
     """Whoever has started it: Slurm, or a script that gives each process its GPU."""
     torchrun = dict(zip(RANK, ("3", "4", "1", "2", "n7", "29500"), strict=True))
     mpirun = TWO_NODES | {"MASTER_ADDR": "n7", "MASTER_PORT": "29500"}
     for started in (torchrun, mpirun, SECOND_OF_TWO | {"SLURM_LOCALID": "1"}):
-        environment(**started | ({"CUDA_VISIBLE_DEVICES": visible} if visible else {}))
+        environment(**started | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}))
         become_a_rank()
         assert os.environ["LOCAL_RANK"] == local
         for name in started:
