@@ -18,6 +18,7 @@ from urllib.parse import quote, unquote, urlsplit
 from data_sharding.errors import UserError
 from data_sharding.storage.local_store import LocalStore
 from data_sharding.storage.open_store import open_store
+from fitv2_scale.config.sections import TrackingConfig
 from fitv2_scale.run.log import newest_attempt
 from fitv2_scale.run.paths import absolute_paths
 from fitv2_scale.run.redact import HIDDEN, redact
@@ -40,15 +41,15 @@ _ESCAPED = re.compile(r"\\([0-7]{3})")
 class Settings(NamedTuple):
     """`tracking.uri` and `tracking.experiment`."""
 
-    uri: str = "auto"
-    experiment: str = "fitv2"
+    uri: str
+    experiment: str
 
 
 def configured(run: Run) -> Settings:
     """The settings of the newest attempt that recorded them; if none did, those that the run was made with. Without
     secrets."""
-    told = run.recorded("tracking") or run.config.get("tracking") or {}
-    return Settings(**{key: told[key] for key in Settings._fields if key in told})
+    told, default = run.recorded("tracking") or run.config.get("tracking") or {}, TrackingConfig()
+    return Settings(told.get("uri", default.uri), told.get("experiment", default.experiment))
 
 
 def settings_of(run: Run) -> Settings:
