@@ -53,7 +53,7 @@ def decode(data: bytes) -> Decoded:
         elif most := _declared_maximum(file):
             image = _stretched(image, most)
         if file.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getbbox() is None:
-            image = image.convert("RGB")  # Windows leaves the fourth byte of screenshots at 0; nobody stores nothing
+            image = image.convert("RGB")  # screenshots of Windows have 0 in the fourth byte, which is no alpha
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

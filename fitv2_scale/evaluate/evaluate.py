@@ -277,8 +277,7 @@ def _features_of(source: str, size: tuple[int, int] | None, options: EvaluationO
     if "pool" in arrays and "mu" not in arrays:
         return Features.from_arrays(arrays, source), None
     images = open_image_set(source, size, options.reference_images, options.vae)
-    if size not in (None, images.size):
-        raise UserError(
-            f"{source} holds images of {{}}x{{}}, and they are not resized: leave out --size".format(*images.size)
-        )
+    if size is not None and images.size not in (None, size):
+        height, width = images.size
+        raise UserError(f"{source} holds images of {height}x{width}, and they are not resized: leave out --size")
     return features_of_images(images, network), images
