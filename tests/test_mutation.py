@@ -82,6 +82,9 @@ def test_a_mutant_is_killed_or_survives_in_a_copy(tree, monkeypatch):
         (copy / "thing.py").write_text(source.replace("return 1", "while True: pass", 1))
         busy = runner.run_tests(copy, ["test_thing.py"], cpu_seconds=0.5)
         assert (busy.status, busy.all_ran) == ("survived", False)  # no test had failed by then
+        monkeypatch.setattr(runner, "TEST_SECONDS", 0.3)
+        spins = runner.run_tests(copy, ["test_thing.py"])
+        assert (spins.status, spins.by) == ("killed", "test_thing.py::test_seen")
     assert not copy.exists() and (tree / "thing.py").read_text() == source
 
 

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ import pytest
 from tests.support.repository import ROOT
 
 CPU_SECONDS = 60.0  # of the tests of one mutant: what no test has noticed by then, none notices
+TEST_SECONDS = 20.0  # of CPU, of one test: no test of these needs as much by far, so that one that does spins
 WALL_SECONDS = 600.0  # on a busy machine; a mutant that waits this long hangs
 _FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+\.py\b.*?)(?: - .*)?$", re.MULTILINE)  # log lines begin so, too
 _OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not long and not services and not gpu")
@@ -42,6 +43,26 @@ class Outcome:
     by: str = ""  # the test that failed
     cpu_seconds: float = 0.0
     all_ran: bool = True
+
+
+class NoSpinning:
+    """A plugin of pytest: a test that computes without end fails. The suite's own limit of wall time does the same, but
+    takes longer than a mutant has."""
+
+    def __init__(self, cpu_seconds: float):
+        self._cpu_seconds = cpu_seconds
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
+        def late(*_: object) -> None:
+            pytest.fail(f"spins: {self._cpu_seconds} s of CPU")
+
+        signal.signal(signal.SIGPROF, late)
+        signal.setitimer(signal.ITIMER_PROF, self._cpu_seconds)
+        try:
+            return (yield)
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 @contextmanager
@@ -119,7 +140,8 @@ def _pytest_in_child(tree: Path, tests: list[str], scratch: Path, output: Path) 
         for name in [name for name in sys.modules if name.split(".")[0] in _OURS]:
             del sys.modules[name]
         importlib.invalidate_caches()
-        return int(pytest.main([*_OPTIONS, "--basetemp", f"{scratch}/pytest", *tests]))
+        options = [*_OPTIONS, "--basetemp", f"{scratch}/pytest"]
+        return int(pytest.main([*options, *tests], plugins=[NoSpinning(TEST_SECONDS)]))
     except BaseException:
         traceback.print_exc()
         return 3
