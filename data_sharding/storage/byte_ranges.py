@@ -7,7 +7,7 @@ from typing import BinaryIO, NamedTuple
 
 from data_sharding.errors import DataError
 from data_sharding.storage.files import fs_call, read
-from data_sharding.storage.filesystems import file_system, is_local
+from data_sharding.storage.filesystems import file_system, is_local, refuse_pipe
 from data_sharding.storage.retry import CorruptRead
 
 _BUFFER = 1 << 23
@@ -54,7 +54,10 @@ def read_all(ranges: Iterable[ByteRange]) -> list[bytes]:
 def open_binary(url: str) -> BinaryIO:
     """The file, seekable. Raises as ``read_range``, also when it is read later."""
     fs, path = file_system(url)
-    return open(path, "rb") if is_local(fs) else io.BufferedReader(_Remote(url), _BUFFER)
+    if not is_local(fs):
+        return io.BufferedReader(_Remote(url), _BUFFER)
+    refuse_pipe(path)
+    return open(path, "rb")
 
 
 class _Remote(io.RawIOBase):

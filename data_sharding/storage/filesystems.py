@@ -14,7 +14,9 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -81,6 +83,13 @@ _BOTO_CONFIG = {
     "request_checksum_calculation": "when_required",
     "response_checksum_validation": "when_required",
 }
+
+
+def refuse_pipe(path: str) -> None:
+    """Raises UserError if the local ``path`` is a pipe: its reader may wait for ever, and cannot read it twice."""
+    with suppress(OSError):  # the read itself will say it
+        if Path(path).is_fifo():
+            raise UserError(f"{path} is a pipe: give a file")
 
 
 def is_local(fs: AbstractFileSystem) -> bool:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from data_sharding.errors import UserError
 from data_sharding.storage.failures import is_refused, may_pass
-from data_sharding.storage.filesystems import Cancelled, Method, attempt, file_system, is_local
+from data_sharding.storage.filesystems import Cancelled, Method, attempt, file_system, is_local, refuse_pipe
 
 Result = TypeVar("Result")
 
@@ -85,7 +85,7 @@ def call_with_retry(
     Raises:
         FileNotFoundError, PermissionError (see ``RetryPolicy.retry_refused``), CorruptRead, RetriesExhausted: see the
             top of this module.
-        UserError: the storage cannot be asked as it is configured.
+        UserError: the storage cannot be asked as it is configured; the path leads to a pipe.
         Cancelled: ``policy.cancelled`` was set.
     """
     fs, path = file_system(url)
@@ -98,13 +98,17 @@ def call_with_retry(
         found = _attempt(fs, method, path, *args, seconds=seconds, cancelled=policy.cancelled, waiting=waiting, **kw)
         return check(found)
 
-    passes = (lambda error: _may_pass_locally(error, writing=False)) if is_local(fs) else _may_pass_remotely
-    return _retrying(policy, url, act, passes, login_again)
+    if not is_local(fs):
+        return _retrying(policy, url, act, _may_pass_remotely, login_again)
+    refuse_pipe(path)
+    return _retrying(policy, url, act, lambda error: _may_pass_locally(error, writing=False), login_again)
 
 
 def retry_local(policy: RetryPolicy, url: str, act: Callable[[], Result], writing: bool) -> Result:
     """``act()`` on the local path ``url``, retried while the file system has trouble. Raises as ``call_with_retry``,
     and the OSErrors that are answers; ``writing``: see ``failures``."""
+    if not writing:
+        refuse_pipe(url)
     passes = lambda error: _may_pass_locally(error, writing)  # noqa: E731
     return _retrying(policy, url, lambda seconds, waiting: act(), passes, lambda: None)
 

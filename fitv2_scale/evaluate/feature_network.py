@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from data_sharding.errors import UserError
+from data_sharding.storage.filesystems import refuse_pipe
 from fitv2_scale.evaluate.features import Features
 
 _BATCH = 50  # images
@@ -45,6 +46,7 @@ class FeatureNetwork:
                 f"{file} is a program: give its digest as --network-sha256; its publisher names it, and "
                 f"`sha256sum {file}` computes it"
             )
+        refuse_pipe(file)
         try:
             data = Path(file).read_bytes()
         except OSError as error:

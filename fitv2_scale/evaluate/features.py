@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from data_sharding.errors import UserError
+from data_sharding.storage.filesystems import refuse_pipe
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +55,8 @@ class Features:
 def is_npz(url: str) -> bool:
     """Whether it names an .npz; a folder may be called so, too. Raises UserError for a pipe, which cannot be one."""
     named = url.endswith(".npz") and not Path(url).is_dir()
-    if named and Path(url).is_fifo():
-        raise UserError(f"{url} is a pipe: give a file")
+    if named:
+        refuse_pipe(url)
     return named
 
 

@@ -107,7 +107,8 @@ def preload() -> None:
 
 def run_tests(tree: Path, tests: list[str], cpu_seconds: float = CPU_SECONDS) -> Outcome:
     """Runs ``tests`` in ``tree`` until one fails or their time is up, in a fork that has the other packages loaded."""
-    with tempfile.TemporaryDirectory(prefix="mutation-run-") as scratch:
+    # A process that a test put into a session of its own may still write there.
+    with tempfile.TemporaryDirectory(prefix="mutation-run-", ignore_cleanup_errors=True) as scratch:
         output = Path(scratch, "output")
         sys.stdout.flush()
         if (child := os.fork()) == 0:
