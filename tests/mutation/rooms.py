@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tests.mutation.operators import Mutant, is_python, mutants_of
 
+PACKAGES = ("data_sharding", "fitv2_scale", "launchers")
 SYSTEM = ["tests/system/test_layouts.py", "tests/system/test_resume.py"]
 # room: (its folder, whether the folders in it belong to it, tests that run after those of the mirrored folder)
 ROOMS: dict[str, tuple[str, bool, list[str]]] = {
@@ -25,7 +26,7 @@ ROOMS: dict[str, tuple[str, bool, list[str]]] = {
     "planning": ("fitv2_scale/planning", True, []),
     "evaluate": ("fitv2_scale/evaluate", True, ["tests/fitv2_scale/cli/test_evaluate.py"]),
     "launchers": ("launchers", True, []),
-    "train": ("fitv2_scale/train", True, SYSTEM),
+    "train": ("fitv2_scale/train", True, ["tests/fitv2_scale/checkpoint/test_background_saves.py", *SYSTEM]),
     "bench": ("fitv2_scale/bench", True, []),
     "cli": ("fitv2_scale/cli", True, ["tests/launchers/test_batch_script.py", "tests/launchers/test_preflight.py"]),
 }
@@ -38,21 +39,38 @@ def files_of(root: Path, room: str) -> list[str]:
 
 
 def suite_of(root: Path, room: str, file: str) -> list[str]:
-    """Files of tests for a mutant of ``file``: that of its name, those that import it, then what else the room has; of
-    each kind first those that start no ranks."""
+    """Files of tests for a mutant of ``file``: that of its name, those of any room that import it (of a command: that
+    call it), then what else the room has; of each kind first those that start no ranks."""
     folder, deep, after = ROOMS[room]
     mirror = root / "tests" / folder
-    tests = sorted(mirror.rglob("test_*.py") if deep else mirror.glob("test_*.py"))
+    of_room = set(mirror.rglob("test_*.py") if deep else mirror.glob("test_*.py"))
     source, module = Path(file), file.removesuffix(".py").replace("/", ".")
+    command = f'"{source.stem}"' if room == "cli" else None
+
+    def uses(text: str) -> bool:
+        return module in text or (command is not None and command in text and "cli.__main__" in text)
 
     def order(test: Path) -> tuple:
-        text = test.read_text()
+        text = _text(test)
         near = test.parent == root / "tests" / source.parent
         served = any(f"mark.{server}" in text for server in ("s3", "slurm", "mlflow", "services"))
         ranks = "support.ranks" in text
-        return (test.stem != f"test_{source.stem}", module not in text, served, ranks, not near, len(text))
+        return (test.stem != f"test_{source.stem}", not uses(text), served, ranks, not near, len(text), str(test))
 
-    return [str(test.relative_to(root)) for test in sorted(tests, key=order)] + after
+    found = [test for test in _tests(root) if test in of_room or uses(_text(test))]
+    ordered = [str(test.relative_to(root)) for test in sorted(found, key=order)]
+    return ordered + [test for test in after if test not in ordered]
+
+
+@cache
+def _tests(root: Path) -> list[Path]:
+    """Of all packages, and of several at once."""
+    return [test for folder in (*PACKAGES, "system") for test in (root / "tests" / folder).rglob("test_*.py")]
+
+
+@cache
+def _text(test: Path) -> str:
+    return test.read_text()
 
 
 @cache
