@@ -7,6 +7,7 @@ from data_sharding.format.class_names import class_difference, class_digest
 from data_sharding.format.manifest import Manifest, read_header
 from data_sharding.plan.plan import Plan
 from data_sharding.storage.open_store import open_store
+from fitv2_scale.config.load import parse_config
 from fitv2_scale.config.schema import Config
 from fitv2_scale.config.sections import DataConfig
 from fitv2_scale.run.class_list import DataIdentity
@@ -15,6 +16,8 @@ from fitv2_scale.run.paths import absolute_paths
 from fitv2_scale.run.reference import find_reference
 from fitv2_scale.run.run import Run
 from fitv2_scale.run.weights_source import WeightsSource
+
+_MEANING = ("heads", "qk_norm")  # keys of the model that no shape shows; positions may change from stage to stage
 
 
 def open_run(config: Config, plan: Plan | None, parent: dict[str, Any] | None = None) -> Run:
@@ -37,14 +40,36 @@ def open_run(config: Config, plan: Plan | None, parent: dict[str, Any] | None = 
 
 def check_start(config: Config, plan: Plan, fork: Fork | None) -> None:
     """Raises UserError if the run of ``config`` has no commit yet, and would begin with weights of another run that
-    learned other classes than those of its data, so far as it is known what they learned."""
+    learned other classes or other latents than those of its data, so far as it is known what they learned; or whose
+    network has tensors of the same shapes and computes something else with them."""
     if open_store(config.run).exists("run.json") and Run.open(config.run).log.commits():
         return
-    if fork:
-        _check_classes(fork.run, f"{fork.run.url}@{fork.step}", plan.manifests[0])
     url, step = find_reference(config.init_from)
-    if step is not None:
-        _check_classes(Run.open(url), config.init_from, plan.manifests[0])
+    sources = [(fork.run, f"{fork.run.url}@{fork.step}")] if fork else []
+    sources += [(Run.open(url), config.init_from)] if step is not None else []
+    for run, weights in sources:
+        _check_network(run, weights, config)
+        _check_classes(run, weights, plan.manifests[0])
+        _check_codec(run, weights, plan.manifests[0])
+
+
+def _check_network(run: Run, weights: str, config: Config) -> None:
+    theirs, ours = parse_config(run.config, f"{run.url}/run.json").model, config.model
+    for key in _MEANING:
+        if getattr(theirs, key) != getattr(ours, key):
+            raise UserError(
+                f"{weights} was trained with model.{key}={getattr(theirs, key)}, and would be another network with "
+                f"{getattr(ours, key)}: give the same model.{key}"
+            )
+
+
+def _check_codec(run: Run, weights: str, training: Manifest) -> None:
+    if run.recorded("codec") not in (None, training.header.codec["digest"]):
+        raise UserError(
+            f"{weights} learned latents of another codec or VAE than {training.header.codec['name']} of "
+            f"{training.url}: give data that were written with the same; to train it on others, export its weights and "
+            "give the file as init_from"
+        )
 
 
 def _check_classes(run: Run, weights: str, training: Manifest) -> None:

@@ -98,6 +98,7 @@ def test_the_command_with_a_suite_and_with_few_steps(two_step_run, feature_netwo
         (["BATCH", "NETWORK", "REFERENCE", "--size", "32x32"], "images of 32x48, .*not resized: leave out --size"),
         (["RUN", "NETWORK", "REFERENCE", "--save-statistics", "s.npz"], "--save-statistics needs images: make some"),
         (["RUN", "NETWORK", "REFERENCE", "--nfe", "5", "--steps", "5"], "--nfe gives the numbers of steps: leave out"),
+        (["RUN", "NETWORK", "REFERENCE", "--size", "32x48", "--images", "12", "model.heads=1"], "another network"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_sentence(

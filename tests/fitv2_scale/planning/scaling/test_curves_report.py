@@ -11,6 +11,7 @@ from data_sharding.errors import UserError
 from fitv2_scale.cli.__main__ import main
 from fitv2_scale.config.load import parse_config
 from fitv2_scale.model.counts import forward_flops
+from fitv2_scale.planning.scaling.curves_report import _fid_lines
 from fitv2_scale.planning.scaling.laws import law_of_run, law_of_sizes
 from fitv2_scale.planning.scaling.published_fid import published_curves, steps_to_reach
 from fitv2_scale.planning.scaling.read_curves import Series, common_loss, from_journal, log_binned
@@ -147,6 +148,17 @@ def test_the_papers_points_alone(capsys, folder):
     assert rows["FiT-B/2", "1"]["fit"] is None  # three points: no degree of freedom over
     assert {c.name for c in published_curves()} >= {"FiTv2-XL/2", "FiTv2-3B/2"}
     assert (folder / "out" / "fid.png").exists() and report["runs"] == []
+    line = "FiT-B/2              1  400: 36.36  1000: 29.14  1500: 26.08                   1,500,000, 6.7e+19"
+    assert line in (folder / "out" / "curves.txt").read_text().splitlines()
+
+
+def test_the_text_shows_the_last_five_figures_of_a_curve():
+    row = {"name": "ours", "guidance": "1", "at_most": False, "steps_to_target": None, "flops_to_target": None}
+    row |= {"points": [{"step": 1000 * n, "fid": 30 - n} for n in range(1, 8)], "fit": None, "why": "too few"}
+    assert _fid_lines({"target": 9.0, "rows": [row]})[1:] == [
+        "ours                 1  3: 27  4: 26  5: 25  6: 24  7: 23                      -",
+        "  too few",
+    ]
 
 
 # ---- the command ----

@@ -1,8 +1,11 @@
 """Memory and use of the devices, over all and by node."""
 
-import numpy as np
+from types import SimpleNamespace
 
-from fitv2_scale.train.metrics.gpu_stats import by_node
+import numpy as np
+import torch
+
+from fitv2_scale.train.metrics.gpu_stats import GpuStats, by_node
 
 
 def test_devices_over_nodes():
@@ -16,3 +19,13 @@ def test_devices_over_nodes():
         "gpu_utilisation/node1": 20.0,
     }
     assert by_node(memory, np.full(3, np.nan), []) == {"gpu_memory_gib": 30.0}
+
+
+def test_values_of_nodes_are_in_the_first_report_of_ten():
+    stats = GpuStats(SimpleNamespace(device=torch.device("cuda"), hosts=["b", "b", "a"]))
+    reports = [stats.metrics(np.array([10.0, 30, 20, 90, 70, 20])) for _ in range(21)]
+    assert [n for n, report in enumerate(reports) if "gpu_memory_gib/node0" in report] == [0, 10, 20]
+    assert all(report["gpu_memory_gib"] == 30 for report in reports)
+    assert (reports[0]["gpu_memory_gib/node0"], reports[0]["gpu_memory_gib/node1"]) == (30, 20)
+    without = GpuStats(SimpleNamespace(device=torch.device("cpu"), hosts=["b"]))
+    assert without.metrics(without.local_values()) == {}
