@@ -40,6 +40,12 @@ def test_golden_vector_on_both_backends():
         assert torch_rng.words(GOLDEN_SEED, Purpose.NOISE, 7, 2**40 + 5, block).cpu()[0].tolist() == GOLDEN
 
 
+def test_a_draw_of_64_bits_is_the_first_two_of_32():
+    key, counter = (0x89ABCDEF, 0x01234567), (0, 5, 1 << 8, (int(Purpose.NOISE) << 24) | 7)
+    low, high, *_ = (int(word) for word in rng.philox(key, counter))
+    assert int(rng.words64(GOLDEN_SEED, Purpose.NOISE, 7, 2**40 + 5)) == low | high << 32 == 3657279992319345358
+
+
 @given(
     st.integers(0, 2**64 - 1),
     st.sampled_from(Purpose),

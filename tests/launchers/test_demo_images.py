@@ -37,6 +37,18 @@ def test_the_demos_crops_are_the_same_every_time_and_of_natural_lengths(tmp_path
     assert all(f"{p.name}: {p.credit}" in credits for p in demo_images.PHOTOGRAPHS)
 
 
+def test_the_first_crops_are_those_of_every_version(tmp_path):
+    """Figures in PERFORMANCE.md were measured on them."""
+    pytest.importorskip("skimage")
+    pytest.importorskip("sklearn")
+    demo_images.write_photographs(tmp_path, 6)
+    found = {file.parent.name: Image.open(file).size for file in tmp_path.rglob("*.jpg")}
+    assert found == {
+        **{"astronaut": (215, 272), "cat": (360, 175), "coffee": (372, 186)},
+        **{"flower": (318, 191), "pagoda": (170, 76), "rocket": (166, 121)},
+    }
+
+
 def test_missing_packages_are_one_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo_images, "PHOTOGRAPHS", (demo_images.Photograph("x", "no_such_package", "x.png", ""),))
     assert demo_images.main([str(tmp_path)]) == 2

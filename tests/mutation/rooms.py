@@ -1,6 +1,7 @@
 """The rooms (see CONTRIBUTING.md), and the tests of each, without servers: what runs first is fast and near."""
 
 import random
+import re
 from functools import cache
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def files_of(root: Path, room: str) -> list[str]:
 
 def suite_of(root: Path, room: str, file: str) -> list[str]:
     """Files of tests for a mutant of ``file``: that of its name, those of any room that import it (of a command: that
-    call it), then what else the room has; of each kind first those that start no ranks."""
+    call it), those that name it, then what else the room has; of each kind first those that start no ranks."""
     folder, deep, after = ROOMS[room]
     mirror = root / "tests" / folder
     of_room = set(mirror.rglob("test_*.py") if deep else mirror.glob("test_*.py"))
@@ -55,10 +56,11 @@ def suite_of(root: Path, room: str, file: str) -> list[str]:
         near = test.parent == root / "tests" / source.parent
         served = any(f"mark.{server}" in text for server in ("s3", "slurm", "mlflow", "services"))
         ranks = "support.ranks" in text
-        return (test.stem != f"test_{source.stem}", not uses(text), served, ranks, not near, len(text), str(test))
+        named = re.search(rf"\b{source.stem}\b", text) is not None
+        return (test.stem != f"test_{source.stem}", not uses(text), served, not named, ranks, not near, len(text))
 
     found = [test for test in _tests(root) if test in of_room or uses(_text(test))]
-    ordered = [str(test.relative_to(root)) for test in sorted(found, key=order)]
+    ordered = [str(test.relative_to(root)) for test in sorted(sorted(found), key=order)]
     return ordered + [test for test in after if test not in ordered]
 
 

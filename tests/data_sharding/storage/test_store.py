@@ -49,6 +49,17 @@ def test_objects_written_piece_by_piece(store, size, monkeypatch):
     assert store.read("x") == data and not store.uploads()
 
 
+def test_a_growing_file_is_given_to_the_disk_as_it_grows(tmp_path):
+    """Every 16 MiB, the last bytes included."""
+    with open_store(str(tmp_path)).writing("x", 17 << 20) as file:
+        file.write(bytes((16 << 20) - 100))
+        file.write(bytes(100))
+        (growing,) = tmp_path.iterdir()
+        assert growing.stat().st_size == 16 << 20
+        file.write(bytes(100))
+        assert growing.stat().st_size == 16 << 20
+
+
 @both
 def test_an_unfinished_object_does_not_exist(store, monkeypatch):
     monkeypatch.setattr(s3_store, "PART", 5 << 20)

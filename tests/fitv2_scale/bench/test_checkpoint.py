@@ -81,6 +81,7 @@ def resharded(url: str, ranks: int) -> None:
         assert verify_commit(other, entry) == []
         state = State(-1, world)
         assert restore(state, other, world).step == 3 and state.is_whole(3)
+        assert entry.fields["path"] == "steps/00000003.0001"
         assert len(list(Path(url, "other", entry.fields["path"]).glob("*.safetensors"))) == ranks
 
 

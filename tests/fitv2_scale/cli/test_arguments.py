@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from fitv2_scale.cli import __main__
 from fitv2_scale.cli.__main__ import main
 from tests.support.repository import ROOT
 
@@ -29,6 +30,25 @@ def test_a_word_that_is_none_of_the_choices_is_refused(words, said, capsys):
     with pytest.raises(SystemExit) as ended:
         main(words)
     assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words,told",
+    [
+        (["train", "configs/demo.yaml", "--nosuch"], True),
+        (["sample", "runs/a", "--steps", "many"], True),
+        (["status", "runs/a", "--nosuch"], False),
+        (["plan", "configs/demo.yaml", "--mfu", "much"], False),
+    ],
+)
+def test_ranks_that_join_hear_of_a_wrong_word(words, told, monkeypatch, capsys):
+    heard = []
+    monkeypatch.setattr(__main__, "become_a_rank", lambda: None)
+    monkeypatch.setattr(__main__, "tell_ranks", lambda error: heard.append(str(error)))
+    with pytest.raises(SystemExit):
+        main(words)
+    said = capsys.readouterr().err.splitlines()[-1].partition(" error: ")[2]
+    assert [one.partition(": ")[2] for one in heard] == told * [said]
 
 
 def test_several_loaders_can_be_compared_with(capsys):

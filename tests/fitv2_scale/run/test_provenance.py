@@ -2,12 +2,16 @@
 
 import json
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+
+import torch
 
 from fitv2_scale.cli.__main__ import main
-from fitv2_scale.run.provenance import SOURCE, _driver, provenance
+from fitv2_scale.run.provenance import SOURCE, _driver, own_gpu, provenance
 from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
 from fitv2_scale.train.loop import DONE, train
@@ -21,6 +25,14 @@ def test_it_says_what_ran():
     assert json.loads(json.dumps(made_of)) == made_of
     assert made_of["packages"]["numpy"] and made_of["python"].startswith("3.") and made_of["hostname"]
     assert re.fullmatch("[0-9a-f]{16}", made_of["code"])
+
+
+def test_a_gpu_is_known_by_its_node_and_its_number(monkeypatch):
+    found = SimpleNamespace(name="NVIDIA H200", uuid="1234-ab")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    monkeypatch.setattr(socket, "gethostname", lambda: "node7")
+    assert own_gpu(torch.device("cuda", 1)) == {"node": "node7", "name": "NVIDIA H200", "uuid": "1234-ab"}
+    assert own_gpu(torch.device("cpu")) is None
 
 
 def test_the_driver_is_the_one_that_the_kernel_has(tmp_path, monkeypatch):

@@ -2,8 +2,13 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import pytest
 from mlflow import MlflowClient
+
+from data_sharding.errors import UserError
+from fitv2_scale.tracking.locks import RunLock
 
 PROGRAM = """
 import sys
@@ -15,6 +20,13 @@ print("ready", flush=True)
 sys.stdin.readline()
 Server(uri, "sizes", None).open_run("fitv2.run_id", name, start_ms=0, name=name, tags={})
 """
+
+
+def test_a_run_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "tracking").touch()
+    run = SimpleNamespace(local_path=lambda rel: tmp_path / rel)
+    with pytest.raises(UserError, match=f"^{tmp_path}/tracking/lock cannot be used: File exists; give another path"):
+        RunLock(run)
 
 
 def test_three_at_once(tmp_path):

@@ -14,7 +14,7 @@ from fitv2_scale.model.counts import forward_flops
 from fitv2_scale.planning.scaling.curves_report import _fid_lines
 from fitv2_scale.planning.scaling.laws import law_of_run, law_of_sizes
 from fitv2_scale.planning.scaling.published_fid import published_curves, steps_to_reach
-from fitv2_scale.planning.scaling.read_curves import Series, common_loss, from_journal, log_binned
+from fitv2_scale.planning.scaling.read_curves import Curve, Series, common_loss, from_journal, log_binned
 from tests.support.curve_runs import BATCH, TOKENS, TRUTH, WARMUP, config, make_run, parameters
 
 STEPS = np.geomspace(1000, 400_000, 60).astype(int)
@@ -63,6 +63,21 @@ def test_axes(folder):
     assert full.along("images", at) == pytest.approx(at * 300)
     assert full.along("flops", at) == pytest.approx(at * 7e12)
     assert full.along("gpu_hours", at) == pytest.approx(at / 100)
+
+
+def test_tokens_an_image_are_those_of_the_whole_run():
+    """The totals of the last point; without totals the middle of the rates, without rates 256."""
+    model, steps = parse_config(config("b2"), "b2").model, np.array([10, 20, 30])
+
+    def flops(**series) -> float:
+        known = {name: Series(steps, np.asarray(values, float)) for name, values in series.items()}
+        return Curve("a", model, 4, 0, known, {}).flops_an_image()
+
+    totals = {"images": [40, 80, 110], "tokens": [4000, 9000, 11_000]}
+    rates = {"images_per_second": [1, 2, 4], "tokens_per_second": [90, 240, 400]}
+    assert flops(**totals, **rates) == flops(**rates) == 3 * forward_flops(model, 100)
+    assert flops(tokens=[100, 200, 12_000]) == 3 * forward_flops(model, 100)  # 4 images a step
+    assert flops() == 3 * forward_flops(model, 256)
 
 
 def test_the_best_loss_that_all_runs_have(folder):
