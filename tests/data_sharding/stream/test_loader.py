@@ -6,9 +6,10 @@ import time
 import numpy as np
 import pytest
 
-from data_sharding.errors import DataError
+from data_sharding.errors import DataError, StorageDown
 from data_sharding.format.manifest import Manifest
 from data_sharding.plan.plan import Plan, Segment
+from data_sharding.storage.retry import RetryPolicy
 from data_sharding.stream.frames import FrameReader, UnreadableFrame, read_frame
 from data_sharding.stream.loader import Loader, SubstitutesNeeded
 from data_sharding.stream.memory_cache import MemoryCache
@@ -156,6 +157,22 @@ def test_is_ready_waits_for_data(plan, reads):
         reads.gate.set()
         assert batches.is_ready(300)
         assert len(list(batches)) == 3 and batches.is_ready(0)
+
+
+def test_frames_are_waited_for_until_the_deadline(plan, reads):
+    """0.4 s for the frames of a step, and five attempts of 0.04 s."""
+    reads.gate.clear()
+    with loader(plan, steps=range(3), reader=FrameReader(retry=RetryPolicy(deadline=0.4, attempt=0.04))) as batches:
+        began = time.monotonic()
+        with pytest.raises(StorageDown, match="so many frames do not arrive that not all could be tried within 0 s"):
+            next(batches)
+        assert time.monotonic() - began >= 0.5
+        reads.gate.set()
+    reads.gate.clear()
+    with loader(plan, steps=range(3)) as batches:
+        assert not batches.is_ready(0.5)  # longer than the loader looks away
+        reads.gate.set()
+        assert len(list(batches)) == 3
 
 
 def test_a_restart_returns_the_same_steps_again(plan):
