@@ -1,10 +1,11 @@
 """The figures of a dataset as text and picture, from numbers written down."""
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from data_sharding.errors import UserError
-from data_sharding.inspect import save_picture, to_text
+from data_sharding.inspect import _lengths, save_picture, to_text
 
 LENGTHS = {
     "resize": {"images": 12, "mean": 3.25, "min": 2, "max": 6, "counts": [4, 8, 0]},
@@ -38,3 +39,11 @@ def test_the_picture(tmp_path):
         save_picture(FIGURES, str(tmp_path / "none/a.png"))
     with pytest.raises(UserError, match="cannot write .*a.xyz"):
         save_picture(FIGURES, str(tmp_path / "a.xyz"))
+
+
+def test_lengths_are_counted_by_bins():
+    edges = np.array([1, 4, 7, 10])
+    assert _lengths(np.array([1, 3, 4, 6, 9]), edges) == {
+        "images": 5, "mean": 4.6, "min": 1, "max": 9, "counts": [2, 2, 1]
+    }  # fmt: skip
+    assert _lengths(np.array([]), edges) == LENGTHS["crop"]

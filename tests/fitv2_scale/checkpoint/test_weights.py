@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from data_sharding.errors import UserError
 from fitv2_scale.checkpoint.restore import restore
 from fitv2_scale.checkpoint.weights import export_weights, import_weights
+from fitv2_scale.checkpoint.weights_file import open_tensors
 from fitv2_scale.cli.__main__ import main
 from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.load import load_config
@@ -78,6 +79,15 @@ def test_nothing_of_a_damaged_commit_remains_beside_imported_weights(tiny, tmp_p
     assert run_ranks(2, restored_state, config) == [(0, 0.0, 0.0)] * 2
     assert run_ranks(2, train, config) == [0, 0]
     assert commit_bytes(config.run) == undisturbed and newest_commit(config.run).name == "00000005.0003"
+
+
+def test_tensors_that_are_parts_of_one_storage(tiny, tmp_path):
+    """Transposed, or from the middle: as torch.load gives them."""
+    file, whole = str(tmp_path / "w.bin"), torch.arange(60.0)
+    saved = {"a": whole[7:19].view(3, 4), "b": whole[20:60:2], "c": whole[30:42].view(3, 4).T, "d": whole}
+    torch.save(saved, file)
+    found = {name: stored.read() for name, stored in open_tensors(file).items()}
+    assert found.keys() == saved.keys() and all(torch.equal(found[name], saved[name]) for name in saved)
 
 
 def restored_state(config) -> tuple[int, float, float]:
