@@ -122,15 +122,39 @@ OF_DATA = (
     ),
     Named(
         "R2: and in a fork onto other data", RUNS,
-        '_check_classes(fork.run, f"{fork.run.url}@{fork.step}", plan.manifests[0])',
-        "pass",
+        'sources = [(fork.run, f"{fork.run.url}@{fork.step}")] if fork else []',
+        "sources = []",
         (f"{IDENTITY}::test_weights_of_another_run_learned_its_classes",),
     ),
     Named(
         "R2: and in a run from init_from", RUNS,
-        "_check_classes(Run.open(url), config.init_from, plan.manifests[0])",
+        "sources += [(Run.open(url), config.init_from)] if step is not None else []",
         "pass",
         (f"{IDENTITY}::test_weights_of_another_run_learned_its_classes",),
+    ),
+    Named(
+        "R2: weights of another run learned other classes", RUNS,
+        "_check_classes(run, weights, plan.manifests[0])",
+        "pass",
+        (f"{IDENTITY}::test_weights_of_another_run_learned_its_classes",),
+    ),
+    Named(
+        "K2: an override of heads samples another network", f"{EVALUATE}/sampling/load_weights.py",
+        "if config.model != parse_config(tree, run.url).model:",
+        "if False:",
+        ("tests/fitv2_scale/cli/test_evaluate.py::test_bad_input_is_one_sentence",),
+    ),
+    Named(
+        "K2: weights of another run learned latents of another codec", RUNS,
+        "_check_codec(run, weights, plan.manifests[0])",
+        "pass",
+        ("tests/fitv2_scale/test_parent_weights.py::test_weights_that_learned_latents_of_another_codec",),
+    ),
+    Named(
+        "K2: weights of another run are another network of the same shapes", RUNS,
+        "_check_network(run, weights, config)",
+        "pass",
+        ("tests/fitv2_scale/test_parent_weights.py::test_weights_that_would_be_another_network_of_the_same_shapes",),
     ),
     Named(
         "R2: and in a run that another dataset continues", "fitv2_scale/run/class_list.py",

@@ -263,6 +263,12 @@ OF_SOURCES = (
         (LACKING,),
     ),
     Named(
+        "K7: the reader of a pipe waits for ever", "data_sharding/storage/filesystems.py",
+        "if Path(path).is_fifo():",
+        "if False:",
+        ("tests/data_sharding/storage/test_filesystems.py",),
+    ),
+    Named(
         "B70: a missing bucket is a traceback", FILES,
         "with _place_missing(url):\n        if is_local(fs):",
         "with suppress():\n        if is_local(fs):",
