@@ -8,12 +8,13 @@ import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from typing import TypeVar, cast
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from data_sharding.errors import UserError
 from data_sharding.launched import launched
+
+if TYPE_CHECKING:  # a codec imports this module, and shows no bar
+    from tqdm import tqdm
 
 Task = TypeVar("Task")
 Progress = Callable[..., object]  # called with what a task reports, such as (more images, whether made here)
@@ -87,8 +88,10 @@ def order_for_slurm_task(tasks: list) -> list:
     return tasks[index::count] + [task for other in others for task in tasks[other::count][::-1]]
 
 
-def progress_bar(total: int, done: int, show: bool, unit: str, **options) -> tqdm:
+def progress_bar(total: int, done: int, show: bool, unit: str, **options) -> "tqdm":
     """Amount, speed and time left: a bar in a terminal, else a line about every 10 s, for log files."""
+    from tqdm import tqdm
+
     if not sys.stderr.isatty():
         line = "{n_fmt}/{total_fmt}" + f"{unit}, " + "{rate_noinv_fmt}, {remaining} left\n"
         options |= {"mininterval": 10, "bar_format": line}

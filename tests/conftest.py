@@ -1,7 +1,9 @@
 """Where fixtures come from, and which tests share a process."""
 
+import os
 import signal
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from hypothesis import HealthCheck, settings
 from fitv2_scale.run.stop_signals import STOP_SIGNALS
 from tests.support.repository import ROOT
 
+# They import at start what every machine has: the rest only in the fixtures that need it, so that the GPU tests run on
+# a machine that has little more than torch.
 pytest_plugins = (
     # servers
     "tests.services.mlflow_server",
@@ -23,7 +27,6 @@ pytest_plugins = (
     "tests.support.loaders",
     # runs
     "tests.support.evaluations",
-    "tests.support.mlflow_queries",
     "tests.support.run_locations",
     "tests.support.slurm_jobs",
     "tests.support.tiny_runs",
@@ -32,6 +35,30 @@ pytest_plugins = (
 # The same examples on every machine, however slow it is; --hypothesis-profile=default looks for others.
 settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("same")
+
+
+def for_the_gpu(config: pytest.Config) -> bool:
+    """Whether GPU tests alone are asked for: ``-m gpu``, or ``-m "gpu and …"``."""
+    return config.option.markexpr.split(" and ")[0].strip() == "gpu"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Only GPU tests see a GPU: the others start up to six ranks, on gloo. Processes that tests start inherit the
+    variable, and torch reads it no sooner than the first of them asks for CUDA."""
+    if not for_the_gpu(config):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """For GPU tests, only the files that have some are imported: others need packages that the machine may not have."""
+    if for_the_gpu(config) and collection_path.name.startswith("test_") and collection_path.suffix == ".py":
+        return "mark.gpu" not in collection_path.read_text() or None
+    return None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device and pytest -m gpu")
 
 
 @pytest.fixture(autouse=True)

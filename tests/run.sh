@@ -4,6 +4,7 @@
 #   bash tests/run.sh            everything in its short form (what CI runs)
 #   bash tests/run.sh --fast     without the tests that start servers or launchers
 #   bash tests/run.sh --long     the full figures as well
+#   bash tests/run.sh --gpu      only the tests that need a GPU, which no other test sees
 #
 # Anything behind the options goes to pytest, as in: bash tests/run.sh --fast -k resume
 set -euo pipefail
@@ -14,6 +15,7 @@ marks="not long"
 case "${1:-}" in
   --fast) marks="not long and not services" && shift ;;
   --long) marks="" && shift ;;
+  --gpu) marks="gpu" && shift ;;
 esac
 
 # The services' programs come from Debian's packages. Nothing is started by installing them, for the tests do that.
@@ -43,6 +45,9 @@ install_services() {
 }
 
 make_venv test
+if [ "$marks" = gpu ]; then # one after the other: they measure how much of its memory they take
+  OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest -m gpu "$@"
+fi
 [[ $marks == *"not services"* ]] || install_services
 
 say "ruff"

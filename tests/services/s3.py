@@ -2,7 +2,6 @@
 
 import os
 
-import botocore.session
 import pytest
 
 from data_sharding.storage import filesystems
@@ -17,8 +16,9 @@ def rgw(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def client(rgw):
-    session = botocore.session.get_session()
-    return session.create_client(
+    from botocore.session import get_session
+
+    return get_session().create_client(
         "s3",
         endpoint_url=f"http://127.0.0.1:{rgw.port}",
         aws_access_key_id=KEY,

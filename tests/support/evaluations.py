@@ -2,14 +2,14 @@
 
 import pytest
 
-from fitv2_scale.evaluate.evaluate import EvaluationOptions, evaluate_images
 from tests.support.feature_networks import Tiny, save_network
-from tests.support.pictures import write_pictures
 
 
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory) -> str:
     """80 pictures of many sizes, in two folders."""
+    from tests.support.pictures import write_pictures
+
     root = tmp_path_factory.mktemp("photographs")
     write_pictures(root, 80, (24, 150), ["0", "1"])
     return str(root)
@@ -24,6 +24,8 @@ def feature_network(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory, photographs, feature_network) -> str:
+    from fitv2_scale.evaluate.evaluate import EvaluationOptions, evaluate_images
+
     file = str(tmp_path_factory.mktemp("reference") / "32x48.npz")
     evaluate_images(photographs, "32x48", EvaluationOptions(**feature_network), file)
     return file

@@ -1,10 +1,8 @@
-"""What MLflow's database, a file or a server's, holds of a run, and where tests of the way there keep their runs."""
+"""What MLflow's database, a file or a server's, holds of a run."""
 
 import sqlite3
 from collections import defaultdict
 from pathlib import Path
-
-import pytest
 
 from fitv2_scale.run.run import Run
 from fitv2_scale.tracking import journal
@@ -13,17 +11,6 @@ from tests.services.mlflow_server import MlflowServer
 from tests.support.simulated_trainer import WINDOW
 
 QUICK = Timing(poll=0.02, backoff=0.02, longest_backoff=0.1, last_pass=300.0)
-
-
-@pytest.fixture(scope="session")
-def runs(tmp_path_factory) -> Path:
-    """A folder of runs, which all publish to one mlflow.db beside them: making that takes MLflow seconds."""
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture
-def run_folder(runs, request) -> Path:
-    return runs / request.node.name
 
 
 def published(folder: Path) -> dict:

@@ -7,9 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save
-
-from data_sharding.write.import_latents import import_dataset
 
 GROUPS = ("from_16_to_16", "greater_than_16_resize", "greater_than_16_crop")
 OPTIONS = {"images_per_shard": 6, "workers": 1, "progress": False}
@@ -17,6 +14,8 @@ OPTIONS = {"images_per_shard": 6, "workers": 1, "progress": False}
 
 def latent(name: str, h: int, w: int, of: int, **changes) -> bytes:
     """One published file. ``grid`` counts columns, then rows, as the released ``fit/model/rope.py`` reads it."""
+    from safetensors.numpy import save
+
     rng = np.random.default_rng(sum(name.encode()) + 1000 * h + w)
     columns, rows = np.meshgrid(np.arange(w), np.arange(h))
     tensors = {
@@ -86,6 +85,8 @@ def write_layout(root: Path, layout: str, files=None) -> Path:
 @pytest.fixture(scope="session")
 def imported(tmp_path_factory):
     """The folder, and the dataset made of it."""
+    from data_sharding.write.import_latents import import_dataset
+
     root = tmp_path_factory.mktemp("published")
     src = write_layout(root / "src", "folders")
     return src, root / "set", import_dataset(str(src), str(root / "set"), **OPTIONS)

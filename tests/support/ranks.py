@@ -23,20 +23,7 @@ from tests.support.waiting import wait as wait_for
 _GRACE = 10.0  # seconds, between the first rank's failure and the kill of those that still run
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    [
-        "torch",
-        "torch.distributed.fsdp",
-        "fitv2_scale.train.loop",
-        "fitv2_scale.parallel.megatron",
-        "fitv2_scale.parallel.deepspeed_setup",
-        "deepspeed.runtime.zero.muon.muon_optimizer",  # DeepSpeed imports it in time, and with it torch's compiler
-        "s3fs",
-        "hypothesis",  # it and pytest are imported by modules of tests
-        "pytest",
-        "tests.support.tiny_runs",
-    ]
-)
+_context.set_forkserver_preload(["tests.support.preloaded"])
 
 
 class Ranks:

@@ -1,4 +1,6 @@
-"""Where tests have their runs: on local disk, or on the real S3 server."""
+"""Where tests have their runs: on local disk, on the real S3 server, or beside the database that they publish to."""
+
+from pathlib import Path
 
 import pytest
 
@@ -22,3 +24,14 @@ def location(request, tmp_path, monkeypatch):
         return rgw.environment, lambda name: f"s3://{BUCKET}/{tmp_path.name}/{name}"
 
     return make
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory) -> Path:
+    """A folder of runs, which all publish to one mlflow.db beside them: making that takes MLflow seconds."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def run_folder(runs, request) -> Path:
+    return runs / request.node.name

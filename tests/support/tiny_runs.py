@@ -5,11 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from data_sharding.write.images import write_dataset
 from fitv2_scale.config.load import parse_config
 from fitv2_scale.config.schema import Config
-from fitv2_scale.train.loop import train
-from tests.support.pictures import write_pictures
 from tests.support.ranks import run_ranks
 
 IMAGES, CLASSES = 240, 5
@@ -20,12 +17,16 @@ BENCHED += ["data.url=preset:imagenet256", "batch.images=5", "layout.max_tokens=
 
 def make_pictures(root: Path, count: int) -> None:
     """So many pictures of 5 classes and many sizes, in a folder a class."""
+    from tests.support.pictures import write_pictures
+
     write_pictures(root, count, (32, 120), [f"class{i}" for i in range(CLASSES)])
 
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory) -> str:
     """240 pictures of 5 classes and many sizes, up to 16 tokens each, in several shards and frames."""
+    from data_sharding.write.images import write_dataset
+
     root = tmp_path_factory.mktemp("pictures")
     make_pictures(root, IMAGES)
     url = str(tmp_path_factory.mktemp("data") / "set")
@@ -65,6 +66,8 @@ def tiny(dataset, tmp_path):
 @pytest.fixture(scope="session")
 def two_step_run(dataset, tmp_path_factory) -> str:
     """The folder of a run with a commit at step 2, for tests that only read it. Its EMA is nearly its weights."""
+    from fitv2_scale.train.loop import train
+
     config = make_tiny(dataset, tmp_path_factory.mktemp("two_step"), train__steps=2, ema__decay=0.1)
     assert run_ranks(2, train, config) == [0, 0]
     return config.run

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from data_sharding.write.images import write_dataset
 from tests.support.waiting import wait
 
 
 def make_images(root: Path, count: int, side: int = 40) -> None:
     """``count`` small photographs' worth of noise and slopes, of varied shape, in three classes."""
+    from PIL import Image
+
     rng = np.random.default_rng(0)
     for i in range(count):
         h, w = rng.integers(side, 3 * side, 2)
@@ -39,6 +39,8 @@ OPTIONS = {"max_tokens": 16, "holdout": 0.1, "images_per_shard": 7, "progress": 
 
 @pytest.fixture(scope="session")
 def written_dataset(image_folder, tmp_path_factory):
+    from data_sharding.write.images import write_dataset
+
     dst = tmp_path_factory.mktemp("undisturbed") / "set"
     return dst, write_dataset(image_folder, str(dst), workers=1, **OPTIONS)
 

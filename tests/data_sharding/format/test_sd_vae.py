@@ -155,7 +155,6 @@ def test_the_vae_is_on_the_gpu_of_its_process(vae_folder, monkeypatch, environme
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_gives_the_same_bits_each_time_and_nearly_those_of_a_cpu(vae_folder, monkeypatch):
     batch = pixels(8, 64, 64)
     first, second = (load_vae(vae_folder, "sample").encode(batch, draws(8)) for _ in range(2))

@@ -33,10 +33,7 @@ def empty() -> LogicalTensor:
     return LogicalTensor((3,), [])
 
 
-GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_the_copy_is_of_the_moment_that_was_marked(device):
     """In the same memory each time; what is computed before counts, what comes after ``wait`` does not."""
     tensors, live = state(device)

@@ -16,8 +16,7 @@ from fitv2_scale.model.packed_batch import Packing
 from fitv2_scale.model.rope import rope_table, rotate
 from tests.support.tiny_networks import SWITCHES, TINY, build, pack
 
-NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.mark.parametrize(
@@ -185,7 +184,6 @@ def test_images_to_tokens_and_their_gradients_back(device):
 
 
 @pytest.mark.gpu
-@NO_GPU
 @pytest.mark.parametrize("head_dim", [64, 72, 96])
 def test_varlen_kernel_against_the_fallback(head_dim):
     from fitv2_scale.model.attention import attention
