@@ -11,9 +11,14 @@ _VARLEN_DTYPES = (torch.bfloat16, torch.float16)  # what the flash kernel takes
 
 def attention(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, packing: Packing) -> Tensor:
     """Softmax attention of each token to its own image's tokens, scaled by head_dim ** -0.5: (T, H, D)."""
-    if q_THD.is_cuda and q_THD.dtype in _VARLEN_DTYPES:
+    if has_varlen(q_THD):
         return _varlen(q_THD, k_THD, v_THD, packing)
     return padded_sdpa(q_THD, k_THD, v_THD, packing)
+
+
+def has_varlen(x: Tensor) -> bool:
+    """Whether there is a varlen kernel for the device and the dtype of ``x``; if not, images are padded."""
+    return x.is_cuda and x.dtype in _VARLEN_DTYPES
 
 
 def _varlen(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, packing: Packing) -> Tensor:

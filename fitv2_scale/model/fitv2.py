@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fitv2_scale.config.model import TIMESTEP_CHANNELS, TOKEN_CHANNELS, ModelConfig
-from fitv2_scale.model.attention import attention
+from fitv2_scale.model.attention import attention, has_varlen
 from fitv2_scale.model.extrapolation import extrapolated_table
 from fitv2_scale.model.gather import to_tokens
 from fitv2_scale.model.packed_batch import Packing
@@ -182,6 +182,8 @@ class FiTv2(nn.Module):
         c_ID = self.t_embedder(t_I) + self.y_embedder(label_I)
         shared_I6D = None if self.global_adaLN_modulation is None else self.global_adaLN_modulation(c_ID)
         rope = rope or self._rope(packing)
+        if not has_varlen(x_TD):
+            _ = packing.padded  # made outside of the blocks: the compiler cannot trace a cached_property's first use
         for block in self.blocks:
             x_TD = block(x_TD, c_ID, shared_I6D, rope, packing)
         return self.final_layer(x_TD, c_ID, packing)

@@ -15,13 +15,22 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from fitv2_scale.config.layout import Checkpointing
 from fitv2_scale.model.fitv2 import FiTv2
 
+# Compiled forms of a block: one for each pack shape with and without gradients. All blocks share them. A run has a few
+# shapes and each size of its pictures has one; torch's default is 8, and what comes later would run uncompiled. More
+# than 256, torch's limit of all forms of one function, would need another setting too.
+_MOST_COMPILED = 256
+
 
 def prepare_blocks(network: FiTv2, checkpointing: Checkpointing, compile_blocks: bool) -> None:
     """Replaces the forward of each of ``network.blocks``. To be called once, before the network is sharded.
 
     ``none`` keeps what autograd needs; ``full`` keeps a block's inputs and recomputes the block in the backward pass;
     ``selective`` also keeps the results of ``saved_ops``, and recomputes only what lies between them.
+
+    If blocks are compiled, torch's limit of compiled forms of a function is raised for the calling thread.
     """
+    if compile_blocks:
+        torch._dynamo.config.recompile_limit = _MOST_COMPILED  # torch 2.11's torch.compile has no argument for it
     for block in network.blocks:
         forward = block.forward
         if checkpointing != "none":

@@ -1,11 +1,14 @@
 """Checkpointing and compiling blocks: the same gradients, the same names, and less memory where memory is the point."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
 from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.model import ModelConfig
+from fitv2_scale.model import fitv2
 from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.parallel.blocks import prepare_blocks
 from fitv2_scale.parallel.mesh import make_groups
@@ -51,6 +54,73 @@ def test_compiled_blocks_have_the_same_gradients_and_are_compiled_once(checkpoin
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # two blocks, one shape, one graph
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """torch's counters of what it compiles, from zero and with its own limit; only traced, no kernels are made."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    with torch._dynamo.config.patch(recompile_limit=8):  # torch's own, whatever ran before
+        yield torch._dynamo.utils.counters
+
+
+def step_of_shape(network: FiTv2, extra: int) -> None:
+    """Forward and backward on a pack never seen before, as each pack of a run is: of 48 + 8 ``extra`` tokens."""
+    tokens, images = 48 + 8 * extra, 5 + extra
+    packing = pack([(3, 4), (5, 2), (4, 4)], tokens, images, 16)
+    label = torch.zeros(images, dtype=torch.int64)
+    out = network(torch.randn(tokens, 16), torch.rand(images), label, packing)
+    if out.requires_grad:
+        out.square().sum().backward()
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_a_block_is_one_graph_a_shape_where_images_are_padded(checkpointing, counted):
+    network = build(TINY)
+    prepare_blocks(network, checkpointing, compile_blocks=True)
+    for graphs, extra in enumerate((0, 1, 2), start=1):
+        for _ in range(2):  # a second pack of the shape compiles nothing
+            step_of_shape(network, extra)
+            assert counted["stats"]["unique_graphs"] == counted["frames"]["ok"] == counted["frames"]["total"] == graphs
+    assert not counted["graph_break"]
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_more_shapes_than_torch_expects_are_all_compiled(checkpointing, counted):
+    """Twelve, each trained on and evaluated, while torch's own limit is eight forms."""
+    network = build(TINY)
+    prepare_blocks(network, checkpointing, compile_blocks=True)
+    for extra in range(12):
+        step_of_shape(network, extra)
+        with torch.no_grad():
+            step_of_shape(network, extra)
+    assert counted["stats"]["unique_graphs"] == counted["frames"]["ok"] == counted["frames"]["total"] == 24
+
+
+def test_padding_is_made_only_where_it_is_used(monkeypatch):
+    """It costs a gather of max_seqlen places an image: nothing that a network on the varlen kernel should pay."""
+    monkeypatch.setattr(fitv2, "has_varlen", lambda x: True)
+    monkeypatch.setattr(fitv2, "attention", lambda q, k, v, packing: v)
+    packing = pack([(3, 4), (5, 2), (4, 4)], TOKENS, 5, 16)
+    build(TINY)(torch.randn(TOKENS, 16), torch.rand(5), torch.zeros(5, dtype=torch.int64), packing)
+    assert "padded" not in vars(packing)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype,padded", [(torch.bfloat16, False), (torch.float32, True)])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_a_block_is_one_graph_a_shape_on_a_gpu(checkpointing, dtype, padded, counted):
+    network = build(TINY).to("cuda", dtype)
+    prepare_blocks(network, checkpointing, compile_blocks=True)
+    for graphs, tokens in enumerate((48, 56), start=1):
+        packing = pack([(3, 4), (5, 2), (4, 4)], tokens, 6, 16).to(torch.device("cuda"))
+        label = torch.zeros(6, dtype=torch.int64, device="cuda")
+        network(torch.randn(tokens, 16, device="cuda"), torch.rand(6, device="cuda"), label, packing).sum().backward()
+        assert counted["stats"]["unique_graphs"] == graphs and ("padded" in vars(packing)) == padded
+    assert not counted["graph_break"]
 
 
 def gradients_on_a_tensor_rank(checkpointing: str, compile_blocks: bool = False) -> dict[str, np.ndarray]:
