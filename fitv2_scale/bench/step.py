@@ -4,6 +4,7 @@ Throughput is measured over whole steps without pauses, as in training; the time
 measuring it slows them down.
 """
 
+import gc
 import statistics
 import time
 import warnings
@@ -80,8 +81,10 @@ def measure(config: Config, steps: int, repeats: int, against_reference: bool) -
         ours, theirs = [], []
         for done in range(1, repeats + 1):
             ours.append(_ours(case, batches, split=done == repeats))
+            _free(world.device)
             if against_reference:
                 theirs.append(_reference(case, batches))
+                _free(world.device)
         return _report(case, batches, ours, theirs) if world.is_first else None
 
 
@@ -108,6 +111,13 @@ class _Trainer:
 
     def step(self, batch: StepBatch) -> None:
         train_step(self.engine, batch, self.config, self.world.device)
+
+
+def _free(device: torch.device) -> None:
+    """Frees the memory of the round before, which would count in the peak of the next one."""
+    gc.collect()  # the hooks of FSDP hold a network in reference cycles
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _measure_steps(step: Callable, stream: Iterable[StepBatch], batches: Sequence[StepBatch], world: World) -> _Round:
@@ -262,28 +272,3 @@ def _planned_peak(case: _Case, batches: Sequence[StepBatch]) -> int:
     packs, tokens = max(len(b.packs) for b in batches), max(len(b.packs[0].latents) for b in batches)
     compute = plan_compute(case.config, packs, tokens, on_cuda=True)
     return cuda_peak(case.config.model, case.layout, plan_state(case.config, case.layout), compute)
-
-
-def to_text(report: dict[str, Any]) -> str:
-    r, seconds = report, report["seconds_a_step"]
-    on = f"{r['ranks']} x {r['machine']}, torch {r['torch']}"
-    lines = [
-        f"step     {seconds['median']:.4g} s ({seconds['lowest']:.4g} to {seconds['highest']:.4g} in {r['rounds']} "
-        f"rounds of {r['steps']} steps) on {on}",
-        f"speed    {r['images_per_second']:.4g} images/s, {r['tokens_per_second']:.5g} tokens/s, "
-        f"{r['tflops_per_device']:.4g} TFLOP/s per device"
-        + (f", MFU {r['mfu']:.4f} of {r['peak_tflops']:.0f}" if r["mfu"] else ""),
-        "parts    " + ", ".join(f"{part} {1000 * s:.4g} ms" for part, s in r["seconds_by_part"].items()),
-    ]
-    if r["peak_bytes"] is not None:
-        lines.append(
-            f"memory   {r['peak_bytes'] / 2**30:.2f} GiB at the peak, {r['planned_peak_bytes'] / 2**30:.2f} planned; "
-            f"{r['syncs_in_a_step']} synchronizations per step"
-        )
-    if "reference" in r:
-        theirs, times = r["reference"]["seconds_a_step"], r["reference"]["times_as_long"]
-        lines.append(
-            f"against  the released recipe: {theirs['median']:.4g} s, {times['median']:.3f} times as long "
-            f"({times['lowest']:.3f} to {times['highest']:.3f})"
-        )
-    return "\n".join(lines)

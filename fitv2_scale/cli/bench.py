@@ -54,13 +54,14 @@ def bench_data(args: argparse.Namespace) -> int:
 
 def bench_step(args: argparse.Namespace) -> int:
     from fitv2_scale.bench import step
+    from fitv2_scale.bench.step_report import to_text
     from fitv2_scale.config.load import load_config
 
     with before_joining():
         config = load_config(args.config, args.overrides)
     report = step.measure(config, args.steps, args.repeats, args.against == "reference")
     if report is not None:
-        show(args, report, step.to_text(report))
+        show(args, report, to_text(report))
     return 0
 
 

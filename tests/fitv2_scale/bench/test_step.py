@@ -1,6 +1,10 @@
 """`fitv2 bench step`: the reference computes what we compute, and the report holds what it promises."""
 
+import gc
 import json
+import weakref
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +19,7 @@ from fitv2_scale.config.load import load_config
 from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
 from fitv2_scale.model.counts import forward_flops
+from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.model.flow import image_losses
 from fitv2_scale.model.to_torch import pack_to_torch
 from tests.support.tiny_networks import build
@@ -114,6 +119,32 @@ def test_the_report(capsys):
     assert report["syncs_in_a_step"] is None and report["peak_bytes"] is None  # no GPU
     assert main([*arguments, "--steps", "1", "--repeats", "1"]) == 0
     assert "MFU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("compile_blocks", ["false", "true"])
+def test_a_round_leaves_no_weights_behind(compile_blocks, monkeypatch):
+    """They would count in the peak of the next round. Nothing but the measurement may free them: no collection of
+    cycles that happens to come."""
+    weights: list[weakref.ref] = []
+
+    def remembered(make: Callable) -> Callable:
+        def made(*args: Any) -> Any:
+            assert not any(weight() is not None for weight in weights)
+            trainer = make(*args)
+            weights.extend(map(weakref.ref, trainer.network.parameters()))
+            return trainer
+
+        return made
+
+    for name in ("make_engine", "ReleasedTrainer"):
+        monkeypatch.setattr(step, name, remembered(getattr(step, name)))
+    gc.disable()
+    try:
+        step.measure(config_of(f"layout.compile={compile_blocks}"), 1, 2, against_reference=True)
+    finally:
+        gc.enable()
+    tensors = len(list(FiTv2(config_of().model).parameters()))
+    assert len(weights) == 4 * tensors and not any(weight() is not None for weight in weights)
 
 
 def test_the_reference_is_the_released_network_alone():
