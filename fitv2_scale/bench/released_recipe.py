@@ -6,10 +6,12 @@ operators; torch's AdamW and clip_grad_norm_ with their defaults; an EMA tensor 
 from the device in every step. Conditioning is computed once per image and broadcast, also as released.
 
 Unlike the released code: gradients of all micro-batches of a step are added up (the released accumulation loses all but
-the last), and blocks are checkpointed only if the config asks for it.
+the last), and blocks are checkpointed only on request (the released 256-token config checkpoints nothing), whatever
+the config's ``layout.checkpointing`` says of ours.
 """
 
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 import torch
@@ -25,16 +27,18 @@ from fitv2_scale.model.fitv2 import Block, FiTv2, layer_norm
 from fitv2_scale.model.init import fill_initial
 from fitv2_scale.model.rope import rope_table, rotate
 
+ReferenceCheckpointing = Literal["none", "full"]  # full: whole blocks are computed again in the backward pass
+
 _MICRO_BATCH = 16  # images on one GPU, in the released configs
 
 
 class ReleasedTrainer:
     """Trains on the images of a StepBatch as the released code does, on one device."""
 
-    def __init__(self, config: Config, device: torch.device):
+    def __init__(self, config: Config, device: torch.device, checkpointing: ReferenceCheckpointing = "none"):
         if config.model.qk_norm != "layernorm" or config.model.adaln != "lora":
             raise UserError("--against reference needs the released network: qk_norm=layernorm and adaln=lora")
-        self._config, self._device = config, device
+        self._config, self._device, self._checkpointing = config, device, checkpointing
         self.network = FiTv2(config.model).to(device)
         with torch.no_grad():
             for name, p in self.network.named_parameters():
@@ -91,7 +95,7 @@ class ReleasedTrainer:
         for block in network.blocks:
             assert isinstance(block, Block)
             inputs = (block, x_BND, c_BD, shared_B6D, rope, same_B1NN, mask_BN1)
-            if config.layout.checkpointing == "none":
+            if self._checkpointing == "none":
                 x_BND = _block(*inputs)
             else:
                 x_BND = checkpoint(_block, *inputs, use_reentrant=False)

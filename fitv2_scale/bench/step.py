@@ -19,7 +19,7 @@ from torch import Tensor
 
 from data_sharding.errors import UserError
 from data_sharding.stream.batch import StepBatch
-from fitv2_scale.bench.released_recipe import ReleasedTrainer
+from fitv2_scale.bench.released_recipe import ReferenceCheckpointing, ReleasedTrainer
 from fitv2_scale.bench.spread import spread
 from fitv2_scale.bench.step_data import open_steps
 from fitv2_scale.config.layout import Layout
@@ -64,14 +64,17 @@ class _Round:
     syncs: int | None = None  # times that the host waits for the device in one step, on CUDA
 
 
-def measure(config: Config, steps: int, repeats: int, against_reference: bool) -> dict[str, Any] | None:
-    """All figures, on rank 0; None elsewhere. ``repeats`` rounds of ``steps`` steps, ours and the reference in turn.
+def measure(
+    config: Config, steps: int, repeats: int, reference: ReferenceCheckpointing | None = None
+) -> dict[str, Any] | None:
+    """All figures, on rank 0; None elsewhere. ``repeats`` rounds of ``steps`` steps, of ours and, unless it is None, of
+    the reference in turn: ``reference`` is its activation checkpointing.
 
     Raises:
         UserError: the reference is requested with more than one process, or with another network than the released one.
     """
     with join() as world:
-        if against_reference and world.size > 1:
+        if reference and world.size > 1:
             raise UserError("--against reference needs a single process: start it without torchrun")
         agree(world, config_facts(config) | software_facts() | {"steps": steps, "repeats": repeats})
         layout, data = read_alike(world, lambda: read_data(config, world))
@@ -82,10 +85,13 @@ def measure(config: Config, steps: int, repeats: int, against_reference: bool) -
         for done in range(1, repeats + 1):
             ours.append(_ours(case, batches, split=done == repeats))
             _free(world.device)
-            if against_reference:
-                theirs.append(_reference(case, batches))
+            if reference:
+                theirs.append(_reference(case, batches, reference))
                 _free(world.device)
-        return _report(case, batches, ours, theirs) if world.is_first else None
+        if not world.is_first:
+            return None
+        report = _report(case, batches, ours)
+        return report | {"reference": _compare(report, ours, theirs, reference)} if reference else report
 
 
 def _ours(case: _Case, batches: Sequence[StepBatch], split: bool) -> _Round:
@@ -97,8 +103,9 @@ def _ours(case: _Case, batches: Sequence[StepBatch], split: bool) -> _Round:
     return replace(found, seconds_by_part=_parts(trainer, batches), syncs=_count_syncs(trainer, batches[0]))
 
 
-def _reference(case: _Case, batches: Sequence[StepBatch]) -> _Round:
-    return _measure_steps(ReleasedTrainer(case.config, case.world.device).step, batches, batches, case.world)
+def _reference(case: _Case, batches: Sequence[StepBatch], checkpointing: ReferenceCheckpointing) -> _Round:
+    trainer = ReleasedTrainer(case.config, case.world.device, checkpointing)
+    return _measure_steps(trainer.step, batches, batches, case.world)
 
 
 @dataclass(frozen=True)
@@ -229,16 +236,14 @@ def _count_syncs(trainer: _Trainer, batch: StepBatch) -> int | None:
     return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
 
 
-def _report(
-    case: _Case, batches: Sequence[StepBatch], ours: Sequence[_Round], theirs: Sequence[_Round]
-) -> dict[str, Any]:
+def _report(case: _Case, batches: Sequence[StepBatch], ours: Sequence[_Round]) -> dict[str, Any]:
     config, device = case.config, case.world.device
     seconds = statistics.median(r.seconds_a_step for r in ours)
     images, tokens = (statistics.mean(getattr(b, name) for b in batches) for name in ("step_images", "step_tokens"))
     lengths = [n for batch in batches for n in batch.step_lengths.tolist()]
     flops = 3 * sum(forward_flops(config.model, n) * count for n, count in Counter(lengths).items()) / len(batches)
     peak = config.tracking.peak_tflops or known_peak(device)
-    report = {
+    return {
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "torch": torch.__version__,
         "ranks": case.world.size,
@@ -258,14 +263,20 @@ def _report(
         "peak_bytes": max(r.peak_bytes or 0 for r in ours) if device.type == "cuda" else None,
         "planned_peak_bytes": _planned_peak(case, batches) if device.type == "cuda" else None,
     }
-    if theirs:
-        report["reference"] = {
-            "seconds_a_step": spread([r.seconds_a_step for r in theirs]),
-            "images_per_second": images / statistics.median(r.seconds_a_step for r in theirs),
-            "peak_bytes": theirs[-1].peak_bytes,
-            "times_as_long": spread([t.seconds_a_step / o.seconds_a_step for t, o in zip(theirs, ours, strict=True)]),
-        }
-    return report
+
+
+def _compare(
+    report: dict[str, Any], ours: Sequence[_Round], theirs: Sequence[_Round], checkpointing: ReferenceCheckpointing
+) -> dict[str, Any]:
+    seconds = spread([r.seconds_a_step for r in theirs])
+    images = report["images_per_second"] * report["seconds_a_step"]["median"]
+    return {
+        "checkpointing": checkpointing,
+        "seconds_a_step": seconds,
+        "images_per_second": images / seconds["median"],
+        "peak_bytes": theirs[-1].peak_bytes,
+        "times_as_long": spread([t.seconds_a_step / o.seconds_a_step for t, o in zip(theirs, ours, strict=True)]),
+    }
 
 
 def _planned_peak(case: _Case, batches: Sequence[StepBatch]) -> int:

@@ -23,6 +23,7 @@ def to_text(report: dict[str, Any]) -> str:
         theirs, times = r["reference"]["seconds_a_step"], r["reference"]["times_as_long"]
         lines.append(
             f"against  the released recipe: {theirs['median']:.4g} s, {times['median']:.3f} times as long "
-            f"({times['lowest']:.3f} to {times['highest']:.3f})"
+            f"({times['lowest']:.3f} to {times['highest']:.3f}); layout.checkpointing is "
+            f"{r['layout']['checkpointing']} for ours, {r['reference']['checkpointing']} for the reference"
         )
     return "\n".join(lines)

@@ -27,6 +27,11 @@ def add(commands: Any) -> None:
     stepping.add_argument("--steps", type=int, default=8, help="steps per round (default 8)")
     stepping.add_argument("--repeats", type=int, default=3, help="rounds, whose medians are reported (default 3)")
     stepping.add_argument("--against", choices=["reference"], help="also measure the released training step, in turn")
+    stepping.add_argument(
+        "--reference-checkpointing",
+        choices=["none", "full"],
+        help="what that one computes again in its backward pass: nothing (default, as released), or each block",
+    )
 
     saving = make(
         bench, "checkpoint", bench_checkpoint, "measure saving and loading: stall, speed, other layouts", on_ranks=True
@@ -58,8 +63,11 @@ def bench_step(args: argparse.Namespace) -> int:
     from fitv2_scale.config.load import load_config
 
     with before_joining():
+        if args.reference_checkpointing and not args.against:
+            raise UserError("--reference-checkpointing needs --against reference: ours is layout.checkpointing")
         config = load_config(args.config, args.overrides)
-    report = step.measure(config, args.steps, args.repeats, args.against == "reference")
+    reference = (args.reference_checkpointing or "none") if args.against else None
+    report = step.measure(config, args.steps, args.repeats, reference)
     if report is not None:
         show(args, report, to_text(report))
     return 0

@@ -14,6 +14,7 @@ from data_sharding.errors import UserError
 from fitv2_scale.bench import released_recipe, step
 from fitv2_scale.bench.released_recipe import ReleasedTrainer
 from fitv2_scale.bench.step_data import open_steps
+from fitv2_scale.bench.step_report import to_text
 from fitv2_scale.cli.__main__ import main
 from fitv2_scale.config.load import load_config
 from fitv2_scale.config.schema import Config
@@ -36,10 +37,10 @@ def config_of(*overrides: str) -> Config:
 def test_the_reference_has_our_loss_and_our_gradient(checkpointing, monkeypatch):
     """The same images, noise and times, padded with a dense mask and packed: losses to 1e-6, gradients to 1e-5."""
     monkeypatch.setattr(released_recipe, "_MICRO_BATCH", 5)
-    config = config_of("layout.max_tokens=4096", f"layout.checkpointing={checkpointing}")
+    config = config_of("layout.max_tokens=4096")
     with open_steps(config, Data.open(config, (1,)), 0, 1) as stream:
         (batch,) = stream
-    theirs = ReleasedTrainer(config, torch.device("cpu"))
+    theirs = ReleasedTrainer(config, torch.device("cpu"), checkpointing)
     theirs.network.load_state_dict(build(config.model).state_dict())
     (padded,) = theirs.micro_batches(batch)
     x1, position, mask, label = padded
@@ -85,6 +86,28 @@ def test_a_reference_step_adds_up_its_micro_batches(monkeypatch):
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
     for name in found[0][1]:
         torch.testing.assert_close(found[0][1][name], found[1][1][name], rtol=1e-4, atol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize("ours", ["none", "full"])
+@pytest.mark.parametrize("asked,passes", [([], 1), (["none"], 1), (["full"], 2)])
+def test_what_the_reference_computes_again_is_its_own_choice(ours, asked, passes, monkeypatch, capsys):
+    """Five images are one micro-batch, and two steps are taken: one to warm up, one that is measured."""
+    calls = []
+    block = released_recipe._block
+    monkeypatch.setattr(released_recipe, "_block", lambda *inputs: (calls.append(1), block(*inputs))[1])
+    option = [f"--reference-checkpointing={choice}" for choice in asked]
+    arguments = ["bench", "step", "configs/demo.yaml", *BENCHED, f"layout.checkpointing={ours}", "--steps=1"]
+    assert main([*arguments, "--repeats=1", "--against=reference", *option, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(calls) == 2 * 2 * passes  # steps, blocks
+    assert report["reference"]["checkpointing"] == (asked or ["none"])[0]
+    assert report["layout"]["checkpointing"] == ours
+    assert f"is {ours} for ours, {(asked or ['none'])[0]} for the reference" in to_text(report)
+
+
+def test_a_choice_for_a_reference_that_is_not_measured_is_refused(capsys):
+    assert main(["bench", "step", "configs/demo.yaml", *BENCHED, "--reference-checkpointing", "full"]) == 2
+    assert "--reference-checkpointing needs --against reference" in capsys.readouterr().err
 
 
 def test_a_preset_has_latents_of_its_sizes():
@@ -140,7 +163,7 @@ def test_a_round_leaves_no_weights_behind(compile_blocks, monkeypatch):
         monkeypatch.setattr(step, name, remembered(getattr(step, name)))
     gc.disable()
     try:
-        step.measure(config_of(f"layout.compile={compile_blocks}"), 1, 2, against_reference=True)
+        step.measure(config_of(f"layout.compile={compile_blocks}"), 1, 2, "none")
     finally:
         gc.enable()
     tensors = len(list(FiTv2(config_of().model).parameters()))
@@ -149,4 +172,4 @@ def test_a_round_leaves_no_weights_behind(compile_blocks, monkeypatch):
 
 def test_the_reference_is_the_released_network_alone():
     with pytest.raises(UserError, match="qk_norm"):
-        step.measure(config_of("model.qk_norm=none"), 1, 1, against_reference=True)
+        step.measure(config_of("model.qk_norm=none"), 1, 1, "none")

@@ -196,5 +196,5 @@ class Done(Exception):
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_peak_on_a_gpu(checkpointing):
     overrides = ["data.url=preset:imagenet256", "batch.images=64", f"layout.checkpointing={checkpointing}"]
-    report = step.measure(load_config("configs/fitv2_xl2.yaml", overrides), 2, 1, against_reference=False)
+    report = step.measure(load_config("configs/fitv2_xl2.yaml", overrides), 2, 1)
     assert report["planned_peak_bytes"] == pytest.approx(report["peak_bytes"], rel=0.05)
