@@ -30,6 +30,7 @@ from fitv2_scale.model.flow import flow_loss
 from fitv2_scale.model.to_torch import pack_to_torch
 from fitv2_scale.parallel.agreement import agree, read_alike
 from fitv2_scale.parallel.build import make_engine
+from fitv2_scale.parallel.deterministic import deterministic_kernels
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.memory_estimate import cuda_peak
 from fitv2_scale.parallel.optimizer import update_ema
@@ -83,7 +84,8 @@ def measure(
             batches = list(stream)
         ours, theirs = [], []
         for done in range(1, repeats + 1):
-            ours.append(_ours(case, batches, split=done == repeats))
+            with deterministic_kernels(config.deterministic):
+                ours.append(_ours(case, batches, split=done == repeats))
             _free(world.device)
             if reference:
                 theirs.append(_reference(case, batches, reference))
@@ -248,6 +250,7 @@ def _report(case: _Case, batches: Sequence[StepBatch], ours: Sequence[_Round]) -
         "torch": torch.__version__,
         "ranks": case.world.size,
         "layout": config.layout.model_dump(),
+        "deterministic": config.deterministic,
         "steps": len(batches),
         "rounds": len(ours),
         "seconds_a_step": spread([r.seconds_a_step for r in ours]),

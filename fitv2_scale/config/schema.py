@@ -50,6 +50,10 @@ class Config(Section):
     trainable: list[str] = Field(["*"], description="name patterns of the trained tensors, as in blocks.*.adaLN*")
     train: TrainConfig = Field(description="the run's length")
     layout: LayoutConfig = Field(LayoutConfig(), description="how the work is divided; changes only the speed")
+    deterministic: bool = Field(
+        False,
+        description="train with kernels that give equal bits each time; needed on GPUs, for images above 256 tokens",
+    )
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="when commits are made and kept")
     tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow")
     validation: ValidationConfig = Field(ValidationConfig(), description="loss on held-out images")

@@ -88,8 +88,7 @@ def test_a_reference_step_adds_up_its_micro_batches(monkeypatch):
         torch.testing.assert_close(found[0][1][name], found[1][1][name], rtol=1e-4, atol=2e-4, msg=name)
 
 
-@pytest.mark.parametrize("ours", ["none", "full"])
-@pytest.mark.parametrize("asked,passes", [([], 1), (["none"], 1), (["full"], 2)])
+@pytest.mark.parametrize("ours,asked,passes", [("none", ["full"], 2), ("full", [], 1), ("selective", ["none"], 1)])
 def test_what_the_reference_computes_again_is_its_own_choice(ours, asked, passes, monkeypatch, capsys):
     """Five images are one micro-batch, and two steps are taken: one to warm up, one that is measured."""
     calls = []
@@ -103,6 +102,19 @@ def test_what_the_reference_computes_again_is_its_own_choice(ours, asked, passes
     assert report["reference"]["checkpointing"] == (asked or ["none"])[0]
     assert report["layout"]["checkpointing"] == ours
     assert f"is {ours} for ours, {(asked or ['none'])[0]} for the reference" in to_text(report)
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_the_key_deterministic_is_for_ours(wanted, monkeypatch):
+    seen = {"ours": set(), "reference": set()}
+
+    def noting(who: str, take: Callable) -> Callable:
+        return lambda *args: (seen[who].add(torch.are_deterministic_algorithms_enabled()), take(*args))[1]
+
+    monkeypatch.setattr(step, "train_step", noting("ours", step.train_step))
+    monkeypatch.setattr(ReleasedTrainer, "step", noting("reference", ReleasedTrainer.step))
+    report = step.measure(config_of(f"deterministic={str(wanted).lower()}"), 1, 1, "none")
+    assert report["deterministic"] == wanted and seen == {"ours": {wanted}, "reference": {False}}
 
 
 def test_a_choice_for_a_reference_that_is_not_measured_is_refused(capsys):
