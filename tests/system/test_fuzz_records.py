@@ -22,6 +22,7 @@ from fitv2_scale.evaluate.results import read_result, write_result
 from fitv2_scale.evaluate.sampling.png_folder import read_request
 from fitv2_scale.evaluate.suites import results_table
 from fitv2_scale.planning.forecast.assumptions import Assumptions
+from fitv2_scale.planning.scaling.curves_report import prediction_lines
 from fitv2_scale.planning.scaling.meaning import Origin, meaning_of
 from fitv2_scale.planning.scaling.predictions import PredictionFile, score
 from fitv2_scale.planning.scaling.read_curves import Curve, Series, _fids
@@ -104,7 +105,7 @@ def of_predictions(place: Place) -> None:
     series = {"loss": Series(np.array([10, 20]), np.array([0.6, 0.5]))}
     curve = Curve("a", ModelConfig(**MODEL), 12, 0, series, meaning_of({}, Origin()))
     for prediction in PredictionFile(place.folder).all():
-        score(prediction, [curve])
+        assert prediction_lines({"scored": [score(prediction, [curve])], "predictions": []})
 
 
 def of_a_dataset(place: Place) -> None:

@@ -149,7 +149,7 @@ def to_text(report: dict[str, Any]) -> str:
     elif report["why_no_surface"]:
         lines.append(report["why_no_surface"])
     lines += _fid_lines(report["fid"]) if report["fid"] else []
-    return "\n".join([*lines, *_prediction_lines(report)])
+    return "\n".join([*lines, *prediction_lines(report)])
 
 
 def _law_lines(law: str, fit: dict[str, dict] | None, why: str | None) -> list[str]:
@@ -176,7 +176,8 @@ def _fid_lines(fid: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _prediction_lines(report: dict[str, Any]) -> list[str]:
+def prediction_lines(report: dict[str, Any]) -> list[str]:
+    """A line for each prediction of a report, with what was measured since."""
     lines = []
     for p in [*report["scored"], *report["predictions"]]:
         between = (
@@ -187,6 +188,7 @@ def _prediction_lines(report: dict[str, Any]) -> list[str]:
         line = f"{p['of']}, predicted {p['made'][:10]}: {p['metric']} {p['value']:.5g}, {between}"
         if p["measured"] is not None:
             verdict = {True: ", inside", False: ", outside", None: ""}[p["inside"]]
-            line += f"; measured {p['measured']:.5g}, error {100 * p['error']:+.2f} %{verdict}"
+            error = "" if p["error"] is None else f", error {100 * p['error']:+.2f} %"
+            line += f"; measured {p['measured']:.5g}{error}{verdict}"
         lines.append(line)
     return lines

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from data_sharding.errors import UserError
 from data_sharding.storage.failures import as_sentence
@@ -47,6 +47,7 @@ def _model(record: dict[str, Any]) -> dict[str, Any]:
 class _Prediction(Shape):
     """A line."""
 
+    made: str
     of: str
     model: Annotated[dict[str, Any], AfterValidator(_model)]
     step: Count
@@ -55,7 +56,14 @@ class _Prediction(Shape):
     value: Number
     low: Number | None
     high: Number | None
+    level: Number
     meaning: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _interval(self):
+        if (self.low is None) != (self.high is None):
+            raise ValueError("low and high are both numbers or both null")
+        return self
 
 
 @dataclass(frozen=True)
@@ -144,9 +152,9 @@ class PredictionFile:
 
 
 def score(prediction: dict[str, Any], curves: Sequence[Curve]) -> dict[str, Any]:
-    """The prediction with ``measured``, ``error`` (relative to ``measured``) and ``inside`` (its interval); all None
-    until a run of that network, whose loss means the same, has reached the step. For several such runs, ``measured`` is
-    their mean."""
+    """The prediction with ``measured``, ``error`` (relative to ``measured``, None if that is 0) and ``inside`` (its
+    interval); all None until a run of that network, whose loss means the same, has reached the step. For several such
+    runs, ``measured`` is their mean."""
     model, images, found = ModelConfig.model_validate(prediction["model"]), prediction["images"], []
     for curve in curves:
         series = curve.series.get(prediction["metric"])
@@ -161,4 +169,5 @@ def score(prediction: dict[str, Any], curves: Sequence[Curve]) -> dict[str, Any]
         return prediction | {"measured": None, "error": None, "inside": None}
     measured, low, high = float(np.mean(found)), prediction["low"], prediction["high"]
     inside = None if low is None else low <= measured <= high
-    return prediction | {"measured": measured, "error": prediction["value"] / measured - 1, "inside": inside}
+    error = prediction["value"] / measured - 1 if measured else None
+    return prediction | {"measured": measured, "error": error, "inside": inside}
