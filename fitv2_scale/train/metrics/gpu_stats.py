@@ -21,6 +21,7 @@ class GpuStats:
         names = world.hosts if self._on_cuda else []
         self._node = [sorted(set(names), key=names.index).index(name) for name in names]
         self._reports = 0
+        self._warned = False
 
     def local_values(self) -> np.ndarray:
         """float64 (2 * ranks,) of which this rank fills its own two: peak memory in GiB since the last call, and
@@ -28,9 +29,20 @@ class GpuStats:
         if not self._on_cuda:
             return np.zeros(0)
         values, device = np.zeros((2, self._world.size)), self._world.device
-        values[:, self._world.rank] = torch.cuda.max_memory_allocated(device) / 2**30, _utilisation(device)
+        values[:, self._world.rank] = torch.cuda.max_memory_allocated(device) / 2**30, self._utilisation()
         torch.cuda.reset_peak_memory_stats(device)
         return values.flatten()
+
+    def _utilisation(self) -> float:
+        try:
+            return float(torch.cuda.utilization(self._world.device))
+        except Exception as error:  # no NVML, or one that refuses: no reason to end a run
+            if not self._warned:
+                log.warning(
+                    "gpu_utilisation is left out, since that of rank %d cannot be read: %r", self._world.rank, error
+                )
+            self._warned = True
+            return math.nan
 
     def metrics(self, summed: np.ndarray) -> dict[str, float]:
         if not self._on_cuda:
@@ -50,11 +62,3 @@ def by_node(memory: np.ndarray, busy: np.ndarray, node: list[int]) -> dict[str, 
     found = {f"gpu_memory_gib{name}": float(memory[part].max()) for name, part in parts.items()}
     found |= {f"gpu_utilisation{name}": float(busy[part].mean()) for name, part in parts.items()}
     return {name: value for name, value in found.items() if math.isfinite(value)}
-
-
-def _utilisation(device: torch.device) -> float:
-    try:
-        return float(torch.cuda.utilization(device))
-    except Exception as error:  # no NVML, or one that refuses: no reason to end a run
-        log.debug("the utilisation of %s cannot be read: %s", device, error)
-        return math.nan
