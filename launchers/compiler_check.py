@@ -23,9 +23,9 @@ _SECONDS = 60
 _TRIAL = "#include <Python.h>\nint trial(void) { return PY_MAJOR_VERSION; }\n"
 
 
-def check_compiler(layout: LayoutConfig | None) -> str:
-    """Compiles and loads a trial library in torch.compile's cache. Raises UserError with what is missing."""
-    on_cuda = torch.cuda.is_available()
+def check_compiler(layout: LayoutConfig | None, on_cuda: bool) -> str:
+    """Compiles and loads a trial library in torch.compile's cache, for a rank that computes ``on_cuda`` or on the CPU.
+    Raises UserError with what is missing."""
     if not (layout.compiles(on_cuda) if layout else on_cuda):
         return "not needed: nothing is compiled"
     variable, known, suffix = ("CC", ("gcc", "clang"), "c") if on_cuda else ("CXX", ("g++", "clang++"), "cpp")

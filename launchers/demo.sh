@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# From a fresh clone to a trained FiTv2, on a machine without a GPU: writes shards of real photographs, trains in two
-# processes, kills them half way, resumes, and leaves pictures and an MLflow run. Takes no arguments.
+# From a fresh clone to a trained FiTv2, on a machine without a GPU, or with one, which it then does not use: writes
+# shards of real photographs, trains in two processes, kills them half way, resumes, and leaves pictures and an MLflow
+# run. Takes no arguments.
 #
 # It writes to .venv, data/ and runs/ of the repository; a second call makes a new run beside the first.
 set -euo pipefail

@@ -27,6 +27,7 @@ from data_sharding.storage.retry import RetryPolicy
 from data_sharding.stream.frames import FrameReader
 from fitv2_scale.config.schema import Config
 from fitv2_scale.parallel.agreement import agree
+from fitv2_scale.parallel.device import device_model, torch_without_cuda, unusable_gpu
 from fitv2_scale.parallel.rank_facts import config_facts
 from fitv2_scale.parallel.world import World, join
 from fitv2_scale.run.provenance import installed
@@ -62,7 +63,7 @@ class CheckReport:
 
 def check_nodes(config: Config | None) -> CheckReport:
     """Runs all checks that apply; those of run and data need ``config``. Collective if there are several ranks."""
-    with join() as world:
+    with join(reports_gpu=True) as world:
         agree(world, config_facts(config) if config else {})  # else the ranks would make different checks
         mine = [_finding(what, check) for what, check in _checks(config, world)]
         everyones = world.all_gather(mine)
@@ -85,8 +86,8 @@ def to_text(findings: list[Finding]) -> str:
 def _checks(config: Config | None, world: World) -> Iterator[tuple[str, Callable[[], str]]]:
     yield "packages", lambda: ", ".join(f"{name} {version}" for name, version in installed().items() if version)
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    yield "GPU", lambda: _gpu(local_rank)
-    yield "compiler", lambda: check_compiler(config.layout if config else None)
+    yield "GPU", lambda: _gpu(world.device)
+    yield "compiler", lambda: check_compiler(config.layout if config else None, world.device.type == "cuda")
     if config and config.layout.engine == "zero3":
         yield "DeepSpeed", check_deepspeed
     yield "temporary folder", _temporary
@@ -116,9 +117,12 @@ def _merge(row: tuple[Finding, ...], world: World) -> Finding:
     return Finding(row[0].what, "; ".join(faults), row[0].detail, max(f.seconds for f in row))
 
 
-def _gpu(index: int) -> str:
-    if not torch.cuda.is_available():
-        return "none; training will use the CPU"
+def _gpu(device: torch.device) -> str:
+    if device.type == "cpu":
+        if error := unusable_gpu():
+            raise error
+        return torch_without_cuda() or "none is used; training will use the CPU"
+    index = device.index
     free, total = torch.cuda.mem_get_info(index)
     used = total - free - torch.cuda.memory_reserved(index)
     if used > _USED_BYTES:
@@ -194,8 +198,7 @@ def _data(url: str, cache: str) -> str:
 
 
 def _alike(world: World) -> str:
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    versions = world.all_gather({"machine": platform.machine(), "GPU": gpu, **installed()})
+    versions = world.all_gather({"machine": platform.machine(), "device": device_model(world.device), **installed()})
     times = world.all_gather(time.time())
     for key in versions[0]:
         if len(values := {str(v[key]) for v in versions}) > 1:

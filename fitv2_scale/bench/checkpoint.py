@@ -57,7 +57,7 @@ def measure(config: Config, saves: int, where: str | None) -> dict[str, Any] | N
     """
     with ExitStack() as stack:
         world = stack.enter_context(join())
-        agree(world, config_facts(config) | software_facts() | {"saves": saves, "where": where})
+        agree(world, config_facts(config) | software_facts(world.device) | {"saves": saves, "where": where})
         store = stack.enter_context(_place(world, where))
         layout, data = read_alike(world, lambda: read_data(config, world))
         with open_steps(config, data, layout.data_rank(world.rank), _BATCHES) as stream:

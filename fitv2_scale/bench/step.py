@@ -77,7 +77,7 @@ def measure(
     with join() as world:
         if reference and world.size > 1:
             raise UserError("--against reference needs a single process: start it without torchrun")
-        agree(world, config_facts(config) | software_facts() | {"steps": steps, "repeats": repeats})
+        agree(world, config_facts(config) | software_facts(world.device) | {"steps": steps, "repeats": repeats})
         layout, data = read_alike(world, lambda: read_data(config, world))
         case = _Case(config, world, layout, data, steps)
         with case.open() as stream:

@@ -81,7 +81,7 @@ def add(commands: Any) -> None:
 
 def evaluate_source(args: argparse.Namespace) -> int:
     from fitv2_scale.evaluate.evaluate import EvaluationOptions, evaluate_weights, is_network
-    from fitv2_scale.parallel.rank_facts import command_facts, software_facts
+    from fitv2_scale.parallel.rank_facts import command_facts
 
     options = EvaluationOptions(
         network=args.network,
@@ -97,7 +97,7 @@ def evaluate_source(args: argparse.Namespace) -> int:
             refuse_unused(args, *_UNUSED[kind])
         if args.nfe is not None:
             refuse_unused(args, ("steps",), "--nfe gives the numbers of steps: leave out {}")
-        facts = {"WHAT": kind} | command_facts(args) | software_facts()
+        facts = {"WHAT": kind} | command_facts(args)
     if kind == "images":
         return _measure_images(args, options, facts)
     done = evaluate_weights(
@@ -118,16 +118,20 @@ def _measure_images(args: argparse.Namespace, options: "EvaluationOptions", fact
     from fitv2_scale.evaluate.evaluate import evaluate_images
     from fitv2_scale.evaluate.results import METRICS
     from fitv2_scale.parallel.agreement import agree, read_alike
+    from fitv2_scale.parallel.rank_facts import software_facts
     from fitv2_scale.parallel.world import join
 
     with join() as world:
-        agree(world, facts)  # first: a rank that does not see the run of the others takes it for images
+        agree(
+            world, facts | software_facts(world.device)
+        )  # first: a rank that does not see the run of the others takes it for images
         read_alike(world, lambda: (refuse_unused(args, *_UNUSED["images"]), {}))
     if not world.is_first:
         return 0  # one process is enough
     if args.size and len(args.size) > 1:
         raise UserError("images are measured at one size: give one --size")
-    result = evaluate_images(args.source, args.size[0] if args.size else None, options, args.save_statistics)
+    size = args.size[0] if args.size else None
+    result = evaluate_images(args.source, size, options, args.save_statistics, world.device)
     figures = {name: result[name] for name in METRICS if result.get(name) is not None}
     lines = [f"{args.source}: {result['images']:,} images" + (f" of {result['size']}" if result["size"] else "")]
     lines += [*_besides(result), *_of_references([result])]

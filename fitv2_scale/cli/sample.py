@@ -9,6 +9,8 @@ from data_sharding.errors import UserError
 from fitv2_scale.cli.common import class_numbers, make, new_file, refuse_unused, sampling_changes, show, whole
 
 if TYPE_CHECKING:  # torch is imported when there is something to do
+    import torch
+
     from fitv2_scale.config.sections import SamplingConfig
     from fitv2_scale.evaluate.sampling.load_weights import Weights
     from fitv2_scale.parallel.agreement import Facts
@@ -73,7 +75,7 @@ def sample_images(args: argparse.Namespace) -> int:
     from fitv2_scale.parallel.world import join
 
     with join() as world:
-        sample_as, sizes = read_alike(world, lambda: _request(args))
+        sample_as, sizes = read_alike(world, lambda: _request(args, world.device))
         with open_weights(args.weights, world, args.config, args.overrides) as weights:
             sampling = with_changes(weights.config.sampling, sampling_changes(args))
             report, text = sample_as(args, weights, sampling, sizes)
@@ -82,7 +84,7 @@ def sample_images(args: argparse.Namespace) -> int:
     return 0
 
 
-def _request(args: argparse.Namespace) -> "tuple[tuple[Callable, list[str]], Facts]":
+def _request(args: argparse.Namespace, device: "torch.device") -> "tuple[tuple[Callable, list[str]], Facts]":
     """What makes the images and their sizes, and the facts in which all ranks must agree."""
     from fitv2_scale.parallel.rank_facts import command_facts, software_facts
 
@@ -92,7 +94,7 @@ def _request(args: argparse.Namespace) -> "tuple[tuple[Callable, list[str]], Fac
     kind = "single images" if args.images is not None else "comparison" if args.compare else "grid"
     refuse_unused(args, *_UNUSED[kind])
     sample_as = {"single images": _single_images, "comparison": _compare, "grid": _grid}[kind]
-    return (sample_as, sizes), command_facts(args) | software_facts()
+    return (sample_as, sizes), command_facts(args) | software_facts(device)
 
 
 def _grid(args: argparse.Namespace, weights: "Weights", sampling: "SamplingConfig", sizes: list[str]) -> tuple:

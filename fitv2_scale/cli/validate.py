@@ -23,7 +23,7 @@ def validate_weights(args: argparse.Namespace) -> int:
     from fitv2_scale.train.in_loop_eval import validation_of
 
     with join() as world:
-        agree(world, command_facts(args) | software_facts())
+        agree(world, command_facts(args) | software_facts(world.device))
         with open_weights(args.weights, world, args.config, args.overrides) as weights:
             weights.header()  # raises if its data would have other classes
             layout, data = read_alike(world, lambda: read_data(weights.config, world))

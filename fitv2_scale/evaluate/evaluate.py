@@ -35,6 +35,7 @@ from fitv2_scale.evaluate.reference_statistics import (
 from fitv2_scale.evaluate.results import FOLDER, measure, read_result, write_result
 from fitv2_scale.evaluate.sampling.load_weights import Weights, open_weights
 from fitv2_scale.parallel.agreement import Facts, agree, read_alike
+from fitv2_scale.parallel.rank_facts import software_facts
 from fitv2_scale.parallel.world import join
 from fitv2_scale.run.log import now
 from fitv2_scale.run.reference import split_reference
@@ -100,7 +101,7 @@ def evaluate_weights(
     facts: Facts | None = None,
 ) -> Evaluation | None:
     """Measures each cell and stores the result in the run, or in ``out``. Existing results are not computed again.
-    None on ranks other than 0. ``facts``: what else all ranks must agree in.
+    None on ranks other than 0. ``facts``: what all ranks must agree in, besides software and device.
 
     Raises:
         UserError: the ranks were not told the same; and see ``open_weights``, ``FeatureNetwork.load``,
@@ -108,7 +109,7 @@ def evaluate_weights(
     """
     with ExitStack() as stack:
         world = stack.enter_context(join())
-        agree(world, facts or {})
+        agree(world, (facts or {}) | software_facts(world.device))
         weights = stack.enter_context(open_weights(source, world, config_file, overrides))
         run = weights.run
         if out:
@@ -250,13 +251,16 @@ def _measure_cell(
     return result
 
 
-def evaluate_images(source: str, size: str | None, options: EvaluationOptions, save: str | None) -> dict[str, Any]:
-    """Metrics of images or features against the reference. With ``save``, an .npz, also writes their own statistics.
+def evaluate_images(
+    source: str, size: str | None, options: EvaluationOptions, save: str | None, device: torch.device
+) -> dict[str, Any]:
+    """Metrics of images or features against the reference, on ``device``. With ``save``, an .npz, also writes their own
+    statistics.
 
     Raises:
         UserError: see ``open_image_set``, ``FeatureNetwork.load``, ``open_reference``, ``measure``.
     """
-    network = options.load_network("cuda" if torch.cuda.is_available() else "cpu")
+    network = options.load_network(device)
     pixels = None if size is None else _pixels(size)
     features, images = _features_of(source, pixels, options, network)
     shape = pixels if images is None else images.size
@@ -267,8 +271,7 @@ def evaluate_images(source: str, size: str | None, options: EvaluationOptions, s
         save_statistics(save, reference_from_features(features, source, shape), images, network)
         result["saved"] = save
     if options.reference or not save:
-        device = "cpu" if network is None else network.device
-        result |= measure(features, options.open_reference(shape, network), device)
+        result |= measure(features, options.open_reference(shape, network), network.device if network else "cpu")
     return result
 
 

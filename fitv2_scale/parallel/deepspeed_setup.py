@@ -37,7 +37,8 @@ def _added(mapping: MutableMapping, **items: Any) -> Generator[None]:
             del mapping[key]
 
 
-_ACCELERATOR = "cuda" if torch.cuda.is_available() else "cpu"
+# Of this process; if its ranks are to use the CPU, ``join`` has hidden the GPUs. Counting them does not begin CUDA.
+_ACCELERATOR = "cuda" if torch.cuda.device_count() else "cpu"
 
 try:
     # Its autotuner would import MLflow, which takes seconds, starts a thread and may send usage data.

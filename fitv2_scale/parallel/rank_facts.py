@@ -11,6 +11,7 @@ from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
 from fitv2_scale.parallel.agreement import Facts
+from fitv2_scale.parallel.device import device_model
 from fitv2_scale.parallel.world import World
 from fitv2_scale.run.differences import flatten
 from fitv2_scale.run.provenance import code_digest, installed
@@ -59,18 +60,15 @@ def command_facts(args: argparse.Namespace) -> dict[str, Any]:
     return {f"--{name.replace('_', '-')}": value for name, value in shown.items()}
 
 
-def software_facts() -> dict[str, Any]:
-    """Our code, the packages that results may depend on, the device, and variables of the environment."""
+def software_facts(device: torch.device) -> dict[str, Any]:
+    """Our code, the packages that results may depend on, the model of this rank's ``device``, and variables of the
+    environment. A node whose driver is broken has no GPU; and copies of the state that other models compute need not
+    have the same bits."""
     packages = {f"version of {name}": version for name, version in installed().items()}
     variables = {f"${name}": os.environ.get(name) for name in _VARIABLES}
-    facts = {"device": _device(), "digest of the code": code_digest(), "version of python": platform.python_version()}
+    versions = {"digest of the code": code_digest(), "version of python": platform.python_version()}
+    facts = {"device": device_model(device)} | versions
     return facts | packages | variables
-
-
-def _device() -> str:
-    """The model of this rank's GPU. A node whose driver is broken has none, and copies of the state that other models
-    compute need not have the same bits."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def read_data(config: Config, world: World) -> tuple[tuple[Layout, Data], Facts]:

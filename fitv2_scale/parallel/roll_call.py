@@ -1,6 +1,7 @@
 """Ranks that never join are named by those that have.
 
 Each rank writes into the store of the process group which node it is on, and the last one writes that all are there.
+On the way it finds out whether all ranks have the same view of something, with one look at the store each.
 A rank that has waited for too long writes instead who is missing, and all that wait end with that sentence.
 """
 
@@ -15,35 +16,39 @@ from fitv2_scale.parallel.failures import arisen_on, leave
 from fitv2_scale.parallel.group_store import appears, in_time
 from fitv2_scale.parallel.rank_names import guess_nodes, name_ranks
 
-# Keys of the store: how many ranks have joined, the node of each, who has warned, and what was found.
+# Keys of the store: how many ranks have joined, the node of each, who has warned, and what was found; the view of the
+# first to come, and whether another one has another.
 _JOINED, _NODE, _WARNED, _FOUND = "fitv2/joined", "fitv2/node", "fitv2/warned", "fitv2/found"
+_VIEW, _VIEWS_DIFFER = "fitv2/view", "fitv2/views-differ"
 _ALL_ARE_THERE = "all"
 
 log = logging.getLogger(__name__)
 
 
-def call_roll(store: dist.Store, rank: int, size: int, node: str, patience: float) -> str:
-    """Returns the first rank's node, once all ranks have called it. Raises RanksMissing on all that have, if others do
-    not come for ``patience`` seconds."""
+def call_roll(store: dist.Store, rank: int, size: int, node: str, patience: float, view: str) -> tuple[str, bool]:
+    """Returns the first rank's node, and whether all ranks gave the same ``view``, once all have called it. Raises
+    RanksMissing on all that have, if others do not come for ``patience`` seconds."""
     place = f"rank {rank} on {node}"
     try:
-        found = in_time(lambda: _wait(store, rank, size, node, patience), 2 * patience)
+        found = in_time(lambda: _wait(store, rank, size, node, patience, view), 2 * patience)
     except (dist.DistError, TimeoutError) as error:  # the server was stopped, or has gone
         raise RanksMissing(
             f"{place} waited for the other ranks to join, and rank 0 or its node does not answer any more: see what "
             "became of it, then start again"
         ) from error
     if found == _ALL_ARE_THERE:
-        return store.get(f"{_NODE}/0").decode()
+        return store.get(f"{_NODE}/0").decode(), not store.check([_VIEWS_DIFFER])
     missing, origin, sentence = json.loads(found)
     leave(store, rank, size - missing)
     error = RanksMissing(sentence)
     raise error if origin == place else arisen_on(origin, error)
 
 
-def _wait(store: dist.Store, rank: int, size: int, node: str, patience: float) -> str:
+def _wait(store: dist.Store, rank: int, size: int, node: str, patience: float, view: str) -> str:
     """What was found: by the last rank to come, or by the first that has waited for too long."""
     store.set(f"{_NODE}/{rank}", node)
+    if store.compare_set(_VIEW, "", view).decode() != view:
+        store.set(_VIEWS_DIFFER, "yes")
     if store.add(_JOINED, 1) == size:
         store.compare_set(_FOUND, "", _ALL_ARE_THERE)
     if not appears(store, _FOUND, patience / 2) and store.add(_WARNED, 1) == 1:

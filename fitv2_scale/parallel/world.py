@@ -1,6 +1,7 @@
 """The processes of an attempt and their small collectives on the CPU. They are started by torchrun or by any launcher
 that sets its variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); without these it is one process."""
 
+import logging
 import os
 import socket
 from collections.abc import Callable, Generator
@@ -15,6 +16,14 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from data_sharding.errors import UserError
+from fitv2_scale.parallel.device import (
+    gpu_view,
+    hide_gpus,
+    own_device,
+    sees_too_few_gpus,
+    torch_without_cuda,
+    unusable_gpu,
+)
 from fitv2_scale.parallel.failures import LastWords, arisen_on, portable, shared
 from fitv2_scale.parallel.group_store import open_group_store
 from fitv2_scale.parallel.presence import Presence
@@ -25,6 +34,8 @@ from fitv2_scale.parallel.small_sums import all_reduce_sum
 _TIMEOUT = timedelta(minutes=10)
 _LONGEST_TIMEOUT = timedelta(days=365)
 _RECORDED = 2000  # collectives that torch's flight recorder keeps, for the watchdog to write when a rank hangs
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -94,27 +105,40 @@ def own_group(group: dist.ProcessGroup | int | None) -> dist.ProcessGroup:
 
 
 @contextmanager
-def join(failure: Exception | None = None) -> Generator[World]:
+def join(failure: Exception | None = None, reports_gpu: bool = False) -> Generator[World]:
     """Joins the process group, a group of one without a launcher, and leaves it at the end.
+
+    If one machine has fewer GPUs than ranks, all compute on the CPU, and rank 0 says so. So does, with ``reports_gpu``,
+    a rank whose GPU torch cannot use: the caller reports why (``device.unusable_gpu``).
 
     A rank that cannot do its part gives its ``failure``: all ranks raise it as soon as they have joined, as
     ``World.raise_shared`` does. A rank that fails inside is known to the others when it has left (``LastWords``).
 
     Raises:
-        UserError: a node has fewer GPUs than ranks.
+        UserError: several nodes, or one in a job of Slurm, have fewer GPUs than ranks; or torch cannot use a GPU.
         RanksMissing: other ranks do not join; or hang or have ended inside, and so have broken a collective.
     """
-    device, no_gpu = _own_device()
-    failure = failure or no_gpu
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(_RECORDED))
     patience, node = _TIMEOUT.total_seconds(), _node()
-    if "RANK" in os.environ:
-        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    launched = "RANK" in os.environ
+    rank, size = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if launched else (0, 1)
+    device, no_gpu, too_few = torch.device("cpu"), None, None
+    if not (few := sees_too_few_gpus(size)):
+        device, no_gpu = own_device()  # before the roll is called: a rank whose GPU hangs is then named as missing
+    if launched:
         store = open_group_store(rank, size, patience)
-        first = call_roll(store, rank, size, node, patience)
+        first, seen_alike = call_roll(store, rank, size, node, patience, gpu_view())
+        if few and seen_alike:
+            too_few = hide_gpus(size)
+        elif few:
+            device, no_gpu = own_device()
     else:
-        store, rank, size, first = dist.HashStore(), 0, 1, node
+        store, first = dist.HashStore(), node
+    failure = failure or no_gpu or (None if reports_gpu else unusable_gpu())
+    unused = too_few or (None if reports_gpu else torch_without_cuda())
+    if rank == 0 and unused and not failure:
+        log.warning("%s", unused)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     presence = Presence(store, rank, size, node, first, patience)
     with presence.shown():
         dist.init_process_group(backend, timeout=_TIMEOUT, store=store, rank=rank, world_size=size)
@@ -128,19 +152,6 @@ def join(failure: Exception | None = None) -> Generator[World]:
         finally:
             dist.destroy_process_group()
             last_words.leave()
-
-
-def _own_device() -> tuple[torch.device, UserError | None]:
-    """This rank's device; or the CPU, and why it has none though its node has GPUs."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu"), None
-    local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if local >= gpus:
-        sees = f"sees {gpus} GPU{'s' if gpus > 1 else ''}"
-        return torch.device("cpu"), UserError(f"rank {local} of its node {sees}: start a rank for each GPU, not more")
-    device = torch.device("cuda", local)
-    torch.cuda.set_device(device)
-    return device, None
 
 
 def _gpu(device: torch.device) -> tuple[str, str | None, int] | None:

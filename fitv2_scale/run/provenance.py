@@ -27,6 +27,7 @@ SOURCE = "source.json"  # {"git": "4f0c…-dirty", "diff": "…"} beside the pac
 _PACKAGES = ("torch", "triton", "numpy", "safetensors", "deepspeed", "megatron-core", "fitv2-scale")
 _OURS = ("data_sharding", "fitv2_scale", "launchers")
 _ROOT = Path(__file__).parents[2]
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
 _MOST_DIFF = 1 << 20  # characters; a longer one is cut
 
 
@@ -48,14 +49,15 @@ def provenance() -> dict[str, Any]:
     """
     import torch.cuda.nccl  # only here: a report command needs no torch
 
-    gpus = [own_gpu(torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0  # those that torch cannot use are counted
+    gpus = [own_gpu(torch.device("cuda", i)) for i in range(count)]
     return redact(
         {
             "python": sys.version.split()[0],
             "packages": installed(),
             "cuda": torch.version.cuda,
             "nccl": ".".join(map(str, torch.cuda.nccl.version())) if gpus else None,
-            "driver": _driver(),
+            "driver": nvidia_driver(),
             "hostname": socket.gethostname(),
             "pid": os.getpid(),
             "argv": sys.argv,
@@ -108,9 +110,10 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _driver() -> str | None:
+def nvidia_driver(file: Path = DRIVER_FILE) -> str | None:
+    """The version of the NVIDIA driver that the kernel has loaded; None if it has none."""
     with suppress(OSError):
-        found = re.search(r"Kernel Module.*?(\d+\.\d+[.\d]*)", Path("/proc/driver/nvidia/version").read_text())
+        found = re.search(r"Kernel Module.*?(\d+\.\d+[.\d]*)", file.read_text())
         return found[1] if found else None
     return None
 

@@ -41,7 +41,7 @@ def train(config: Config, fork_from: str | None = None, ends_process: bool = Fal
     told the same."""
     with dropping(), StopSignal().caught(for_good=ends_process) as stop, join() as world:
         try:
-            fork = read_alike(world, lambda: read_request(config, fork_from))
+            fork = read_alike(world, lambda: read_request(config, fork_from, world.device))
             if is_complete(config, world):
                 steps = config.train.steps
                 _say(world.is_first, f"{config.run} has done its {steps} steps; raise train.steps to continue")

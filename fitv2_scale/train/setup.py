@@ -4,6 +4,8 @@ import logging
 import secrets
 from typing import Any
 
+import torch
+
 from data_sharding.errors import DataError, UserError
 from data_sharding.format.manifest import read_header
 from data_sharding.plan.plan import Plan
@@ -43,15 +45,15 @@ from fitv2_scale.train.session import Session
 log = logging.getLogger(__name__)
 
 
-def read_request(config: Config, fork_from: str | None) -> tuple[Fork | None, Facts]:
-    """What a rank was asked to train, and the facts in which all ranks must agree. Raises UserError."""
+def read_request(config: Config, fork_from: str | None, device: torch.device) -> tuple[Fork | None, Facts]:
+    """What a rank was asked to train, on ``device``, and the facts in which all ranks must agree. Raises UserError."""
     if not config.run:
         raise UserError("give the run's folder as run=FOLDER")
     if presets := [url for url in config.data.urls if is_preset(url)]:
         raise UserError(f"{presets[0]} has sizes only, for `fitv2 plan`: give a dataset as data.url to train")
     fork = Fork.parse(fork_from, config.run) if fork_from else None
     facts = {"command": "train", "--fork-from": fork_from, "run of --fork-from": fork and fork.run.id}
-    return fork, facts | config_facts(config) | software_facts()
+    return fork, facts | config_facts(config) | software_facts(device)
 
 
 def is_complete(config: Config, world: World) -> bool:

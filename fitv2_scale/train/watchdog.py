@@ -115,7 +115,7 @@ class Watchdog:
     """One on each rank; all ranks make theirs together. ``within`` is for the main thread."""
 
     def __init__(self, config: WatchdogConfig, world: World, attempt: Attempt) -> None:
-        self._config, self._rank, self._attempt = config, world.rank, attempt
+        self._config, self._rank, self._device, self._attempt = config, world.rank, world.device, attempt
         self._node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
         self._phase: Phase = "load"
         self._since, self._step, self._compiled = time.monotonic(), 0, 0
@@ -262,7 +262,7 @@ class Watchdog:
     def _end(self, hung: Sequence[Hung]) -> None:
         """Writes stacks and reason, and exits. All ranks use what the rank that raised the alarm has seen: a moment
         earlier or later it looks different."""
-        write_stacks(self._attempt, self._rank)
+        write_stacks(self._attempt, self._rank, self._device)
         reason = "; ".join(map(str, hung[:3])) + (f"; and {len(hung) - 3} more" if len(hung) > 3 else "")
         log.error("%s", reason)
         ranks = {self._rank, *self._beats}

@@ -4,9 +4,11 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from data_sharding.errors import UserError
@@ -15,6 +17,7 @@ from fitv2_scale.config.layout import LayoutConfig
 from launchers import preflight
 from launchers.compiler_check import check_compiler
 from launchers.preflight import check_nodes
+from tests.support.fake_cuda import FakeCuda
 from tests.support.ranks import run_ranks
 
 
@@ -56,6 +59,32 @@ def test_one_of_two_that_is_not(tiny, change, message, own_fault):
     assert [first_fault, second_fault] == own_fault
 
 
+def beside_a_driver(cuda: str | None, folder: str) -> tuple[list[str], bool]:
+    """Checks on a machine whose second rank has a GPU that torch cannot use: the faults, whether this rank has one."""
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    if os.environ["RANK"] == "1":
+        FakeCuda(1, driver=False).install(Path(tempfile.mkdtemp(dir=folder)))
+    torch.version.cuda = cuda
+    found = check_nodes(None)
+    return found.faults, found.own_fault
+
+
+def test_a_driver_that_torch_cannot_use(tmp_path):
+    (first, own), (second, others) = run_ranks(2, beside_a_driver, "13.0", str(tmp_path))
+    assert first == second and (own, others) == (False, True)
+    (fault,) = first
+    assert fault.startswith("GPU: rank 1: torch ") and "whose NVIDIA driver is 470.82.01: CUDA says" in fault
+
+
+def test_a_torch_without_cuda_is_no_fault(tmp_path, monkeypatch, capsys, caplog):
+    FakeCuda(0).install(tmp_path, monkeypatch.setattr)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert main(["doctor"]) == 0
+    assert "is built without CUDA, so it computes on the CPU" in capsys.readouterr().out
+    assert caplog.records == []  # once is enough
+
+
 def test_a_machine_by_itself(tiny, capsys, tmp_path, monkeypatch):
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(tiny().model_dump(mode="json")))
@@ -77,21 +106,21 @@ def test_a_compiler_is_tried(compiler, said, tmp_path, monkeypatch):
     """One that works, one that does not; none; and a folder for what it makes that is none."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     compiled = LayoutConfig(compile=True)
-    assert check_compiler(LayoutConfig(compile=False)) == "not needed: nothing is compiled"
-    assert "still empty" in check_compiler(compiled) and not any((tmp_path / "cache").glob("doctor-*"))
+    assert check_compiler(LayoutConfig(compile=False), on_cuda=False) == "not needed: nothing is compiled"
+    assert "still empty" in check_compiler(compiled, on_cuda=False) and not any((tmp_path / "cache").glob("doctor-*"))
     bad = tmp_path / "c++"
     bad.write_text(f"#!/bin/sh\n{compiler}\n")
     bad.chmod(0o755)
     monkeypatch.setenv("CXX", str(bad))
     with pytest.raises(UserError, match=re.escape(said)):
-        check_compiler(compiled)
+        check_compiler(compiled, on_cuda=False)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(bad / "cache"))
     with pytest.raises(UserError, match="torch.compile cannot write its cache"):
-        check_compiler(compiled)
+        check_compiler(compiled, on_cuda=False)
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="there is no g[+][+], which torch.compile needs"):
-        check_compiler(compiled)
+        check_compiler(compiled, on_cuda=False)
 
 
 def test_deepspeed_is_looked_at_where_it_is_used(tiny):

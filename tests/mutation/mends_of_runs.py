@@ -61,11 +61,11 @@ OF_RUNS: tuple[Named, ...] = (
     ),
     Named(
         "B30: a rank validates on other data", "fitv2_scale/cli/validate.py",
-        "agree(world, command_facts(args) | software_facts())", "pass", (f"{RANKS}::test_validation",),
+        "agree(world, command_facts(args) | software_facts(world.device))", "pass", (f"{RANKS}::test_validation",),
     ),
     Named(
         "B30: a rank samples with another seed", "fitv2_scale/cli/sample.py",
-        "return (sample_as, sizes), command_facts(args) | software_facts()", "return (sample_as, sizes), {}",
+        "return (sample_as, sizes), command_facts(args) | software_facts(device)", "return (sample_as, sizes), {}",
         (f"{RANKS}::test_sampling",),
     ),
     Named(

@@ -1,6 +1,7 @@
 """What evaluations need: pictures, a feature network, a reference, and the network's options of the command line."""
 
 import pytest
+import torch
 
 from tests.support.feature_networks import Tiny, save_network
 
@@ -27,7 +28,7 @@ def reference(tmp_path_factory, photographs, feature_network) -> str:
     from fitv2_scale.evaluate.evaluate import EvaluationOptions, evaluate_images
 
     file = str(tmp_path_factory.mktemp("reference") / "32x48.npz")
-    evaluate_images(photographs, "32x48", EvaluationOptions(**feature_network), file)
+    evaluate_images(photographs, "32x48", EvaluationOptions(**feature_network), file, torch.device("cpu"))
     return file
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy.linalg import sqrtm
 
 from data_sharding.errors import UserError
@@ -14,6 +15,8 @@ from fitv2_scale.evaluate.features import read_npz
 from fitv2_scale.evaluate.image_sets import open_image_set
 from fitv2_scale.evaluate.reference_statistics import open_reference, reference_for, reference_identity
 from tests.support.feature_networks import POOL
+
+CPU = torch.device("cpu")
 
 
 def test_statistics_are_in_adms_format(photographs, feature_network, reference):
@@ -24,7 +27,7 @@ def test_statistics_are_in_adms_format(photographs, feature_network, reference):
         "arr_0": (80, 32, 48, 3), "pool": (80, POOL),
     }  # fmt: skip
     assert arrays["arr_0"].dtype == np.uint8 and arrays["mu"].dtype == arrays["sigma"].dtype == np.float64
-    again = evaluate_images(photographs, "32x48", EvaluationOptions(**feature_network, reference=reference), None)
+    again = evaluate_images(photographs, "32x48", EvaluationOptions(**feature_network, reference=reference), None, CPU)
     assert again["fid"] < 1e-3 and again["sfid"] < 1e-3 and (again["precision"], again["recall"]) == (1.0, 1.0)
 
 
@@ -35,9 +38,9 @@ def test_a_reference_that_others_made(photographs, feature_network, reference, t
     published, batch = str(tmp_path / "published.npz"), str(tmp_path / "batch.npz")
     np.savez(published, **{name: arrays[name] for name in ("mu", "sigma", "mu_s", "sigma_s", "arr_0")})
     np.savez(batch, arr_0=arrays["arr_0"])
-    ours = evaluate_images(photographs, "32x32", EvaluationOptions(**feature_network, reference=reference), None)
+    ours = evaluate_images(photographs, "32x32", EvaluationOptions(**feature_network, reference=reference), None, CPU)
     for other in (published, batch):
-        found = evaluate_images(photographs, "32x32", EvaluationOptions(**feature_network, reference=other), None)
+        found = evaluate_images(photographs, "32x32", EvaluationOptions(**feature_network, reference=other), None, CPU)
         assert [found[n] for n in ("fid", "sfid", "is")] == pytest.approx([ours[n] for n in ("fid", "sfid", "is")])
         assert (found["precision"], found["recall"]) == (ours["precision"], ours["recall"])
     assert ours["fid"] > 1e-4
@@ -49,7 +52,7 @@ def test_two_halves(photographs, feature_network, reference, tmp_path):
     first, second = str(tmp_path / "first.npz"), str(tmp_path / "second.npz")
     np.savez(first, pool=pool[::2])
     np.savez(second, pool=pool[1::2])
-    found = evaluate_images(first, None, EvaluationOptions(reference=second), None)
+    found = evaluate_images(first, None, EvaluationOptions(reference=second), None, CPU)
     a, b = (np.cov(half.astype(np.float64), rowvar=False) for half in (pool[::2], pool[1::2]))
     shift = pool[::2].mean(0, dtype=np.float64) - pool[1::2].mean(0, dtype=np.float64)
     expected = shift @ shift + np.trace(a + b - 2 * sqrtm(a @ b).real)
@@ -59,10 +62,10 @@ def test_two_halves(photographs, feature_network, reference, tmp_path):
 
 def test_a_dataset_is_measured_as_decoded(dataset, photographs, feature_network):
     means = EvaluationOptions(**feature_network, reference=dataset, reference_images=100)
-    assert evaluate_images(dataset, "32x48", means, None)["fid"] < 1e-3
+    assert evaluate_images(dataset, "32x48", means, None, CPU)["fid"] < 1e-3
     pictures = open_image_set(dataset, (48, 32), 100)
     assert pictures.count == 100 and {p.shape for p in pictures.read()} == {(48, 32, 3)}
-    assert evaluate_images(photographs, "32x48", means, None)["fid"] > 1e-2  # others
+    assert evaluate_images(photographs, "32x48", means, None, CPU)["fid"] > 1e-2  # others
 
 
 @pytest.mark.parametrize(
@@ -85,7 +88,7 @@ def test_statistics_of_no_images_are_refused(reference, photographs, feature_net
     arrays, bad = read_npz(reference), str(tmp_path / "bad.npz")
     np.savez(bad, **{name: array for name, array in {**arrays, **change(arrays)}.items() if array is not None})
     with pytest.raises(UserError, match=sentence):
-        evaluate_images(photographs, "32x48", EvaluationOptions(**feature_network, reference=bad), None)
+        evaluate_images(photographs, "32x48", EvaluationOptions(**feature_network, reference=bad), None, CPU)
 
 
 def test_a_pipe_is_no_reference(tmp_path):
@@ -111,14 +114,14 @@ def test_of_a_folder_of_references_the_one_for_the_size_of_the_images(
     options = EvaluationOptions(**feature_network, reference=str(tmp_path))
     for name in ("32x48.npz", "64x64.npz"):
         shutil.copy(reference, tmp_path / name)
-    found = evaluate_images(photographs, "32x48", options, None)
+    found = evaluate_images(photographs, "32x48", options, None, CPU)
     assert found["reference"]["source"] == str(tmp_path / "32x48.npz") and found["fid"] < 1e-3
     with pytest.raises(UserError, match=r"has no 48x32\.npz: create it"):
-        evaluate_images(photographs, "48x32", options, None)
+        evaluate_images(photographs, "48x32", options, None, CPU)
     np.savez(tmp_path / "features", pool=read_npz(reference)["pool"])
     with pytest.raises(UserError, match="has a reference for each size: give the images' as --size"):
-        evaluate_images(str(tmp_path / "features.npz"), None, options, None)
-    assert evaluate_images(str(tmp_path / "features.npz"), "32x48", options, None)["fid"] < 1e-3
+        evaluate_images(str(tmp_path / "features.npz"), None, options, None, CPU)
+    assert evaluate_images(str(tmp_path / "features.npz"), "32x48", options, None, CPU)["fid"] < 1e-3
 
 
 @pytest.mark.parametrize("name", ["index.npz", "mix.npz", "4x4.npz.bak", "ax4.npz"])
@@ -136,7 +139,7 @@ def test_what_else_lies_in_the_folders_is_counted(photographs, feature_network, 
     Path(photos, ".git").mkdir()
     Path(folder, "labels.txt").touch()
     options = EvaluationOptions(**feature_network, reference=folder)
-    found = evaluate_images(photos, "32x48", options, None)
+    found = evaluate_images(photos, "32x48", options, None, CPU)
     assert sum(found["seen"].values()) == 83 and found["seen"][".heic"] == 3
     assert found["left_aside"] == {".heic": 3, "folder .git": 1}
     assert sum(found["reference"]["seen"].values()) == 81 and found["reference"]["left_aside"] == {".txt": 1}

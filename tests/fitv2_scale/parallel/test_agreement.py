@@ -198,7 +198,7 @@ def refused_in_turn(dataset: str, copies: dict[str, str], folder: Path) -> dict[
 
         for changes in CHANGES:
             own = make_tiny(dataset, folder, **(changes if second else {}))
-            refuse(str(changes), lambda own=own: read_request(own, None))
+            refuse(str(changes), lambda own=own: read_request(own, None, world.device))
         for name, copy in copies.items():
             own = make_tiny(copy if second else dataset, folder)
             if name == "the same":
@@ -207,14 +207,16 @@ def refused_in_turn(dataset: str, copies: dict[str, str], folder: Path) -> dict[
                 refuse(name, lambda own=own: read_data(own, world))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(rank_facts, "code_digest", lambda: "01234567" if second else "89abcdef")
-            refuse("code", lambda: read_request(config, None))
+            refuse("code", lambda: read_request(config, None, world.device))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(rank_facts, "installed", lambda: {"torch": "2.0.0" if second else "2.1.0"})
-            refuse("torch", lambda: read_request(config, None))
+            refuse("torch", lambda: read_request(config, None, world.device))
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("NCCL_ALGO", "Ring" if second else "Tree")
-            refuse("NCCL", lambda: read_request(config, None))
-        assert read_alike(world, lambda: read_request(config, None)) is None  # the group is as good as before
+            refuse("NCCL", lambda: read_request(config, None, world.device))
+        assert (
+            read_alike(world, lambda: read_request(config, None, world.device)) is None
+        )  # the group is as good as before
     return said
 
 

@@ -21,22 +21,31 @@ def server() -> dist.TCPStore:
     return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
 
 
-def called(server: dist.TCPStore, rank: int, size: int, patience: float) -> RanksMissing | str:
-    """What ``rank`` raises. Two ranks a node."""
+def called(
+    server: dist.TCPStore, rank: int, size: int, patience: float, views: str = "a"
+) -> RanksMissing | tuple[str, bool]:
+    """What ``rank`` is told, or raises. Two ranks a node; ``views`` has a letter for the view of each rank."""
     store = dist.TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False)
     try:
-        return call_roll(store, rank, size, f"n{rank // 2}", patience)
+        return call_roll(store, rank, size, f"n{rank // 2}", patience, views[rank % len(views)])
     except RanksMissing as error:
         return error
 
 
-def together(server: dist.TCPStore, ranks: list[int], size: int, patience: float) -> list[RanksMissing | str]:
+def together(
+    server: dist.TCPStore, ranks: list[int], size: int, patience: float, views: str = "a"
+) -> list[RanksMissing | tuple[str, bool]]:
     with ThreadPoolExecutor(len(ranks)) as pool:
-        return list(pool.map(lambda rank: called(server, rank, size, patience), ranks))
+        return list(pool.map(lambda rank: called(server, rank, size, patience, views), ranks))
 
 
 def test_when_all_come_it_returns(server):
-    assert together(server, list(range(6)), 6, 60.0) == ["n0"] * 6
+    assert together(server, list(range(6)), 6, 60.0) == [("n0", True)] * 6
+
+
+@pytest.mark.parametrize("views,alike", [("aaaa", True), ("baaa", False), ("aaab", False), ("abcd", False)])
+def test_all_know_whether_all_have_the_same_view(server, views, alike):
+    assert together(server, list(range(4)), 4, 60.0, views) == [("n0", alike)] * 4
 
 
 @pytest.mark.parametrize(

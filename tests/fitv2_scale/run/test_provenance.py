@@ -11,11 +11,12 @@ from types import SimpleNamespace
 import torch
 
 from fitv2_scale.cli.__main__ import main
-from fitv2_scale.run.provenance import SOURCE, _driver, own_gpu, provenance
+from fitv2_scale.run.provenance import SOURCE, nvidia_driver, own_gpu, provenance
 from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
 from fitv2_scale.train.loop import DONE, train
 from launchers.submit import write_home
+from tests.support.fake_cuda import FakeCuda
 from tests.support.ranks import run_ranks
 from tests.support.repository import ROOT
 
@@ -35,13 +36,18 @@ def test_a_gpu_is_known_by_its_node_and_its_number(monkeypatch):
     assert own_gpu(torch.device("cpu")) is None
 
 
-def test_the_driver_is_the_one_that_the_kernel_has(tmp_path, monkeypatch):
+def test_the_driver_is_the_one_that_the_kernel_has(tmp_path):
     version = tmp_path / "version"
     version.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\n")
-    monkeypatch.setattr("fitv2_scale.run.provenance.Path", lambda _: version)
-    assert _driver() == "535.104.05"
+    assert nvidia_driver(version) == "535.104.05"
     version.write_text("something else")
-    assert _driver() is None
+    assert nvidia_driver(version) is None and nvidia_driver(tmp_path / "none") is None
+
+
+def test_gpus_that_torch_cannot_use_are_not_asked(monkeypatch, tmp_path):
+    """They can be counted. `fitv2 checkpoint import` needs none."""
+    FakeCuda(2, driver=False).install(tmp_path, monkeypatch.setattr)
+    assert provenance()["gpus"] == []
 
 
 def test_a_change_between_attempts_is_reported(tiny, capfd):
