@@ -11,18 +11,19 @@ Block ``index // 4`` yields four words, of which draw ``index`` is word ``index 
 index) are distinct counters, so nothing collides: seeds are never added to epochs.
 """
 
+from collections.abc import Callable
 from enum import IntEnum
 
 import numpy as np
 
 MAX_EPOCH = 1 << 24
 MAX_ID = 1 << 63  # ids also live in torch.int64
-_CHUNK = 1 << 16
+_CHUNK = 1 << 14
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _MASK = np.uint64(0xFFFFFFFF)
-_32 = np.uint64(32)
+_2, _3, _32 = np.uint64(2), np.uint64(3), np.uint64(32)
 
 
 class Purpose(IntEnum):
@@ -76,15 +77,22 @@ def check_seed(seed: int) -> int:
 
 def words(seed: int, purpose: Purpose, epoch, ids, index=0) -> np.ndarray:
     """The 32-bit draw ``index`` of each (epoch, id): uint32 in the broadcast shape of ``epoch``, ``ids``, ``index``."""
-    epoch, ids, index = np.broadcast_arrays(*(np.asarray(a, np.uint64) for a in (epoch, ids, index)))
-    out = np.stack(_block(seed, purpose, epoch, ids, index >> np.uint64(2)))
-    return np.take_along_axis(out, (index & np.uint64(3)).astype(np.int64)[None], 0)[0].astype(np.uint32)
+    return _by_chunks(
+        lambda epoch, ids, index: np.choose(
+            (index & _3).astype(np.int64), _block(seed, purpose, epoch, ids, index >> _2)
+        ),
+        *(np.uint32, epoch, ids, index),
+    )
 
 
 def words64(seed: int, purpose: Purpose, epoch, ids) -> np.ndarray:
     """A 64-bit draw for each (epoch, id), made of draws 0 (low) and 1 (high): uint64."""
-    w0, w1, _, _ = _block(seed, purpose, epoch, ids, 0)
-    return w0 | (w1 << _32)
+
+    def draw(epoch: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        w0, w1, _, _ = _block(seed, purpose, epoch, ids, 0)
+        return w0 | (w1 << _32)
+
+    return _by_chunks(draw, np.uint64, epoch, ids)
 
 
 def uniform(seed: int, purpose: Purpose, epoch, ids, index=0) -> np.ndarray:
@@ -94,11 +102,18 @@ def uniform(seed: int, purpose: Purpose, epoch, ids, index=0) -> np.ndarray:
 
 def keyed_order(seed: int, purpose: Purpose, epoch: int, ids) -> np.ndarray:
     """A random permutation: int64 positions that sort ``ids`` by their 64-bit draws (ties by position)."""
-    draws = np.empty(len(ids), np.uint64)
-    for start in range(0, len(ids), _CHUNK):  # the generator needs twelve times the memory of its draws
+    return np.argsort(words64(seed, purpose, epoch, ids), kind="stable")
+
+
+def _by_chunks(draw: Callable[..., np.ndarray], dtype: type, *counters) -> np.ndarray:
+    """``draw`` of the broadcast ``counters``, some at a time: the generator needs twelve times the memory of its draws,
+    and is four times as fast when that stays in the processor's cache."""
+    arrays = np.broadcast_arrays(*(np.asarray(counter, np.uint64) for counter in counters))
+    flat, out = [array.reshape(-1) for array in arrays], np.empty(arrays[0].size, dtype)
+    for start in range(0, len(out), _CHUNK):
         part = slice(start, start + _CHUNK)
-        draws[part] = words64(seed, purpose, epoch, ids[part])
-    return np.argsort(draws, kind="stable")
+        out[part] = draw(*(array[part] for array in flat))
+    return out.reshape(arrays[0].shape)[()]
 
 
 def _block(seed: int, purpose: Purpose, epoch, ids, block):

@@ -3,8 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
+
+Count = TypeVar("Count", int, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -15,14 +18,14 @@ class PackShape:
     images: int  # slots I, including those for padding
     max_seqlen: int  # of the longest image; padding takes further slots, each of at most this many tokens
 
-    def padding_slots(self, room: int) -> int:
+    def padding_slots(self, room: Count) -> Count:
         """Slots that ``room`` tokens of padding take."""
         return -(-room // self.max_seqlen)
 
-    def holds(self, images: int, tokens: int) -> bool:
-        """Whether a pack of this shape has room for ``images`` images of ``tokens`` tokens in total."""
+    def holds(self, images: Count, tokens: Count) -> bool:
+        """Whether each pack of this shape has room for its ``images`` images of ``tokens`` tokens in total."""
         room = self.tokens - tokens
-        return room >= 0 and images + self.padding_slots(room) <= self.images
+        return bool(np.all((room >= 0) & (images + self.padding_slots(room) <= self.images)))
 
 
 @dataclass(frozen=True)

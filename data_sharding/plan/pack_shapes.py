@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from data_sharding.errors import UserError
-from data_sharding.plan.balance import Cost, Nodes, partition, partition_over_nodes
+from data_sharding.plan.balance import Cost, Nodes, fewest_packs, partition_over_nodes, split_into_packs
+from data_sharding.plan.groups import group_sums
 from data_sharding.plan.pack_layout import PackShape
 from data_sharding.plan.plan import Plan
 
@@ -34,10 +35,13 @@ def _first_steps(plan: Plan, segment: int) -> list[np.ndarray]:
     """Token lengths of some steps of a segment's first windows, as if no other segment followed it."""
     if segment < len(plan.schedule) - 1:
         plan = Plan(plan.manifests, plan.seed, plan.views, plan.schedule[: segment + 1])
-    start, length = plan.schedule[segment].start, plan.window_steps(segment)
-    found = []
-    for first in reversed(range(start, start + _WINDOWS * length, length)):  # the first one stays in the plan's cache
-        found += [plan.step(k).tokens for k in range(first, first + length, max(1, length // _STEPS))]
+    length = plan.window_steps(segment)
+    start, stride = plan.schedule[segment].start, max(1, length // _STEPS)
+    found = [
+        plan.step(k).tokens for k in range(start, start + length, stride)
+    ]  # their window stays in the plan's cache
+    for window in range(1, _WINDOWS):
+        found += list(plan.lengths(segment, window)[::stride])
     return found
 
 
@@ -63,11 +67,12 @@ def choose_shapes(
     if max_seqlen > largest:
         raise UserError(f"layout.max_tokens is {max_tokens}, less than one image of {max_seqlen} tokens: raise it")
     by_rank = [(tokens, partition_over_nodes(cost.of(tokens), nodes)) for tokens in steps]
-    load = max(int(tokens[m].sum()) for tokens, members in by_rank for m in members)
-    count = max(1, -(-load // largest))
+    count = max(fewest_packs(tokens, rank, ranks, largest) for tokens, rank in by_rank)
     while True:
-        packs = [[(t[m][group]) for m in members for group in partition(t[m], count)] for t, members in by_rank]
-        needs = np.array([max(int(pack.sum()) for pack in step) for step in packs])
+        packs = [(tokens, split_into_packs(tokens, rank, ranks, count)) for tokens, rank in by_rank]
+        images_SP = np.array([np.bincount(pack, minlength=ranks * count) for _, pack in packs])
+        tokens_SP = np.array([group_sums(tokens, pack, ranks * count) for tokens, pack in packs])
+        needs = tokens_SP.max(1)
         if needs.max() <= largest:
             break
         count += 1
@@ -75,16 +80,16 @@ def choose_shapes(
     headroom = max(capacities[-1] // _HEADROOM, 2 * int(needs.max() - np.median(needs)))
     spacious = min(largest, _round_up(capacities[-1] + headroom))
     return tuple(
-        PackShape(capacity, _slots(packs, capacity, max_seqlen), max_seqlen)
+        PackShape(capacity, _slots(images_SP, tokens_SP, capacity, max_seqlen), max_seqlen)
         for capacity in sorted({*capacities, spacious})
     )
 
 
-def _slots(packs: list[list[np.ndarray]], capacity: int, max_seqlen: int) -> int:
+def _slots(images_SP: np.ndarray, tokens_SP: np.ndarray, capacity: int, max_seqlen: int) -> int:
     """Image slots that packs of ``capacity`` tokens need, padding included; at least those of a nearly empty one."""
     shape = PackShape(capacity, 0, max_seqlen)
-    rooms = [(len(pack), capacity - int(pack.sum())) for step in packs for pack in step]
-    most = max(images + shape.padding_slots(room) for images, room in rooms if room >= 0)
+    fits = tokens_SP <= capacity
+    most = int((images_SP + shape.padding_slots(capacity - tokens_SP))[fits].max())
     return max(most + most // 8, shape.padding_slots(capacity)) + 1  # an eighth more, for steps that were not examined
 
 

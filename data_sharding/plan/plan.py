@@ -153,6 +153,11 @@ class Plan:
         segment, window, place = self.window_of(step)
         return self._window(segment, window)[place]
 
+    def lengths(self, segment: int, window: int) -> np.ndarray:
+        """Tokens of the images of each step of a window, without the steps themselves: int64 (steps, B)."""
+        images, where = self._assign_window(segment, window)
+        return images.tokens[where]
+
     def total_images(self, step: int) -> int:
         """Images that the first ``step`` steps train on, from all datasets together."""
         segment, window, place = self.window_of(step)
@@ -208,18 +213,22 @@ class Plan:
         return taken
 
     def _compute_window(self, segment: int, window: int) -> list[StepSet]:
+        images, where = self._assign_window(segment, window)
+        return [StepSet(*step) for step in zip(*(column[where] for column in vars(images).values()), strict=True)]
+
+    def _assign_window(self, segment: int, window: int) -> tuple[StepSet, np.ndarray]:
+        """A window's images, and the indices of each step's: int64 (steps, images of a step)."""
         current, first = self.schedule[segment], window * self.window_steps(segment)
         steps = self.window_length(current.start + first)
         start, stop = self._taken(segment, first), self._taken(segment, first + steps)
         streams = [self._stream(d, int(start[d]), int(stop[d] - start[d])) for d in range(len(self.manifests))]
         images = StepSet(*(np.concatenate(column) for column in zip(*streams, strict=True)))
-        images = images.select(order_frames(self._frame_starts(images), images.tokens))
-
+        order = order_frames(self._frame_starts(images), images.tokens)
         draws = words64(self.seed, Purpose.SAMPLE_ORDER, images.epoch, images.sample_id)
-        by_step = assign_to_steps(images.tokens, draws, steps)
+        by_step = assign_to_steps(images.tokens[order], draws[order], steps)
         places = current.start + first + np.arange(steps)
         shuffled = keyed_order(self.seed, Purpose.STEP_ORDER, 0, places)
-        return [images.select(members) for members in by_step[shuffled]]
+        return images, order[by_step[shuffled]]
 
     def _frame_starts(self, images: StepSet) -> np.ndarray:
         """Indices into ``images`` (frame after frame) at which a new frame or epoch begins; the first is 0."""

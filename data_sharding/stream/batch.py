@@ -70,9 +70,8 @@ def make_batch(
     Raises:
         DataError: substitutes are shorter than planned, and a pack has too few slots for the extra padding.
     """
-    mine = assignment.packs[rank]
-    work = cost.of(images.tokens)
-    loads = [sum(int(work[pack].sum()) for pack in packs) for packs in assignment.packs]
+    mine = assignment.packs_of(rank)
+    loads = assignment.loads(cost.of(images.tokens))
     return StepBatch(
         step=step,
         packs=[_make_pack(images, members, arrays, assignment.shape) for members in mine],
@@ -80,8 +79,8 @@ def make_batch(
         step_id_sum=images.id_sum(slice(None)),
         step_lengths=images.tokens,
         step_capacity=len(loads) * len(mine) * assignment.shape.tokens,
-        step_cost_max=max(loads),
-        step_cost_mean=sum(loads) / len(loads),
+        step_cost_max=int(loads.max()),
+        step_cost_mean=int(loads.sum()) / len(loads),
         step_substituted=substituted,
     )
 

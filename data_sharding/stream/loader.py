@@ -211,8 +211,8 @@ class Loader:
         lost = substitutes.is_lost(images.dataset, images.row)
         if lost.any():
             images = _with_substitutes(images, np.flatnonzero(lost), substitutes)
-        place, size = {}, len(assignment.packs[self.rank]) * assignment.shape.tokens * TOKEN_BYTES
-        mine = np.concatenate(assignment.packs[self.rank])
+        place, size = {}, assignment.count * assignment.shape.tokens * TOKEN_BYTES
+        mine = np.concatenate(assignment.packs_of(self.rank))
         for dataset, manifest in enumerate(self.plan.manifests):
             which = mine[images.dataset[mine] == dataset]
             frame = frames_of(manifest, images.row[which])

@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from data_sharding.plan.balance import Nodes, assign_packs, partition, partition_over_nodes
+from data_sharding.plan.balance import Nodes, assign_packs, partition_over_nodes
+from data_sharding.plan.groups import group_sums
 from data_sharding.plan.pack_shapes import shapes_for_plan
+from data_sharding.plan.partition import partition
 from data_sharding.plan.plan import MAX_WINDOW_STEPS
 from data_sharding.plan.size_presets import open_preset
 from fitv2_scale.bench.bias_figures import bias
@@ -90,11 +92,11 @@ def balance(url: str, images_per_rank: int, steps: int | None = None) -> dict[st
         assignment = assign_packs(lengths, COST, (ranks,), shapes)
         seconds += time.perf_counter() - began
         cost = COST.of(lengths)
-        loads = [sum(int(cost[pack].sum()) for pack in rank) for rank in assignment.packs]
-        imbalance += max(loads) * ranks / sum(loads)
+        total = int(cost.sum())
+        imbalance += int(assignment.loads(cost).max()) * ranks / total
         ascending = np.sort(cost)
-        pairs += int((ascending + ascending[::-1]).max()) * ranks / sum(loads)
-        tokens, room = tokens + int(lengths.sum()), room + ranks * len(assignment.packs[0]) * assignment.shape.tokens
+        pairs += int((ascending + ascending[::-1]).max()) * ranks / total
+        tokens, room = tokens + int(lengths.sum()), room + ranks * assignment.count * assignment.shape.tokens
     best = {"best_pairs": pairs / count} if images_per_rank == 2 else {}
     return {
         "data": url,
@@ -122,10 +124,10 @@ def node_reads(url: str, nodes: Nodes, steps: int | None = None) -> dict[str, An
     for k in range(count):
         images = plan.step(k)
         cost = COST.of(images.tokens)
-        members = partition_over_nodes(cost, nodes)
-        imbalance += max(int(cost[group].sum()) for group in members) * sum(nodes) / int(cost.sum())
+        rank = partition_over_nodes(cost, nodes)
+        imbalance += int(group_sums(cost, rank, sum(nodes)).max()) * sum(nodes) / int(cost.sum())
         for cache, (begin, end) in zip(caches, pairwise((0, *accumulate(nodes))), strict=True):
-            rows = images.row[np.concatenate(members[begin:end])]
+            rows = images.row[(rank >= begin) & (rank < end)]
             for frame in np.unique(np.searchsorted(first, rows, side="right") - 1).tolist():
                 if frame not in cache:
                     read += int(first[frame + 1] - first[frame])

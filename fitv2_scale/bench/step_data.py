@@ -32,7 +32,7 @@ def _draw(data: Data, rank: int, step: int) -> StepBatch:
     images = data.plan.step(step)
     assignment = assign_packs(images.tokens, data.cost, data.nodes, data.shapes[0])
     arrays = {}
-    for i in np.concatenate(assignment.packs[rank]).tolist():
+    for i in np.concatenate(assignment.packs_of(rank)).tolist():
         rows, columns = data.plan.manifests[images.dataset[i]].size[images.row[i], images.view[i]].tolist()
         latents = np.random.default_rng((step, i)).standard_normal((rows, columns, TOKEN_CHANNELS), np.float32)
         arrays[i] = np.broadcast_to(latents.astype(DTYPE), (2, *latents.shape))  # both flips

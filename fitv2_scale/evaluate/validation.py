@@ -63,7 +63,7 @@ class Validation:
             )
         rank = layout.data_rank(world.rank)
         assignment = assign_packs(grid.tokens, cost, (layout.data_parallel,), [shape])
-        arrays, error = _read(manifests, grid, np.concatenate(assignment.packs[rank]), reader)
+        arrays, error = _read(manifests, grid, np.concatenate(assignment.packs_of(rank)), reader)
         world.raise_shared(error)
         self._packs = make_batch(0, grid, assignment, cost, rank, arrays, substituted=0).packs
 

@@ -97,8 +97,8 @@ NAMED = (
     ),
     Named(
         "the cost ignored when images are dealt", "data_sharding/plan/balance.py",
-        "members = partition_over_nodes(cost.of(tokens), nodes)",
-        "members = partition_over_nodes(np.ones_like(tokens), nodes)",
+        "rank, ranks = partition_over_nodes(cost.of(tokens), nodes)",
+        "rank, ranks = partition_over_nodes(np.ones_like(tokens), nodes)",
         ("tests/data_sharding/plan/test_balance.py",),
     ),
     Named(

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from data_sharding.errors import UserError
-from data_sharding.plan.balance import partition
 from data_sharding.plan.pack_layout import PackLayout, PackShape, lay_out
+from data_sharding.plan.partition import partition
 from data_sharding.rng import Purpose
 from fitv2_scale.config.model import TOKEN_CHANNELS, ModelConfig, RopeConfig
 from fitv2_scale.config.sections import SamplingConfig

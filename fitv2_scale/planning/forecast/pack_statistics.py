@@ -42,11 +42,10 @@ def measure_packing(data: Data, ranks: int, steps: range) -> dict[str, float]:
     for step in steps:
         lengths = data.plan.step(step).tokens
         assignment = assign_packs(lengths, data.cost, data.nodes, data.shapes[0])
-        cost = data.cost.of(lengths)
-        loads = [sum(int(cost[pack].sum()) for pack in rank) for rank in assignment.packs]
-        packs, tokens = packs + len(assignment.packs[0]), tokens + int(lengths.sum())
-        room += ranks * len(assignment.packs[0]) * assignment.shape.tokens
-        imbalance += max(loads) * ranks / sum(loads)
+        loads = assignment.loads(data.cost.of(lengths))
+        packs, tokens = packs + assignment.count, tokens + int(lengths.sum())
+        room += ranks * assignment.count * assignment.shape.tokens
+        imbalance += int(loads.max()) * ranks / int(loads.sum())
     return {"packs_per_rank": packs / len(steps), "fill": tokens / room, "imbalance": imbalance / len(steps)}
 
 
