@@ -44,7 +44,7 @@ def greedy_lpt(cost_KN: np.ndarray, size_K: np.ndarray, groups_K: np.ndarray) ->
         key_KG.sort(axis=1)
         at_KG = done_K[:, None] + number_G
         filled_KG = key_KG + np.take_along_axis(cost_KN, np.minimum(at_KG, cost_KN.shape[1] - 1), 1)
-        takes_KG = (at_KG < size_K[:, None]) & (key_KG < _NEVER)
+        takes_KG = at_KG < size_K[:, None]
         cheapest_KG = np.minimum.accumulate(np.where(takes_KG, filled_KG, _NEVER), axis=1)
         takes_KG[:, 1:] &= key_KG[:, 1:] < cheapest_KG[:, :-1]
         row, column = np.nonzero(takes_KG)

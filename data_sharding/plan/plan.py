@@ -236,8 +236,8 @@ class Plan:
         for d, manifest in enumerate(self.manifests):
             mine = images.dataset == d
             frame[mine] = np.searchsorted(manifest.frame_first, images.row[mine], side="right")
-        changes = [np.diff(column, prepend=-1) != 0 for column in (images.dataset, images.epoch, frame)]
-        return np.flatnonzero(np.any(changes, axis=0))
+        dataset, epoch, frame = (np.diff(column, prepend=-1) != 0 for column in (images.dataset, images.epoch, frame))
+        return np.flatnonzero(dataset | epoch | frame)
 
     def _stream(self, d: int, start: int, count: int) -> tuple[np.ndarray, ...]:
         """The columns of StepSet for positions start .. start + count of the concatenated epochs of dataset ``d``."""

@@ -1,10 +1,10 @@
-"""fitv2 bench: measures the plan, the loader, a training step and a commit on this machine."""
+"""fitv2 bench: measures the plan, the loader, many ranks' work, a training step and a commit on this machine."""
 
 import argparse
 from typing import Any
 
 from data_sharding.errors import UserError
-from fitv2_scale.cli.common import before_joining, config_arguments, make, show
+from fitv2_scale.cli.common import before_joining, config_arguments, make, show, whole
 
 
 def add(commands: Any) -> None:
@@ -21,6 +21,11 @@ def add(commands: Any) -> None:
     against.add_argument("--seconds", type=float, default=2.0, help="minimum time of later epochs (default 2)")
     against.add_argument("--folder", metavar="FOLDER", help="folder that keeps the latents (default: a temporary one)")
     against.add_argument("--s3", metavar="s3://…", help="new prefix to read from instead of the local disk")
+
+    scaling = make(bench, "scale", bench_scale, "measure what a rank pays for each step of many ranks, without them")
+    scaling.add_argument(
+        "--ranks", type=whole(1), nargs="+", metavar="R", help="numbers of ranks (default 8 64 512 1024)"
+    )
 
     stepping = make(bench, "step", bench_step, "measure a training step: speed, time by part, memory", on_ranks=True)
     config_arguments(stepping)
@@ -54,6 +59,14 @@ def bench_data(args: argparse.Namespace) -> int:
 
     report = data_figures.measure(args.only.split(",") if args.only else data_figures.PARTS, args.steps, args.long)
     show(args, report, data_figures.to_text(report))
+    return 0
+
+
+def bench_scale(args: argparse.Namespace) -> int:
+    from fitv2_scale.bench import scale
+
+    rows = scale.measure(args.ranks or scale.RANKS)
+    show(args, scale.to_json(rows), scale.to_text(rows))
     return 0
 
 
