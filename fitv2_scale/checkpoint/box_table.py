@@ -84,7 +84,8 @@ def tensors_json(shapes: Shapes, tables: Mapping[int, np.ndarray], file: str) ->
     named, texts = list(shapes.items()), []
     for low, high in pairwise(bounds):
         rows = order[low:high]
-        texts.append(_text(*named[table[rows[0], 0]], table[rows], ranks[rows], file))
+        name, shape = named[table[rows[0], 0]]
+        texts.append(_text(name, shape, table[rows], ranks[rows], file))
     return b"{" + b", ".join(texts) + b"}"
 
 
