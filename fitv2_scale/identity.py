@@ -7,7 +7,6 @@ from data_sharding.format.class_names import class_difference, class_digest
 from data_sharding.format.manifest import Manifest, read_header
 from data_sharding.plan.plan import Plan
 from data_sharding.storage.open_store import open_store
-from fitv2_scale.config.load import parse_config
 from fitv2_scale.config.schema import Config
 from fitv2_scale.config.sections import DataConfig
 from fitv2_scale.run.class_list import DataIdentity
@@ -54,12 +53,12 @@ def check_start(config: Config, plan: Plan, fork: Fork | None) -> None:
 
 
 def _check_network(run: Run, weights: str, config: Config) -> None:
-    theirs, ours = parse_config(run.config, f"{run.url}/run.json").model, config.model
+    theirs = run.config.get("model", {})
     for key in _MEANING:
-        if getattr(theirs, key) != getattr(ours, key):
+        if theirs.get(key, wanted := getattr(config.model, key)) != wanted:
             raise UserError(
-                f"{weights} was trained with model.{key}={getattr(theirs, key)}, and would be another network with "
-                f"{getattr(ours, key)}: give the same model.{key}"
+                f"{weights} was trained with model.{key}={theirs[key]}, and would be another network with {wanted}: "
+                f"give the same model.{key}"
             )
 
 
