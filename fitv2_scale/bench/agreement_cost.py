@@ -4,7 +4,6 @@ processes of this machine."""
 import multiprocessing
 import time
 from datetime import timedelta
-from functools import cache
 from multiprocessing.connection import Connection
 
 import numpy as np
@@ -15,26 +14,6 @@ from fitv2_scale.parallel.small_sums import all_reduce_sum, exchanges
 
 _NUMBERS = 11  # that each rank adds
 _LONGEST = timedelta(minutes=10)  # on a busy machine
-_PROCESSES = 64  # at most, whatever the number of ranks
-_ROUNDS, _REPEATS = 10, 20
-
-
-def measure_agreement(ranks: int) -> dict[tuple[str, str], float]:
-    """The rows of ``ranks``: messages in turn, and the wall time between as many processes of this machine, or 64."""
-    found, of_ring = _measured(min(ranks, _PROCESSES)), "agreement by gloo's ring"
-    times = {kind: 1000 * float(np.median(seconds)) for kind, seconds in found.items()}
-    turns = messages_in_turn(ranks)
-    return {
-        ("agreement", "messages in turn"): turns["ours"],
-        (of_ring, "messages in turn"): turns["gloo"],
-        ("agreement, at most 64 processes here", "ms"): times["ours"],
-        (f"{of_ring}, at most 64 here", "ms"): times["gloo"],
-    }
-
-
-@cache
-def _measured(processes: int) -> dict[str, list[float]]:
-    return measure(processes, _ROUNDS, _REPEATS)
 
 
 def messages_in_turn(ranks: int) -> dict[str, int]:
