@@ -6,7 +6,6 @@ from itertools import pairwise
 from typing import Any
 
 from fitv2_scale.bench.scale_dealing import measure_dealing
-from fitv2_scale.bench.scale_saving import measure_saving
 
 RANKS = (8, 64, 512, 1024)
 
@@ -26,7 +25,7 @@ class Measurement:
 
 
 # Each gives, for a number of ranks, the value of its rows: {(name, unit): value}.
-PARTS: tuple[Callable[[int], dict[tuple[str, str], float]], ...] = (measure_dealing, measure_saving)
+PARTS: tuple[Callable[[int], dict[tuple[str, str], float]], ...] = (measure_dealing,)
 
 
 def measure(ranks: Sequence[int] = RANKS) -> list[Measurement]:

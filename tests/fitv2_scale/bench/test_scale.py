@@ -43,17 +43,11 @@ def test_the_command_measures_the_ranks_that_it_is_given(capsys, monkeypatch):
     assert main(["bench", "scale", "--ranks", "12", "2", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["measurements"]
     assert opened == [(16, (2,)), (96, (8, 4))]
-    saving = [
-        *(("plan of saves", "CPU s"), ("plan of saves, received", "MB")),
-        *(("a save", "CPU s"), ("a save, received", "MB")),
-        *(("restart, manifest", "CPU s"), ("restart, a rank's plan", "CPU s")),
-    ]
     assert [(row["name"], row["unit"]) for row in rows] == [
         ("dealing", "CPU ms a step"),
         ("dealing, all data on each node", "CPU ms a step"),
         ("planning, a window at once", "CPU ms a step"),
         ("opening the data", "CPU s"),
-        *((f"{name}, {layout}", unit) for layout in ("8 ranks a copy", "one copy") for name, unit in saving),
     ]
     assert all(list(row["by_ranks"]) == ["2", "12"] and min(row["by_ranks"].values()) > 0 for row in rows)
 

@@ -6,7 +6,7 @@ import os
 import pickle
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from fitv2_scale.model.counts import logical_shapes
 from fitv2_scale.parallel.boxes import Box, LogicalTensor
 
 MODEL = ModelConfig(depth=40, hidden=2304, heads=24)  # FiTv2-3B/2
+RANKS = (8, 64, 512, 1024)
 _COPY = 8  # ranks that hold one copy of the state under HSDP
 _KINDS = ("param", "ema", "exp_avg", "exp_avg_sq")
 _HEAD = 1 << 18  # about the bytes of a file before its tensors
@@ -34,15 +35,15 @@ _Figures = dict[tuple[str, str], float]  # by name and unit
 _Place = tuple[int, tuple[int, ...], tuple[int, ...]]  # number of the tensor, offset and shape of a box
 
 
-def measure_saving(ranks: int, model: ModelConfig = MODEL) -> _Figures:
-    """The rows of ``ranks``: with a copy of the state on every 8 of them, and with one on all. CPU seconds, and
-    megabytes that rank 0 receives."""
-    layouts = {"8 ranks a copy": min(ranks, _COPY), "one copy": ranks}
-    return {
-        (f"{name}, {layout}", unit): value
-        for layout, shard in layouts.items()
-        for (name, unit), value in _figures(model, ranks, shard).items()
-    }
+def measure(ranks: Sequence[int] = RANKS, model: ModelConfig = MODEL) -> list[dict[str, Any]]:
+    """Rows {"name", "unit", "by_ranks": {ranks: value}}: CPU seconds, and megabytes that rank 0 receives; with a copy
+    of the state on every 8 ranks, and with one on all of them."""
+    rows: dict[tuple[str, str], dict[int, float]] = {}
+    for size in ranks:
+        for layout, shard in (("8 ranks a copy", min(size, _COPY)), ("one copy", size)):
+            for (name, unit), value in _figures(model, size, shard).items():
+                rows.setdefault((f"{name}; {layout}", unit), {})[size] = value
+    return [{"name": name, "unit": unit, "by_ranks": values} for (name, unit), values in rows.items()]
 
 
 def _figures(model: ModelConfig, size: int, shard: int) -> _Figures:
@@ -60,10 +61,10 @@ def _figures(model: ModelConfig, size: int, shard: int) -> _Figures:
         saving, _ = _timed(lambda: writer.finish(_HEADER, [*map(pickle.loads, reports), *silent]))
         manifest = Path(folder, MANIFEST).read_bytes()
     return {
-        ("plan of saves", "CPU s"): planning,
-        ("plan of saves, received", "MB"): sum(map(len, plans)) / 1e6,
-        ("a save", "CPU s"): saving,
-        ("a save, received", "MB"): sum(map(len, reports)) / 1e6,
+        ("plan of all saves, rank 0", "s"): planning,
+        ("plan of all saves, to rank 0", "MB"): sum(map(len, plans)) / 1e6,
+        ("a save, rank 0", "s"): saving,
+        ("a save, to rank 0", "MB"): sum(map(len, reports)) / 1e6,
         **_restoring(manifest, shapes, shard),
     }
 
@@ -74,7 +75,7 @@ def _restoring(manifest: bytes, shapes: Shapes, shard: int) -> _Figures:
     for number, offset, lengths in _boxes(shapes, shard - 1, shard):
         list(state.values())[number].boxes.append(Box(offset, torch.empty(lengths, device="meta")))
     planning, _ = _timed(lambda: CommitReader(LocalStore("/"), "", pickle.loads(checked)).parts(state))
-    return {("restart, manifest", "CPU s"): reading, ("restart, a rank's plan", "CPU s"): planning}
+    return {("a restart, rank 0 reads the manifest", "s"): reading, ("a restart, a rank's plan", "s"): planning}
 
 
 def shard_table(shapes: Shapes, rank: int, shard: int) -> np.ndarray:

@@ -3,23 +3,23 @@
 import math
 import pickle
 
-from fitv2_scale.bench.scale_saving import MODEL, measure_saving, shard_table
+from fitv2_scale.bench.save_figures import MODEL, measure, shard_table
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.model.counts import logical_shapes, parameter_count
 
 SMALL = ModelConfig(depth=2, hidden=64, heads=4, classes=10)
-PLAN, SAVE = "plan of saves, received", "a save, received"
+PLAN, SAVE = "plan of all saves, to rank 0", "a save, to rank 0"
 
 
 def test_what_rank_0_receives_grows_at_most_with_the_ranks():
-    eight, many = (measure_saving(ranks, SMALL) for ranks in (8, 64))
-    assert len(eight) == 12 and eight.keys() == many.keys()
-    assert all(value > 0 for value in (*eight.values(), *many.values()))
+    rows = {(row["name"], row["unit"]): row["by_ranks"] for row in measure((8, 64), SMALL)}
+    assert len(rows) == 12 and all(set(values) == {8, 64} for values in rows.values())
+    assert all(value > 0 for values in rows.values() for value in values.values())
     for name in (PLAN, SAVE):
-        copies, one = (f"{name}, 8 ranks a copy", "MB"), (f"{name}, one copy", "MB")
-        assert eight[copies] == many[copies] == eight[one]  # other copies are silent
-        assert many[one] <= 8 * eight[one]
-    assert many[f"{SAVE}, one copy", "MB"] < 64 * 200 / 1e6  # bytes: a size, and a digest of 16 MiB
+        copies, one = rows[f"{name}; 8 ranks a copy", "MB"], rows[f"{name}; one copy", "MB"]
+        assert copies[8] == copies[64] == one[8]  # other copies are silent
+        assert one[64] <= 8 * one[8]
+    assert rows[f"{SAVE}; one copy", "MB"][64] < 64 * 200 / 1e6  # bytes: a size, and a digest of 16 MiB
 
 
 def test_the_boxes_are_those_of_3b():
