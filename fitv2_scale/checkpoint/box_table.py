@@ -84,8 +84,7 @@ def tensors_json(shapes: Shapes, tables: Mapping[int, np.ndarray], file: str) ->
     named, texts = list(shapes.items()), []
     for low, high in pairwise(bounds):
         rows = order[low:high]
-        name, shape = named[table[rows[0], 0]]
-        texts.append(_text(name, shape, table[rows], ranks[rows], file))
+        texts.append(_text(*named[table[rows[0], 0]], table[rows], ranks[rows], file))
     return b"{" + b", ".join(texts) + b"}"
 
 
