@@ -6,7 +6,7 @@ filled up with an offset of 0 and a length of 1.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -74,29 +74,27 @@ def _corners(table: np.ndarray, full: np.ndarray, first_key: np.ndarray) -> tupl
 def tensors_json(shapes: Shapes, tables: Mapping[int, np.ndarray], file: str) -> bytes:
     """The manifest's "tensors" (see ``commit_files``) of the boxes in the ``tables`` of some ranks, as ``json.dumps``
     writes them; ``file`` % rank is the name of a rank's file. Tensors are in the order in which they first occur."""
-    table = np.concatenate(list(tables.values()))
-    ranks = np.repeat(list(tables), [len(one) for one in tables.values()])
+    ranks = np.repeat(list(tables), [len(table) for table in tables.values()])
+    table = np.column_stack([np.concatenate(list(tables.values())), ranks])
     numbers, first = np.unique(table[:, 0], return_index=True)
     place = np.zeros(len(shapes), np.int64)
     place[numbers[np.argsort(first)]] = np.arange(len(numbers))
-    order = np.argsort(place[table[:, 0]], kind="stable")
-    bounds = np.flatnonzero(np.diff(table[order, 0], prepend=-1, append=-1))
-    named, texts = list(shapes.items()), []
+    table = table[np.argsort(place[table[:, 0]], kind="stable")]
+    return b"{" + b", ".join(_texts(shapes, table, file)) + b"}"
+
+
+def _texts(shapes: Shapes, table: np.ndarray, file: str) -> Iterator[bytes]:
+    """Each tensor of a table that is sorted by tensors, with the rank as its last column."""
+    names, dims = list(shapes), _dims(shapes)
+    bounds = np.flatnonzero(np.diff(table[:, 0], prepend=-1, append=-1))
     for low, high in pairwise(bounds):
-        rows = order[low:high]
-        texts.append(_text(*named[table[rows[0], 0]], table[rows], ranks[rows], file))
-    return b"{" + b", ".join(texts) + b"}"
-
-
-def _text(name: str, shape: Sequence[int], table: np.ndarray, ranks: np.ndarray, file: str) -> bytes:
-    """A tensor and the boxes of its ``table``."""
-    dims, used = table.shape[1] // 2 - 1, len(shape)
-    offsets, lengths = table[:, 1 : 1 + used], table[:, 1 + dims : 1 + dims + used]
-    values = np.hstack([offsets, lengths, ranks[:, None], table[:, -1:]])
-    numbers = ", ".join(["%d"] * used)
-    box = f'{{"offset": [{numbers}], "shape": [{numbers}], "file": "{file}", "begin": %d}}'
-    boxes = ", ".join([box] * len(table)) % tuple(values.ravel().tolist())
-    return f'{json.dumps(name)}: {{"shape": {json.dumps(list(shape))}, "boxes": [{boxes}]}}'.encode()
+        name = names[table[low, 0]]
+        used = len(shapes[name])
+        columns = [*range(1, 1 + used), *range(1 + dims, 1 + dims + used), -1, -2]
+        numbers = ", ".join(["%d"] * used)
+        box = f'{{"offset": [{numbers}], "shape": [{numbers}], "file": "{file}", "begin": %d}}'
+        boxes = ", ".join([box] * int(high - low)) % tuple(table[low:high, columns].ravel().tolist())
+        yield f'{json.dumps(name)}: {{"shape": {json.dumps(list(shapes[name]))}, "boxes": [{boxes}]}}'.encode()
 
 
 def _dims(shapes: Shapes) -> int:
