@@ -27,7 +27,6 @@ from fitv2_scale.checkpoint.commit import (
 )
 from fitv2_scale.checkpoint.copies import require_equal_copies
 from fitv2_scale.checkpoint.policy import to_retire
-from fitv2_scale.checkpoint.save_plan import SavePlan
 from fitv2_scale.checkpoint.staging import Staging
 from fitv2_scale.config.sections import CheckpointConfig
 from fitv2_scale.parallel.background import in_background
@@ -45,8 +44,7 @@ log = logging.getLogger(__name__)
 
 class Checkpointer:
     """Commits the state of ``engine`` to the run of ``attempt``, on all ranks together: rank 0 writes manifest and log,
-    the others only their data. All ranks make it together: it allocates what saves need, as much memory as the state,
-    and exchanges what each rank saves.
+    the others only their data. All ranks make it together; it allocates what saves need, as much memory as the state.
 
     At most one save is in flight. ``start_save`` starts it; the state must not change before ``wait_for_staging`` has
     returned; ``finish_save`` waits for the save and tells whether it succeeded. ``newest`` is the step that is
@@ -71,11 +69,6 @@ class Checkpointer:
         self._saving: Future[None] | None = None
         self._staging = Staging(engine.boxes())
         self._writers = world.apart(_TIMEOUT)
-        written = {
-            name: logical if engine.copy.writes(name) else LogicalTensor(logical.shape, [])
-            for name, logical in self._staging.tensors.items()
-        }
-        self._plan = SavePlan.of(written, self._writers)
 
     def start_save(
         self,
@@ -170,13 +163,17 @@ class Checkpointer:
         ranks, run, copy = self._writers, self._attempt.run, self._engine.copy
         scalars = {"step": step, "cursor": header["cursor"], **header["scalars"], **derived}
         require_equal_copies(self._staging.tensors, scalars, copy, ranks)
+        written = {
+            name: logical if copy.writes(name) else LogicalTensor(logical.shape, [])
+            for name, logical in self._staging.tensors.items()
+        }
         try:
-            digest = write_commit(run, folder, header, self._plan, ranks)
+            writer = write_commit(run, folder, ranks.rank, header, written, ranks.cpu_group)
         except CheckpointException as error:
             ranks.run_on_rank0(lambda: self._discard(folder))
             ranks.run_on_rank0(self._require_newest)
             raise cause_of(error) from error
-        ranks.run_on_rank0(lambda: self._commit(step, folder, digest, before_commit))
+        ranks.run_on_rank0(lambda: self._commit(step, folder, writer.manifest_digest, before_commit))
         self.longest_save = max(self.longest_save, time.monotonic() - began)
 
     @property

@@ -3,7 +3,6 @@ that sets its variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT)
 
 import logging
 import os
-import pickle
 import socket
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -97,27 +96,6 @@ class World:
         values = [None] * self.size
         dist.all_gather_object(values, value, group=self.cpu_group)
         return values
-
-    def gather(self, value: Any) -> list:
-        """Every rank's value, on rank 0, by rank; an empty list elsewhere. A rank whose value is None sends no more
-        than that."""
-        data = b"" if value is None else pickle.dumps(value)
-        length = torch.tensor(len(data))
-        if not self.is_first:
-            dist.gather(length, group=self.cpu_group)
-            if data:
-                dist.send(torch.frombuffer(bytearray(data), dtype=torch.uint8), 0, group=self.cpu_group)
-            return []
-        lengths = torch.zeros(self.size, dtype=length.dtype)
-        dist.gather(length, list(lengths.unbind()), group=self.cpu_group)
-        return [value, *(self._received(rank, size) for rank, size in enumerate(lengths.tolist()) if rank)]
-
-    def _received(self, rank: int, size: int) -> Any:
-        if not size:
-            return None
-        data = torch.empty(size, dtype=torch.uint8)
-        dist.recv(data, rank, group=self.cpu_group)
-        return pickle.loads(data.numpy().data)
 
 
 def own_group(group: dist.ProcessGroup | int | None) -> dist.ProcessGroup:
