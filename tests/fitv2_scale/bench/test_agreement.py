@@ -2,7 +2,7 @@
 
 import math
 
-from fitv2_scale.bench.agreement_cost import measure, messages_in_turn
+from fitv2_scale.bench.agreement import measure, messages_in_turn
 
 
 def test_messages_in_turn():
