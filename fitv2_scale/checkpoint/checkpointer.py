@@ -6,15 +6,17 @@ there is no checkpoint. All of it happens in the background: training waits only
 """
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import cached_property
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from data_sharding.errors import UserError
@@ -29,10 +31,9 @@ from fitv2_scale.checkpoint.copies import require_equal_copies
 from fitv2_scale.checkpoint.policy import to_retire
 from fitv2_scale.checkpoint.staging import Staging
 from fitv2_scale.config.sections import CheckpointConfig
-from fitv2_scale.parallel.background import in_background
 from fitv2_scale.parallel.boxes import LogicalTensor
 from fitv2_scale.parallel.engine import Engine
-from fitv2_scale.parallel.world import World
+from fitv2_scale.parallel.world import World, own_group
 from fitv2_scale.run.log import require_newest
 from fitv2_scale.run.quarantine import quarantine, quarantined
 from fitv2_scale.run.run import Attempt
@@ -68,7 +69,8 @@ class Checkpointer:
         self.longest_save = 0.0  # seconds from the start to the COMMIT
         self._saving: Future[None] | None = None
         self._staging = Staging(engine.boxes())
-        self._writers = world.apart(_TIMEOUT)
+        # The same ranks, in a group of their own for the threads that write.
+        self._writers = replace(world, cpu_group=own_group(dist.new_group(backend="gloo", timeout=_TIMEOUT)))
 
     def start_save(
         self,
@@ -91,8 +93,8 @@ class Checkpointer:
         derived = self._engine.derived()
         self._staging.mark(self._live)
         began = time.monotonic()
-        self._saving = in_background(
-            lambda: self._save(step, folder, header, derived, before_commit, began), name="save"
+        self._saving = _in_background(
+            lambda: self._save(step, folder, header, derived, before_commit, began), self._writers.device
         )
         self.newest = step
 
@@ -157,8 +159,6 @@ class Checkpointer:
         before_commit: Callable[[], None],
         began: float,
     ) -> None:
-        if self._writers.device.type == "cuda":
-            torch.cuda.set_device(self._writers.device)  # a new thread's is GPU 0: every rank would take memory there
         self._staging.copy()
         ranks, run, copy = self._writers, self._attempt.run, self._engine.copy
         scalars = {"step": step, "cursor": header["cursor"], **header["scalars"], **derived}
@@ -216,3 +216,19 @@ class Checkpointer:
         for entry in to_retire(commits, bad, self._config):
             self._attempt.retire(entry.n)
             run.store.delete_tree(entry.fields["path"])
+
+
+def _in_background(work: Callable[[], None], device: torch.device) -> Future[None]:
+    """Does ``work`` in a thread that does not keep the process alive."""
+    future: Future[None] = Future()
+
+    def act() -> None:
+        try:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)  # a new thread's is GPU 0: every rank would take memory there
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=act, name="save", daemon=True).start()
+    return future

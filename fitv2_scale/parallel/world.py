@@ -29,7 +29,6 @@ from fitv2_scale.parallel.group_store import open_group_store
 from fitv2_scale.parallel.presence import Presence
 from fitv2_scale.parallel.rank_names import name_ranks
 from fitv2_scale.parallel.roll_call import call_roll
-from fitv2_scale.parallel.small_sums import all_reduce_sum
 
 _TIMEOUT = timedelta(minutes=10)
 _LONGEST_TIMEOUT = timedelta(days=365)
@@ -55,11 +54,8 @@ class World:
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Sum of a small CPU tensor over the ranks, in place (int64 wraps modulo 2**64)."""
-        return all_reduce_sum(values, self.cpu_group)
-
-    def apart(self, timeout: timedelta = _TIMEOUT) -> "World":
-        """The same ranks with a CPU group of their own, for another thread. A collective."""
-        return replace(self, cpu_group=own_group(dist.new_group(backend="gloo", timeout=timeout)))
+        dist.all_reduce(values, group=self.cpu_group)
+        return values
 
     def run_on_rank0(self, act: Callable[[], Any]) -> Any:
         """Calls ``act`` on rank 0 alone. All ranks return what it returns there, or raise what it raises there, which
