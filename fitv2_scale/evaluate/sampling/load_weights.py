@@ -135,8 +135,8 @@ def _read(
     run = Run.open(url)
     tree = run.config | {"layout": run.config["layout"] | _LAYOUT}
     config = parse_config(tree, f"{run.url}/run.json", overrides)
-    # Also keys that leave every shape alone: with other heads the weights load, and mean nothing.
-    if config.model != parse_config(tree, run.url).model:
+    # Also keys that leave every shape alone: with other heads the weights load, and mean nothing. Positions may change.
+    if config.model != parse_config(tree, run.url).model.model_copy(update={"rope": config.model.rope}):
         raise UserError(f"{source}: these overrides describe another network than the run's; leave out model.…")
     return (config, run, step), config_facts(config) | _data_facts(config) | {"id of the run": run.id}
 

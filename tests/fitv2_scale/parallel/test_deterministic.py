@@ -10,10 +10,8 @@ from data_sharding.errors import UserError
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.config.schema import Config
 from fitv2_scale.parallel.deterministic import deterministic_kernels
-from fitv2_scale.run.run import BAD_INPUT, Run
+from fitv2_scale.run.run import BAD_INPUT, DONE, Run
 from fitv2_scale.run.status import status
-from fitv2_scale.train import loop, setup
-from fitv2_scale.train.loop import DONE, train
 from tests.support.ranks import run_ranks
 from tests.support.tiny_networks import build, pack
 
@@ -61,11 +59,13 @@ def test_an_operation_without_such_a_kernel_is_named():
 
 def train_seeing(config: Config) -> tuple[int, list, tuple]:
     """The exit code; the settings with which the engine was built and each step was taken; those afterwards."""
+    from fitv2_scale.train import loop, setup  # only here: it needs packages that GPU tests do without
+
     seen = []
     make, take = setup.make_engine, loop.train_step
     setup.make_engine = lambda *args: (seen.append(settings()), make(*args))[1]
     loop.train_step = lambda *args: (seen.append(settings()), take(*args))[1]
-    return train(config), seen, settings()
+    return loop.train(config), seen, settings()
 
 
 def test_training_uses_them_on_every_rank_where_a_run_asks_for_it(tiny):
@@ -80,8 +80,10 @@ def test_training_uses_them_on_every_rank_where_a_run_asks_for_it(tiny):
 
 
 def train_writing_twice(config: Config) -> None:
+    from fitv2_scale.train import loop
+
     loop.train_step = lambda *args: write_twice()
-    train(config)
+    loop.train(config)
 
 
 def test_training_with_an_operation_that_has_none_is_bad_input(tiny):
