@@ -89,7 +89,8 @@ def test_forecast_of_a_run_with_kills(tiny, tmp_path, calm_steps):
     process, began = begun(harsh, file)
     while process.poll() is None:
         gap = float(rng.exponential(between_failures))
-        gaps.append(gap if whole else schedule.restart if not gaps else np.inf)
+        half_way = schedule.restart + steps * a_step / 2  # of the short run, however slow its start is
+        gaps.append(gap if whole else half_way if not gaps else np.inf)
         kill_next_rank(process, file, gaps[-1])
     wall = time.time() - began
     assert process.returncode == 0
