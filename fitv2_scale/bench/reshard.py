@@ -1,12 +1,13 @@
 """Rewrites a commit as the ranks of another layout would have saved it, in one process."""
 
+import json
 from collections.abc import Iterator
 
 import torch
 
 from fitv2_scale.checkpoint.commit import commit_folder, read_manifest
-from fitv2_scale.checkpoint.dcp_storage import CommitReader, box_record, write_manifest
-from fitv2_scale.checkpoint.safetensors_file import TensorToWrite, Written, write_safetensors
+from fitv2_scale.checkpoint.commit_files import CommitReader, box_record, file_record, write_manifest
+from fitv2_scale.checkpoint.safetensors_file import TensorToWrite, write_safetensors
 from fitv2_scale.run.log import LogEntry
 from fitv2_scale.run.run import Attempt, Run
 
@@ -21,16 +22,18 @@ def reshard_commit(source: Run, entry: LogEntry, target: Run, ranks: int) -> Non
     attempt: Attempt = target.claim({})
     folder = commit_folder(manifest["step"], attempt.number)
     boxes: dict[str, list[dict]] = {name: [] for name in manifest["tensors"]}
-    files: dict[str, Written] = {}
+    files: dict[str, dict] = {}
     for rank in range(ranks):
         parts = list(_parts(reader, manifest["tensors"], rank, ranks))
         file = f"rank-{rank:05d}.safetensors"
-        files[file] = written = write_safetensors(target.store, f"{folder}/{file}", [part for _, _, part in parts])
+        written = write_safetensors(target.store, f"{folder}/{file}", [part for _, _, part in parts])
+        files[file] = file_record(written)
         for name, offset, part in parts:
             boxes[name].append(box_record(offset, part.shape, file, written.begins[part.key]))
     tensors = {name: {"shape": t["shape"], "boxes": boxes[name]} for name, t in manifest["tensors"].items()}
     header = {key: value for key, value in manifest.items() if key not in _REWRITTEN}
-    attempt.commit(manifest["step"], folder, write_manifest(target.store, folder, header, files, tensors))
+    text = json.dumps(tensors).encode()
+    attempt.commit(manifest["step"], folder, write_manifest(target.store, folder, header, files, text))
 
 
 def _parts(

@@ -5,7 +5,9 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
+from fitv2_scale.bench.agreement_cost import measure_agreement
 from fitv2_scale.bench.scale_dealing import measure_dealing
+from fitv2_scale.bench.scale_saving import measure_saving
 
 RANKS = (8, 64, 512, 1024)
 
@@ -19,13 +21,17 @@ class Measurement:
     by_ranks: dict[int, float]
 
     @property
-    def growth(self) -> list[float]:
-        """The figure of each number of ranks over that of the one before."""
-        return [after / before for before, after in pairwise(self.by_ranks.values())]
+    def growth(self) -> list[float | None]:
+        """The figure of each number of ranks over that of the one before; None if that was 0."""
+        return [after / before if before else None for before, after in pairwise(self.by_ranks.values())]
 
 
 # Each gives, for a number of ranks, the value of its rows: {(name, unit): value}.
-PARTS: tuple[Callable[[int], dict[tuple[str, str], float]], ...] = (measure_dealing,)
+PARTS: tuple[Callable[[int], dict[tuple[str, str], float]], ...] = (
+    measure_dealing,
+    measure_agreement,
+    measure_saving,
+)
 
 
 def measure(ranks: Sequence[int] = RANKS) -> list[Measurement]:
@@ -47,7 +53,7 @@ def to_text(rows: Sequence[Measurement]) -> str:
     """The table, with the growth from each number of ranks to the next in brackets."""
     lines = [f"{'ranks':<44}" + "".join(f"{number:>20,}" for number in rows[0].by_ranks)]
     for row in rows:
-        growth = ["", *(f" ({factor:.1f}x)" for factor in row.growth)]
+        growth = ["", *("" if factor is None else f" ({factor:.1f}x)" for factor in row.growth)]
         cells = [f"{value:.3g}{by}" for value, by in zip(row.by_ranks.values(), growth, strict=True)]
         lines.append(f"{f'{row.name}, {row.unit}':<44}" + "".join(f"{cell:>20}" for cell in cells))
     return "\n".join(lines)

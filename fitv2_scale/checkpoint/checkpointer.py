@@ -6,17 +6,15 @@ there is no checkpoint. All of it happens in the background: training waits only
 """
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import timedelta
 from functools import cached_property
 
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from data_sharding.errors import UserError
@@ -29,11 +27,13 @@ from fitv2_scale.checkpoint.commit import (
 )
 from fitv2_scale.checkpoint.copies import require_equal_copies
 from fitv2_scale.checkpoint.policy import to_retire
+from fitv2_scale.checkpoint.save_plan import SavePlan
 from fitv2_scale.checkpoint.staging import Staging
 from fitv2_scale.config.sections import CheckpointConfig
+from fitv2_scale.parallel.background import in_background
 from fitv2_scale.parallel.boxes import LogicalTensor
 from fitv2_scale.parallel.engine import Engine
-from fitv2_scale.parallel.world import World, own_group
+from fitv2_scale.parallel.world import World
 from fitv2_scale.run.log import require_newest
 from fitv2_scale.run.quarantine import quarantine, quarantined
 from fitv2_scale.run.run import Attempt
@@ -45,7 +45,8 @@ log = logging.getLogger(__name__)
 
 class Checkpointer:
     """Commits the state of ``engine`` to the run of ``attempt``, on all ranks together: rank 0 writes manifest and log,
-    the others only their data. All ranks make it together; it allocates what saves need, as much memory as the state.
+    the others only their data. All ranks make it together: it allocates what saves need, as much memory as the state,
+    and exchanges what each rank saves.
 
     At most one save is in flight. ``start_save`` starts it; the state must not change before ``wait_for_staging`` has
     returned; ``finish_save`` waits for the save and tells whether it succeeded. ``newest`` is the step that is
@@ -69,8 +70,12 @@ class Checkpointer:
         self.longest_save = 0.0  # seconds from the start to the COMMIT
         self._saving: Future[None] | None = None
         self._staging = Staging(engine.boxes())
-        # The same ranks, in a group of their own for the threads that write.
-        self._writers = replace(world, cpu_group=own_group(dist.new_group(backend="gloo", timeout=_TIMEOUT)))
+        self._writers = world.apart(_TIMEOUT)
+        written = {
+            name: logical if engine.copy.writes(name) else LogicalTensor(logical.shape, [])
+            for name, logical in self._staging.tensors.items()
+        }
+        self._plan = SavePlan.of(written, self._writers)
 
     def start_save(
         self,
@@ -93,8 +98,8 @@ class Checkpointer:
         derived = self._engine.derived()
         self._staging.mark(self._live)
         began = time.monotonic()
-        self._saving = _in_background(
-            lambda: self._save(step, folder, header, derived, before_commit, began), self._writers.device
+        self._saving = in_background(
+            lambda: self._save(step, folder, header, derived, before_commit, began), name="save"
         )
         self.newest = step
 
@@ -159,21 +164,19 @@ class Checkpointer:
         before_commit: Callable[[], None],
         began: float,
     ) -> None:
+        if self._writers.device.type == "cuda":
+            torch.cuda.set_device(self._writers.device)  # a new thread's is GPU 0: every rank would take memory there
         self._staging.copy()
         ranks, run, copy = self._writers, self._attempt.run, self._engine.copy
         scalars = {"step": step, "cursor": header["cursor"], **header["scalars"], **derived}
         require_equal_copies(self._staging.tensors, scalars, copy, ranks)
-        written = {
-            name: logical if copy.writes(name) else LogicalTensor(logical.shape, [])
-            for name, logical in self._staging.tensors.items()
-        }
         try:
-            writer = write_commit(run, folder, ranks.rank, header, written, ranks.cpu_group)
+            digest = write_commit(run, folder, header, self._plan, ranks)
         except CheckpointException as error:
             ranks.run_on_rank0(lambda: self._discard(folder))
             ranks.run_on_rank0(self._require_newest)
             raise cause_of(error) from error
-        ranks.run_on_rank0(lambda: self._commit(step, folder, writer.manifest_digest, before_commit))
+        ranks.run_on_rank0(lambda: self._commit(step, folder, digest, before_commit))
         self.longest_save = max(self.longest_save, time.monotonic() - began)
 
     @property
@@ -216,19 +219,3 @@ class Checkpointer:
         for entry in to_retire(commits, bad, self._config):
             self._attempt.retire(entry.n)
             run.store.delete_tree(entry.fields["path"])
-
-
-def _in_background(work: Callable[[], None], device: torch.device) -> Future[None]:
-    """Does ``work`` in a thread that does not keep the process alive."""
-    future: Future[None] = Future()
-
-    def act() -> None:
-        try:
-            if device.type == "cuda":
-                torch.cuda.set_device(device)  # a new thread's is GPU 0: every rank would take memory there
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=act, name="save", daemon=True).start()
-    return future

@@ -1,27 +1,28 @@
 """A commit of a run on storage: writing, reading and checking it.
 
 Its files are ``steps/<step>.<attempt>/rank-00000.safetensors`` …, one of each rank that has something to write, and
-``manifest.json`` beside them (``commit_folder`` names the folder, ``dcp_storage`` describes the files). It counts once
+``manifest.json`` beside them (``commit_folder`` names the folder, ``commit_files`` describes the files). It counts once
 a COMMIT entry in the run's log names that folder and the sha256 of the manifest.
 """
 
 import hashlib
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import PurePosixPath
-from typing import Any
+from traceback import StackSummary, extract_tb
 
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from data_sharding.errors import DataError, UserError
 from data_sharding.storage.json_bytes import from_json
 from fitv2_scale.checkpoint.bad_commit import finding_bad_places
 from fitv2_scale.checkpoint.checksums import CHUNK, ChunkReader, Damaged
-from fitv2_scale.checkpoint.dcp_storage import FORMAT, MANIFEST, CommitReader, CommitWriter
-from fitv2_scale.checkpoint.dcp_tensor import DcpTensor
+from fitv2_scale.checkpoint.commit_files import FORMAT, MANIFEST, CommitReader, CommitWriter
 from fitv2_scale.checkpoint.manifest_shape import manifest_of
+from fitv2_scale.checkpoint.save_plan import SavePlan
 from fitv2_scale.parallel.boxes import LogicalTensor
+from fitv2_scale.parallel.failures import portable
 from fitv2_scale.parallel.world import World
 from fitv2_scale.run.log import LogEntry
 from fitv2_scale.run.run import Run
@@ -41,38 +42,63 @@ def attempt_of(folder: str) -> int | None:
     return int(parts[1]) if len(parts) in (2, 3) and all(part.isdecimal() for part in parts) else None
 
 
-def write_commit(
-    run: Run, folder: str, rank: int, header: dict, tensors: dict[str, LogicalTensor], group: Any
-) -> CommitWriter:
-    """Writes data and manifest of a commit, all ranks of ``group`` together: their boxes of ``tensors``, which each
-    rank names alike. Raises CheckpointException (see ``cause_of``)."""
-    moments = sorted({name.split("/", 1)[1] for name in tensors if name.startswith(MOMENTS)})
-    writer = CommitWriter(run.store, folder, rank, header | {"moments": moments})
-    state = {name: DcpTensor(logical) for name, logical in tensors.items()}
-    dcp.save(state, storage_writer=writer, process_group=group)
-    return writer
+def write_commit(run: Run, folder: str, header: dict, plan: SavePlan, ranks: World) -> str:
+    """Writes data and manifest of a commit, all ``ranks`` together. Returns on rank 0 the sha256 of the manifest, for
+    the COMMIT entry; elsewhere "". Raises CheckpointException on all ranks if one of them fails (see ``cause_of``)."""
+    moments = sorted({name.split("/", 1)[1] for name in plan.names if name.startswith(MOMENTS)})
+    writer, digest, mine = CommitWriter(run.store, folder, ranks.rank, plan), "", None
+    try:
+        mine = writer.write_data()
+    except Exception as error:
+        mine = _Failed.of(error)
+    told = ranks.gather(mine)
+    failed = {rank: one for rank, one in enumerate(told) if isinstance(one, _Failed)}
+    if ranks.is_first and not failed:
+        try:
+            digest = writer.finish(header | {"moments": moments}, told)
+        except Exception as error:
+            failed = {ranks.rank: _Failed.of(error)}
+    if failed := ranks.broadcast(failed):
+        raise CheckpointException("write", {rank: (one.error, one.stack) for rank, one in failed.items()})
+    return digest
 
 
-def read_tensors(run: Run, entry: LogEntry, manifest: dict, tensors: dict[str, LogicalTensor], group: Any) -> None:
-    """Fills ``tensors`` from the commit's tensors of the same names, all ranks of ``group`` together.
+@dataclass(frozen=True)
+class _Failed:
+    """What a rank met, as it can be sent."""
+
+    error: Exception
+    stack: StackSummary
+
+    @classmethod
+    def of(cls, error: Exception) -> "_Failed":
+        return cls(portable(error) or error, extract_tb(error.__traceback__))
+
+
+def read_tensors(run: Run, entry: LogEntry, manifest: dict, tensors: dict[str, LogicalTensor], world: World) -> None:
+    """Fills ``tensors`` from the commit's tensors of the same names, on all ranks of ``world`` together. Each plans for
+    itself what it reads.
 
     Raises, on all ranks, the gravest of what they met: Damaged if nothing worse.
     """
-    state = {name: DcpTensor(logical) for name, logical in tensors.items()}
     reader = CommitReader(run.store, entry.fields["path"], manifest, lambda act: finding_bad_places(run, entry, act))
+    failure = None
     try:
-        dcp.load(state, storage_reader=reader, process_group=group)
-    except CheckpointException as error:
-        raise cause_of(error) from error
+        reader.read(tensors)
+    except Exception as error:
+        failure = error
+    if errors := [error for error in world.all_gather(portable(failure)) if error is not None]:
+        raise min(errors, key=_harmless) from failure
 
 
 def cause_of(error: CheckpointException) -> BaseException:
-    """The gravest of what the ranks met: a bug before trouble with the storage, and that before damage."""
+    """The gravest of what the ranks met."""
+    return min((cause for cause, _ in error.failures.values()), key=_harmless)
 
-    def harmless(cause: BaseException) -> int:
-        return 2 if isinstance(cause, Damaged) else 1 if isinstance(cause, OSError | UserError) else 0
 
-    return min((cause for cause, _ in error.failures.values()), key=harmless)
+def _harmless(cause: BaseException) -> int:
+    """A bug before trouble with the storage, and that before damage."""
+    return 2 if isinstance(cause, Damaged) else 1 if isinstance(cause, OSError | UserError) else 0
 
 
 def read_manifest(run: Run, entry: LogEntry) -> dict:

@@ -58,7 +58,7 @@ def _from_run(source: WeightsSource, engine: Engine, world: World) -> None:
                 for name, logical in engine.boxes().items()
                 if name.startswith(kind)
             }
-            read_tensors(run, entry, manifest, tensors, world.cpu_group)
+            read_tensors(run, entry, manifest, tensors, world)
     except Damaged as error:
         raise UserError(
             f"{source.url}: the commit at step {source.step} is damaged ({error}): choose another"

@@ -1,4 +1,4 @@
-"""What a commit's manifest must be (a sample is in ``dcp_storage``). Its digest in the log shows that it is as it was
+"""What a commit's manifest must be (a sample is in ``commit_files``). Its digest in the log shows that it is as it was
 written, not that this program wrote it."""
 
 from math import prod
@@ -59,7 +59,7 @@ class _Manifest(Shape):
 
 
 def manifest_of(value: Any) -> dict[str, Any]:
-    """``value``, if it is a manifest of ``dcp_storage.FORMAT``. Raises ValueError, with what is wrong in one line, if
+    """``value``, if it is a manifest of ``commit_files.FORMAT``. Raises ValueError, with what is wrong in one line, if
     not."""
     manifest = _Manifest.check(value)
     for name, file in manifest["files"].items():

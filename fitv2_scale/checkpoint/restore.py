@@ -75,7 +75,7 @@ def _fill(engine: Engine, run: Run, entry: LogEntry, manifest: dict, world: Worl
     if missing:
         raise UserError(f"{run.url}: the commit at step {manifest['step']} holds no {missing[0]}: not this network's")
     try:
-        read_tensors(run, entry, manifest, tensors, world.cpu_group)
+        read_tensors(run, entry, manifest, tensors, world)
     except Damaged as error:
         return str(error)
     if manifest["moments"]:

@@ -39,10 +39,8 @@ class Written:
     begins: dict[str, int]  # key -> offset of the tensor's first byte in the file
 
 
-def write_safetensors(
-    store: Store, path: str, entries: Sequence[TensorToWrite], metadata: dict[str, str] | None = None
-) -> Written:
-    """Writes ``entries`` in their order. When this returns, the file is durable; if it fails, there is no file."""
+def head_of(entries: Sequence[TensorToWrite], metadata: dict[str, str] | None = None) -> tuple[bytes, dict[str, int]]:
+    """What a file of ``entries`` holds before the tensors, and the offset of each tensor's first byte in the file."""
     header: dict[str, dict] = {"__metadata__": metadata} if metadata else {}
     begins, at = {}, 0
     for e in entries:
@@ -51,8 +49,17 @@ def write_safetensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # aligns the tensors
     head = len(text).to_bytes(8, "little") + text
+    return head, {key: len(head) + begin for key, begin in begins.items()}
+
+
+def write_safetensors(
+    store: Store, path: str, entries: Sequence[TensorToWrite], metadata: dict[str, str] | None = None
+) -> Written:
+    """Writes ``entries`` in their order. When this returns, the file is durable; if it fails, there is no file."""
+    head, begins = head_of(entries, metadata)
+    size = len(head) + sum(e.nbytes for e in entries)
     digests = ChunkDigests()
-    with store.writing(path, len(head) + at) as file:
+    with store.writing(path, size) as file:
         file.write(head)
         digests.update(head)
         for e in entries:
@@ -61,4 +68,4 @@ def write_safetensors(
             data = tensor.flatten().view(torch.uint8).numpy().data
             digests.update(data)
             file.write(data)
-    return Written(len(head) + at, digests.hexdigests(), {key: len(head) + b for key, b in begins.items()})
+    return Written(size, digests.hexdigests(), begins)

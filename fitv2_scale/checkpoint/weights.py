@@ -3,6 +3,7 @@
 Both are streams, one tensor at a time: memory does not grow with the file.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from data_sharding.errors import UserError
 from data_sharding.storage.open_store import open_store
 from fitv2_scale.checkpoint.checksums import Damaged
 from fitv2_scale.checkpoint.commit import commit_folder, read_manifest
-from fitv2_scale.checkpoint.dcp_storage import CommitReader, box_record, write_manifest
+from fitv2_scale.checkpoint.commit_files import CommitReader, box_record, file_record, write_manifest
 from fitv2_scale.checkpoint.safetensors_file import TensorToWrite, write_safetensors
 from fitv2_scale.checkpoint.weights_file import Stored, open_tensors
 from fitv2_scale.config.model import ModelConfig
@@ -74,7 +75,8 @@ def import_weights(file: str, run_url: str, config: Config) -> Run:
         for name, stored in tensors.items()
     }
     header = {"step": 0, "attempt": attempt.number, "cursor": None, "scalars": {}, "moments": []}
-    attempt.commit(0, folder, write_manifest(run.store, folder, header, {data: written}, logical))
+    text = json.dumps(logical).encode()
+    attempt.commit(0, folder, write_manifest(run.store, folder, header, {data: file_record(written)}, text))
     attempt.end(0, f"imported {file}")
     return run
 

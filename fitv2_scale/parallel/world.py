@@ -3,6 +3,7 @@ that sets its variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT)
 
 import logging
 import os
+import pickle
 import socket
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from fitv2_scale.parallel.group_store import open_group_store
 from fitv2_scale.parallel.presence import Presence
 from fitv2_scale.parallel.rank_names import name_ranks
 from fitv2_scale.parallel.roll_call import call_roll
+from fitv2_scale.parallel.small_sums import all_reduce_sum
 
 _TIMEOUT = timedelta(minutes=10)
 _LONGEST_TIMEOUT = timedelta(days=365)
@@ -54,8 +56,11 @@ class World:
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Sum of a small CPU tensor over the ranks, in place (int64 wraps modulo 2**64)."""
-        dist.all_reduce(values, group=self.cpu_group)
-        return values
+        return all_reduce_sum(values, self.cpu_group)
+
+    def apart(self, timeout: timedelta = _TIMEOUT) -> "World":
+        """The same ranks with a CPU group of their own, for another thread. A collective."""
+        return replace(self, cpu_group=own_group(dist.new_group(backend="gloo", timeout=timeout)))
 
     def run_on_rank0(self, act: Callable[[], Any]) -> Any:
         """Calls ``act`` on rank 0 alone. All ranks return what it returns there, or raise what it raises there, which
@@ -92,6 +97,27 @@ class World:
         values = [None] * self.size
         dist.all_gather_object(values, value, group=self.cpu_group)
         return values
+
+    def gather(self, value: Any) -> list:
+        """Every rank's value, on rank 0, by rank; an empty list elsewhere. A rank whose value is None sends no more
+        than that."""
+        data = b"" if value is None else pickle.dumps(value)
+        length = torch.tensor(len(data))
+        if not self.is_first:
+            dist.gather(length, group=self.cpu_group)
+            if data:
+                dist.send(torch.frombuffer(bytearray(data), dtype=torch.uint8), 0, group=self.cpu_group)
+            return []
+        lengths = torch.zeros(self.size, dtype=length.dtype)
+        dist.gather(length, list(lengths.unbind()), group=self.cpu_group)
+        return [value, *(self._received(rank, size) for rank, size in enumerate(lengths.tolist()) if rank)]
+
+    def _received(self, rank: int, size: int) -> Any:
+        if not size:
+            return None
+        data = torch.empty(size, dtype=torch.uint8)
+        dist.recv(data, rank, group=self.cpu_group)
+        return pickle.loads(data.numpy().data)
 
 
 def own_group(group: dist.ProcessGroup | int | None) -> dist.ProcessGroup:

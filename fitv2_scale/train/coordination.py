@@ -1,15 +1,20 @@
 """What all ranks agree on before each step: that every rank has its data, which images are substituted, that all take
 the same step with the planned images, whether to save or to stop, and whether the save in flight has ended everywhere.
 
-One small all-reduce a step on the CPU group. A rank that cannot continue reports that here instead of leaving: the
-others would wait for it in a collective forever.
+One small sum a step over all ranks, in a group and a thread of its own: it is begun as soon as the step before has been
+handed to the device, and ended before its own step is dealt to the packs, so that the host waits for no other. A rank
+that cannot continue reports that here instead of leaving: the others would wait for it in a collective forever.
 """
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from data_sharding.errors import StorageDown, UserError
 from data_sharding.stream.batch import StepBatch
@@ -17,6 +22,7 @@ from data_sharding.stream.loader import Loader, SubstitutesNeeded
 from data_sharding.stream.substitutes import LostFrame
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
 from fitv2_scale.parallel.agreement import difference
+from fitv2_scale.parallel.background import in_background
 from fitv2_scale.parallel.failures import BrokenOff
 from fitv2_scale.parallel.world import World
 from fitv2_scale.run.requests import Requests
@@ -28,7 +34,25 @@ _POLL = 0.2  # seconds after which a rank that waits for data looks for a signal
 _STOP_PATIENCE = 5.0  # seconds that data may take after a stop was requested; the steps done can still be saved
 
 
+_NUMBERS = 11  # that a rank adds to the sums
+
+
+@dataclass(frozen=True)
+class _Round:
+    """What this rank has told the others of a step: the batch, or the frames it has lost, or the error it met; why it
+    was asked to stop, and for how many saves. ``sums`` is what all have told."""
+
+    batch: StepBatch | None
+    lost: Sequence[LostFrame]
+    error: Exception | None
+    stop: str | None
+    saves: int
+    sums: Future[Tensor]
+
+
 class Coordination:
+    """All ranks make it together."""
+
     def __init__(
         self,
         world: World,
@@ -43,6 +67,9 @@ class Coordination:
         self._substitutions = substitutions
         self._checkpoints = checkpoints
         self._saves_obeyed = 0
+        self._apart = world.apart()
+        self._begun: _Round | None = None  # of the next step
+        self._expected = False  # whether some rank may have begun the next step's: the others must follow
         # Agreed on: the same on all ranks after each ``next_batch``.
         self.stop_reason: str | None = None
         self.bad_input: UserError | None = None  # what to raise after a stop: another attempt would meet it again
@@ -62,29 +89,53 @@ class Coordination:
         """
         self._stop.step, self.should_save = step, False
         while True:
-            batch, lost, error = self._load(loader) if loader else (None, (), None)
-            stop, saves = self._requested()
-            mine = [error is not None, len(lost), batch is not None or loader is None, stop is not None]
-            mine += [saves > self._saves_obeyed, self._checkpoints.save_ended, *_part(batch)]
-            sums = self._world.all_reduce_sum(torch.tensor(mine, dtype=torch.int64)).tolist()
-            errors, lost_frames, ready, stops, to_save, ended, *parts = sums
+            mine = self._begun or self._begin(loader)
+            self._begun, self._expected = None, False
+            errors, lost_frames, ready, stops, to_save, ended, *parts = mine.sums.result().tolist()
             self.save_ended = ended == self._world.size
-            self.should_save, self._saves_obeyed = self.should_save or to_save > 0, saves
+            self.should_save, self._saves_obeyed = self.should_save or to_save > 0, mine.saves
             if errors:
-                self._stop_for(self._world.raise_shared, error)
+                self._stop_for(self._world.raise_shared, mine.error)
                 return None
             if stops and self.stop_reason is None:
-                self.stop_reason = next(filter(None, self._world.all_gather(stop)))
+                self.stop_reason = next(filter(None, self._world.all_gather(mine.stop)))
             if not lost_frames:
                 break
-            if not self._stop_for(self._substitute, lost, step, loader):
+            if not self._stop_for(self._substitute, mine.lost, step, loader):
                 return None
         if ready < self._world.size:
             return None
-        self._check_alike(step, batch, *parts[:3])
-        batch = self._batch_broadcast.broadcast(batch)
+        self._check_alike(step, mine.batch, *parts[:3])
+        batch = self._batch_broadcast.broadcast(mine.batch)
         _check_whole(batch, *parts[3:])
         return batch
+
+    def look_ahead(self, loader: Loader | None) -> None:
+        """Begins the sum of the next step if this rank has its data already, and waits for nothing. To be called when
+        a step has been handed to the device and another will follow, by all ranks."""
+        if self.stop_reason is None:  # the same on all ranks: else no step follows
+            self._expected = True
+            if loader is None or loader.is_ready(0):
+                self._begun = self._begin(loader)
+
+    @contextmanager
+    def ending(self) -> Generator[None]:
+        """Ends, if all ranks leave together, the sum of a step that some may have begun and none will take."""
+        yield
+        if self._expected:
+            self._expected = False
+            (self._begun.sums if self._begun else self._sum([0] * _NUMBERS)).result()
+
+    def _begin(self, loader: Loader | None) -> _Round:
+        batch, lost, error = self._load(loader) if loader else (None, (), None)
+        stop, saves = self._requested()
+        mine = [error is not None, len(lost), batch is not None or loader is None, stop is not None]
+        mine += [saves > self._saves_obeyed, self._checkpoints.save_ended, *_part(batch)]
+        return _Round(batch, lost, error, stop, saves, self._sum(mine))
+
+    def _sum(self, mine: list[int]) -> Future[Tensor]:
+        numbers = torch.tensor(mine, dtype=torch.int64)
+        return in_background(lambda: self._apart.all_reduce_sum(numbers), name="agreement")
 
     def break_off_if_stopped(self) -> None:
         """Raises BrokenOff on all ranks if any of them was asked to stop: for work between two steps, such as an

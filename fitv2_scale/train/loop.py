@@ -59,8 +59,8 @@ def train(config: Config, fork_from: str | None = None, ends_process: bool = Fal
             deterministic_kernels(config.deterministic),
         ):
             s = open_session(config, world, layout, data, attempt, fork)
-            watchdog.cover_groups()
             coordination = Coordination(world, s.batch_broadcast, stop, s.substitutions, s.checkpoints, requests)
+            watchdog.cover_groups()
             end(*_loop(s, coordination, watchdog))
         return end.code
 
@@ -73,6 +73,7 @@ def _loop(s: Session, coordination: Coordination, watchdog: Watchdog) -> tuple[i
         ProgressBar(s.start, steps, shown=s.world.is_first) as progress,
         _profiler(s) as profiler,
         checkpoints.finishing_saves(),
+        coordination.ending(),
     ):
         progress.say(s.headline())
         meter = _meter(s)
@@ -85,6 +86,8 @@ def _loop(s: Session, coordination: Coordination, watchdog: Watchdog) -> tuple[i
             if batch is not None:  # else nothing of this step is done; what was done before is kept
                 with watchdog.within("step"), profiler.step(step):
                     _take(s, batch, waited, monitor)
+                if step + 1 < steps:
+                    coordination.look_ahead(loader)
                 progress.advance()
             done, stop = step + (batch is not None), coordination.stop_reason
             end = done == steps or stop is not None

@@ -90,7 +90,7 @@ OF_RUNS: tuple[Named, ...] = (
     ),
     Named(
         "R3: a commit mixes the copies", SAVES,
-        "logical if copy.writes(name) else LogicalTensor(logical.shape, [])", "logical",
+        "logical if engine.copy.writes(name) else LogicalTensor(logical.shape, [])", "logical",
         (f"{COPIES}::test_one_copy_saves",),
     ),
     Named(
@@ -258,7 +258,7 @@ OF_RUNS: tuple[Named, ...] = (
     Named("R4: a rank's VAE is not on its GPU", DEVICE, "if torch.cuda.is_initialized():", "if False:", (VAE,)),
     Named(
         "R5: the thread that saves takes memory of GPU 0", SAVES,
-        "torch.cuda.set_device(device)", "pass",
+        "torch.cuda.set_device(self._writers.device)", "pass",
         (f"{UNIT}/checkpoint/test_staging.py::test_the_thread_that_saves_stays_on_the_gpu_of_its_rank",),
     ),
     Named(

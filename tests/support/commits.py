@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from fitv2_scale.checkpoint.commit import read_manifest
-from fitv2_scale.checkpoint.dcp_storage import CommitReader
+from fitv2_scale.checkpoint.commit_files import CommitReader
 from fitv2_scale.run.run import Run
 
 

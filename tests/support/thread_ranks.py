@@ -2,7 +2,7 @@
 
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,15 +12,22 @@ from torch import Tensor
 from data_sharding.errors import UserError
 from fitv2_scale.parallel.failures import portable, shared
 
+_GROUPS = 3
+
 
 class ThreadWorld:
     """The exchanges of a ``World``, between threads."""
 
-    def __init__(self, rank: int, size: int, board: list, barrier: threading.Barrier):
+    def __init__(self, rank: int, size: int, groups: Iterator[tuple[list, threading.Barrier]]):
+        """``groups``: what the ranks write on and meet at, for each of their groups."""
         self.rank, self.size, self.is_first = rank, size, rank == 0
         self.nodes = tuple(f"n{r // 2}" for r in range(size))
-        self._board, self._barrier = board, barrier
+        self._groups = groups
+        self._board, self._barrier = next(groups)
         self.exchanges = 0
+
+    def apart(self) -> "ThreadWorld":
+        return ThreadWorld(self.rank, self.size, self._groups)
 
     def place(self, rank: int) -> str:
         return f"rank {rank} on {self.nodes[rank]}"
@@ -46,11 +53,11 @@ class ThreadWorld:
 
 def outcomes(size: int, act: Callable[[Any], Any]) -> list[Any]:
     """What ``act(world)`` returns on each rank, or the exception that it raises."""
-    board, barrier = [None] * size, threading.Barrier(size)
+    groups = [([None] * size, threading.Barrier(size)) for _ in range(_GROUPS)]
 
     def one(rank: int) -> Any:
         try:
-            return act(ThreadWorld(rank, size, board, barrier))
+            return act(ThreadWorld(rank, size, iter(groups)))
         except Exception as error:
             return error
 

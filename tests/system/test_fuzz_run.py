@@ -10,7 +10,7 @@ import pytest
 
 from fitv2_scale.checkpoint.checksums import Damaged
 from fitv2_scale.checkpoint.commit import quick_check, read_manifest, verify_commit
-from fitv2_scale.checkpoint.dcp_storage import CommitReader
+from fitv2_scale.checkpoint.commit_files import CommitReader
 from fitv2_scale.run.run import Attempt, Run
 from fitv2_scale.run.status import status
 from fitv2_scale.tracking.journal import Position, read, read_attempt

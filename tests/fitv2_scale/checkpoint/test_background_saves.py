@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import fitv2_scale.train.loop as module
-from fitv2_scale.checkpoint import checkpointer, dcp_storage
-from fitv2_scale.checkpoint.dcp_storage import CommitWriter
+from fitv2_scale.checkpoint import checkpointer, commit_files
+from fitv2_scale.checkpoint.commit_files import CommitWriter
 from fitv2_scale.checkpoint.staging import Staging
 from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
@@ -131,7 +131,7 @@ def test_a_last_save_that_fails_asks_for_another_attempt(tiny):
 
 def train_elsewhere(config, damage: str) -> int:
     """The file of rank 1 is written, and then is not what rank 0 finds."""
-    write_safetensors = dcp_storage.write_safetensors
+    write_safetensors = commit_files.write_safetensors
 
     def write(store, path, entries, *rest):
         written = write_safetensors(store, path, entries, *rest)
@@ -142,7 +142,7 @@ def train_elsewhere(config, damage: str) -> int:
                 Run.open(config.run).claim({})
         return written
 
-    dcp_storage.write_safetensors = write
+    commit_files.write_safetensors = write
     return train(config)
 
 
@@ -168,10 +168,10 @@ def train_superseded(config) -> int:
     """Before its first COMMIT, another attempt claims the run."""
     write_commit = checkpointer.write_commit
 
-    def act(run, folder, rank, *args):
-        if rank == 0:
+    def act(run, folder, header, plan, ranks):
+        if ranks.rank == 0:
             Run.open(config.run).claim({})
-        return write_commit(run, folder, rank, *args)
+        return write_commit(run, folder, header, plan, ranks)
 
     checkpointer.write_commit = act
     return train(config)

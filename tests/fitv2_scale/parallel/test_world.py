@@ -162,3 +162,19 @@ def test_a_driver_that_torch_cannot_use_is_said_where_it_is(tmp_path):
     assert "whose NVIDIA driver is 470.82.01: CUDA says" in second
     assert first.startswith("rank 1 on ") and first.endswith(f": {second}")
     assert run_ranks(2, joined_with, 2, False, [hidden] * 2, str(tmp_path)) == [ON_CPU] * 2
+
+
+def gathered() -> tuple[list, list]:
+    """Twice, of values of several sizes; that of rank 1 is None."""
+    with join() as joined:
+        values = [None if joined.rank == 1 else [joined.rank] * 10**n for n in (0, 5)]
+        first, second = map(joined.gather, values)
+        return first, second
+
+
+def test_rank_0_gathers_the_values_of_all():
+    (first, second), *others = run_ranks(4, gathered)
+    assert first == [[0], None, [2], [3]]
+    assert second == [[0] * 10**5, None, [2] * 10**5, [3] * 10**5]
+    assert others == [([], [])] * 3
+    assert run_ranks(1, gathered) == [([[0]], [[0] * 10**5])]

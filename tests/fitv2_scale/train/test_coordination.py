@@ -1,5 +1,6 @@
-"""What ranks compare before each step, in one all-reduce: packs, tokens, ids. Ranks are threads here."""
+"""What ranks compare before each step, in one sum: packs, tokens, ids. Ranks are threads here."""
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -54,7 +55,7 @@ def taken(size: int, changed: Callable[[int, StepBatch], StepBatch | Exception],
         coordination = Coordination(world, relay, stop, None, checkpoints, None)
         loader = Loader(changed(world.rank, batch)) if reads(world.rank) else None
         found = coordination.next_batch(7, loader)
-        return (coordination.bad_input or coordination.stop_reason) if found is None else world.exchanges
+        return (coordination.bad_input or coordination.stop_reason) if found is None else coordination._apart.exchanges
 
     return outcomes(size, act)
 
@@ -127,6 +128,107 @@ def test_what_one_rank_meets_all_raise_and_it_keeps_its_own():
     assert down == ["rank 1 on n0: no answer", "no answer"]
     both = {0: StorageDown("no answer"), 1: wrong}
     assert [str(error) for error in taken(2, lambda rank, batch: both[rank])] == ["damaged", "damaged"]
+
+
+class Steps:
+    """A loader whose batch is there once its ``ready`` is set."""
+
+    def __init__(self, batches: list[StepBatch]):
+        self._batches, self.ready = iter(batches), threading.Event()
+
+    def is_ready(self, seconds: float) -> bool:
+        return self.ready.wait(seconds)
+
+    def __next__(self) -> StepBatch:
+        return next(self._batches)
+
+
+def coordinated(world, stop=None) -> Coordination:
+    relay = SimpleNamespace(broadcast=lambda mine: mine)
+    checkpoints = SimpleNamespace(save_ended=False)
+    return Coordination(world, relay, stop or SimpleNamespace(name=None), None, checkpoints, None)
+
+
+def test_a_step_is_agreed_on_while_the_one_before_is_computed():
+    """The sum of step 8 is there before a rank asks for the step; who has no data yet tells no less, later."""
+
+    def act(world) -> tuple[bool, bool, list[int], int]:
+        batches = [planned(world.rank, world.size)]
+        batches.append(replace(batches[0], step=8))
+        coordination, loader = coordinated(world), Steps(batches)
+        loader.ready.set()
+        taken = [coordination.next_batch(7, loader).step]
+        if world.rank == 2:
+            loader.ready.clear()
+        coordination.look_ahead(loader)
+        begun = coordination._begun is not None
+        if world.rank == 2:
+            world.all_gather(None)  # the others have begun by then, and wait
+            loader.ready.set()
+        else:
+            assert not coordination._begun.sums.done()
+            world.all_gather(None)
+            coordination._begun.sums.result(60)
+        taken.append(coordination.next_batch(8, loader).step)
+        with coordination.ending():
+            pass
+        return begun, coordination._expected, taken, coordination._apart.exchanges
+
+    assert outcomes(3, act) == [(True, False, [7, 8], 2)] * 2 + [(False, False, [7, 8], 2)]
+
+
+def test_a_step_that_some_have_begun_and_none_takes_is_ended():
+    """As after too many steps that were not finite: all leave, and none waits for the others."""
+
+    def act(world) -> int:
+        coordination, loader = coordinated(world), Steps([planned(world.rank, world.size)] * 2)
+        loader.ready.set()
+        coordination.next_batch(7, loader)
+        with coordination.ending():
+            if world.rank:
+                loader.ready.clear()
+            coordination.look_ahead(loader)
+        return coordination._apart.exchanges
+
+    assert outcomes(3, act) == [2, 2, 2]
+
+
+def test_no_step_is_begun_after_a_stop():
+    def act(world) -> tuple[int, bool, str]:
+        stop = SimpleNamespace(name="SIGTERM" if world.rank else None)
+        coordination, loader = coordinated(world, stop), Steps([planned(world.rank, world.size)] * 2)
+        loader.ready.set()
+        with coordination.ending():
+            assert coordination.next_batch(7, loader).step == 7  # it is taken, and saved
+            coordination.look_ahead(loader)
+        return coordination._apart.exchanges, coordination._expected, coordination.stop_reason
+
+    assert outcomes(2, act) == [(1, False, "SIGTERM")] * 2
+
+
+def test_what_is_asked_for_meanwhile_counts_for_the_step_after():
+    """A signal, and a save, that come when a step has been begun: told once, with the next."""
+
+    def act(world) -> tuple[list[bool], list[str | None]]:
+        stop, requests = SimpleNamespace(name=None), SimpleNamespace(stop=False, saves=0)
+        coordination, loader = coordinated(world, stop), Steps([planned(world.rank, world.size)] * 4)
+        coordination._requests = requests if world.is_first else None
+        loader.ready.set()
+        saves, stops = [], []
+        for _ in range(4):
+            coordination.next_batch(7, loader)
+            saves.append(coordination.should_save)
+            stops.append(coordination.stop_reason)
+            coordination.look_ahead(loader)
+            if len(saves) == 1:
+                requests.saves = 1
+            if len(saves) == 2 and world.rank == 1:
+                stop.name = "SIGUSR1"
+        with coordination.ending():
+            pass
+        return saves, stops
+
+    assert outcomes(2, act) == [([False, False, True, False], [None, None, None, "SIGUSR1"])] * 2
 
 
 def test_work_between_two_steps_is_broken_off_on_all_ranks_when_one_is_to_stop():
