@@ -1,5 +1,6 @@
 """Where fixtures come from, and which tests share a process."""
 
+import multiprocessing
 import os
 import signal
 from functools import cache
@@ -71,6 +72,17 @@ def signals_as_before():
         if signal.getsignal(number) != handler:
             signal.signal(number, handler)
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@pytest.fixture(autouse=True)
+def no_rank_outlives_its_test():
+    """Python waits at its end for all processes that it has started: one that hangs would hold up the whole run."""
+    before = multiprocessing.active_children()
+    yield
+    for process in multiprocessing.active_children():
+        if process not in before:
+            process.kill()
+            process.join()
 
 
 SERVERS = {"rgw": "s3", "cluster": "slurm", "mlflow_server": "mlflow"}  # markers, by the fixture that starts the server

@@ -92,7 +92,8 @@ class Coordination:
             mine = self._begun or self._begin(loader)
             self._begun, self._expected = None, False
             errors, lost_frames, ready, stops, to_save, ended, *parts = mine.sums.result().tolist()
-            self.save_ended = ended == self._world.size
+            # Only what was told of the save in flight: ranks may have begun before it was started.
+            self.save_ended = 0 < ended == self._world.size * self._checkpoints.newest
             self.should_save, self._saves_obeyed = self.should_save or to_save > 0, mine.saves
             if errors:
                 self._stop_for(self._world.raise_shared, mine.error)
@@ -130,7 +131,8 @@ class Coordination:
         batch, lost, error = self._load(loader) if loader else (None, (), None)
         stop, saves = self._requested()
         mine = [error is not None, len(lost), batch is not None or loader is None, stop is not None]
-        mine += [saves > self._saves_obeyed, self._checkpoints.save_ended, *_part(batch)]
+        ended = self._checkpoints.newest if self._checkpoints.save_ended else 0
+        mine += [saves > self._saves_obeyed, ended, *_part(batch)]
         return _Round(batch, lost, error, stop, saves, self._sum(mine))
 
     def _sum(self, mine: list[int]) -> Future[Tensor]:

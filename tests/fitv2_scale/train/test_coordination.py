@@ -51,7 +51,7 @@ def taken(size: int, changed: Callable[[int, StepBatch], StepBatch | Exception],
     def act(world):
         batch = planned(world.rank, size)
         relay = SimpleNamespace(broadcast=lambda mine: mine or batch)
-        stop, checkpoints = SimpleNamespace(name=None), SimpleNamespace(save_ended=False)
+        stop, checkpoints = SimpleNamespace(name=None), SimpleNamespace(save_ended=False, newest=0)
         coordination = Coordination(world, relay, stop, None, checkpoints, None)
         loader = Loader(changed(world.rank, batch)) if reads(world.rank) else None
         found = coordination.next_batch(7, loader)
@@ -145,7 +145,7 @@ class Steps:
 
 def coordinated(world, stop=None) -> Coordination:
     relay = SimpleNamespace(broadcast=lambda mine: mine)
-    checkpoints = SimpleNamespace(save_ended=False)
+    checkpoints = SimpleNamespace(save_ended=False, newest=0)
     return Coordination(world, relay, stop or SimpleNamespace(name=None), None, checkpoints, None)
 
 
@@ -231,11 +231,33 @@ def test_what_is_asked_for_meanwhile_counts_for_the_step_after():
     assert outcomes(2, act) == [([False, False, True, False], [None, None, None, "SIGUSR1"])] * 2
 
 
+def test_a_save_counts_as_ended_when_all_tell_so_of_the_one_in_flight():
+    """Rank 0 begins step 8 while it knows of the save before alone; what it tells then is not of the new one."""
+
+    def act(world) -> list[bool]:
+        coordination, loader = coordinated(world), Steps([planned(world.rank, world.size)] * 5)
+        checkpoints, seen = coordination._checkpoints, []
+        for newest, at_once, ended in [(3, True, True), (6, False, True), (6, True, False), (6, True, True)]:
+            loader.ready.set()
+            if not at_once and world.rank == 1:
+                loader.ready.clear()
+            coordination.look_ahead(loader)
+            checkpoints.newest, checkpoints.save_ended = newest, ended or world.rank == 0
+            loader.ready.set()
+            coordination.next_batch(7, loader)
+            seen.append(coordination.save_ended)
+        coordination.next_batch(7, loader)
+        return [*seen, coordination.save_ended]
+
+    # Nothing was in flight; rank 0 told of 3, rank 1 of 6; both of 6; not rank 1; both again.
+    assert outcomes(2, act) == [[False, False, True, False, True]] * 2
+
+
 def test_work_between_two_steps_is_broken_off_on_all_ranks_when_one_is_to_stop():
     """The reason is that of the rank that knows it, and costs nothing to ask for again."""
 
     def act(world) -> tuple[str | None, str, int]:
-        stop, checkpoints = SimpleNamespace(name=None), SimpleNamespace(save_ended=False)
+        stop, checkpoints = SimpleNamespace(name=None), SimpleNamespace(save_ended=False, newest=0)
         coordination = Coordination(world, None, stop, None, checkpoints, None)
         coordination.break_off_if_stopped()
         before, stop.name = coordination.stop_reason, "SIGUSR1" if world.rank == 1 else None
