@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import xxhash
@@ -218,12 +218,15 @@ def _samples(raw: bytes) -> Iterator[tuple[int, int, dict[str, tuple[_Shape, mem
     """Id, label, and shape and data of each view, of each sample in a sequence of tar members."""
     views: dict[str, tuple[_Shape, memoryview]] = {}
     for name, data in _members(raw):
-        key, _, kind = name.partition(".")
+        _, _, kind = name.partition(".")
         if kind == "json":
             record = json.loads(bytes(data))
-            if not isinstance(record, dict) or record.get("id") != int(key, 16) or "resize" not in views:
+            id, label = (record.get("id"), record.get("label")) if isinstance(record, dict) else (None, None)
+            if not _fits(id, np.int64) or name != f"{id:016x}.json" or "resize" not in views:
                 raise ValueError(f"{name} does not complete a sample")
-            yield record["id"], record["label"], views
+            if not _fits(label, np.int32):
+                raise ValueError(f"{name} has the label {label!r}, not a whole number")
+            yield id, label, views
             views = {}
         elif kind in ("resize.npy", "crop.npy"):
             views[kind.removesuffix(".npy")] = _array(name, data)
@@ -231,6 +234,11 @@ def _samples(raw: bytes) -> Iterator[tuple[int, int, dict[str, tuple[_Shape, mem
             raise ValueError(f"{name} is no member of a sample")
     if views:
         raise ValueError("the last sample has no .json")
+
+
+def _fits(number: Any, kind: type[np.signedinteger]) -> TypeGuard[int]:
+    """Whether that is a whole number, none below zero, of a manifest's column of this kind."""
+    return type(number) is int and 0 <= number <= np.iinfo(kind).max  # True is an int, too
 
 
 def decompress(frame: Bytes, raw_bytes: int) -> bytes:

@@ -110,6 +110,22 @@ def frame_of(manifest: Manifest, f: int) -> tuple[bytes, int]:
     return fetch_frame(manifest, f), int(manifest.frame_raw_bytes[f])
 
 
+@pytest.mark.parametrize("record", [{}, {"label": None}, {"label": "3"}, {"label": 3.0}, {"label": True}, {"label": -1},
+                                    {"label": 2**31}])  # fmt: skip
+def test_a_sample_without_a_whole_number_as_its_label_is_refused(record):
+    sample = Sample(7, 3, {"resize": np.zeros((2, 1, 1, 16), np.float16)})
+    raw = pack_sample(sample, class_name="ant", source="ant/1.png", pixels=(16, 16))
+    at = raw.index(b".json") - 16  # of the last member
+    text = json.dumps({"id": 7} | record).encode()
+    head = tarfile.TarInfo(f"{7:016x}.json")
+    head.size = len(text)
+    edited = raw[:at] + head.tobuf(tarfile.USTAR_FORMAT) + text + bytes(-len(text) % 512)
+    frame = zstandard.ZstdCompressor(write_content_size=True).compress(edited)
+    for parse in (parse_frame, scan_frame):
+        with pytest.raises(ValueError, match=r"0000000000000007\.json has the label .*, not a whole number"):
+            parse(frame, len(edited))
+
+
 def test_end_of_archive_is_a_frame_of_its_own(stored_samples):
     path, _ = stored_samples
     manifest = Manifest.load(str(path))
