@@ -23,9 +23,10 @@ from data_sharding.errors import UserError
 from data_sharding.stream.batch import StepBatch
 from fitv2_scale.config.model import TOKEN_CHANNELS
 from fitv2_scale.config.schema import Config
-from fitv2_scale.model.fitv2 import Block, FiTv2, layer_norm
+from fitv2_scale.model.block import Block, layer_norm
+from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.model.init import fill_initial
-from fitv2_scale.model.rope import rope_table, rotate
+from fitv2_scale.model.rope import by_channel, rope_table, rotate
 
 ReferenceCheckpointing = Literal["none", "full"]  # full: whole blocks are computed again in the backward pass
 
@@ -87,7 +88,7 @@ class ReleasedTrainer:
         network, config = self.network, self._config
         mask_BN1 = mask_BN[..., None].to(x.dtype)
         same_B1NN = (mask_BN[:, None, :] == mask_BN[:, :, None])[:, None]
-        rope = rope_table(position_BN2.flatten(0, 1), config.model.head_dim, config.model.rope_theta)
+        rope = by_channel(*rope_table(position_BN2.flatten(0, 1), config.model.head_dim, config.model.rope_theta))
         x_BND = network.x_embedder(x)
         c_BD = network.t_embedder(t_B) + network.y_embedder(label_B)
         assert network.global_adaLN_modulation is not None

@@ -6,38 +6,18 @@ tensor parallelism can replace them.
 """
 
 import math
-from collections.abc import Callable
-from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fitv2_scale.config.model import TIMESTEP_CHANNELS, TOKEN_CHANNELS, ModelConfig
-from fitv2_scale.model.attention import attention, has_varlen
+from fitv2_scale.model.attention import has_varlen
+from fitv2_scale.model.block import Block, BlockParts, modulate
 from fitv2_scale.model.extrapolation import extrapolated_table
 from fitv2_scale.model.gather import to_tokens
+from fitv2_scale.model.linear import LinearFactory, plain_linear
 from fitv2_scale.model.packed_batch import Packing
-from fitv2_scale.model.rope import rope_table, rotate
-
-NORM_EPS = 1e-6
-
-Role = Literal["column", "row", "replicated"]
-LinearFactory = Callable[[int, int, Role], nn.Module]
-
-
-def plain_linear(in_features: int, out_features: int, role: Role) -> nn.Module:
-    """The factory at tensor = 1. It ignores ``role``, which says how a tensor-parallel group splits the weight."""
-    return nn.Linear(in_features, out_features)
-
-
-def layer_norm(x: Tensor) -> Tensor:
-    """LayerNorm over the last dimension without parameters."""
-    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
-
-
-def modulate(x_TD: Tensor, shift_TD: Tensor, scale_TD: Tensor) -> Tensor:
-    return layer_norm(x_TD) * (1 + scale_TD) + shift_TD
+from fitv2_scale.model.rope import by_channel, rope_table
 
 
 class PatchEmbed(nn.Module):
@@ -77,68 +57,6 @@ class LabelEmbed(nn.Module):
         return self.embedding_table(label_I)
 
 
-class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, linear: LinearFactory):
-        super().__init__()
-        self.head_dim, self.qk_norm = config.head_dim, config.qk_norm
-        self.qkv = linear(config.hidden, 3 * config.hidden, "column")  # rows ordered (3, heads, head_dim)
-        self.proj = linear(config.hidden, config.hidden, "row")
-        if config.qk_norm == "l2_scale":
-            rows = self.qkv.get_parameter("weight").shape[0]
-            heads = rows // (3 * config.head_dim)  # of this rank, by what the factory made
-            self.qk_scale = nn.Parameter(torch.empty(heads))
-
-    def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], packing: Packing) -> Tensor:
-        q_THD, k_THD, v_THD = self.qkv(x_TD).unflatten(-1, (3, -1, self.head_dim)).unbind(1)
-        if self.qk_norm == "layernorm":
-            q_THD, k_THD = layer_norm(q_THD), layer_norm(k_THD)
-        elif self.qk_norm == "l2_scale":
-            # attention() divides by sqrt(head_dim): undone here, so that qk_scale alone scales the logits.
-            q_THD = F.normalize(q_THD, dim=-1) * (self.qk_scale * math.sqrt(self.head_dim))[:, None]
-            k_THD = F.normalize(k_THD, dim=-1)
-        out_THD = attention(rotate(q_THD, *rope), rotate(k_THD, *rope), v_THD, packing)
-        return self.proj(out_THD.flatten(1))
-
-
-class SwiGLU(nn.Module):
-    def __init__(self, config: ModelConfig, linear: LinearFactory):
-        super().__init__()
-        self.fc1_g = linear(config.hidden, config.mlp_hidden, "column")  # gate
-        self.fc1_x = linear(config.hidden, config.mlp_hidden, "column")  # value
-        self.fc2 = linear(config.mlp_hidden, config.hidden, "row")
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return self.fc2(F.silu(self.fc1_g(x_TD)) * self.fc1_x(x_TD))
-
-
-class Block(nn.Module):
-    def __init__(self, config: ModelConfig, linear: LinearFactory):
-        super().__init__()
-        self.attn = Attention(config, linear)
-        self.mlp = SwiGLU(config, linear)
-        self.adaLN_modulation = _adaln_head(config, linear)
-
-    def forward(
-        self, x_TD: Tensor, c_ID: Tensor, shared_I6D: Tensor | None, rope: tuple[Tensor, Tensor], packing: Packing
-    ) -> Tensor:
-        modulation_I6D = self.adaLN_modulation(c_ID)
-        if shared_I6D is not None:
-            modulation_I6D = modulation_I6D + shared_I6D  # S_i = W_g c + W2_i W1_i c (eq. 11)
-        modulation_T6D = to_tokens(modulation_I6D, packing.image_T)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation_T6D.chunk(6, -1)
-        x_TD = x_TD + gate_msa * self.attn(modulate(x_TD, shift_msa, scale_msa), rope, packing)
-        return x_TD + gate_mlp * self.mlp(modulate(x_TD, shift_mlp, scale_mlp))
-
-
-def _adaln_head(config: ModelConfig, linear: LinearFactory) -> nn.Sequential:
-    out = 6 * config.hidden
-    if config.adaln == "full":
-        return nn.Sequential(nn.SiLU(), linear(config.hidden, out, "replicated"))
-    # Both factors are trained from scratch; "LoRA" names the shape, nothing is frozen.
-    down, up = linear(config.hidden, config.adaln_rank, "replicated"), linear(config.adaln_rank, out, "replicated")
-    return nn.Sequential(nn.SiLU(), down, up)
-
-
 class FinalLayer(nn.Module):
     def __init__(self, config: ModelConfig, linear: LinearFactory):
         super().__init__()
@@ -162,7 +80,8 @@ class FiTv2(nn.Module):
             if config.adaln == "lora"
             else None
         )
-        self.blocks = nn.ModuleList(Block(config, linear) for _ in range(config.depth))
+        parts = BlockParts.of(config)
+        self.blocks = nn.ModuleList(Block(config, linear, parts) for _ in range(config.depth))
         self.final_layer = FinalLayer(config, linear)
 
     def forward(
@@ -181,11 +100,11 @@ class FiTv2(nn.Module):
         x_TD = self.x_embedder(x_TC)
         c_ID = self.t_embedder(t_I) + self.y_embedder(label_I)
         shared_I6D = None if self.global_adaLN_modulation is None else self.global_adaLN_modulation(c_ID)
-        rope = rope or self._rope(packing)
+        rope_TD = by_channel(*(rope or self._rope(packing)))  # once for all blocks
         if not has_varlen(x_TD):
             _ = packing.padded  # made outside of the blocks: the compiler cannot trace a cached_property's first use
         for block in self.blocks:
-            x_TD = block(x_TD, c_ID, shared_I6D, rope, packing)
+            x_TD = block(x_TD, c_ID, shared_I6D, rope_TD, packing)
         return self.final_layer(x_TD, c_ID, packing)
 
     def _rope(self, packing: Packing) -> tuple[Tensor, Tensor]:

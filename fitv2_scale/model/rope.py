@@ -29,8 +29,18 @@ def table(positions_T2: Tensor, frequency_F: Tensor, factor_T: Tensor | None = N
     return cos_TF * factor_T1, sin_TF * factor_T1
 
 
-def rotate(x_THD: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
-    """Rotates each pair of channels of q or k by its token's angle, in float32; the result has x's dtype."""
-    even, odd = x_THD.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos_TF[:, None], sin_TF[:, None]
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).type_as(x_THD)
+def by_channel(cos_TF: Tensor, sin_TF: Tensor) -> tuple[Tensor, Tensor]:
+    """A table as ``rotate`` takes it, (T, head_dim): what each channel and its neighbour are multiplied by."""
+    return cos_TF.repeat_interleave(2, -1), torch.stack((-sin_TF, sin_TF), -1).flatten(-2)
+
+
+def rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    """Rotates each pair of channels of q or k by its token's angle, in float32; the result has x's dtype.
+
+    (a, b) becomes (a, b) * cos + (b, a) * (-sin, sin), in operations on whole rows: the compiler fuses them with the
+    norm before, in both passes, which it does not if each half of the result has its own formula.
+    """
+    x = x_THD.float()
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    swapped = torch.stack((odd, even), -1).flatten(-2)
+    return (x * cos_TD[:, None] + swapped * sin_TD[:, None]).type_as(x_THD)

@@ -11,8 +11,9 @@ from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.config.schema import Config
 from fitv2_scale.config.sections import OptimizerConfig
 from fitv2_scale.model.counts import logical_shapes, trained_names
-from fitv2_scale.model.fitv2 import FiTv2, LinearFactory
+from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.model.init import fill_initial
+from fitv2_scale.model.linear import LinearFactory
 from fitv2_scale.parallel.blocks import prepare_blocks
 from fitv2_scale.parallel.boxes import Box
 

@@ -16,7 +16,7 @@ with warnings.catch_warnings():
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
     from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 
-from fitv2_scale.model.fitv2 import LinearFactory, Role
+from fitv2_scale.model.linear import LinearFactory, Role
 
 # Mutes its advice to set CUDA_DEVICE_MAX_CONNECTIONS=1, which would serialise FSDP's collectives and computation.
 # Its annotation is of a function, whose attributes a type checker does not know.

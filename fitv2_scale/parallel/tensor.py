@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_sharding.errors import UserError
-from fitv2_scale.model.fitv2 import LinearFactory, plain_linear
+from fitv2_scale.model.linear import LinearFactory, plain_linear
 from fitv2_scale.parallel.tensor_pieces import TensorGroup
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fitv2_scale.model.counts import logical_shapes
-from fitv2_scale.model.fitv2 import LinearFactory, Role
+from fitv2_scale.model.linear import LinearFactory, Role
 from fitv2_scale.parallel.boxes import LogicalTensor, flat_boxes
 from fitv2_scale.parallel.deepspeed_setup import SPLIT, GatheredLinear, partition
 from fitv2_scale.parallel.ema import exchanged

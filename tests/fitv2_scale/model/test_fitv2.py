@@ -9,11 +9,12 @@ from fitv2_scale.config.load import load_config
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.model.attention import padded_sdpa
 from fitv2_scale.model.counts import logical_shapes, parameter_count
-from fitv2_scale.model.fitv2 import FiTv2, Role
+from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.model.gather import to_tokens
 from fitv2_scale.model.init import fill_initial
+from fitv2_scale.model.linear import Role
 from fitv2_scale.model.packed_batch import Packing
-from fitv2_scale.model.rope import rope_table, rotate
+from fitv2_scale.model.rope import by_channel, rope_table, rotate
 from tests.support.tiny_networks import SWITCHES, TINY, build, pack
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -210,15 +211,33 @@ def test_rope_rotates_the_first_half_by_the_row():
     """Against complex exponentials written out; with row 0 the first half of q stays as it is."""
     positions = torch.tensor([[0, 0], [0, 3], [5, 0], [4, 9]])
     q = torch.randn(4, 1, 16)
-    cos, sin = rope_table(positions, 16, 10000.0)
-    turned = rotate(q, cos, sin).numpy()
+    table = by_channel(*rope_table(positions, 16, 10000.0))
+    turned = rotate(q, *table).numpy()
     frequency = 10000.0 ** (-2 * np.arange(4) / 8)
     for n, (row, column) in enumerate(positions.tolist()):
         angle = np.concatenate((row * frequency, column * frequency))
         pairs = q[n, 0].double().numpy().reshape(8, 2)
         expected = (pairs[:, 0] + 1j * pairs[:, 1]) * np.exp(1j * angle)
         np.testing.assert_allclose(turned[n, 0].reshape(8, 2), np.stack((expected.real, expected.imag), -1), atol=1e-6)
-    assert torch.equal(rotate(q, cos, sin)[1, :, :8], q[1, :, :8])
+    assert torch.equal(rotate(q, *table)[1, :, :8], q[1, :, :8])
+
+
+def halves_apart(x, cos_TF, sin_TF):
+    """The same rotation, with a formula for the first of each pair of channels and one for the second."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos_TF[:, None], sin_TF[:, None]
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).type_as(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rope_has_the_bits_of_two_formulas(dtype):
+    """Forward and gradient; runs that were trained with two formulas continue with the same bits."""
+    q = torch.randn(100, 3, 72).to(dtype).requires_grad_()
+    cos, sin = rope_table(torch.randint(0, 40, (100, 2)), 72, 10000.0)
+    gradient = torch.randn(100, 3, 72).to(dtype)
+    turned = rotate(q, *by_channel(cos, sin)), halves_apart(q, cos, sin)
+    assert turned[0].dtype == dtype and torch.equal(*turned)
+    assert torch.equal(*(torch.autograd.grad(out, q, gradient)[0] for out in turned))
 
 
 def test_rope_golden_angles():

@@ -8,7 +8,7 @@ import torch
 
 from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.model import ModelConfig
-from fitv2_scale.model import fitv2
+from fitv2_scale.model import block, fitv2
 from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.parallel.blocks import prepare_blocks
 from fitv2_scale.parallel.mesh import make_groups
@@ -102,7 +102,7 @@ def test_more_shapes_than_torch_expects_are_all_compiled(checkpointing, counted)
 def test_padding_is_made_only_where_it_is_used(monkeypatch):
     """It costs a gather of max_seqlen places an image: nothing that a network on the varlen kernel should pay."""
     monkeypatch.setattr(fitv2, "has_varlen", lambda x: True)
-    monkeypatch.setattr(fitv2, "attention", lambda q, k, v, packing: v)
+    monkeypatch.setattr(block, "attention", lambda q, k, v, packing: v)
     packing = pack([(3, 4), (5, 2), (4, 4)], TOKENS, 5, 16)
     build(TINY)(torch.randn(TOKENS, 16), torch.rand(5), torch.zeros(5, dtype=torch.int64), packing)
     assert "padded" not in vars(packing)

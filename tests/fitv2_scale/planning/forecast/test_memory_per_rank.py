@@ -18,11 +18,11 @@ from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.load import load_config
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.config.schema import Config
-from fitv2_scale.model import fitv2
+from fitv2_scale.model import block
 from fitv2_scale.model.counts import forward_flops
 from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.model.packed_batch import Packing
-from fitv2_scale.model.rope import rope_table
+from fitv2_scale.model.rope import by_channel, rope_table
 from fitv2_scale.parallel.blocks import prepare_blocks
 from fitv2_scale.parallel.memory_estimate import Compute, StateBytes, cuda_peak, saved_bytes, state_bytes
 from fitv2_scale.planning.forecast.plan_report import to_text
@@ -93,7 +93,7 @@ def varlen(monkeypatch):
         cu, longest = packing.cu_seqlens_I1, packing.max_seqlen
         return varlen_attn(q, k, v, cu, cu, longest, longest)
 
-    monkeypatch.setattr(fitv2, "attention", attention)
+    monkeypatch.setattr(block, "attention", attention)
 
 
 def test_plan_of_the_published_run(capsys):
@@ -142,7 +142,7 @@ def block_inputs(device: str) -> tuple:
             torch.zeros(rows, width, dtype=torch.bfloat16, requires_grad=True)
             for rows, width in ((tokens, 96), (IMAGES, 96), (IMAGES, 576))
         )
-        return x, c, shared, rope_table(packing.positions_T2, 48, 1e4), packing
+        return x, c, shared, by_channel(*rope_table(packing.positions_T2, 48, 1e4)), packing
 
 
 def saved(checkpointing: str, compiled: bool) -> int:

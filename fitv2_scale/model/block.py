@@ -1,0 +1,110 @@
+"""A block of the network: attention and SwiGLU, each between a modulated norm and a gate.
+
+A block is assembled from ``BlockParts``: another way to compute one of its parts, or another family of networks, is
+another class there. Letters in shapes: as in ``fitv2``; I6D are the six modulation vectors of each image.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fitv2_scale.config.model import ModelConfig
+from fitv2_scale.model.attention import attention
+from fitv2_scale.model.gather import to_tokens
+from fitv2_scale.model.linear import LinearFactory
+from fitv2_scale.model.packed_batch import Packing
+from fitv2_scale.model.rope import rotate
+
+NORM_EPS = 1e-6
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    """LayerNorm over the last dimension without parameters."""
+    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
+
+
+def modulate(x_TD: Tensor, shift_TD: Tensor, scale_TD: Tensor) -> Tensor:
+    return layer_norm(x_TD) * (1 + scale_TD) + shift_TD
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, linear: LinearFactory):
+        super().__init__()
+        self.head_dim, self.qk_norm = config.head_dim, config.qk_norm
+        self.qkv = linear(config.hidden, 3 * config.hidden, "column")  # rows ordered (3, heads, head_dim)
+        self.proj = linear(config.hidden, config.hidden, "row")
+        if config.qk_norm == "l2_scale":
+            rows = self.qkv.get_parameter("weight").shape[0]
+            heads = rows // (3 * config.head_dim)  # of this rank, by what the factory made
+            self.qk_scale = nn.Parameter(torch.empty(heads))
+
+    def forward(self, x_TD: Tensor, rope_TD: tuple[Tensor, Tensor], packing: Packing) -> Tensor:
+        q_THD, k_THD, v_THD = self.qkv(x_TD).unflatten(-1, (3, -1, self.head_dim)).unbind(1)
+        if self.qk_norm == "layernorm":
+            q_THD, k_THD = layer_norm(q_THD), layer_norm(k_THD)
+        elif self.qk_norm == "l2_scale":
+            # attention() divides by sqrt(head_dim): undone here, so that qk_scale alone scales the logits.
+            q_THD = F.normalize(q_THD, dim=-1) * (self.qk_scale * math.sqrt(self.head_dim))[:, None]
+            k_THD = F.normalize(k_THD, dim=-1)
+        out_THD = attention(rotate(q_THD, *rope_TD), rotate(k_THD, *rope_TD), v_THD, packing)
+        return self.proj(out_THD.flatten(1))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, config: ModelConfig, linear: LinearFactory):
+        super().__init__()
+        self.fc1_g = linear(config.hidden, config.mlp_hidden, "column")  # gate
+        self.fc1_x = linear(config.hidden, config.mlp_hidden, "column")  # value
+        self.fc2 = linear(config.mlp_hidden, config.hidden, "row")
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.fc2(F.silu(self.fc1_g(x_TD)) * self.fc1_x(x_TD))
+
+
+def _full_head(config: ModelConfig, linear: LinearFactory) -> nn.Sequential:
+    return nn.Sequential(nn.SiLU(), linear(config.hidden, 6 * config.hidden, "replicated"))
+
+
+def _low_rank_head(config: ModelConfig, linear: LinearFactory) -> nn.Sequential:
+    """Both factors are trained from scratch; "LoRA" names the shape, nothing is frozen."""
+    down = linear(config.hidden, config.adaln_rank, "replicated")
+    return nn.Sequential(nn.SiLU(), down, linear(config.adaln_rank, 6 * config.hidden, "replicated"))
+
+
+_ADALN: dict[str, Callable[[ModelConfig, LinearFactory], nn.Sequential]] = {"full": _full_head, "lora": _low_rank_head}
+
+
+@dataclass(frozen=True)
+class BlockParts:
+    """What makes the sub-modules of a block, by the public name of their weights."""
+
+    attn: Callable[[ModelConfig, LinearFactory], Attention]
+    mlp: Callable[[ModelConfig, LinearFactory], SwiGLU]
+    adaLN_modulation: Callable[[ModelConfig, LinearFactory], nn.Sequential]
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> "BlockParts":
+        return cls(Attention, SwiGLU, _ADALN[config.adaln])
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, linear: LinearFactory, parts: BlockParts):
+        super().__init__()
+        self.attn = parts.attn(config, linear)
+        self.mlp = parts.mlp(config, linear)
+        self.adaLN_modulation = parts.adaLN_modulation(config, linear)
+
+    def forward(
+        self, x_TD: Tensor, c_ID: Tensor, shared_I6D: Tensor | None, rope_TD: tuple[Tensor, Tensor], packing: Packing
+    ) -> Tensor:
+        modulation_I6D = self.adaLN_modulation(c_ID)
+        if shared_I6D is not None:
+            modulation_I6D = modulation_I6D + shared_I6D  # S_i = W_g c + W2_i W1_i c (eq. 11)
+        modulation_T6D = to_tokens(modulation_I6D, packing.image_T)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation_T6D.chunk(6, -1)
+        x_TD = x_TD + gate_msa * self.attn(modulate(x_TD, shift_msa, scale_msa), rope_TD, packing)
+        return x_TD + gate_mlp * self.mlp(modulate(x_TD, shift_mlp, scale_mlp))
