@@ -1,4 +1,5 @@
-"""fitv2 bench: measures the plan, the loader, many ranks' work, a training step and a commit on this machine."""
+"""fitv2 bench: measures the plan, the loader, many ranks' work, a training step and a commit on this machine, and
+predicts a step on a GPU."""
 
 import argparse
 from typing import Any
@@ -26,6 +27,14 @@ def add(commands: Any) -> None:
     scaling.add_argument(
         "--ranks", type=whole(1), nargs="+", metavar="R", help="numbers of ranks (default 8 64 512 1024)"
     )
+
+    predicting = make(bench, "kernels", bench_kernels, "predict a training step on a GPU, without one")
+    config_arguments(predicting)
+    predicting.add_argument("--gpu", default="H200", help="the GPU (default H200)")
+    predicting.add_argument("--ranks", type=whole(1), default=1, metavar="R", help="number of GPUs (default 1)")
+    predicting.add_argument("--nodes", type=whole(1), default=1, metavar="N", help="on how many nodes (default 1)")
+    predicting.add_argument("--tokens", type=whole(1), metavar="T", help="tokens of a pack (default: the largest)")
+    predicting.add_argument("--slots", type=whole(1), metavar="I", help="image slots of a pack")
 
     stepping = make(bench, "step", bench_step, "measure a training step: speed, time by part, memory", on_ranks=True)
     config_arguments(stepping)
@@ -67,6 +76,19 @@ def bench_scale(args: argparse.Namespace) -> int:
 
     rows = scale.measure(args.ranks or scale.RANKS)
     show(args, scale.to_json(rows), scale.to_text(rows))
+    return 0
+
+
+def bench_kernels(args: argparse.Namespace) -> int:
+    from fitv2_scale.bench.kernels.predict import measure
+    from fitv2_scale.bench.kernels.report import to_text
+    from fitv2_scale.config.load import load_config
+
+    if args.ranks % args.nodes:
+        raise UserError(f"--ranks {args.ranks} do not divide evenly among --nodes {args.nodes}")
+    config = load_config(args.config, args.overrides)
+    report = measure(config, args.gpu, args.ranks, args.nodes, args.tokens, args.slots)
+    show(args, report, to_text(report))
     return 0
 
 

@@ -1,0 +1,76 @@
+"""The GPUs that a step is predicted for: what Inductor asks of a device, and rates. Each rate, published or guessed,
+names its source. Nothing here was measured by this project."""
+
+from dataclasses import dataclass, field
+
+from data_sharding.errors import UserError
+
+
+@dataclass(frozen=True)
+class Rate:
+    value: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """``properties`` are those of ``torch.cuda.get_device_properties``. Rates are in bytes/s, FLOP/s and seconds."""
+
+    name: str
+    capability: tuple[int, int]
+    processors: int  # streaming multiprocessors
+    properties: dict[str, object] = field(repr=False)
+    peak_flops: Rate
+    product_flops: Rate  # that products reach whose tiles fill all processors
+    tile: tuple[int, int]  # of a product's result; a processor computes one at a time
+    attention_forward_flops: Rate
+    attention_backward_flops: Rate
+    elementwise_bytes: Rate
+    copy_bytes: Rate
+    kernel_seconds: Rate  # no kernel takes less
+    launch_seconds: Rate  # of the host, for an operation that it starts
+    block_seconds: Rate  # of the host, for FSDP's hooks around a block, in each direction
+
+
+_GUESS = "a guess"
+
+GPUS = {
+    "H200": Gpu(
+        name="NVIDIA H200",
+        capability=(9, 0),
+        processors=132,
+        properties={
+            "name": "NVIDIA H200",
+            "major": 9,
+            "minor": 0,
+            "total_memory": 150754820096,
+            "multi_processor_count": 132,
+            "max_threads_per_multi_processor": 2048,
+            "max_threads_per_block": 1024,
+            "regs_per_multiprocessor": 65536,
+            "shared_memory_per_block": 49152,
+            "shared_memory_per_block_optin": 232448,
+            "shared_memory_per_multiprocessor": 233472,
+            "L2_cache_size": 62914560,
+            "warp_size": 32,
+            "gcnArchName": "",
+        },
+        peak_flops=Rate(989e12, "dense bf16, data sheet"),
+        product_flops=Rate(748e12, f"{_GUESS}: large products at 788 TFLOP/s, times 0.95"),
+        tile=(128, 256),
+        attention_forward_flops=Rate(200e12, f"{_GUESS}: FlashAttention 2, images of 256 tokens"),
+        attention_backward_flops=Rate(150e12, f"{_GUESS}: FlashAttention 2, images of 256 tokens"),
+        elementwise_bytes=Rate(3.5e12, f"{_GUESS}: Triton kernels, of 4.8 TB/s by the data sheet"),
+        copy_bytes=Rate(3.8e12, f"{_GUESS}: copies and the optimizer, of 4.8 TB/s by the data sheet"),
+        kernel_seconds=Rate(3e-6, _GUESS),
+        launch_seconds=Rate(5e-6, _GUESS),
+        block_seconds=Rate(0.85e-3, "FSDP2 on a CPU, one rank, 24 blocks, on a busy machine"),
+    ),
+}
+
+
+def gpu_named(name: str) -> Gpu:
+    """Raises UserError for one that is not in the table."""
+    if name not in GPUS:
+        raise UserError(f"--gpu {name}: there are figures only for {', '.join(GPUS)}")
+    return GPUS[name]
