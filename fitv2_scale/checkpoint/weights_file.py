@@ -112,11 +112,9 @@ def _of_tensors(tree: dict[str, Any], prefix: str) -> Iterator[str]:
 def _reason(error: Exception) -> str:
     """Why torch.load refuses a file, without its advice to load it all the same."""
     text = _ANSI.sub("", str(error))
-    if found := re.search(r"Unsupported global: GLOBAL (\S+)", text):
+    if found := re.search(r"nsupported (?:global: )?GLOBAL (\S+)", text):
         return f"it holds objects of the class {found[1]}"
-    if found := re.search(r"WeightsUnpickler error: (.+)", text):
-        return found[1].strip()
-    lines = [line for line in text.splitlines() if "weights_only" not in line]
+    lines = [line for line in text.splitlines() if line.strip() and "weights_only" not in line]
     return (lines or [type(error).__name__])[0]
 
 

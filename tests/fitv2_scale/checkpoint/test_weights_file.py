@@ -1,5 +1,10 @@
 """What is no file of weights, or holds them below something else, is named with what to do."""
 
+import argparse
+import os
+import pickle
+import zipfile
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -47,6 +52,22 @@ def test_the_format_before_torch_1_6(tmp_path, protocol):
 def test_a_program_is_no_file_of_weights(tmp_path):
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 3)), tmp_path / "net.pt")
     assert refused(tmp_path / "net.pt") == " is a TorchScript program: save its state_dict() and give that file"
+
+
+@pytest.mark.parametrize(
+    "pickled,reason",
+    [
+        (pickle.dumps({"a": 3}, 4), "Unsupported operand 149"),  # torch reads protocol 2
+        (pickle.dumps(3, 0), "Unsupported operand 73"),
+        (pickle.dumps({"a": os.getcwd}, 2), "it holds objects of the class posix.getcwd"),
+        (pickle.dumps({"a": argparse.Namespace()}, 2), "it holds objects of the class argparse.Namespace"),
+    ],
+)
+def test_why_torch_refuses_a_pickle_is_told(tmp_path, pickled, reason):
+    with zipfile.ZipFile(tmp_path / "w.pt", "w") as archive:
+        for name, data in {"data.pkl": pickled, "version": b"3\n"}.items():
+            archive.writestr(f"w/{name}", data)
+    assert refused(tmp_path / "w.pt") == f" does not load as plain tensors ({reason}): it is refused"
 
 
 TENSORS = {"a": torch.ones(2), "b": torch.ones(1)}
