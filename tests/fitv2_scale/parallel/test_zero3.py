@@ -1,12 +1,15 @@
 """What is particular about the engine ``zero3``. That it trains as every engine does in every layout is in test_tensor,
 what it does with what is not finite in test_nonfinite."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fitv2_scale.config.schema import Config
+from fitv2_scale.model.counts import logical_shapes
 from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.model.flow import flow_loss, make_flow_batch
 from fitv2_scale.model.packed_batch import PackedBatch
@@ -71,6 +74,30 @@ def test_initial_weights_are_those_of_fsdp(world, tensor, precision):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
+
+
+def frozen_weights_with_flips(config: Config) -> tuple[float, list[float], float]:
+    """What the engine says of them: at first, with the lowest bit of a number flipped in what is computed with of each
+    tensor in turn, and at last."""
+    with join() as world:
+        engine, flipped = engine_of(config, world), []
+        before = engine.derived()["frozen weights"]
+        for shard in engine._shards.values():
+            if not shard.param.requires_grad:
+                bits = shard.param.ds_tensor.view(torch.int16)
+                bits[-1:].bitwise_xor_(1)
+                flipped.append(engine.derived()["frozen weights"])
+                bits[-1:].bitwise_xor_(1)
+        return before, flipped, engine.derived()["frozen weights"]
+
+
+def test_a_frozen_weight_that_drifts_from_its_master_is_noticed():
+    """How a save is refused then is in test_copies."""
+    config = make_config("zero3", layout__precision="bf16").model_copy(update={"trainable": ["blocks.*"]})
+    ((before, flipped, after),) = run_ranks(1, frozen_weights_with_flips, config)
+    frozen = [name for name in logical_shapes(config.model) if not name.startswith("blocks.")]
+    assert before == after == 1.0
+    assert len(flipped) == len(frozen) > 1 and all(map(math.isnan, flipped))
 
 
 def check_outputs(config: Config) -> dict[str, bool]:

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
 from fitv2_scale.train.loop import train
-from fitv2_scale.train.watchdog import Beat, Hung, find_hung, writer_of
+from fitv2_scale.train.watchdog import Beat, Hung, Watchdog, find_hung, writer_of
 from tests.support.ranks import Ranks
 from tests.support.run_history import reach
 from tests.support.tiny_runs import make_tiny
@@ -69,6 +70,26 @@ def test_what_the_alarm_says():
 def test_who_writes_the_end(hung, writer):
     found = [Hung(rank, "n", "step", 7, 9.0, silent, "") for rank, silent in hung.items()]
     assert writer_of({0, 1, 2}, found) == writer
+
+
+def test_a_watch_that_fails_waits_before_it_looks_again():
+    """Else it would take a core from training, and fill the log."""
+    ended, looked, again = threading.Event(), threading.Event(), threading.Event()
+
+    def fail() -> None:
+        (again if looked.is_set() else looked).set()
+        raise OSError("unexpected")
+
+    watchdog = object.__new__(Watchdog)
+    watchdog.__dict__.update(_ended=ended, _interval=1e6, _look=fail)
+    thread = threading.Thread(target=watchdog._watch)
+    thread.start()
+    try:
+        assert looked.wait(60) and not again.wait(0.5)
+    finally:
+        ended.set()
+        thread.join(60)
+    assert not thread.is_alive()
 
 
 def end_of(run: str, seconds: float = 240) -> dict:
