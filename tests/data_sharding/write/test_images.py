@@ -55,6 +55,13 @@ def test_views_and_flips_are_those_of_the_pixels(image_folder, written_dataset):
     assert crops > 0
 
 
+def test_progress_is_shown_unless_it_is_turned_off(tmp_path, capsys):
+    make_images(tmp_path / "images", 3)
+    for name, options, shown in (("a", {}, True), ("b", {"progress": False}, False)):
+        write_dataset(str(tmp_path / "images"), str(tmp_path / name), max_tokens=16, workers=1, **options)
+        assert ("3/3 images" in capsys.readouterr().err) == shown
+
+
 def test_a_finished_dataset_is_not_changed(image_folder, written_dataset):
     dst, first = written_dataset
     before = {file: file.stat().st_mtime_ns for file in dst.rglob("*")}

@@ -54,3 +54,15 @@ def test_ranks_that_join_hear_of_a_wrong_word(words, told, monkeypatch, capsys):
 def test_several_loaders_can_be_compared_with(capsys):
     assert main(["bench", "data", "--against", "files", "nosuch"]) == 2
     assert "nosuch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words,said",
+    [
+        (["--s3", "bucket/folder", "--saves", "0"], "--s3 bucket/folder: give s3://BUCKET/FOLDER"),
+        (["--s3", "s3://bucket/folder", "--saves", "0"], "--saves 0: give at least 1"),
+    ],
+)
+def test_a_bench_of_saves_that_cannot_be_made_is_refused(words, said, capsys):
+    assert main(["bench", "checkpoint", str(ROOT / "configs/demo.yaml"), *words]) == 2
+    assert capsys.readouterr().err == f"fitv2: {said}\n"

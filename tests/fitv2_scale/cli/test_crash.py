@@ -8,8 +8,10 @@ import sys
 
 import pytest
 
-from fitv2_scale.cli.__main__ import exit_code_of
+from fitv2_scale.cli.__main__ import exit_code_of, main
+from tests.support.repository import ROOT
 
+SHORT_REPORT = ["shard", "verify", str(ROOT / "tests/fixtures/made_by_a2e80d5/dataset")]  # fits into the buffer
 CUT = """
 import os, sys
 import numpy as np
@@ -43,3 +45,19 @@ def test_a_broken_pipe_that_is_not_that_of_standard_output_is_no_closed_pager(nu
 
     with pytest.raises(BrokenPipeError, match="/data/00000.tar.zst"):
         exit_code_of(fail)
+
+
+def test_a_report_that_finds_no_room_at_its_end_has_failed(monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(SHORT_REPORT) == 2
+    assert capsys.readouterr().err == "fitv2: standard output cannot be written: [Errno 28] No space left on device\n"
+
+
+def test_a_report_whose_reader_is_gone_at_its_end_fails_without_a_word(monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as unread:
+        monkeypatch.setattr(sys, "stdout", unread)
+        assert main(SHORT_REPORT) == 1
+    assert capsys.readouterr().err == ""

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,35 @@ from scipy.linalg import sqrtm
 
 from data_sharding.errors import UserError
 from fitv2_scale.evaluate.evaluate import EvaluationOptions, evaluate_images, is_network
+from fitv2_scale.evaluate.feature_network import FeatureNetwork
 from fitv2_scale.evaluate.features import read_npz
 from fitv2_scale.evaluate.image_sets import open_image_set
-from fitv2_scale.evaluate.reference_statistics import open_reference, reference_for, reference_identity
+from fitv2_scale.evaluate.reference_statistics import (
+    check_reference,
+    open_reference,
+    reference_for,
+    reference_identity,
+)
 from tests.support.feature_networks import POOL
 
 CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "change,sentence",
+    [
+        ({}, None),
+        ({"sigma": -np.eye(POOL)}, "its covariance is none"),
+        ({"mu_s": np.zeros(3)}, "lacks sigma_s"),
+        ({"mu": np.zeros(5)}, f"the network gives {POOL} features, but .* has 5"),
+        ({"network": np.array("0" * 64)}, "is of the network 0000000000000000, but yours is"),
+    ],
+)
+def test_a_reference_is_refused_before_images_are_made_for_it(feature_network, tmp_path, change, sentence):
+    network = FeatureNetwork.load(feature_network["network"], feature_network["network_sha256"])
+    np.savez(tmp_path / "r.npz", **{"mu": np.zeros(POOL), "sigma": np.eye(POOL)} | change)
+    with pytest.raises(UserError, match=sentence) if sentence else nullcontext():
+        check_reference(str(tmp_path / "r.npz"), network, POOL)
 
 
 def test_statistics_are_in_adms_format(photographs, feature_network, reference):

@@ -7,18 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fitv2_scale.config.sections import CheckpointConfig
-from fitv2_scale.planning.forecast.assumptions import Assumptions
 from fitv2_scale.planning.forecast.goodput import DAY, Schedule, expected_goodput
 from fitv2_scale.planning.forecast.run_length import (
     RELEASED_DETECT,
     RELEASED_RESTART,
     RELEASED_SAVE,
     RELEASED_STEPS,
-    configured_schedule,
-    goodput_report,
-    recommended_schedule,
-    released_schedule,
 )
 from fitv2_scale.planning.forecast.save_interval import recommended_interval
 from fitv2_scale.planning.forecast.simulate import simulate_goodput, simulate_runs
@@ -153,19 +147,3 @@ def test_a_simulated_run_is_the_run_event_by_event(interval, stall, more, detect
     draws = iter([np.array([gap]) for gap in gaps])
     seconds, _ = simulate_runs(schedule, 5000.0, 1, lambda n: next(draws, np.array([np.inf])))
     assert seconds[0] == pytest.approx(walk(schedule, 5000.0, gaps), abs=1e-3)
-
-
-def test_schedules_of_a_config_in_seconds(tiny):
-    config, assumed = tiny(slurm__walltime="1:00:00"), Assumptions()
-    assert configured_schedule(config, 0.5, assumed).interval == 2.5  # every 5 steps
-    by_time = config.model_copy(update={"checkpoint": CheckpointConfig(every_minutes=10)})
-    assert configured_schedule(by_time, 0.5, assumed).interval == 600
-    released = released_schedule(config, 0.5)
-    assert released.interval == RELEASED_STEPS * 0.5 and released.stall == released.durable == RELEASED_SAVE
-
-
-def test_the_report_says_one_interval_in_three_units(tiny):
-    report = goodput_report(tiny(), 0.5, 2, Assumptions(), {})
-    seconds = report["interval_seconds"]
-    assert seconds == recommended_schedule(tiny(), 0.5, 2, Assumptions()).interval
-    assert report["interval_minutes"] * 60 == pytest.approx(seconds) and report["interval_steps"] == round(seconds * 2)
