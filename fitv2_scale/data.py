@@ -43,7 +43,7 @@ class Data:
         cost = Cost.transformer(config.model.hidden)
         if _fits_a_node(manifests, config):
             nodes = (sum(nodes),)  # each node caches all of it: only balance matters
-        return cls(plan, cost, nodes, shapes_for_plan(plan, cost, nodes, config.layout.max_tokens))
+        return cls(plan, cost, nodes, _shapes(plan, cost, nodes, config, 0))
 
     def continued(self, cursor: Cursor, step: int, config: Config) -> tuple["Data", list[str]]:
         """The data from ``step`` on of a run that is at ``cursor``, and notes for the user.
@@ -66,7 +66,7 @@ class Data:
             notes = [f"from step {last.start}, the next window boundary: {last.images} images per step"]
             if len(last.weights) > 1:
                 notes[0] += f", fractions of the datasets {[round(w / sum(last.weights), 4) for w in last.weights]}"
-        shapes = shapes_for_plan(plan, self.cost, self.nodes, config.layout.max_tokens, step)
+        shapes = _shapes(plan, self.cost, self.nodes, config, step)
         return replace(self, plan=plan, shapes=shapes), notes
 
     def codec(self, config: Config) -> Codec:
@@ -76,6 +76,11 @@ class Data:
     @property
     def classes(self) -> int:
         return len(self.plan.manifests[0].classes)  # all have the same
+
+
+def _shapes(plan: Plan, cost: Cost, nodes: Nodes, config: Config, step: int) -> dict[int, tuple[PackShape, ...]]:
+    layout = config.layout
+    return shapes_for_plan(plan, cost, nodes, layout.max_tokens, step, layout.pad_to_multiple_of)
 
 
 def _check(manifest: Manifest, first: Manifest, config: Config) -> None:

@@ -18,6 +18,8 @@ from fitv2_scale.config.section import Section
 
 Precision = Literal["fp32", "bf16"]
 Checkpointing = Literal["none", "selective", "full"]
+Reshard = Literal["always", "never"]
+GateAndValue = Literal["separate", "merged"]
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,27 @@ class LayoutConfig(Section):
     )
     precision: Precision = Field("bf16", description="precision of compute; master weights and reductions stay float32")
     max_tokens: int = Field(16384, ge=64, description="maximum tokens of a pack; the planner picks a capacity up to it")
+    pad_to_multiple_of: int = Field(
+        8, ge=8, multiple_of=8, description="capacities of packs are multiples of so many tokens, as in 128"
+    )
+    reshard_after_forward: Reshard = Field(
+        "always",
+        description="with fsdp; never: weights are gathered once a step, not twice a pack, and held whole between",
+    )
+    gate_and_value: GateAndValue = Field(
+        "separate", description="the SwiGLU's first two products: separate, or merged into one; with fsdp"
+    )
     compile: bool | Literal["auto"] = Field("auto", description="torch.compile each block; auto: on CUDA only")
 
     def compiles(self, on_cuda: bool) -> bool:
         return on_cuda if self.compile == "auto" else self.compile
+
+    @property
+    def for_fsdp_alone(self) -> list[str]:
+        """The settings, as key=value, that zero3 does not have."""
+        keys = ("reshard_after_forward", "gate_and_value")
+        given = ((key, getattr(self, key)) for key in keys)
+        return [f"layout.{k}={value}" for k, value in given if value != type(self).model_fields[k].default]
 
     def over(self, ranks: int, nodes: int = 1) -> Layout:
         """The layout of ``ranks`` processes on ``nodes`` nodes. Raises UserError if they do not divide."""

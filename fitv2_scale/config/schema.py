@@ -71,6 +71,8 @@ class Config(Section):
             raise ValueError(
                 f"layout.replicate is {layout.replicate}, but zero3 keeps one copy: use layout.engine=fsdp"
             )
+        if layout.engine == "zero3" and layout.for_fsdp_alone:
+            raise ValueError(f"{layout.for_fsdp_alone[0]} is for layout.engine=fsdp: leave it out with zero3")
         return self
 
     def recipe(self) -> dict[str, Any]:

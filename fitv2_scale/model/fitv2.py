@@ -69,9 +69,10 @@ class FinalLayer(nn.Module):
 
 
 class FiTv2(nn.Module):
-    def __init__(self, config: ModelConfig, linear: LinearFactory = plain_linear):
+    def __init__(self, config: ModelConfig, linear: LinearFactory = plain_linear, parts: BlockParts | None = None):
+        """``parts`` are what blocks are made of, if not of what ``config`` alone says."""
         super().__init__()
-        self.config = config
+        self.config, parts = config, parts or BlockParts.of(config)
         self.x_embedder = PatchEmbed(config, linear)
         self.t_embedder = TimestepEmbed(config, linear)
         self.y_embedder = LabelEmbed(config)
@@ -80,7 +81,6 @@ class FiTv2(nn.Module):
             if config.adaln == "lora"
             else None
         )
-        parts = BlockParts.of(config)
         self.blocks = nn.ModuleList(Block(config, linear, parts) for _ in range(config.depth))
         self.final_layer = FinalLayer(config, linear)
 

@@ -1,14 +1,36 @@
 """What makes the linears of a network: plain ones, or those of a tensor-parallel group."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, Protocol, cast
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 Role = Literal["column", "row", "replicated"]
 LinearFactory = Callable[[int, int, Role], nn.Module]
 
 
+class Linear(nn.Linear):
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """As ``forward``, with other weights."""
+        return F.linear(x, weight, bias)
+
+
+class _Products(Protocol):
+    weight: Tensor
+    bias: Tensor
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor: ...
+
+
 def plain_linear(in_features: int, out_features: int, role: Role) -> nn.Module:
     """The factory at tensor = 1. It ignores ``role``, which says how a tensor-parallel group splits the weight."""
-    return nn.Linear(in_features, out_features)
+    return Linear(in_features, out_features)
+
+
+def merged(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
+    """What each of ``linears``, equal in size and of the role ``column``, makes of ``x``: by one product."""
+    parts = [cast(_Products, linear) for linear in linears]
+    weight, bias = torch.cat([p.weight for p in parts]), torch.cat([p.bias for p in parts])
+    return parts[0].product(x, weight, bias).chunk(len(parts), -1)

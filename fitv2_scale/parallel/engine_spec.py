@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fitv2_scale.config.layout import Checkpointing, Precision
+from fitv2_scale.config.layout import Checkpointing, Precision, Reshard
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.config.schema import Config
 from fitv2_scale.config.sections import OptimizerConfig
+from fitv2_scale.model.block import BlockParts
 from fitv2_scale.model.counts import logical_shapes, trained_names
 from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.model.init import fill_initial
@@ -30,6 +31,8 @@ class EngineSpec:
     precision: Precision
     compile_blocks: bool
     checkpointing: Checkpointing
+    reshard_after_forward: Reshard
+    parts: BlockParts
 
     @classmethod
     def of(cls, config: Config, on_cuda: bool) -> "EngineSpec":
@@ -43,6 +46,8 @@ class EngineSpec:
             precision=layout.precision,
             compile_blocks=layout.compiles(on_cuda),
             checkpointing=layout.checkpointing,
+            reshard_after_forward=layout.reshard_after_forward,
+            parts=BlockParts.of(config.model, layout.gate_and_value),
         )
 
     def network(self, linear: LinearFactory) -> FiTv2:
@@ -51,7 +56,7 @@ class EngineSpec:
         Raises UserError if ``trainable`` matches no tensor.
         """
         with torch.device("meta"):
-            network = FiTv2(self.model, linear)
+            network = FiTv2(self.model, linear, self.parts)
         freeze(network, self.trainable)
         prepare_blocks(network, self.checkpointing, self.compile_blocks)
         return network

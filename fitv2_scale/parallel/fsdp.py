@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from fitv2_scale.config.layout import Precision
+from fitv2_scale.config.layout import Precision, Reshard
 from fitv2_scale.model.counts import logical_shapes
 from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.parallel.boxes import LogicalTensor, rows_boxes
@@ -26,11 +26,16 @@ from fitv2_scale.parallel.optimizer import AdamW, global_norm, single_value, ste
 from fitv2_scale.parallel.tensor import broadcast_in_group, tensor_linear
 from fitv2_scale.parallel.tensor_pieces import is_replicated, local_pieces
 
+# FSDP2's reshard_after_forward, and whether every backward pass reshards; the last one of a step always does. FSDP2's
+# default for the first (None) reshards all but the root, whose weights the backward pass needs at once.
+_RESHARD: dict[Reshard, tuple[bool | None, bool]] = {"always": (None, True), "never": (False, False)}
+
 
 class FSDPEngine:
     def __init__(self, spec: EngineSpec, groups: Groups):
         network = spec.network(tensor_linear(groups.tensor))
-        self._root = _shard(network, groups, spec.precision)
+        after_forward, self._after_each_backward = _RESHARD[spec.reshard_after_forward]
+        self._root = _shard(network, groups, spec.precision, after_forward)
         network.to_empty(device=groups.device_type)
         self.network, self._ema_decay, self._groups, self.copy = network, spec.ema_decay, groups, groups.copy
         self._params = cast(dict[str, DTensor], dict(network.named_parameters()))
@@ -48,6 +53,7 @@ class FSDPEngine:
     def backward(self, loss: Tensor, last: bool) -> None:
         self._root.set_is_last_backward(last)
         self._root.set_requires_gradient_sync(last)
+        self._root.set_reshard_after_backward(last or self._after_each_backward)
         loss.backward()
         if last:
             broadcast_in_group(_local_grads(self._replicated), self._groups.tensor)
@@ -103,15 +109,15 @@ def _local_grads(params: Iterable[DTensor]) -> list[Tensor]:
     return [cast(DTensor, p.grad).to_local() for p in params]
 
 
-def _shard(network: FiTv2, groups: Groups, precision: Precision) -> FSDPModule:
+def _shard(network: FiTv2, groups: Groups, precision: Precision, reshard: bool | None) -> FSDPModule:
     """Shards each block, then the rest; returns ``network``, now an FSDPModule. Gradients are summed, not averaged: the
     loss is divided by the global batch."""
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # the network casts where it needs to; times stay float32
     if precision == "bf16":
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for block in network.blocks:
-        fully_shard(block, mesh=groups.data_mesh, mp_policy=policy)
-    root = fully_shard(network, mesh=groups.data_mesh, mp_policy=policy)
+        fully_shard(block, mesh=groups.data_mesh, mp_policy=policy, reshard_after_forward=reshard)
+    root = fully_shard(network, mesh=groups.data_mesh, mp_policy=policy, reshard_after_forward=reshard)
     for module in network.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

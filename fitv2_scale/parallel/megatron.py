@@ -29,6 +29,19 @@ class _Column(ColumnParallelLinear):
     def forward(self, x_TD: Tensor) -> Tensor:
         return super().forward(x_TD)[0]
 
+    @torch.compiler.disable
+    def product(self, x_TD: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """As ``forward``, with other weights, of any number of rows."""
+        return self._forward_impl(
+            input=x_TD,
+            weight=weight,
+            bias=bias,
+            gradient_accumulation_fusion=False,
+            allreduce_dgrad=self.allreduce_dgrad,
+            sequence_parallel=False,
+            tp_group=self.tp_group,
+        )
+
     def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None, **options) -> Tensor:
         """Adds the bias here if the weight is frozen: megatron-core gives it no gradient, even if it is trained."""
         if weight.requires_grad or bias is None:

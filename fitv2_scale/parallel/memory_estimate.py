@@ -9,7 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import partial
 
-from fitv2_scale.config.layout import Checkpointing, Layout, Precision
+from fitv2_scale.config.layout import Checkpointing, Layout, Precision, Reshard
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.model.counts import logical_shapes, trained_names
 from fitv2_scale.parallel.tensor_pieces import TensorGroup, local_pieces
@@ -113,6 +113,7 @@ class Compute:
     precision: Precision
     packs: int  # a step
     tokens: int  # of the largest pack
+    reshard_after_forward: Reshard = "always"
 
 
 def saved_bytes(model: ModelConfig, layout: Layout, compute: Compute) -> int:
@@ -136,13 +137,19 @@ def saved_bytes(model: ModelConfig, layout: Layout, compute: Compute) -> int:
     return model.depth * compute.tokens * (numbers * _BYTES[compute.precision] + statistics * _FLOAT32)
 
 
+def unsharded(layout: Layout, state: StateBytes) -> int:
+    """Elements of all weights that a rank of the ``fsdp`` engine gathers: the shards of all ranks, with padding."""
+    return state.weights // _FLOAT32 * layout.shard
+
+
 def cuda_peak(model: ModelConfig, layout: Layout, state: StateBytes, compute: Compute) -> int:
     """The most bytes that the ``fsdp`` engine allocates on a GPU at once, in a step: an estimate.
 
     Saved activations peak when the last pack's backward pass begins, and are freed as gradients appear. Added to them
     is what one block needs: what it recomputes, the gradients inside it (3 M + 2 D per token), its weights three times
     (in use, prefetched, and in the buffer of the prefetch), their gradients, and two reduction buffers. What is outside
-    of the blocks stays gathered, and keeps 6 D per token for the last layer.
+    of the blocks stays gathered, and keeps 6 D per token for the last layer. If weights are gathered once a step, all
+    of them are there instead.
     """
     bytes_, whole = _BYTES[compute.precision], _local_shapes(model, layout)
     saved = saved_bytes(model, layout, compute)
@@ -152,7 +159,8 @@ def cuda_peak(model: ModelConfig, layout: Layout, state: StateBytes, compute: Co
     in_blocks = sum(math.prod(shape) for name, shape in whole.items() if name.startswith("blocks."))
     outside = sum(math.prod(shape) for shape in whole.values()) - in_blocks
     block = in_blocks // model.depth
-    gathered = (outside + 4 * block) * bytes_ + 2 * block * _FLOAT32
+    weights = {"always": outside + 3 * block, "never": unsharded(layout, state)}[compute.reshard_after_forward]
+    gathered = (weights + block) * bytes_ + 2 * block * _FLOAT32
     last_layer = 6 * model.hidden * compute.tokens * bytes_
     accumulated = state.accumulated if compute.packs > 1 else 0
     passing = max(accumulated + saved + last_layer, state.gradients)

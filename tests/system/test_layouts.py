@@ -27,6 +27,7 @@ def run(config: Config, ranks: int) -> Config:
         (2, {}),
         (3, {"layout__max_tokens": 64}),
         (4, {"layout__replicate": 2}),
+        (2, {"layout__pad_to_multiple_of": 128, "layout__reshard_after_forward": "never"}),
         (2, {"layout__tensor": 2}),
         (2, {"layout__engine": "zero3", "layout__max_tokens": 64}),
         (4, {"layout__engine": "zero3", "layout__tensor": 2}),

@@ -16,8 +16,15 @@ def plan_state(config: Config, layout: Layout) -> StateBytes:
 
 def plan_compute(config: Config, packs: float, tokens: int, on_cuda: bool) -> Compute:
     """How a rank computes ``packs`` packs per step (a mean) of at most ``tokens`` tokens."""
-    compiled = config.layout.compiles(on_cuda)
-    return Compute(config.layout.checkpointing, compiled, config.layout.precision, math.ceil(packs), tokens)
+    layout = config.layout
+    return Compute(
+        layout.checkpointing,
+        layout.compiles(on_cuda),
+        layout.precision,
+        math.ceil(packs),
+        tokens,
+        layout.reshard_after_forward,
+    )
 
 
 def memory_report(config: Config, layout: Layout, packs: float | None, tokens: int | None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import numpy as np
 
 from data_sharding.plan.balance import Nodes, assign_packs
 from data_sharding.plan.pack_shapes import shapes_for_plan
+from fitv2_scale.config.layout import LayoutConfig
 from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
 from fitv2_scale.model.counts import forward_flops
@@ -49,10 +50,10 @@ def measure_packing(data: Data, ranks: int, steps: range) -> dict[str, float]:
     return {"packs_per_rank": packs / len(steps), "fill": tokens / room, "imbalance": imbalance / len(steps)}
 
 
-def packing_on(data: Data, nodes: Nodes, max_tokens: int) -> tuple[dict[str, float], int]:
+def packing_on(data: Data, nodes: Nodes, layout: LayoutConfig) -> tuple[dict[str, float], int]:
     """``measure_packing`` over some steps of ``data`` on other ``nodes`` (data-parallel ranks of each), and the largest
     capacity."""
-    shapes = shapes_for_plan(data.plan, data.cost, nodes, max_tokens)
+    shapes = shapes_for_plan(data.plan, data.cost, nodes, layout.max_tokens, multiple_of=layout.pad_to_multiple_of)
     steps = range(0, data.plan.window_length(0), max(1, data.plan.window_length(0) // _SAMPLED_STEPS))
     packing = measure_packing(replace(data, nodes=nodes, shapes=shapes), sum(nodes), steps)
     return packing, shapes[0][-1].tokens

@@ -102,7 +102,7 @@ def _tried(
     for nodes in candidates(gpus_per_node, tensor, config.batch.images, asked):
         gpus = nodes * gpus_per_node
         layout = Layout.of(gpus, nodes if config.layout.engine == "fsdp" else 1, tensor)
-        packing, capacity = packing_on(data, (gpus_per_node // tensor,) * nodes, config.layout.max_tokens)
+        packing, capacity = packing_on(data, (gpus_per_node // tensor,) * nodes, config.layout)
         step = estimate_step_time(config, layout, gpus_per_node, flops, packing, assumptions)
         saving = recommended_schedule(config, step.seconds, nodes, assumptions)
         run = run_length(config.train.steps, step.seconds, saving, nodes, gpus, assumptions)

@@ -84,6 +84,18 @@ def test_impossible_shapes_are_refused():
         choose_shapes(steps, COST, (5,), 4096, 64)
     with pytest.raises(UserError, match="layout.max_tokens is 32, less than one image of 64"):
         choose_shapes(steps, COST, (1,), 32, 64)
+    with pytest.raises(UserError, match="255, less than one image of 64 tokens rounded up to a multiple of 256: raise"):
+        choose_shapes(steps, COST, (1,), 255, 64, multiple_of=256)
+
+
+@pytest.mark.parametrize("multiple_of", [16, 128])
+def test_capacities_are_multiples_of_what_is_asked_for(multiple_of):
+    """And no larger than they need be: less than one multiple above those of 8, of which one at least is none."""
+    plan = Plan([open_preset("preset:imagenet256", images=20_000)], 3, "mixed", [Segment(0, 256, (1,))])
+    (fine,), (coarse,) = (shapes_for_plan(plan, COST, (4,), 16384, multiple_of=m).values() for m in (8, multiple_of))
+    assert (fine,) == tuple(shapes_for_plan(plan, COST, (4,), 16384).values())
+    assert all(shape.tokens % multiple_of == 0 for shape in coarse) and any(s.tokens % multiple_of for s in fine)
+    assert 0 <= coarse[-2].tokens - fine[-2].tokens < multiple_of
 
 
 def test_partition_is_near_the_best_of_all():

@@ -43,3 +43,12 @@ def test_what_is_saved_for_the_backward_pass(tensor):
     a_block = {"full": 2 * 32, "selective": 2 * (3 * 32 + 4 * 32 // tensor + 2 * m) + head}
     a_block["none"] = a_block["selective"] + 2 * (2 * 32 + 2 * 32 // tensor + m + 11 * 32 + m)
     assert of == {kind: 3 * 1000 * number for kind, number in a_block.items()}
+
+
+@pytest.mark.parametrize("precision,bytes_", [("bf16", 2), ("fp32", 4)])
+def test_weights_that_stay_gathered(precision, bytes_):
+    """All weights of the three blocks are there, where three times those of one were: the shards are equal here but for
+    the MLP's 85 rows and the 6 of the label table, so that two ranks hold 86 of the former."""
+    padding = 3 * 2 * (32 + 1)  # of two tensors a block, a row of 32 and its bias
+    more = peak(precision=precision, reshard_after_forward="never") - peak(precision=precision)
+    assert more == bytes_ * padding

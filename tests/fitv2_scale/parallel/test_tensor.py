@@ -80,6 +80,22 @@ def test_frozen_tensors_train_the_same(engine, trainable, cell):
     assert_the_same(together(config, run_ranks(cell.world, train_cell, config, cell)), alone(config))
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("cell", [Cell(3, 1), Cell(2, 2), Cell(6, 3)], ids=str)
+def test_gate_and_value_as_one_product_train_the_same(cell, checkpointing):
+    """64 units, which three ranks pad to 22 each."""
+    layout = {"layout__gate_and_value": "merged", "layout__checkpointing": checkpointing}
+    assert_the_same(run_cell("fsdp", cell, **layout), oracle(()))
+
+
+@pytest.mark.parametrize("trainable", [["*.fc1_x.weight"], ["*.bias"]], ids=["one of two", "biases"])
+@pytest.mark.parametrize("cell", [Cell(2, 1), Cell(2, 2)], ids=str)
+def test_one_product_of_frozen_weights_trains_the_same(cell, trainable):
+    config = make_config(layout__tensor=cell.tensor, layout__gate_and_value="merged")
+    config = config.model_copy(update={"trainable": trainable})
+    assert_the_same(together(config, run_ranks(cell.world, train_cell, config, cell)), alone(config))
+
+
 @pytest.mark.parametrize("cell", [Cell(1), Cell(2, 2), Cell(6, 3)], ids=str)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_bf16_stays_near_fp32(engine, cell):
@@ -224,6 +240,11 @@ def test_without_megatron_core_a_sentence_says_what_to_install(monkeypatch):
             {"engine": "zero3", "replicate": 2},
             "layout.replicate is 2, but zero3 keeps one copy: use layout.engine=fsdp",
         ),
+        (
+            {"engine": "zero3", "gate_and_value": "merged"},
+            "layout.gate_and_value=merged is for layout.engine=fsdp: leave it out with zero3",
+        ),
+        ({"engine": "zero3", "reshard_after_forward": "never"}, "layout.reshard_after_forward=never is for layout"),
     ],
 )
 def test_a_layout_that_does_not_suit_the_model_is_refused(changes, message):

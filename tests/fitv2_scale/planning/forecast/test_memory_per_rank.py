@@ -24,7 +24,7 @@ from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.model.packed_batch import Packing
 from fitv2_scale.model.rope import by_channel, rope_table
 from fitv2_scale.parallel.blocks import prepare_blocks
-from fitv2_scale.parallel.memory_estimate import Compute, StateBytes, cuda_peak, saved_bytes, state_bytes
+from fitv2_scale.parallel.memory_estimate import Compute, StateBytes, cuda_peak, saved_bytes, state_bytes, unsharded
 from fitv2_scale.planning.forecast.plan_report import to_text
 from tests.support.layout_grid import make_config
 from tests.support.memory import HeldResults, engine_bytes
@@ -50,6 +50,18 @@ def test_bytes_of_every_rank(world, tensor, replicate, precision):
     """Of rows that ranks share evenly, and some they do not: the label table's 6, the MLP's 64, the output's 16."""
     changes = {"layout__precision": precision, "layout__tensor": tensor, "layout__replicate": replicate}
     assert_as_planned(make_config("fsdp", **changes), world)
+
+
+@pytest.mark.parametrize("world,tensor,replicate,precision", [(3, 1, 1, "bf16"), (4, 1, 2, "fp32"), (4, 2, 1, "bf16")])
+def test_gathered_weights_are_held_between_packs(world, tensor, replicate, precision):
+    changes = {"layout__precision": precision, "layout__tensor": tensor, "layout__replicate": replicate}
+    config = make_config("fsdp", layout__reshard_after_forward="never", **changes)
+    layout = Layout.of(world, replicate, tensor)
+    expected = [list(planned(plan(config, layout, rank))) for rank in range(world)]
+    for rank, of_rank in enumerate(expected):
+        of_rank[1] += unsharded(layout, plan(config, layout, rank)) * {"bf16": 2, "fp32": 4}[precision]
+    expected = [tuple(of_rank) for of_rank in expected]
+    assert run_ranks(world, engine_bytes, config, expected) == expected
 
 
 def test_frozen_tensors_have_no_moments_and_no_gradients():
