@@ -147,8 +147,8 @@ def partition(
     for master in optimizer.fp32_partitioned_groups_flat:
         adamw.state[master] = {
             "step": torch.zeros((), dtype=torch.float32, device=master.device),
-            "exp_avg": torch.zeros_like(master, requires_grad=False),
-            "exp_avg_sq": torch.zeros_like(master, requires_grad=False),
+            "exp_avg": torch.zeros_like(master),
+            "exp_avg_sq": torch.zeros_like(master),
         }
     return engine, optimizer
 

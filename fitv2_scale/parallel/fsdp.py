@@ -112,8 +112,8 @@ def _local_grads(params: Iterable[DTensor]) -> list[Tensor]:
 def _shard(network: FiTv2, groups: Groups, precision: Precision, reshard: bool | None) -> FSDPModule:
     """Shards each block, then the rest; returns ``network``, now an FSDPModule. Gradients are summed, not averaged: the
     loss is divided by the global batch."""
-    policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # the network casts where it needs to; times stay float32
-    if precision == "bf16":
+    policy = MixedPrecisionPolicy()
+    if precision == "bf16":  # the network casts where it needs to; times stay float32
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for block in network.blocks:
         fully_shard(block, mesh=groups.data_mesh, mp_policy=policy, reshard_after_forward=reshard)
