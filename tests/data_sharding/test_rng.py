@@ -24,6 +24,18 @@ KNOWN = [
 GOLDEN_SEED = 0x0123456789ABCDEF
 GOLDEN = [0xD33FB90A, 0x9ED5F21E, 0x9607C863, 0xC16A65CB]
 
+# Frozen: two purposes of one number would share their draws, and runs would not continue as they began.
+NUMBERS = {
+    "NOISE": 1, "TIMESTEP": 2, "LABEL_DROP": 3, "FLIP": 4, "VIEW": 5, "FRAME_ORDER": 6, "SAMPLE_ORDER": 7,
+    "STEP_ORDER": 8, "INIT": 9, "SAMPLER_NOISE": 10, "HOLDOUT": 11, "DATA_ID": 12, "POSTERIOR": 13, "SUBSTITUTE": 14,
+    "PRESET": 15, "VALIDATION_ORDER": 16, "VALIDATION_NOISE": 17, "SAMPLER_LABEL": 18,
+}  # fmt: skip
+
+
+def test_purposes_have_the_numbers_that_they_have_always_had():
+    numbers = {name: int(purpose) for name, purpose in Purpose.__members__.items()}
+    assert numbers.items() >= NUMBERS.items() and len(set(numbers.values())) == len(numbers)
+
 
 @pytest.mark.parametrize("counter,key,expected", KNOWN)
 def test_philox_gives_the_published_answers(counter, key, expected):

@@ -57,3 +57,12 @@ def test_a_job_that_begins_in_another_folder_finds_its_files(tiny, tmp_path, mon
     assert written["data"]["url"] == os.path.join(tmp_path, "link", Path(tiny().data.url).name)
     assert written["data"]["cache_dir"] == f"{tmp_path}/cache" and written["run"] == f"{tmp_path}/child"
     assert f"--fork-from {tmp_path}/parent@3 " in done.script
+
+
+def test_an_advice_that_cannot_be_given_says_why(tiny, monkeypatch):
+    def refuse(*_):
+        raise UserError("the model does not fit these GPUs")
+
+    monkeypatch.setattr("launchers.submit.node_advice", refuse)
+    config = tiny(slurm={"gpus": "gres", "tasks_per_node": 1, "walltime": "9"})
+    assert submit(config, "1", dry_run=True).advice == "the model does not fit these GPUs"

@@ -7,6 +7,7 @@ import pytest
 from data_sharding.errors import DataError
 from data_sharding.storage.numbered_log import NumberedLog
 from data_sharding.storage.open_store import open_store
+from tests.support.scripted_store import ScriptedStore
 
 
 def opened(folder, **options) -> NumberedLog:
@@ -26,6 +27,18 @@ def test_entries_are_numbered_from_one(tmp_path):
     assert other.entries() == one.entries() == opened(tmp_path).entries()
     assert sorted(file.name for file in (tmp_path / "log").iterdir()) == ["00000001", "00000002", "00000003"]
     assert one.append(lambda before, nonce: None) == one.entries()
+
+
+def test_an_entry_is_read_once_and_an_own_one_never(monkeypatch):
+    store, asked = ScriptedStore(), []
+    monkeypatch.setattr(store, "read", lambda path: asked.append(path) or ScriptedStore.read(store, path))
+    log, other = (NumberedLog(store, "log", lambda n, record: n, noun="note", remedy="restore it") for _ in range(2))
+    for _ in range(2):
+        log.append(lambda before, nonce: {"nonce": nonce})
+    assert asked == ["log/00000001", "log/00000002"]  # where nothing was
+    asked.clear()
+    assert log.entries() == other.entries() == other.entries() == [1, 2]
+    assert asked == [f"log/{number:08d}" for number in (3, 1, 2, 3, 3)]
 
 
 def test_what_could_not_be_read_again_is_not_written(tmp_path):

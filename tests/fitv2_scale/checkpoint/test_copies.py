@@ -10,8 +10,10 @@ import torch
 
 import fitv2_scale.train.loop as module
 from fitv2_scale.checkpoint.checkpointer import Checkpointer
-from fitv2_scale.checkpoint.copies import CopiesDiffer
+from fitv2_scale.checkpoint.copies import CopiesDiffer, require_equal_copies
+from fitv2_scale.parallel.boxes import Box, LogicalTensor
 from fitv2_scale.parallel.fsdp import FSDPEngine
+from fitv2_scale.parallel.state_copy import StateCopy
 from fitv2_scale.parallel.zero3 import Zero3Engine
 from fitv2_scale.run.run import Attempt, Run
 from fitv2_scale.run.status import status
@@ -20,10 +22,38 @@ from tests.support.checkpoint_state import CURSOR, opened
 from tests.support.commits import commit_bytes
 from tests.support.layout_grid import Cell, engine_of, make_config, steps_of
 from tests.support.ranks import run_ranks
+from tests.support.thread_ranks import outcomes
 
 SPLIT, REPLICATED = "blocks.0.mlp.fc2.weight", "blocks.1.adaLN_modulation.1.weight"
 KINDS = ("param", "ema", "exp_avg", "exp_avg_sq")
 NODE = socket.gethostname()
+
+
+def compared(replicas: int, off: dict[int, list[str]], **scalars) -> str:
+    """What is raised on all ranks alike, each with its replica of six tensors, with a bit flipped in those of ``off``;
+    empty if nothing is."""
+
+    def act(world):
+        tensors = {f"param/{letter}": torch.ones(3) for letter in "abcdef"}
+        for letter in off.get(world.rank, []):
+            tensors[f"param/{letter}"].view(torch.int32)[1:2].bitwise_xor_(1)
+        boxes = {name: LogicalTensor((3,), [Box((0,), tensor)]) for name, tensor in tensors.items()}
+        require_equal_copies(boxes, {"step": 8} | scalars, StateCopy(world.rank, replicas), world)
+
+    (said,) = {str(error or "") for error in outcomes(replicas, act)}
+    return said.removeprefix("step 8 is not committed, because the state is corrupt: ").partition(". ")[0]
+
+
+def test_what_differs_and_where_is_named():
+    equal = "between copies that must be equal"
+    assert compared(3, {}) == compared(3, {rank: ["e"] for rank in range(3)}) == ""
+    assert compared(3, {1: ["b"]}) == f"param/b differs {equal}, on rank 1 on n0"
+    assert compared(2, {1: ["f", "b"]}) == f"param/b, param/f differ {equal}, on rank 0 on n0, rank 1 on n0"
+    many = f"param/a, param/b, param/c, param/d and 2 more differ {equal}"
+    assert compared(3, {2: list("abcdef")}) == f"{many}, on rank 2 on n1"
+    ranks = "rank 0 on n0, rank 1 on n0, rank 2 on n1, rank 3 on n1 and 2 more"
+    assert compared(6, {rank: ["c"] for rank in range(3)}) == f"param/c differs {equal}, on {ranks}"
+    assert compared(2, {}, lr=float("nan")) == "lr has no single value"
 
 
 def memory(engine, name: str) -> torch.Tensor | None:

@@ -13,8 +13,10 @@ from xxhash import xxh3_128_hexdigest
 
 from data_sharding.errors import StorageDown, UserError
 from data_sharding.format.codecs import get_codec
+from fitv2_scale.config.sections import SamplingConfig
 from fitv2_scale.evaluate.sampling.load_weights import Weights, open_weights
-from fitv2_scale.evaluate.sampling.png_folder import fill_folder, image_file, random_requests, write_npz
+from fitv2_scale.evaluate.sampling.png_folder import chunk_requests, fill_folder, image_file, random_requests, write_npz
+from fitv2_scale.evaluate.sampling.sampler import ImageRequest
 from fitv2_scale.parallel.world import join
 from tests.support.faulty_disk import FaultyDisk
 from tests.support.other_weights import replace_weights, weights_of
@@ -31,6 +33,23 @@ def sampled(tmp_path):
             return fill_folder(weights, requests, settings, 5, str(tmp_path / "folder"), weights.codec()).made
 
     return run
+
+
+@pytest.mark.parametrize(
+    "cfg,max_tokens,sizes,expected",
+    [
+        (1.0, 64, [(4, 4)] * 10, [8, 2]),  # 128 tokens on two ranks
+        (1.5, 64, [(4, 4)] * 10, [4, 4, 2]),  # guided, an image takes twice its tokens
+        (1.5, 64, [(2, 2), (6, 10), (4, 4), (8, 9), (1, 1)], [2, 1, 1, 1]),  # one that is too large goes by itself
+        (1.0, 10_000, [(1, 1)] * 1000, [512, 488]),  # at most 256 of a rank
+    ],
+)
+def test_as_many_images_are_made_at_once_as_packs_hold(cfg, max_tokens, sizes, expected):
+    layout = SimpleNamespace(max_tokens=max_tokens)
+    weights = SimpleNamespace(layout=SimpleNamespace(data_parallel=2), config=SimpleNamespace(layout=layout))
+    requests = [ImageRequest(i, 0, rows, columns) for i, (rows, columns) in enumerate(sizes)]
+    chunks = list(chunk_requests(requests, weights, SamplingConfig(cfg=cfg)))
+    assert [len(chunk) for chunk in chunks] == expected and sum(chunks, []) == requests
 
 
 def request(tmp_path) -> dict:
