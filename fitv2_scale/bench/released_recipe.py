@@ -23,9 +23,10 @@ from data_sharding.errors import UserError
 from data_sharding.stream.batch import StepBatch
 from fitv2_scale.config.model import TOKEN_CHANNELS
 from fitv2_scale.config.schema import Config
-from fitv2_scale.model.block import Block, layer_norm
+from fitv2_scale.model.block import Block
 from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.model.init import fill_initial
+from fitv2_scale.model.modulation import layer_norm
 from fitv2_scale.model.rope import by_channel, rope_table, rotate
 
 ReferenceCheckpointing = Literal["none", "full"]  # full: whole blocks are computed again in the backward pass

@@ -15,21 +15,10 @@ from torch import Tensor, nn
 from fitv2_scale.config.layout import GateAndValue
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.model.attention import attention
-from fitv2_scale.model.gather import to_tokens
 from fitv2_scale.model.linear import LinearFactory, merged
+from fitv2_scale.model.modulation import layer_norm, modulation
 from fitv2_scale.model.packed_batch import Packing
 from fitv2_scale.model.rope import rotate
-
-NORM_EPS = 1e-6
-
-
-def layer_norm(x: Tensor) -> Tensor:
-    """LayerNorm over the last dimension without parameters."""
-    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
-
-
-def modulate(x_TD: Tensor, shift_TD: Tensor, scale_TD: Tensor) -> Tensor:
-    return layer_norm(x_TD) * (1 + scale_TD) + shift_TD
 
 
 class Attention(nn.Module):
@@ -118,7 +107,6 @@ class Block(nn.Module):
         modulation_I6D = self.adaLN_modulation(c_ID)
         if shared_I6D is not None:
             modulation_I6D = modulation_I6D + shared_I6D  # S_i = W_g c + W2_i W1_i c (eq. 11)
-        modulation_T6D = to_tokens(modulation_I6D, packing.image_T)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation_T6D.chunk(6, -1)
-        x_TD = x_TD + gate_msa * self.attn(modulate(x_TD, shift_msa, scale_msa), rope_TD, packing)
-        return x_TD + gate_mlp * self.mlp(modulate(x_TD, shift_mlp, scale_mlp))
+        m = modulation(modulation_I6D, 6, packing)  # shift, scale and gate of the attention, and those of the MLP
+        x_TD = m.add_gated(x_TD, self.attn(m.modulate(x_TD, 0, 1), rope_TD, packing), 2)
+        return m.add_gated(x_TD, self.mlp(m.modulate(x_TD, 3, 4)), 5)

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fitv2_scale.config.model import TIMESTEP_CHANNELS, TOKEN_CHANNELS, ModelConfig
-from fitv2_scale.model.attention import has_varlen
-from fitv2_scale.model.block import Block, BlockParts, modulate
+from fitv2_scale.model.block import Block, BlockParts
 from fitv2_scale.model.extrapolation import extrapolated_table
-from fitv2_scale.model.gather import to_tokens
 from fitv2_scale.model.linear import LinearFactory, plain_linear
+from fitv2_scale.model.modulation import modulation
 from fitv2_scale.model.packed_batch import Packing
 from fitv2_scale.model.rope import by_channel, rope_table
 
@@ -64,8 +63,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), linear(config.hidden, 2 * config.hidden, "replicated"))
 
     def forward(self, x_TD: Tensor, c_ID: Tensor, packing: Packing) -> Tensor:
-        shift_TD, scale_TD = to_tokens(self.adaLN_modulation(c_ID), packing.image_T).chunk(2, -1)
-        return self.linear(modulate(x_TD, shift_TD, scale_TD))
+        return self.linear(modulation(self.adaLN_modulation(c_ID), 2, packing).modulate(x_TD, 0, 1))
 
 
 class FiTv2(nn.Module):
@@ -101,8 +99,6 @@ class FiTv2(nn.Module):
         c_ID = self.t_embedder(t_I) + self.y_embedder(label_I)
         shared_I6D = None if self.global_adaLN_modulation is None else self.global_adaLN_modulation(c_ID)
         rope_TD = by_channel(*(rope or self._rope(packing)))  # once for all blocks
-        if not has_varlen(x_TD):
-            _ = packing.padded  # made outside of the blocks: the compiler cannot trace a cached_property's first use
         for block in self.blocks:
             x_TD = block(x_TD, c_ID, shared_I6D, rope_TD, packing)
         return self.final_layer(x_TD, c_ID, packing)

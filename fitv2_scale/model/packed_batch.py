@@ -38,6 +38,17 @@ class Packing:
             max_seqlen=self.max_seqlen,
         )
 
+    @property
+    def knows_lengths(self) -> bool:
+        """Whether the host can ask how long each image is: on a CPU, unless the code is being compiled, which would be
+        done again for the lengths of each pack."""
+        return self.cu_seqlens_I1.device.type == "cpu" and not torch.compiler.is_compiling()
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each slot, for the host; asks the device for them, so only if ``knows_lengths``."""
+        return self.cu_seqlens_I1.diff().tolist()
+
     @cached_property
     def padded(self) -> tuple[Tensor, Tensor, Tensor]:
         """Indices for attention over images padded to (I, L = max_seqlen), for devices without a varlen kernel.

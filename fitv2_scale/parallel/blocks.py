@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from fitv2_scale.config.layout import Checkpointing
+from fitv2_scale.model.attention import has_varlen
 from fitv2_scale.model.fitv2 import FiTv2
+from fitv2_scale.model.packed_batch import Packing
 
 # Compiled forms of a block: one for each pack shape with and without gradients. All blocks share them. A run has a few
 # shapes and each size of its pictures has one; torch's default is 8, and what comes later would run uncompiled. More
@@ -36,7 +38,7 @@ def prepare_blocks(network: FiTv2, checkpointing: Checkpointing, compile_blocks:
         if checkpointing != "none":
             forward = _checkpointed(forward, checkpointing)
         if compile_blocks:
-            forward = torch.compile(forward, dynamic=False)
+            forward = _with_padding(torch.compile(forward, dynamic=False))
         block.forward = forward
 
 
@@ -66,6 +68,16 @@ def _varlen_ops() -> list[Any]:
     import torch.nn.attention.varlen
 
     return [torch.ops.torch_attn._varlen_attn.default]
+
+
+def _with_padding(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(x_TD: Tensor, *inputs: Any) -> Tensor:
+        packing: Packing = inputs[-1]
+        if not has_varlen(x_TD):
+            _ = packing.padded  # made outside: the compiler cannot trace a cached_property's first use
+        return forward(x_TD, *inputs)
+
+    return run
 
 
 def _checkpointed(forward: Callable[..., Tensor], checkpointing: Checkpointing) -> Callable[..., Tensor]:

@@ -1,5 +1,8 @@
 """The network: exact sizes and names, zero at first, and each image blind to its neighbours in the pack."""
 
+import math
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,7 @@ import torch.nn.functional as F
 
 from fitv2_scale.config.load import load_config
 from fitv2_scale.config.model import ModelConfig
-from fitv2_scale.model.attention import padded_sdpa
+from fitv2_scale.model.attention import by_image, padded_sdpa
 from fitv2_scale.model.counts import logical_shapes, parameter_count
 from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.model.gather import to_tokens
@@ -146,26 +149,31 @@ def test_packed_equals_alone_forward_and_gradient(switch):
             torch.testing.assert_close(p.grad, expected[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
-def test_attention_against_a_loop_over_images():
-    """The fallback kernel against plain SDPA image by image, in float64."""
+def softmax_attention(q_THD, k_THD, v_THD, cu: list[int]):
+    """By its formula, over one image after the other."""
+    outs = []
+    for begin, end in pairwise(cu):
+        q, k, v = (x[begin:end] for x in (q_THD, k_THD, v_THD))
+        weight = (torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(q.shape[-1])).softmax(-1)
+        outs.append(torch.einsum("hqk,khd->qhd", weight, v))
+    return torch.cat(outs)
+
+
+@pytest.mark.parametrize("kernel", [by_image, padded_sdpa])
+def test_attention_by_its_formula(kernel):
+    """Values and gradients of both kernels for a CPU, in float64; two of the slots hold no tokens."""
     torch.manual_seed(0)
-    sizes, tokens = [(3, 4), (5, 2), (1, 1)], 40
+    sizes, tokens = [(3, 4), (5, 2), (1, 1)], 25
     packing = pack(sizes, tokens, 8, 12)
+    assert packing.lengths == [12, 10, 1, 2, 0, 0, 0, 0]
     q, k, v = (torch.randn(tokens, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    out = padded_sdpa(q, k, v, packing)
-    cu = packing.cu_seqlens_I1.tolist()
-    loop = torch.cat(
-        [
-            F.scaled_dot_product_attention(*(x[a:b].transpose(0, 1) for x in (q, k, v))).transpose(0, 1)
-            for a, b in zip(cu[:-1], cu[1:], strict=True)
-        ]
-    )
-    torch.testing.assert_close(out, loop)
+    out, expected = kernel(q, k, v, packing), softmax_attention(q, k, v, packing.cu_seqlens_I1.tolist())
+    torch.testing.assert_close(out, expected)
     gradient = torch.randn_like(out)
-    for found, expected in zip(
-        torch.autograd.grad(out, (q, k, v), gradient), torch.autograd.grad(loop, (q, k, v), gradient), strict=True
+    for found, exact in zip(
+        torch.autograd.grad(out, (q, k, v), gradient), torch.autograd.grad(expected, (q, k, v), gradient), strict=True
     ):
-        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(found, exact)
 
 
 @pytest.mark.parametrize("device", DEVICES)

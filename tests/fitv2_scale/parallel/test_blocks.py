@@ -8,8 +8,8 @@ import torch
 
 from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.model import ModelConfig
-from fitv2_scale.model import block, fitv2
 from fitv2_scale.model.fitv2 import FiTv2
+from fitv2_scale.parallel import blocks
 from fitv2_scale.parallel.blocks import prepare_blocks
 from fitv2_scale.parallel.mesh import make_groups
 from fitv2_scale.parallel.tensor import tensor_linear
@@ -99,12 +99,17 @@ def test_more_shapes_than_torch_expects_are_all_compiled(checkpointing, counted)
     assert counted["stats"]["unique_graphs"] == counted["frames"]["ok"] == counted["frames"]["total"] == 24
 
 
-def test_padding_is_made_only_where_it_is_used(monkeypatch):
-    """It costs a gather of max_seqlen places an image: nothing that a network on the varlen kernel should pay."""
-    monkeypatch.setattr(fitv2, "has_varlen", lambda x: True)
-    monkeypatch.setattr(block, "attention", lambda q, k, v, packing: v)
+@pytest.mark.parametrize("compiled", [True, False])
+def test_padding_is_made_only_where_it_is_used(compiled, monkeypatch):
+    """It costs a gather of max_seqlen places an image: nothing that a network should pay whose blocks are compiled with
+    the varlen kernel, or go from image to image."""
+    if compiled:
+        monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+        monkeypatch.setattr(blocks, "has_varlen", lambda x: True)
+    network = build(TINY)
+    prepare_blocks(network, "none", compiled)
     packing = pack([(3, 4), (5, 2), (4, 4)], TOKENS, 5, 16)
-    build(TINY)(torch.randn(TOKENS, 16), torch.rand(5), torch.zeros(5, dtype=torch.int64), packing)
+    network(torch.randn(TOKENS, 16), torch.rand(5), torch.zeros(5, dtype=torch.int64), packing)
     assert "padded" not in vars(packing)
 
 
@@ -166,7 +171,7 @@ def test_what_is_held_for_the_backward_pass():
     """For each further block of FiTv2's proportions: everything; the products; the block's input alone.
 
     The products of a block: qkv 3 D, attention's result D, proj D, gate and value 2 M, fc2 D a token, and the head's
-    R + 6 D an image. The CPU's attention works on padded places, and keeps a log-sum-exp a head.
+    R + 6 D an image. Attention keeps a log-sum-exp a head besides.
     """
     wide = {"hidden": 96, "heads": 2, "classes": 5}
     one, three = (ModelConfig(depth=depth, **wide) for depth in (1, 3))
@@ -174,9 +179,9 @@ def test_what_is_held_for_the_backward_pass():
         mode: (held_after_forward(three, mode) - held_after_forward(one, mode)) / 2
         for mode in ("none", "selective", "full")
     }
-    d, m, r, images, padded = 96, 256, 24, 5, 5 * 16
+    d, m, r, images = 96, 256, 24, 5
     assert block["full"] == 4 * TOKENS * d
     linears = TOKENS * (3 * d + d + 2 * m + d) + images * (r + 6 * d)
-    attention = padded * (d + 2)
+    attention = TOKENS * (d + 2)
     assert block["selective"] == block["full"] + 4 * (linears + attention)
     assert block["none"] > 2 * block["selective"]
