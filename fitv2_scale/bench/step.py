@@ -60,6 +60,7 @@ class _Round:
     """The figures of one trainer, newly built."""
 
     seconds_a_step: float
+    cpu_seconds_a_step: float  # of all threads of this process
     peak_bytes: int | None  # on CUDA
     seconds_by_part: dict[str, float] | None = None
     syncs: int | None = None  # times that the host waits for the device in one step, on CUDA
@@ -137,12 +138,13 @@ def _measure_steps(step: Callable, stream: Iterable[StepBatch], batches: Sequenc
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
     _wait(world.device)
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), time.process_time()
     for batch in stream:
         step(batch)
     _wait(world.device)
-    seconds = (time.perf_counter() - began) / len(batches)
-    return _Round(seconds, torch.cuda.max_memory_allocated() if on_cuda else None)
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - worked
+    peak = torch.cuda.max_memory_allocated() if on_cuda else None
+    return _Round(seconds / len(batches), cpu_seconds / len(batches), peak)
 
 
 def _wait(device: torch.device) -> None:
@@ -254,6 +256,7 @@ def _report(case: _Case, batches: Sequence[StepBatch], ours: Sequence[_Round]) -
         "steps": len(batches),
         "rounds": len(ours),
         "seconds_a_step": spread([r.seconds_a_step for r in ours]),
+        "cpu_seconds_a_step": spread([r.cpu_seconds_a_step for r in ours]),
         "images_per_second": images / seconds,
         "tokens_per_second": tokens / seconds,
         "fill": sum(b.step_tokens for b in batches) / sum(b.step_capacity for b in batches),
@@ -271,14 +274,16 @@ def _report(case: _Case, batches: Sequence[StepBatch], ours: Sequence[_Round]) -
 def _compare(
     report: dict[str, Any], ours: Sequence[_Round], theirs: Sequence[_Round], checkpointing: ReferenceCheckpointing
 ) -> dict[str, Any]:
-    seconds = spread([r.seconds_a_step for r in theirs])
+    seconds, rounds = spread([r.seconds_a_step for r in theirs]), list(zip(theirs, ours, strict=True))
     images = report["images_per_second"] * report["seconds_a_step"]["median"]
     return {
         "checkpointing": checkpointing,
         "seconds_a_step": seconds,
+        "cpu_seconds_a_step": spread([r.cpu_seconds_a_step for r in theirs]),
         "images_per_second": images / seconds["median"],
         "peak_bytes": theirs[-1].peak_bytes,
-        "times_as_long": spread([t.seconds_a_step / o.seconds_a_step for t, o in zip(theirs, ours, strict=True)]),
+        "times_as_long": spread([t.seconds_a_step / o.seconds_a_step for t, o in rounds]),
+        "times_the_cpu_seconds": spread([t.cpu_seconds_a_step / o.cpu_seconds_a_step for t, o in rounds]),
     }
 
 

@@ -21,9 +21,11 @@ def to_text(report: dict[str, Any]) -> str:
         )
     if "reference" in r:
         theirs, times = r["reference"]["seconds_a_step"], r["reference"]["times_as_long"]
+        cpu = r["reference"]["times_the_cpu_seconds"]
         lines.append(
             f"against  the released recipe: {theirs['median']:.4g} s, {times['median']:.3f} times as long "
-            f"({times['lowest']:.3f} to {times['highest']:.3f}); layout.checkpointing is "
+            f"({times['lowest']:.3f} to {times['highest']:.3f}), {cpu['median']:.3f} times the CPU seconds "
+            f"({cpu['lowest']:.3f} to {cpu['highest']:.3f}); layout.checkpointing is "
             f"{r['layout']['checkpointing']} for ours, {r['reference']['checkpointing']} for the reference"
         )
     return "\n".join(lines)

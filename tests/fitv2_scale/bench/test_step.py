@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -144,13 +145,15 @@ def test_the_report(capsys):
     lengths = [plan.step(k).tokens.tolist() for k in range(2)]
     flops = sum(3 * forward_flops(config.model, n) for step in lengths for n in step) / 2
     seconds = report["seconds_a_step"]["median"]
+    assert 0 < report["cpu_seconds_a_step"]["lowest"] <= 1.1 * os.cpu_count() * report["seconds_a_step"]["highest"]
     assert report["flops_a_step"] == flops
     assert report["images_per_second"] == pytest.approx(5 / seconds)
     assert report["tokens_per_second"] == pytest.approx(sum(map(sum, lengths)) / 2 / seconds)
     assert report["mfu"] == pytest.approx(flops / seconds / 2e12) and report["peak_tflops"] == 2
     assert list(report["seconds_by_part"]) == ["data", "forward", "backward", "reduce", "optimizer", "ema"]
-    times = report["reference"]["times_as_long"]
-    assert times["lowest"] <= times["median"] <= times["highest"]
+    for name in ("times_as_long", "times_the_cpu_seconds"):
+        times = report["reference"][name]
+        assert times["lowest"] <= times["median"] <= times["highest"]
     assert report["syncs_in_a_step"] is None and report["peak_bytes"] is None  # no GPU
     assert main([*arguments, "--steps", "1", "--repeats", "1"]) == 0
     assert "MFU" in capsys.readouterr().out
