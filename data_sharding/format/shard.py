@@ -19,26 +19,22 @@ import json
 import tarfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import lru_cache
-from math import prod
 from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import xxhash
 import zstandard
 
+from data_sharding.format.stored_array import CHANNELS, DTYPE, ArrayShape, stored_array
 from data_sharding.storage.store import Bytes
 
 VIEWS = ("resize", "crop")
-DTYPE = "float16"
-CHANNELS = 16
 FRAME_RAW_BYTES = 1 << 20  # 128 KiB would compress as well; 1 MiB keeps the requests to an object store few
 # Of fp16 latents only the exponents can be compressed. That would save 8 % of the bytes (any level above 0), and every
 # rank would take five times as long to decompress a frame.
 LEVEL = -1
 _KEY = 16  # hex digits of an id
 END_OF_ARCHIVE = bytes(2 * tarfile.BLOCKSIZE)
-_Shape = tuple[int, int, int, int]  # of a view: flips, h, w, channels
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,13 +206,13 @@ class RawFrame:
         if not begin:
             raise KeyError(view)
         end = begin + _size(self._raw, begin - tarfile.BLOCKSIZE)
-        shape, data = _array(view, memoryview(self._raw)[begin:end])
+        shape, data = stored_array(view, memoryview(self._raw)[begin:end])
         return np.frombuffer(data, DTYPE).reshape(shape)
 
 
-def _samples(raw: bytes) -> Iterator[tuple[int, int, dict[str, tuple[_Shape, memoryview]]]]:
+def _samples(raw: bytes) -> Iterator[tuple[int, int, dict[str, tuple[ArrayShape, memoryview]]]]:
     """Id, label, and shape and data of each view, of each sample in a sequence of tar members."""
-    views: dict[str, tuple[_Shape, memoryview]] = {}
+    views: dict[str, tuple[ArrayShape, memoryview]] = {}
     for name, data in _members(raw):
         _, _, kind = name.partition(".")
         if kind == "json":
@@ -229,7 +225,7 @@ def _samples(raw: bytes) -> Iterator[tuple[int, int, dict[str, tuple[_Shape, mem
             yield id, label, views
             views = {}
         elif kind in ("resize.npy", "crop.npy"):
-            views[kind.removesuffix(".npy")] = _array(name, data)
+            views[kind.removesuffix(".npy")] = stored_array(name, data)
         else:
             raise ValueError(f"{name} is no member of a sample")
     if views:
@@ -282,27 +278,3 @@ def _members(raw: bytes) -> Iterator[tuple[str, memoryview]]:
 def _size(raw: bytes, at: int) -> int:
     """Bytes of the member whose header begins at ``at``."""
     return int(raw[at + 124 : at + 135], 8)
-
-
-def _array(name: str, data: memoryview) -> tuple[_Shape, memoryview]:
-    """Shape and values."""
-    start = 10 + int.from_bytes(data[8:10], "little")  # .npy 1.0: magic, version, length of the header that follows
-    shape, dtype = _npy_header(bytes(data[:start]))
-    if dtype != DTYPE or len(shape) != 4 or shape[0] != 2 or shape[3] != CHANNELS:
-        raise ValueError(f"{name} is {dtype}{list(shape)}, not {DTYPE}[2, h, w, {CHANNELS}]")
-    if len(data) - start != prod(shape) * dtype.itemsize:
-        raise ValueError(f"{name} holds {len(data) - start} bytes of values, not those of {list(shape)}")
-    return shape, data[start:]
-
-
-@lru_cache(maxsize=4096)  # one entry for each shape of a view
-def _npy_header(header: bytes) -> tuple[tuple[int, ...], np.dtype]:
-    file = io.BytesIO(header)
-    try:
-        version, read = np.lib.format.read_magic(file), np.lib.format.read_array_header_1_0(file)
-    except Exception as error:  # numpy parses it as Python, and passes on what that raises
-        raise ValueError(f"an array has no .npy header of version 1.0 ({error})") from error
-    shape, fortran_order, dtype = read
-    if version != (1, 0) or fortran_order or dtype.hasobject:
-        raise ValueError("an array is not of .npy version 1.0, is in Fortran order, or holds objects")
-    return shape, dtype

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_sharding.errors import DataError
-from data_sharding.format.shard import DTYPE
+from data_sharding.format.stored_array import DTYPE
 from data_sharding.plan.balance import Cost, PackAssignment
 from data_sharding.plan.pack_layout import PackLayout, PackShape, lay_out
 from data_sharding.plan.plan import StepSet

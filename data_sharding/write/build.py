@@ -30,7 +30,8 @@ import numpy as np
 from data_sharding.errors import UserError
 from data_sharding.format.codec import SD_VAE, CodecRecord
 from data_sharding.format.manifest import FILE, Manifest, write_manifest
-from data_sharding.format.shard import DTYPE, ShardIndex
+from data_sharding.format.shard import ShardIndex
+from data_sharding.format.stored_array import DTYPE
 from data_sharding.rng import Purpose, words64
 from data_sharding.storage.files import exists, put, read
 from data_sharding.storage.json_bytes import from_json

@@ -22,7 +22,8 @@ from safetensors.numpy import load
 from data_sharding.errors import UserError
 from data_sharding.format.class_names import class_digest
 from data_sharding.format.codec import PUBLISHED, SD_VAE, CodecRecord
-from data_sharding.format.shard import CHANNELS, DTYPE, Sample
+from data_sharding.format.shard import Sample
+from data_sharding.format.stored_array import CHANNELS, DTYPE
 from data_sharding.storage.byte_ranges import read_all
 from data_sharding.worker_pool import cores
 from data_sharding.write.archives import Archive, unpack

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from data_sharding.errors import UserError
-from data_sharding.format.shard import CHANNELS, DTYPE, VIEWS, Sample
+from data_sharding.format.shard import VIEWS, Sample
+from data_sharding.format.stored_array import CHANNELS, DTYPE
 from data_sharding.plan.size_presets import open_preset
 from data_sharding.storage.filesystems import file_system
 from fitv2_scale.bench.loaders import import_loader

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from data_sharding.format.shard import DTYPE
+from data_sharding.format.stored_array import DTYPE
 from data_sharding.plan.balance import assign_packs
 from data_sharding.plan.size_presets import is_preset
 from data_sharding.stream.batch import StepBatch, make_batch

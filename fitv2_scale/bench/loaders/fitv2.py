@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from data_sharding.format.manifest import Manifest, write_manifest
-from data_sharding.format.shard import DTYPE, Sample, ShardBuilder
+from data_sharding.format.shard import Sample, ShardBuilder
+from data_sharding.format.stored_array import DTYPE
 from data_sharding.plan.balance import Nodes
 from data_sharding.plan.pack_layout import PackShape
 from data_sharding.plan.pack_shapes import choose_shapes

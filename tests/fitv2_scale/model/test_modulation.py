@@ -51,7 +51,7 @@ def test_values_and_gradients(packing, way, dtype, rtol):
 
 
 def test_both_ways_give_the_same_bits(packing):
-    """Forward: a run that goes on with the other way continues from the same activations."""
+    """In the forward pass."""
     x, y, values = inputs(torch.float32)
     found = [m.add_gated(x, m.modulate(x, 0, 1) * y, 2) for m in (w(values, 3, packing) for w in (ByImage, Gathered))]
     assert torch.equal(*found)
