@@ -18,13 +18,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from data_sharding.format.shard import DTYPE
+from data_sharding.format.stored_array import DTYPE
 from data_sharding.plan.pack_layout import PackShape, lay_out
 from data_sharding.stream.batch import Pack, StepBatch
 from fitv2_scale.bench.kernels.counts import Operation, OuterStep, Phase
 from fitv2_scale.config.model import TOKEN_CHANNELS
 from fitv2_scale.config.schema import Config
-from fitv2_scale.model import fitv2
+from fitv2_scale.model.packed_batch import Packing
 from fitv2_scale.parallel import fsdp
 from fitv2_scale.parallel.boxes import Box
 from fitv2_scale.parallel.engine import StepResult
@@ -46,7 +46,7 @@ def count_outer_step(config: Config, ranks: int, nodes: int, shape: PackShape, p
     with (
         FakeTensorMode(allow_non_fake_inputs=True, allow_fallback_kernels=False),
         patch.object(fsdp, "compute_local_shape_and_global_offset", _on_real_tensors),
-        patch.object(fitv2, "has_varlen", lambda x: True),  # on a GPU nothing prepares attention that pads
+        patch.object(Packing, "knows_lengths", False),  # as on a GPU
     ):
         engine = _Engine(_Unfilled(**vars(EngineSpec.of(config, on_cuda=False))), groups)
         for block in engine.network.blocks:
