@@ -56,7 +56,8 @@ def load_vae(folder: str, latent: Latent) -> "SdVae":
             folder, local_files_only=True, torch_dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True
         )
     except Exception as error:  # OSError, SafetensorError, RuntimeError, ValueError, UnpicklingError …
-        raise UserError(f"the VAE in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"the VAE in {folder} cannot be loaded: {reason}") from error
     finally:
         if shown:
             logging.enable_progress_bar()

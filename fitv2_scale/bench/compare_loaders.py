@@ -142,7 +142,9 @@ def _run_process(module: str, url: str, **options: Any) -> dict[str, Any]:
             command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=_LIMIT
         )
     if done.returncode:
-        raise UserError(f"{url} cannot be measured: {done.stderr.strip().splitlines()[-1]}")
+        # One that was killed, as where memory runs out, has said nothing.
+        said = done.stderr.strip().splitlines() or [f"its process ended with {done.returncode}"]
+        raise UserError(f"{url} cannot be measured: {said[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -92,6 +92,19 @@ def test_the_digest_follows_weights_and_arithmetic_not_files(vae_folder, tmp_pat
     assert load_vae(save_vae(tmp_path / "scaled", scaling_factor=0.2), "mean").weights != weights
 
 
+@pytest.mark.parametrize(
+    "error,reason", [(MemoryError(), "MemoryError"), (ValueError("\nbad header\nat 7"), "bad header")]
+)
+def test_why_a_vae_cannot_be_loaded_is_told(vae_folder, monkeypatch, error, reason):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(diffusers.AutoencoderKL, "from_pretrained", fail)
+    with pytest.raises(UserError) as said:
+        load_vae(vae_folder, "mean")
+    assert str(said.value) == f"the VAE in {vae_folder} cannot be loaded: {reason}"
+
+
 def test_unusable_folders_are_one_sentence_each(tmp_path, vae_folder, monkeypatch):
     with pytest.raises(UserError, match="give --vae FOLDER"):
         get_codec("sd-vae")

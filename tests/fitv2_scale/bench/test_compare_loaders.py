@@ -66,6 +66,18 @@ def test_what_is_not_installed_is_left_out_in_a_sentence(monkeypatch, capsys):
         compare_loaders.choose_loaders(["wids"])
 
 
+@pytest.mark.parametrize(
+    "code,stderr,said",
+    [(1, "Traceback\nValueError: no such frame\n", "ValueError: no such frame"), (-9, "", "its process ended with -9")],
+)
+def test_a_measurement_that_fails_is_a_sentence(tmp_path, monkeypatch, capsys, code, stderr, said):
+    ended = subprocess.CompletedProcess([], code, "", stderr)
+    monkeypatch.setattr(compare_loaders.subprocess, "run", lambda *_, **__: ended)
+    write_latents(tmp_path, 256, [OURS])
+    assert main(["bench", "data", "--against", "--images", "256", "--folder", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.endswith(f"fitv2 cannot be measured: {said}\n")
+
+
 def test_latents_that_are_there_are_kept(tmp_path):
     write_latents(tmp_path, IMAGES, ["files"])
     write_latents(tmp_path, IMAGES, ["files"])
