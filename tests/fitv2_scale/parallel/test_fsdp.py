@@ -1,0 +1,35 @@
+"""What is particular about the engine ``fsdp``. That it trains as every engine does is in test_tensor."""
+
+import torch
+
+from fitv2_scale.config.schema import Config
+from fitv2_scale.model.fitv2 import FiTv2
+from fitv2_scale.model.flow import make_flow_batch
+from fitv2_scale.parallel.world import join
+from tests.support.layout_grid import CLASSES, STEPS, engine_of, make_config, packs_of
+from tests.support.ranks import run_ranks
+
+
+def differences(config: Config) -> tuple[float, float]:
+    """The largest difference between what the network of the engine and a plain one give with the same weights, all of
+    which matter, in bfloat16; and between the plain one's with times in float32 and in bfloat16."""
+    with join() as world:
+        engine, plain = engine_of(config, world), FiTv2(config.model)
+        boxes, weights = engine.boxes(), plain.state_dict()
+        for name, weight in weights.items():
+            boxes[f"param/{name}"].boxes[0].tensor.copy_(weight.normal_(std=0.3))
+        engine.loaded()
+        plain = plain.to(torch.bfloat16)
+        (pack,) = packs_of(STEPS, 0, 1, 1, 1)  # no step's
+        flow = make_flow_batch(pack, config.flow, CLASSES, config.seed)
+        with torch.no_grad():
+            found = engine.network(flow.x_TC, flow.t_I, flow.label_I, pack.packing)
+            expected = plain(flow.x_TC, flow.t_I, flow.label_I, pack.packing)
+            rounded = plain(flow.x_TC, flow.t_I.bfloat16(), flow.label_I, pack.packing)
+        return (found - expected).abs().max().item(), (rounded - expected).abs().max().item()
+
+
+def test_times_and_positions_are_not_rounded_to_bfloat16():
+    """Though blocks compute in it: else close times would be one, and far tokens neighbours."""
+    ((off, rounded),) = run_ranks(1, differences, make_config("fsdp", layout__precision="bf16"))
+    assert off == 0.0 < rounded
