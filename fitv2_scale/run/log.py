@@ -147,4 +147,6 @@ def _parse(n: int, record: dict[str, Any]) -> LogEntry:
     _SHAPES[record["kind"]].check(record)
     if record["n"] != n:
         raise ValueError(f"it says n={record['n']}")
+    if record["attempt"] > n:  # each CLAIM adds one; who looks at all attempts would look for years
+        raise ValueError(f"it says attempt={record['attempt']}, but {n} entries are at most {n} attempts")
     return LogEntry(*(record.pop(key) for key in ("n", "kind", "attempt", "nonce", "time")), fields=record)

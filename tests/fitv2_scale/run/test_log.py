@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from data_sharding.errors import DataError, UserError
 from data_sharding.storage.local_store import LocalStore
 from data_sharding.storage.open_store import open_store
-from fitv2_scale.run.log import RunLog, StaleAttempt
+from fitv2_scale.run.log import RunLog, StaleAttempt, newest_attempt
 from tests.support.scripted_store import ScriptedStore
 
 DIGEST = "sha256:00"
@@ -113,6 +113,19 @@ def test_a_damaged_entry_is_named(junk):
     store.objects["log/00000001"] = junk
     with pytest.raises(DataError, match="log/00000001 is not a log entry"):
         RunLog(store).entries()
+
+
+@pytest.mark.parametrize("attempt,is_damaged", [(1, False), (2, True), (2**31, True)])
+def test_an_attempt_that_cannot_be_the_entrys_is_damage(attempt, is_damaged):
+    """The first entry is at most of attempt 1: each attempt begins with an entry of its own."""
+    store = ScriptedStore()
+    entry = {"n": 1, "kind": "CLAIM", "attempt": attempt, "nonce": "0", "time": "2026-01-01T00:00:00+00:00"}
+    store.objects["log/00000001"] = json.dumps(entry).encode()
+    if is_damaged:
+        with pytest.raises(DataError, match=f"it says attempt={attempt}, but 1 entries are at most 1 attempts"):
+            RunLog(store).entries()
+    else:
+        assert newest_attempt(RunLog(store).entries()) == 1
 
 
 def assert_sound(log: RunLog) -> None:
