@@ -35,6 +35,7 @@ def add(commands: Any) -> None:
     predicting.add_argument("--nodes", type=whole(1), default=1, metavar="N", help="on how many nodes (default 1)")
     predicting.add_argument("--tokens", type=whole(1), metavar="T", help="tokens of a pack (default: the largest)")
     predicting.add_argument("--slots", type=whole(1), metavar="I", help="image slots of a pack")
+    predicting.add_argument("--table", metavar="FILE", help="add it to a table, as `fitv2 plan` has one; of one GPU")
 
     stepping = make(bench, "step", bench_step, "measure a training step: speed, time by part, memory", on_ranks=True)
     config_arguments(stepping)
@@ -80,14 +81,18 @@ def bench_scale(args: argparse.Namespace) -> int:
 
 
 def bench_kernels(args: argparse.Namespace) -> int:
-    from fitv2_scale.bench.kernels.predict import measure
+    from fitv2_scale.bench.kernels.predict import add_to_table, measure
     from fitv2_scale.bench.kernels.report import to_text
     from fitv2_scale.config.load import load_config
 
     if args.ranks % args.nodes:
         raise UserError(f"--ranks {args.ranks} do not divide evenly among --nodes {args.nodes}")
+    if args.table and args.ranks > 1:
+        raise UserError("--table has predictions of one GPU: leave --ranks out")
     config = load_config(args.config, args.overrides)
     report = measure(config, args.gpu, args.ranks, args.nodes, args.tokens, args.slots)
+    if args.table:
+        add_to_table(args.table, config, report)
     show(args, report, to_text(report))
     return 0
 

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
 from fitv2_scale.planning.forecast.assumptions import Assumptions
 from fitv2_scale.planning.forecast.pack_statistics import data_statistics
+from fitv2_scale.planning.forecast.predicted import read_table, with_row
 from fitv2_scale.planning.forecast.step_time import exposed_seconds
 from fitv2_scale.run.run import BAD_INPUT
 
@@ -46,6 +48,26 @@ def measure(
 
     predicted = predict(config.model, block, outer, work, device, exposed)
     return report(config, layout, device, work, block, outer, predicted)
+
+
+def add_to_table(file: str, config: Config, found: dict[str, Any]) -> None:
+    """Adds the report ``found`` to a table of predictions like that of `fitv2 plan`, or makes one. Raises UserError if
+    the file cannot be read or written."""
+    block, result = found["block"], found["prediction"]
+    figures = {
+        "gpu": found["gpu"],
+        "peak_tflops": found["assumed"]["peak_flops"]["value"] / 1e12,
+        "torch": found["torch"],
+        "tokens": found["workload"]["tokens"],
+        **{name: result[name] for name in ("mfu", "seconds", "seconds_by_part", "host_seconds", "tokens_per_second")},
+        "triton_kernels": [block[name]["triton_kernels"] for name in ("forward", "backward")],
+        "triton_bytes_a_token": [block[name]["triton_bytes_a_token"] for name in ("forward", "backward")],
+    }
+    try:
+        rows = read_table(Path(file)) if Path(file).exists() else []
+        Path(file).write_text(json.dumps(with_row(rows, config, figures), indent=1) + "\n")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--table {file} is no table of predictions that can be written: {error}") from error
 
 
 def _refuse(config: Config) -> None:

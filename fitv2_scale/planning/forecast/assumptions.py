@@ -19,7 +19,7 @@ class Figure:
     source: str
 
 
-_PUBLISHED_MFU = Figure(0.463, "MPT-3B on 8 H100, FSDP, bf16 (llm-foundry's benchmark table); not measured here")
+PUBLISHED_MFU = Figure(0.463, "MPT-3B on 8 H100, FSDP, bf16 (llm-foundry's benchmark table); not measured here")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Assumptions:
     which training waits.
     """
 
-    mfu: Figure = _PUBLISHED_MFU
+    mfu: Figure = PUBLISHED_MFU
     peak_tflops: Figure = Figure(989.0, "dense bf16 of an H100 or H200 SXM, data sheet")
     gpu_bytes: Figure = Figure(80e9, "H100 SXM, data sheet")
     network: Figure = Figure(50e9, "one port of 400 Gb/s per GPU")

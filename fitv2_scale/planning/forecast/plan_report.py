@@ -15,6 +15,7 @@ from fitv2_scale.planning.forecast.disk_usage import storage_report
 from fitv2_scale.planning.forecast.memory_per_rank import memory_report
 from fitv2_scale.planning.forecast.node_count import NodeOption, candidates, choose, explain, node_report, until_decided
 from fitv2_scale.planning.forecast.pack_statistics import data_statistics, packing_on
+from fitv2_scale.planning.forecast.predicted import with_prediction
 from fitv2_scale.planning.forecast.run_length import (
     RELEASED_DETECT,
     RELEASED_RESTART,
@@ -32,6 +33,7 @@ _BESIDE = (4, 16)  # nodes on which FiT's released schedule is compared with our
 def forecast(config: Config, nodes: int, gpus_per_node: int, assumptions: Assumptions) -> dict[str, Any]:
     """The report as plain data. Without a dataset, the parts that need one (``data``, ``time``, ``goodput``,
     ``storage``, ``nodes``) are None, and ``data_missing`` has the reason."""
+    assumptions = with_prediction(assumptions, config)
     ranks = nodes * gpus_per_node
     layout = config.layout.over(ranks, nodes)
     report: dict[str, Any] = {"model": _model(config.model, config.trainable), "layout": _layout(config, layout)}
@@ -63,6 +65,7 @@ def forecast(config: Config, nodes: int, gpus_per_node: int, assumptions: Assump
 def node_advice(config: Config, data: Data, asked: int, gpus_per_node: int, assumptions: Assumptions) -> str:
     """The number of nodes that the plan would choose, and the gain and cost of more. Computes only what that needs, in
     a second or two. Raises UserError if the state fits on no number of nodes."""
+    assumptions = with_prediction(assumptions, config)
     flops = data_statistics(config, data, sum(data.nodes))["flops_a_step"]
     tried = until_decided(_tried(config, data, asked, gpus_per_node, flops, assumptions))
     return explain(tried, choose(tried), config.batch.images)

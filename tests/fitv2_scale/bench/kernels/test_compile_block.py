@@ -11,6 +11,7 @@ import pytest
 from fitv2_scale.bench.kernels.counts import CompiledBlock, Kernel
 from fitv2_scale.bench.kernels.predict import counted
 from fitv2_scale.config.load import load_config
+from fitv2_scale.planning.forecast.predicted import read_table
 from tests.support.repository import ROOT
 
 TOKENS, SLOTS = 16384, 72
@@ -47,6 +48,15 @@ def test_elementwise_kernels_and_their_bytes(block):
     assert bytes_a_token(block.backward) == pytest.approx(230_900, rel=0.003)
     assert (count(block.forward, "attention"), count(block.backward, "attention")) == (1, 1)
     assert count((*block.forward, *block.backward), "other") == 0
+
+
+def test_the_table_of_predictions_is_of_this_network(block):
+    """`fitv2 bench kernels CONFIG data.url=preset:imagenet256 --table FILE` makes its row again. That is for 16,016
+    tokens in 75 slots."""
+    row = next(row for row in read_table() if row["model"]["hidden"] == D)
+    passes = (block.forward, block.backward)
+    assert [count(kernels, "triton") for kernels in passes] == row["triton_kernels"]
+    assert [bytes_a_token(kernels) for kernels in passes] == pytest.approx(row["triton_bytes_a_token"], rel=0.002)
 
 
 def test_the_bytes_of_swiglu(block):

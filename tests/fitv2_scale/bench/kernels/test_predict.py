@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data_sharding.errors import UserError
-from fitv2_scale.bench.kernels.predict import measure, workload
+from fitv2_scale.bench.kernels.predict import add_to_table, measure, workload
 from fitv2_scale.cli.__main__ import run_command
 from fitv2_scale.config.load import load_config
 from fitv2_scale.data import Data
@@ -48,6 +48,47 @@ def test_the_work_of_a_rank():
     small = workload(config, config.layout.over(2), 2, 1, 1024, 9)
     assert small.packs == -(-lengths.sum() / steps / 2 // 1024)
     assert small.packs * small.fill * 1024 * 2 == pytest.approx(lengths.sum() / steps)
+
+
+REPORT = {
+    "gpu": "A GPU",
+    "torch": "2",
+    "workload": {"tokens": 512},
+    "assumed": {"peak_flops": {"value": 2e14}},
+    "block": {
+        "forward": {"triton_kernels": 3, "triton_bytes_a_token": 10.0},
+        "backward": {"triton_kernels": 5, "triton_bytes_a_token": 20.0},
+    },
+    "prediction": {
+        "mfu": 0.25,
+        "seconds": 1.5,
+        "seconds_by_part": {"products": 1.5},
+        "host_seconds": 0.5,
+        "tokens_per_second": 7.0,
+    },
+}
+
+
+def test_a_table_of_predictions(tmp_path):
+    file = tmp_path / "table.json"
+    for config, mfu in ((CONFIG, 0.25), (CONFIG.replace("b2", "xl2"), 0.3), (CONFIG, 0.4)):
+        found = REPORT | {"prediction": REPORT["prediction"] | {"mfu": mfu}}
+        add_to_table(str(file), load_config(config, [DATA]), found)
+    rows = json.loads(file.read_text())
+    assert [(row["model"]["hidden"], row["mfu"]) for row in rows] == [(1152, 0.3), (768, 0.4)]
+    assert rows[0]["peak_tflops"] == 200 and rows[0]["triton_kernels"] == [3, 5]
+    assert rows[0]["triton_bytes_a_token"] == [10.0, 20.0] and rows[0]["tokens"] == 512
+
+
+def test_what_is_no_table(tmp_path):
+    (tmp_path / "table.json").write_text("[1]")
+    for name in ("table.json", "nowhere/table.json"):
+        with pytest.raises(UserError, match="is no table of predictions that can be written"):
+            add_to_table(str(tmp_path / name), load_config(CONFIG, [DATA]), REPORT)
+    with pytest.raises(UserError, match="leave --ranks out"):
+        run_command(["bench", "kernels", CONFIG, "--ranks", "2", "--table", "table.json"])
+    with pytest.raises(UserError, match="--ranks 3 do not divide evenly among --nodes 2"):
+        run_command(["bench", "kernels", CONFIG, "--ranks", "3", "--nodes", "2"])
 
 
 def test_the_whole_command(capsys):
