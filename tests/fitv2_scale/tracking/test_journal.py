@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from fitv2_scale.tracking import journal
 from fitv2_scale.tracking.journal import Journal, Position
 from tests.support.journal_writers import DIGEST, curve, make, train
+from tests.support.power_cut import PowerCut
 
 
 def test_lines_are_as_documented(tmp_path):
@@ -179,6 +181,19 @@ def test_a_disk_that_is_full_holds_up_seal_alone(tmp_path):
     assert "the journal cannot be written yet; training continues" in done.stderr
     attempt.commit(202, "steps/202", DIGEST)
     assert [step for step, _ in curve(run)] == list(range(1, 203))
+
+
+def test_what_is_sealed_outlives_a_power_cut(tmp_path, monkeypatch):
+    power = PowerCut(tmp_path, monkeypatch)
+    attempt = make(tmp_path).claim({})
+    log = Journal(attempt.folder, 1, 0)
+    for number in range(2):
+        log.metrics(number + 1, {"loss": 1.0})
+        assert not any(name.endswith(f"{number:05d}.jsonl") for name in power.left())
+        log.seal()
+    left = {name.rpartition("/")[2]: size for name, size in power.left().items() if "attempts/1/journal/" in name}
+    assert left == {file.name: file.stat().st_size for file in Path(attempt.folder, "journal").iterdir()}
+    assert left.keys() == {"00000.jsonl", "00001.jsonl"}
 
 
 def test_the_thread_that_records_touches_no_file(tmp_path, monkeypatch):
