@@ -56,7 +56,7 @@ say "ruff"
 
 say "Types, with the optional extras and without them"
 .venv/bin/pyrefly check
-extras=(botocore deepspeed diffusers megatron s3fs skimage sklearn streaming webdataset)
+extras=(botocore deepspeed diffusers megatron s3fs skimage sklearn streaming triton webdataset)
 .venv/bin/pyrefly check $(printf -- '--replace-imports-with-any %s.* ' "${extras[@]}")
 
 say "Import order of the rooms"

@@ -20,6 +20,7 @@ Precision = Literal["fp32", "bf16"]
 Checkpointing = Literal["none", "selective", "full"]
 Reshard = Literal["always", "never"]
 GateAndValue = Literal["separate", "merged"]
+Kernels = Literal["compiled", "triton"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,9 @@ class LayoutConfig(Section):
     )
     gate_and_value: GateAndValue = Field(
         "separate", description="the SwiGLU's first two products: separate, or merged into one; with fsdp"
+    )
+    kernels: Kernels = Field(
+        "compiled", description="outside of products: the compiler's kernels; or triton: some that are written by hand"
     )
     compile: bool | Literal["auto"] = Field("auto", description="torch.compile each block; auto: on CUDA only")
 

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fitv2_scale.config.layout import GateAndValue
+from fitv2_scale.config.layout import GateAndValue, Kernels
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.model.attention import attention
+from fitv2_scale.model.kernels.modulation import Summed
 from fitv2_scale.model.linear import LinearFactory, merged
-from fitv2_scale.model.modulation import layer_norm, modulation
+from fitv2_scale.model.modulation import Modulation, layer_norm, modulation
 from fitv2_scale.model.packed_batch import Packing
 from fitv2_scale.model.rope import rotate
 
@@ -78,20 +79,24 @@ _SWIGLU: dict[GateAndValue, Callable[[ModelConfig, LinearFactory], SwiGLU]] = {
     "separate": SwiGLU,
     "merged": MergedSwiGLU,
 }
+_MODULATION: dict[Kernels, Callable[[Tensor, int, Packing], Modulation]] = {"compiled": modulation, "triton": Summed}
 _ADALN: dict[str, Callable[[ModelConfig, LinearFactory], nn.Sequential]] = {"full": _full_head, "lora": _low_rank_head}
 
 
 @dataclass(frozen=True)
 class BlockParts:
-    """What makes the sub-modules of a block, by the public name of their weights."""
+    """What makes the sub-modules of a block, by the public name of their weights, and what applies its modulation."""
 
     attn: Callable[[ModelConfig, LinearFactory], Attention]
     mlp: Callable[[ModelConfig, LinearFactory], SwiGLU]
     adaLN_modulation: Callable[[ModelConfig, LinearFactory], nn.Sequential]
+    modulation: Callable[[Tensor, int, Packing], Modulation]
 
     @classmethod
-    def of(cls, config: ModelConfig, gate_and_value: GateAndValue = "separate") -> "BlockParts":
-        return cls(Attention, _SWIGLU[gate_and_value], _ADALN[config.adaln])
+    def of(
+        cls, config: ModelConfig, gate_and_value: GateAndValue = "separate", kernels: Kernels = "compiled"
+    ) -> "BlockParts":
+        return cls(Attention, _SWIGLU[gate_and_value], _ADALN[config.adaln], _MODULATION[kernels])
 
 
 class Block(nn.Module):
@@ -100,6 +105,7 @@ class Block(nn.Module):
         self.attn = parts.attn(config, linear)
         self.mlp = parts.mlp(config, linear)
         self.adaLN_modulation = parts.adaLN_modulation(config, linear)
+        self._modulation = parts.modulation
 
     def forward(
         self, x_TD: Tensor, c_ID: Tensor, shared_I6D: Tensor | None, rope_TD: tuple[Tensor, Tensor], packing: Packing
@@ -107,6 +113,6 @@ class Block(nn.Module):
         modulation_I6D = self.adaLN_modulation(c_ID)
         if shared_I6D is not None:
             modulation_I6D = modulation_I6D + shared_I6D  # S_i = W_g c + W2_i W1_i c (eq. 11)
-        m = modulation(modulation_I6D, 6, packing)  # shift, scale and gate of the attention, and those of the MLP
+        m = self._modulation(modulation_I6D, 6, packing)  # shift, scale and gate of the attention, and those of the MLP
         x_TD = m.add_gated(x_TD, self.attn(m.modulate(x_TD, 0, 1), rope_TD, packing), 2)
         return m.add_gated(x_TD, self.mlp(m.modulate(x_TD, 3, 4)), 5)

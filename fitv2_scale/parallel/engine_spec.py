@@ -47,7 +47,7 @@ class EngineSpec:
             compile_blocks=layout.compiles(on_cuda),
             checkpointing=layout.checkpointing,
             reshard_after_forward=layout.reshard_after_forward,
-            parts=BlockParts.of(config.model, layout.gate_and_value),
+            parts=BlockParts.of(config.model, layout.gate_and_value, layout.kernels),
         )
 
     def network(self, linear: LinearFactory) -> FiTv2:

@@ -1,6 +1,7 @@
 """What an engine is built from is what the config says, whatever it says."""
 
 from fitv2_scale.model.block import Attention, BlockParts, MergedSwiGLU
+from fitv2_scale.model.kernels.modulation import Summed
 from fitv2_scale.parallel.engine_spec import EngineSpec
 from tests.support.layout_grid import make_config
 
@@ -9,6 +10,7 @@ def test_no_key_is_overlooked():
     """None of them has its default here."""
     layout = {"layout__precision": "bf16", "layout__compile": True, "layout__checkpointing": "full"}
     layout |= {"layout__reshard_after_forward": "never", "layout__gate_and_value": "merged"}
+    layout["layout__kernels"] = "triton"
     config = make_config(ema__decay=0.5, optimizer__beta2=0.9, **layout)
     config = config.model_copy(update={"seed": 7, "trainable": ["blocks.*"]})
     assert EngineSpec.of(config, on_cuda=False) == EngineSpec(
@@ -21,5 +23,5 @@ def test_no_key_is_overlooked():
         compile_blocks=True,
         checkpointing="full",
         reshard_after_forward="never",
-        parts=BlockParts(Attention, MergedSwiGLU, BlockParts.of(config.model).adaLN_modulation),
+        parts=BlockParts(Attention, MergedSwiGLU, BlockParts.of(config.model).adaLN_modulation, Summed),
     )

@@ -88,6 +88,11 @@ def test_gate_and_value_as_one_product_train_the_same(cell, checkpointing):
     assert_the_same(run_cell("fsdp", cell, **layout), oracle(()))
 
 
+@pytest.mark.parametrize("engine,cell", [("fsdp", Cell(3)), ("fsdp", Cell(2, 2, packs=2)), ("zero3", Cell(2))], ids=str)
+def test_sums_by_image_train_the_same(engine, cell):
+    assert_the_same(run_cell(engine, cell, layout__kernels="triton"), oracle(()))
+
+
 @pytest.mark.parametrize("trainable", [["*.fc1_x.weight"], ["*.bias"]], ids=["one of two", "biases"])
 @pytest.mark.parametrize("cell", [Cell(2, 1), Cell(2, 2)], ids=str)
 def test_one_product_of_frozen_weights_trains_the_same(cell, trainable):

@@ -1,0 +1,20 @@
+"""Kernels on the CPU by Triton's interpreter, which must be asked for before Triton is imported: in another process."""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def interpreter() -> Iterator[Callable[..., Any]]:
+    """What calls a function with arguments in a process where Triton's kernels are interpreted."""
+    spawned = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawned, initializer=_ask) as pool:
+        yield lambda function, *arguments: pool.submit(function, *arguments).result(timeout=300)
+
+
+def _ask() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
