@@ -14,6 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch._inductor.config
 import torch._inductor.scheduler
 import torch.utils._triton
 from torch._dynamo.device_interface import CudaInterface
@@ -37,6 +38,8 @@ def fake_gpu(gpu: Gpu) -> Generator[None]:
         raise UserError("this process has a GPU: hide it with CUDA_VISIBLE_DEVICES=")
     with ExitStack() as stack:
         stack.enter_context(_in_cpp())
+        # With Triton, Inductor would run products with and without padding, to see which is faster.
+        stack.enter_context(torch._inductor.config.patch(shape_padding=False))
         for owner, name, value in _in_python(gpu):
             stack.enter_context(patch.object(owner, name, value, create=True))
         if _gradient_on_gpu().device.type != "cuda":
