@@ -283,4 +283,9 @@ OF_DATA = (
         "if False:",
         ("tests/fitv2_scale/train/metrics/test_accounting.py::test_a_run_from_the_future_has_no_goodput",),
     ),
+    Named(
+        "fuzzing: a sample without a label", "data_sharding/format/shard.py",
+        "if not _fits(label, np.int32):", "if False:",
+        ("tests/data_sharding/format/test_shard.py::test_a_sample_without_a_whole_number_as_its_label_is_refused",),
+    ),
 )  # fmt: skip

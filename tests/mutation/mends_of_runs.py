@@ -283,4 +283,13 @@ OF_RUNS: tuple[Named, ...] = (
         'self.recipe, json.loads(json.dumps(new["recipe"]))',
         (f"{UNIT}/test_identity.py::test_new_keys_at_their_defaults_continue_an_old_run",),
     ),
+    Named(
+        "fuzzing: an attempt that no log can have", "fitv2_scale/run/log.py", 'if record["attempt"] > n:', "if False:",
+        (f"{UNIT}/run/test_log.py::test_an_attempt_that_cannot_be_the_entrys_is_damage",),
+    ),
+    Named(
+        "the save before is taken for the one in flight", "fitv2_scale/train/coordination.py",
+        "0 < ended == self._world.size * self._checkpoints.newest", "0 < ended",
+        (f"{UNIT}/train/test_coordination.py::test_a_save_counts_as_ended_when_all_tell_so_of_the_one_in_flight",),
+    ),
 )  # fmt: skip
