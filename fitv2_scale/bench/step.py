@@ -4,14 +4,13 @@ Throughput is measured over whole steps without pauses, as in training; the time
 measuring it slows them down.
 """
 
-import gc
 import statistics
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,49 +20,20 @@ from data_sharding.errors import UserError
 from data_sharding.stream.batch import StepBatch
 from fitv2_scale.bench.released_recipe import ReferenceCheckpointing, ReleasedTrainer
 from fitv2_scale.bench.spread import spread
-from fitv2_scale.bench.step_data import open_steps
-from fitv2_scale.config.layout import Layout
+from fitv2_scale.bench.step_rounds import Case, Round, Trainer, free, measure_steps, our_round, wait
 from fitv2_scale.config.schema import Config
-from fitv2_scale.data import Data
 from fitv2_scale.model.counts import forward_flops
 from fitv2_scale.model.flow import flow_loss
 from fitv2_scale.model.to_torch import pack_to_torch
 from fitv2_scale.parallel.agreement import agree, read_alike
-from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.deterministic import deterministic_kernels
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.memory_estimate import cuda_peak
 from fitv2_scale.parallel.optimizer import update_ema
 from fitv2_scale.parallel.rank_facts import config_facts, read_data, software_facts
-from fitv2_scale.parallel.world import World, join
+from fitv2_scale.parallel.world import join
 from fitv2_scale.planning.forecast.memory_per_rank import plan_compute, plan_state
 from fitv2_scale.train.metrics.meter import known_peak
-from fitv2_scale.train.step import train_step
-
-
-@dataclass(frozen=True)
-class _Case:
-    """The workload: the first ``steps`` steps of a run."""
-
-    config: Config
-    world: World
-    layout: Layout
-    data: Data
-    steps: int
-
-    def open(self) -> AbstractContextManager[Iterator[StepBatch]]:
-        return open_steps(self.config, self.data, self.layout.data_rank(self.world.rank), self.steps)
-
-
-@dataclass(frozen=True)
-class _Round:
-    """The figures of one trainer, newly built."""
-
-    seconds_a_step: float
-    cpu_seconds_a_step: float  # of all threads of this process
-    peak_bytes: int | None  # on CUDA
-    seconds_by_part: dict[str, float] | None = None
-    syncs: int | None = None  # times that the host waits for the device in one step, on CUDA
 
 
 def measure(
@@ -80,79 +50,36 @@ def measure(
             raise UserError("--against reference needs a single process: start it without torchrun")
         agree(world, config_facts(config) | software_facts(world.device) | {"steps": steps, "repeats": repeats})
         layout, data = read_alike(world, lambda: read_data(config, world))
-        case = _Case(config, world, layout, data, steps)
+        case = Case(config, world, layout, data, steps)
         with case.open() as stream:
             batches = list(stream)
         ours, theirs = [], []
         for done in range(1, repeats + 1):
             with deterministic_kernels(config.deterministic):
                 ours.append(_ours(case, batches, split=done == repeats))
-            _free(world.device)
+            free(world.device)
             if reference:
                 theirs.append(_reference(case, batches, reference))
-                _free(world.device)
+                free(world.device)
         if not world.is_first:
             return None
         report = _report(case, batches, ours)
         return report | {"reference": _compare(report, ours, theirs, reference)} if reference else report
 
 
-def _ours(case: _Case, batches: Sequence[StepBatch], split: bool) -> _Round:
-    trainer = _Trainer(case.config, case.world, make_engine(case.config, case.layout, case.world))
-    with case.open() as stream:
-        found = _measure_steps(trainer.step, stream, batches, case.world)
+def _ours(case: Case, batches: Sequence[StepBatch], split: bool) -> Round:
+    trainer, found = our_round(case, batches)
     if not split:
         return found
     return replace(found, seconds_by_part=_parts(trainer, batches), syncs=_count_syncs(trainer, batches[0]))
 
 
-def _reference(case: _Case, batches: Sequence[StepBatch], checkpointing: ReferenceCheckpointing) -> _Round:
+def _reference(case: Case, batches: Sequence[StepBatch], checkpointing: ReferenceCheckpointing) -> Round:
     trainer = ReleasedTrainer(case.config, case.world.device, checkpointing)
-    return _measure_steps(trainer.step, batches, batches, case.world)
+    return measure_steps(trainer.step, batches, batches, case.world)
 
 
-@dataclass(frozen=True)
-class _Trainer:
-    """Takes steps as a run does, and saves nothing."""
-
-    config: Config
-    world: World
-    engine: Engine
-
-    def step(self, batch: StepBatch) -> None:
-        train_step(self.engine, batch, self.config, self.world.device)
-
-
-def _free(device: torch.device) -> None:
-    """Frees the memory of the round before, which would count in the peak of the next one."""
-    gc.collect()  # the hooks of FSDP hold a network in reference cycles
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def _measure_steps(step: Callable, stream: Iterable[StepBatch], batches: Sequence[StepBatch], world: World) -> _Round:
-    """Steps over ``stream``, after a warm-up step of each shape in ``batches``, which compiles and fills caches."""
-    on_cuda = world.device.type == "cuda"
-    for batch in {(len(b.packs), len(b.packs[0].latents)): b for b in batches}.values():
-        step(batch)
-    if on_cuda:
-        torch.cuda.reset_peak_memory_stats()
-    _wait(world.device)
-    began, worked = time.perf_counter(), time.process_time()
-    for batch in stream:
-        step(batch)
-    _wait(world.device)
-    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - worked
-    peak = torch.cuda.max_memory_allocated() if on_cuda else None
-    return _Round(seconds / len(batches), cpu_seconds / len(batches), peak)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def _parts(trainer: _Trainer, batches: Sequence[StepBatch]) -> dict[str, float]:
+def _parts(trainer: Trainer, batches: Sequence[StepBatch]) -> dict[str, float]:
     """Seconds of each part of a step, medians over ``batches``; each part runs alone on the device.
 
     ``reduce`` is the extra time of the last backward pass over the same pass without a reduction; zero3 reduces in
@@ -218,7 +145,7 @@ class _Clock:
 
     def times(self) -> dict[str, list[float]]:
         """Seconds of each part, in order."""
-        _wait(self._device)
+        wait(self._device)
         found = defaultdict(list)
         for part, began, ended in self._marks:
             on_cuda = self._device.type == "cuda"
@@ -226,7 +153,7 @@ class _Clock:
         return found
 
 
-def _count_syncs(trainer: _Trainer, batch: StepBatch) -> int | None:
+def _count_syncs(trainer: Trainer, batch: StepBatch) -> int | None:
     """How often the host waits for the device in a step; torch warns of each time."""
     if trainer.world.device.type != "cuda":
         return None
@@ -240,7 +167,7 @@ def _count_syncs(trainer: _Trainer, batch: StepBatch) -> int | None:
     return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
 
 
-def _report(case: _Case, batches: Sequence[StepBatch], ours: Sequence[_Round]) -> dict[str, Any]:
+def _report(case: Case, batches: Sequence[StepBatch], ours: Sequence[Round]) -> dict[str, Any]:
     config, device = case.config, case.world.device
     seconds = statistics.median(r.seconds_a_step for r in ours)
     images, tokens = (statistics.mean(getattr(b, name) for b in batches) for name in ("step_images", "step_tokens"))
@@ -272,7 +199,7 @@ def _report(case: _Case, batches: Sequence[StepBatch], ours: Sequence[_Round]) -
 
 
 def _compare(
-    report: dict[str, Any], ours: Sequence[_Round], theirs: Sequence[_Round], checkpointing: ReferenceCheckpointing
+    report: dict[str, Any], ours: Sequence[Round], theirs: Sequence[Round], checkpointing: ReferenceCheckpointing
 ) -> dict[str, Any]:
     seconds, rounds = spread([r.seconds_a_step for r in theirs]), list(zip(theirs, ours, strict=True))
     images = report["images_per_second"] * report["seconds_a_step"]["median"]
@@ -287,7 +214,7 @@ def _compare(
     }
 
 
-def _planned_peak(case: _Case, batches: Sequence[StepBatch]) -> int:
+def _planned_peak(case: Case, batches: Sequence[StepBatch]) -> int:
     packs, tokens = max(len(b.packs) for b in batches), max(len(b.packs[0].latents) for b in batches)
     compute = plan_compute(case.config, packs, tokens, on_cuda=True)
     return cuda_peak(case.config.model, case.layout, plan_state(case.config, case.layout), compute)

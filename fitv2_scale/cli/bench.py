@@ -41,6 +41,7 @@ def add(commands: Any) -> None:
     config_arguments(stepping)
     stepping.add_argument("--steps", type=int, default=8, help="steps per round (default 8)")
     stepping.add_argument("--repeats", type=int, default=3, help="rounds, whose medians are reported (default 3)")
+    stepping.add_argument("--sweep", action="store_true", help="find out which keys of layout make a step faster here")
     stepping.add_argument("--against", choices=["reference"], help="also measure the released training step, in turn")
     stepping.add_argument(
         "--reference-checkpointing",
@@ -98,14 +99,21 @@ def bench_kernels(args: argparse.Namespace) -> int:
 
 
 def bench_step(args: argparse.Namespace) -> int:
-    from fitv2_scale.bench import step
+    from fitv2_scale.bench import step, step_sweep
     from fitv2_scale.bench.step_report import to_text
     from fitv2_scale.config.load import load_config
 
     with before_joining():
+        if args.sweep and args.against:
+            raise UserError("--sweep compares configs of ours: leave --against out")
         if args.reference_checkpointing and not args.against:
             raise UserError("--reference-checkpointing needs --against reference: ours is layout.checkpointing")
         config = load_config(args.config, args.overrides)
+    if args.sweep:
+        found = step_sweep.measure(config, args.steps, args.repeats)
+        if found is not None:
+            show(args, found, step_sweep.to_text(found))
+        return 0
     reference = (args.reference_checkpointing or "none") if args.against else None
     report = step.measure(config, args.steps, args.repeats, reference)
     if report is not None:

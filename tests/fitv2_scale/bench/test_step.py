@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from data_sharding.errors import UserError
-from fitv2_scale.bench import released_recipe, step
+from fitv2_scale.bench import released_recipe, step, step_rounds
 from fitv2_scale.bench.released_recipe import ReleasedTrainer
 from fitv2_scale.bench.step_data import open_steps
 from fitv2_scale.bench.step_report import to_text
@@ -112,7 +112,7 @@ def test_the_key_deterministic_is_for_ours(wanted, monkeypatch):
     def noting(who: str, take: Callable) -> Callable:
         return lambda *args: (seen[who].add(torch.are_deterministic_algorithms_enabled()), take(*args))[1]
 
-    monkeypatch.setattr(step, "train_step", noting("ours", step.train_step))
+    monkeypatch.setattr(step_rounds, "train_step", noting("ours", step_rounds.train_step))
     monkeypatch.setattr(ReleasedTrainer, "step", noting("reference", ReleasedTrainer.step))
     report = step.measure(config_of(f"deterministic={str(wanted).lower()}"), 1, 1, "none")
     assert report["deterministic"] == wanted and seen == {"ours": {wanted}, "reference": {False}}
@@ -174,8 +174,8 @@ def test_a_round_leaves_no_weights_behind(compile_blocks, monkeypatch):
 
         return made
 
-    for name in ("make_engine", "ReleasedTrainer"):
-        monkeypatch.setattr(step, name, remembered(getattr(step, name)))
+    for module, name in ((step_rounds, "make_engine"), (step, "ReleasedTrainer")):
+        monkeypatch.setattr(module, name, remembered(getattr(module, name)))
     gc.disable()
     try:
         step.measure(config_of(f"layout.compile={compile_blocks}"), 1, 2, "none")
