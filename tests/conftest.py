@@ -48,6 +48,9 @@ def pytest_configure(config: pytest.Config) -> None:
     variable, and torch reads it no sooner than the first of them asks for CUDA."""
     if not for_the_gpu(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # Under nohup it is ignored, also by what tests start and then hang up on.
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
