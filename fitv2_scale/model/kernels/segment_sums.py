@@ -5,10 +5,10 @@ Operators of torch, so that the compiler leaves them whole. On CUDA each is a ke
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 
-@torch.library.custom_op("fitv2_scale::norm_sums", mutates_args=())
+@library.custom_op("fitv2_scale::norm_sums", mutates_args=())
 def norm_sums(grad_TD: Tensor, x_TD: Tensor, mean_T: Tensor, rstd_T: Tensor, cu_seqlens_I1: Tensor) -> Tensor:
     """Over each image's tokens, the sums of ``grad_TD``, then of its product with the normalised x, which is
     (x - mean) * rstd: float32 (I, 2 D), zero for a slot without tokens."""
@@ -17,7 +17,7 @@ def norm_sums(grad_TD: Tensor, x_TD: Tensor, mean_T: Tensor, rstd_T: Tensor, cu_
     return _sums(both, cu_seqlens_I1)
 
 
-@torch.library.custom_op("fitv2_scale::product_sums", mutates_args=())
+@library.custom_op("fitv2_scale::product_sums", mutates_args=())
 def product_sums(a_TD: Tensor, b_TD: Tensor, cu_seqlens_I1: Tensor) -> Tensor:
     """Over each image's tokens, the sums of a times b: float32 (I, D), zero for a slot without tokens."""
     return _sums(a_TD.float() * b_TD.float(), cu_seqlens_I1)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton
+from torch import library
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -90,7 +91,7 @@ def test_the_compiler_is_told_the_truth():
     """Shapes, dtypes and devices of results that it knows before they are there."""
     a, b, mean, rstd, cu = inputs([5, 9], 24, torch.bfloat16)
     for operator, given in ((segment_sums.norm_sums, (a, b, mean, rstd, cu)), (segment_sums.product_sums, (a, b, cu))):
-        torch.library.opcheck(operator, given, test_utils=("test_schema", "test_faketensor"))
+        library.opcheck(operator, given, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("dtype,bound", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
