@@ -24,6 +24,17 @@ _POLL = 0.05  # seconds
 _BROKEN = re.compile(r"gloo|nccl|pair\.cc|connection (closed|reset|refused|was)|broken pipe|socket", re.IGNORECASE)
 
 
+class RankLost(RuntimeError):
+    """A collective broke because ``ranks`` have ended without a word. The message names them."""
+
+    def __init__(self, message: str, ranks: Sequence[int] = ()) -> None:  # unpickled without them, then gets them back
+        super().__init__(message)
+        self.ranks = tuple(ranks)
+
+    def __repr__(self) -> str:
+        return str(self)  # it is the reason in end.json
+
+
 class BrokenOff(Exception):
     """Work that all ranks share is given up: all of them raise it at the same place. The message says why."""
 
@@ -117,9 +128,10 @@ class LastWords:
         return pickle.loads(bytes.fromhex(self._store.get(WORDS).decode()))
 
     def leave(self) -> None:
-        """Once this rank has left the group."""
+        """Once this rank has left the group. Ranks that are lost will never leave."""
         if self._settled is not None and self._store_answers:
-            leave(self._store, self._rank, self._size)
+            lost = self._settled.ranks if isinstance(self._settled, RankLost) else ()
+            leave(self._store, self._rank, self._size - len(lost))
 
 
 def leave(store: dist.Store, rank: int, size: int) -> None:

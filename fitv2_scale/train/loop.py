@@ -14,13 +14,13 @@ from fitv2_scale.checkpoint.copies import CopiesDiffer
 from fitv2_scale.config.schema import Config
 from fitv2_scale.parallel.agreement import read_alike
 from fitv2_scale.parallel.deterministic import deterministic_kernels
+from fitv2_scale.parallel.failures import RankLost
 from fitv2_scale.parallel.rank_facts import read_data
 from fitv2_scale.parallel.world import World, join
 from fitv2_scale.run.log import StaleAttempt
 from fitv2_scale.run.requests import watch_requests
 from fitv2_scale.run.run import BAD_INPUT, BUG, DONE, GIVE_UP, NOT_FINITE, RETRY, Attempt
 from fitv2_scale.train.coordination import Coordination
-from fitv2_scale.train.lost_ranks import RankLost
 from fitv2_scale.train.metrics.meter import Meter
 from fitv2_scale.train.monitor import Monitor
 from fitv2_scale.train.profiler import Profiler

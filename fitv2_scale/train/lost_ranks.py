@@ -15,13 +15,6 @@ _PAUSE = 0.1  # seconds, for the answer
 Address = tuple[str, int]
 
 
-class RankLost(RuntimeError):
-    """A collective broke because a rank ended. The message names it."""
-
-    def __repr__(self) -> str:
-        return str(self)  # it is the reason in end.json
-
-
 def refusing(addresses: Callable[[], Mapping[int, Address]], patience: float = _PATIENCE) -> list[int]:
     """The ranks whose ports are closed, as soon as there are any; none if all answer for so many seconds."""
     until = time.monotonic() + patience

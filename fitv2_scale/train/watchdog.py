@@ -24,11 +24,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from fitv2_scale.config.sections import WatchdogConfig
-from fitv2_scale.parallel.failures import is_broken_collective
+from fitv2_scale.parallel.failures import RankLost, is_broken_collective
 from fitv2_scale.parallel.presence import Progress, waited_for, where
 from fitv2_scale.parallel.world import World, set_group_timeouts
 from fitv2_scale.run.run import RETRY, Attempt
-from fitv2_scale.train.lost_ranks import RankLost, refusing
+from fitv2_scale.train.lost_ranks import refusing
 from fitv2_scale.train.stacks import write_stacks
 
 Phase = Literal["load", "data", "step", "compile", "save", "evaluate"]
@@ -143,7 +143,7 @@ class Watchdog:
             yield self
         except RuntimeError as error:
             if is_broken_collective(error) and (lost := self._lost_ranks()):
-                raise RankLost(lost) from error
+                raise lost from error
             raise
         finally:
             self._ended.set()
@@ -186,12 +186,15 @@ class Watchdog:
         limits = [self._config.step_factor * self._config.compile_seconds, *map(self.limit, get_args(Phase))]
         set_group_timeouts(_BEYOND_LIMITS * max(limits))
 
-    def _lost_ranks(self) -> str:
-        """The ranks that have ended without leaving the watch, as a sentence; empty if there are none."""
-        lost = refusing(lambda: {rank: self._addresses[rank] for rank in list(self._beats)})
-        named = [f"rank {rank} on {beat.node}" for rank in lost if (beat := self._beats.get(rank))]
-        log = f"{self._attempt.path}/logs/rank-{lost[0]:05d}.log" if lost else ""
-        return f"{' and '.join(named)} ended or was killed; see {log} and what its launcher says" if named else ""
+    def _lost_ranks(self) -> RankLost | None:
+        """Names the ranks that have ended without leaving the watch, if there are any."""
+        closed = refusing(lambda: {rank: self._addresses[rank] for rank in list(self._beats)})
+        lost = {rank: beat.node for rank in closed if (beat := self._beats.get(rank))}
+        if not lost:
+            return None
+        named = " and ".join(f"rank {rank} on {node}" for rank, node in lost.items())
+        log = f"{self._attempt.path}/logs/rank-{min(lost):05d}.log"
+        return RankLost(f"{named} ended or was killed; see {log} and what its launcher says", list(lost))
 
     def _watch(self) -> None:
         self._looked = time.monotonic()

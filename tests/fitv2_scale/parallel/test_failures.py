@@ -1,11 +1,14 @@
 """A rank that fails anywhere ends all others with its sentence, printed where it arose."""
 
 import os
+import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from data_sharding.errors import StorageDown, UserError
+from fitv2_scale.parallel.failures import LastWords, RankLost, leave
 from fitv2_scale.parallel.world import World, join
 from tests.support.ranks import run_ranks
 
@@ -71,3 +74,24 @@ def first_alone(error: Exception) -> tuple[bool, str | None]:
 def test_what_the_first_rank_does_alone_is_said_by_it():
     found = run_ranks(2, first_alone, UserError("no such file"))
     assert found == [(True, "no such file"), (False, None)]
+
+
+class Questions(dist.HashStore):
+    """A store that counts how often it is asked who has left."""
+
+    asked = 0
+
+    def add(self, key: str, amount: int) -> int:
+        self.asked += amount == 0
+        return super().add(key, amount)
+
+
+def test_the_first_rank_stays_for_those_that_can_come_not_for_the_lost():
+    """It holds the store: rank 2 of three may still read the words in it, rank 1 has been killed."""
+    store = Questions()
+    words = LastWords(store, 0, 3, "node1", lambda error: error)
+    lost = pickle.loads(pickle.dumps(RankLost("rank 1 on node2 ended", [1])))
+    assert words.settle(lost) is lost
+    leave(store, 2, 3)
+    words.leave()
+    assert store.asked == 1
