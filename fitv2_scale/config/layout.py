@@ -90,7 +90,7 @@ class LayoutConfig(Section):
         "separate", description="the SwiGLU's first two products: separate, or merged into one; with fsdp"
     )
     kernels: Kernels = Field(
-        "compiled", description="outside of products: the compiler's kernels; or triton: some that are written by hand"
+        "compiled", description="outside of products: the compiler's; or triton: backward ones written by hand; with fsdp"
     )
     compile: bool | Literal["auto"] = Field("auto", description="torch.compile each block; auto: on CUDA only")
 
@@ -100,7 +100,7 @@ class LayoutConfig(Section):
     @property
     def for_fsdp_alone(self) -> list[str]:
         """The settings, as key=value, that zero3 does not have."""
-        keys = ("reshard_after_forward", "gate_and_value")
+        keys = ("reshard_after_forward", "gate_and_value", "kernels")
         given = ((key, getattr(self, key)) for key in keys)
         return [f"layout.{k}={value}" for k, value in given if value != type(self).model_fields[k].default]
 

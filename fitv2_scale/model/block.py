@@ -1,23 +1,19 @@
 """A block of the network: attention and SwiGLU, each between a modulated norm and a gate.
 
-A block is assembled from ``BlockParts``: another way to compute one of its parts, or another family of networks, is
-another class there. Letters in shapes: as in ``fitv2``; I6D are the six modulation vectors of each image.
+``block_parts`` says what a block is made of. Letters in shapes: as in ``fitv2``; I6D are the six modulation vectors of
+each image.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fitv2_scale.config.layout import GateAndValue, Kernels
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.model.attention import attention
-from fitv2_scale.model.kernels.modulation import Summed
 from fitv2_scale.model.linear import LinearFactory, merged
-from fitv2_scale.model.modulation import Modulation, layer_norm, modulation
+from fitv2_scale.model.modulation import layer_norm, modulation
 from fitv2_scale.model.packed_batch import Packing
 from fitv2_scale.model.rope import rotate
 
@@ -34,6 +30,11 @@ class Attention(nn.Module):
             self.qk_scale = nn.Parameter(torch.empty(heads))
 
     def forward(self, x_TD: Tensor, rope_TD: tuple[Tensor, Tensor], packing: Packing) -> Tensor:
+        out_THD = attention(*self.heads(x_TD, rope_TD), packing)
+        return self.proj(out_THD.flatten(1))
+
+    def heads(self, x_TD: Tensor, rope_TD: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of each head, (T, H, D)."""
         q_THD, k_THD, v_THD = self.qkv(x_TD).unflatten(-1, (3, -1, self.head_dim)).unbind(1)
         if self.qk_norm == "layernorm":
             q_THD, k_THD = layer_norm(q_THD), layer_norm(k_THD)
@@ -41,8 +42,7 @@ class Attention(nn.Module):
             # attention() divides by sqrt(head_dim): undone here, so that qk_scale alone scales the logits.
             q_THD = F.normalize(q_THD, dim=-1) * (self.qk_scale * math.sqrt(self.head_dim))[:, None]
             k_THD = F.normalize(k_THD, dim=-1)
-        out_THD = attention(rotate(q_THD, *rope_TD), rotate(k_THD, *rope_TD), v_THD, packing)
-        return self.proj(out_THD.flatten(1))
+        return rotate(q_THD, *rope_TD), rotate(k_THD, *rope_TD), v_THD
 
 
 class SwiGLU(nn.Module):
@@ -65,47 +65,20 @@ class MergedSwiGLU(SwiGLU):
         return self.fc2(F.silu(gate) * value)
 
 
-def _full_head(config: ModelConfig, linear: LinearFactory) -> nn.Sequential:
+def full_head(config: ModelConfig, linear: LinearFactory) -> nn.Sequential:
     return nn.Sequential(nn.SiLU(), linear(config.hidden, 6 * config.hidden, "replicated"))
 
 
-def _low_rank_head(config: ModelConfig, linear: LinearFactory) -> nn.Sequential:
+def low_rank_head(config: ModelConfig, linear: LinearFactory) -> nn.Sequential:
     """Both factors are trained from scratch; "LoRA" names the shape, nothing is frozen."""
     down = linear(config.hidden, config.adaln_rank, "replicated")
     return nn.Sequential(nn.SiLU(), down, linear(config.adaln_rank, 6 * config.hidden, "replicated"))
 
 
-_SWIGLU: dict[GateAndValue, Callable[[ModelConfig, LinearFactory], SwiGLU]] = {
-    "separate": SwiGLU,
-    "merged": MergedSwiGLU,
-}
-_MODULATION: dict[Kernels, Callable[[Tensor, int, Packing], Modulation]] = {"compiled": modulation, "triton": Summed}
-_ADALN: dict[str, Callable[[ModelConfig, LinearFactory], nn.Sequential]] = {"full": _full_head, "lora": _low_rank_head}
-
-
-@dataclass(frozen=True)
-class BlockParts:
-    """What makes the sub-modules of a block, by the public name of their weights, and what applies its modulation."""
-
-    attn: Callable[[ModelConfig, LinearFactory], Attention]
-    mlp: Callable[[ModelConfig, LinearFactory], SwiGLU]
-    adaLN_modulation: Callable[[ModelConfig, LinearFactory], nn.Sequential]
-    modulation: Callable[[Tensor, int, Packing], Modulation]
-
-    @classmethod
-    def of(
-        cls, config: ModelConfig, gate_and_value: GateAndValue = "separate", kernels: Kernels = "compiled"
-    ) -> "BlockParts":
-        return cls(Attention, _SWIGLU[gate_and_value], _ADALN[config.adaln], _MODULATION[kernels])
-
-
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig, linear: LinearFactory, parts: BlockParts):
+    def __init__(self, attn: Attention, mlp: SwiGLU, adaln: nn.Sequential):
         super().__init__()
-        self.attn = parts.attn(config, linear)
-        self.mlp = parts.mlp(config, linear)
-        self.adaLN_modulation = parts.adaLN_modulation(config, linear)
-        self._modulation = parts.modulation
+        self.attn, self.mlp, self.adaLN_modulation = attn, mlp, adaln
 
     def forward(
         self, x_TD: Tensor, c_ID: Tensor, shared_I6D: Tensor | None, rope_TD: tuple[Tensor, Tensor], packing: Packing
@@ -113,6 +86,12 @@ class Block(nn.Module):
         modulation_I6D = self.adaLN_modulation(c_ID)
         if shared_I6D is not None:
             modulation_I6D = modulation_I6D + shared_I6D  # S_i = W_g c + W2_i W1_i c (eq. 11)
-        m = self._modulation(modulation_I6D, 6, packing)  # shift, scale and gate of the attention, and those of the MLP
+        return self.apply_modulated(x_TD, modulation_I6D, rope_TD, packing)
+
+    def apply_modulated(
+        self, x_TD: Tensor, modulation_I6D: Tensor, rope_TD: tuple[Tensor, Tensor], packing: Packing
+    ) -> Tensor:
+        """``modulation_I6D`` holds shift, scale and gate of the attention, then those of the MLP."""
+        m = modulation(modulation_I6D, 6, packing)
         x_TD = m.add_gated(x_TD, self.attn(m.modulate(x_TD, 0, 1), rope_TD, packing), 2)
         return m.add_gated(x_TD, self.mlp(m.modulate(x_TD, 3, 4)), 5)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fitv2_scale.config.model import TIMESTEP_CHANNELS, TOKEN_CHANNELS, ModelConfig
-from fitv2_scale.model.block import Block, BlockParts
+from fitv2_scale.model.block_parts import BlockParts
 from fitv2_scale.model.extrapolation import extrapolated_table
 from fitv2_scale.model.linear import LinearFactory, plain_linear
 from fitv2_scale.model.modulation import modulation
@@ -79,7 +79,7 @@ class FiTv2(nn.Module):
             if config.adaln == "lora"
             else None
         )
-        self.blocks = nn.ModuleList(Block(config, linear, parts) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(parts.make(config, linear) for _ in range(config.depth))
         self.final_layer = FinalLayer(config, linear)
 
     def forward(

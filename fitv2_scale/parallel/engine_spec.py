@@ -10,7 +10,7 @@ from fitv2_scale.config.layout import Checkpointing, Precision, Reshard
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.config.schema import Config
 from fitv2_scale.config.sections import OptimizerConfig
-from fitv2_scale.model.block import BlockParts
+from fitv2_scale.model.block_parts import BlockParts
 from fitv2_scale.model.counts import logical_shapes, trained_names
 from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.model.init import fill_initial

@@ -13,7 +13,11 @@ from torch import Tensor, nn
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # about optional accelerators that are not installed
     from megatron.core.model_parallel_config import ModelParallelConfig
-    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.tensor_parallel import (
+        ColumnParallelLinear,
+        RowParallelLinear,
+        reduce_from_tensor_model_parallel_region,
+    )
     from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 
 from fitv2_scale.model.linear import LinearFactory, Role
@@ -53,6 +57,20 @@ class _Row(RowParallelLinear):
     @torch.compiler.disable
     def forward(self, x_TD: Tensor) -> Tensor:
         return super().forward(x_TD)[0]
+
+    @torch.compiler.disable
+    def product(self, x_TD: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """As ``forward``, with other weights."""
+        part_TD = self._forward_impl(
+            input=x_TD,
+            weight=weight,
+            bias=None,
+            gradient_accumulation_fusion=False,
+            allreduce_dgrad=False,
+            sequence_parallel=False,
+            tp_group=None,
+        )
+        return reduce_from_tensor_model_parallel_region(part_TD, group=self.tp_group) + bias
 
 
 def megatron_linear(group: dist.ProcessGroup, size: int) -> LinearFactory:

@@ -114,6 +114,8 @@ def _kernel(node: BaseSchedulerNode, names: dict[str, str]) -> Kernel | None:
         return Kernel(names[node.get_nodes()[0].get_name()], "triton", moved)
     call: Any = node.node
     name = str(call.python_kernel_name or call.op_overload).removeprefix("extern_kernels.").removeprefix("torch.ops.")
+    if name.startswith("fitv2_scale."):
+        return Kernel(name, "triton", moved)  # written by hand
     if name in _PRODUCTS:
         left, right = (value.get_size() for value in call.inputs[-2:])
         rows = 1
