@@ -90,7 +90,8 @@ class LayoutConfig(Section):
         "separate", description="the SwiGLU's first two products: separate, or merged into one; with fsdp"
     )
     kernels: Kernels = Field(
-        "compiled", description="outside of products: the compiler's; or triton: backward ones written by hand; with fsdp"
+        "compiled",
+        description="outside of products: the compiler's; triton: backward, written by hand; with fsdp",
     )
     compile: bool | Literal["auto"] = Field("auto", description="torch.compile each block; auto: on CUDA only")
 

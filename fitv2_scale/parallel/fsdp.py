@@ -119,7 +119,7 @@ def _shard(network: FiTv2, groups: Groups, precision: Precision, reshard: bool |
         fully_shard(block, mesh=groups.data_mesh, mp_policy=policy, reshard_after_forward=reshard)
     root = fully_shard(network, mesh=groups.data_mesh, mp_policy=policy, reshard_after_forward=reshard)
     for module in network.modules():
-        if isinstance(module, FSDPModule):
+        if isinstance(module, FSDPModule) and groups.data_mesh.size() > 1:  # one rank alone would divide each by 1
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
     return root

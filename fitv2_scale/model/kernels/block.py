@@ -4,7 +4,7 @@ The forward pass is the plain formulas, which the compiler fuses as before. A bi
 computed, but detached: its gradient is a sum over what an operator of the next stage writes, and so comes from there.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor
 from fitv2_scale.model.attention import attention
 from fitv2_scale.model.block import Attention, Block, SwiGLU
 from fitv2_scale.model.kernels import on_cuda, operators
-from fitv2_scale.model.linear import with_bias_apart, merged_with_bias_apart
+from fitv2_scale.model.linear import merged_with_bias_apart, with_bias_apart
 from fitv2_scale.model.modulation import layer_norm
 from fitv2_scale.model.packed_batch import Packing
 from fitv2_scale.model.rope import rotate
@@ -42,25 +42,23 @@ class FusedSwiGLU(SwiGLU):
         return with_bias_apart(self.fc2, hidden_TH)
 
 
-class FusedMergedSwiGLU(SwiGLU):
+class FusedMergedSwiGLU(FusedSwiGLU):
     def inner(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         hidden_TH = _SwiGLU.apply(*reversed(merged_with_bias_apart(x_TD, self.fc1_g, self.fc1_x)))
         return with_bias_apart(self.fc2, hidden_TH)
 
 
 class FusedBlock(Block):
-    attn: FusedAttention
-    mlp: FusedSwiGLU | FusedMergedSwiGLU
-
     def apply_modulated(
         self, x_TD: Tensor, modulation_I6D: Tensor, rope_TD: tuple[Tensor, Tensor], packing: Packing
     ) -> Tensor:
         shift, scale, gate, shift_of_mlp, scale_of_mlp, gate_of_mlp = modulation_I6D.chunk(6, -1)
         images = packing.image_T, packing.cu_seqlens_I1, packing.max_seqlen
         x_TD, m_TD = _Branch.apply(x_TD, shift, scale, *images)
-        y_TD, bias_D = self.attn.inner(m_TD, rope_TD, packing)
+        attn, mlp = cast(FusedAttention, self.attn), cast(FusedSwiGLU, self.mlp)
+        y_TD, bias_D = attn.inner(m_TD, rope_TD, packing)
         x_TD, m_TD = _Join.apply(x_TD, y_TD, bias_D, gate, shift_of_mlp, scale_of_mlp, *images)
-        y_TD, bias_D = self.mlp.inner(m_TD)
+        y_TD, bias_D = mlp.inner(m_TD)
         return _AddGated.apply(x_TD, y_TD, bias_D, gate_of_mlp, *images)
 
 
@@ -76,9 +74,9 @@ class _Branch(torch.autograd.Function):
         return x_TD.view_as(x_TD), _modulated(x_TD, shift_ID, scale_ID, image_T)
 
     @staticmethod
-    def backward(ctx: Any, grad_x_TD: Tensor, grad_m_TD: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, scale_ID, cu = ctx.saved_tensors
-        grad_TD, sums = operators.norm_backward(grad_x_TD, grad_m_TD, x_TD, scale_ID, cu, ctx.longest)
+        grad_TD, sums = operators.norm_backward(*grads_TD, x_TD, scale_ID, cu, ctx.longest)
         return grad_TD, *_added(sums, scale_ID.dtype, 2), None, None, None
 
 
@@ -96,9 +94,9 @@ class _Join(torch.autograd.Function):
         return z_TD, _modulated(z_TD, shift_ID, scale_ID, image_T)
 
     @staticmethod
-    def backward(ctx: Any, grad_z_TD: Tensor, grad_m_TD: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, y_TD, gate_ID, scale_ID, cu = ctx.saved_tensors
-        grads = operators.join_backward(grad_z_TD, grad_m_TD, x_TD, y_TD, gate_ID, scale_ID, cu, ctx.longest)
+        grads = operators.join_backward(*grads_TD, x_TD, y_TD, gate_ID, scale_ID, cu, ctx.longest)
         shift, scale, plain, gate = _added(grads[2], torch.float32, 4)
         bias = _of_bias(plain, gate_ID)
         of_values = (grad.to(scale_ID.dtype) for grad in (gate, shift, scale))

@@ -108,15 +108,16 @@ def heads_backward(
     norm: bool,
 ) -> tuple[Tensor, Tensor]:
     tokens, of_part, dim = grad_q_THD.shape
-    grads = [grad.contiguous() for grad in (grad_q_THD, grad_k_THD, grad_v_THD)]
+    grad_q, grad_k, grad_v = (grad.contiguous() for grad in (grad_q_THD, grad_k_THD, grad_v_THD))
     out = torch.empty(qkv_TK.shape, dtype=qkv_TK.dtype, device=qkv_TK.device)
     sums = torch.empty(chunks(tokens), 3 * of_part * dim, dtype=torch.float32, device=out.device)
     constants: Any = {"DIM": dim, "NORM": norm, "CHUNK": CHUNK, "EPS": NORM_EPS, **blocks_of_head(dim)}
     heads[chunks(tokens), 3 * of_part](
-        *grads, qkv_TK.contiguous(), cos_TD.contiguous(), sin_TD.contiguous(), out, sums, tokens, of_part, **constants
-    )
+        grad_q, grad_k, grad_v, qkv_TK.contiguous(), cos_TD.contiguous(), sin_TD.contiguous(), out, sums, tokens,
+        of_part, **constants,
+    )  # fmt: skip
     return out, sums
 
 
-def blocks_of_head(dim: int) -> dict[str, int]:
+def blocks_of_head(dim: int) -> dict[str, Any]:
     return {"BLOCK_T": BLOCK_T, "BLOCK_C": triton.next_power_of_2(dim)}

@@ -27,19 +27,14 @@ def backward(
     end = tl.minimum(tl.load(cu_seqlens + image + 1), first + CHUNK)
     of_shift, of_scale = tl.zeros((BLOCK_D,), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
     of_grad, of_gate = tl.zeros((BLOCK_D,), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
-    if NORM:
-        factor = 1 + tl.load(scale + image * scale_row + channel, mask=inside, other=0.0).to(tl.float32)
-    if GATE:
-        gated = tl.load(gate + image * gate_row + channel, mask=inside, other=0.0).to(tl.float32)
-    for token in range(first, end):
-        row = token.to(tl.int64) * channels + channel
+    factor = 1 + tl.load(scale + image * scale_row + channel, mask=inside & NORM, other=0.0).to(tl.float32)
+    gated = tl.load(gate + image * gate_row + channel, mask=inside & GATE, other=0.0).to(tl.float32)
+    for step in range(end - first):
+        row = (first + step).to(tl.int64) * channels + channel
         total = tl.load(grad + row, mask=inside, other=0.0).to(tl.float32)
-        if GATE:
-            branch = tl.load(y + row, mask=inside, other=0.0).to(tl.float32)
+        branch = tl.load(y + row, mask=inside & GATE, other=0.0).to(tl.float32)
         if NORM:
-            value = tl.load(x + row, mask=inside, other=0.0).to(tl.float32)
-            if GATE:
-                value += gated * branch
+            value = tl.load(x + row, mask=inside, other=0.0).to(tl.float32) + gated * branch
             centred = tl.where(inside, value - tl.sum(value, 0) / channels, 0.0)
             rstd = tl.rsqrt(tl.sum(centred * centred, 0) / channels + EPS)
             normed = centred * rstd
@@ -63,10 +58,10 @@ def backward(
         tl.store(out + channels, of_gate, mask=inside)
 
 
-def blocks(channels: int) -> dict[str, int]:
-    """How a row of so many channels is cut up: 8 channels for each thread."""
-    width = triton.next_power_of_2(channels)
-    return {"BLOCK_D": width, "num_warps": min(max(width // 256, 1), 16)}
+def blocks(channels: int) -> dict[str, Any]:
+    """How a row of so many channels is cut up: four for each thread, so that a multiprocessor has many of them."""
+    width: Any = triton.next_power_of_2(channels)
+    return {"BLOCK_D": width, "num_warps": min(max(width // 128, 1), 32)}
 
 
 def gate_backward(
@@ -118,4 +113,3 @@ def _launch(
         gated.stride(0), **constants, **blocks(channels),
     )  # fmt: skip
     return grad_x, grad_y, sums
-

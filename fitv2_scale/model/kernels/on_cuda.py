@@ -1,4 +1,4 @@
-"""On CUDA, the operators are Triton's kernels. Triton is imported by the first of them: CUDA builds of torch bring it."""
+"""On CUDA the operators are kernels in Triton, imported when the first of them runs: CUDA builds of torch bring it."""
 
 from importlib import import_module
 from typing import Any

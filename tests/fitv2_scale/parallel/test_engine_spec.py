@@ -1,7 +1,8 @@
 """What an engine is built from is what the config says, whatever it says."""
 
-from fitv2_scale.model.block import Attention, BlockParts, MergedSwiGLU
-from fitv2_scale.model.kernels.modulation import Summed
+from fitv2_scale.model.block import low_rank_head
+from fitv2_scale.model.block_parts import BlockParts
+from fitv2_scale.model.kernels.block import FusedAttention, FusedBlock, FusedMergedSwiGLU
 from fitv2_scale.parallel.engine_spec import EngineSpec
 from tests.support.layout_grid import make_config
 
@@ -23,5 +24,5 @@ def test_no_key_is_overlooked():
         compile_blocks=True,
         checkpointing="full",
         reshard_after_forward="never",
-        parts=BlockParts(Attention, MergedSwiGLU, BlockParts.of(config.model).adaLN_modulation, Summed),
+        parts=BlockParts(FusedBlock, FusedAttention, FusedMergedSwiGLU, low_rank_head),
     )

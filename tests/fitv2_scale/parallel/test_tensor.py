@@ -88,15 +88,19 @@ def test_gate_and_value_as_one_product_train_the_same(cell, checkpointing):
     assert_the_same(run_cell("fsdp", cell, **layout), oracle(()))
 
 
-@pytest.mark.parametrize("engine,cell", [("fsdp", Cell(3)), ("fsdp", Cell(2, 2, packs=2)), ("zero3", Cell(2))], ids=str)
-def test_sums_by_image_train_the_same(engine, cell):
-    assert_the_same(run_cell(engine, cell, layout__kernels="triton"), oracle(()))
+@pytest.mark.parametrize("product", ["separate", "merged"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("cell", [Cell(3), Cell(2, 2, packs=2), Cell(6, 3)], ids=str)
+def test_written_kernels_train_the_same(cell, checkpointing, product):
+    layout = {"layout__kernels": "triton", "layout__gate_and_value": product, "layout__checkpointing": checkpointing}
+    assert_the_same(run_cell("fsdp", cell, layout__reshard_after_forward="never", **layout), oracle(()))
 
 
+@pytest.mark.parametrize("kernels", ["compiled", "triton"])
 @pytest.mark.parametrize("trainable", [["*.fc1_x.weight"], ["*.bias"]], ids=["one of two", "biases"])
 @pytest.mark.parametrize("cell", [Cell(2, 1), Cell(2, 2)], ids=str)
-def test_one_product_of_frozen_weights_trains_the_same(cell, trainable):
-    config = make_config(layout__tensor=cell.tensor, layout__gate_and_value="merged")
+def test_one_product_of_frozen_weights_trains_the_same(cell, trainable, kernels):
+    config = make_config(layout__tensor=cell.tensor, layout__gate_and_value="merged", layout__kernels=kernels)
     config = config.model_copy(update={"trainable": trainable})
     assert_the_same(together(config, run_ranks(cell.world, train_cell, config, cell)), alone(config))
 
@@ -250,6 +254,7 @@ def test_without_megatron_core_a_sentence_says_what_to_install(monkeypatch):
             "layout.gate_and_value=merged is for layout.engine=fsdp: leave it out with zero3",
         ),
         ({"engine": "zero3", "reshard_after_forward": "never"}, "layout.reshard_after_forward=never is for layout"),
+        ({"engine": "zero3", "kernels": "triton"}, "layout.kernels=triton is for layout.engine=fsdp: leave it out"),
     ],
 )
 def test_a_layout_that_does_not_suit_the_model_is_refused(changes, message):

@@ -88,6 +88,41 @@ def test_flops_of_the_products(block):
     assert flops == linears + 2 * SLOTS * 6 * D * TOKENS
 
 
+def test_gate_and_value_are_one_product_if_merged():
+    """And the gradient of x needs no sum of two."""
+    merged = compiled("fitv2_3b2.yaml", "layout.gate_and_value=merged")
+    forward, backward = ({k.product for k in kernels} for kernels in (merged.forward, merged.backward))
+    assert (merged.graphs, merged.breaks) == (1, 0)
+    assert (TOKENS, 2 * MLP, D) in forward and (TOKENS, MLP, D) not in forward
+    assert (TOKENS, D, 2 * MLP) in backward and (TOKENS, D, MLP) not in backward
+
+
+WRITTEN = {"gate_backward": 3 * D, "join_backward": 6 * D, "norm_backward": 4 * D, "swiglu_backward": 5 * MLP}
+
+
+def test_the_written_kernels(block):
+    """Each once, with two bytes for each number that its formula needs and writes, and its sums in float32: in all at
+    most 24 kernels. No gradient is written out for each token only to be summed."""
+    written = compiled("fitv2_3b2.yaml", "layout.kernels=triton", "layout.gate_and_value=merged")
+    assert (written.graphs, written.breaks) == (1, 0)
+    kernels = (*written.forward, *written.backward)
+    assert count(kernels, "triton") == 22 and count(kernels, "other") == 0
+    assert bytes_a_token(kernels) == pytest.approx(280_200, rel=0.003)
+    assert (SLOTS, 6 * D, TOKENS) not in {k.product for k in kernels}
+    by_name = {k.name.split(".")[1]: k.bytes / TOKENS for k in kernels if k.name.startswith("fitv2_scale.")}
+    for name, numbers in WRITTEN.items():
+        assert by_name.pop(name) == pytest.approx(2 * numbers, rel=0.03), name
+    assert by_name.keys() == {"heads_backward"}
+    assert by_name["heads_backward"] == pytest.approx(2 * 9 * D, rel=0.04)  # reads q and k of (q, k, v), all counted
+
+
+@pytest.mark.parametrize("key", ["layout.checkpointing=full", "layout.checkpointing=selective"])
+def test_the_written_kernels_with_blocks_that_are_computed_again(key):
+    written = compiled("fitv2_3b2.yaml", "layout.kernels=triton", key)
+    assert (written.graphs, written.breaks) == (1, 0)
+    assert sum(k.name.startswith("fitv2_scale.") for k in (*written.forward, *written.backward)) == 5
+
+
 def test_a_key_shows_its_effect(block):
     """Blocks that are computed again in the backward pass: all seven products, attention, and what lies between."""
     full = compiled("fitv2_3b2.yaml", "layout.checkpointing=full")
