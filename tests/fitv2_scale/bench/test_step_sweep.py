@@ -79,10 +79,7 @@ def test_the_slowest_rank_counts_and_rank_0_reports():
 
 
 def test_zero3_has_fewer_keys():
-    assert list(variants(config_of("layout.engine=zero3"))) == [
-        "layout.kernels=triton",
-        "layout.pad_to_multiple_of=128",
-    ]
+    assert list(variants(config_of("layout.engine=zero3"))) == ["layout.pad_to_multiple_of=128"]
 
 
 def test_the_command(capsys):
