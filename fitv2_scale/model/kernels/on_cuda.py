@@ -5,20 +5,21 @@ from typing import Any
 
 from fitv2_scale.model.kernels import operators
 
-_MODULES = {
-    "norm_and_gate_triton": ("gate_backward", "norm_backward", "join_backward"),
-    "heads_and_swiglu_triton": ("swiglu_backward", "heads_backward"),
+MODULES = {  # of each operator
+    **dict.fromkeys(("gate_backward", "norm_backward", "join_backward"), "norm_and_gate_triton"),
+    **dict.fromkeys(("swiglu_backward", "heads_backward"), "heads_and_swiglu_triton"),
 }
 
 
 def register() -> None:
-    for module, names in _MODULES.items():
-        for name in names:
-            getattr(operators, name).register_kernel("cuda")(_kernel(module, name))
+    for name in MODULES:
+        getattr(operators, name).register_kernel("cuda")(kernel(name))
 
 
-def _kernel(module: str, name: str) -> Any:
+def kernel(name: str) -> Any:
+    """What an operator is in Triton."""
+
     def run(*arguments: Any) -> Any:
-        return getattr(import_module(f"fitv2_scale.model.kernels.{module}"), name)(*arguments)
+        return getattr(import_module(f"fitv2_scale.model.kernels.{MODULES[name]}"), name)(*arguments)
 
     return run

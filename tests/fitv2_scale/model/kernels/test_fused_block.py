@@ -6,7 +6,7 @@ import torch
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.model.block_parts import BlockParts
 from fitv2_scale.model.fitv2 import FiTv2
-from fitv2_scale.model.kernels import heads_and_swiglu_triton, norm_and_gate_triton, operators
+from fitv2_scale.model.kernels import on_cuda, operators
 from fitv2_scale.model.packed_batch import Packing
 from tests.support.triton_interpreter import interpreter
 
@@ -88,8 +88,6 @@ def test_with_the_kernels_themselves():
 
 
 def in_triton(config: ModelConfig) -> list[dict[str, torch.Tensor]]:
-    for module in (norm_and_gate_triton, heads_and_swiglu_triton):
-        for name in ("gate_backward", "norm_backward", "join_backward", "swiglu_backward", "heads_backward"):
-            if hasattr(module, name):
-                setattr(operators, name, getattr(module, name))
+    for name in on_cuda.MODULES:
+        setattr(operators, name, on_cuda.kernel(name))
     return [results(config, way, torch.float32) for way in WAYS[1:]]

@@ -1,6 +1,7 @@
 """Each operator, in torch and in Triton: against autograd in float64 of the plain formulas, on the CPU by Triton's
 interpreter."""
 
+import importlib
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import library
 
-from fitv2_scale.model.kernels import heads_and_swiglu_triton, norm_and_gate_triton, operators
+from fitv2_scale.model.kernels import on_cuda, operators
 from tests.support.triton_interpreter import interpreter
 
 LENGTHS = [[5, 1, 70, 0, 33, 0], [64, 65], [0, 130, 0], [3]]  # of one sum and of several; slots without tokens
@@ -17,10 +18,6 @@ SIZES = [(0, 64), (0, 72), (0, 96), (1, 130), (2, 6), (3, 2304)]  # which length
 HEAD_DIMS = [64, 72, 96]
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2**-8}  # of a gradient's norm: that of bf16 is what rounding takes
 SUMS = 2e-6  # of the norm of all sums
-IN_TRITON = {
-    **dict.fromkeys(("gate_backward", "norm_backward", "join_backward"), norm_and_gate_triton),
-    **dict.fromkeys(("swiglu_backward", "heads_backward"), heads_and_swiglu_triton),
-}
 
 
 @dataclass(frozen=True)
@@ -127,7 +124,7 @@ def run_each(cases: list[Case]) -> list:
         given = list(case.given)
         if case.operator == "swiglu_backward":
             given[1:] = torch.cat(given[1:], -1).chunk(2, -1)
-        found.append(getattr(IN_TRITON[case.operator], case.operator)(*given))
+        found.append(on_cuda.kernel(case.operator)(*given))
     return found
 
 
@@ -162,7 +159,7 @@ def test_what_is_not_contiguous(interpreted):
 
 
 def run_apart(operator: str, given: list):
-    return getattr(IN_TRITON[operator], operator)(*map(apart, given))
+    return on_cuda.kernel(operator)(*map(apart, given))
 
 
 def apart(value):
@@ -170,6 +167,14 @@ def apart(value):
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         return value
     return value.repeat_interleave(2, -1).transpose(0, 1).contiguous().transpose(0, 1)[..., ::2]
+
+
+def test_every_operator_is_a_kernel_on_cuda():
+    importlib.import_module("fitv2_scale.model.kernels.block")  # which registers them
+    names = {name for name, value in vars(operators).items() if isinstance(value, library.CustomOpDef)}
+    assert names == on_cuda.MODULES.keys()
+    for name in names:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fitv2_scale::{name}", "CUDA")
 
 
 def test_the_compiler_is_told_the_truth():
