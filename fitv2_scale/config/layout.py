@@ -86,6 +86,9 @@ class LayoutConfig(Section):
         "always",
         description="with fsdp; never: weights are gathered once a step, not twice a pack, and held whole between",
     )
+    prefetch_blocks: int = Field(
+        1, ge=1, le=16, description="with fsdp: blocks whose weights are gathered ahead of the one that computes"
+    )
     gate_and_value: GateAndValue = Field(
         "separate", description="the SwiGLU's first two products: separate, or merged into one; with fsdp"
     )
@@ -101,7 +104,7 @@ class LayoutConfig(Section):
     @property
     def for_fsdp_alone(self) -> list[str]:
         """The settings, as key=value, that zero3 does not have."""
-        keys = ("reshard_after_forward", "gate_and_value", "kernels")
+        keys = ("reshard_after_forward", "prefetch_blocks", "gate_and_value", "kernels")
         given = ((key, getattr(self, key)) for key in keys)
         return [f"layout.{k}={value}" for k, value in given if value != type(self).model_fields[k].default]
 

@@ -32,6 +32,7 @@ class EngineSpec:
     compile_blocks: bool
     checkpointing: Checkpointing
     reshard_after_forward: Reshard
+    prefetch_blocks: int
     parts: BlockParts
 
     @classmethod
@@ -47,6 +48,7 @@ class EngineSpec:
             compile_blocks=layout.compiles(on_cuda),
             checkpointing=layout.checkpointing,
             reshard_after_forward=layout.reshard_after_forward,
+            prefetch_blocks=layout.prefetch_blocks,
             parts=BlockParts.of(config.model, layout.gate_and_value, layout.kernels),
         )
 

@@ -36,6 +36,7 @@ class FSDPEngine:
         network = spec.network(tensor_linear(groups.tensor))
         after_forward, self._after_each_backward = _RESHARD[spec.reshard_after_forward]
         self._root = _shard(network, groups, spec.precision, after_forward)
+        _prefetch(cast(list[FSDPModule], list(network.blocks)), spec.prefetch_blocks)
         network.to_empty(device=groups.device_type)
         self.network, self._ema_decay, self._groups, self.copy = network, spec.ema_decay, groups, groups.copy
         self._params = cast(dict[str, DTensor], dict(network.named_parameters()))
@@ -123,3 +124,12 @@ def _shard(network: FiTv2, groups: Groups, precision: Precision, reshard: bool |
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
     return root
+
+
+def _prefetch(blocks: list[FSDPModule], depth: int) -> None:
+    """Each block begins to gather the weights of the next ``depth``, of those before it in the backward pass. One is
+    what FSDP2 does by itself, in the order that it has seen."""
+    if depth > 1:
+        for i, block in enumerate(blocks):
+            block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + depth])
+            block.set_modules_to_backward_prefetch(blocks[max(i - depth, 0) : i][::-1])

@@ -114,6 +114,7 @@ class Compute:
     packs: int  # a step
     tokens: int  # of the largest pack
     reshard_after_forward: Reshard = "always"
+    prefetch_blocks: int = 1
 
 
 def saved_bytes(model: ModelConfig, layout: Layout, compute: Compute) -> int:
@@ -147,7 +148,8 @@ def cuda_peak(model: ModelConfig, layout: Layout, state: StateBytes, compute: Co
 
     Saved activations peak when the last pack's backward pass begins, and are freed as gradients appear. Added to them
     is what one block needs: what it recomputes, the gradients inside it (3 M + 2 D per token), its weights three times
-    (in use, prefetched, and in the buffer of the prefetch), their gradients, and two reduction buffers. What is outside
+    (in use, prefetched, and in the buffer of the prefetch; once more for each other block that is prefetched), their
+    gradients, and two reduction buffers. What is outside
     of the blocks stays gathered, and keeps 6 D per token for the last layer. If weights are gathered once a step, all
     of them are there instead.
     """
@@ -159,7 +161,8 @@ def cuda_peak(model: ModelConfig, layout: Layout, state: StateBytes, compute: Co
     in_blocks = sum(math.prod(shape) for name, shape in whole.items() if name.startswith("blocks."))
     outside = sum(math.prod(shape) for shape in whole.values()) - in_blocks
     block = in_blocks // model.depth
-    weights = {"always": outside + 3 * block, "never": unsharded(layout, state)}[compute.reshard_after_forward]
+    few = outside + (2 + min(compute.prefetch_blocks, model.depth - 1)) * block
+    weights = {"always": few, "never": unsharded(layout, state)}[compute.reshard_after_forward]
     gathered = (weights + block) * bytes_ + 2 * block * _FLOAT32
     last_layer = 6 * model.hidden * compute.tokens * bytes_
     accumulated = state.accumulated if compute.packs > 1 else 0

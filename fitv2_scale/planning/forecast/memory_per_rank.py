@@ -24,6 +24,7 @@ def plan_compute(config: Config, packs: float, tokens: int, on_cuda: bool) -> Co
         math.ceil(packs),
         tokens,
         layout.reshard_after_forward,
+        layout.prefetch_blocks,
     )
 
 

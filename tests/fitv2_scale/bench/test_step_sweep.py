@@ -13,7 +13,14 @@ from fitv2_scale.config.load import load_config
 from tests.support.ranks import run_ranks
 from tests.support.tiny_runs import BENCHED
 
-FASTER = {"reshard_after_forward": ("never", 0.8), "gate_and_value": ("merged", 1.2), "kernels": ("triton", 0.5)}
+FASTER = {
+    "reshard_after_forward": {"never": 0.8},
+    "prefetch_blocks": {2: 0.9, 4: 0.95},
+    "gate_and_value": {"merged": 1.2},
+    "kernels": {"triton": 0.5},
+}
+
+BEST = ["layout.reshard_after_forward=never", "layout.prefetch_blocks=2", "layout.kernels=triton"]
 
 
 def config_of(*overrides: str):
@@ -31,8 +38,8 @@ def swept(config, slow_rank: int | None = None, too_large: str | None = None) ->
         if getattr(layout, too_large or "engine") in ("never", "triton"):
             raise torch.OutOfMemoryError
         seconds = float(begun) * (2 if case.world.rank == slow_rank else 1)
-        for key, (value, factor) in FASTER.items():
-            seconds *= factor if getattr(layout, key) == value else 1
+        for key, factors in FASTER.items():
+            seconds *= factors.get(getattr(layout, key), 1)
         return None, Round(seconds, seconds, 100 + case.world.rank)
 
     step_sweep.our_round = round_of
@@ -48,32 +55,33 @@ def test_keys_that_help_are_measured_together():
     report = swept(config_of())
     rows = {row["config"]: row for row in report["configs"]}
     medians = {name: row["times_as_long"]["median"] for name, row in rows.items()}
-    never, merged, triton, padded = (
-        "layout.reshard_after_forward=never", "layout.gate_and_value=merged", "layout.kernels=triton",
-        "layout.pad_to_multiple_of=128",
+    never, two, four, merged, triton, padded = (
+        "layout.reshard_after_forward=never", "layout.prefetch_blocks=2", "layout.prefetch_blocks=4",
+        "layout.gate_and_value=merged", "layout.kernels=triton", "layout.pad_to_multiple_of=128",
     )  # fmt: skip
-    expected = {"as given": 1, never: 0.8, merged: 1.2, triton: 0.5, padded: 1, f"{never} {triton}": 0.4}
+    best = f"{never} {two} {triton}"  # of one key the better value
+    expected = {"as given": 1, never: 0.8, two: 0.9, four: 0.95, merged: 1.2, triton: 0.5, padded: 1, best: 0.36}
     assert medians == pytest.approx(expected)
     assert rows[never]["seconds_a_step"] == pytest.approx({"median": 1.6, "lowest": 0.8, "highest": 2.4})
-    assert rows[f"{never} {triton}"]["seconds_a_step"]["median"] == pytest.approx(0.4 * 5)  # rounds 4 to 6
-    assert report["best"] == [never, triton] and report["rounds"] == 3 and rows[merged]["peak_bytes"] == 100
-    assert to_text(report).splitlines()[-1] == f"best     {never} {triton}"
+    assert rows[best]["seconds_a_step"]["median"] == pytest.approx(0.36 * 5)  # rounds 4 to 6
+    assert report["best"] == best.split() and report["rounds"] == 3 and rows[merged]["peak_bytes"] == 100
+    assert to_text(report).splitlines()[-1] == f"best     {best}"
 
 
 def test_what_does_not_fit_is_left_out():
     report = swept(config_of(), too_large="kernels")
-    assert report["best"] == ["layout.reshard_after_forward=never"]
+    assert report["best"] == ["layout.reshard_after_forward=never", "layout.prefetch_blocks=2"]
     assert "inf times as long" in to_text(report)
 
 
 def test_nothing_helps():
-    report = swept(config_of("layout.reshard_after_forward=never", "layout.kernels=triton"))
+    report = swept(config_of(*BEST))
     assert report["best"] == [] and "no key makes a step half a percent faster" in to_text(report)
 
 
 def test_the_slowest_rank_counts_and_rank_0_reports():
     report, other = run_ranks(2, swept, config_of(), 1)
-    assert other is None and report["best"] == ["layout.reshard_after_forward=never", "layout.kernels=triton"]
+    assert other is None and report["best"] == BEST
     given = next(row for row in report["configs"] if row["config"] == "as given")
     assert given["seconds_a_step"]["median"] == 4 and given["peak_bytes"] == 101
 

@@ -11,6 +11,7 @@ def test_no_key_is_overlooked():
     """None of them has its default here."""
     layout = {"layout__precision": "bf16", "layout__compile": True, "layout__checkpointing": "full"}
     layout |= {"layout__reshard_after_forward": "never", "layout__gate_and_value": "merged"}
+    layout["layout__prefetch_blocks"] = 3
     layout["layout__kernels"] = "triton"
     config = make_config(ema__decay=0.5, optimizer__beta2=0.9, **layout)
     config = config.model_copy(update={"seed": 7, "trainable": ["blocks.*"]})
@@ -24,5 +25,6 @@ def test_no_key_is_overlooked():
         compile_blocks=True,
         checkpointing="full",
         reshard_after_forward="never",
+        prefetch_blocks=3,
         parts=BlockParts(FusedBlock, FusedAttention, FusedMergedSwiGLU, low_rank_head),
     )

@@ -1,11 +1,13 @@
 """How the estimated peak of a GPU depends on what it is made of."""
 
+import math
 from dataclasses import replace
 
 import pytest
 
 from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.model import ModelConfig
+from fitv2_scale.model.counts import logical_shapes
 from fitv2_scale.parallel.memory_estimate import Compute, cuda_peak, saved_bytes, state_bytes
 
 MODEL = ModelConfig(depth=3, hidden=32, heads=2, classes=5)
@@ -43,6 +45,14 @@ def test_what_is_saved_for_the_backward_pass(tensor):
     a_block = {"full": 2 * 32, "selective": 2 * (3 * 32 + 4 * 32 // tensor + 2 * m) + head}
     a_block["none"] = a_block["selective"] + 2 * (2 * 32 + 2 * 32 // tensor + m + 11 * 32 + m)
     assert of == {kind: 3 * 1000 * number for kind, number in a_block.items()}
+
+
+@pytest.mark.parametrize("precision,bytes_", [("bf16", 2), ("fp32", 4)])
+def test_weights_that_are_prefetched(precision, bytes_):
+    """Of three blocks there are two to gather ahead, at most."""
+    one, two, four = (peak(precision=precision, prefetch_blocks=depth) for depth in (1, 2, 4))
+    of_block = [math.prod(shape) for name, shape in logical_shapes(MODEL).items() if name.startswith("blocks.0.")]
+    assert two - one == bytes_ * sum(of_block) and four == two
 
 
 @pytest.mark.parametrize("precision,bytes_", [("bf16", 2), ("fp32", 4)])

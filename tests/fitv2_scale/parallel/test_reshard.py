@@ -27,6 +27,41 @@ def test_the_bits_are_the_same(precision, cell):
     assert all(torch.equal(never.state[name], value) for name, value in always.state.items())
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("depth", [2, 16])
+def test_the_bits_are_the_same_with_blocks_gathered_ahead(depth, way):
+    one, ahead = (
+        run_cell("fsdp", Cell(2, packs=2), layout__prefetch_blocks=blocks, layout__reshard_after_forward=way)
+        for blocks in (1, depth)
+    )
+    assert (ahead.losses, ahead.norms) == (one.losses, one.norms)
+    assert all(torch.equal(ahead.state[name], value) for name, value in one.state.items())
+
+
+def test_which_blocks_are_gathered_ahead():
+    """When block 0 of four computes forwards, and block 3 backwards: with a depth of 2."""
+    assert run_ranks(2, blocks_there, 2) == [([True, True, True, False], [False, True, True, True])] * 2
+    assert run_ranks(2, blocks_there, 1)[0][0] == [True, False, False, False]  # as yet nothing is known of the order
+
+
+def blocks_there(depth: int) -> tuple[list[bool], list[bool]]:
+    """Which blocks have asked for their weights when the first one computes, in either pass, of the first step."""
+    config, cell = make_config(layout__prefetch_blocks=depth, model__depth=4), Cell(2)
+    with join() as world:
+        engine = make_engine(config, Layout.of(world.size, 1), world)
+        blocks, seen = list(engine.network.blocks), {}
+
+        def look(name: str) -> None:
+            if name not in seen:
+                groups = [block._get_fsdp_state()._fsdp_param_group for block in blocks]
+                seen[name] = [group.is_unsharded or group._all_gather_result is not None for group in groups]
+
+        blocks[0].attn.register_forward_hook(lambda *_: look("forward"))
+        blocks[-1].attn.register_full_backward_hook(lambda *_: look("backward"))
+        steps_of(engine, config, cell, world, [0])
+        return seen["forward"], seen["backward"]
+
+
 @pytest.mark.parametrize("way,gathered", [("always", 3 * (2 + 1) + 3 * 2), ("never", 2 + 1)])
 def test_gathers_of_a_step(way, gathered):
     """Of two blocks and of what is outside them, in three packs. Always: each before every forward pass, and the blocks

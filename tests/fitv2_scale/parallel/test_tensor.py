@@ -254,6 +254,7 @@ def test_without_megatron_core_a_sentence_says_what_to_install(monkeypatch):
             "layout.gate_and_value=merged is for layout.engine=fsdp: leave it out with zero3",
         ),
         ({"engine": "zero3", "reshard_after_forward": "never"}, "layout.reshard_after_forward=never is for layout"),
+        ({"engine": "zero3", "prefetch_blocks": 2}, "layout.prefetch_blocks=2 is for layout.engine=fsdp: leave it out"),
         ({"engine": "zero3", "kernels": "triton"}, "layout.kernels=triton is for layout.engine=fsdp: leave it out"),
     ],
 )
