@@ -26,8 +26,8 @@ from fitv2_scale.model.counts import forward_flops
 from fitv2_scale.model.flow import flow_loss
 from fitv2_scale.model.to_torch import pack_to_torch
 from fitv2_scale.parallel.agreement import agree, read_alike
-from fitv2_scale.parallel.deterministic import deterministic_kernels
 from fitv2_scale.parallel.engine import Engine
+from fitv2_scale.parallel.gpu_kernels import training_kernels
 from fitv2_scale.parallel.memory_estimate import cuda_peak
 from fitv2_scale.parallel.optimizer import update_ema
 from fitv2_scale.parallel.rank_facts import config_facts, read_data, software_facts
@@ -55,7 +55,7 @@ def measure(
             batches = list(stream)
         ours, theirs = [], []
         for done in range(1, repeats + 1):
-            with deterministic_kernels(config.deterministic):
+            with training_kernels(config, world.device):
                 ours.append(_ours(case, batches, split=done == repeats))
             free(world.device)
             if reference:

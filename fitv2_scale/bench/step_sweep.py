@@ -15,7 +15,7 @@ from fitv2_scale.bench.spread import spread
 from fitv2_scale.bench.step_rounds import Case, free, our_round
 from fitv2_scale.config.schema import Config
 from fitv2_scale.parallel.agreement import agree, read_alike
-from fitv2_scale.parallel.deterministic import deterministic_kernels
+from fitv2_scale.parallel.gpu_kernels import training_kernels
 from fitv2_scale.parallel.rank_facts import config_facts, read_data, software_facts
 from fitv2_scale.parallel.world import World, join
 
@@ -105,7 +105,7 @@ def _round(case: Case) -> tuple[float, int | None]:
     with case.open() as stream:
         batches = list(stream)
     try:
-        with deterministic_kernels(case.config.deterministic):
+        with training_kernels(case.config, case.world.device):
             mine = our_round(case, batches)[1]
         seconds, peak = mine.seconds_a_step, mine.peak_bytes
     except torch.OutOfMemoryError:

@@ -16,11 +16,12 @@ from pydantic import Field
 from data_sharding.errors import UserError
 from fitv2_scale.config.section import Section
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp8"]
 Checkpointing = Literal["none", "selective", "full"]
 Reshard = Literal["always", "never"]
 GateAndValue = Literal["separate", "merged"]
 Kernels = Literal["compiled", "triton"]
+AttentionKernels = Literal["auto", "flash4"]
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,11 @@ class LayoutConfig(Section):
     checkpointing: Checkpointing = Field(
         "none", description="activation checkpointing: recompute nothing, cheap operations (selective), blocks (full)"
     )
-    precision: Precision = Field("bf16", description="precision of compute; master weights and reductions stay float32")
+    precision: Precision = Field(
+        "bf16",
+        description="precision of compute; master weights and reductions stay float32; "
+        "fp8: bf16, but for the blocks' large products",
+    )
     max_tokens: int = Field(16384, ge=64, description="maximum tokens of a pack; the planner picks a capacity up to it")
     pad_to_multiple_of: int = Field(
         8, ge=8, multiple_of=8, description="capacities of packs are multiples of so many tokens, as in 128"
@@ -95,6 +100,9 @@ class LayoutConfig(Section):
     kernels: Kernels = Field(
         "compiled",
         description="outside of products: the compiler's; triton: backward, written by hand; with fsdp",
+    )
+    attention: AttentionKernels = Field(
+        "auto", description="on GPUs; auto: torch's own kernels; flash4: those of the package flash-attn-4, in training"
     )
     compile: bool | Literal["auto"] = Field("auto", description="torch.compile each block; auto: on CUDA only")
 

@@ -33,6 +33,7 @@ _READING = ("cache_gib", "prefetch_gib", "cache_dir", "cache_disk_gib", "deadlin
 # Where the data lies is free: which data it is, the plan hash says. Batch and weights may change during a run; the
 # cursor in each commit keeps their history.
 _RUNTIME = {"data": ("url", "weights", *_READING)}
+_FLOAT8_SIZES = 16  # sizes of products in fp8 are multiples: a GPU reads 16 bytes at once
 
 
 class Config(Section):
@@ -73,6 +74,40 @@ class Config(Section):
             )
         if layout.engine == "zero3" and layout.for_fsdp_alone:
             raise ValueError(f"{layout.for_fsdp_alone[0]} is for layout.engine=fsdp: leave it out with zero3")
+        return self
+
+    @model_validator(mode="after")
+    def _float8_suits_the_rest(self):
+        layout, sizes = self.layout, (self.model.hidden, self.model.mlp_hidden)
+        if layout.precision != "fp8":
+            return self
+        if layout.engine != "fsdp" or layout.tensor != 1:
+            raise ValueError(
+                "layout.precision=fp8 is for layout.engine=fsdp and layout.tensor=1: set these, or use bf16"
+            )
+        if layout.pad_to_multiple_of % _FLOAT8_SIZES:
+            raise ValueError(
+                f"layout.precision=fp8 needs packs of a multiple of {_FLOAT8_SIZES} tokens: set "
+                f"layout.pad_to_multiple_of={_FLOAT8_SIZES}"
+            )
+        if any(size % _FLOAT8_SIZES for size in sizes):
+            raise ValueError(
+                f"layout.precision=fp8 needs widths that are multiples of {_FLOAT8_SIZES}, and this network's are "
+                f"{sizes[0]} and {sizes[1]} (SwiGLU): set layout.precision=bf16"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _flash4_suits_the_rest(self):
+        if self.layout.attention != "flash4":
+            return self
+        if self.layout.precision == "fp32":
+            raise ValueError("layout.attention=flash4 does not compute in float32: set layout.precision=bf16")
+        if self.deterministic:
+            raise ValueError(
+                "deterministic=true is not for layout.attention=flash4, which is not known to give equal bits each "
+                "time: leave one of them out"
+            )
         return self
 
     def recipe(self) -> dict[str, Any]:

@@ -61,7 +61,8 @@ def saved_ops() -> list[Any]:
         "_scaled_dot_product_flash_attention_for_cpu",
     )
     fused = [getattr(aten, name).default for name in names]
-    return [aten.mm.default, aten.addmm.default, *fused, *_varlen_ops(), sums]
+    products = [aten.mm.default, aten.addmm.default, aten._scaled_mm_v2.default]
+    return [*products, *fused, *_varlen_ops(), sums]
 
 
 def _varlen_ops() -> list[Any]:

@@ -13,6 +13,7 @@ from fitv2_scale.config.sections import OptimizerConfig
 from fitv2_scale.model.block_parts import BlockParts
 from fitv2_scale.model.counts import logical_shapes, trained_names
 from fitv2_scale.model.fitv2 import FiTv2
+from fitv2_scale.model.float8 import LINEARS
 from fitv2_scale.model.init import fill_initial
 from fitv2_scale.model.linear import LinearFactory
 from fitv2_scale.parallel.blocks import prepare_blocks
@@ -51,6 +52,11 @@ class EngineSpec:
             prefetch_blocks=layout.prefetch_blocks,
             parts=BlockParts.of(config.model, layout.gate_and_value, layout.kernels),
         )
+
+    @property
+    def linear(self) -> LinearFactory:
+        """What makes linears where a rank works alone on a pack."""
+        return LINEARS[self.precision]
 
     def network(self, linear: LinearFactory) -> FiTv2:
         """The network on the meta device: untrained tensors frozen, blocks checkpointed and compiled as asked for.

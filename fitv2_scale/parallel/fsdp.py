@@ -33,7 +33,7 @@ _RESHARD: dict[Reshard, tuple[bool | None, bool]] = {"always": (None, True), "ne
 
 class FSDPEngine:
     def __init__(self, spec: EngineSpec, groups: Groups):
-        network = spec.network(tensor_linear(groups.tensor))
+        network = spec.network(tensor_linear(groups.tensor, spec.linear))
         after_forward, self._after_each_backward = _RESHARD[spec.reshard_after_forward]
         self._root = _shard(network, groups, spec.precision, after_forward)
         _prefetch(cast(list[FSDPModule], list(network.blocks)), spec.prefetch_blocks)
@@ -114,7 +114,7 @@ def _shard(network: FiTv2, groups: Groups, precision: Precision, reshard: bool |
     """Shards each block, then the rest; returns ``network``, now an FSDPModule. Gradients are summed, not averaged: the
     loss is divided by the global batch."""
     policy = MixedPrecisionPolicy()
-    if precision == "bf16":  # the network casts where it needs to; times stay float32
+    if precision != "fp32":  # the network casts where it needs to; times stay float32
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for block in network.blocks:
         fully_shard(block, mesh=groups.data_mesh, mp_policy=policy, reshard_after_forward=reshard)

@@ -16,7 +16,7 @@ from fitv2_scale.parallel.tensor_pieces import TensorGroup, local_pieces
 
 ZERO3_BUCKET = 50_000_000  # elements that DeepSpeed reduces at once, and gathers ahead of their use
 _FLOAT32 = 4
-_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}  # of a number that the network computes
+_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp8": 2}  # of a number that the network computes
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ from fitv2_scale.model.linear import LinearFactory, plain_linear
 from fitv2_scale.parallel.tensor_pieces import TensorGroup
 
 
-def tensor_linear(group: TensorGroup) -> LinearFactory:
-    """Linears of a rank of ``group``: nn.Linear in a group of one, otherwise megatron-core's.
+def tensor_linear(group: TensorGroup, alone: LinearFactory = plain_linear) -> LinearFactory:
+    """Linears of a rank of ``group``: those of ``alone`` in a group of one, otherwise megatron-core's.
 
     Raises:
         UserError: megatron-core is needed and not installed.
     """
     if group.size == 1:
-        return plain_linear
+        return alone
     try:
         from fitv2_scale.parallel.megatron import megatron_linear
     except ModuleNotFoundError as error:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 SOURCE = "source.json"  # {"git": "4f0c…-dirty", "diff": "…"} beside the packages of a copy
-_PACKAGES = ("torch", "triton", "numpy", "safetensors", "deepspeed", "megatron-core", "fitv2-scale")
+_PACKAGES = ("torch", "triton", "numpy", "safetensors", "deepspeed", "megatron-core", "flash-attn-4", "fitv2-scale")
 _OURS = ("data_sharding", "fitv2_scale", "launchers")
 _ROOT = Path(__file__).parents[2]
 DRIVER_FILE = Path("/proc/driver/nvidia/version")

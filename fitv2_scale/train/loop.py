@@ -13,8 +13,8 @@ from data_sharding.stream.batch import StepBatch
 from fitv2_scale.checkpoint.copies import CopiesDiffer
 from fitv2_scale.config.schema import Config
 from fitv2_scale.parallel.agreement import read_alike
-from fitv2_scale.parallel.deterministic import deterministic_kernels
 from fitv2_scale.parallel.failures import RankLost
+from fitv2_scale.parallel.gpu_kernels import training_kernels
 from fitv2_scale.parallel.rank_facts import read_data
 from fitv2_scale.parallel.world import World, join
 from fitv2_scale.run.log import StaleAttempt
@@ -56,7 +56,7 @@ def train(config: Config, fork_from: str | None = None, ends_process: bool = Fal
             _recorded(attempt, world) as end,
             watch_requests(attempt.run, attempt.number, world.is_first) as requests,
             Watchdog(config.watchdog, world, attempt).watching() as watchdog,
-            deterministic_kernels(config.deterministic),
+            training_kernels(config, world.device),
         ):
             s = open_session(config, world, layout, data, attempt, fork)
             coordination = Coordination(world, s.batch_broadcast, stop, s.substitutions, s.checkpoints, requests)

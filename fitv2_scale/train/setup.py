@@ -24,6 +24,7 @@ from fitv2_scale.model.counts import parameter_count
 from fitv2_scale.parallel.agreement import Facts, read_alike, require_shared
 from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.engine import Engine
+from fitv2_scale.parallel.gpu_kernels import require_kernels
 from fitv2_scale.parallel.rank_facts import config_facts, software_facts
 from fitv2_scale.parallel.world import World
 from fitv2_scale.run.fork import Fork
@@ -51,6 +52,7 @@ def read_request(config: Config, fork_from: str | None, device: torch.device) ->
         raise UserError("give the run's folder as run=FOLDER")
     if presets := [url for url in config.data.urls if is_preset(url)]:
         raise UserError(f"{presets[0]} has sizes only, for `fitv2 plan`: give a dataset as data.url to train")
+    require_kernels(config.layout, device)
     fork = Fork.parse(fork_from, config.run) if fork_from else None
     facts = {"command": "train", "--fork-from": fork_from, "run of --fork-from": fork and fork.run.id}
     return fork, facts | config_facts(config) | software_facts(device)

@@ -19,17 +19,17 @@ from torch._inductor.scheduler import BaseSchedulerNode, NopKernelSchedulerNode
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from data_sharding.plan.pack_layout import PackShape
-from fitv2_scale.bench.kernels.counts import CompiledBlock, Kernel
+from fitv2_scale.bench.kernels.counts import FLOAT8, CompiledBlock, Kernel
 from fitv2_scale.bench.kernels.fake_gpu import fake_gpu
 from fitv2_scale.bench.kernels.gpus import Gpu
 from fitv2_scale.config.model import TOKEN_CHANNELS
 from fitv2_scale.config.schema import Config
-from fitv2_scale.model.fitv2 import FiTv2, plain_linear
+from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.model.packed_batch import Packing
 from fitv2_scale.parallel.engine_spec import EngineSpec
 
 _DEVICE = "cuda"
-_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+_FACTORS = dict.fromkeys(("mm", "addmm", "bmm", "baddbmm"), slice(-2, None)) | {FLOAT8: slice(2)}  # among the inputs
 
 
 def compile_block(config: Config, gpu: Gpu, shape: PackShape) -> CompiledBlock:
@@ -53,7 +53,7 @@ def compile_block(config: Config, gpu: Gpu, shape: PackShape) -> CompiledBlock:
 
 def _in_bf16(spec: EngineSpec) -> FiTv2:
     """The network with fake weights in bf16, as FSDP gives them to a block that computes."""
-    network = spec.network(plain_linear)
+    network = spec.network(spec.linear)
     for module in network.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
             fake = torch.empty(weight.shape, dtype=torch.bfloat16, device=_DEVICE)
@@ -92,7 +92,8 @@ def _instead_of_loading(found: dict[bool, tuple[Kernel, ...]]) -> Generator[None
     def compile_to_module(self: GraphLowering) -> Any:
         names.clear()
         self.codegen()
-        kernels = (_kernel(node, names) for node in self.scheduler.nodes)
+        removed = self.scheduler.removed_ops  # another kernel also computes these
+        kernels = (_kernel(node, names) for node in self.scheduler.nodes if node.get_name() not in removed)
         found[self.is_backward] = tuple(kernel for kernel in kernels if kernel)
         return _module_with_results(self.graph_outputs)
 
@@ -116,8 +117,8 @@ def _kernel(node: BaseSchedulerNode, names: dict[str, str]) -> Kernel | None:
     name = str(call.python_kernel_name or call.op_overload).removeprefix("extern_kernels.").removeprefix("torch.ops.")
     if name.startswith("fitv2_scale."):
         return Kernel(name, "triton", moved)  # written by hand
-    if name in _PRODUCTS:
-        left, right = (value.get_size() for value in call.inputs[-2:])
+    if name in _FACTORS:
+        left, right = (value.get_size() for value in call.inputs[_FACTORS[name]])
         rows = 1
         for size in left[:-1]:
             rows *= int(size)

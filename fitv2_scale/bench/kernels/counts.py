@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 Kind = Literal["triton", "product", "attention", "other"]
 Phase = Literal["data", "forward", "backward", "step"]
+FLOAT8 = "_scaled_mm"  # the name of a product in fp8
 
 
 @dataclass(frozen=True)

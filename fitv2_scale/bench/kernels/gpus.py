@@ -22,6 +22,7 @@ class Gpu:
     properties: dict[str, object] = field(repr=False)
     peak_flops: Rate
     product_flops: Rate  # that products reach whose tiles fill all processors
+    float8_flops: Rate  # of products in fp8, likewise
     tile: tuple[int, int]  # of a product's result; a processor computes one at a time
     attention_forward_flops: Rate
     attention_backward_flops: Rate
@@ -57,6 +58,7 @@ GPUS = {
         },
         peak_flops=Rate(989e12, "dense bf16, data sheet"),
         product_flops=Rate(748e12, f"{_GUESS}: large products at 788 TFLOP/s, times 0.95"),
+        float8_flops=Rate(1496e12, f"{_GUESS}: as far below the data sheet's dense 1979 TFLOP/s as in bf16"),
         tile=(128, 256),
         attention_forward_flops=Rate(200e12, f"{_GUESS}: FlashAttention 2, images of 256 tokens"),
         attention_backward_flops=Rate(150e12, f"{_GUESS}: FlashAttention 2, images of 256 tokens"),

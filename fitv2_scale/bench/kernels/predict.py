@@ -75,11 +75,14 @@ def _refuse(config: Config) -> None:
     for key, wrong in {
         f"layout.engine={layout.engine}": layout.engine != "fsdp",
         f"layout.tensor={layout.tensor}": layout.tensor != 1,
-        f"layout.precision={layout.precision}": layout.precision != "bf16",
+        f"layout.precision={layout.precision}": layout.precision == "fp32",
+        f"layout.attention={layout.attention}": layout.attention != "auto",
         "layout.compile=false": not layout.compiles(True),
     }.items():
         if wrong:
-            raise UserError(f"{key}: `fitv2 bench kernels` predicts compiled bf16 with fsdp; leave it out")
+            raise UserError(
+                f"{key}: `fitv2 bench kernels` predicts compiled blocks in bf16 or fp8 with fsdp; leave it out"
+            )
 
 
 def workload(

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from fitv2_scale.bench.kernels.counts import CompiledBlock, Kernel, Operation, OuterStep, Workload
+from fitv2_scale.bench.kernels.counts import FLOAT8, CompiledBlock, Kernel, Operation, OuterStep, Workload
 from fitv2_scale.bench.kernels.gpus import Gpu
 from fitv2_scale.config.model import ModelConfig
 
@@ -73,20 +73,21 @@ def predict(
     )
 
 
-def product_seconds(rows: int, columns: int, summed: int, gpu: Gpu) -> float:
-    """A product without its bytes. Where its tiles leave processors empty, the sum of each tile is split among them,
-    and the parts, in float32, are written and added."""
+def product_seconds(rows: int, columns: int, summed: int, gpu: Gpu, float8: bool = False) -> float:
+    """A product, in bf16 or fp8, without its bytes. Where its tiles leave processors empty, the sum of each tile is
+    split among them, and the parts, in float32, are written and added."""
     tiles = math.ceil(rows / gpu.tile[0]) * math.ceil(columns / gpu.tile[1])
     parts = max(1, min(gpu.processors // tiles, summed // _LEAST_SUMMED))
     waves = math.ceil(tiles * parts / gpu.processors)
-    rate = gpu.product_flops.value * tiles * parts / (waves * gpu.processors)
+    full = gpu.float8_flops if float8 else gpu.product_flops
+    rate = full.value * tiles * parts / (waves * gpu.processors)
     added = 2 * _FLOAT32 * parts * rows * columns / gpu.elementwise_bytes.value if parts > 1 else 0.0
     return 2 * rows * columns * summed / rate + added
 
 
 def _product_kernel_seconds(kernel: Kernel, gpu: Gpu) -> float:
     assert kernel.product is not None
-    return max(product_seconds(*kernel.product, gpu), _elementwise_seconds(kernel, gpu))
+    return max(product_seconds(*kernel.product, gpu, kernel.name == FLOAT8), _elementwise_seconds(kernel, gpu))
 
 
 def _elementwise_seconds(kernel: Kernel, gpu: Gpu) -> float:

@@ -19,7 +19,7 @@ from fitv2_scale.model.counts import parameter_count
 from fitv2_scale.planning.forecast.assumptions import Assumptions, Figure
 
 _FLOAT32 = 4
-_BYTES = {"fp32": 4, "bf16": 2}
+_BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}  # of a weight that is gathered
 _SAME = 0.05  # if the FLOPs of an image differ by more, the network is another one
 
 
