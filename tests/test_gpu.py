@@ -184,7 +184,7 @@ def test_every_part_ends_within_ten_minutes_and_each_prediction_has_its_job():
     assert all(sum(job.seconds for job in part) <= 700 for part in jobs.values())  # at most; it stops after 550
 
 
-@pytest.mark.parametrize("part", ["1", "2", "3"])
+@pytest.mark.parametrize("part", ["1", "2", "3", "4"])
 def test_a_dry_run(part, tmp_path):
     command = ["bash", "tests/gpu.sh", "--dry-run", part, "--out", str(tmp_path), "--seconds", "3000"]
     env = os.environ | {"FITV2_PYTHON": sys.executable}

@@ -11,21 +11,23 @@ from typing import Any
 
 import torch
 
+from data_sharding.errors import UserError
 from fitv2_scale.bench.spread import spread
 from fitv2_scale.bench.step_rounds import Case, free, our_round
 from fitv2_scale.config.schema import Config
 from fitv2_scale.parallel.agreement import agree, read_alike
-from fitv2_scale.parallel.gpu_kernels import training_kernels
+from fitv2_scale.parallel.gpu_kernels import require_kernels, training_kernels
 from fitv2_scale.parallel.rank_facts import config_facts, read_data, software_facts
 from fitv2_scale.parallel.world import World, join
 
 GIVEN = "as given"
-# Keys of ``layout`` that compute the same in another way, and their values.
+# Keys of ``layout`` that compute the same in another way, and their values. Precisions are none: they change losses.
 KEYS: dict[str, tuple[Any, ...]] = {
     "reshard_after_forward": ("always", "never"),
     "prefetch_blocks": (1, 2, 4),
     "gate_and_value": ("separate", "merged"),
     "kernels": ("compiled", "triton"),
+    "attention": ("auto", "flash4"),
     "pad_to_multiple_of": (8, 128),
 }
 _NOTICEABLE = 0.995  # a ratio above is no gain
@@ -49,7 +51,7 @@ def measure(config: Config, steps: int, repeats: int) -> dict[str, Any] | None:
     """All figures, on rank 0; None elsewhere. ``repeats`` rounds of ``steps`` steps of each config."""
     with join() as world:
         agree(world, config_facts(config) | software_facts(world.device) | {"steps": steps, "repeats": repeats})
-        found = _measured(world, {GIVEN: config} | variants(config), steps, repeats)
+        found = _measured(world, {GIVEN: config} | variants(config, world.device), steps, repeats)
         helpful = _helpful(found)
         if len(helpful) > 1:
             together = {" ".join(helpful): changed(config, helpful)}
@@ -57,12 +59,20 @@ def measure(config: Config, steps: int, repeats: int) -> dict[str, Any] | None:
         return _report(world, found, steps, repeats) if world.is_first else None
 
 
-def variants(config: Config) -> dict[str, Config]:
-    """With one key changed to each of its other values, by "layout.key=value"; without what the engine lacks."""
+def variants(config: Config, device: torch.device) -> dict[str, Config]:
+    """With one key changed to each of its other values, by "layout.key=value"; without what ``device`` lacks."""
     names = [f"layout.{k}={v}" for k, values in KEYS.items() for v in values if v != getattr(config.layout, k)]
     made = {name: changed(config, [name]) for name in names}
-    zero3 = config.layout.engine == "zero3"
-    return {name: one for name, one in made.items() if not (zero3 and one.layout.for_fsdp_alone)}
+    return {name: one for name, one in made.items() if not _is_refused(one, device)}
+
+
+def _is_refused(config: Config, device: torch.device) -> bool:
+    try:
+        Config.model_validate(config.model_dump())
+        require_kernels(config.layout, device)
+    except (UserError, ValueError):
+        return True
+    return False
 
 
 def _helpful(found: Mapping[str, Measured]) -> list[str]:

@@ -1,9 +1,10 @@
 """Linears whose products are computed in 8-bit floating point (fp8), scaled by row.
 
 Each row of a factor, along the dim that is summed, is divided by a scale that makes its largest absolute value the
-largest number of e4m3; the scales, made anew each time, multiply the result. So are the result of a linear and the
-gradient of its input computed. The gradient of the weight is a product in the inputs' own precision: its rows would be
-channels over all tokens of a pack, among them the few that are far larger, and AdamW adds up what it loses.
+largest number of e4m3; the scales, made in each product, multiply the result. So are the result of a linear and the
+gradient of its input computed. The gradient of the weight is a product in the inputs' own precision: it sums over
+tokens, so both factors would have to be scaled and stored once more, by channel, and one token that is far larger than
+the others would cost a whole channel its precision.
 """
 
 from typing import Any, NamedTuple

@@ -7,6 +7,7 @@ from fitv2_scale.config.schema import Config
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.engine_spec import EngineSpec
 from fitv2_scale.parallel.fsdp import FSDPEngine
+from fitv2_scale.parallel.gpu_kernels import require_float8
 from fitv2_scale.parallel.mesh import Groups, make_groups
 from fitv2_scale.parallel.world import World
 
@@ -21,6 +22,8 @@ _ENGINES: dict[str, Callable[[EngineSpec, Groups], Engine]] = {"fsdp": FSDPEngin
 
 
 def make_engine(config: Config, layout: Layout, world: World) -> Engine:
-    """A freshly initialised engine; every rank of ``world`` calls this together."""
+    """A freshly initialised engine; every rank of ``world`` calls this together. Raises UserError if a rank's GPU lacks
+    what it computes with."""
+    require_float8(config.layout, world.device)
     spec = EngineSpec.of(config, on_cuda=world.device.type == "cuda")
     return _ENGINES[config.layout.engine](spec, make_groups(layout, world.device.type))

@@ -18,24 +18,38 @@ _FLASH4 = "flash-attn-4"
 
 
 def require_kernels(layout: LayoutConfig, device: torch.device) -> None:
-    """Returns if ``device`` has the kernels that ``layout`` asks for; the CPU computes fp8 in plain operators.
+    """Returns if ``device`` can train with what ``layout`` asks for.
 
     Raises:
-        UserError: it does not, or the package that brings them is not installed.
+        UserError: it cannot, or the package that would let it is not installed.
     """
-    on_cuda = device.type == "cuda"
-    capability = torch.cuda.get_device_capability(device) if on_cuda else (0, 0)
-    place = torch.cuda.get_device_name(device) if on_cuda else "this rank computes on the CPU"
-    if layout.precision == "fp8" and on_cuda and capability < _FLOAT8_FROM:
-        raise UserError(f"layout.precision=fp8 needs a GPU of compute capability 8.9 or more, not {place}: set bf16")
+    require_float8(layout, device)
     if layout.attention != "flash4":
         return
-    if capability[0] not in _FLASH4_ON:
-        raise UserError(f"layout.attention=flash4 needs a Hopper or Blackwell GPU ({place}): set layout.attention=auto")
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] not in _FLASH4_ON:
+        raise UserError(
+            f"layout.attention=flash4 needs a Hopper or Blackwell GPU, and this rank computes on {_named(device)}: set "
+            "layout.attention=auto"
+        )
     if installed()[_FLASH4] is None:
         raise UserError(
             f"layout.attention=flash4 needs the package {_FLASH4}: pip install {_FLASH4}, or set layout.attention=auto"
         )
+
+
+def require_float8(layout: LayoutConfig, device: torch.device) -> None:
+    """Raises UserError if ``layout`` asks for fp8 and ``device`` is a GPU without it. The CPU has a plain form."""
+    if layout.precision != "fp8" or device.type != "cuda":
+        return
+    if torch.cuda.get_device_capability(device) < _FLOAT8_FROM:
+        raise UserError(
+            f"layout.precision=fp8 needs a GPU of compute capability 8.9 or more, and this rank computes on "
+            f"{_named(device)}: set layout.precision=bf16"
+        )
+
+
+def _named(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
 
 
 @contextmanager

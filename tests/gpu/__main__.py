@@ -17,7 +17,9 @@ _SECONDS = 550.0  # of ten minutes: before it packages are installed
 
 def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bash tests/gpu.sh")
-    parser.add_argument("what", choices=["1", "2", "3", "report"], help="a part; or results of several folders in one")
+    parser.add_argument(
+        "what", choices=["1", "2", "3", "4", "report"], help="a part; or results of several folders in one"
+    )
     parser.add_argument("folders", nargs="*", type=Path, help="report: where the results of the calls lie")
     parser.add_argument("--out", type=Path, help="folder of results (default gpu-results, or gpu-results/dry)")
     parser.add_argument("--seconds", type=float, default=_SECONDS, help=f"time of the part (default {_SECONDS:.0f})")

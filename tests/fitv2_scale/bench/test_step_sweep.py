@@ -10,6 +10,7 @@ from fitv2_scale.bench.step_rounds import Round
 from fitv2_scale.bench.step_sweep import measure, to_text, variants
 from fitv2_scale.cli.__main__ import main
 from fitv2_scale.config.load import load_config
+from fitv2_scale.parallel import gpu_kernels
 from tests.support.ranks import run_ranks
 from tests.support.tiny_runs import BENCHED
 
@@ -87,7 +88,20 @@ def test_the_slowest_rank_counts_and_rank_0_reports():
 
 
 def test_zero3_has_fewer_keys():
-    assert list(variants(config_of("layout.engine=zero3"))) == ["layout.pad_to_multiple_of=128"]
+    zero3 = config_of("layout.engine=zero3")
+    assert list(variants(zero3, torch.device("cpu"))) == ["layout.pad_to_multiple_of=128"]
+
+
+@pytest.mark.parametrize(
+    ("precision", "deterministic", "usable"), [("bf16", False, True), ("fp32", False, False), ("bf16", True, False)]
+)
+def test_flash4_is_tried_where_it_may_be_used(precision, deterministic, usable, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(gpu_kernels, "installed", lambda: {"flash-attn-4": "4.0"})
+    layout = config_of().layout.model_copy(update={"precision": precision})
+    config = config_of(f"deterministic={deterministic}").model_copy(update={"layout": layout})
+    assert ("layout.attention=flash4" in variants(config, torch.device("cuda", 0))) == usable
+    assert "layout.attention=flash4" not in variants(config, torch.device("cpu"))
 
 
 def test_the_command(capsys):

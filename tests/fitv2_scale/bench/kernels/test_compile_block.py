@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from fitv2_scale.bench.kernels.counts import CompiledBlock, Kernel
+from fitv2_scale.bench.kernels.counts import FLOAT8, CompiledBlock, Kernel
 from fitv2_scale.bench.kernels.predict import counted
 from fitv2_scale.config.load import load_config
 from fitv2_scale.planning.forecast.predicted import read_table
@@ -137,3 +137,29 @@ def test_a_head_that_is_no_power_of_two():
     xl = compiled("fitv2_xl2.yaml")
     assert (count(xl.forward, "triton"), count(xl.backward, "triton")) == (7, 20)
     assert bytes_a_token((*xl.forward, *xl.backward)) == pytest.approx((103_100 + 230_900) / 2, rel=0.02)
+
+
+def test_products_in_fp8():
+    """With ``selective`` those of the forward pass are kept: 5 of it and 5 gradients of inputs, of rows by columns by
+    summed; the gradients of weights stay in bf16. Everything that scales and rounds is compiled into other kernels, or
+    small: it adds less to the bytes than a copy of each factor and its fp8 form, read and written, would."""
+    fp8 = compiled("fitv2_3b2.yaml", "layout.precision=fp8", "layout.pad_to_multiple_of=16", KEPT)
+    bf16 = compiled("fitv2_3b2.yaml", KEPT)
+    assert (fp8.graphs, fp8.breaks) == (1, 0)
+    forward = {(3 * D, D): 1, (D, D): 1, (MLP, D): 2, (D, MLP): 1}
+    backward = {(D, 3 * D): 1, (D, D): 1, (D, MLP): 2, (MLP, D): 1}
+    assert float8_products(fp8.forward) == {(TOKENS, *shape): n for shape, n in forward.items()}
+    assert float8_products(fp8.backward) == {(TOKENS, *shape): n for shape, n in backward.items()}
+    weights = Counter(k.product[:2] for k in fp8.backward if k.product and k.product[2] == TOKENS and k.name != FLOAT8)
+    assert weights == {(3 * D, D): 1, (D, D): 1, (MLP, D): 2, (D, MLP): 1, (SLOTS, 6 * D): 1}
+    assert count((*fp8.forward, *fp8.backward), "other") == 0
+    factors, their_weights = 3 * D + MLP + 3 * D + D + 2 * MLP + D, 2 * (3 * D * D + D * D + 3 * D * MLP) / TOKENS
+    more = sum(map(bytes_a_token, (fp8.forward, fp8.backward))) - sum(map(bytes_a_token, (bf16.forward, bf16.backward)))
+    assert 0 < more < 3 * (factors + their_weights)
+
+
+KEPT = "layout.checkpointing=selective"
+
+
+def float8_products(kernels: tuple[Kernel, ...]) -> Counter:
+    return Counter(kernel.product for kernel in kernels if kernel.name == FLOAT8)

@@ -17,8 +17,12 @@ DATA = "data.url=preset:imagenet256"
 
 
 @pytest.mark.parametrize(
-    "override", ["layout.engine=zero3", "layout.tensor=2", "layout.precision=fp32", "layout.compile=false"]
-)
+    "override",
+    [
+        "layout.engine=zero3", "layout.tensor=2", "layout.precision=fp32", "layout.compile=false",
+        "layout.attention=flash4",
+    ],
+)  # fmt: skip
 def test_what_it_cannot_predict_is_refused(override):
     with pytest.raises(UserError, match=override):
         measure(load_config(CONFIG, [DATA, override]), "H200", ranks=2)

@@ -42,6 +42,16 @@ def test_a_product_whose_tiles_fill_all_processors():
     assert product_seconds(1000, 100, 500, GPU) == pytest.approx(2 * 1000 * 100 * 500 / 5e11)
 
 
+def test_a_product_in_fp8_has_its_own_rate():
+    """And its bytes: here they are less."""
+    gpu = replace(GPU, float8_flops=rate(2e12))
+    assert product_seconds(1000, 100, 500, gpu, float8=True) == pytest.approx(2 * 1000 * 100 * 500 / 2e12)
+    for name, seconds in (("_scaled_mm", 0.1), ("mm", 0.4)):
+        block = CompiledBlock(1, 0, (), (Kernel(name, "product", 0, (1000, 100, 10**6)),))
+        parts = predict(MODEL, block, NOTHING, WORK, gpu, never).seconds_by_part
+        assert parts["products"] == pytest.approx(2 * 3 * seconds)  # blocks and packs
+
+
 def test_a_product_with_a_round_that_is_mostly_empty():
     """11 tiles take two rounds of 10."""
     assert product_seconds(1100, 100, 500, GPU) == pytest.approx(2 * 1100 * 100 * 500 / (5e11 * 11 / 20))
