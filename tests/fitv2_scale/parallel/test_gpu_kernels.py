@@ -119,8 +119,8 @@ def training_on(config: Config) -> tuple[int, list[str | None], str | None]:
 
 def test_training_turns_flash4_on_before_the_engine_is_built_and_off_afterwards(tiny):
     """In the attempts that ask for it: a run may change it in each."""
-    for steps, attention, inside in ((2, "auto", None), (4, "flash4", "FA4"), (5, "auto", None)):
-        config = tiny("run", train__steps=steps, layout__attention=attention, layout__precision="bf16")
+    for steps, kernels, inside in ((2, "auto", None), (4, "flash4", "FA4"), (5, "auto", None)):
+        config = tiny("run", train__steps=steps, layout__attention=kernels, layout__precision="bf16")
         taken = 2 if steps < 5 else 1
         assert run_ranks(2, training_on, config) == [(DONE, [inside] * (1 + taken), None)] * 2
 
