@@ -16,6 +16,7 @@ from unittest.mock import patch
 import torch
 import torch._inductor.config
 import torch._inductor.scheduler
+import torch._subclasses.fake_tensor
 import torch.utils._triton
 from torch._dynamo.device_interface import CudaInterface
 from torch._inductor.fx_passes.joint_graph import UniformValueConstantFolder
@@ -42,13 +43,20 @@ def fake_gpu(gpu: Gpu) -> Generator[None]:
         stack.enter_context(torch._inductor.config.patch(shape_padding=False))
         for owner, name, value in _in_python(gpu):
             stack.enter_context(patch.object(owner, name, value, create=True))
-        if _gradient_on_gpu().device.type != "cuda":
+        if not _works():
             raise _unable()
         yield
 
 
 def _unable() -> UserError:
     return UserError(f"torch {torch.__version__} cannot compile for a GPU that is not there: use torch 2.13")
+
+
+def _works() -> bool:
+    try:
+        return _gradient_on_gpu().device.type == "cuda"
+    except RuntimeError:  # this torch asked the driver itself
+        return False
 
 
 def _gradient_on_gpu() -> torch.Tensor:
@@ -103,6 +111,7 @@ def _in_python(gpu: Gpu) -> list[tuple[Any, str, Any]]:
     of_cuda = {
         "get_device_capability": gpu.capability,
         "get_rng_state": torch.zeros(16, dtype=torch.uint8),
+        "is_current_stream_capturing": False,
         **dict.fromkeys(("set_rng_state", "_lazy_init")),
         **dict.fromkeys(("_exchange_device", "_maybe_exchange_device"), 0),
     }
@@ -119,6 +128,7 @@ def _in_python(gpu: Gpu) -> list[tuple[Any, str, Any]]:
         (torch._inductor.scheduler, "has_triton", _answering(True)),
         (torch.utils._triton, "triton_hash_with_backend", _answering("")),
         (FakeTensorMode, "avoid_device_init", True),
+        (torch._subclasses.fake_tensor, "init_gpu_context", _answering(None)),
         (UniformValueConstantFolder, "_deduce_value", _on_cpu(UniformValueConstantFolder._deduce_value)),
     ]
 

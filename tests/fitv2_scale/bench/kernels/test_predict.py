@@ -1,11 +1,16 @@
 """`fitv2 bench kernels`, from a config to its report."""
 
 import json
+import re
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
+import torch
 
 from data_sharding.errors import UserError
+from fitv2_scale.bench.kernels import fake_gpu
+from fitv2_scale.bench.kernels.gpus import gpu_named
 from fitv2_scale.bench.kernels.predict import add_to_table, measure, workload
 from fitv2_scale.cli.__main__ import run_command
 from fitv2_scale.config.load import load_config
@@ -31,6 +36,20 @@ def test_what_it_cannot_predict_is_refused(override):
 def test_an_unknown_gpu():
     with pytest.raises(UserError, match="only for H200"):
         measure(load_config(CONFIG, [DATA]), "TPU")
+
+
+def test_a_torch_that_cannot_pretend_says_so(monkeypatch):
+    """One that asks the driver itself, as torch 2.11 did when it made a tensor without values."""
+
+    def ask_the_driver():
+        raise RuntimeError("Found no NVIDIA driver on your system.")
+
+    monkeypatch.setattr(fake_gpu, "_in_cpp", nullcontext)
+    monkeypatch.setattr(fake_gpu, "_in_python", lambda gpu: [])
+    monkeypatch.setattr(fake_gpu, "_gradient_on_gpu", ask_the_driver)
+    message = f"torch {torch.__version__} cannot compile for a GPU that is not there"
+    with pytest.raises(UserError, match=re.escape(message)), fake_gpu.fake_gpu(gpu_named("H200")):
+        pass
 
 
 def test_too_few_slots():
