@@ -17,4 +17,14 @@ def interpreter() -> Iterator[Callable[..., Any]]:
 
 
 def _ask() -> None:
+    """Triton 3.6, which torch 2.11 brings, makes an integer of an array of one in a way that NumPy 2.4 refuses."""
     os.environ["TRITON_INTERPRET"] = "1"
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def with_index(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = with_index
