@@ -3,7 +3,8 @@
 #
 #   bash tests/gpu.sh 1            ceilings of the device, the GPU tests, a step of FiTv2-3B/2 and its kernels
 #   bash tests/gpu.sh 2            the released way side by side; XL/2; B/2
-#   bash tests/gpu.sh 3            peaks of memory, other ways of training, 1,024 tokens
+#   bash tests/gpu.sh 3            peaks of memory, 1,024 tokens, fewer images
+#   bash tests/gpu.sh 4            other ways of training: faster keys of the layout, fp8, FlashAttention 4
 #   bash tests/gpu.sh --dry-run 1  the same on the CPU, in the smallest sizes, to try the script
 #   bash tests/gpu.sh report A B   one results.json and results.md of calls whose results lie in several folders
 #   bash tests/gpu.sh wheels 3.12  before, where there is a network: packages for a machine with that Python

@@ -14,7 +14,10 @@ _SMALL["layout.attention"] = "auto"
 _DRY = 300.0  # seconds a job, on a machine that may be busy
 
 # Ways of training 3B/2 that a config can ask for, beside the one of its file.
+_FASTER = {"layout.reshard_after_forward": "never", "layout.gate_and_value": "merged"}
 LEVERS = {
+    "weights once a step, gate and value as one": _FASTER,
+    "the same with written kernels": _FASTER | {"layout.kernels": "triton"},
     "selective checkpointing": {"layout.checkpointing": "selective"},
     "fp8": {"layout.precision": "fp8", "layout.pad_to_multiple_of": "16"},
     "FlashAttention 4": {"layout.attention": "flash4"},

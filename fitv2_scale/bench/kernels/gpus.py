@@ -1,9 +1,11 @@
 """The GPUs that a step is predicted for: what Inductor asks of a device, and rates. Each rate, published or guessed,
 names its source. Nothing here was measured by this project."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from data_sharding.errors import UserError
+
+_GUESS = "a guess"
 
 
 @dataclass(frozen=True)
@@ -26,14 +28,21 @@ class Gpu:
     tile: tuple[int, int]  # of a product's result; a processor computes one at a time
     attention_forward_flops: Rate
     attention_backward_flops: Rate
+    flash4: Rate  # times as many FLOP/s with FlashAttention 4
     elementwise_bytes: Rate
     copy_bytes: Rate
     kernel_seconds: Rate  # no kernel takes less
     launch_seconds: Rate  # of the host, for an operation that it starts
     block_seconds: Rate  # of the host, for FSDP's hooks around a block, in each direction
 
+    def with_flash4(self) -> "Gpu":
+        """With attention at the rates of FlashAttention 4."""
+        forward, backward = (
+            Rate(self.flash4.value * rate.value, f"{_GUESS}: {self.flash4.value:g} times that of FlashAttention 2")
+            for rate in (self.attention_forward_flops, self.attention_backward_flops)
+        )
+        return replace(self, attention_forward_flops=forward, attention_backward_flops=backward)
 
-_GUESS = "a guess"
 
 GPUS = {
     "H200": Gpu(
@@ -62,6 +71,7 @@ GPUS = {
         tile=(128, 256),
         attention_forward_flops=Rate(200e12, f"{_GUESS}: FlashAttention 2, images of 256 tokens"),
         attention_backward_flops=Rate(150e12, f"{_GUESS}: FlashAttention 2, images of 256 tokens"),
+        flash4=Rate(2.0, f"{_GUESS}: by what is published for longer sequences"),
         elementwise_bytes=Rate(3.5e12, f"{_GUESS}: Triton kernels, of 4.8 TB/s by the data sheet"),
         copy_bytes=Rate(3.8e12, f"{_GUESS}: copies and the optimizer, of 4.8 TB/s by the data sheet"),
         kernel_seconds=Rate(3e-6, _GUESS),

@@ -39,6 +39,8 @@ def measure(
     """
     _refuse(config)
     device = gpu_named(gpu)
+    if config.layout.attention == "flash4":
+        device = device.with_flash4()
     layout = config.layout.over(ranks, nodes)
     work = workload(config, layout, ranks // nodes, nodes, tokens, slots)
     block, outer = _count(config, gpu, ranks, nodes, work)
@@ -76,7 +78,6 @@ def _refuse(config: Config) -> None:
         f"layout.engine={layout.engine}": layout.engine != "fsdp",
         f"layout.tensor={layout.tensor}": layout.tensor != 1,
         f"layout.precision={layout.precision}": layout.precision == "fp32",
-        f"layout.attention={layout.attention}": layout.attention != "auto",
         "layout.compile=false": not layout.compiles(True),
     }.items():
         if wrong:

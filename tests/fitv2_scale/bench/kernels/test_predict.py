@@ -23,14 +23,24 @@ DATA = "data.url=preset:imagenet256"
 
 @pytest.mark.parametrize(
     "override",
-    [
-        "layout.engine=zero3", "layout.tensor=2", "layout.precision=fp32", "layout.compile=false",
-        "layout.attention=flash4",
-    ],
-)  # fmt: skip
+    ["layout.engine=zero3", "layout.tensor=2", "layout.precision=fp32", "layout.compile=false"],
+)
 def test_what_it_cannot_predict_is_refused(override):
     with pytest.raises(UserError, match=override):
         measure(load_config(CONFIG, [DATA, override]), "H200", ranks=2)
+
+
+def test_attention_by_flash4_is_taken_to_be_twice_as_fast():
+    """Its FLOPs, not what the operator copies: of the report's own seconds, by its own rates."""
+    two, four = (
+        measure(load_config(CONFIG, [DATA, "model.depth=1", f"layout.attention={kernels}"]), "H200", tokens=1024)
+        for kernels in ("auto", "flash4")
+    )
+    for name, rate in (("attention_forward_flops", 200e12), ("attention_backward_flops", 150e12)):
+        assert [found["assumed"][name]["value"] for found in (two, four)] == [rate, 2 * rate]
+    seconds = [found["prediction"]["seconds_by_part"]["attention"] for found in (two, four)]
+    assert 0.5 < seconds[1] / seconds[0] < 1
+    assert two["block"] == four["block"]
 
 
 def test_an_unknown_gpu():
