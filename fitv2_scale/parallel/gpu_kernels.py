@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch.nn.attention import activate_flash_attention_impl, restore_flash_attention_impl
+from torch.torch_version import TorchVersion
 
 from data_sharding.errors import UserError
 from fitv2_scale.config.layout import LayoutConfig
@@ -12,6 +13,7 @@ from fitv2_scale.config.schema import Config
 from fitv2_scale.parallel.deterministic import deterministic_kernels
 from fitv2_scale.run.provenance import installed
 
+_FLOAT8_TORCH = "2.13"  # the compiler of 2.11 cannot trace its products, and 2.12 has not been tried
 _FLOAT8_FROM = (8, 9)  # compute capability: Ada; and all that are newer
 _FLASH4_ON = (9, 10)  # major compute capability, by torch: Hopper, Blackwell
 _FLASH4 = "flash-attn-4"
@@ -38,9 +40,15 @@ def require_kernels(layout: LayoutConfig, device: torch.device) -> None:
 
 
 def require_float8(layout: LayoutConfig, device: torch.device) -> None:
-    """Raises UserError if ``layout`` asks for fp8 and ``device`` is a GPU without it. The CPU has a plain form."""
+    """Raises UserError if ``layout`` asks for fp8 and ``device`` is a GPU that, or whose torch, is too old for it. The
+    CPU has a plain form."""
     if layout.precision != "fp8" or device.type != "cuda":
         return
+    if TorchVersion(torch.__version__) < _FLOAT8_TORCH:
+        raise UserError(
+            f"layout.precision=fp8 needs torch {_FLOAT8_TORCH} or newer, not {torch.__version__}: install that, or set "
+            "layout.precision=bf16"
+        )
     if torch.cuda.get_device_capability(device) < _FLOAT8_FROM:
         raise UserError(
             f"layout.precision=fp8 needs a GPU of compute capability 8.9 or more, and this rank computes on "

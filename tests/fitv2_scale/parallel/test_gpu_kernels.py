@@ -1,6 +1,7 @@
 """Kernels that a config asks for and not every GPU has: what is refused, and that training turns them on and off."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -85,6 +86,20 @@ def test_fp8_needs_a_gpu_that_has_it_or_a_cpu(device, capability, taken, machine
         UserError, match=r"8.9 or more, and this rank computes on GPU \(8, 6\): set layout.precision=bf16"
     ):
         require_kernels(make_config(**FP8).layout, device)
+
+
+@pytest.mark.parametrize(
+    ("version", "taken"), [("2.11.0+cu130", False), ("2.13.0", True), ("2.15.0+cu132", True), ("2.9.1", False)]
+)
+def test_fp8_on_a_gpu_needs_a_torch_that_compiles_it(version, taken, machine, monkeypatch):
+    machine((9, 0), None)
+    monkeypatch.setattr(torch, "__version__", version)
+    require_kernels(make_config(**FP8).layout, CPU)
+    if taken:
+        require_kernels(make_config(**FP8).layout, GPU)
+        return
+    with pytest.raises(UserError, match=rf"^layout.precision=fp8 needs torch 2.13 or newer, not {re.escape(version)}"):
+        require_kernels(make_config(**FP8).layout, GPU)
 
 
 @pytest.mark.parametrize(
