@@ -292,4 +292,8 @@ OF_RUNS: tuple[Named, ...] = (
         "0 < ended == self._world.size * self._checkpoints.newest", "0 < ended",
         (f"{UNIT}/train/test_coordination.py::test_a_save_counts_as_ended_when_all_tell_so_of_the_one_in_flight",),
     ),
+    Named(
+        "the first rank stays for a killed one", "fitv2_scale/parallel/failures.py", "size - len(lost))", "size)",
+        (f"{UNIT}/parallel/test_failures.py::test_the_first_rank_stays_for_those_that_can_come_not_for_the_lost",),
+    ),
 )  # fmt: skip
