@@ -8,6 +8,7 @@ from fitv2_scale.train.loop import train
 from tests.oracle.network import Form
 from tests.oracle.training import Recipe
 from tests.support.apart import assert_trained_as_apart, losses_apart
+from tests.support.layout_grid import FASTER
 from tests.support.ranks import run_ranks
 from tests.support.run_history import losses, metrics, trained
 
@@ -28,6 +29,9 @@ def run(config: Config, ranks: int) -> Config:
         (3, {"layout__max_tokens": 64}),
         (4, {"layout__replicate": 2}),
         (2, {"layout__pad_to_multiple_of": 128, "layout__reshard_after_forward": "never"}),
+        (1, FASTER),
+        (4, FASTER | {"layout__replicate": 2, "layout__checkpointing": "selective"}),
+        (4, FASTER | {"layout__tensor": 2}),
         (2, {"layout__tensor": 2}),
         (2, {"layout__engine": "zero3", "layout__max_tokens": 64}),
         (4, {"layout__engine": "zero3", "layout__tensor": 2}),
@@ -64,8 +68,9 @@ def test_bf16_stays_near_fp32(tiny):
     assert losses(half.run) != pytest.approx(expected.losses, rel=1e-6)
 
 
-def test_compiled_blocks_are_the_same_run(tiny):
-    config = tiny(seed=SEED, model__depth=1, train__steps=5, layout__compile=True)
+@pytest.mark.parametrize("changes", [{}, FASTER], ids=["as it is", "faster"])
+def test_compiled_blocks_are_the_same_run(tiny, changes):
+    config = tiny(seed=SEED, model__depth=1, train__steps=5, layout__compile=True, **changes)
     assert_trained_as_apart(run(config, 1), Recipe(SEED, Form(depth=1)))
 
 

@@ -13,6 +13,7 @@ from fitv2_scale.train.loop import DONE, RETRY, train
 from tests.oracle.training import Recipe
 from tests.support.apart import assert_trained_as_apart, records_apart
 from tests.support.commits import commit_bytes
+from tests.support.layout_grid import FASTER
 from tests.support.paused_training import train_paused
 from tests.support.ranks import Ranks, run_ranks
 from tests.support.run_history import last_step, losses, reach, trained
@@ -21,13 +22,13 @@ from tests.support.tiny_runs import IMAGES
 EPOCH = IMAGES // 12  # steps
 
 
-@pytest.mark.parametrize("size,seed", [(1, 3), (2, 1), (3, 2)])
-def test_a_run_killed_twice_ends_bit_equal(tiny, size, seed):
+@pytest.mark.parametrize("size,seed,layout", [(1, 3, {}), (2, 1, {}), (3, 2, {}), (2, 4, FASTER)])
+def test_a_run_killed_twice_ends_bit_equal(tiny, size, seed, layout):
     steps = 3 * EPOCH
-    undisturbed = tiny("undisturbed", seed=seed, train__steps=steps)
+    undisturbed = tiny("undisturbed", seed=seed, train__steps=steps, **layout)
     assert run_ranks(size, train, undisturbed) == [DONE] * size
 
-    killed, rng = tiny("killed", seed=seed, train__steps=steps), random.Random(seed)
+    killed, rng = tiny("killed", seed=seed, train__steps=steps, **layout), random.Random(seed)
     first, second = sorted(rng.sample(range(2, steps - 1), 2))
     for attempt, step in enumerate((first, second), 1):
         ranks = Ranks(size, train_paused, killed, min(step + 5, steps - 1))  # or it could end before it is killed
