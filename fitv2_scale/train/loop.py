@@ -44,7 +44,9 @@ def train(config: Config, fork_from: str | None = None, ends_process: bool = Fal
             fork = read_alike(world, lambda: read_request(config, fork_from, world.device))
             if is_complete(config, world):
                 steps = config.train.steps
-                _say(world.is_first, f"{config.run} has done its {steps} steps; raise train.steps to continue")
+                _say(
+                    world.is_first, f"{config.run} has done all steps up to train.steps={steps}: raise that to continue"
+                )
                 return DONE
             layout, data = read_alike(world, lambda: read_data(config, world))
             attempt = claim(config, data.plan, fork, world)

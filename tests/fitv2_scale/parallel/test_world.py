@@ -178,3 +178,23 @@ def test_rank_0_gathers_the_values_of_all():
     assert second == [[0] * 10**5, None, [2] * 10**5, [3] * 10**5]
     assert others == [([], [])] * 3
     assert run_ranks(1, gathered) == [([[0]], [[0] * 10**5])]
+
+
+WHOLE = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    "changed,sentence",
+    [
+        ({"MASTER_PORT": None}, "RANK is set, and MASTER_PORT is not: start ranks with torchrun, srun or mpirun"),
+        ({"WORLD_SIZE": None, "MASTER_ADDR": None}, "RANK is set, and WORLD_SIZE and MASTER_ADDR are not: start"),
+        ({"RANK": "2"}, "RANK is 2 and WORLD_SIZE 2: ranks are numbered from 0 to WORLD_SIZE - 1"),
+        ({"RANK": "-1"}, "RANK is -1 and WORLD_SIZE 2"),
+    ],
+)
+def test_a_rank_that_cannot_be_joins_nothing(monkeypatch, changed, sentence):
+    """It would wait for minutes for ranks that do not exist, or end in a traceback."""
+    for name, value in (WHOLE | changed).items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"^{sentence}"), join():
+        raise AssertionError("it joined")
