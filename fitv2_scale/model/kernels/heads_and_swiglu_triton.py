@@ -11,10 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fitv2_scale.model.kernels.operators import CHUNK, NORM_EPS, chunks
+from fitv2_scale.model.kernels.operators import CHUNK, chunks
+from fitv2_scale.model.modulation import NORM_EPS
 
 BLOCK_T = 16  # tokens that a program reads at once
-SWIGLU = {"BLOCK_T": BLOCK_T, "BLOCK_C": 128}
+SWIGLU = {"BLOCK_T": BLOCK_T, "BLOCK_C": 128, "num_warps": 8}
 
 
 @triton.jit
