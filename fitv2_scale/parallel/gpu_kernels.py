@@ -44,15 +44,20 @@ def require_float8(layout: LayoutConfig, device: torch.device) -> None:
     CPU has a plain form."""
     if layout.precision != "fp8" or device.type != "cuda":
         return
-    if TorchVersion(torch.__version__) < _FLOAT8_TORCH:
-        raise UserError(
-            f"layout.precision=fp8 needs torch {_FLOAT8_TORCH} or newer, not {torch.__version__}: install that, or set "
-            "layout.precision=bf16"
-        )
+    require_float8_compiler(layout)
     if torch.cuda.get_device_capability(device) < _FLOAT8_FROM:
         raise UserError(
             f"layout.precision=fp8 needs a GPU of compute capability 8.9 or more, and this rank computes on "
             f"{_named(device)}: set layout.precision=bf16"
+        )
+
+
+def require_float8_compiler(layout: LayoutConfig) -> None:
+    """Raises UserError if ``layout`` asks for fp8 and this torch cannot compile it."""
+    if layout.precision == "fp8" and TorchVersion(torch.__version__) < _FLOAT8_TORCH:
+        raise UserError(
+            f"layout.precision=fp8 needs torch {_FLOAT8_TORCH} or newer, not {torch.__version__}: install that, or set "
+            "layout.precision=bf16"
         )
 
 

@@ -184,10 +184,10 @@ def _place() -> tuple[int, int]:
             f"RANK is set, and {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not: start ranks with "
             "torchrun, srun or mpirun, or unset RANK to train in one process"
         )
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if not 0 <= rank < size:
+    rank, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
         raise UserError(f"RANK is {rank} and WORLD_SIZE {size}: ranks are numbered from 0 to WORLD_SIZE - 1")
-    return rank, size
+    return int(rank), int(size)
 
 
 def _gpu(device: torch.device) -> tuple[str, str | None, int] | None:

@@ -22,6 +22,7 @@ from fitv2_scale.bench.kernels.roofline import predict
 from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
+from fitv2_scale.parallel.gpu_kernels import require_float8_compiler
 from fitv2_scale.planning.forecast.assumptions import Assumptions
 from fitv2_scale.planning.forecast.pack_statistics import data_statistics
 from fitv2_scale.planning.forecast.predicted import read_table, with_row
@@ -38,6 +39,7 @@ def measure(
     cannot predict, and where the data cannot be opened.
     """
     _refuse(config)
+    require_float8_compiler(config.layout)
     device = gpu_named(gpu)
     if config.layout.attention == "flash4":
         device = device.with_flash4()

@@ -190,6 +190,7 @@ WHOLE = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_POR
         ({"WORLD_SIZE": None, "MASTER_ADDR": None}, "RANK is set, and WORLD_SIZE and MASTER_ADDR are not: start"),
         ({"RANK": "2"}, "RANK is 2 and WORLD_SIZE 2: ranks are numbered from 0 to WORLD_SIZE - 1"),
         ({"RANK": "-1"}, "RANK is -1 and WORLD_SIZE 2"),
+        ({"WORLD_SIZE": "two"}, "RANK is 0 and WORLD_SIZE two"),
     ],
 )
 def test_a_rank_that_cannot_be_joins_nothing(monkeypatch, changed, sentence):

@@ -30,6 +30,12 @@ def test_what_it_cannot_predict_is_refused(override):
         measure(load_config(CONFIG, [DATA, override]), "H200", ranks=2)
 
 
+def test_fp8_that_this_torch_cannot_compile_is_refused(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    with pytest.raises(UserError, match=r"^layout.precision=fp8 needs torch 2.13 or newer, not 2.11.0\+cu130"):
+        measure(load_config(CONFIG, [DATA, "layout.precision=fp8", "layout.pad_to_multiple_of=16"]), "H200")
+
+
 def test_attention_by_flash4_is_taken_to_be_twice_as_fast():
     """Its FLOPs, not what the operator copies: of the report's own seconds, by its own rates."""
     two, four = (
