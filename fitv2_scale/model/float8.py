@@ -39,7 +39,7 @@ class Float8Linear(Linear):
 
 
 def float8_linear(in_features: int, out_features: int, role: Role) -> nn.Module:
-    """The factory of networks in fp8: what is not cut for tensor parallelism is too small to gain."""
+    """The factory of networks in fp8. Linears of the role ``replicated`` stay in bf16: they are too small to gain."""
     return (Linear if role == "replicated" else Float8Linear)(in_features, out_features)
 
 

@@ -1,6 +1,6 @@
 """What makes the linears of a network: plain ones, or those of a tensor-parallel group."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol, cast
 
 import torch
@@ -31,22 +31,20 @@ def plain_linear(in_features: int, out_features: int, role: Role) -> nn.Module:
 
 def merged(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
     """What each of ``linears``, equal in size and of the role ``column``, makes of ``x``: by one product."""
-    both, _ = _merged(x, False, *linears)
-    return both.chunk(len(linears), -1)
+    first, weight, bias = _joined(linears)
+    return first.product(x, weight, bias).chunk(len(linears), -1)
 
 
-def with_bias_apart(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What ``linear`` makes of ``x``, and its bias, to which no gradient comes from that: the caller gives it one."""
-    part = cast(_Products, linear)
-    return part.product(x, part.weight, part.bias.detach()), part.bias
+def with_bias_apart(x: Tensor, *linears: nn.Module) -> tuple[Tensor, Tensor]:
+    """What ``linears``, as for ``merged``, make of ``x``, side by side, and their biases, to which no gradient comes
+    from that: the caller gives them one."""
+    first, weight, bias = _joined(linears)
+    return first.product(x, weight, bias.detach()), bias
 
 
-def merged_with_bias_apart(x: Tensor, *linears: nn.Module) -> tuple[Tensor, Tensor]:
-    """As ``merged``, side by side, and the biases likewise, to which no gradient comes from that."""
-    return _merged(x, True, *linears)
-
-
-def _merged(x: Tensor, detached: bool, *linears: nn.Module) -> tuple[Tensor, Tensor]:
+def _joined(linears: Sequence[nn.Module]) -> tuple[_Products, Tensor, Tensor]:
+    """The first of ``linears``, and the weights and biases of all; of one alone they are not copied."""
     parts = [cast(_Products, linear) for linear in linears]
-    weight, bias = torch.cat([p.weight for p in parts]), torch.cat([p.bias for p in parts])
-    return parts[0].product(x, weight, bias.detach() if detached else bias), bias
+    if len(parts) == 1:
+        return parts[0], parts[0].weight, parts[0].bias
+    return parts[0], torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])

@@ -23,6 +23,11 @@ def layer_norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
 
 
+def modulated(x_TD: Tensor, shift_TD: Tensor, scale_TD: Tensor) -> Tensor:
+    """layer_norm(x) (1 + scale) + shift."""
+    return layer_norm(x_TD) * (1 + scale_TD) + shift_TD
+
+
 class Modulation(Protocol):
     """``parts`` values of D channels for each image; ``shift``, ``scale`` and ``gate`` number them."""
 
@@ -45,7 +50,7 @@ class Gathered:
         self._parts = to_tokens(values_IK, packing.image_T).chunk(parts, -1)
 
     def modulate(self, x_TD: Tensor, shift: int, scale: int) -> Tensor:
-        return layer_norm(x_TD) * (1 + self._parts[scale]) + self._parts[shift]
+        return modulated(x_TD, self._parts[shift], self._parts[scale])
 
     def add_gated(self, x_TD: Tensor, y_TD: Tensor, gate: int) -> Tensor:
         return x_TD + self._parts[gate] * y_TD

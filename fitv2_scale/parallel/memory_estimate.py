@@ -149,9 +149,8 @@ def cuda_peak(model: ModelConfig, layout: Layout, state: StateBytes, compute: Co
     Saved activations peak when the last pack's backward pass begins, and are freed as gradients appear. Added to them
     is what one block needs: what it recomputes, the gradients inside it (3 M + 2 D per token), its weights three times
     (in use, prefetched, and in the buffer of the prefetch; once more for each other block that is prefetched), their
-    gradients, and two reduction buffers. What is outside
-    of the blocks stays gathered, and keeps 6 D per token for the last layer. If weights are gathered once a step, all
-    of them are there instead.
+    gradients, and two reduction buffers. What is outside of the blocks stays gathered, and keeps 6 D per token for the
+    last layer. If weights are gathered once a step, all of them are there instead.
     """
     bytes_, whole = _BYTES[compute.precision], _local_shapes(model, layout)
     saved = saved_bytes(model, layout, compute)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.attention.varlen  # which defines the operator
-from torch import Tensor
+from torch import Tensor, library
 
 from fitv2_scale.model import attention
 from fitv2_scale.parallel import blocks
@@ -51,9 +51,9 @@ def varlen_on_cpu() -> Iterator[Calls]:
         _assert_unused(causal, *others)
         return _backward(grad, q, k, v, out, lse, cu, scale)
 
-    with torch.library._scoped_library("torch_attn", "IMPL") as library, pytest.MonkeyPatch.context() as patch:
-        library.impl("_varlen_attn", forward, "CPU")
-        library.impl("_varlen_attn_backward", backward, "CPU")
+    with library._scoped_library("torch_attn", "IMPL") as kernels, pytest.MonkeyPatch.context() as patch:
+        kernels.impl("_varlen_attn", forward, "CPU")
+        kernels.impl("_varlen_attn_backward", backward, "CPU")
         for module in (attention, blocks):
             patch.setattr(module, "has_varlen", lambda x: x.dtype in HALF)
         yield calls

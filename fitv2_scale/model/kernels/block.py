@@ -13,8 +13,8 @@ from torch import Tensor
 from fitv2_scale.model.attention import attention
 from fitv2_scale.model.block import Attention, Block, SwiGLU
 from fitv2_scale.model.kernels import on_cuda, operators
-from fitv2_scale.model.linear import merged_with_bias_apart, with_bias_apart
-from fitv2_scale.model.modulation import layer_norm
+from fitv2_scale.model.linear import with_bias_apart
+from fitv2_scale.model.modulation import layer_norm, modulated
 from fitv2_scale.model.packed_batch import Packing
 from fitv2_scale.model.rope import rotate
 
@@ -25,27 +25,28 @@ class FusedAttention(Attention):
     def heads(self, x_TD: Tensor, rope_TD: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         if self.qk_norm == "l2_scale":
             return super().heads(x_TD, rope_TD)
-        qkv_TK, bias_K = with_bias_apart(self.qkv, x_TD)
+        qkv_TK, bias_K = with_bias_apart(x_TD, self.qkv)
         return _Heads.apply(qkv_TK, bias_K, *rope_TD, self.head_dim, self.qk_norm == "layernorm")
 
     def inner(self, x_TD: Tensor, rope_TD: tuple[Tensor, Tensor], packing: Packing) -> tuple[Tensor, Tensor]:
         """As ``forward``, with the bias whose gradient is still to be given."""
         out_THD = attention(*self.heads(x_TD, rope_TD), packing)
-        return with_bias_apart(self.proj, out_THD.flatten(1))
+        return with_bias_apart(out_THD.flatten(1), self.proj)
 
 
 class FusedSwiGLU(SwiGLU):
     def inner(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        gate_TH, bias_gate_H = with_bias_apart(self.fc1_g, x_TD)
-        value_TH, bias_value_H = with_bias_apart(self.fc1_x, x_TD)
+        gate_TH, bias_gate_H = with_bias_apart(x_TD, self.fc1_g)
+        value_TH, bias_value_H = with_bias_apart(x_TD, self.fc1_x)
         hidden_TH = _SwiGLU.apply(torch.cat((bias_gate_H, bias_value_H)), gate_TH, value_TH)
-        return with_bias_apart(self.fc2, hidden_TH)
+        return with_bias_apart(hidden_TH, self.fc2)
 
 
 class FusedMergedSwiGLU(FusedSwiGLU):
     def inner(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        hidden_TH = _SwiGLU.apply(*reversed(merged_with_bias_apart(x_TD, self.fc1_g, self.fc1_x)))
-        return with_bias_apart(self.fc2, hidden_TH)
+        both_T2H, bias_2H = with_bias_apart(x_TD, self.fc1_g, self.fc1_x)
+        hidden_TH = _SwiGLU.apply(bias_2H, both_T2H)
+        return with_bias_apart(hidden_TH, self.fc2)
 
 
 class FusedBlock(Block):
@@ -164,7 +165,7 @@ def _gate_and_value(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _modulated(x_TD: Tensor, shift_ID: Tensor, scale_ID: Tensor, image_T: Tensor) -> Tensor:
-    return layer_norm(x_TD) * (1 + scale_ID.index_select(0, image_T)) + shift_ID.index_select(0, image_T)
+    return modulated(x_TD, shift_ID.index_select(0, image_T), scale_ID.index_select(0, image_T))
 
 
 def _added(sums_ICK: Tensor, dtype: torch.dtype, parts: int) -> tuple[Tensor, ...]:

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fitv2_scale.model.kernels.operators import CHUNK, NORM_EPS, chunks
+from fitv2_scale.model.kernels.operators import CHUNK, chunks
+from fitv2_scale.model.modulation import NORM_EPS
 
 
 @triton.jit
@@ -100,7 +101,8 @@ def _launch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x and y (that of what is left out is ``grad_TD``), and the sums."""
     grad, images, channels = grad_TD.contiguous(), cu_seqlens_I1.shape[0] - 1, grad_TD.shape[1]
-    (grad_m, x, scale), (y, gated) = norm or (grad, grad, grad), gate or (grad, grad)  # what is not read
+    grad_m, x, scale = norm or (grad, grad, grad)  # a place that the kernel does not read has any tensor
+    y, gated = gate or (grad, grad)
     grad_m, x, y = grad_m.contiguous(), x.contiguous(), y.contiguous()
     scale, gated = (values if values.stride(1) == 1 else values.contiguous() for values in (scale, gated))
     grad_x = torch.empty_like(x) if norm else grad

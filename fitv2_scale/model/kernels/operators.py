@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library
 
+from fitv2_scale.model.modulation import NORM_EPS
+
 CHUNK = 64  # tokens of one sum
-NORM_EPS = 1e-6
 
 
 def chunks(tokens: int) -> int:

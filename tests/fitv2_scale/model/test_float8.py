@@ -1,9 +1,10 @@
-"""Products in fp8: their error against float64, numbers that e4m3 holds, what is not finite, and which linears."""
+"""Products in fp8: their error against float64, numbers that e4m3 holds, non-finite numbers, and which linears."""
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.torch_version import TorchVersion
 
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.model.fitv2 import FiTv2
@@ -133,7 +134,7 @@ ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), rea
 @pytest.mark.parametrize("rows", [64, 37])
 def test_torch_has_the_same_product(device, rows):
     """On a GPU it is what trains; on a CPU, torch's own form for it, which releases before 2.13 lack."""
-    if device == "cpu" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+    if device == "cpu" and TorchVersion(torch.__version__) < "2.13":
         pytest.skip("torch 2.13 is the first whose CPU scales rows")
     a, b = scaled_rows(drawn(rows, K, 7).to(device)), scaled_rows(drawn(N, K, 8).to(device))
     bias, by_row = drawn(1, N, 9)[0].to(device), F.ScalingType.RowWise
