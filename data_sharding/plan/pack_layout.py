@@ -35,14 +35,14 @@ class PackLayout:
     cu_seqlens: np.ndarray  # int32 (I + 1,), last = T
     image: np.ndarray  # int64 (T,), slot of each token
     place: np.ndarray  # int64 (T,), index of the token in its image, row-major
-    positions: np.ndarray  # int64 (T, 2), (row, column); zero at padding
+    positions: np.ndarray  # int64 (T, 3), (time, row, column); time is 0, and all of padding
     max_seqlen: int
     tokens: int  # valid ones, the first of T
 
 
 def lay_out(sizes: Sequence[tuple[int, int]], shape: PackShape) -> PackLayout:
     """The layout of images of ``sizes`` (rows, columns in tokens), in this order. They must fit."""
-    lengths, positions = np.zeros(shape.images, np.int64), np.zeros((shape.tokens, 2), np.int64)
+    lengths, positions = np.zeros(shape.images, np.int64), np.zeros((shape.tokens, 3), np.int64)
     lengths[: len(sizes)] = [rows * columns for rows, columns in sizes]
     at = int(lengths.sum())
     assert at <= shape.tokens and len(sizes) + shape.padding_slots(shape.tokens - at) <= shape.images
@@ -64,5 +64,5 @@ def lay_out(sizes: Sequence[tuple[int, int]], shape: PackShape) -> PackLayout:
 
 @lru_cache(maxsize=4096)  # one entry per size of a view
 def _positions(rows: int, columns: int) -> np.ndarray:
-    """int64 (rows * columns, 2), row-major."""
-    return np.ascontiguousarray(np.indices((rows, columns)).reshape(2, -1).T)
+    """int64 (rows * columns, 3), row-major."""
+    return np.ascontiguousarray(np.indices((1, rows, columns)).reshape(3, -1).T)

@@ -10,7 +10,7 @@ from data_sharding.plan.balance import Cost, PackAssignment
 from data_sharding.plan.pack_layout import PackLayout, PackShape, lay_out
 from data_sharding.plan.plan import StepSet
 
-TOKEN_BYTES = 16 * 2 + 4 * 8  # of a token in a pack: its latent, and its position in the layout
+TOKEN_BYTES = 16 * 2 + 5 * 8  # of a token in a pack: its latent, and its position in the layout
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ the config's ``layout.checkpointing`` says of ours.
 """
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -21,16 +21,16 @@ from torch.utils.checkpoint import checkpoint
 
 from data_sharding.errors import UserError
 from data_sharding.stream.batch import StepBatch
-from fitv2_scale.config.model import TOKEN_CHANNELS
 from fitv2_scale.config.schema import Config
-from fitv2_scale.model.block import Block
-from fitv2_scale.model.fitv2 import FiTv2
+from fitv2_scale.model.block import Block, SwiGLU
 from fitv2_scale.model.init import fill_initial
 from fitv2_scale.model.modulation import layer_norm
+from fitv2_scale.model.network import DiffusionTransformer
 from fitv2_scale.model.rope import by_channel, rope_table, rotate
 
 ReferenceCheckpointing = Literal["none", "full"]  # full: whole blocks are computed again in the backward pass
 
+_RELEASED = {"qk_norm": "layernorm", "adaln": "lora", "mlp": "swiglu", "position": "rope", "patch": 2, "outputs": 1}
 _MICRO_BATCH = 16  # images on one GPU, in the released configs
 
 
@@ -38,10 +38,11 @@ class ReleasedTrainer:
     """Trains on the images of a StepBatch as the released code does, on one device."""
 
     def __init__(self, config: Config, device: torch.device, checkpointing: ReferenceCheckpointing = "none"):
-        if config.model.qk_norm != "layernorm" or config.model.adaln != "lora":
-            raise UserError("--against reference needs the released network: qk_norm=layernorm and adaln=lora")
+        network = config.model.model_dump(include=set(_RELEASED))
+        if others := [f"model.{key}={value}" for key, value in _RELEASED.items() if network[key] != value]:
+            raise UserError(f"--against reference needs the released network: set {' '.join(others)}")
         self._config, self._device, self._checkpointing = config, device, checkpointing
-        self.network = FiTv2(config.model).to(device)
+        self.network = DiffusionTransformer(config.model).to(device)
         with torch.no_grad():
             for name, p in self.network.named_parameters():
                 fill_initial(p, name, p.shape, (0,) * p.dim(), config.seed, config.model)
@@ -117,7 +118,7 @@ class ReleasedTrainer:
         room = max(len(latents) for latents, _, _ in images)
         for start in range(0, len(order), _MICRO_BATCH):
             chosen = [images[i] for i in order[start : start + _MICRO_BATCH]]
-            latents = np.zeros((len(chosen), room, TOKEN_CHANNELS), np.float32)
+            latents = np.zeros((len(chosen), room, self._config.model.token_channels), np.float32)
             position = np.zeros((len(chosen), room, 2), np.int64)
             mask = np.zeros((len(chosen), room), bool)
             for row, (values, places, _) in enumerate(chosen):
@@ -132,7 +133,7 @@ def _block(
 ) -> Tensor:
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (block.adaLN_modulation(c_BD) + shared)[:, None].chunk(6, -1)
     x = x + gate_a * _attention(block, layer_norm(x) * (1 + scale_a) + shift_a, rope, same, mask)
-    y, mlp = layer_norm(x) * (1 + scale_m) + shift_m, block.mlp
+    y, mlp = layer_norm(x) * (1 + scale_m) + shift_m, cast(SwiGLU, block.mlp)
     return x + gate_m * mlp.fc2(F.silu(mlp.fc1_g(y)) * mlp.fc1_x(y))
 
 
@@ -146,8 +147,8 @@ def _attention(block: Block, x: Tensor, rope: tuple[Tensor, Tensor], same: Tenso
 
 
 def _images(batch: StepBatch) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """Latents (n, 16), positions (n, 2) and label of each image."""
+    """Latents (n, 16), rows and columns (n, 2) and label of each image."""
     for pack in batch.packs:
         for slot in np.flatnonzero(pack.weight).tolist():
             a, b = pack.layout.cu_seqlens[slot : slot + 2]
-            yield pack.latents[a:b], pack.layout.positions[a:b], int(pack.label[slot])
+            yield pack.latents[a:b], pack.layout.positions[a:b, 1:], int(pack.label[slot])

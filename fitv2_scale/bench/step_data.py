@@ -10,7 +10,6 @@ from data_sharding.plan.balance import assign_packs
 from data_sharding.plan.size_presets import is_preset
 from data_sharding.stream.batch import StepBatch, make_batch
 from data_sharding.stream.loader import Loader
-from fitv2_scale.config.model import TOKEN_CHANNELS
 from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
 
@@ -19,7 +18,7 @@ from fitv2_scale.data import Data
 def open_steps(config: Config, data: Data, rank: int, steps: int) -> Generator[Iterator[StepBatch]]:
     """The first ``steps`` steps of data rank ``rank``: prefetched as in training, or for a preset drawn before."""
     if any(is_preset(url) for url in config.data.urls):
-        yield iter([_draw(data, rank, step) for step in range(steps)])
+        yield iter([_draw(data, rank, step, config.model.token_channels) for step in range(steps)])
         return
     cache, ahead = (int(gib * 2**30) for gib in (config.data.cache_gib, config.data.prefetch_gib))
     with Loader(
@@ -28,12 +27,12 @@ def open_steps(config: Config, data: Data, rank: int, steps: int) -> Generator[I
         yield loader
 
 
-def _draw(data: Data, rank: int, step: int) -> StepBatch:
+def _draw(data: Data, rank: int, step: int, channels: int) -> StepBatch:
     images = data.plan.step(step)
     assignment = assign_packs(images.tokens, data.cost, data.nodes, data.shapes[0])
     arrays = {}
     for i in np.concatenate(assignment.packs_of(rank)).tolist():
         rows, columns = data.plan.manifests[images.dataset[i]].size[images.row[i], images.view[i]].tolist()
-        latents = np.random.default_rng((step, i)).standard_normal((rows, columns, TOKEN_CHANNELS), np.float32)
+        latents = np.random.default_rng((step, i)).standard_normal((rows, columns, channels), np.float32)
         arrays[i] = np.broadcast_to(latents.astype(DTYPE), (2, *latents.shape))  # both flips
     return make_batch(step, images, assignment, data.cost, rank, arrays, 0)

@@ -72,7 +72,7 @@ class Checkpointer:
         self._staging = Staging(engine.boxes())
         self._writers = world.apart(_TIMEOUT)
         written = {
-            name: logical if engine.copy.writes(name) else LogicalTensor(logical.shape, [])
+            name: logical if engine.copy.writes(logical.split) else LogicalTensor(logical.shape, [])
             for name, logical in self._staging.tensors.items()
         }
         self._plan = SavePlan.of(written, self._writers)

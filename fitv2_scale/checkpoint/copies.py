@@ -17,7 +17,6 @@ import xxhash
 
 from fitv2_scale.parallel.boxes import LogicalTensor
 from fitv2_scale.parallel.state_copy import StateCopy
-from fitv2_scale.parallel.tensor_pieces import is_replicated
 from fitv2_scale.parallel.world import World
 
 _NAMED = 4  # tensors and ranks that a message names at most
@@ -36,9 +35,9 @@ def require_equal_copies(
     are equal, bit for bit, and all ranks have the same ``scalars``, none of which is NaN. A collective."""
     split, replicated, common = Hashes(), Hashes(), Hashes()
     for name, logical in tensors.items():
-        if copy.is_shared(name):
-            of_its_kind = replicated if is_replicated(name) else split
-            of_its_kind[copy.part(name), name] = _hash(*(box.tensor.numpy().data for box in logical.boxes))
+        if copy.is_shared(logical.split):
+            of_its_kind = split if logical.split else replicated
+            of_its_kind[copy.part(logical.split), name] = _hash(*(box.tensor.numpy().data for box in logical.boxes))
     for name, value in scalars.items():
         common[-1, name] = _hash(json.dumps(value).encode())
     suspect, problem = _are_unequal([split, replicated, common], world), ""

@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class Staging:
         self._buffer = torch.zeros(sum(t.numel() for t in boxes))  # touched: a copy must not wait for pages
         parts = iter(self._buffer.split([t.numel() for t in boxes]))
         self.tensors = {
-            name: LogicalTensor(t.shape, [Box(b.offset, next(parts).view(b.tensor.shape)) for b in t.boxes])
+            name: replace(t, boxes=[Box(b.offset, next(parts).view(b.tensor.shape)) for b in t.boxes])
             for name, t in live.items()
         }
         self._host, self._live = _tensors(self.tensors), boxes

@@ -1,4 +1,4 @@
-"""The sections that define a FiTv2 network and its training objective: ``model`` (with ``rope``) and ``flow``."""
+"""The sections that define a network and its training objective: ``model`` (with ``rope`` and ``sincos``), ``flow``."""
 
 from typing import Literal
 
@@ -7,12 +7,14 @@ from pydantic import Field, model_validator
 from data_sharding.errors import UserError
 from fitv2_scale.config.section import Section
 
-TOKEN_CHANNELS = 16  # 4 latent channels in patches of 2 x 2
 TIMESTEP_CHANNELS = 256
+LATENT_PIXELS = 8  # of a side, that a latent of a codec stands for
 PIXELS_PER_TOKEN = 16  # a side: patches of 2 latents of 8 pixels
 
 Mode = Literal["none", "pi", "ntk", "yarn", "vision_ntk", "vision_yarn"]
 AttentionScale = Literal["none", "paper", "released"]
+SincosMode = Literal["none", "ei", "pi"]
+MLP = Literal["swiglu", "swiglu_4d", "gelu"]
 
 
 class RopeConfig(Section):
@@ -30,10 +32,21 @@ class RopeConfig(Section):
     )
 
 
+class SincosConfig(Section):
+    mode: SincosMode = Field(
+        "none",
+        description="positions in images whose sides are not train_side; none: as they are; pi: interpolated, so that "
+        "they span as much; ei: the table of the square, resized bilinearly",
+    )
+    train_side: int = Field(16, ge=2, description="side, in tokens, of the square images trained on")
+
+
 class ModelConfig(Section):
     depth: int = Field(ge=1, description="number of transformer blocks")
     hidden: int = Field(ge=8, description="width of the residual stream")
     heads: int = Field(ge=1, description="attention heads; hidden / heads must be divisible by 4 for 2-D RoPE")
+    patch: Literal[2, 4, 8] = Field(2, description="side of a token, in latent pixels")
+    latent_channels: int = Field(4, ge=1, description="channels of the codec's latents")
     classes: int = Field(1000, ge=1, description="number of classes; one more embedding row stands for 'no class'")
     qk_norm: Literal["layernorm", "l2_scale", "none"] = Field(
         "layernorm",
@@ -43,7 +56,21 @@ class ModelConfig(Section):
     adaln: Literal["lora", "full"] = Field(
         "lora", description="lora: per block a head of rank hidden/4, plus one global head, as released; full: as FiT"
     )
+    mlp: MLP = Field(
+        "swiglu",
+        description="swiglu: of width 8/3 hidden, as FiTv2; swiglu_4d: of 4 hidden, as FiT; gelu: two products, as DiT",
+    )
+    position: Literal["rope", "sincos", "none"] = Field(
+        "rope",
+        description="rope: q and k are rotated, as FiT; sincos: a fixed table is added to the tokens, as DiT; none",
+    )
+    outputs: Literal[1, 2] = Field(
+        1,
+        description="numbers for each channel of a token; 1: velocity or noise; 2: also the variance, which DDPM "
+        "learns and a flow ignores, as SiT does",
+    )
     rope_theta: float = Field(10000.0, gt=0, description="base of the rotary frequencies")
+    sincos: SincosConfig = Field(SincosConfig(), description="positions of position=sincos in images of other sizes")
     rope: RopeConfig = Field(RopeConfig(), description="positions in images larger than those first trained on")
 
     @model_validator(mode="after")
@@ -52,14 +79,37 @@ class ModelConfig(Section):
             raise ValueError(f"hidden {self.hidden} must be heads {self.heads} times a multiple of 4")
         return self
 
+    @model_validator(mode="after")
+    def _extrapolates_what_it_has(self):
+        if self.position != "rope" and self.rope != RopeConfig():
+            raise ValueError(f"rope is for position=rope, and position is {self.position}: leave it out")
+        if self.position != "sincos" and self.sincos != SincosConfig():
+            raise ValueError(f"sincos is for position=sincos, and position is {self.position}: leave it out")
+        return self
+
     @property
     def head_dim(self) -> int:
         return self.hidden // self.heads
 
     @property
     def mlp_hidden(self) -> int:
-        """Width of the SwiGLU: two thirds of 4 x hidden, rounded down, as released (not to a multiple)."""
-        return 8 * self.hidden // 3
+        """Hidden units of the MLP. FiTv2's SwiGLU has two thirds of 4 x hidden, rounded down (not to a multiple)."""
+        return 8 * self.hidden // 3 if self.mlp == "swiglu" else 4 * self.hidden
+
+    @property
+    def extrapolation(self) -> RopeConfig | SincosConfig:
+        """Positions in images of other sizes than first trained on."""
+        return self.sincos if self.position == "sincos" else self.rope
+
+    @property
+    def token_channels(self) -> int:
+        """Numbers of a token: the latents of its patch."""
+        return self.latent_channels * self.patch**2
+
+    @property
+    def pixels_per_token(self) -> int:
+        """Of a side."""
+        return LATENT_PIXELS * self.patch
 
     @property
     def adaln_rank(self) -> int:

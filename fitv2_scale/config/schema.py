@@ -72,6 +72,8 @@ class Config(Section):
             raise ValueError(
                 f"layout.replicate is {layout.replicate}, but zero3 keeps one copy: use layout.engine=fsdp"
             )
+        if layout.gate_and_value == "merged" and self.model.mlp == "gelu":
+            raise ValueError("layout.gate_and_value=merged is for a SwiGLU, and model.mlp is gelu: leave it out")
         if layout.engine == "zero3" and layout.for_fsdp_alone:
             raise ValueError(f"{layout.for_fsdp_alone[0]} is for layout.engine=fsdp: leave it out with zero3")
         return self
@@ -93,7 +95,7 @@ class Config(Section):
         if any(size % _FLOAT8_SIZES for size in sizes):
             raise ValueError(
                 f"layout.precision=fp8 needs widths that are multiples of {_FLOAT8_SIZES}, and this network's are "
-                f"{sizes[0]} and {sizes[1]} (SwiGLU): set layout.precision=bf16"
+                f"{sizes[0]} and {sizes[1]} (MLP): set layout.precision=bf16"
             )
         return self
 

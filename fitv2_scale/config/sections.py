@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 
 from data_sharding.errors import UserError
 from data_sharding.plan.view_choice import Views
-from fitv2_scale.config.model import AttentionScale, Mode, parse_size
+from fitv2_scale.config.model import AttentionScale, Mode, SincosMode, parse_size
 from fitv2_scale.config.section import Section
 
 
@@ -140,6 +140,7 @@ class SamplingConfig(Section):
     attention_scale: Literal["auto", AttentionScale] = Field(
         "auto", description="as model.rope.attention_scale; auto: as published if rope is auto, else none"
     )
+    sincos: Literal["auto", SincosMode] = Field("auto", description="as model.sincos.mode; auto: the model's own")
     vae: str = Field("", description="folder of the diffusers AutoencoderKL that decodes sd-vae latents")
 
     @field_validator("sizes")

@@ -1,7 +1,7 @@
-"""A block of the network: attention and SwiGLU, each between a modulated norm and a gate.
+"""A block of the network: attention and an MLP, each between a modulated norm and a gate.
 
-``block_parts`` says what a block is made of. Letters in shapes: as in ``fitv2``; I6D are the six modulation vectors of
-each image.
+``block_parts`` says what a block is made of. Letters in shapes: as in ``network``; I6D are the six modulation vectors
+of each image.
 """
 
 import math
@@ -17,6 +17,8 @@ from fitv2_scale.model.modulation import layer_norm, modulation
 from fitv2_scale.model.packed_batch import Packing
 from fitv2_scale.model.rope import rotate
 
+Rope = tuple[Tensor, Tensor] | None  # by which q and k are turned; None: not at all
+
 
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, linear: LinearFactory):
@@ -29,11 +31,11 @@ class Attention(nn.Module):
             heads = rows // (3 * config.head_dim)  # of this rank, by what the factory made
             self.qk_scale = nn.Parameter(torch.empty(heads))
 
-    def forward(self, x_TD: Tensor, rope_TD: tuple[Tensor, Tensor], packing: Packing) -> Tensor:
+    def forward(self, x_TD: Tensor, rope_TD: Rope, packing: Packing) -> Tensor:
         out_THD = attention(*self.heads(x_TD, rope_TD), packing)
         return self.proj(out_THD.flatten(1))
 
-    def heads(self, x_TD: Tensor, rope_TD: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, x_TD: Tensor, rope_TD: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v of each head, (T, H, D)."""
         q_THD, k_THD, v_THD = self.qkv(x_TD).unflatten(-1, (3, -1, self.head_dim)).unbind(1)
         if self.qk_norm == "layernorm":
@@ -42,6 +44,8 @@ class Attention(nn.Module):
             # attention() divides by sqrt(head_dim): undone here, so that qk_scale alone scales the logits.
             q_THD = F.normalize(q_THD, dim=-1) * (self.qk_scale * math.sqrt(self.head_dim))[:, None]
             k_THD = F.normalize(k_THD, dim=-1)
+        if rope_TD is None:
+            return q_THD, k_THD, v_THD
         return rotate(q_THD, *rope_TD), rotate(k_THD, *rope_TD), v_THD
 
 
@@ -65,6 +69,16 @@ class MergedSwiGLU(SwiGLU):
         return self.fc2(F.silu(gate) * value)
 
 
+class GeluMLP(nn.Module):
+    def __init__(self, config: ModelConfig, linear: LinearFactory):
+        super().__init__()
+        self.fc1 = linear(config.hidden, config.mlp_hidden, "column")
+        self.fc2 = linear(config.mlp_hidden, config.hidden, "row")
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x_TD), approximate="tanh"))
+
+
 def full_head(config: ModelConfig, linear: LinearFactory) -> nn.Sequential:
     return nn.Sequential(nn.SiLU(), linear(config.hidden, 6 * config.hidden, "replicated"))
 
@@ -76,21 +90,17 @@ def low_rank_head(config: ModelConfig, linear: LinearFactory) -> nn.Sequential:
 
 
 class Block(nn.Module):
-    def __init__(self, attn: Attention, mlp: SwiGLU, adaln: nn.Sequential):
+    def __init__(self, attn: Attention, mlp: nn.Module, adaln: nn.Sequential):
         super().__init__()
         self.attn, self.mlp, self.adaLN_modulation = attn, mlp, adaln
 
-    def forward(
-        self, x_TD: Tensor, c_ID: Tensor, shared_I6D: Tensor | None, rope_TD: tuple[Tensor, Tensor], packing: Packing
-    ) -> Tensor:
+    def forward(self, x_TD: Tensor, c_ID: Tensor, shared_I6D: Tensor | None, rope_TD: Rope, packing: Packing) -> Tensor:
         modulation_I6D = self.adaLN_modulation(c_ID)
         if shared_I6D is not None:
             modulation_I6D = modulation_I6D + shared_I6D  # S_i = W_g c + W2_i W1_i c (eq. 11)
         return self.apply_modulated(x_TD, modulation_I6D, rope_TD, packing)
 
-    def apply_modulated(
-        self, x_TD: Tensor, modulation_I6D: Tensor, rope_TD: tuple[Tensor, Tensor], packing: Packing
-    ) -> Tensor:
+    def apply_modulated(self, x_TD: Tensor, modulation_I6D: Tensor, rope_TD: Rope, packing: Packing) -> Tensor:
         """``modulation_I6D`` holds shift, scale and gate of the attention, then those of the MLP."""
         m = modulation(modulation_I6D, 6, packing)
         x_TD = m.add_gated(x_TD, self.attn(m.modulate(x_TD, 0, 1), rope_TD, packing), 2)

@@ -3,43 +3,72 @@
 
 import math
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 from types import MappingProxyType
+from typing import Literal
 
 from data_sharding.errors import UserError
-from fitv2_scale.config.model import TIMESTEP_CHANNELS, TOKEN_CHANNELS, ModelConfig
+from fitv2_scale.config.model import MLP, TIMESTEP_CHANNELS, ModelConfig
+
+# How a tensor-parallel group divides a tensor: not at all, by rows, by those of each third of it, or by columns.
+Cut = Literal["whole", "rows", "rows_of_thirds", "columns"]
+
+INTO_MLP: Mapping[MLP, tuple[str, ...]] = {  # the linears from the residual stream into the MLP
+    "swiglu": ("fc1_g", "fc1_x"),
+    "swiglu_4d": ("fc1_g", "fc1_x"),
+    "gelu": ("fc1",),
+}
+
+
+@dataclass(frozen=True)
+class LogicalParameter:
+    shape: tuple[int, ...]
+    cut: Cut = "whole"
+
+    @property
+    def is_split(self) -> bool:
+        """Whether the ranks of a tensor-parallel group hold different parts of it."""
+        return self.cut != "whole"
 
 
 @cache
 def logical_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
-    """Each tensor's public name and shape, in the order of ``FiTv2(config).named_parameters()`` (the tests compare)."""
-    shapes: dict[str, tuple[int, ...]] = {}
+    """Each tensor's public name and shape, in the order of ``logical_parameters``."""
+    return MappingProxyType({name: parameter.shape for name, parameter in logical_parameters(config).items()})
 
-    def linear(name: str, inputs: int, outputs: int) -> None:
-        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (outputs, inputs), (outputs,)
 
-    d, lora = config.hidden, config.adaln == "lora"
-    linear("x_embedder.proj", TOKEN_CHANNELS, d)
+@cache
+def logical_parameters(config: ModelConfig) -> Mapping[str, LogicalParameter]:
+    """Each tensor of the network by its public name, in the order of ``named_parameters()`` (the tests compare)."""
+    found: dict[str, LogicalParameter] = {}
+
+    def linear(name: str, inputs: int, outputs: int, cut: Cut = "whole") -> None:
+        found[f"{name}.weight"] = LogicalParameter((outputs, inputs), cut)
+        found[f"{name}.bias"] = LogicalParameter((outputs,), "whole" if cut == "columns" else cut)
+
+    d, lora, into_mlp = config.hidden, config.adaln == "lora", INTO_MLP[config.mlp]
+    linear("x_embedder.proj", config.token_channels, d)
     linear("t_embedder.mlp.0", TIMESTEP_CHANNELS, d)
     linear("t_embedder.mlp.2", d, d)
-    shapes["y_embedder.embedding_table.weight"] = (config.classes + 1, d)
+    found["y_embedder.embedding_table.weight"] = LogicalParameter((config.classes + 1, d))
     if lora:
         linear("global_adaLN_modulation.1", d, 6 * d)
     for block in (f"blocks.{i}" for i in range(config.depth)):
         if config.qk_norm == "l2_scale":
-            shapes[f"{block}.attn.qk_scale"] = (config.heads,)
-        linear(f"{block}.attn.qkv", d, 3 * d)
-        linear(f"{block}.attn.proj", d, d)
-        linear(f"{block}.mlp.fc1_g", d, config.mlp_hidden)
-        linear(f"{block}.mlp.fc1_x", d, config.mlp_hidden)
-        linear(f"{block}.mlp.fc2", config.mlp_hidden, d)
+            found[f"{block}.attn.qk_scale"] = LogicalParameter((config.heads,), "rows")
+        linear(f"{block}.attn.qkv", d, 3 * d, "rows_of_thirds")
+        linear(f"{block}.attn.proj", d, d, "columns")
+        for name in into_mlp:
+            linear(f"{block}.mlp.{name}", d, config.mlp_hidden, "rows")
+        linear(f"{block}.mlp.fc2", config.mlp_hidden, d, "columns")
         linear(f"{block}.adaLN_modulation.1", d, config.adaln_rank if lora else 6 * d)
         if lora:
             linear(f"{block}.adaLN_modulation.2", config.adaln_rank, 6 * d)
-    linear("final_layer.linear", d, TOKEN_CHANNELS)
+    linear("final_layer.linear", d, config.outputs * config.token_channels)
     linear("final_layer.adaLN_modulation.1", d, 2 * d)
-    return MappingProxyType(shapes)
+    return MappingProxyType(found)
 
 
 def matching(names: Iterable[str], patterns: Collection[str]) -> list[str]:
@@ -66,9 +95,9 @@ def forward_flops(config: ModelConfig, tokens: int) -> int:
     Linears over tokens, attention's two products, and the conditioning once an image. Elementwise work is left out.
     A training step costs three times as much; recomputation and padding are not counted, as usual for MFU.
     """
-    d = config.hidden
-    per_token_block = 4 * d * d + 3 * d * config.mlp_hidden + 2 * d * tokens
-    per_token = config.depth * per_token_block + 2 * d * TOKEN_CHANNELS
+    d, products = config.hidden, len(INTO_MLP[config.mlp]) + 1
+    per_token_block = 4 * d * d + products * d * config.mlp_hidden + 2 * d * tokens
+    per_token = config.depth * per_token_block + (1 + config.outputs) * d * config.token_channels
     if config.adaln == "lora":
         adaln = config.depth * (d + 6 * d) * config.adaln_rank + 6 * d * d
     else:

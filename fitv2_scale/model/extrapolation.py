@@ -58,7 +58,7 @@ def extrapolated_table(
     ``ropes`` is one for all images or one per slot of the pack. The sizes of images are taken from the positions.
     """
     images = packing.cu_seqlens_I1.numel() - 1
-    size_I2 = _sizes(packing, images)
+    size_I2 = packing.sizes_I2
     ropes = [ropes] * images if isinstance(ropes, RopeConfig) else ropes
     kinds = list(dict.fromkeys(ropes))
     frequency_I2F, factor_I = turns(kinds[0], size_I2, head_dim, theta)
@@ -114,10 +114,3 @@ def _ramp(axis_dim: int, theta: float, train_side: int) -> Tensor:
     low, high = max(math.floor(index_of(_FASTEST)), 0), min(math.ceil(index_of(_SLOWEST)), axis_dim - 1)
     index_F = torch.arange(axis_dim // 2, dtype=torch.float64)
     return ((index_F - low) / (high - low or 0.001)).clamp(0, 1)
-
-
-def _sizes(packing: Packing, images: int) -> Tensor:
-    """(rows, columns) of each slot, int64 (I, 2), from the last positions; (1, 1) where there are none."""
-    last_I2 = torch.zeros(images, 2, dtype=torch.int64, device=packing.positions_T2.device)
-    index_T2 = packing.image_T[:, None].expand(-1, 2)
-    return last_I2.scatter_reduce_(0, index_T2, packing.positions_T2, "amax") + 1

@@ -12,19 +12,17 @@ import torch
 from torch import Tensor
 
 from data_sharding.rng import Purpose
-from fitv2_scale.config.model import TOKEN_CHANNELS, FlowConfig
+from fitv2_scale.config.model import FlowConfig
 from fitv2_scale.model.packed_batch import PackedBatch
 from fitv2_scale.model.rng import normal, uniform, words
-
-_BLOCKS = TOKEN_CHANNELS // 4  # blocks of four words that the noise of a token takes
 
 
 @dataclass(frozen=True)
 class FlowBatch:
     """The network's input for one pack, and its target."""
 
-    x_TC: Tensor  # float32 (T, 16), noised tokens
-    target_TC: Tensor  # float32 (T, 16), x1 - x0
+    x_TC: Tensor  # float32 (T, C), noised tokens
+    target_TC: Tensor  # float32 (T, C), x1 - x0
     t_I: Tensor  # float32 (I,)
     label_I: Tensor  # int64 (I,), dropped labels replaced by ``classes``
 
@@ -40,9 +38,13 @@ def _first_uniform(seed: int, purpose: Purpose, epoch_I: Tensor, id_I: Tensor) -
     return uniform(words(seed, purpose, epoch_I, id_I, torch.zeros_like(id_I))[:, 0])
 
 
-def noise_words(purpose: Purpose, seed: int, epoch_T: Tensor | int, id_T: Tensor, place_T: Tensor) -> Tensor:
-    """The integers from which x0 is made: int64 (T, 16), value ``16 * place + channel`` of each image's stream."""
-    block_TB = place_T[:, None] * _BLOCKS + torch.arange(_BLOCKS, device=place_T.device)
+def noise_words(
+    purpose: Purpose, seed: int, epoch_T: Tensor | int, id_T: Tensor, place_T: Tensor, channels: int
+) -> Tensor:
+    """The integers from which x0 is made: int64 (T, C), value ``C place + channel`` of each image's stream. C is a
+    multiple of four, as each patch makes it."""
+    blocks = channels // 4  # of four words
+    block_TB = place_T[:, None] * blocks + torch.arange(blocks, device=place_T.device)
     epoch_T1 = epoch_T[:, None] if isinstance(epoch_T, Tensor) else epoch_T
     return words(seed, purpose, epoch_T1, id_T[:, None], block_TB).flatten(1)
 
@@ -56,7 +58,8 @@ def make_flow_batch(batch: PackedBatch, config: FlowConfig, classes: int, seed: 
 def noised(batch: PackedBatch, t_I: Tensor, label_I: Tensor, purpose: Purpose, seed: int) -> FlowBatch:
     """``batch`` at the times ``t_I``, with the noise of (seed, purpose, epoch, id) of each image."""
     image_T, place_T = batch.packing.image_T, batch.packing.place_T
-    x0_TC = normal(noise_words(purpose, seed, batch.epoch_I[image_T], batch.sample_id_I[image_T], place_T)).float()
+    epoch_T, id_T, channels = batch.epoch_I[image_T], batch.sample_id_I[image_T], batch.latents_TC.shape[1]
+    x0_TC = normal(noise_words(purpose, seed, epoch_T, id_T, place_T, channels)).float()
     t_T1 = t_I[image_T][:, None]
     return FlowBatch(
         x_TC=t_T1 * batch.latents_TC + (1 - t_T1) * x0_TC,

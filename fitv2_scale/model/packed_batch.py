@@ -26,7 +26,7 @@ class Packing:
     cu_seqlens_I1: Tensor  # int32 (I + 1,), cumulative lengths, last = T
     image_T: Tensor  # int64 (T,), the slot of each token
     place_T: Tensor  # int64 (T,), the token's index inside its image, row-major
-    positions_T2: Tensor  # int64 (T, 2), (row, column) of the token in its image
+    positions_T3: Tensor  # int64 (T, 3), (time, row, column) of the token in its image; time is 0
     max_seqlen: int  # no image is longer; the same for all packs of an attempt
 
     def to(self, device: torch.device) -> "Packing":
@@ -34,9 +34,20 @@ class Packing:
             cu_seqlens_I1=to_device(self.cu_seqlens_I1, device),
             image_T=to_device(self.image_T, device),
             place_T=to_device(self.place_T, device),
-            positions_T2=to_device(self.positions_T2, device),
+            positions_T3=to_device(self.positions_T3, device),
             max_seqlen=self.max_seqlen,
         )
+
+    @property
+    def positions_T2(self) -> Tensor:
+        """(row, column) of each token."""
+        return self.positions_T3[:, 1:]
+
+    @property
+    def sizes_I2(self) -> Tensor:
+        """(rows, columns) of each slot, int64 (I, 2), from the last positions; (1, 1) where there are none."""
+        last_I2 = torch.zeros(self.cu_seqlens_I1.numel() - 1, 2, dtype=torch.int64, device=self.image_T.device)
+        return last_I2.scatter_reduce_(0, self.image_T[:, None].expand(-1, 2), self.positions_T2, "amax") + 1
 
     @property
     def knows_lengths(self) -> bool:
@@ -68,7 +79,7 @@ class Packing:
 class PackedBatch:
     """One pack of a training step."""
 
-    latents_TC: Tensor  # float32 (T, 16), zero at padding
+    latents_TC: Tensor  # float32 (T, C), zero at padding
     packing: Packing
     label_I: Tensor  # int64 (I,), 0 at padding
     weight_I: Tensor  # float32 (I,), 1 / (images of the global batch), 0 at padding

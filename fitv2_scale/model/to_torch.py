@@ -12,7 +12,7 @@ def packing_to_torch(layout: PackLayout) -> Packing:
         cu_seqlens_I1=torch.from_numpy(layout.cu_seqlens),
         image_T=torch.from_numpy(layout.image),
         place_T=torch.from_numpy(layout.place),
-        positions_T2=torch.from_numpy(layout.positions),
+        positions_T3=torch.from_numpy(layout.positions),
         max_seqlen=layout.max_seqlen,
     )
 

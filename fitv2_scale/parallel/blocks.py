@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from fitv2_scale.config.layout import Checkpointing
 from fitv2_scale.model.attention import has_varlen
-from fitv2_scale.model.fitv2 import FiTv2
+from fitv2_scale.model.network import DiffusionTransformer
 from fitv2_scale.model.packed_batch import Packing
 
 # Compiled forms of a block: one for each pack shape with and without gradients. All blocks share them. A run has a few
@@ -23,7 +23,7 @@ from fitv2_scale.model.packed_batch import Packing
 _MOST_COMPILED = 256
 
 
-def prepare_blocks(network: FiTv2, checkpointing: Checkpointing, compile_blocks: bool) -> None:
+def prepare_blocks(network: DiffusionTransformer, checkpointing: Checkpointing, compile_blocks: bool) -> None:
     """Replaces the forward of each of ``network.blocks``. To be called once, before the network is sharded.
 
     ``none`` keeps what autograd needs; ``full`` keeps a block's inputs and recomputes the block in the backward pass;

@@ -27,16 +27,24 @@ class LogicalTensor:
 
     shape: tuple[int, ...]
     boxes: list[Box]
+    split: bool = False  # whether the ranks of a tensor group hold different parts of it
 
 
-def rows_boxes(pieces: Sequence[Piece], shape: Sequence[int], rows: Tensor, first_row: int) -> LogicalTensor:
+def rows_boxes(
+    pieces: Sequence[Piece], shape: Sequence[int], rows: Tensor, first_row: int, split: bool = False
+) -> LogicalTensor:
     """The boxes of ``rows``, a rank's rows of the local tensor from ``first_row`` on (a shard of FSDP2)."""
     start = (first_row,) + (0,) * (rows.dim() - 1)
-    return LogicalTensor(tuple(shape), list(_boxes(pieces, start, rows)))
+    return LogicalTensor(tuple(shape), list(_boxes(pieces, start, rows)), split)
 
 
 def flat_boxes(
-    pieces: Sequence[Piece], shape: Sequence[int], local_shape: Sequence[int], flat: Tensor, start: int
+    pieces: Sequence[Piece],
+    shape: Sequence[int],
+    local_shape: Sequence[int],
+    flat: Tensor,
+    start: int,
+    split: bool = False,
 ) -> LogicalTensor:
     """The boxes of ``flat``, elements ``start`` and on of the flattened local tensor (a partition of ZeRO-3).
 
@@ -45,7 +53,7 @@ def flat_boxes(
     boxes: list[Box] = []
     for offset, view in _rectangles(local_shape, flat, start):
         boxes += _boxes(pieces, offset, view)
-    return LogicalTensor(tuple(shape), boxes)
+    return LogicalTensor(tuple(shape), boxes, split)
 
 
 def _boxes(pieces: Sequence[Piece], start: tuple[int, ...], view: Tensor) -> Iterator[Box]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from data_sharding.errors import UserError
 from fitv2_scale.config.layout import Precision
 from fitv2_scale.config.sections import OptimizerConfig
-from fitv2_scale.model.fitv2 import FiTv2
+from fitv2_scale.model.network import DiffusionTransformer
 from fitv2_scale.parallel.memory_estimate import ZERO3_BUCKET
 from fitv2_scale.parallel.mesh import Groups
 
@@ -117,7 +117,7 @@ def _no_compiler() -> Generator[None]:
 
 
 def partition(
-    network: FiTv2, config: OptimizerConfig, groups: Groups, precision: Precision
+    network: DiffusionTransformer, config: OptimizerConfig, groups: Groups, precision: Precision
 ) -> tuple[deepspeed.DeepSpeedEngine, DeepSpeedZeroOptimizer_Stage3]:
     """Shards ``network``, which is on the meta device, one tensor at a time; all values are zero.
 

@@ -22,7 +22,7 @@ class StepResult:
 class Engine(Protocol):
     @property
     def network(self) -> Callable[..., Tensor]:
-        """FiTv2.forward in the engine's precision. All ranks must call it equally often."""
+        """The forward of DiffusionTransformer in the engine's precision. All ranks must call it equally often."""
         ...
 
     def backward(self, loss: Tensor, last: bool) -> None:

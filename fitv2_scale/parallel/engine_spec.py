@@ -12,10 +12,10 @@ from fitv2_scale.config.schema import Config
 from fitv2_scale.config.sections import OptimizerConfig
 from fitv2_scale.model.block_parts import BlockParts
 from fitv2_scale.model.counts import logical_shapes, trained_names
-from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.model.float8 import LINEARS
 from fitv2_scale.model.init import fill_initial
 from fitv2_scale.model.linear import LinearFactory
+from fitv2_scale.model.network import DiffusionTransformer
 from fitv2_scale.parallel.blocks import prepare_blocks
 from fitv2_scale.parallel.boxes import Box
 
@@ -58,13 +58,13 @@ class EngineSpec:
         """What makes linears where a rank works alone on a pack."""
         return LINEARS[self.precision]
 
-    def network(self, linear: LinearFactory) -> FiTv2:
+    def network(self, linear: LinearFactory) -> DiffusionTransformer:
         """The network on the meta device: untrained tensors frozen, blocks checkpointed and compiled as asked for.
 
         Raises UserError if ``trainable`` matches no tensor.
         """
         with torch.device("meta"):
-            network = FiTv2(self.model, linear, self.parts)
+            network = DiffusionTransformer(self.model, linear, self.parts)
         freeze(network, self.trainable)
         prepare_blocks(network, self.checkpointing, self.compile_blocks)
         return network

@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from fitv2_scale.config.layout import Precision, Reshard
-from fitv2_scale.model.counts import logical_shapes
-from fitv2_scale.model.fitv2 import FiTv2
+from fitv2_scale.model.counts import logical_parameters
+from fitv2_scale.model.network import DiffusionTransformer
 from fitv2_scale.parallel.boxes import LogicalTensor, rows_boxes
 from fitv2_scale.parallel.ema import exchanged
 from fitv2_scale.parallel.engine import StepResult
@@ -24,7 +24,7 @@ from fitv2_scale.parallel.engine_spec import EngineSpec
 from fitv2_scale.parallel.mesh import Groups
 from fitv2_scale.parallel.optimizer import AdamW, global_norm, single_value, step_result, update_ema
 from fitv2_scale.parallel.tensor import broadcast_in_group, tensor_linear
-from fitv2_scale.parallel.tensor_pieces import is_replicated, local_pieces
+from fitv2_scale.parallel.tensor_pieces import local_pieces
 
 # FSDP2's reshard_after_forward, and whether every backward pass reshards; the last one of a step always does. FSDP2's
 # default for the first (None) reshards all but the root, whose weights the backward pass needs at once.
@@ -40,7 +40,7 @@ class FSDPEngine:
         network.to_empty(device=groups.device_type)
         self.network, self._ema_decay, self._groups, self.copy = network, spec.ema_decay, groups, groups.copy
         self._params = cast(dict[str, DTensor], dict(network.named_parameters()))
-        self._shapes = logical_shapes(spec.model)
+        self._logical = logical_parameters(spec.model)
         with torch.no_grad():
             for name, param in self._params.items():
                 param.to_local().zero_()  # the padding of a tensor-parallel SwiGLU is in no box
@@ -48,8 +48,8 @@ class FSDPEngine:
             self._ema = {name: p.to_local().clone() for name, p in self._params.items()}
         self._trained = {name: p for name, p in self._params.items() if p.requires_grad}
         self._adamw = AdamW({name: p.to_local().detach() for name, p in self._trained.items()}, spec.optimizer)
-        self._split = [p for name, p in self._trained.items() if not is_replicated(name)]
-        self._replicated = [p for name, p in self._trained.items() if is_replicated(name)]
+        self._split = [p for name, p in self._trained.items() if self._logical[name].is_split]
+        self._replicated = [p for name, p in self._trained.items() if not self._logical[name].is_split]
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self._root.set_is_last_backward(last)
@@ -87,9 +87,10 @@ class FSDPEngine:
 
     def _boxes(self, name: str, local: Tensor) -> LogicalTensor:
         """The boxes of ``local``, sharded as the tensor ``name`` is."""
-        param, shape = self._params[name], self._shapes[name]
+        param, logical = self._params[name], self._logical[name]
         _, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
-        return rows_boxes(local_pieces(name, shape, self._groups.tensor), shape, local, offset[0])
+        pieces = local_pieces(logical, self._groups.tensor)
+        return rows_boxes(pieces, logical.shape, local, offset[0], logical.is_split)
 
     def scalars(self) -> dict[str, float]:
         return {"optimizer_step": single_value(self._adamw.steps)}
@@ -110,7 +111,7 @@ def _local_grads(params: Iterable[DTensor]) -> list[Tensor]:
     return [cast(DTensor, p.grad).to_local() for p in params]
 
 
-def _shard(network: FiTv2, groups: Groups, precision: Precision, reshard: bool | None) -> FSDPModule:
+def _shard(network: DiffusionTransformer, groups: Groups, precision: Precision, reshard: bool | None) -> FSDPModule:
     """Shards each block, then the rest; returns ``network``, now an FSDPModule. Gradients are summed, not averaged: the
     loss is divided by the global batch."""
     policy = MixedPrecisionPolicy()

@@ -11,7 +11,7 @@ from functools import partial
 
 from fitv2_scale.config.layout import Checkpointing, Layout, Precision, Reshard
 from fitv2_scale.config.model import ModelConfig
-from fitv2_scale.model.counts import logical_shapes, trained_names
+from fitv2_scale.model.counts import INTO_MLP, logical_parameters, trained_names
 from fitv2_scale.parallel.tensor_pieces import TensorGroup, local_pieces
 
 ZERO3_BUCKET = 50_000_000  # elements that DeepSpeed reduces at once, and gathers ahead of their use
@@ -55,7 +55,7 @@ def _fsdp(model: ModelConfig, layout: Layout, trainable: list[str], rank: int) -
         most = -(-rows // layout.shard)
         whole[name], padded[name] = rows * width, most * width
         own[name] = min(most, max(0, rows - shard * most)) * width
-    trained = trained_names(logical_shapes(model), trainable)
+    trained = trained_names(logical_parameters(model), trainable)
     total = partial(_total, trained)
     return StateBytes(
         weights=_FLOAT32 * sum(padded.values()),
@@ -98,9 +98,9 @@ def _local_shapes(model: ModelConfig, layout: Layout) -> dict[str, tuple[int, ..
     """The shape of each tensor on the ranks of a tensor group: that of the first rank, which has the largest part."""
     first = TensorGroup(0, layout.tensor)
     shapes = {}
-    for name, shape in logical_shapes(model).items():
-        pieces = local_pieces(name, shape, first)
-        shapes[name] = tuple(max(p.local[d] + p.shape[d] for p in pieces) for d in range(len(shape)))
+    for name, parameter in logical_parameters(model).items():
+        pieces = local_pieces(parameter, first)
+        shapes[name] = tuple(max(p.local[d] + p.shape[d] for p in pieces) for d in range(len(parameter.shape)))
     return shapes
 
 
@@ -122,19 +122,22 @@ def saved_bytes(model: ModelConfig, layout: Layout, compute: Compute) -> int:
 
     In elements per token, with width D, MLP width M, and D' and M' a tensor rank's parts of them:
     ``full`` keeps the block's input, D; ``selective`` also the products: qkv 3 D', attention D', its projection D, gate
-    and value 2 M', the MLP's result D. ``none`` also keeps the inputs of the products: two modulated inputs 2 D,
-    rotated q and k 2 D', the SwiGLU's M'. That is what the compiler's partitioner keeps; without compilation,
-    modulation 6 D, the parts of both modulated norms 4 D, the second residual D and SiLU M' are added.
+    and value 2 M' (one M' without a gate), the MLP's result D. ``none`` also keeps the inputs of the products: two
+    modulated inputs 2 D, q and k as attention takes them 2 D', the activation's M'. That is what the compiler's
+    partitioner keeps; without compilation, modulation 6 D, the parts of both modulated norms 4 D, the second residual
+    D and SiLU M' are added.
     """
     d, d_local, m_local = model.hidden, model.hidden // layout.tensor, -(-model.mlp_hidden // layout.tensor)
+    into_mlp = len(INTO_MLP[model.mlp])
     numbers, statistics = d, 0
     if compute.checkpointing != "full":
-        numbers += 2 * d + 4 * d_local + 2 * m_local
+        numbers += 2 * d + 4 * d_local + into_mlp * m_local
         statistics = model.heads // layout.tensor  # the softmax's log-sum-exp, float32
     if compute.checkpointing == "none":
-        numbers += 2 * d + 2 * d_local + m_local
+        changes_qk = model.position == "rope" or model.qk_norm != "none"
+        numbers += 2 * d + (2 * d_local if changes_qk else 0) + m_local
         if not compute.compiled:
-            numbers += 11 * d + m_local
+            numbers += 11 * d + (into_mlp - 1) * m_local
     return model.depth * compute.tokens * (numbers * _BYTES[compute.precision] + statistics * _FLOAT32)
 
 

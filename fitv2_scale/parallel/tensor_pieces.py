@@ -1,27 +1,25 @@
 """Tensor parallelism as arithmetic: which pieces of which tensors a rank of a tensor group holds. Imports no torch,
 because `fitv2 submit` uses it to estimate the memory of a layout.
 
-q, k and v are split by heads, the SwiGLU by hidden units, so that a group adds up partial results twice per block:
-after attention's projection and after the SwiGLU's. Everything else, all conditioning included, is replicated: its
-gradient is the same on all ranks of a group.
+q, k and v are split by heads, the MLP by hidden units, so that a group adds up partial results twice per block: after
+attention's projection and after the MLP's. Everything else, all conditioning included, is replicated: its gradient is
+the same on all ranks of a group.
 
-The group's size need not divide the width of a SwiGLU: some ranks are then padded with units that do not exist. Their
-weights start at zero, which makes their gradients zero, so they stay zero; they are in no checkpoint. Nor are they
-compared at a save (see ``checkpoint.copies``): such a unit gives gate times value times its column of fc2, so a
-flipped bit in one of the three, or in a moment of it, meets a zero factor in the output and in every gradient; and one
-bit makes 2.0 of a zero at most, never infinity.
+The group's size need not divide the width of FiTv2's SwiGLU (it does divide that of MLPs of 4 x hidden): some ranks
+are then padded with units that do not exist. Their weights start at zero, which makes their gradients zero, so they
+stay zero; they are in no checkpoint. Nor are they compared at a save (see ``checkpoint.copies``): such a unit gives
+gate times value times its column of fc2, so a flipped bit in one of the three, or in a moment of it, meets a zero
+factor in the output and in every gradient; and one bit makes 2.0 of a zero at most, never infinity.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fitv2_scale.model.counts import LogicalParameter
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-_BY_ROWS = (".mlp.fc1_g.weight", ".mlp.fc1_g.bias", ".mlp.fc1_x.weight", ".mlp.fc1_x.bias", ".attn.qk_scale")
-_BY_COLUMNS = (".attn.proj.weight", ".mlp.fc2.weight")
-_QKV = (".attn.qkv.weight", ".attn.qkv.bias")
 
 
 @dataclass(frozen=True)
@@ -42,19 +40,15 @@ class Piece:
     shape: tuple[int, ...]
 
 
-def is_replicated(name: str) -> bool:
-    """True if every rank of a tensor group holds all of the tensor ``name``."""
-    return not name.endswith(_QKV + _BY_ROWS + _BY_COLUMNS)
-
-
-def local_pieces(name: str, shape: Sequence[int], group: TensorGroup) -> list[Piece]:
-    """What a rank of ``group`` holds of the logical tensor ``name`` of ``shape``, and where in its local tensor."""
-    if group.size == 1 or is_replicated(name):
-        return [Piece((0,) * len(shape), (0,) * len(shape), tuple(shape))]
-    if name.endswith(_QKV):
+def local_pieces(parameter: LogicalParameter, group: TensorGroup) -> list[Piece]:
+    """What a rank of ``group`` holds of a logical tensor, and where in its local tensor."""
+    shape = parameter.shape
+    if group.size == 1 or parameter.cut == "whole":
+        return [Piece((0,) * len(shape), (0,) * len(shape), shape)]
+    if parameter.cut == "rows_of_thirds":
         each = shape[0] // 3
         return [p for k in range(3) for p in _split(shape, 0, k * each, each, group, k * (each // group.size))]
-    dim = 1 if name.endswith(_BY_COLUMNS) else 0
+    dim = 1 if parameter.cut == "columns" else 0
     return _split(shape, dim, 0, shape[dim], group, 0)
 
 

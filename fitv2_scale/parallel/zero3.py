@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fitv2_scale.model.counts import logical_shapes
+from fitv2_scale.model.counts import logical_parameters
 from fitv2_scale.model.linear import LinearFactory, Role
 from fitv2_scale.parallel.boxes import LogicalTensor, flat_boxes
 from fitv2_scale.parallel.deepspeed_setup import SPLIT, GatheredLinear, partition
@@ -23,7 +23,7 @@ from fitv2_scale.parallel.engine_spec import EngineSpec
 from fitv2_scale.parallel.mesh import Groups
 from fitv2_scale.parallel.optimizer import single_value
 from fitv2_scale.parallel.tensor import broadcast_in_group, tensor_linear
-from fitv2_scale.parallel.tensor_pieces import is_replicated, local_pieces
+from fitv2_scale.parallel.tensor_pieces import local_pieces
 
 
 class _ZeroParameter(nn.Parameter):
@@ -53,10 +53,11 @@ class _Shard:
 class Zero3Engine:
     def __init__(self, spec: EngineSpec, groups: Groups):
         network = spec.network(_linear(groups))
+        self._logical = logical_parameters(spec.model)
         for name, param in network.named_parameters():
-            setattr(param, SPLIT, not is_replicated(name))  # DeepSpeed counts replicated ones once in the norm
+            setattr(param, SPLIT, self._logical[name].is_split)  # DeepSpeed counts replicated ones once in the norm
         self.network, self._zero = partition(network, spec.optimizer, groups, spec.precision)
-        self._groups, self._ema_decay, self._shapes = groups, spec.ema_decay, logical_shapes(spec.model)
+        self._groups, self._ema_decay = groups, spec.ema_decay
         self.copy = groups.copy
         self._masters = [m.detach() for m in self._zero.fp32_partitioned_groups_flat]
         self._ema = [torch.zeros_like(m) for m in self._masters]
@@ -87,7 +88,8 @@ class Zero3Engine:
     @torch.no_grad()
     def step(self, lr: float, max_norm: float) -> StepResult:
         zero = self._zero
-        replicated = [s.param for name, s in self._shards.items() if s.param.requires_grad and is_replicated(name)]
+        trained = {name: s.param for name, s in self._shards.items() if s.param.requires_grad}
+        replicated = [param for name, param in trained.items() if not self._logical[name].is_split]
         broadcast_in_group([zero.get_local_fp32_grad_for_param(p) for p in replicated], self._groups.tensor)
         zero.clip_grad = max_norm
         zero.set_lr(lr)
@@ -116,9 +118,10 @@ class Zero3Engine:
         }
 
     def _boxes(self, name: str, flat: Tensor) -> LogicalTensor:
-        shape, param = self._shapes[name], self._shards[name].param
-        pieces = local_pieces(name, shape, self._groups.tensor)
-        return flat_boxes(pieces, shape, tuple(param.ds_shape), flat, self._groups.data_rank * flat.numel())
+        local_shape, start = tuple(self._shards[name].param.ds_shape), self._groups.data_rank * flat.numel()
+        logical = self._logical[name]
+        pieces = local_pieces(logical, self._groups.tensor)
+        return flat_boxes(pieces, logical.shape, local_shape, flat, start, logical.is_split)
 
     def _steps(self) -> list[Tensor]:
         """AdamW's count of steps, one per flat tensor."""

@@ -19,9 +19,9 @@ from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.load import parse_config
 from fitv2_scale.config.schema import Config
 from fitv2_scale.model.counts import logical_shapes
-from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.model.flow import flow_loss
 from fitv2_scale.model.init import fill_initial
+from fitv2_scale.model.network import DiffusionTransformer
 from fitv2_scale.model.packed_batch import PackedBatch
 from fitv2_scale.model.to_torch import packing_to_torch
 from fitv2_scale.parallel.boxes import LogicalTensor
@@ -117,7 +117,7 @@ def packs_of(step: int, rank: int, ranks: int, packs: int, room: int) -> list[Pa
 
 def alone(config: Config) -> Trace:
     """The oracle: one process, plain modules, PyTorch's own clipping and AdamW, nothing of fitv2_scale.parallel's."""
-    network, trace = FiTv2(config.model), Trace()
+    network, trace = DiffusionTransformer(config.model), Trace()
     freeze(network, config.trainable)
     params = dict(network.named_parameters())
     with torch.no_grad():

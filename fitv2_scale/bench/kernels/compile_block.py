@@ -22,9 +22,8 @@ from data_sharding.plan.pack_layout import PackShape
 from fitv2_scale.bench.kernels.counts import FLOAT8, CompiledBlock, Kernel
 from fitv2_scale.bench.kernels.fake_gpu import fake_gpu
 from fitv2_scale.bench.kernels.gpus import Gpu
-from fitv2_scale.config.model import TOKEN_CHANNELS
 from fitv2_scale.config.schema import Config
-from fitv2_scale.model.fitv2 import FiTv2
+from fitv2_scale.model.network import DiffusionTransformer
 from fitv2_scale.model.packed_batch import Packing
 from fitv2_scale.parallel.engine_spec import EngineSpec
 
@@ -51,7 +50,7 @@ def compile_block(config: Config, gpu: Gpu, shape: PackShape) -> CompiledBlock:
     )
 
 
-def _in_bf16(spec: EngineSpec) -> FiTv2:
+def _in_bf16(spec: EngineSpec) -> DiffusionTransformer:
     """The network with fake weights in bf16, as FSDP gives them to a block that computes."""
     network = spec.network(spec.linear)
     for module in network.modules():
@@ -61,7 +60,7 @@ def _in_bf16(spec: EngineSpec) -> FiTv2:
     return network
 
 
-def _train(network: FiTv2, shape: PackShape) -> None:
+def _train(network: DiffusionTransformer, shape: PackShape) -> None:
     """A forward and a backward pass over a pack of ``shape``."""
 
     def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -71,10 +70,11 @@ def _train(network: FiTv2, shape: PackShape) -> None:
         cu_seqlens_I1=empty(shape.images + 1, dtype=torch.int32),
         image_T=empty(shape.tokens, dtype=torch.int64),
         place_T=empty(shape.tokens, dtype=torch.int64),
-        positions_T2=empty(shape.tokens, 2, dtype=torch.int64),
+        positions_T3=empty(shape.tokens, 3, dtype=torch.int64),
         max_seqlen=shape.max_seqlen,
     )
-    latents_TC, t_I, label_I = empty(shape.tokens, TOKEN_CHANNELS), empty(shape.images), empty(shape.images)
+    latents_TC = empty(shape.tokens, network.config.token_channels)
+    t_I, label_I = empty(shape.images), empty(shape.images)
     network(latents_TC, t_I, label_I.long(), packing).float().square().mean().backward()
 
 

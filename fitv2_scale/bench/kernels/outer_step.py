@@ -22,7 +22,6 @@ from data_sharding.format.stored_array import DTYPE
 from data_sharding.plan.pack_layout import PackShape, lay_out
 from data_sharding.stream.batch import Pack, StepBatch
 from fitv2_scale.bench.kernels.counts import Operation, OuterStep, Phase
-from fitv2_scale.config.model import TOKEN_CHANNELS
 from fitv2_scale.config.schema import Config
 from fitv2_scale.model.packed_batch import Packing
 from fitv2_scale.parallel import fsdp
@@ -51,7 +50,7 @@ def count_outer_step(config: Config, ranks: int, nodes: int, shape: PackShape, p
         engine = _Engine(_Unfilled(**vars(EngineSpec.of(config, on_cuda=False))), groups)
         for block in engine.network.blocks:
             block.forward = _WithoutWork(block)
-        batch = _batch(shape, packs)
+        batch = _batch(shape, packs, config.model.token_channels)
         engine.network.register_forward_pre_hook(engine.forward, prepend=True)  # before FSDP gathers
         with _Counting(engine):
             train_step(engine, batch, config, torch.device("cpu"))  # the first one makes what later ones find
@@ -163,12 +162,12 @@ def _bytes(tensor: Tensor) -> int:
     return math.prod(sizes) * tensor.element_size() if tensor.numel() else 0
 
 
-def _batch(shape: PackShape, packs: int) -> StepBatch:
+def _batch(shape: PackShape, packs: int, channels: int) -> StepBatch:
     images = shape.tokens // shape.max_seqlen or 1
     length = min(shape.max_seqlen, shape.tokens)
     pack = Pack(
         layout=lay_out([(1, length)] * images, shape),
-        latents=np.zeros((shape.tokens, TOKEN_CHANNELS), DTYPE),
+        latents=np.zeros((shape.tokens, channels), DTYPE),
         label=np.zeros(shape.images, np.int64),
         weight=np.zeros(shape.images, np.float32),
         sample_id=np.zeros(shape.images, np.int64),

@@ -135,8 +135,9 @@ def _read(
     run = Run.open(url)
     tree = run.config | {"layout": run.config["layout"] | _LAYOUT}
     config = parse_config(tree, f"{run.url}/run.json", overrides)
+    positions = {"rope": config.model.rope, "sincos": config.model.sincos}
     # Also keys that leave every shape alone: with other heads the weights load, and mean nothing. Positions may change.
-    if config.model != parse_config(tree, run.url).model.model_copy(update={"rope": config.model.rope}):
+    if config.model != parse_config(tree, run.url).model.model_copy(update=positions):
         raise UserError(f"{source}: these overrides describe another network than the run's; leave out model.…")
     return (config, run, step), config_facts(config) | _data_facts(config) | {"id of the run": run.id}
 

@@ -17,19 +17,19 @@ from data_sharding.errors import UserError
 from data_sharding.plan.pack_layout import PackLayout, PackShape, lay_out
 from data_sharding.plan.partition import partition
 from data_sharding.rng import Purpose
-from fitv2_scale.config.model import TOKEN_CHANNELS, ModelConfig, RopeConfig
+from fitv2_scale.config.model import ModelConfig, RopeConfig
 from fitv2_scale.config.sections import SamplingConfig
 from fitv2_scale.evaluate.sampling.solvers import Images, Velocity, dopri5, euler, heun, sde
-from fitv2_scale.model.extrapolation import default_rope, extrapolated_table
+from fitv2_scale.model.extrapolation import default_rope
 from fitv2_scale.model.flow import noise_words
 from fitv2_scale.model.packed_batch import to_device
+from fitv2_scale.model.positions import Extrapolation, positions_of
 from fitv2_scale.model.rng import normal
 from fitv2_scale.model.to_torch import packing_to_torch
 from fitv2_scale.parallel.failures import BrokenOff
 from fitv2_scale.parallel.world import World
 
 Network = Callable[..., Tensor]
-_FIRST_THREE = 12  # of the 16 channels of a token, those of three of the four latent channels
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class ImageRequest:
     label: int
     rows: int  # in tokens
     columns: int
-    rope: RopeConfig | None = None  # None: by the config's section ``sampling``
+    positions: Extrapolation | None = None  # None: by the config's section ``sampling``
 
     @property
     def tokens(self) -> int:
@@ -47,7 +47,7 @@ class ImageRequest:
 
 @dataclass(frozen=True)
 class Sample:
-    tokens: np.ndarray  # (rows, columns, 16) float32: the latent at t = 1
+    tokens: np.ndarray  # (rows, columns, C) float32: the latent at t = 1
     nfe: int  # evaluations of the velocity for this image; with guidance each is two passes through the network
 
 
@@ -86,9 +86,9 @@ def sample(
     guided = _GuidedVelocity(interruptible, pack, model, sampling, world.device)
     if sampling.solver == "dopri5":
         with _lockstep(guided, world) as velocity:
-            made = _solve(velocity, guided.images, pack.requests, sampling, seed)
+            made = _solve(velocity, guided.images, pack.requests, sampling, seed, guided.channels)
     else:
-        made = _solve(guided, guided.images, pack.requests, sampling, seed)
+        made = _solve(guided, guided.images, pack.requests, sampling, seed, guided.channels)
     if not gather:
         return made if world.rank % tensor == 0 else {}
     return {request: one for part in world.all_gather(made) for request, one in part.items()}
@@ -120,19 +120,21 @@ class _RankPack:
 
 
 class _GuidedVelocity:
-    """The guided velocity of the tokens of a rank's images, without padding: (N, 16), (I,) -> (N, 16) float32."""
+    """The guided velocity of the tokens of a rank's images, without padding: (N, C), (I,) -> (N, C) float32."""
 
     def __init__(
         self, network: Network, pack: _RankPack, model: ModelConfig, sampling: SamplingConfig, device: torch.device
     ):
         self._network, self._pack, self._sampling, self._device = network, pack, sampling, device
+        self.channels = model.token_channels
+        self._first_three = 3 * model.patch**2  # of the channels of a token, those of the first three of a latent
         self._packing = packing_to_torch(pack.layout).to(device)
         label_I = torch.full((pack.slots,), model.classes)
         label_I[: len(pack.requests)] = torch.tensor([r.label for r in pack.requests], dtype=torch.int64)
         self._label_I = to_device(label_I, device)
-        ropes = [r.rope or rope_for_size(sampling, model, r.rows, r.columns) for r in pack.requests] * pack.copies
-        ropes += [RopeConfig()] * (pack.slots - len(ropes))
-        self._rope = extrapolated_table(self._packing, ropes, model.head_dim, model.rope_theta)
+        own = [r.positions or positions_for_size(sampling, model, r.rows, r.columns) for r in pack.requests]
+        own = own * pack.copies + [model.extrapolation] * (pack.slots - pack.copies * len(own))
+        self._positions = positions_of(model, self._packing, own)
 
     @property
     def images(self) -> Images:
@@ -142,12 +144,12 @@ class _GuidedVelocity:
 
     def __call__(self, x_NC: Tensor, t_I: Tensor) -> Tensor:
         pack, cfg, images = self._pack, self._sampling.cfg, len(self._pack.requests)
-        x_TC = x_NC.new_zeros(len(self._packing.image_T), TOKEN_CHANNELS)
+        x_TC = x_NC.new_zeros(len(self._packing.image_T), self.channels)
         t_slots = x_NC.new_zeros(pack.slots)
         for copy in range(pack.copies):
             x_TC[copy * pack.tokens : (copy + 1) * pack.tokens] = x_NC
             t_slots[copy * images : (copy + 1) * images] = t_I
-        velocity_TC = self._network(x_TC, t_slots, self._label_I, self._packing, self._rope).float()
+        velocity_TC = self._network(x_TC, t_slots, self._label_I, self._packing, self._positions).float()
         conditional_NC = velocity_TC[: pack.tokens]
         if pack.copies == 1:
             return conditional_NC
@@ -155,11 +157,18 @@ class _GuidedVelocity:
         guided_NC = free_NC + cfg * (conditional_NC - free_NC)
         if self._sampling.guided_channels == "all":
             return guided_NC
-        return torch.cat((guided_NC[:, :_FIRST_THREE], conditional_NC[:, _FIRST_THREE:]), 1)
+        return torch.cat((guided_NC[:, : self._first_three], conditional_NC[:, self._first_three :]), 1)
 
     def idle(self) -> None:
         """Calls the network without using the result, because other ranks need to call it."""
-        self(torch.zeros(self._pack.tokens, TOKEN_CHANNELS, device=self._device), torch.zeros((), device=self._device))
+        self(torch.zeros(self._pack.tokens, self.channels, device=self._device), torch.zeros((), device=self._device))
+
+
+def positions_for_size(sampling: SamplingConfig, model: ModelConfig, rows: int, columns: int) -> Extrapolation:
+    """The extrapolation that ``sampling`` asks for at a size, of the kind that ``model`` has."""
+    if model.position != "sincos":
+        return rope_for_size(sampling, model, rows, columns)
+    return model.sincos if sampling.sincos == "auto" else model.sincos.model_copy(update={"mode": sampling.sincos})
 
 
 def rope_for_size(sampling: SamplingConfig, model: ModelConfig, rows: int, columns: int) -> RopeConfig:
@@ -173,13 +182,13 @@ def rope_for_size(sampling: SamplingConfig, model: ModelConfig, rows: int, colum
 
 
 def _solve(
-    velocity: Velocity, images: Images, requests: list[ImageRequest], sampling: SamplingConfig, seed: int
+    velocity: Velocity, images: Images, requests: list[ImageRequest], sampling: SamplingConfig, seed: int, channels: int
 ) -> dict[ImageRequest, Sample]:
     device = images.image_N.device
     index_I = torch.tensor([r.index for r in requests], dtype=torch.int64, device=device)
 
     def noise(draw: int) -> Tensor:
-        words = noise_words(Purpose.SAMPLER_NOISE, seed, draw, index_I[images.image_N], images.place_N)
+        words = noise_words(Purpose.SAMPLER_NOISE, seed, draw, index_I[images.image_N], images.place_N, channels)
         return normal(words).float()
 
     x_NC, nfe_I = noise(0), images.count(0)
@@ -195,7 +204,7 @@ def _solve(
                 x_NC, nfe_I = dopri5(velocity, x_NC, images, sampling.atol, sampling.rtol)
     made, at, x = {}, 0, x_NC.cpu().numpy()
     for r, nfe in zip(requests, nfe_I.tolist(), strict=True):
-        made[r] = Sample(x[at : at + r.tokens].reshape(r.rows, r.columns, TOKEN_CHANNELS), nfe)
+        made[r] = Sample(x[at : at + r.tokens].reshape(r.rows, r.columns, channels), nfe)
         at += r.tokens
     return made
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fitv2_scale.model.attention import attention
-from fitv2_scale.model.block import Attention, Block, SwiGLU
+from fitv2_scale.model.block import Attention, Block, GeluMLP, Rope, SwiGLU
 from fitv2_scale.model.kernels import on_cuda, operators
 from fitv2_scale.model.linear import with_bias_apart
 from fitv2_scale.model.modulation import layer_norm, modulated
@@ -22,13 +22,13 @@ on_cuda.register()
 
 
 class FusedAttention(Attention):
-    def heads(self, x_TD: Tensor, rope_TD: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        if self.qk_norm == "l2_scale":
+    def heads(self, x_TD: Tensor, rope_TD: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        if self.qk_norm == "l2_scale" or rope_TD is None:
             return super().heads(x_TD, rope_TD)
         qkv_TK, bias_K = with_bias_apart(x_TD, self.qkv)
         return _Heads.apply(qkv_TK, bias_K, *rope_TD, self.head_dim, self.qk_norm == "layernorm")
 
-    def inner(self, x_TD: Tensor, rope_TD: tuple[Tensor, Tensor], packing: Packing) -> tuple[Tensor, Tensor]:
+    def inner(self, x_TD: Tensor, rope_TD: Rope, packing: Packing) -> tuple[Tensor, Tensor]:
         """As ``forward``, with the bias whose gradient is still to be given."""
         out_THD = attention(*self.heads(x_TD, rope_TD), packing)
         return with_bias_apart(out_THD.flatten(1), self.proj)
@@ -49,14 +49,19 @@ class FusedMergedSwiGLU(FusedSwiGLU):
         return with_bias_apart(hidden_TH, self.fc2)
 
 
+class FusedGeluMLP(GeluMLP):
+    """Its own backward pass is the compiler's."""
+
+    def inner(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        return with_bias_apart(F.gelu(self.fc1(x_TD), approximate="tanh"), self.fc2)
+
+
 class FusedBlock(Block):
-    def apply_modulated(
-        self, x_TD: Tensor, modulation_I6D: Tensor, rope_TD: tuple[Tensor, Tensor], packing: Packing
-    ) -> Tensor:
+    def apply_modulated(self, x_TD: Tensor, modulation_I6D: Tensor, rope_TD: Rope, packing: Packing) -> Tensor:
         shift, scale, gate, shift_of_mlp, scale_of_mlp, gate_of_mlp = modulation_I6D.chunk(6, -1)
         images = packing.image_T, packing.cu_seqlens_I1, packing.max_seqlen
         x_TD, m_TD = _Branch.apply(x_TD, shift, scale, *images)
-        attn, mlp = cast(FusedAttention, self.attn), cast(FusedSwiGLU, self.mlp)
+        attn, mlp = cast(FusedAttention, self.attn), cast(FusedSwiGLU | FusedGeluMLP, self.mlp)
         y_TD, bias_D = attn.inner(m_TD, rope_TD, packing)
         x_TD, m_TD = _Join.apply(x_TD, y_TD, bias_D, gate, shift_of_mlp, scale_of_mlp, *images)
         y_TD, bias_D = mlp.inner(m_TD)

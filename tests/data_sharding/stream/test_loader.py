@@ -69,7 +69,7 @@ def test_packs_hold_the_planned_images(plan, ranks):
                 start, end = layout.cu_seqlens[slot : slot + 2]
                 assert np.array_equal(pack.latents[start:end], array.reshape(-1, 16).astype(np.float32))
                 rows, columns = array.shape[:2]
-                assert layout.positions[start:end].tolist() == [[r, c] for r in range(rows) for c in range(columns)]
+                assert layout.positions[start:end].tolist() == [[0, r, c] for r in range(rows) for c in range(columns)]
                 assert pack.label[slot] == sample.label and (layout.image[start:end] == slot).all()
                 assert np.array_equal(layout.place[start:end], np.arange(end - start))
         assert found == set(range(12))

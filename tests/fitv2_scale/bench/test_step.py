@@ -21,8 +21,8 @@ from fitv2_scale.config.load import load_config
 from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
 from fitv2_scale.model.counts import forward_flops
-from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.model.flow import image_losses
+from fitv2_scale.model.network import DiffusionTransformer
 from fitv2_scale.model.to_torch import pack_to_torch
 from tests.support.tiny_networks import build
 from tests.support.tiny_runs import BENCHED
@@ -181,7 +181,7 @@ def test_a_round_leaves_no_weights_behind(compile_blocks, monkeypatch):
         step.measure(config_of(f"layout.compile={compile_blocks}"), 1, 2, "none")
     finally:
         gc.enable()
-    tensors = len(list(FiTv2(config_of().model).parameters()))
+    tensors = len(list(DiffusionTransformer(config_of().model).parameters()))
     assert len(weights) == 4 * tensors and not any(weight() is not None for weight in weights)
 
 

@@ -20,8 +20,8 @@ from fitv2_scale.cli.__main__ import main
 from fitv2_scale.config.layout import Layout
 from fitv2_scale.data import Data
 from fitv2_scale.evaluate.validation import held_out, validation_grid
-from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.model.init import fill_initial
+from fitv2_scale.model.network import DiffusionTransformer
 from fitv2_scale.model.to_torch import packing_to_torch
 from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.world import join
@@ -56,7 +56,7 @@ def measured(config) -> tuple[float, float, float]:
 
 def expected(config, shift: float) -> float:
     """One process, float64, an image and a time at a time, noise from the NumPy generator."""
-    network = FiTv2(config.model)
+    network = DiffusionTransformer(config.model)
     with torch.no_grad():
         for name, param in network.named_parameters():
             fill_initial(param, name, param.shape, (0,) * param.dim(), config.seed, config.model)

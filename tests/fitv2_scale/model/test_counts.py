@@ -8,9 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from fitv2_scale.config.load import load_config
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.model.counts import forward_flops
-from fitv2_scale.model.fitv2 import FiTv2
+from fitv2_scale.model.network import DiffusionTransformer
 from fitv2_scale.model.packed_batch import Packing
-from tests.support.tiny_networks import pack
+from tests.support.tiny_networks import SWITCHES, pack
 
 
 def counted(model: ModelConfig, size: tuple[int, int], images: int, train: bool = False) -> int:
@@ -19,8 +19,8 @@ def counted(model: ModelConfig, size: tuple[int, int], images: int, train: bool 
     layout = vars(pack([size] * images, tokens, images, tokens // images))
     packing = Packing(**{n: v.to("meta") if isinstance(v, torch.Tensor) else v for n, v in layout.items()})
     with torch.device("meta"):
-        network = FiTv2(model)
-        inputs = torch.empty(tokens, 16), torch.empty(images), torch.empty(images, dtype=torch.int64)
+        network = DiffusionTransformer(model)
+        inputs = torch.empty(tokens, model.token_channels), torch.empty(images), torch.empty(images, dtype=torch.int64)
     # The counter does not know every fused kernel; the plain one is two matrix products.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         out = network(*inputs, packing)
@@ -34,6 +34,12 @@ def counted(model: ModelConfig, size: tuple[int, int], images: int, train: bool 
 def test_forward_pass(config, size, images):
     model = load_config(f"configs/{config}.yaml").model
     assert counted(model, size, images) == images * forward_flops(model, size[0] * size[1])
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_each_switch(switch):
+    model = ModelConfig(depth=3, hidden=96, heads=4).model_copy(update=switch)
+    assert counted(model, (12, 9), 3) == 3 * forward_flops(model, 108)
 
 
 def test_full_adaln_heads():

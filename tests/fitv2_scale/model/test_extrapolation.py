@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from data_sharding.plan.pack_layout import PackShape, lay_out
 from fitv2_scale.config.model import ModelConfig, RopeConfig
 from fitv2_scale.model.extrapolation import extrapolated_table
-from fitv2_scale.model.fitv2 import FiTv2
+from fitv2_scale.model.network import DiffusionTransformer
+from fitv2_scale.model.positions import positions_of
 from fitv2_scale.model.rope import rope_table
 from fitv2_scale.model.to_torch import packing_to_torch
 
@@ -141,13 +142,13 @@ def test_the_network_takes_what_its_config_says_and_what_it_is_given():
     packing = pack([(3, 4), (8, 6)])
     outputs = []
     for config in (plain, stage):
-        network = FiTv2(config)
+        network = DiffusionTransformer(config)
         with torch.no_grad():
             torch.manual_seed(0)
             for p in network.parameters():
                 p.normal_(std=0.2)
         inputs = torch.randn(65, 16), torch.rand(7), torch.zeros(7, dtype=torch.int64), packing
-        outputs.append((network(*inputs), network(*inputs, extrapolated_table(packing, rope, 16, 1e4))))
+        outputs.append((network(*inputs), network(*inputs, positions_of(plain, packing, [rope] * 7))))
     (as_trained, as_given), (by_config, _) = outputs
     torch.testing.assert_close(as_given, by_config, rtol=0, atol=0)
     torch.testing.assert_close(as_given[:12], as_trained[:12], rtol=1e-6, atol=1e-6)

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch.torch_version import TorchVersion
 
 from fitv2_scale.config.model import ModelConfig
-from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.model.float8 import (
     LINEARS,
     Float8Linear,
@@ -17,6 +16,7 @@ from fitv2_scale.model.float8 import (
     scaled_rows,
 )
 from fitv2_scale.model.linear import merged
+from fitv2_scale.model.network import DiffusionTransformer
 
 MODEL = ModelConfig(depth=2, hidden=48, heads=2, classes=5)
 T, K, N = 64, 96, 48
@@ -104,11 +104,22 @@ def test_numbers_too_small_for_a_scale_become_zero():
 
 def test_the_large_linears_of_blocks_alone():
     """And names and shapes of the weights are the same."""
-    names = {name for name, module in FiTv2(MODEL, LINEARS["fp8"]).named_modules() if isinstance(module, Float8Linear)}
+    names = {
+        name
+        for name, module in DiffusionTransformer(MODEL, LINEARS["fp8"]).named_modules()
+        if isinstance(module, Float8Linear)
+    }
     large = ("attn.qkv", "attn.proj", "mlp.fc1_g", "mlp.fc1_x", "mlp.fc2")
     assert names == {f"blocks.{i}.{name}" for i in range(2) for name in large}
-    assert not [m for p in ("bf16", "fp32") for m in FiTv2(MODEL, LINEARS[p]).modules() if isinstance(m, Float8Linear)]
-    fp8, bf16 = ({n: p.shape for n, p in FiTv2(MODEL, LINEARS[p]).named_parameters()} for p in ("fp8", "bf16"))
+    assert not [
+        m
+        for p in ("bf16", "fp32")
+        for m in DiffusionTransformer(MODEL, LINEARS[p]).modules()
+        if isinstance(m, Float8Linear)
+    ]
+    fp8, bf16 = (
+        {n: p.shape for n, p in DiffusionTransformer(MODEL, LINEARS[p]).named_parameters()} for p in ("fp8", "bf16")
+    )
     assert list(fp8.items()) == list(bf16.items())
 
 

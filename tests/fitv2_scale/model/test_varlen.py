@@ -11,7 +11,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.model import attention
-from fitv2_scale.model.fitv2 import FiTv2
+from fitv2_scale.model.network import DiffusionTransformer
 from fitv2_scale.model.packed_batch import Packing
 from fitv2_scale.parallel.blocks import prepare_blocks
 from tests.support.tiny_networks import build, pack
@@ -27,17 +27,17 @@ def with_an_empty_slot(packing: Packing, slot: int) -> Packing:
     cu = packing.cu_seqlens_I1
     image_T = packing.image_T + (packing.image_T >= slot)
     cu = torch.cat((cu[: slot + 1], cu[slot:]))
-    return Packing(cu, image_T, packing.place_T, packing.positions_T2, packing.max_seqlen)
+    return Packing(cu, image_T, packing.place_T, packing.positions_T3, packing.max_seqlen)
 
 
 PACKING = with_an_empty_slot(pack(SIZES, TOKENS, SLOTS, LONGEST), 2)
 
 
-def bf16_network(head_dim: int) -> FiTv2:
+def bf16_network(head_dim: int) -> DiffusionTransformer:
     return build(ModelConfig(depth=DEPTH, hidden=2 * head_dim, heads=2, classes=5)).bfloat16()
 
 
-def values(network: FiTv2) -> dict[str, Tensor]:
+def values(network: DiffusionTransformer) -> dict[str, Tensor]:
     """The output and all gradients of one step, whose inputs are the same for all networks."""
     draw = torch.Generator().manual_seed(3)
     x, gradient = (torch.randn(TOKENS, 16, generator=draw).bfloat16() for _ in range(2))

@@ -8,7 +8,7 @@ import torch
 
 from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.model import ModelConfig
-from fitv2_scale.model.fitv2 import FiTv2
+from fitv2_scale.model.network import DiffusionTransformer
 from fitv2_scale.parallel import blocks
 from fitv2_scale.parallel.blocks import prepare_blocks
 from fitv2_scale.parallel.mesh import make_groups
@@ -22,9 +22,11 @@ TOKENS = 48
 PACKING = pack([(3, 4), (5, 2), (4, 4)], TOKENS, 5, 16)
 
 
-def run(network: FiTv2) -> torch.Tensor:
+def run(network: DiffusionTransformer) -> torch.Tensor:
     torch.manual_seed(0)
-    return network(torch.randn(TOKENS, 16), torch.rand(5), torch.tensor([1, 0, 3, 0, 0]), PACKING)
+    return network(
+        torch.randn(TOKENS, network.config.token_channels), torch.rand(5), torch.tensor([1, 0, 3, 0, 0]), PACKING
+    )
 
 
 def gradients(config: ModelConfig, checkpointing: str, compile_blocks: bool = False) -> dict[str, torch.Tensor]:
@@ -66,7 +68,7 @@ def counted(monkeypatch):
         yield torch._dynamo.utils.counters
 
 
-def step_of_shape(network: FiTv2, extra: int) -> None:
+def step_of_shape(network: DiffusionTransformer, extra: int) -> None:
     """Forward and backward on a pack never seen before, as each pack of a run is: of 48 + 8 ``extra`` tokens."""
     tokens, images = 48 + 8 * extra, 5 + extra
     packing = pack([(3, 4), (5, 2), (4, 4)], tokens, images, 16)
@@ -131,7 +133,7 @@ def test_a_block_is_one_graph_a_shape_on_a_gpu(checkpointing, dtype, padded, cou
 def gradients_on_a_tensor_rank(checkpointing: str, compile_blocks: bool = False) -> dict[str, np.ndarray]:
     with join() as world:
         group = make_groups(Layout.of(world.size, 1, world.size), "cpu").tensor
-        network = FiTv2(TINY, tensor_linear(group))
+        network = DiffusionTransformer(TINY, tensor_linear(group))
         with torch.no_grad():
             for i, p in enumerate(network.parameters()):
                 p.normal_(std=0.1, generator=torch.Generator().manual_seed(2 * i + world.rank))

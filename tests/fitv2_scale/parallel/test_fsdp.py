@@ -3,8 +3,8 @@
 import torch
 
 from fitv2_scale.config.schema import Config
-from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.model.flow import make_flow_batch
+from fitv2_scale.model.network import DiffusionTransformer
 from fitv2_scale.parallel.world import join
 from tests.support.layout_grid import CLASSES, STEPS, engine_of, make_config, packs_of
 from tests.support.ranks import run_ranks
@@ -14,7 +14,7 @@ def differences(config: Config) -> tuple[float, float]:
     """The largest difference between what the network of the engine and a plain one give with the same weights, all of
     which matter, in bfloat16; and between the plain one's with times in float32 and in bfloat16."""
     with join() as world:
-        engine, plain = engine_of(config, world), FiTv2(config.model)
+        engine, plain = engine_of(config, world), DiffusionTransformer(config.model)
         boxes, weights = engine.boxes(), plain.state_dict()
         for name, weight in weights.items():
             boxes[f"param/{name}"].boxes[0].tensor.copy_(weight.normal_(std=0.3))

@@ -10,8 +10,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fitv2_scale.config.schema import Config
 from fitv2_scale.model.counts import logical_shapes
-from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.model.flow import flow_loss, make_flow_batch
+from fitv2_scale.model.network import DiffusionTransformer
 from fitv2_scale.model.packed_batch import PackedBatch
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.world import World, join
@@ -52,9 +52,9 @@ def output(network, pack: PackedBatch, config: Config) -> Tensor:
         return network(flow.x_TC, flow.t_I, flow.label_I, pack.packing)
 
 
-def plain(config: Config, state: dict[str, Tensor], kind: str) -> FiTv2:
+def plain(config: Config, state: dict[str, Tensor], kind: str) -> DiffusionTransformer:
     """The network in one process, in the engine's precision, with the weights or the EMA of ``state``."""
-    network = FiTv2(config.model)
+    network = DiffusionTransformer(config.model)
     network.load_state_dict({n.removeprefix(f"{kind}/"): t for n, t in state.items() if n.startswith(f"{kind}/")})
     return network.to(DTYPES[config.layout.precision])
 

@@ -5,8 +5,8 @@ import torch
 
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.model.block_parts import BlockParts
-from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.model.kernels import on_cuda, operators
+from fitv2_scale.model.network import DiffusionTransformer
 from fitv2_scale.model.packed_batch import Packing
 from tests.support.triton_interpreter import interpreter
 
@@ -25,7 +25,7 @@ def packing() -> Packing:
 def results(config: ModelConfig, way: tuple[str, str], dtype: torch.dtype, frozen: str = "") -> dict[str, torch.Tensor]:
     """The output, and the gradients of tokens and weights, which are drawn by one seed."""
     torch.manual_seed(0)
-    network = FiTv2(config, parts=BlockParts.of(config, *way))
+    network = DiffusionTransformer(config, parts=BlockParts.of(config, *way))
     for name, parameter in network.named_parameters():
         torch.nn.init.normal_(parameter, std=0.2)
         parameter.requires_grad_(not frozen or frozen not in name)

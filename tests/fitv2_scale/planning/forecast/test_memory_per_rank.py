@@ -20,7 +20,7 @@ from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.config.schema import Config
 from fitv2_scale.model import block
 from fitv2_scale.model.counts import forward_flops
-from fitv2_scale.model.fitv2 import FiTv2
+from fitv2_scale.model.network import DiffusionTransformer
 from fitv2_scale.model.packed_batch import Packing
 from fitv2_scale.model.rope import by_channel, rope_table
 from fitv2_scale.parallel.blocks import prepare_blocks
@@ -147,7 +147,7 @@ def block_inputs(device: str) -> tuple:
             cu_seqlens_I1=torch.arange(IMAGES + 1, dtype=torch.int32) * LONG,
             image_T=torch.arange(tokens) // LONG,
             place_T=torch.arange(tokens) % LONG,
-            positions_T2=torch.zeros(tokens, 2, dtype=torch.int64),
+            positions_T3=torch.zeros(tokens, 3, dtype=torch.int64),
             max_seqlen=LONG,
         )
         x, c, shared = (
@@ -164,7 +164,7 @@ def saved(checkpointing: str, compiled: bool) -> int:
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_what_a_block_keeps_for_its_backward_pass(varlen, checkpointing):
-    network = FiTv2(WIDE).to(device="meta", dtype=torch.bfloat16)
+    network = DiffusionTransformer(WIDE).to(device="meta", dtype=torch.bfloat16)
     prepare_blocks(network, checkpointing, compile_blocks=False)
     x, c, shared, rope, packing = block_inputs("meta")
     with HeldResults([*network.parameters(), *rope]) as results:
@@ -192,7 +192,7 @@ def test_what_the_compiler_keeps_of_a_block(varlen, checkpointing, monkeypatch):
         decompositions=select_decomp_table(),
     )
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend, fullgraph=True))
-    network = FiTv2(WIDE).to(torch.bfloat16)
+    network = DiffusionTransformer(WIDE).to(torch.bfloat16)
     prepare_blocks(network, checkpointing, compile_blocks=True)
     x, *others = block_inputs("cpu")
     with pytest.raises(Exception, match="Done"):

@@ -1,8 +1,9 @@
-"""The FiTv2 network (arXiv 2410.13925), exactly as released: module names are the public names of its weights.
+"""One network for FiTv2 (arXiv 2410.13925), FiT (2402.12376), DiT (2212.09748) and SiT (2401.08740), each exactly as
+released: ``ModelConfig`` says which, and module names are the public names of the weights.
 
-Letters in shapes: T tokens, I images, D hidden, H heads, C = 16 token channels. Conditioning is computed once per image
-and gathered to its tokens. The network takes packed tokens and knows no processes: linears come from a factory, so that
-tensor parallelism can replace them.
+Letters in shapes: T tokens, I images, D hidden, H heads, C token channels (16 with patches of 2 x 2). Conditioning is
+computed once per image and gathered to its tokens. The network takes packed tokens and knows no processes: linears come
+from a factory, so that tensor parallelism can replace them.
 """
 
 import math
@@ -10,26 +11,25 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fitv2_scale.config.model import TIMESTEP_CHANNELS, TOKEN_CHANNELS, ModelConfig
+from fitv2_scale.config.model import TIMESTEP_CHANNELS, ModelConfig
 from fitv2_scale.model.block_parts import BlockParts
-from fitv2_scale.model.extrapolation import extrapolated_table
 from fitv2_scale.model.linear import LinearFactory, plain_linear
 from fitv2_scale.model.modulation import modulation
 from fitv2_scale.model.packed_batch import Packing
-from fitv2_scale.model.rope import by_channel, rope_table
+from fitv2_scale.model.positions import Positions, positions_of
 
 
 class PatchEmbed(nn.Module):
     def __init__(self, config: ModelConfig, linear: LinearFactory):
         super().__init__()
-        self.proj = linear(TOKEN_CHANNELS, config.hidden, "replicated")
+        self.proj = linear(config.token_channels, config.hidden, "replicated")
 
     def forward(self, x_TC: Tensor) -> Tensor:
         return self.proj(x_TC.to(self.proj.get_parameter("weight").dtype))
 
 
 class TimestepEmbed(nn.Module):
-    """Sinusoids [cos, sin] of t in [0, 1], not scaled by 1000, then an MLP."""
+    """Sinusoids [cos, sin] of t as it is: in [0, 1] for a flow, 0 to 999 for DDPM. Then an MLP."""
 
     def __init__(self, config: ModelConfig, linear: LinearFactory):
         super().__init__()
@@ -59,14 +59,14 @@ class LabelEmbed(nn.Module):
 class FinalLayer(nn.Module):
     def __init__(self, config: ModelConfig, linear: LinearFactory):
         super().__init__()
-        self.linear = linear(config.hidden, TOKEN_CHANNELS, "replicated")
+        self.linear = linear(config.hidden, config.outputs * config.token_channels, "replicated")
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), linear(config.hidden, 2 * config.hidden, "replicated"))
 
     def forward(self, x_TD: Tensor, c_ID: Tensor, packing: Packing) -> Tensor:
         return self.linear(modulation(self.adaLN_modulation(c_ID), 2, packing).modulate(x_TD, 0, 1))
 
 
-class FiTv2(nn.Module):
+class DiffusionTransformer(nn.Module):
     def __init__(self, config: ModelConfig, linear: LinearFactory = plain_linear, parts: BlockParts | None = None):
         """``parts`` are what blocks are made of, if not of what ``config`` alone says."""
         super().__init__()
@@ -88,23 +88,20 @@ class FiTv2(nn.Module):
         t_I: Tensor,
         label_I: Tensor,
         packing: Packing,
-        rope: tuple[Tensor, Tensor] | None = None,
+        positions: Positions | None = None,
     ) -> Tensor:
-        """The velocity at noised tokens x_TC: (T, 16).
+        """What the objective asks for at noised tokens x_TC, such as their velocity: (T, C); with
+        ``config.outputs`` = 2 also C numbers for the variance of each token, behind the others: (T, 2 C).
 
-        ``t_I`` is the time of each image (0 noise, 1 data), ``label_I`` its class; ``config.classes`` means no class.
-        ``rope`` is a table to use instead of the config's own (see ``extrapolation``).
+        ``t_I`` is the time of each image, ``label_I`` its class; ``config.classes`` means no class. ``positions`` are
+        used instead of the config's own.
         """
+        places = positions or positions_of(self.config, packing)
         x_TD = self.x_embedder(x_TC)
+        if places.added_TD is not None:
+            x_TD = x_TD + places.added_TD.to(x_TD.dtype)
         c_ID = self.t_embedder(t_I) + self.y_embedder(label_I)
         shared_I6D = None if self.global_adaLN_modulation is None else self.global_adaLN_modulation(c_ID)
-        rope_TD = by_channel(*(rope or self._rope(packing)))  # once for all blocks
         for block in self.blocks:
-            x_TD = block(x_TD, c_ID, shared_I6D, rope_TD, packing)
+            x_TD = block(x_TD, c_ID, shared_I6D, places.rope_TD, packing)
         return self.final_layer(x_TD, c_ID, packing)
-
-    def _rope(self, packing: Packing) -> tuple[Tensor, Tensor]:
-        config = self.config
-        if config.rope.mode == config.rope.attention_scale == "none":
-            return rope_table(packing.positions_T2, config.head_dim, config.rope_theta)
-        return extrapolated_table(packing, config.rope, config.head_dim, config.rope_theta)

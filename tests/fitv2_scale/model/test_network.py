@@ -12,10 +12,10 @@ from fitv2_scale.config.load import load_config
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.model.attention import by_image, padded_sdpa
 from fitv2_scale.model.counts import logical_shapes, parameter_count
-from fitv2_scale.model.fitv2 import FiTv2
 from fitv2_scale.model.gather import to_tokens
 from fitv2_scale.model.init import fill_initial
 from fitv2_scale.model.linear import Role
+from fitv2_scale.model.network import DiffusionTransformer
 from fitv2_scale.model.packed_batch import Packing
 from fitv2_scale.model.rope import by_channel, rope_table, rotate
 from tests.support.tiny_networks import SWITCHES, TINY, build, pack
@@ -44,7 +44,7 @@ def test_parameter_counts(name, parameters, tensors):
 def test_names_and_shapes_are_the_networks_own(name, switch):
     model = load_config(f"configs/{name}.yaml").model.model_copy(update=switch)
     with torch.device("meta"):
-        built = [(name, tuple(p.shape)) for name, p in FiTv2(model).named_parameters()]
+        built = [(name, tuple(p.shape)) for name, p in DiffusionTransformer(model).named_parameters()]
     assert list(logical_shapes(model).items()) == built
 
 
@@ -78,9 +78,9 @@ def test_public_names_and_shapes_of_xl():
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_first_output_is_exactly_zero(switch):
     network = build(TINY.model_copy(update=switch), zero=True)
-    packing = pack([(3, 4), (2, 5)], 32, 4, 12)
-    out = network(torch.randn(32, 16), torch.rand(4), torch.tensor([0, 3, 0, 0]), packing)
-    assert torch.equal(out, torch.zeros_like(out))
+    packing, channels = pack([(3, 4), (2, 5)], 32, 4, 12), 4 * switch.get("patch", 2) ** 2
+    out = network(torch.randn(32, channels), torch.rand(4), torch.tensor([0, 3, 0, 0]), packing)
+    assert torch.equal(out, torch.zeros(32, channels * switch.get("outputs", 1)))
 
 
 def test_initial_distributions():
@@ -121,10 +121,10 @@ def test_any_box_of_a_tensor_can_be_drawn_alone():
 def test_packed_equals_alone_forward_and_gradient(switch):
     """An image's output, and the gradient it sends, are those of the image by itself, whatever lies around it."""
     config = TINY.model_copy(update=switch)
-    sizes = [(3, 4), (1, 7), (4, 4), (2, 3)]
+    sizes, channels = [(3, 4), (1, 7), (4, 4), (2, 3)], config.token_channels
     torch.manual_seed(0)
-    latents = [torch.randn(h * w, 16) for h, w in sizes]
-    upstream = [torch.randn(h * w, 16) for h, w in sizes]
+    latents = [torch.randn(h * w, channels) for h, w in sizes]
+    upstream = [torch.randn(h * w, config.outputs * channels) for h, w in sizes]
     t, label = torch.rand(len(sizes)), torch.tensor([1, 5, 0, 3])
 
     alone, network = [], build(config)
@@ -138,8 +138,8 @@ def test_packed_equals_alone_forward_and_gradient(switch):
         network = build(config)
         packing = pack([sizes[i] for i in order], tokens, slots, 16)
         padding = tokens - sum(len(latents[i]) for i in order)
-        x = torch.cat([latents[i] for i in order] + [1e3 * torch.randn(padding, 16)])
-        gradient = torch.cat([upstream[i] for i in order] + [torch.zeros(padding, 16)])
+        x = torch.cat([latents[i] for i in order] + [1e3 * torch.randn(padding, channels)])
+        gradient = torch.cat([upstream[i] for i in order] + [torch.zeros(padding, upstream[0].shape[1])])
         empty = slots - len(order)
         times, labels = torch.cat([t[order], torch.rand(empty)]), F.pad(label[order], (0, empty))
         out = network(x, times, labels, packing)
@@ -266,7 +266,7 @@ def test_linear_factory_sees_every_role():
         seen.setdefault((in_features, out_features), set()).add(role)
         return torch.nn.Linear(in_features, out_features)
 
-    FiTv2(TINY, linear)
+    DiffusionTransformer(TINY, linear)
     assert seen[(32, 96)] == {"column"} and seen[(85, 32)] == {"row"} and seen[(32, 85)] == {"column"}
 
 
