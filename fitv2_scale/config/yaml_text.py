@@ -191,13 +191,16 @@ def _number(text: str, where: str, whole: bool) -> int | float | str:
 
 
 def _kinds(annotation: Any) -> list[Any]:
-    """The types that a value may have: those of a union one by one, without constraints; Literal as itself."""
+    """The types that a value may have: those of a union one by one, without constraints; Literal as itself, but that of
+    whole numbers as int."""
     origin = get_origin(annotation)
     if origin is Annotated:
         return _kinds(get_args(annotation)[0])
     if origin in (Union, UnionType):
         return [kind for part in get_args(annotation) for kind in _kinds(part)]
-    return [Literal if origin is Literal else annotation]
+    if origin is Literal:
+        return [int if all(type(value) is int for value in get_args(annotation)) else Literal]
+    return [annotation]
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:

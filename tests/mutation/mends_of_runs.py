@@ -90,7 +90,7 @@ OF_RUNS: tuple[Named, ...] = (
     ),
     Named(
         "R3: a commit mixes the copies", SAVES,
-        "logical if engine.copy.writes(name) else LogicalTensor(logical.shape, [])", "logical",
+        "logical if engine.copy.writes(logical.split) else LogicalTensor(logical.shape, [])", "logical",
         (f"{COPIES}::test_one_copy_saves",),
     ),
     Named(

@@ -24,8 +24,8 @@ def plan(dataset):
 
 
 def test_no_more_is_read_ahead_than_fits(plan, monkeypatch):
-    """Once all frames are in memory, packs alone count: two of 128 tokens a step, of 64 bytes each: 16 numbers of two
-    bytes, four of eight in the layout."""
+    """Once all frames are in memory, packs alone count: two of 128 tokens a step, of 72 bytes each: 16 numbers of two
+    bytes, five of eight in the layout."""
     planned, too_far, plan_step = [], threading.Event(), plan.step
 
     def step(number: int):
@@ -35,7 +35,7 @@ def test_no_more_is_read_ahead_than_fits(plan, monkeypatch):
         return plan_step(number)
 
     monkeypatch.setattr(plan, "step", step)
-    with loader(plan, steps=range(60), prefetch_bytes=3 * 2 * 128 * 64) as batches:
+    with loader(plan, steps=range(60), prefetch_bytes=3 * 2 * 128 * 72) as batches:
         assert [len(next(batches).packs) for _ in range(40)] == [2] * 40
         wait("three steps ahead and the next, which has no room", lambda: planned[-1] >= 43)
         assert not too_far.wait(0.3)

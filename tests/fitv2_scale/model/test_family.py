@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from data_sharding.errors import UserError
 from fitv2_scale.config.load import load_config, parse_config
 from fitv2_scale.config.model import ModelConfig, SincosConfig
 from fitv2_scale.model.counts import forward_flops, parameter_count
@@ -144,3 +145,10 @@ def test_the_fitv2_configs_are_not_of_the_family_s_other_switches():
     model = load_config("configs/fitv2_b2.yaml").model
     assert (model.mlp, model.position, model.patch, model.outputs) == ("swiglu", "rope", 2, 1)
     assert model.token_channels == 16 and model.pixels_per_token == 16
+
+
+def test_a_patch_and_the_outputs_are_numbers_in_a_file_and_on_the_command_line():
+    sized = load_config("configs/fitv2_b2.yaml", ["model.patch=4", "model.outputs=2"]).model
+    assert (sized.patch, sized.outputs, sized.token_channels, sized.pixels_per_token) == (4, 2, 64, 32)
+    with pytest.raises(UserError, match="model.patch"):
+        load_config("configs/fitv2_b2.yaml", ["model.patch=3"])

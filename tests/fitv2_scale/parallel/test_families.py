@@ -1,0 +1,21 @@
+"""Other families of the network train the same on every layout (see ``layout_grid``)."""
+
+from itertools import product
+
+import pytest
+
+from tests.support.layout_grid import FASTER, Cell, assert_the_same, oracle, run_cell
+from tests.support.tiny_networks import DIT
+
+GRID = [Cell(world, tensor) for world in (1, 2, 3, 4) for tensor in (1, 2) if world % tensor == 0]
+SIT = {f"model__{key}": value for key, value in DIT.items() if key != "outputs"} | {"flow__t_sampler": "uniform"}
+
+
+@pytest.mark.parametrize("engine,cell", [*product(["fsdp", "zero3"], GRID)], ids=str)
+def test_a_table_of_sines_and_gelu(engine, cell):
+    assert_the_same(run_cell(engine, cell, **SIT), oracle(tuple(SIT.items())))
+
+
+def test_with_written_kernels():
+    faster = {key: value for key, value in FASTER.items() if value != "merged"}
+    assert_the_same(run_cell("fsdp", Cell(4, 2), **SIT | faster), oracle(tuple(SIT.items())))

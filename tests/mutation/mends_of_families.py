@@ -1,0 +1,51 @@
+"""One network for several families: what would train another network than its name says."""
+
+from tests.mutation.named import Named
+
+MODEL, FAMILY = "fitv2_scale/model", "tests/fitv2_scale/model/test_family.py"
+NETWORK = "tests/fitv2_scale/model/test_network.py"
+BOXES = "tests/fitv2_scale/parallel/test_boxes.py"
+
+OF_FAMILIES = (
+    Named(
+        "family: the table has the row first", f"{MODEL}/sincos.py",
+        "torch.cat((column_TE, row_TE), -1)", "torch.cat((row_TE, column_TE), -1)", (FAMILY,),
+    ),
+    Named(
+        "family: the table is not added", f"{MODEL}/network.py",
+        "x_TD + places.added_TD.to(x_TD.dtype)", "x_TD", (FAMILY,),
+    ),
+    Named(
+        "family: exact GELU instead of DiT's", f"{MODEL}/block.py",
+        'F.gelu(self.fc1(x_TD), approximate="tanh")', "F.gelu(self.fc1(x_TD))", (FAMILY,),
+    ),
+    Named(
+        "family: FiT's SwiGLU as narrow as FiTv2's", "fitv2_scale/config/model.py",
+        'if self.mlp == "swiglu" else', 'if self.mlp != "gelu" else', (FAMILY,),
+    ),
+    Named(
+        "family: q and k are turned without RoPE", f"{MODEL}/positions.py",
+        '"none": _none,', '"none": _rope,', (FAMILY,),
+    ),
+    Named(
+        "family: EI resizes with aligned corners", f"{MODEL}/sincos.py",
+        "((position_T2 + 0.5) * stretch_T2 - 0.5)", "(position_T2 * stretch_T2)", (FAMILY,),
+    ),
+    Named(
+        "family: PI leaves small images as they are", f"{MODEL}/sincos.py",
+        "is_pi_T1, position_T2 * stretch_T2,", "is_pi_T1, position_T2 * stretch_T2.clamp(max=1),", (FAMILY,),
+    ),
+    Named(
+        "family: each slot has the mode of the first", f"{MODEL}/sincos.py",
+        "(mode_I == number)[packing.image_T, None]", "(mode_I[:1] == number)[0 * packing.image_T, None]", (FAMILY,),
+    ),
+    Named(
+        "family: GELU's first product is on every rank of a tensor group", f"{MODEL}/counts.py",
+        'd, config.mlp_hidden, "rows")', 'd, config.mlp_hidden, "rows" if len(into_mlp) > 1 else "whole")',
+        ("tests/fitv2_scale/parallel/test_families.py::test_a_table_of_sines_and_gelu",),
+    ),
+    Named(
+        "family: no numbers for the variance", f"{MODEL}/network.py",
+        "config.outputs * config.token_channels", "config.token_channels", (FAMILY,),
+    ),
+)  # fmt: skip
