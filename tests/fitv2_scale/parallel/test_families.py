@@ -8,13 +8,10 @@ from tests.support.layout_grid import FASTER, Cell, assert_the_same, oracle, run
 from tests.support.tiny_networks import DIT
 
 GRID = [Cell(world, tensor) for world in (1, 2, 3, 4) for tensor in (1, 2) if world % tensor == 0]
-# The bias of k, which is not turned here, has no gradient but rounding's: softmax does not see it. AdamW would make steps
-# of it; with this epsilon it does not.
-SIT = (
-    {"optimizer__eps": 1e-4}
-    | {f"model__{key}": value for key, value in DIT.items() if key != "outputs"}
-    | {"flow__t_sampler": "uniform"}
-)
+# The bias of k, which is not turned here, has no gradient but rounding's: softmax does not see it. AdamW would make
+# steps of it; with this epsilon it does not.
+_FORM = {f"model__{key}": value for key, value in DIT.items() if key != "outputs"}
+SIT = _FORM | {"optimizer__eps": 1e-4, "flow__t_sampler": "uniform"}
 
 
 @pytest.mark.parametrize("engine,cell", [*product(["fsdp", "zero3"], GRID)], ids=str)
