@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from fitv2_scale.planning.forecast.words import counted
+
 
 def to_text(report: dict[str, Any]) -> str:
     r = {
@@ -11,7 +13,7 @@ def to_text(report: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"state    {r['bytes'] / 1e6:.0f} MB on {r['ranks']} x {r['machine']}, storage {r['storage']}, "
-            f"medians of {r['rounds']} rounds",
+            f"medians of {counted(r['rounds'], 'round')}",
             f"stall    {1000 * r['stall_seconds']:.1f} ms per save, "
             f"the first {1000 * report['stall_seconds']['first']:.1f} ms; "
             f"{100 * r['stall_share']:.2f} % of the {r['blocking_seconds']:.2f} s of a blocking save",

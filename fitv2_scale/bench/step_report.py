@@ -2,13 +2,15 @@
 
 from typing import Any
 
+from fitv2_scale.planning.forecast.words import counted
+
 
 def to_text(report: dict[str, Any]) -> str:
     r, seconds = report, report["seconds_a_step"]
     on = f"{r['ranks']} x {r['machine']}, torch {r['torch']}"
     lines = [
-        f"step     {seconds['median']:.4g} s ({seconds['lowest']:.4g} to {seconds['highest']:.4g} in {r['rounds']} "
-        f"rounds of {r['steps']} steps) on {on}",
+        f"step     {seconds['median']:.4g} s ({seconds['lowest']:.4g} to {seconds['highest']:.4g} in "
+        f"{counted(r['rounds'], 'round')} of {counted(r['steps'], 'step')}) on {on}",
         f"speed    {r['images_per_second']:.4g} images/s, {r['tokens_per_second']:.5g} tokens/s, "
         f"{r['tflops_per_device']:.4g} TFLOP/s per device"
         + (f", MFU {r['mfu']:.4f} of {r['peak_tflops']:.0f}" if r["mfu"] else ""),
@@ -17,7 +19,7 @@ def to_text(report: dict[str, Any]) -> str:
     if r["peak_bytes"] is not None:
         lines.append(
             f"memory   {r['peak_bytes'] / 2**30:.2f} GiB at the peak, {r['planned_peak_bytes'] / 2**30:.2f} planned; "
-            f"{r['syncs_in_a_step']} synchronizations per step"
+            f"{counted(r['syncs_in_a_step'], 'synchronization')} per step"
         )
     if "reference" in r:
         theirs, times = r["reference"]["seconds_a_step"], r["reference"]["times_as_long"]

@@ -44,6 +44,7 @@ def add(commands: Any) -> None:
 
 def submit_jobs(args: argparse.Namespace) -> int:
     from fitv2_scale.config.load import load_config
+    from fitv2_scale.planning.forecast.gpus import DEFAULT_GPU
     from launchers.submit import submit, submit_command, sweep
 
     words = args.overrides
@@ -62,7 +63,7 @@ def submit_jobs(args: argparse.Namespace) -> int:
         for sentence in s.shell:
             print(f"fitv2: {sentence}", file=sys.stderr)
         if s.advice:  # not on stdout, which may be a script
-            source = "from published figures of H100s; `fitv2 plan` shows them and takes your own"
+            source = f"from published figures for an {DEFAULT_GPU}; `fitv2 plan` shows them and takes yours"
             print(f"fitv2: {s.name}: {s.advice} ({source})", file=sys.stderr)
     return 0
 
@@ -74,9 +75,11 @@ def _slurm(config: str | None, overrides: list[str]) -> "SlurmConfig":
 
 
 def _queued(submission: "Submission") -> str:
+    from fitv2_scale.planning.forecast.words import counted
+
     jobs = f"job{'s' if len(submission.jobs) > 1 else ''} {', '.join(submission.jobs)}"
     hint = f"; `fitv2 status {submission.run}` shows the progress" if submission.run else ""
-    return f"{submission.name}: {jobs} queued on {submission.nodes} nodes{hint}"
+    return f"{submission.name}: {jobs} queued on {counted(submission.nodes, 'node')}{hint}"
 
 
 def stop_run(args: argparse.Namespace) -> int:

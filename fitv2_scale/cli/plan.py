@@ -12,6 +12,7 @@ def add(commands: Any) -> None:
     config_arguments(plan)
     plan.add_argument("--nodes", type=int, default=1, help="number of nodes (default 1)")
     plan.add_argument("--gpus-per-node", type=int, default=1, help="GPUs per node, one rank each (default 1)")
+    plan.add_argument("--gpu", metavar="NAME", help="the GPU, as in H100 (default: that of --bench, or H200)")
     rests = plan.add_argument_group("assumptions for time and goodput; the report names the source of each")
     rests.add_argument(
         "--bench",
@@ -39,7 +40,7 @@ def plan_run(args: argparse.Namespace) -> int:
     assumptions = Assumptions()
     if args.bench:
         assumptions = assumptions.with_benchmarks(args.bench, commit_bytes(config))
-    assumptions = assumptions.with_given(
+    assumptions = assumptions.on_gpu(args.gpu).with_given(
         mfu=args.mfu,
         network=args.network and 1e9 * args.network,
         failures_per_node_day=args.failures,

@@ -63,6 +63,7 @@ SAVES = {
 STEPS = {
     "machine": "CPU", "ranks": 2, "seconds_a_step": {"median": 0.5}, "images_per_second": 24.0, "fill": 0.8,
     "flops_a_step": 4e9, "peak_tflops": None, "seconds_by_part": {"optimizer": 0.06, "ema": 0.04},
+    "layout": {"kernels": "triton", "max_tokens": 4096}, "deterministic": True,
 }  # fmt: skip
 PREDICTION = {
     "made": TIME, "of": "b2@20", "model": MODEL, "step": 20, "images": 240.0, "metric": "loss", "value": 0.5,

@@ -1,9 +1,11 @@
 """The GPUs that a step is predicted for: what Inductor asks of a device, and rates. Each rate, published or guessed,
-names its source. Nothing here was measured by this project."""
+names its source. Nothing here was measured by this project. What data sheets say is in ``planning/forecast/gpus.py``.
+"""
 
 from dataclasses import dataclass, field, replace
 
 from data_sharding.errors import UserError
+from fitv2_scale.planning.forecast.gpus import data_sheet
 
 _GUESS = "a guess"
 
@@ -65,7 +67,7 @@ GPUS = {
             "warp_size": 32,
             "gcnArchName": "",
         },
-        peak_flops=Rate(989e12, "dense bf16, data sheet"),
+        peak_flops=Rate(1e12 * data_sheet("H200").peak_tflops, "dense bf16, data sheet"),
         product_flops=Rate(748e12, f"{_GUESS}: large products at 788 TFLOP/s, times 0.95"),
         float8_flops=Rate(1496e12, f"{_GUESS}: as far below the data sheet's dense 1979 TFLOP/s as in bf16"),
         tile=(128, 256),

@@ -25,7 +25,7 @@ from fitv2_scale.data import Data
 from fitv2_scale.parallel.gpu_kernels import require_float8_compiler
 from fitv2_scale.planning.forecast.assumptions import Assumptions
 from fitv2_scale.planning.forecast.pack_statistics import data_statistics
-from fitv2_scale.planning.forecast.predicted import read_table, with_row
+from fitv2_scale.planning.forecast.predicted import not_predictable, read_table, with_row
 from fitv2_scale.planning.forecast.step_time import exposed_seconds
 from fitv2_scale.run.run import BAD_INPUT
 
@@ -48,7 +48,7 @@ def measure(
     block, outer = _count(config, gpu, ranks, nodes, work)
 
     def exposed(computing: float) -> float:
-        return exposed_seconds(config, layout, ranks // nodes, computing, work.packs, Assumptions())
+        return exposed_seconds(config, layout, ranks // nodes, computing, work.packs, Assumptions().on_gpu(gpu))
 
     predicted = predict(config.model, block, outer, work, device, exposed)
     return report(config, layout, device, work, block, outer, predicted)
@@ -75,17 +75,10 @@ def add_to_table(file: str, config: Config, found: dict[str, Any]) -> None:
 
 
 def _refuse(config: Config) -> None:
-    layout = config.layout
-    for key, wrong in {
-        f"layout.engine={layout.engine}": layout.engine != "fsdp",
-        f"layout.tensor={layout.tensor}": layout.tensor != 1,
-        f"layout.precision={layout.precision}": layout.precision == "fp32",
-        "layout.compile=false": not layout.compiles(True),
-    }.items():
-        if wrong:
-            raise UserError(
-                f"{key}: `fitv2 bench kernels` predicts compiled blocks in bf16 or fp8 with fsdp; leave it out"
-            )
+    if wrong := not_predictable(config.layout):
+        raise UserError(
+            f"{wrong[0]}: `fitv2 bench kernels` predicts compiled blocks in bf16 or fp8 with fsdp; leave it out"
+        )
 
 
 def workload(

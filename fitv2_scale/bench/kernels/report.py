@@ -13,8 +13,21 @@ from fitv2_scale.bench.kernels.roofline import Prediction, launches
 from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.schema import Config
 from fitv2_scale.model.counts import parameter_count
+from fitv2_scale.planning.forecast.words import counted
 
 _LOSSES = 3  # that the text names
+MEANING = {  # of a loss, by its name
+    "products": "matrix products below the peak: tiles that leave processors empty, and the rate that products reach",
+    "attention": "its kernels below the peak: scores computed again in the backward pass, heads that are padded",
+    "elementwise": "norms, RoPE, SiLU, gates and sums in Triton kernels, which move bytes and do no FLOPs that count",
+    "weights and gradients outside the blocks": "FSDP's copies and casts of both, embedding, last layer",
+    "data and noise": "copies of the batch, noise and targets",
+    "optimizer": "norm, clipping, AdamW and EMA, which move bytes",
+    "the GPU waits for the host": "the host starts operations more slowly than the GPU computes them",
+    "transfers": "collectives that computation does not hide",
+}
+_UNITS = {"flops": ("FLOP/s", "TFLOP/s", 1e12), "bytes": ("bytes/s", "TB/s", 1e12), "seconds": ("s", "µs", 1e-6)}
+_TIMES = ("times", "times", 1.0)  # of what has no unit
 
 
 def report(
@@ -50,8 +63,16 @@ def report(
             "host_operations": round(config.model.depth * work.packs * kernels) + launches(outer.operations),
         },
         "prediction": asdict(prediction),
-        "assumed": {name: asdict(rate) for name, rate in vars(gpu).items() if isinstance(rate, Rate)},
+        "decided_by": "host" if prediction.host_seconds > sum(prediction.seconds_by_part.values()) else "GPU",
+        "assumed": {
+            name: asdict(rate) | {"unit": _units(name)[0]} for name, rate in vars(gpu).items() if isinstance(rate, Rate)
+        },
     }
+
+
+def _units(rate: str) -> tuple[str, str, float]:
+    """The unit of a rate by its name, that of the text, and how many of the first are one of the second."""
+    return _UNITS.get(rate.rpartition("_")[2], _TIMES)
 
 
 def pass_figures(kernels: Sequence[Kernel], tokens: int) -> dict[str, Any]:
@@ -83,7 +104,7 @@ def to_text(found: dict[str, Any]) -> str:
         "on a GPU.",
         f"pack      {work['tokens']:,} tokens in {work['slots']} slots; {work['packs']:.2f} packs a step and rank, "
         f"fill {work['fill']:.4f}",
-        f"block     {block['graphs']} graph, {block['breaks']} breaks",
+        f"block     {counted(block['graphs'], 'graph')}, {counted(block['breaks'], 'break')}",
     ]
     for name in ("forward", "backward"):
         lines += _pass_lines(name, block[name])
@@ -101,9 +122,36 @@ def to_text(found: dict[str, Any]) -> str:
         *(f"          {1000 * s:8.1f} ms {part}" for part, s in result["seconds_by_part"].items()),
         f"          {1000 * result['host_seconds']:8.1f} ms of the host, beside them; "
         f"{1000 * result['exposed_seconds']:.1f} ms waiting for transfers",
-        "losses    " + "; ".join(f"{part} {1000 * s:.0f} ms" for part, s in list(result["losses"].items())[:_LOSSES]),
+        f"          {_decided(found)}",
     ]
-    return "\n".join([*lines, *(f"assumed   {n} {r['value']:g}: {r['source']}" for n, r in found["assumed"].items())])
+    return "\n".join([*lines, *_loss_lines(result), *_assumed_lines(found["assumed"])])
+
+
+def _decided(found: dict[str, Any]) -> str:
+    result, operations = found["prediction"], found["step"]["host_operations"]
+    gpu, host = 1000 * sum(result["seconds_by_part"].values()), 1000 * result["host_seconds"]
+    if found["decided_by"] == "host":
+        return (
+            f"The host decides: it needs {host:.1f} ms for FSDP's hooks and to start {operations:,} operations, which "
+            f"the GPU computes in {gpu:.1f} ms. So faster kernels alone do not shorten the step."
+        )
+    return f"The GPU decides: it computes for {gpu:.1f} ms, and the host needs {host:.1f} ms beside it."
+
+
+def _loss_lines(result: dict[str, Any]) -> list[str]:
+    lost = sum(result["losses"].values())
+    largest = list(result["losses"].items())[:_LOSSES]
+    return [f"losses    {1000 * lost:.1f} ms more than the step's FLOPs take at the peak; the largest:"] + [
+        f"          {1000 * seconds:8.1f} ms {part}: {MEANING[part]}" for part, seconds in largest
+    ]
+
+
+def _assumed_lines(assumed: dict[str, Any]) -> list[str]:
+    lines = []
+    for name, rate in assumed.items():
+        _, unit, scale = _units(name)
+        lines.append(f"assumed   {name} {rate['value'] / scale:g} {unit}: {rate['source']}")
+    return lines
 
 
 def _pass_lines(name: str, figures: dict[str, Any]) -> list[str]:

@@ -11,6 +11,8 @@ from pydantic import Field
 from data_sharding.errors import UserError
 from data_sharding.storage.json_bytes import parse_json
 from data_sharding.storage.records import Seconds, Shape
+from fitv2_scale.config.layout import LayoutConfig
+from fitv2_scale.planning.forecast.gpus import DEFAULT_GPU, data_sheet, known_gpu
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,16 @@ class Figure:
     source: str
 
 
+def _of_gpu(gpu: str) -> dict[str, Figure]:
+    sheet = data_sheet(gpu)
+    return {
+        "peak_tflops": Figure(sheet.peak_tflops, f"dense bf16 of an {gpu} SXM, data sheet"),
+        "gpu_bytes": Figure(sheet.memory_bytes, f"{gpu} SXM, data sheet"),
+        "nvlink": Figure(sheet.nvlink, f"NVLink of an {gpu} SXM, one direction, data sheet"),
+    }
+
+
+_DEFAULT = _of_gpu(DEFAULT_GPU)
 PUBLISHED_MFU = Figure(0.463, "MPT-3B on 8 H100, FSDP, bf16 (llm-foundry's benchmark table); not measured here")
 
 
@@ -35,6 +47,8 @@ class StepBench:
     flops: float  # per step
     fill: float
     peak_tflops: float | None
+    layout: LayoutConfig | None = None  # None: a report of before, which does not say
+    deterministic: bool = False
 
     def flops_per_second(self) -> float:
         """The rate of one rank on packs without padding."""
@@ -46,20 +60,35 @@ class Assumptions:
     """Rates in bytes/s per GPU; times in seconds.
 
     ``durable_seconds`` is the time from the start of a save until it is durable, ``stall_seconds`` the part of it for
-    which training waits.
+    which training waits. ``gpu`` is what peak, memory and NVLink are of. ``not_in_time`` names the config's keys, as
+    key=value, that make a step faster or slower and that the MFU, or the measured step, does not contain.
     """
 
+    gpu: str = DEFAULT_GPU
     mfu: Figure = PUBLISHED_MFU
-    peak_tflops: Figure = Figure(989.0, "dense bf16 of an H100 or H200 SXM, data sheet")
-    gpu_bytes: Figure = Figure(80e9, "H100 SXM, data sheet")
+    peak_tflops: Figure = _DEFAULT["peak_tflops"]
+    gpu_bytes: Figure = _DEFAULT["gpu_bytes"]
     network: Figure = Figure(50e9, "one port of 400 Gb/s per GPU")
-    nvlink: Figure = Figure(450e9, "NVLink 4 of an H100 SXM, one direction, data sheet")
+    nvlink: Figure = _DEFAULT["nvlink"]
     failures_per_node_day: Figure = Figure(0.0065, "6.5 per 1,000 node-days on RSC-1 (arXiv 2410.21680)")
     detect_seconds: Figure = Figure(300.0, "Slurm's default SlurmdTimeout, for a lost node; a dead rank shows at once")
     restart_seconds: Figure = Figure(222.0, "median recovery reported for OLMo Hybrid; waiting in a queue not counted")
     stall_seconds: Figure = Figure(0.78, "PyTorch DCP, asynchronous, 70B on 1,856 H200 (PyTorch's report)")
     durable_seconds: Figure = Figure(67.0, "PyTorch DCP, asynchronous, 70B on 1,856 H200 (PyTorch's report)")
     step_bench: StepBench | None = None
+    not_in_time: tuple[str, ...] = ()
+
+    def on_gpu(self, name: str | None) -> "Assumptions":
+        """A copy with the data sheet of the GPU ``name``; by default of the one that a step was measured on, if it is
+        known. Raises UserError for a GPU that is not known, or not the measured one."""
+        if name is not None:
+            data_sheet(name)
+        bench = self.step_bench
+        measured = known_gpu(bench.machine) if bench else None
+        if bench and measured and name not in (None, measured):
+            raise UserError(f"--gpu {name}: {bench.file} was measured on {bench.machine}; leave one of them out")
+        gpu = name or measured or self.gpu
+        return replace(self, gpu=gpu, **_of_gpu(gpu))
 
     def with_given(self, **values: float | None) -> "Assumptions":
         """A copy with the ``values``, by field name, that are not None. Raises UserError for an impossible value."""
@@ -117,6 +146,8 @@ class _StepReport(Shape):
     flops_a_step: _Positive
     fill: _Positive
     peak_tflops: _Positive | None
+    layout: LayoutConfig | None = None
+    deterministic: bool = False
 
 
 class _SaveReport(Shape):
@@ -153,4 +184,6 @@ def _step_bench(file: str, report: dict[str, Any]) -> StepBench:
         report["flops_a_step"],
         report["fill"],
         report["peak_tflops"],
+        LayoutConfig(**report["layout"]) if report.get("layout") else None,
+        report.get("deterministic", False),
     )

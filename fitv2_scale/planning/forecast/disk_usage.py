@@ -23,24 +23,25 @@ def commit_bytes(config: Config) -> int:
     return state_bytes("fsdp", config.model, Layout(1, 1), config.trainable, config.layout.precision, 0).held
 
 
-def kept_forever(checkpoint: CheckpointConfig, steps: int) -> int:
-    """Number of commits of a run of so many steps that are never deleted."""
+def kept_steps(checkpoint: CheckpointConfig, steps: int) -> set[int]:
+    """The steps of a run of so many whose commits are never deleted."""
     every = checkpoint.keep_every
     multiples = set(range(every, steps + 1, every)) if every else set()
-    return len(multiples | {step for step in checkpoint.milestones if step <= steps})
+    return multiples | {step for step in checkpoint.milestones if step <= steps}
 
 
 def storage_report(config: Config, ranks: int, commits: int, data: Data | None) -> dict[str, Any]:
     """Bytes and inodes. The run makes ``commits`` commits, each written by ``ranks`` ranks. Upper bounds, since
-    replicas may write less. One commit in flight and one about to be deleted are counted with those that are kept."""
+    replicas may write less. One commit in flight and one about to be deleted are counted with those that are kept, if
+    the run makes so many."""
     size, checkpoint = commit_bytes(config), config.checkpoint
-    forever = kept_forever(checkpoint, config.train.steps)
-    held = checkpoint.keep_last + 2 + forever
+    kept = checkpoint.keep_last + len(kept_steps(checkpoint, config.train.steps))
+    held = min(kept + 2, commits)
     entries = config.train.steps // config.train.log_every
     report = {
         "commit_bytes": size,
         "commits_made": commits,
-        "commits_kept": checkpoint.keep_last + forever,
+        "commits_kept": min(kept, commits),
         "run_bytes": held * size + entries * _JOURNAL_ENTRY,
         # A commit's files, its manifest and its folder; COMMIT and RETIRE in the log, a sealed segment of the journal.
         "run_inodes": held * (ranks + 2) + 3 * commits + _pictures(config),

@@ -7,9 +7,10 @@ time from one durable save to the next is then exactly
 
     T = (1/λ + D) · (exp(λ(Δ + w)) - 1) · exp(λ(d_s - w)),   D = d + (1/λ + d) · (exp(λR) - 1),
 
-and goodput is Δ/T. With d = 0 and d_s = w this is eq. 20 of J. T. Daly (2006). Jobs that end at their time limit save
-and start again, which takes d_s + R of each; this factor is exact only without failures. ``simulate`` finds goodput
-without these formulas.
+and goodput is Δ/T. With d = 0 and d_s = w this is eq. 20 of J. T. Daly (2006). Each job of a run starts, and saves at
+its end, which takes d_s + R; how many jobs a run takes is exact only without failures. A run of W ≤ Δ saves only at its
+end; until it gets through start, work and save it takes (1/λ + d) · (exp(λ(R + W + d_s)) - 1). ``simulate`` finds
+goodput without these formulas.
 """
 
 import math
@@ -43,17 +44,32 @@ class Schedule:
         return max(0.0, self.durable - self.wait_per_save)
 
 
-def expected_goodput(schedule: Schedule, failures_per_day: float) -> float:
-    """Goodput by the formula above; ``failures_per_day`` is the total of all nodes of the job."""
+def expected_goodput(schedule: Schedule, failures_per_day: float, work: float = math.inf) -> float:
+    """Goodput by the formula above, of a run of ``work`` seconds of steps; ``failures_per_day`` is the total of all
+    nodes of the job."""
     s, period = schedule, schedule.interval + schedule.wait_per_save
-    rate = failures_per_day / DAY
-    if rate == 0:
-        share = s.interval / period
-    else:
-        again = (1 / rate + s.detect) * math.expm1(rate * s.restart)
-        try:
+    rate, whole = failures_per_day / DAY, schedule.restart + work + schedule.durable
+    try:
+        if work <= s.interval and whole <= s.walltime:
+            return work / ((1 / rate + s.detect) * math.expm1(rate * whole) if rate else whole)
+        if rate == 0:
+            share = s.interval / period
+        else:
+            again = (1 / rate + s.detect) * math.expm1(rate * s.restart)
             per_failure = 1 / rate + s.detect + again
             share = s.interval / (per_failure * math.expm1(rate * period) * math.exp(rate * s.until_durable))
-        except OverflowError:  # failures come so fast that no work is ever kept
-            return 0.0
-    return share * max(0.0, 1 - (s.restart + s.durable) / s.walltime)
+    except OverflowError:  # failures come so fast that no work is ever kept
+        return 0.0
+    return _with_ends(share, s, work)
+
+
+def _with_ends(share: float, schedule: Schedule, work: float) -> float:
+    """``share`` less what the start and the end of each job take."""
+    around = schedule.restart + schedule.durable
+    if schedule.walltime <= around or share == 0:
+        return 0.0
+    if math.isinf(work):
+        return share * (1 - around / schedule.walltime)
+    seconds = work / share
+    jobs = max(1, math.ceil(seconds / (schedule.walltime - around)))
+    return work / (seconds + jobs * around)

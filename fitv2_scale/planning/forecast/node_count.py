@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_sharding.errors import UserError
+from fitv2_scale.planning.forecast.words import counted
 
 _WORTH = 0.5  # added nodes must bring at least this share of the speedup of perfect scaling
 _TRIED = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -31,13 +32,13 @@ def candidates(gpus_per_node: int, tensor: int, images: int, asked: int) -> list
     return [n for n in sorted({*_TRIED, asked}) if n * gpus_per_node // tensor <= images]
 
 
-def choose(tried: Sequence[NodeOption]) -> NodeOption:
-    """Of the options that fit in memory, the largest up to which each addition was worth it. Raises UserError if none
-    fits."""
+def choose(tried: Sequence[NodeOption], gpu: str) -> NodeOption:
+    """Of the options that fit in the memory of a ``gpu``, the largest up to which each addition was worth it. Raises
+    UserError if none fits."""
     fitting = [c for c in tried if c.fits]
     if not fitting:
         raise UserError(
-            f"a rank needs at least {min(c.peak_bytes for c in tried) / 1e9:.0f} GB, more than a GPU has: set "
+            f"a rank needs at least {min(c.peak_bytes for c in tried) / 1e9:.0f} GB, more than an {gpu} has: set "
             "layout.checkpointing or layout.tensor"
         )
     best = fitting[0]
@@ -49,20 +50,20 @@ def choose(tried: Sequence[NodeOption]) -> NodeOption:
     return best
 
 
-def until_decided(tried: Iterable[NodeOption]) -> list[NodeOption]:
+def until_decided(tried: Iterable[NodeOption], gpu: str) -> list[NodeOption]:
     """The first options of ``tried`` (smallest first) with which ``choose`` and ``explain`` give the same answer as
     with all."""
     taken: list[NodeOption] = []
     for choice in tried:
         taken.append(choice)
-        if choice.fits and choice.nodes >= 2 * choose(taken).nodes:
+        if choice.fits and choice.nodes >= 2 * choose(taken, gpu).nodes:
             break
     return taken
 
 
 def explain(tried: Sequence[NodeOption], best: NodeOption, images: int) -> str:
     """Why not more nodes than ``best``, in one sentence."""
-    on = f"{best.nodes} node{'s' if best.nodes > 1 else ''} ({best.gpus} GPUs)"
+    on = f"{counted(best.nodes, 'node')} ({counted(best.gpus, 'GPU')})"
     more = next((c for c in tried if c.nodes >= 2 * best.nodes and c.fits), None)
     if more is None:
         return f"{on}, the most that still give each rank one of the {images} images of a step"

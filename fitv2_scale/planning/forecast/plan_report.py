@@ -15,17 +15,19 @@ from fitv2_scale.planning.forecast.disk_usage import storage_report
 from fitv2_scale.planning.forecast.memory_per_rank import memory_report
 from fitv2_scale.planning.forecast.node_count import NodeOption, candidates, choose, explain, node_report, until_decided
 from fitv2_scale.planning.forecast.pack_statistics import data_statistics, packing_on
-from fitv2_scale.planning.forecast.predicted import with_prediction
+from fitv2_scale.planning.forecast.predicted import how_to_time, with_prediction
 from fitv2_scale.planning.forecast.run_length import (
     RELEASED_DETECT,
     RELEASED_RESTART,
     RELEASED_SAVE,
     RELEASED_STEPS,
+    configured_commits,
     goodput_report,
     recommended_schedule,
     run_length,
 )
 from fitv2_scale.planning.forecast.step_time import StepTime, estimate_step_time
+from fitv2_scale.planning.forecast.words import counted, duration, small
 
 _BESIDE = (4, 16)  # nodes on which FiT's released schedule is compared with ours
 
@@ -36,7 +38,11 @@ def forecast(config: Config, nodes: int, gpus_per_node: int, assumptions: Assump
     assumptions = with_prediction(assumptions, config)
     ranks = nodes * gpus_per_node
     layout = config.layout.over(ranks, nodes)
-    report: dict[str, Any] = {"model": _model(config.model, config.trainable), "layout": _layout(config, layout)}
+    report: dict[str, Any] = {
+        "gpu": assumptions.gpu,
+        "model": _model(config.model, config.trainable),
+        "layout": _layout(config, layout),
+    }
     try:
         data = Data.open(config, layout.nodes([str(rank // gpus_per_node) for rank in range(ranks)]))
     except DataError as error:
@@ -48,16 +54,15 @@ def forecast(config: Config, nodes: int, gpus_per_node: int, assumptions: Assump
     saving = recommended_schedule(config, step.seconds, nodes, assumptions)
     elsewhere = {c.nodes: c.seconds_a_step for c in tried if c.nodes in _BESIDE}
     goodput = goodput_report(config, step.seconds, nodes, assumptions, elsewhere)
-    commits = -(-config.train.steps // goodput["interval_steps"])
     return report | {
         "data": figures,
-        "memory": memory_report(config, layout, figures["packs_per_rank"], figures["capacities"][-1]),
-        "time": _time(config, step, figures["flops_a_step"], asdict(run_length(
+        "memory": _memory(config, layout, figures, assumptions),
+        "time": _time(config, step, figures["flops_a_step"], assumptions, asdict(run_length(
             config.train.steps, step.seconds, saving, nodes, ranks, assumptions
         ))),
         "goodput": goodput,
-        "storage": storage_report(config, ranks, commits, data),
-        "nodes": node_report(tried, choose(tried), config.batch.images),
+        "storage": storage_report(config, ranks, configured_commits(config, step.seconds), data),
+        "nodes": node_report(tried, choose(tried, assumptions.gpu), config.batch.images),
         "assumed": assumptions.to_report(),
     }  # fmt: skip
 
@@ -67,8 +72,8 @@ def node_advice(config: Config, data: Data, asked: int, gpus_per_node: int, assu
     a second or two. Raises UserError if the state fits on no number of nodes."""
     assumptions = with_prediction(assumptions, config)
     flops = data_statistics(config, data, sum(data.nodes))["flops_a_step"]
-    tried = until_decided(_tried(config, data, asked, gpus_per_node, flops, assumptions))
-    return explain(tried, choose(tried), config.batch.images)
+    tried = until_decided(_tried(config, data, asked, gpus_per_node, flops, assumptions), assumptions.gpu)
+    return explain(tried, choose(tried, assumptions.gpu), config.batch.images)
 
 
 def _model(model: ModelConfig, trainable: list[str]) -> dict[str, Any]:
@@ -85,10 +90,22 @@ def _layout(config: Config, layout: Layout) -> dict[str, Any]:
     return {"ranks": layout.data_parallel * layout.tensor, "engine": config.layout.engine, **asdict(layout)}
 
 
-def _time(config: Config, step: StepTime, flops: float, run: dict[str, float]) -> dict[str, Any]:
+def _memory(config: Config, layout: Layout, figures: dict[str, Any], assumptions: Assumptions) -> dict[str, Any]:
+    report, room = (
+        memory_report(config, layout, figures["packs_per_rank"], figures["capacities"][-1]),
+        assumptions.gpu_bytes,
+    )
+    return report | {"gpu_bytes": room.value, "fits": report["cuda"]["peak_bytes"] <= room.value}
+
+
+def _time(
+    config: Config, step: StepTime, flops: float, assumptions: Assumptions, run: dict[str, float]
+) -> dict[str, Any]:
     return {
         "seconds_a_step": step.seconds,
         **asdict(step),
+        "not_in_time": list(assumptions.not_in_time),
+        "how_to_time": how_to_time(config, assumptions) if assumptions.not_in_time else None,
         "images_per_second": config.batch.images / step.seconds,
         "flops_per_second": flops / step.seconds,
         "steps": config.train.steps,
@@ -131,7 +148,7 @@ def to_text(report: dict[str, Any]) -> str:
     lines = [
         f"model    {model['parameters']:,} parameters {share if '100.00' not in share else ''}in {model['tensors']} "
         f"tensors, {model['training_flops_per_image']['256'] / 1e12:.3f} TFLOP per training image of 256 tokens",
-        f"layout   {layout['ranks']} ranks, {layout['engine']} "
+        f"layout   {counted(layout['ranks'], 'rank')}, {layout['engine']} "
         f"(replicate {layout['replicate']} x shard {layout['shard']} x tensor {layout['tensor']})",
         f"state    {state['held']} GiB per rank: weights {state['weights']}, moments {state['moments']}, "
         f"EMA {state['ema']}; plus gradients {state['gradients']}, {state['accumulated']} kept between packs",
@@ -140,11 +157,13 @@ def to_text(report: dict[str, Any]) -> str:
         hint = "set data.url=preset:imagenet256 to plan with ImageNet's image sizes"
         return "\n".join([*lines, f"data     {report['data_missing']}; {hint}"])
     capacities, cuda = " or ".join(map(str, data["capacities"])), memory["cuda"]
+    room = f"{'of' if memory['fits'] else 'more than'} the {memory['gpu_bytes'] / 2**30:.1f} of an {report['gpu']}"
+    classes = f"{data['classes']} class{'' if data['classes'] == 1 else 'es'}"
     lines += [
-        f"peak     about {cuda['peak_bytes'] / 2**30:.1f} GiB on a GPU, {cuda['saved_bytes'] / 2**30:.1f} of them "
+        f"peak     about {cuda['peak_bytes'] / 2**30:.1f} GiB on a GPU, {room}; {cuda['saved_bytes'] / 2**30:.1f} are "
         f"saved for the backward pass (checkpointing {cuda['checkpointing']})",
-        f"data     {data['images']:,} images, {data['classes']} classes, {data['mean_tokens']:.1f} tokens per image on "
-        f"average, {data['epochs']:.1f} epochs of {data['steps_per_epoch']:.1f} steps",
+        f"data     {counted(data['images'], 'image')}, {classes}, {data['mean_tokens']:.1f} tokens per image on "
+        f"average, {data['epochs']:.3g} epochs of {data['steps_per_epoch']:.1f} steps",
         f"packs    {data['packs_per_rank']:.2f} per rank and step, of {capacities} tokens: "
         f"fill {data['fill']:.4f}, slowest rank {data['imbalance']:.4f} times the mean",
         f"compute  {data['training_flops']:.3g} FLOP in total",
@@ -154,16 +173,21 @@ def to_text(report: dict[str, Any]) -> str:
 
 def _run_lines(report: dict[str, Any]) -> list[str]:
     time, good, stored, nodes = (report[key] for key in ("time", "goodput", "storage", "nodes"))
-    simulated = good["simulated"]
+    left_out, simulated, interval = time["not_in_time"], good["simulated"], duration(good["interval_seconds"])
+    key = f"checkpoint.every_minutes={good['interval_minutes']:.3g}"
+    every = f"best every {interval} ({counted(good['interval_steps'], 'step')}): {key}"
+    if good["interval_steps"] >= time["steps"]:
+        every = f"best is one save at the end: the run is no longer than the best interval, {interval}"
     lines = [
         f"step     {1000 * time['seconds_a_step']:.4g} ms, {1000 * time['exposed']:.3g} of them waiting for transfers; "
         f"{time['images_per_second']:.4g} images/s ({time['source']})",
-        f"time     {time['days']:.3g} days, {time['gpu_hours']:,.0f} GPU-hours to step {time['steps']:,}, "
+        *([f"         not in this time: {', '.join(left_out)}; {time['how_to_time']}"] if left_out else []),
+        f"time     {duration(86400 * time['days'])}, {small(time['gpu_hours'])} GPU-hours to step {time['steps']:,}, "
         f"{time['failures']:.2g} failures expected",
-        f"commits  best every {good['interval_minutes']:.3g} minutes ({good['interval_steps']:,} steps): "
-        f"checkpoint.every_minutes={good['interval_minutes']:.3g}",
+        f"commits  {every}",
         f"goodput  {good['expected']:.4f}; {simulated['runs']} simulated runs: mean {simulated['mean']:.4f}, 95 % of "
-        f"them above {simulated['p5']:.4f}; with the interval of the config {good['as_configured']:.4f}",
+        f"them {simulated['p5']:.4f} or more, the lowest {simulated['lowest']:.4f}, {simulated['failed_runs']} with a "
+        f"failure; with the interval of the config {good['as_configured']:.4f}",
     ]
     lines += [
         f"         {on['nodes']:>2} nodes: {on['ours']:.4f}; with FiT's released schedule {on['released']:.4f}"
@@ -171,7 +195,8 @@ def _run_lines(report: dict[str, Any]) -> list[str]:
     ]
     lines.append(
         f"storage  {stored['run_bytes'] / 1e9:,.1f} GB and {stored['run_inodes']:,} inodes at most: commits of "
-        f"{stored['commit_bytes'] / 1e9:.2f} GB, {stored['commits_kept']} of {stored['commits_made']:,} are kept"
+        f"{stored['commit_bytes'] / 1e9:.2f} GB; with the config the run makes {stored['commits_made']:,} and keeps "
+        f"{stored['commits_kept']:,}"
     )
     if data := stored["dataset"]:
         about = "about " if data["estimated"] else ""
@@ -179,8 +204,9 @@ def _run_lines(report: dict[str, Any]) -> list[str]:
     lines.append(f"nodes    {nodes['why']}")
     shown = [c for c in nodes["tried"] if c["nodes"] in (1, 2, 4, 8, 16, 32, 64, nodes["choice"])]
     lines += [
-        f"         {c['nodes']:>3} nodes {1000 * c['seconds_a_step']:8.4g} ms per step {c['days']:8.3g} days "
-        f"{c['gpu_hours']:9,.0f} GPU-hours, goodput {c['goodput']:.4f}{'' if c['fits'] else ', too little GPU memory'}"
+        f"         {counted(c['nodes'], 'node'):<9} {1000 * c['seconds_a_step']:8.4g} ms per step "
+        f"{duration(86400 * c['days']):>12} {small(c['gpu_hours']):>9} GPU-hours, goodput {c['goodput']:.4f}"
+        f"{'' if c['fits'] else ', too little GPU memory'}"
         for c in shown
     ]
     return lines
@@ -188,13 +214,18 @@ def _run_lines(report: dict[str, Any]) -> list[str]:
 
 def _assumed_lines(assumptions: dict[str, Any]) -> list[str]:
     """The assumptions behind the figures above, one per line."""
-    units = {"gpu_bytes": (1e9, "GB"), "network": (1e9, "GB/s"), "nvlink": (1e9, "GB/s")}
+    units = {
+        "peak_tflops": (1, "TFLOP/s"),
+        "gpu_bytes": (1e9, "GB"),
+        "network": (1e9, "GB/s"),
+        "nvlink": (1e9, "GB/s"),
+    }
     lines = [
         f"assumed  FiT's released schedule: a save every {RELEASED_STEPS:,} steps, as in its script; training waits "
         f"{RELEASED_SAVE:g} s for each save, a failure is noticed after {RELEASED_DETECT:,.0f} s, a restart takes "
         f"{RELEASED_RESTART:g} s"
     ]
     for name, figure in assumptions.items():
-        scale, unit = units.get(name, (1, ""))
+        scale, unit = units.get(name, (1, "s" if name.endswith("_seconds") else ""))
         lines.append(f"assumed  {name} {figure['value'] / scale:g}{unit and ' ' + unit}: {figure['source']}")
     return lines

@@ -14,9 +14,11 @@ Draw = Callable[[int], np.ndarray]  # seconds to the next failure, for so many r
 class SimulatedGoodput:
     """Goodput of simulated runs."""
 
-    mean: float  # over all runs together
-    p5: float  # 95 % of the runs are better
+    mean: float  # over all runs together; the few that fail can pull it below p5
+    p5: float  # 95 % of the runs have it, or more
+    lowest: float  # of a run
     failures: float  # per run, on average
+    failed_runs: int  # runs with a failure or more
 
 
 def simulate_goodput(
@@ -28,7 +30,11 @@ def simulate_goodput(
         schedule, work, runs, lambda n: rng.exponential(1 / rate, n) if rate else _never(n)
     )
     return SimulatedGoodput(
-        float(work / seconds.mean()), float(work / np.quantile(seconds, 0.95)), float(failures.mean())
+        float(work / seconds.mean()),
+        float(work / np.quantile(seconds, 0.95)),
+        float(work / seconds.max()),
+        float(failures.mean()),
+        int(np.count_nonzero(failures)),
     )
 
 

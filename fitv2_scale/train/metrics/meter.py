@@ -14,11 +14,10 @@ from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.model.counts import forward_flops
 from fitv2_scale.model.loss_groups import GROUPS, loss_by_group
 from fitv2_scale.parallel.world import World
+from fitv2_scale.planning.forecast.gpus import GPUS, known_gpu
 from fitv2_scale.train.metrics.accounting import Accounting, AttemptClock, Elapsed
 from fitv2_scale.train.metrics.gpu_stats import GpuStats
 from fitv2_scale.train.metrics.loss_spikes import SpikeDetector
-
-_PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}  # dense bf16, of the SXM boards; from the data sheets
 
 _NOTICEABLE = 1e-3  # seconds in a window; a shorter stall is not reported
 
@@ -210,5 +209,5 @@ class Meter:
 def known_peak(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in _PEAK_TFLOPS.items() if known in name), None)
+    gpu = known_gpu(torch.cuda.get_device_name(device))
+    return GPUS[gpu].peak_tflops if gpu else None

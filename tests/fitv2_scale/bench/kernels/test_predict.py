@@ -10,10 +10,14 @@ import torch
 
 from data_sharding.errors import UserError
 from fitv2_scale.bench.kernels import fake_gpu
-from fitv2_scale.bench.kernels.gpus import gpu_named
+from fitv2_scale.bench.kernels.counts import CompiledBlock, Kernel, OuterStep, Workload
+from fitv2_scale.bench.kernels.gpus import GPUS, gpu_named
 from fitv2_scale.bench.kernels.predict import add_to_table, measure, workload
+from fitv2_scale.bench.kernels.report import MEANING, to_text
+from fitv2_scale.bench.kernels.roofline import predict
 from fitv2_scale.cli.__main__ import run_command
 from fitv2_scale.config.load import load_config
+from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.data import Data
 from tests.support.repository import ROOT
 
@@ -143,3 +147,35 @@ def test_the_whole_command(capsys):
     assert {c["name"] for c in report["step"]["collectives"]} == {"_allgather_base_", "_reduce_scatter_base_"}
     assert 0 < report["prediction"]["mfu"] < 1
     assert all(rate["source"] for rate in report["assumed"].values())
+    units = {name: rate["unit"] for name, rate in report["assumed"].items()}
+    assert units["product_flops"] == "FLOP/s" and units["copy_bytes"] == "bytes/s" and units["block_seconds"] == "s"
+    assert units["flash4"] == "times"
+    assert_the_text_explains(report)
+
+
+def assert_the_text_explains(report: dict):
+    """One block of B/2 on 512 tokens: the GPU is done before the host has started its operations."""
+    assert report["decided_by"] == "host"
+    result, text = report["prediction"], to_text(report)
+    on_gpu = sum(result["seconds_by_part"].values())
+    assert on_gpu < result["host_seconds"] == result["seconds"] - result["exposed_seconds"]
+    sentence = f"The host decides: it needs {1000 * result['host_seconds']:.1f} ms for FSDP's hooks and to start "
+    assert sentence + f"{report['step']['host_operations']:,} operations, which the GPU computes in " in text
+    largest = list(result["losses"])[:3]
+    assert largest[0] == "the GPU waits for the host"
+    assert f"{1000 * result['losses'][largest[0]]:.1f} ms {largest[0]}: the host starts operations more slowly" in text
+    for rate in (
+        "product_flops 748 TFLOP/s: ", "copy_bytes 3.8 TB/s: ", "kernel_seconds 3 µs: ", "block_seconds 850 µs: ",
+        "flash4 2 times: ",
+    ):  # fmt: skip
+        assert f"assumed   {rate}" in text
+    faster = report | {"decided_by": "GPU"}
+    assert "The host decides" not in to_text(faster) and "The GPU decides: it computes for " in to_text(faster)
+
+
+def test_each_loss_has_a_meaning():
+    block = CompiledBlock(1, 0, (), (Kernel("mm", "product", 0, (64, 64, 64)),))
+    work = Workload(ranks=1, tokens=64, slots=4, max_seqlen=16, packs=1.0, fill=0.9, keys=10.0, flops=1e9)
+    model = ModelConfig(depth=2, hidden=192, heads=3, classes=10)
+    losses = predict(model, block, OuterStep((), 1), work, GPUS["H200"], lambda computing: 1.0).losses
+    assert losses.keys() == MEANING.keys()

@@ -100,6 +100,41 @@ def test_jobs_that_end_cost_a_save_and_a_start():
     assert simulate_goodput(schedule, 6, 20 * DAY, 200).mean == pytest.approx(expected_goodput(schedule, 6), rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("work", "walltime", "seconds"),
+    [
+        (300, math.inf, 300 + 150),  # one save, at the end
+        (600, math.inf, 600 + 150),
+        (6000, math.inf, 6000 + 10 + 150),  # the formula counts a wait for the last interval too: ten, not nine
+        (10_000, 5000, 10_000 + 10_000 / 600 + 3 * 150),  # a job has 4,850 seconds for steps and waits
+    ],
+)
+def test_a_short_run_pays_for_its_jobs_and_waits_for_the_saves_that_it_makes(work, walltime, seconds):
+    schedule = Schedule(600, 1, 30, 60, 120, walltime)
+    assert expected_goodput(schedule, 0, work) == pytest.approx(work / seconds, rel=1e-12)
+    assert simulate_goodput(schedule, 0, work, 1).mean == pytest.approx(work / seconds, rel=0.002)
+    assert expected_goodput(Schedule(100, 1, 30, 60, 120, walltime=150), 0, work) == 0
+
+
+@pytest.mark.parametrize("durable", [30, 700])  # also one that is due again before it is durable
+def test_a_short_run_with_failures(durable):
+    schedule = Schedule(600, 1, durable, 60, 120)
+    for work in (200, 500):
+        simulated = simulate_goodput(schedule, 50, work, 20_000)
+        assert expected_goodput(schedule, 50, work) == pytest.approx(simulated.mean, rel=0.02)
+
+
+def test_few_runs_that_fail_pull_the_mean_below_the_others():
+    schedule, per_day, work, runs = Schedule(1800, 0, 0, 300, 200), 0.02, DAY, 4000
+    found = simulate_goodput(schedule, per_day, work, runs)
+    assert found.failed_runs / runs == pytest.approx(1 - math.exp(-per_day * (DAY + 200) / DAY), abs=0.005)
+    undisturbed = DAY / (DAY + 200)
+    assert found.lowest < found.mean < found.p5 == pytest.approx(undisturbed)
+    assert found.lowest > DAY / (DAY + 200 + 3 * (1800 + 300 + 200))  # three failures would be one run in a million
+    calm = simulate_goodput(schedule, 0, work, runs)
+    assert calm.lowest == calm.mean == calm.p5 == pytest.approx(undisturbed) and calm.failed_runs == 0
+
+
 def test_jobs_too_short_for_anything_are_reported():
     with pytest.raises(ValueError, match="too short"):
         simulate_goodput(Schedule(600, 1, 30, 60, 120, walltime=100), 0, DAY, 1)

@@ -14,7 +14,7 @@ from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.load import load_config
 from fitv2_scale.data import Data
 from fitv2_scale.planning.forecast.assumptions import Assumptions
-from fitv2_scale.planning.forecast.disk_usage import commit_bytes, kept_forever, storage_report
+from fitv2_scale.planning.forecast.disk_usage import commit_bytes, kept_steps, storage_report
 from fitv2_scale.planning.forecast.node_count import NodeOption, candidates, choose, explain, until_decided
 from fitv2_scale.planning.forecast.step_time import estimate_step_time, exposed_seconds, traffic_seconds
 from fitv2_scale.train.loop import DONE, train
@@ -135,23 +135,25 @@ def choice(nodes: int, days: float, fits: bool = True) -> NodeOption:
 
 def test_nodes_that_are_worth_it():
     tried = [choice(1, 8), choice(2, 4), choice(4, 2.2), choice(8, 2.0), choice(16, 1.0)]
-    assert choose(tried).nodes == 4  # 8 would bring a tenth for twice the price
-    assert explain(tried, choose(tried), 256) == (
+    assert choose(tried, "H200").nodes == 4  # 8 would bring a tenth for twice the price
+    assert explain(tried, choose(tried, "H200"), 256) == (
         "4 nodes (32 GPUs): with 256 images per step, more nodes hardly shorten the run; "
         "8 would take 9 % fewer days and 82 % more GPU-hours"
     )
-    assert choose([choice(1, 8, fits=False), *tried[1:]]).nodes == 4
+    assert choose([choice(1, 8, fits=False), *tried[1:]], "H200").nodes == 4
     slower = [choice(1, 8), choice(2, 12)]
-    assert "2 would take 50 % more days and 200 % more GPU-hours" in explain(slower, choose(slower), 256)
-    assert "the most that still give each rank one" in explain(tried[:3], choose(tried[:3]), 256)
-    with pytest.raises(UserError, match="a rank needs at least 1 GB"):
-        choose([choice(1, 8, fits=False)])
+    assert "2 would take 50 % more days and 200 % more GPU-hours" in explain(slower, choose(slower, "H200"), 256)
+    assert "the most that still give each rank one" in explain(tried[:3], choose(tried[:3], "H200"), 256)
+    assert explain([choice(1, 8)], choice(1, 8), 256).startswith("1 node (8 GPUs), the most")
+    with pytest.raises(UserError, match="a rank needs at least 1 GB, more than an A100 has"):
+        choose([choice(1, 8, fits=False)], "A100")
 
 
 def test_no_more_are_looked_at_than_it_takes():
     tried = [choice(1, 8, fits=False), choice(2, 4), choice(4, 2.2), choice(6, 2.1), choice(8, 2.0), choice(16, 1.0)]
-    assert until_decided(iter(tried)) == tried[:5] and until_decided(tried[:3]) == tried[:3]
-    assert explain(until_decided(tried), choose(until_decided(tried)), 256) == explain(tried, choose(tried), 256)
+    decided = until_decided(iter(tried), "H200")
+    assert decided == tried[:5] and until_decided(tried[:3], "H200") == tried[:3]
+    assert explain(decided, choose(decided, "H200"), 256) == explain(tried, choose(tried, "H200"), 256)
 
 
 def test_every_rank_needs_an_image():
@@ -164,8 +166,16 @@ def test_every_rank_needs_an_image():
 
 def test_kept_commits():
     config = BIG.checkpoint.model_copy(update={"keep_every": 100, "milestones": [50, 200, 9999]})
-    assert kept_forever(config, 1000) == 11
-    assert kept_forever(BIG.checkpoint, 1000) == 0
+    assert kept_steps(config, 1000) == {50, *range(100, 1001, 100)}
+    assert kept_steps(BIG.checkpoint, 1000) == set()
+
+
+def test_a_run_does_not_keep_more_commits_than_it_makes():
+    """Two would stay (``keep_last``), one is being saved, one about to be deleted."""
+    size, checkpoint = commit_bytes(BIG), BIG.checkpoint.model_copy(update={"milestones": []})
+    for commits, kept, held in ((1, 1, 1), (2, 2, 2), (3, 2, 3), (9, 2, 4)):
+        said = storage_report(BIG.model_copy(update={"checkpoint": checkpoint}), 1, commits, None)
+        assert said["commits_kept"] == kept and held * size <= said["run_bytes"] < (held + 0.1) * size
 
 
 def test_storage_of_a_real_run(tiny, tmp_path, capsys):
