@@ -12,6 +12,7 @@ from fitv2_scale.config.sections import DataConfig
 from fitv2_scale.run.class_list import DataIdentity
 from fitv2_scale.run.fork import Fork
 from fitv2_scale.run.paths import absolute_paths
+from fitv2_scale.run.redact import redact
 from fitv2_scale.run.reference import find_reference
 from fitv2_scale.run.run import Run
 from fitv2_scale.run.weights_source import WeightsSource
@@ -35,6 +36,22 @@ def open_run(config: Config, plan: Plan | None, parent: dict[str, Any] | None = 
         complete=config.complete_recipe,
         weights=lambda: WeightsSource.parse(config.init_from).digest(),
     )
+
+
+def check_finished(config: Config, parent: dict[str, Any] | None = None) -> None:
+    """Raises as ``Run.open_or_create`` if the run of ``config``, which has done all its steps, has another recipe or
+    another ``parent``. Its data and the weights that it began with are not needed any more, and may be gone."""
+    run = Run.open(config.run)
+
+    def weights() -> str | None:
+        source = WeightsSource.parse(config.init_from)
+        try:
+            return source.digest()
+        except UserError:
+            return run.recorded("init_from")
+
+    new = {"recipe": redact(config.recipe()), "plan_hash": None, "parent": parent}
+    run.require_same(new, config.complete_recipe, weights)
 
 
 def check_start(config: Config, plan: Plan, fork: Fork | None) -> None:

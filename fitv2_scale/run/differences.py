@@ -1,8 +1,12 @@
-"""Configs and recipes compared, key by key."""
+"""Configs, recipes and starts compared, key by key."""
 
 import hashlib
 import json
 from typing import Any
+
+SHOWN = 16  # digits of a digest, for people
+# Keys of start.json on which results may depend. The layout is not among them: results do not depend on it.
+_COMPARED = ("python", "packages", "cuda", "nccl", "driver", "git", "code", "gpus", "validation", "validation_grid")
 
 
 def recipe_hash(recipe: dict[str, Any]) -> str:
@@ -23,3 +27,13 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Each dotted key at which two configs differ, as "key: old -> new", sorted."""
     a, b = ({k: json.dumps(v, sort_keys=True) for k, v in flatten(tree).items()} for tree in (old, new))
     return [f"{k}: {a.get(k, '(absent)')} -> {b.get(k, '(absent)')}" for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
+
+
+def start_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The differences between two start.json, of keys that both have."""
+    compared = [key for key in _COMPARED if key in old and key in new]
+    sides = [{key: side[key] for key in compared} for side in (old, new)]
+    for side in sides:
+        side["gpus"] = sorted({gpu["name"] for gpu in side.get("gpus", [])})  # their model, not which devices
+        side["validation"] = [digest[:SHOWN] for digest in side.get("validation", [])]
+    return [line.replace('"', "") for line in differences(*sides)]

@@ -28,7 +28,7 @@ from data_sharding.storage.store import Store
 from fitv2_scale.run import class_list, local_files
 from fitv2_scale.run.class_list import DataIdentity
 from fitv2_scale.run.create import IDENTITY, create_identity, refuse_foreign_folder
-from fitv2_scale.run.differences import differences, recipe_hash
+from fitv2_scale.run.differences import SHOWN, differences, recipe_hash, start_differences
 from fitv2_scale.run.log import LogEntry, RunLog, newest_attempt, now
 from fitv2_scale.run.redact import redact
 from fitv2_scale.run.reference import refuse_name
@@ -40,9 +40,6 @@ NOT_FINITE = "loss or gradient was not finite"  # how the reason begins if this 
 
 # Versions up to a2e80d5 wrote these keys of run.json under other names. Such runs continue, so both are read.
 _FORMER_KEYS = {"science": "recipe", "science_hash": "recipe_hash"}
-_SHOWN = 16  # digits of a digest, for people
-# Keys of start.json on which results may depend. The layout is not among them: results do not depend on it.
-_COMPARED = ("python", "packages", "cuda", "nccl", "driver", "git", "code", "gpus", "validation", "validation_grid")
 
 log = logging.getLogger(__name__)
 
@@ -112,14 +109,24 @@ class Run:
             with suppress(FileExistsError):  # another process was first: its identity is checked below
                 create_identity(store, new)
         run = Run.open(url)
-        if changes := run._differences_from(new, complete, weights):
-            raise UserError(
-                f"{store.url} holds a different run ({'; '.join(changes)}); "
-                "give a new run folder, or fork it with --fork-from RUN@STEP."
-            )
+        run.require_same(new, complete, weights)
         if data is None or (run.plan_hash is None and not class_list.were_trained_on(store, run.log, data)):
             return run
         return replace(run, classes=class_list.agreed(store, run.classes, data.classes))
+
+    def require_same(
+        self,
+        new: dict[str, Any],
+        complete: Callable[[dict[str, Any]], dict[str, Any]],
+        weights: Callable[[], str | None],
+    ) -> None:
+        """Returns if recipe, plan_hash and parent of ``new``, what run.json would hold, are those of this run; the
+        last two are not compared if they are None there. Raises as ``open_or_create``, whose arguments these are."""
+        if changes := self._differences_from(new, complete, weights):
+            raise UserError(
+                f"{self.url} holds a different run ({'; '.join(changes)}); "
+                "give a new run folder, or fork it with --fork-from RUN@STEP."
+            )
 
     def _differences_from(
         self,
@@ -127,7 +134,6 @@ class Run:
         complete: Callable[[dict[str, Any]], dict[str, Any]],
         weights: Callable[[], str | None],
     ) -> list[str]:
-        """Where ``new``, what run.json would hold, differs from what it holds."""
         if recipe_hash(self.recipe) != self.recipe_hash:
             raise DataError(f"{self.store.path(IDENTITY)} was edited: its recipe does not match its hash; restore it.")
         try:
@@ -140,7 +146,8 @@ class Run:
             stored["init_from"] = paths[1]
         changes = differences(stored, wanted)
         if None not in (self.plan_hash, new["plan_hash"]) and self.plan_hash != new["plan_hash"]:
-            changes.append(f"plan_hash: {self.plan_hash} -> {new['plan_hash']}")
+            old_plan, new_plan = (plan_hash[:SHOWN] for plan_hash in (self.plan_hash, new["plan_hash"]))
+            changes.append(f"plan_hash: {old_plan} -> {new_plan} (other data, seed or views, or another planner)")
         # The run's id and the step: where the parent's folder lies may change.
         own, wanted_parent = ((p["run"], p["step"]) if p else None for p in (self.parent, new["parent"]))
         if wanted_parent not in (None, own):
@@ -193,7 +200,7 @@ class Run:
         attempt = Attempt(entry.attempt, self)
         before = Attempt(entry.attempt - 1, self).read_start()
         start: dict[str, Any] = {"attempt": entry.attempt, "time": entry.time, **redact(provenance)}
-        start["changed"] = _changes(before, start)
+        start["changed"] = start_differences(before, start)
         if diff := start.pop("diff", None):
             self.store.put(f"{attempt.path}/code.diff", diff.encode())
         self.store.put_json(f"{attempt.path}/start.json", start, indent=1)
@@ -288,13 +295,3 @@ class Attempt:
     def read_end(self) -> dict[str, Any] | None:
         """end.json, or None if the attempt was killed or still runs."""
         return self.run.store.read_json(f"{self.path}/end.json", End)
-
-
-def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """The differences between two start.json, of keys that both have."""
-    compared = [key for key in _COMPARED if key in old and key in new]
-    sides = [{key: side[key] for key in compared} for side in (old, new)]
-    for side in sides:
-        side["gpus"] = sorted({gpu["name"] for gpu in side.get("gpus", [])})  # their model, not which devices
-        side["validation"] = [digest[:_SHOWN] for digest in side.get("validation", [])]
-    return [line.replace('"', "") for line in differences(*sides)]

@@ -42,7 +42,7 @@ def train(config: Config, fork_from: str | None = None, ends_process: bool = Fal
     with dropping(), StopSignal().caught(for_good=ends_process) as stop, join() as world:
         try:
             fork = read_alike(world, lambda: read_request(config, fork_from, world.device))
-            if is_complete(config, world):
+            if is_complete(config, fork, world):
                 steps = config.train.steps
                 _say(
                     world.is_first, f"{config.run} has done all steps up to train.steps={steps}: raise that to continue"

@@ -19,7 +19,7 @@ from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
 from fitv2_scale.evaluate.validation import held_out_urls
-from fitv2_scale.identity import check_start, open_run
+from fitv2_scale.identity import check_finished, check_start, open_run
 from fitv2_scale.model.counts import parameter_count
 from fitv2_scale.parallel.agreement import Facts, read_alike, require_shared
 from fitv2_scale.parallel.build import make_engine
@@ -58,11 +58,20 @@ def read_request(config: Config, fork_from: str | None, device: torch.device) ->
     return fork, facts | config_facts(config) | software_facts(device)
 
 
-def is_complete(config: Config, world: World) -> bool:
-    """Whether the run exists and has committed all of its steps, in a commit that is whole. A collective."""
-    if not world.run_on_rank0(lambda: open_store(config.run).exists("run.json")):
-        return False
-    return has_committed(Run.open(config.run), config.train.steps, world)
+def is_complete(config: Config, fork: Fork | None, world: World) -> bool:
+    """Whether the run exists and has committed all of its steps, in a commit that is whole. A collective. Raises
+    UserError if it has, and is another run than that of ``config`` and ``fork``."""
+    steps = config.train.steps
+
+    def claims_to_be() -> bool:
+        if not open_store(config.run).exists("run.json"):
+            return False
+        done = any(entry.fields["step"] >= steps for entry in Run.open(config.run).log.commits())
+        if done:
+            check_finished(config, fork.parent() if fork else None)
+        return done
+
+    return world.run_on_rank0(claims_to_be) and has_committed(Run.open(config.run), steps, world)
 
 
 def claim(config: Config, plan: Plan, fork: Fork | None, world: World) -> Attempt:
