@@ -23,7 +23,6 @@ _INSTEAD = {
     "int_parsing": "give a whole number, as in 1000 or 1e3",
     "int_from_float": "give a whole number, as in 1000 or 1e3",
     "float_parsing": "give a number, as in 0.001 or 1e-3",
-    "model_type": "it is a section, give its keys",
     "list_type": "give a list, as in [a, b]",
 }
 
@@ -153,6 +152,8 @@ def _sentence(error: ErrorDetails, section: type[BaseModel] = Config) -> str:
     if error["type"] == "missing":
         return f"{key} is missing: give it in the file or as {key}=…"
     message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "model_type":  # pydantic names the class, which no user knows
+        message = f"it is a section: give its keys, as in {key}.KEY=VALUE"
     if error["type"] in _INSTEAD:
         message = f"{message} ({_INSTEAD[error['type']]})"
     if not key or isinstance(error["input"], dict):

@@ -4,6 +4,7 @@ It has two halves. The *recipe* (model, flow, data, optimizer, ema, trainable, s
 computes and is compared when a run is continued; everything else is *runtime* and may differ in every attempt.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -64,52 +65,10 @@ class Config(Section):
     slurm: SlurmConfig = Field(SlurmConfig(), description="how `fitv2 submit` requests jobs")
 
     @model_validator(mode="after")
-    def _layout_suits_the_model(self):
-        layout, heads = self.layout, self.model.heads
-        if heads % layout.tensor:
-            raise ValueError(f"layout.tensor is {layout.tensor}, which does not divide the {heads} heads of the model")
-        if layout.engine == "zero3" and layout.replicate not in ("auto", 1):
-            raise ValueError(
-                f"layout.replicate is {layout.replicate}, but zero3 keeps one copy: use layout.engine=fsdp"
-            )
-        if layout.gate_and_value == "merged" and self.model.mlp == "gelu":
-            raise ValueError("layout.gate_and_value=merged is for a SwiGLU, and model.mlp is gelu: leave it out")
-        if layout.engine == "zero3" and layout.for_fsdp_alone:
-            raise ValueError(f"{layout.for_fsdp_alone[0]} is for layout.engine=fsdp: leave it out with zero3")
-        return self
-
-    @model_validator(mode="after")
-    def _float8_suits_the_rest(self):
-        layout, sizes = self.layout, (self.model.hidden, self.model.mlp_hidden)
-        if layout.precision != "fp8":
-            return self
-        if layout.engine != "fsdp" or layout.tensor != 1:
-            raise ValueError(
-                "layout.precision=fp8 is for layout.engine=fsdp and layout.tensor=1: set these, or use bf16"
-            )
-        if layout.pad_to_multiple_of % _FLOAT8_SIZES:
-            raise ValueError(
-                f"layout.precision=fp8 needs packs of a multiple of {_FLOAT8_SIZES} tokens: set "
-                f"layout.pad_to_multiple_of={_FLOAT8_SIZES}"
-            )
-        if any(size % _FLOAT8_SIZES for size in sizes):
-            raise ValueError(
-                f"layout.precision=fp8 needs widths that are multiples of {_FLOAT8_SIZES}, and this network's are "
-                f"{sizes[0]} and {sizes[1]} (MLP): set layout.precision=bf16"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _flash4_suits_the_rest(self):
-        if self.layout.attention != "flash4":
-            return self
-        if self.layout.precision == "fp32":
-            raise ValueError("layout.attention=flash4 does not compute in float32: set layout.precision=bf16")
-        if self.deterministic:
-            raise ValueError(
-                "deterministic=true is not for layout.attention=flash4, which is not known to give equal bits each "
-                "time: leave one of them out"
-            )
+    def _layout_suits_the_rest(self):
+        """All that is wrong is said at once: who mends one fault should not meet the next."""
+        if problems := [*_engine_problems(self), *_float8_problems(self), *_flash4_problems(self)]:
+            raise ValueError("; ".join(problems))
         return self
 
     def recipe(self) -> dict[str, Any]:
@@ -131,6 +90,55 @@ class Config(Section):
             )
         whole = with_defaults(cls, stored)
         return _without_runtime({key: whole[key] for key in (*RECIPE, "init_from") if key in whole})
+
+
+def _engine_problems(config: Config) -> Iterator[str]:
+    layout, heads = config.layout, config.model.heads
+    if heads % layout.tensor:
+        yield f"layout.tensor is {layout.tensor}, which does not divide the {heads} heads of the model"
+    if layout.gate_and_value == "merged" and config.model.mlp == "gelu":
+        yield "layout.gate_and_value=merged is for a SwiGLU, and model.mlp is gelu: leave it out"
+    if layout.engine != "zero3":
+        return
+    if layout.replicate not in ("auto", 1):
+        yield f"layout.replicate is {layout.replicate}, but zero3 keeps one copy: use layout.engine=fsdp"
+    if given := layout.for_fsdp_alone:
+        verb, them = ("is", "it") if len(given) == 1 else ("are", "them")
+        yield f"{' and '.join(given)} {verb} for layout.engine=fsdp: leave {them} out with zero3"
+
+
+def _float8_problems(config: Config) -> Iterator[str]:
+    layout, sizes = config.layout, (config.model.hidden, config.model.mlp_hidden)
+    if layout.precision != "fp8":
+        return
+    if layout.engine != "fsdp" or layout.tensor != 1:
+        yield "layout.precision=fp8 is for layout.engine=fsdp and layout.tensor=1: set these, or use bf16"
+    if layout.pad_to_multiple_of % _FLOAT8_SIZES:
+        yield (
+            f"layout.precision=fp8 needs packs of a multiple of {_FLOAT8_SIZES} tokens: set "
+            f"layout.pad_to_multiple_of={_FLOAT8_SIZES}"
+        )
+    if any(size % _FLOAT8_SIZES for size in sizes):
+        yield (
+            f"layout.precision=fp8 needs widths that are multiples of {_FLOAT8_SIZES}, and this network's are "
+            f"{sizes[0]} and {sizes[1]} (MLP): set layout.precision=bf16"
+        )
+
+
+def _flash4_problems(config: Config) -> Iterator[str]:
+    if config.layout.attention != "flash4":
+        return
+    if config.layout.precision == "fp32":
+        # On which GPU it will train is not known here; who has no such GPU should be told before it is.
+        yield (
+            "layout.attention=flash4 does not compute in float32: set layout.precision=bf16 on a Hopper or Blackwell "
+            "GPU, and layout.attention=auto on any other device"
+        )
+    if config.deterministic:
+        yield (
+            "deterministic=true is not for layout.attention=flash4, which is not known to give equal bits each time: "
+            "leave one of them out"
+        )
 
 
 def _without_runtime(plain: dict[str, Any]) -> dict[str, Any]:

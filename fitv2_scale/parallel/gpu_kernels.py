@@ -1,6 +1,6 @@
 """Kernels that a config asks for and not every GPU has: ``layout.precision=fp8`` and ``layout.attention=flash4``."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -23,18 +23,26 @@ def require_kernels(layout: LayoutConfig, device: torch.device) -> None:
     """Returns if ``device`` can train with what ``layout`` asks for.
 
     Raises:
-        UserError: it cannot, or the package that would let it is not installed.
+        UserError: it cannot, or the package that would let it is not installed; names all that is lacking.
     """
-    require_float8(layout, device)
+    _raise([*_float8_problems(layout, device), *_flash4_problems(layout, device)])
+
+
+def _raise(problems: Sequence[str]) -> None:
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+def _flash4_problems(layout: LayoutConfig, device: torch.device) -> Iterator[str]:
     if layout.attention != "flash4":
         return
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] not in _FLASH4_ON:
-        raise UserError(
+        yield (
             f"layout.attention=flash4 needs a Hopper or Blackwell GPU, and this rank computes on {_named(device)}: set "
             "layout.attention=auto"
         )
-    if installed()[_FLASH4] is None:
-        raise UserError(
+    elif installed()[_FLASH4] is None:
+        yield (
             f"layout.attention=flash4 needs the package {_FLASH4}: pip install {_FLASH4}, or set layout.attention=auto"
         )
 
@@ -42,20 +50,28 @@ def require_kernels(layout: LayoutConfig, device: torch.device) -> None:
 def require_float8(layout: LayoutConfig, device: torch.device) -> None:
     """Raises UserError if ``layout`` asks for fp8 and ``device`` is a GPU that, or whose torch, is too old for it. The
     CPU has a plain form."""
+    _raise(list(_float8_problems(layout, device)))
+
+
+def require_float8_compiler(layout: LayoutConfig) -> None:
+    """Raises UserError if ``layout`` asks for fp8 and this torch cannot compile it."""
+    _raise(list(_compiler_problems(layout)))
+
+
+def _float8_problems(layout: LayoutConfig, device: torch.device) -> Iterator[str]:
     if layout.precision != "fp8" or device.type != "cuda":
         return
-    require_float8_compiler(layout)
+    yield from _compiler_problems(layout)
     if torch.cuda.get_device_capability(device) < _FLOAT8_FROM:
-        raise UserError(
+        yield (
             f"layout.precision=fp8 needs a GPU of compute capability 8.9 or more, and this rank computes on "
             f"{_named(device)}: set layout.precision=bf16"
         )
 
 
-def require_float8_compiler(layout: LayoutConfig) -> None:
-    """Raises UserError if ``layout`` asks for fp8 and this torch cannot compile it."""
+def _compiler_problems(layout: LayoutConfig) -> Iterator[str]:
     if layout.precision == "fp8" and TorchVersion(torch.__version__) < _FLOAT8_TORCH:
-        raise UserError(
+        yield (
             f"layout.precision=fp8 needs torch {_FLOAT8_TORCH} or newer, not {torch.__version__}: install that, or set "
             "layout.precision=bf16"
         )

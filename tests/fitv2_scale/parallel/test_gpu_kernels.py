@@ -88,6 +88,15 @@ def test_fp8_needs_a_gpu_that_has_it_or_a_cpu(device, capability, taken, machine
         require_kernels(make_config(**FP8).layout, device)
 
 
+def test_all_that_a_gpu_lacks_is_said_at_once(machine):
+    machine((8, 6), "4.0")
+    with pytest.raises(UserError) as refused:
+        require_kernels(make_config(**FP8 | FLASH4 | {"layout__precision": "fp8"}).layout, GPU)
+    eight, four = str(refused.value).split("; ")
+    assert eight.startswith("layout.precision=fp8 needs a GPU of compute capability 8.9 or more")
+    assert four.startswith("layout.attention=flash4 needs a Hopper or Blackwell GPU")
+
+
 @pytest.mark.parametrize(
     ("version", "taken"), [("2.11.0+cu130", False), ("2.13.0", True), ("2.15.0+cu132", True), ("2.9.1", False)]
 )

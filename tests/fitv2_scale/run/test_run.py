@@ -77,6 +77,17 @@ def test_another_recipe_is_refused_with_every_difference(tmp_path):
     assert "depth" not in said
 
 
+def test_another_plan_is_told_by_its_first_digits_and_what_it_means(tmp_path):
+    first, second = "0123456789abcdef" + 48 * "0", "fedcba9876543210" + 48 * "1"
+    make(tmp_path, plan=first)
+    with pytest.raises(UserError) as refused:
+        make(tmp_path, plan=second)
+    assert str(refused.value) == (
+        f"{tmp_path} holds a different run (plan_hash: 0123456789abcdef -> fedcba9876543210 (other data, seed or views, "
+        "or another planner)); give a new run folder, or fork it with --fork-from RUN@STEP."
+    )
+
+
 def test_tuples_and_key_order_do_not_change_the_recipe(tmp_path):
     make(tmp_path)
     make(tmp_path, recipe={"data": {"urls": ("a", "b")}, "optim": {"lr": 1e-4}, "model": {"dim": 64, "depth": 4}})
