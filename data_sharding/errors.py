@@ -6,12 +6,15 @@ class UserError(Exception):
 
     origin = ""  # the rank that met it and prints it, as in "rank 1 on n17", if that was not this process
 
-    def said_by(self, rank: int) -> str | None:
-        """What ``rank`` prints. None if another one prints it: a sentence appears where it arose, and the first rank
-        repeats what another one met."""
+    def said_by(self, rank: int, for_node: bool = False) -> str | None:
+        """What ``rank`` prints. A sentence appears where it arose, and the first rank repeats what another one met. One
+        that speaks ``for_node`` says only where to look: each node may have a terminal or a log of its own, and a line
+        a rank would be too many in one that they share. Others: None."""
         if not self.origin:
             return str(self)
-        return f"{self.origin}: {self}" if rank == 0 else None
+        if rank == 0:
+            return f"{self.origin}: {self}"
+        return f"{self.origin} says why this ends" if for_node else None
 
     def and_saved_at(self, step: int) -> "UserError":
         """Itself, which ends a run of ``step`` steps: they are saved, and the sentence says so."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from data_sharding.errors import UserError
-from data_sharding.launched import Launched, launched
+from data_sharding.launched import ON_NODE, Launched, launched, own_rank
 from launchers.hostlist import counts, expand
 
 if TYPE_CHECKING:
@@ -22,16 +22,21 @@ _PORTS = range(10_000, 30_000)  # below those that the system assigns itself
 
 def become_a_rank() -> str | None:
     """Gives this process torchrun's variables if srun or mpirun has started it as one of several. Returns the launcher,
-    None for a process that is the only one. Raises UserError if the others cannot be found.
+    None for a process that is the only one. Raises UserError if the others cannot be found, or its variables make no
+    rank.
 
     LOCAL_RANK says which of the GPUs that it sees is its own, also under torchrun.
     """
     task = launched(os.environ)
+    if task is not None:
+        os.environ[ON_NODE] = str(task.local[0]) if task.local else os.environ["SLURM_LOCALID"]
     if task is not None and task.launcher != "torchrun":
         found = rank_environment(os.environ) if task.launcher == "srun" else _of_mpirun(task, os.environ)
         os.environ.update(found)
     elif task is not None and _sees_one_gpu(os.environ):
         os.environ["LOCAL_RANK"] = "0"
+    if "RANK" in os.environ:
+        own_rank(os.environ)
     return task.launcher if task else None
 
 

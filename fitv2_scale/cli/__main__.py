@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from data_sharding.errors import RanksMissing, UserError
+from data_sharding.launched import speaks_for_node
 from data_sharding.standard_streams import ReaderGone, reporting
 from fitv2_scale.cli import (
     bench,
@@ -53,7 +54,9 @@ def exit_code_of(act: Callable[[], int]) -> int:
         try:
             return act()
         except UserError as error:
-            if (sentence := error.said_by(int(os.environ.get("RANK", 0)))) is not None:
+            told = os.environ.get("RANK", "0")
+            rank = int(told) if told.isdecimal() else 0  # it is none: then that is the error
+            if (sentence := error.said_by(rank, speaks_for_node(os.environ))) is not None:
                 print(f"fitv2: {sentence}", file=sys.stderr)
             return RETRY if isinstance(error, RanksMissing) else BAD_INPUT
         except ReaderGone:  # a pager has seen enough

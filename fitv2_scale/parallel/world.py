@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from data_sharding.errors import UserError
+from data_sharding.launched import own_rank
 from fitv2_scale.parallel.device import (
     gpu_view,
     hide_gpus,
@@ -137,14 +138,14 @@ def join(failure: Exception | None = None, reports_gpu: bool = False) -> Generat
     ``World.raise_shared`` does. A rank that fails inside is known to the others when it has left (``LastWords``).
 
     Raises:
-        UserError: the launcher's variables are not whole; several nodes, or one in a job of Slurm, have fewer GPUs than
+        UserError: the launcher's variables make no rank; several nodes, or one in a job of Slurm, have fewer GPUs than
             ranks; or torch cannot use a GPU.
         RanksMissing: other ranks do not join; or hang or have ended inside, and so have broken a collective.
     """
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(_RECORDED))
     patience, node = _TIMEOUT.total_seconds(), _node()
-    launched = "RANK" in os.environ
-    rank, size = _place() if launched else (0, 1)
+    launched = own_rank(os.environ)
+    rank, size = launched or (0, 1)
     device, no_gpu, too_few = torch.device("cpu"), None, None
     if not (few := sees_too_few_gpus(size)):
         device, no_gpu = own_device()  # before the roll is called: a rank whose GPU hangs is then named as missing
@@ -175,19 +176,6 @@ def join(failure: Exception | None = None, reports_gpu: bool = False) -> Generat
         finally:
             dist.destroy_process_group()
             last_words.leave()
-
-
-def _place() -> tuple[int, int]:
-    """This rank's number and how many ranks there are, as its launcher says. Raises UserError if that cannot be."""
-    if missing := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-        raise UserError(
-            f"RANK is set, and {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not: start ranks with "
-            "torchrun, srun or mpirun, or unset RANK to train in one process"
-        )
-    rank, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
-    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
-        raise UserError(f"RANK is {rank} and WORLD_SIZE {size}: ranks are numbered from 0 to WORLD_SIZE - 1")
-    return int(rank), int(size)
 
 
 def _gpu(device: torch.device) -> tuple[str, str | None, int] | None:

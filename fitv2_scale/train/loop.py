@@ -2,12 +2,14 @@
 
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
 
 from data_sharding.errors import RanksMissing, StorageDown, UserError
+from data_sharding.launched import speaks_for_node
 from data_sharding.standard_streams import dropping
 from data_sharding.stream.batch import StepBatch
 from fitv2_scale.checkpoint.copies import CopiesDiffer
@@ -208,7 +210,7 @@ def _recorded(attempt: Attempt, world: World) -> Generator[_End]:
 
 
 def _say_error(error: UserError, world: World) -> None:
-    sentence = error.said_by(world.rank)
+    sentence = error.said_by(world.rank, speaks_for_node(os.environ))
     _say(sentence is not None, str(sentence))
 
 

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from data_sharding.errors import UserError
-from data_sharding.launched import Launched, launched
+from data_sharding.launched import ON_NODE, Launched, launched, own_rank, speaks_for_node
 
 # Of Slurm 22.05: task 1 of `srun -N2 -n2`; a shell of `salloc -N2 -n4`; a batch script of `sbatch -N2 -n4`.
 TASK = {
@@ -71,3 +71,71 @@ def test_a_task_with_a_terminal_is_one_of_several():
 def test_an_unknown_launcher_is_refused():
     with pytest.raises(UserError, match="one of 4 processes of a launcher that is not known"):
         launched({"PMI_RANK": "1", "PMI_SIZE": "4"})
+
+
+BY_HAND = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
+ADVICE = (
+    ": start ranks with torchrun, srun or mpirun, or set RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT for each; for one "
+    "process, unset them"
+)
+
+
+@pytest.mark.parametrize(
+    "environment,expected",
+    [
+        (BY_HAND, (1, 2)),
+        (BY_HAND | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}, (1, 2)),
+        (BY_HAND | {"RANK": "0", "WORLD_SIZE": "1"}, (0, 1)),
+        ({}, None),
+        ({"WORLD_SIZE": "1"}, None),
+        ({"MASTER_ADDR": "n1", "MASTER_PORT": "29500"}, None),  # a batch script exports them for its tasks
+    ],
+)
+def test_the_rank_of_a_process(environment, expected):
+    assert own_rank(environment) == expected
+
+
+@pytest.mark.parametrize(
+    "environment,said",
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, RANK is not set, MASTER_ADDR is not set, MASTER_PORT is not set"),
+        ({**BY_HAND, "RANK": ""}, "RANK is empty, WORLD_SIZE is 2"),
+        ({"WORLD_SIZE": "", **{k: BY_HAND[k] for k in ("MASTER_ADDR", "MASTER_PORT")}}, "WORLD_SIZE is empty, RANK is"),
+        ({"RANK": "abc"}, "RANK is 'abc' (not a whole number from 0), WORLD_SIZE is not set, MASTER_ADDR is not set,"),
+        ({**BY_HAND, "RANK": "-1"}, "RANK is '-1' (not a whole number from 0), WORLD_SIZE is 2"),
+        ({**BY_HAND, "WORLD_SIZE": "two"}, "RANK is 1, WORLD_SIZE is 'two' (not a whole number from 1)"),
+        ({**BY_HAND, "WORLD_SIZE": "0"}, "RANK is 1, WORLD_SIZE is '0' (not a whole number from 1)"),
+        ({**BY_HAND, "MASTER_ADDR": ""}, "RANK is 1, WORLD_SIZE is 2, MASTER_ADDR is empty"),
+        ({**BY_HAND, "MASTER_PORT": "x"}, "RANK is 1, WORLD_SIZE is 2, MASTER_PORT is 'x' (not a whole number from 1 to"),
+        ({**BY_HAND, "MASTER_PORT": "65536"}, "RANK is 1, WORLD_SIZE is 2, MASTER_PORT is '65536' (not a whole number f"),
+        ({**BY_HAND, "LOCAL_RANK": ""}, "RANK is 1, WORLD_SIZE is 2, LOCAL_RANK is empty"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK is '-1' (not a whole number from 0)"),
+    ],
+)
+def test_variables_that_make_no_rank_are_refused(environment, said):
+    """Such a process would train alone beside the others, wait for ranks that do not exist, or end in a traceback."""
+    with pytest.raises(UserError) as refused:
+        own_rank(environment)
+    assert str(refused.value).startswith(said) and str(refused.value).endswith(ADVICE)
+
+
+def test_so_are_those_that_torchrun_never_sets():
+    for name in TORCHRUN:
+        with pytest.raises(UserError, match=f"{name} is 'abc' .*not a whole number"):
+            launched(TORCHRUN | {name: "abc"})
+
+
+@pytest.mark.parametrize(
+    "environment,expected",
+    [
+        ({}, True),
+        (BY_HAND, True),  # in a terminal of its own
+        (BY_HAND | {"LOCAL_RANK": "1"}, True),
+        (TORCHRUN, False),
+        (TORCHRUN | {"LOCAL_RANK": "0"}, True),
+        (TORCHRUN | {"LOCAL_RANK": "0", ON_NODE: "1"}, False),  # it sees one GPU alone
+        (TORCHRUN | {"LOCAL_RANK": "0", ON_NODE: "0"}, True),
+    ],
+)
+def test_one_rank_speaks_for_its_node(environment, expected):
+    assert speaks_for_node(environment) == expected

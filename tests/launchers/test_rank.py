@@ -7,6 +7,7 @@ import sys
 import pytest
 import yaml
 
+from data_sharding.launched import ON_NODE
 from fitv2_scale.cli.__main__ import main
 from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
@@ -32,7 +33,7 @@ SECOND_OF_TWO = {
     "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
 }
 RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-OTHERS = ("OMP_NUM_THREADS", "FITV2_NODES", "CUDA_VISIBLE_DEVICES")
+OTHERS = ("OMP_NUM_THREADS", "FITV2_NODES", "CUDA_VISIBLE_DEVICES", ON_NODE)
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def test_a_rank_that_sees_one_gpu_has_that_one(environment, visible, local):
     for started in (torchrun, mpirun, SECOND_OF_TWO | {"SLURM_LOCALID": "1"}):
         environment(**started | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}))
         become_a_rank()
-        assert os.environ["LOCAL_RANK"] == local
+        assert (os.environ["LOCAL_RANK"], os.environ[ON_NODE]) == (local, "1")
         for name in started:
             os.environ.pop(name)
 
@@ -85,10 +86,29 @@ def test_processes_without_a_supervisor_are_refused(words, capsys):
     assert f"--processes {words[1]} needs --supervise" in capsys.readouterr().err
 
 
-def test_each_of_several_processes_does_not_supervise(environment, capsys):
-    environment(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="2")
+def test_each_of_several_processes_does_not_supervise(environment, monkeypatch, capsys):
+    environment(RANK="0", WORLD_SIZE="2", MASTER_ADDR="n7", MASTER_PORT="29500")
+    monkeypatch.setattr("fitv2_scale.cli.common.tell_ranks", lambda error: None)  # there are no others
     assert main(["train", "configs/demo.yaml", "--supervise"]) == 2
     assert "--supervise starts the processes itself" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "variables,said",
+    [
+        ({"RANK": "abc"}, "fitv2: RANK is 'abc' (not a whole number from 0), WORLD_SIZE is not set, MASTER_ADDR is not"),
+        (dict.fromkeys(RANK, "abc"), "fitv2: RANK is 'abc' (not a whole number from 0), WORLD_SIZE is 'abc' (not a"),
+        ({"WORLD_SIZE": "2"}, "fitv2: WORLD_SIZE is 2, RANK is not set, MASTER_ADDR is not set, MASTER_PORT is not set"),
+    ],
+)
+def test_variables_that_make_no_rank_are_refused_in_a_sentence(environment, capsys, tmp_path, variables, said):
+    environment(**variables)
+    assert main(["train", "configs/demo.yaml", f"run={tmp_path}/run"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(said) and not (tmp_path / "run").exists()
+    environment(**variables)
+    assert main(["status", str(tmp_path)]) == 2  # which asks for no rank, and has an error of its own
+    assert "is not a run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("task", "says"), [("0", True), ("1", False)])

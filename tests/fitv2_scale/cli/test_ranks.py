@@ -19,6 +19,7 @@ from tests.support.ranks import run_ranks
 from tests.support.small_vae import save_vae
 
 NOTHING = "/no/such/set"
+ELSEWHERE = r"rank \d+ on \S+ says why this ends"
 
 
 def run_as(*words: list[str]) -> tuple[int, str]:
@@ -41,10 +42,10 @@ def run_in(folders: list[str], words: list[str]) -> tuple[int, str]:
 
 
 def assert_refused(found: list[tuple[int, str]], *printed: str) -> None:
-    """All ranks exit with 2; ``printed``: a pattern of what each prints, "" for nothing."""
+    """All ranks exit with 2; ``printed``: a pattern of what each prints, "" for no more than who says why."""
     assert [code for code, _ in found] == [2] * len(found), found
     for (_, said), pattern in zip(found, printed, strict=True):
-        assert re.fullmatch(f"fitv2: {pattern}" if pattern else "", said), said
+        assert re.fullmatch(f"fitv2: {pattern or ELSEWHERE}", said), said
 
 
 @pytest.fixture
@@ -63,6 +64,21 @@ def test_training_that_one_rank_is_told_to_do_otherwise(config_file, tmp_path):
     told = r"the ranks were not told the same: optimizer.lr is 0.001 on rank 0 \(\S+\) and 0.1 on ranks 1-2 \(\S+\); .*"
     assert_refused(found, told, "", "")
     assert not (tmp_path / "run").exists()
+
+
+def run_on_two_nodes(*words: list[str]) -> tuple[int, str]:
+    """As ``run_as``, by torchrun on nodes of two ranks each."""
+    os.environ |= {"LOCAL_RANK": str(int(os.environ["RANK"]) % 2), "LOCAL_WORLD_SIZE": "2"}
+    return run_as(*words)
+
+
+def test_where_to_look_is_told_once_a_node(config_file):
+    """And not on the first, whose terminal has the sentence."""
+    train = ["train", config_file("config")]
+    (_, why), *others = run_ranks(4, run_on_two_nodes, train, [*train, "optimizer.lr=0.1"])
+    assert "not told the same" in why
+    first, second, third = (said for _, said in others)
+    assert (first, third) == ("", "") and re.fullmatch(r"fitv2: rank 0 on \S+ says why this ends", second)
 
 
 @pytest.mark.parametrize(

@@ -186,11 +186,10 @@ WHOLE = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_POR
 @pytest.mark.parametrize(
     "changed,sentence",
     [
-        ({"MASTER_PORT": None}, "RANK is set, and MASTER_PORT is not: start ranks with torchrun, srun or mpirun"),
-        ({"WORLD_SIZE": None, "MASTER_ADDR": None}, "RANK is set, and WORLD_SIZE and MASTER_ADDR are not: start"),
+        ({"MASTER_PORT": None}, "RANK is 0, WORLD_SIZE is 2, MASTER_PORT is not set: start ranks with torchrun, srun"),
         ({"RANK": "2"}, "RANK is 2 and WORLD_SIZE 2: ranks are numbered from 0 to WORLD_SIZE - 1"),
-        ({"RANK": "-1"}, "RANK is -1 and WORLD_SIZE 2"),
-        ({"WORLD_SIZE": "two"}, "RANK is 0 and WORLD_SIZE two"),
+        ({"RANK": None}, "WORLD_SIZE is 2, RANK is not set: start ranks with torchrun, srun or mpirun, or set"),
+        ({"LOCAL_RANK": "abc"}, r"RANK is 0, WORLD_SIZE is 2, LOCAL_RANK is 'abc' \(not a whole number from 0\):"),
     ],
 )
 def test_a_rank_that_cannot_be_joins_nothing(monkeypatch, changed, sentence):
