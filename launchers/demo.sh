@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # From a fresh clone to a trained FiTv2, on a machine without a GPU, or with one, which it then does not use: writes
 # shards of real photographs, trains in two processes, kills them half way, resumes, and leaves pictures and an MLflow
-# run. Takes no arguments.
+# run.
+#
+#   bash launchers/demo.sh [STEPS]    STEPS, at least 100, instead of those of configs/demo.yaml
 #
 # It writes to .venv, data/ and runs/ of the repository; a second call makes a new run beside the first.
 set -euo pipefail
@@ -9,7 +11,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launchers/venv.sh
 
 config=configs/demo.yaml
-steps=$(sed -nE 's/^train: \{steps: ([0-9]+),.*/\1/p' "$config")
+steps=${1:-$(sed -nE 's/^train: \{steps: ([0-9]+),.*/\1/p' "$config")}
+[[ $steps =~ ^[1-9][0-9]{2,6}$ ]] || die "$steps is no number of steps: give one from 100 on, as in launchers/demo.sh 200"
+# Of 1,000 steps, the intervals of the config.
+length=(train.steps="$steps" checkpoint.every_steps=$((steps / 10)) validation.every_steps=$((steps / 10))
+  sampling.every_steps=$((steps / 5)))
 run=runs/demo-$(date +%Y%m%d-%H%M%S)
 
 last_commit() {
@@ -44,11 +50,11 @@ say "Encoding them to shards: fitv2 shard write"
 .venv/bin/fitv2 shard inspect data/photographs
 
 say "Forecasting memory and time: fitv2 plan"
-.venv/bin/fitv2 plan "$config" --gpus-per-node 2
+.venv/bin/fitv2 plan "$config" "${length[@]}" --gpus-per-node 2
 
 say "Training $steps steps in two processes, which will be killed half way"
 # One thread per process: two processes on two cores.
-OMP_NUM_THREADS=1 .venv/bin/fitv2 train "$config" run="$run" --supervise --processes 2 &
+OMP_NUM_THREADS=1 .venv/bin/fitv2 train "$config" run="$run" "${length[@]}" --supervise --processes 2 &
 training=$!
 trap end_training EXIT
 while [ "$(last_commit)" -lt $((steps / 2)) ]; do

@@ -66,7 +66,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _layout_suits_the_rest(self):
-        """All that is wrong is said at once: who mends one fault should not meet the next."""
+        """Names all that is wrong at once: who mends one fault should not meet the next."""
         if problems := [*_engine_problems(self), *_float8_problems(self), *_flash4_problems(self)]:
             raise ValueError("; ".join(problems))
         return self

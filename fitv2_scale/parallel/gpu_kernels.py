@@ -77,6 +77,13 @@ def _compiler_problems(layout: LayoutConfig) -> Iterator[str]:
         )
 
 
+def kernel_notes(layout: LayoutConfig, device: torch.device) -> list[str]:
+    """Sentences for the user of a rank on ``device``: what of ``layout`` has another form there."""
+    if layout.kernels == "triton" and device.type != "cuda":
+        return ["layout.kernels=triton: the CPU computes the same in plain torch, since Triton's kernels are for GPUs"]
+    return []
+
+
 def _named(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
 

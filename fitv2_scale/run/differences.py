@@ -4,7 +4,7 @@ import hashlib
 import json
 from typing import Any
 
-SHOWN = 16  # digits of a digest, for people
+_SHOWN = 16  # digits of a digest, for people
 # Keys of start.json on which results may depend. The layout is not among them: results do not depend on it.
 _COMPARED = ("python", "packages", "cuda", "nccl", "driver", "git", "code", "gpus", "validation", "validation_grid")
 
@@ -35,5 +35,5 @@ def start_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     sides = [{key: side[key] for key in compared} for side in (old, new)]
     for side in sides:
         side["gpus"] = sorted({gpu["name"] for gpu in side.get("gpus", [])})  # their model, not which devices
-        side["validation"] = [digest[:SHOWN] for digest in side.get("validation", [])]
+        side["validation"] = [digest[:_SHOWN] for digest in side.get("validation", [])]
     return [line.replace('"', "") for line in differences(*sides)]

@@ -28,7 +28,7 @@ from data_sharding.storage.store import Store
 from fitv2_scale.run import class_list, local_files
 from fitv2_scale.run.class_list import DataIdentity
 from fitv2_scale.run.create import IDENTITY, create_identity, refuse_foreign_folder
-from fitv2_scale.run.differences import SHOWN, differences, recipe_hash, start_differences
+from fitv2_scale.run.differences import differences, recipe_hash, start_differences
 from fitv2_scale.run.log import LogEntry, RunLog, newest_attempt, now
 from fitv2_scale.run.redact import redact
 from fitv2_scale.run.reference import refuse_name
@@ -146,8 +146,8 @@ class Run:
             stored["init_from"] = paths[1]
         changes = differences(stored, wanted)
         if None not in (self.plan_hash, new["plan_hash"]) and self.plan_hash != new["plan_hash"]:
-            old_plan, new_plan = (plan_hash[:SHOWN] for plan_hash in (self.plan_hash, new["plan_hash"]))
-            changes.append(f"plan_hash: {old_plan} -> {new_plan} (other data, seed or views, or another planner)")
+            plans = f"{self.plan_hash:.16} -> {new['plan_hash']:.16}"
+            changes.append(f"plan_hash: {plans} (other data, seed or views, or another planner)")
         # The run's id and the step: where the parent's folder lies may change.
         own, wanted_parent = ((p["run"], p["step"]) if p else None for p in (self.parent, new["parent"]))
         if wanted_parent not in (None, own):

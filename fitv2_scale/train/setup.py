@@ -24,7 +24,7 @@ from fitv2_scale.model.counts import parameter_count
 from fitv2_scale.parallel.agreement import Facts, read_alike, require_shared
 from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.engine import Engine
-from fitv2_scale.parallel.gpu_kernels import require_kernels
+from fitv2_scale.parallel.gpu_kernels import kernel_notes, require_kernels
 from fitv2_scale.parallel.rank_facts import config_facts, software_facts
 from fitv2_scale.parallel.world import World
 from fitv2_scale.run.fork import Fork
@@ -148,7 +148,7 @@ def open_session(
     engine, batch_broadcast = make_engine(config, layout, world), BatchBroadcast(layout, world.rank)
     restored, data, notes, forked = _restore(engine, attempt.run, data, fork, config, world)
     start = restored.step if restored else 0
-    for note in _changes(attempt) if world.is_first else []:
+    for note in [*kernel_notes(config.layout, world.device), *_changes(attempt)] if world.is_first else []:
         notes = [*notes, note]
         log.warning("%s", note)
     substitutions = _open_substitutions(attempt, data, restored, fork, config, world)

@@ -106,8 +106,14 @@ def test_the_rank_of_a_process(environment, expected):
         ({**BY_HAND, "WORLD_SIZE": "two"}, "RANK is 1, WORLD_SIZE is 'two' (not a whole number from 1)"),
         ({**BY_HAND, "WORLD_SIZE": "0"}, "RANK is 1, WORLD_SIZE is '0' (not a whole number from 1)"),
         ({**BY_HAND, "MASTER_ADDR": ""}, "RANK is 1, WORLD_SIZE is 2, MASTER_ADDR is empty"),
-        ({**BY_HAND, "MASTER_PORT": "x"}, "RANK is 1, WORLD_SIZE is 2, MASTER_PORT is 'x' (not a whole number from 1 to"),
-        ({**BY_HAND, "MASTER_PORT": "65536"}, "RANK is 1, WORLD_SIZE is 2, MASTER_PORT is '65536' (not a whole number f"),
+        (
+            {**BY_HAND, "MASTER_PORT": "x"},
+            "RANK is 1, WORLD_SIZE is 2, MASTER_PORT is 'x' (not a whole number from 1",
+        ),
+        (
+            {**BY_HAND, "MASTER_PORT": "65536"},
+            "RANK is 1, WORLD_SIZE is 2, MASTER_PORT is '65536' (not a whole number",
+        ),
         ({**BY_HAND, "LOCAL_RANK": ""}, "RANK is 1, WORLD_SIZE is 2, LOCAL_RANK is empty"),
         ({"LOCAL_RANK": "-1"}, "LOCAL_RANK is '-1' (not a whole number from 0)"),
     ],

@@ -1,6 +1,7 @@
 """The demo's crops of photographs, and the packages they come from."""
 
 import math
+import subprocess
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from data_sharding.write.views import (
     resize_tokens,
 )
 from launchers import demo_images
+from tests.support.repository import ROOT
 
 
 def test_the_demos_crops_are_the_same_every_time_and_of_natural_lengths(tmp_path):
@@ -53,3 +55,11 @@ def test_missing_packages_are_one_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo_images, "PHOTOGRAPHS", (demo_images.Photograph("x", "no_such_package", "x.png", ""),))
     assert demo_images.main([str(tmp_path)]) == 2
     assert "pip install -e '.[demo]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("steps", ["50", "0100", "many"])
+def test_the_demo_takes_a_number_of_steps(steps):
+    """Of fewer, all would be done before its processes are killed. It is refused before anything is made."""
+    demo = subprocess.run(["bash", ROOT / "launchers/demo.sh", steps], capture_output=True, text=True)
+    told = f"{steps} is no number of steps: give one from 100 on, as in launchers/demo.sh 200\n"
+    assert (demo.returncode, demo.stdout, demo.stderr) == (2, "", told)

@@ -96,9 +96,15 @@ def test_each_of_several_processes_does_not_supervise(environment, monkeypatch, 
 @pytest.mark.parametrize(
     "variables,said",
     [
-        ({"RANK": "abc"}, "fitv2: RANK is 'abc' (not a whole number from 0), WORLD_SIZE is not set, MASTER_ADDR is not"),
+        (
+            {"RANK": "abc"},
+            "fitv2: RANK is 'abc' (not a whole number from 0), WORLD_SIZE is not set, MASTER_ADDR is not",
+        ),
         (dict.fromkeys(RANK, "abc"), "fitv2: RANK is 'abc' (not a whole number from 0), WORLD_SIZE is 'abc' (not a"),
-        ({"WORLD_SIZE": "2"}, "fitv2: WORLD_SIZE is 2, RANK is not set, MASTER_ADDR is not set, MASTER_PORT is not set"),
+        (
+            {"WORLD_SIZE": "2"},
+            "fitv2: WORLD_SIZE is 2, RANK is not set, MASTER_ADDR is not set, MASTER_PORT is not set",
+        ),
     ],
 )
 def test_variables_that_make_no_rank_are_refused_in_a_sentence(environment, capsys, tmp_path, variables, said):

@@ -11,6 +11,7 @@ WEIGHTS, RUNS = "fitv2_scale/checkpoint/weights.py", "fitv2_scale/identity.py"
 WEIGHTS_FILE = "fitv2_scale/checkpoint/weights_file.py"
 LOAD, OF_RUN = "tests/fitv2_scale/config/test_load.py", "tests/fitv2_scale/run/test_run.py"
 OF_DESTINATION, OF_DATA_PY = "tests/fitv2_scale/tracking/test_destination.py", "tests/fitv2_scale/test_data.py"
+FINISHED = "tests/fitv2_scale/train/test_finished.py"
 OF_WEIGHTS, IDENTITY = "tests/fitv2_scale/checkpoint/test_weights.py", "tests/fitv2_scale/test_identity.py"
 KNOWN, PICTURES = f"{OF_EVALUATE}/test_identity.py", f"{OF_EVALUATE}/sampling/test_png_folder.py"
 FID, STATISTICS = f"{OF_EVALUATE}/test_fid.py", f"{OF_EVALUATE}/test_reference_statistics.py"
@@ -282,6 +283,14 @@ OF_DATA = (
         "if age < run.step_seconds + run.evaluation_seconds + run.compile_seconds:",
         "if False:",
         ("tests/fitv2_scale/train/metrics/test_accounting.py::test_a_run_from_the_future_has_no_goodput",),
+    ),
+    Named(
+        "a finished run is done with any recipe", "fitv2_scale/train/setup.py",
+        "check_finished(config, fork.parent() if fork else None)", "pass", (FINISHED,),
+    ),
+    Named(
+        "one of several processes without a rank trains alone", "data_sharding/launched.py",
+        ' or environment.get("WORLD_SIZE", "1") != "1"', "", ("tests/data_sharding/test_launched.py",),
     ),
     Named(
         "fuzzing: a sample without a label", "data_sharding/format/shard.py",

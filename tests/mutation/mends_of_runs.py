@@ -105,7 +105,7 @@ OF_RUNS: tuple[Named, ...] = (
     ),
     Named(
         "B32: what a rank other than 0 cannot read is printed nowhere", "data_sharding/errors.py",
-        "return str(self)\n        return f", "return str(self) if rank == 0 else None\n        return f",
+        "return str(self)\n        if", "return str(self) if rank == 0 else None\n        if",
         (f"{RANKS}::test_training_that_one_rank_cannot_begin",),
     ),
     Named(

@@ -83,8 +83,8 @@ def test_another_plan_is_told_by_its_first_digits_and_what_it_means(tmp_path):
     with pytest.raises(UserError) as refused:
         make(tmp_path, plan=second)
     assert str(refused.value) == (
-        f"{tmp_path} holds a different run (plan_hash: 0123456789abcdef -> fedcba9876543210 (other data, seed or views, "
-        "or another planner)); give a new run folder, or fork it with --fork-from RUN@STEP."
+        f"{tmp_path} holds a different run (plan_hash: 0123456789abcdef -> fedcba9876543210 (other data, seed or views"
+        ", or another planner)); give a new run folder, or fork it with --fork-from RUN@STEP."
     )
 
 

@@ -21,6 +21,14 @@ def test_another_validation_than_before_is_noted(tiny, dataset):
     assert Run.open(tiny().run).recorded("validation_grid") == {"images": 20, "timesteps": 3}
 
 
+def test_kernels_that_a_cpu_lacks_are_noted_once(tiny):
+    for steps, kernels in ((1, "triton"), (2, "compiled")):
+        assert run_ranks(2, train, tiny(train__steps=steps, layout__kernels=kernels)) == [DONE] * 2
+    first, second = ("".join(log.read_text() for log in Path(tiny().run).glob(f"attempts/{n}/logs/*")) for n in (1, 2))
+    note = "layout.kernels=triton: the CPU computes the same in plain torch, since Triton's kernels are for GPUs"
+    assert first.count(note) == first.count("triton") == 1 and "triton" not in second
+
+
 def test_other_images_of_validation_are_a_change_between_attempts(tmp_path):
     run = Run.open_or_create(str(tmp_path / "run"), {}, {}, "plan")
     grid = {"images": 256, "timesteps": 8}
