@@ -117,6 +117,12 @@ def test_variables_that_make_no_rank_are_refused_in_a_sentence(environment, caps
     assert "is not a run" in capsys.readouterr().err
 
 
+def test_variables_are_refused_before_the_others_are_told_of_anything(environment, capsys):
+    environment(RANK="0", WORLD_SIZE="abc", MASTER_ADDR="n7", MASTER_PORT="29500")
+    assert main(["train", "none.yaml"]) == 2
+    assert capsys.readouterr().err.startswith("fitv2: RANK is 0, WORLD_SIZE is 'abc' (not a whole number from 1):")
+
+
 @pytest.mark.parametrize(("task", "says"), [("0", True), ("1", False)])
 def test_the_first_task_of_srun_says_what_srun_does_not_do(environment, monkeypatch, capsys, task, says):
     environment(**SECOND_OF_TWO | {"SLURM_PROCID": task})

@@ -32,6 +32,13 @@ def test_errors_that_another_attempt_may_not_meet(capsys):
     assert ended(StaleAttempt("attempt 2 runs"), first=False) == [] and capsys.readouterr().err == ""
 
 
+def test_another_rank_points_to_the_one_that_says_why(capsys):
+    error = StorageDown("no answer")
+    error.origin = "rank 0 on n1"
+    assert ended(error, first=False) == []
+    assert capsys.readouterr().err == "rank 0 on n1 says why this ends\n"
+
+
 @pytest.mark.parametrize("error", [UserError("no such key"), DataError("a.tar is damaged")])
 def test_bad_input_is_raised_for_the_command_line_to_print(error):
     cause = OSError("why")
