@@ -134,7 +134,7 @@ def train_here(config: Config) -> int:
         ({"layout__tensor": 2}, "is for layout.engine=fsdp and layout.tensor=1"),
         (
             {"model__hidden": 64, "model__heads": 4},
-            r"are 64 and 170 \(SwiGLU\): set layout.precision=bf16",
+            r"are 64 and 170 \(MLP\): set layout.precision=bf16",
         ),
         ({"model__hidden": 24}, "this network's are 24 and 64"),
     ],
