@@ -107,7 +107,7 @@ class Outcome(NamedTuple):
 
     code: int  # an exit code of `fitv2 train`
     reason: str
-    clean: bool  # they ended by themselves, and not because one of them failed
+    clean: bool  # they ended by themselves, and not because one of them failed or was killed
 
 
 def outcome_of(run: Run, before: int, code: int, said_in: str) -> Outcome:
@@ -118,7 +118,7 @@ def outcome_of(run: Run, before: int, code: int, said_in: str) -> Outcome:
         end = Attempt(newest, run).read_end()
         if end is None:
             return Outcome(RETRY, f"attempt {newest} was killed", False)
-        return Outcome(end["code"], end["reason"], end["code"] in (*_FINAL, RETRY))
+        return Outcome(end["code"], end["reason"], end["code"] in (*_FINAL, RETRY) and not end.get("lost"))
     if code == BAD_INPUT:
         return Outcome(BAD_INPUT, f"bad input, see {said_in}", True)
     return Outcome(RETRY, f"failed before an attempt started (exit code {code})", False)

@@ -4,11 +4,11 @@ import argparse
 import json
 import os
 from collections.abc import Callable, Collection, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from data_sharding.errors import UserError
+from data_sharding.errors import RanksMissing, UserError
 
 _SAMPLING_FLAGS = ("cfg", "guided_channels", "solver", "steps", "rope", "attention_scale")
 
@@ -43,11 +43,11 @@ def before_joining() -> Generator[None]:
 
 def tell_ranks(error: Exception) -> None:
     """Joins the other ranks that a launcher has started, if there are any, to end all of them with ``error``. Raises
-    it, as ``World.raise_shared`` does."""
+    it, as ``World.raise_shared`` does; returns if they do not come, or not before a signal does."""
     if {"RANK", "MASTER_ADDR"} <= os.environ.keys() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         from fitv2_scale.parallel.world import join
 
-        with join(error):
+        with suppress(RanksMissing), join(error):
             pass
 
 

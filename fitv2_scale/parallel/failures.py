@@ -13,8 +13,8 @@ from contextlib import suppress
 
 import torch.distributed as dist
 
-from data_sharding.errors import StorageDown, UserError
-from fitv2_scale.parallel.group_store import ANSWER, appears, in_time
+from data_sharding.errors import RanksMissing, StorageDown, UserError
+from fitv2_scale.parallel.group_store import ANSWER, appears, in_time, served_by_rank0
 
 _FAILED, WORDS, _LEFT = "fitv2/failed", "fitv2/words", "fitv2/left"  # keys of the store
 _WRITING = 30.0  # seconds in which the first rank that fails finds out why
@@ -24,15 +24,16 @@ _POLL = 0.05  # seconds
 _BROKEN = re.compile(r"gloo|nccl|pair\.cc|connection (closed|reset|refused|was)|broken pipe|socket", re.IGNORECASE)
 
 
-class RankLost(RuntimeError):
+class RankLost(RanksMissing):
     """A collective broke because ``ranks`` have ended without a word. The message names them."""
 
     def __init__(self, message: str, ranks: Sequence[int] = ()) -> None:  # unpickled without them, then gets them back
         super().__init__(message)
         self.ranks = tuple(ranks)
 
-    def __repr__(self) -> str:
-        return str(self)  # it is the reason in end.json
+    def said_by(self, rank: int) -> str | None:
+        """Which rank has found that out does not matter."""
+        return str(self) if rank == 0 or not self.origin else None
 
 
 class BrokenOff(Exception):
@@ -102,7 +103,9 @@ class LastWords:
             return error
         self._settled = error
         shared_already = isinstance(error, UserError) and bool(error.origin)
-        if not shared_already:
+        if isinstance(error, RankLost) and 0 in error.ranks and served_by_rank0():
+            self._store_answers = False  # it has gone: asked, torch would print stacks
+        elif not shared_already:
             try:
                 self._settled = self._compare(error)
             except (RuntimeError, TimeoutError):  # the rank that holds the store has gone, or is stopped
@@ -118,7 +121,7 @@ class LastWords:
             in_time(lambda: self._store.set(WORDS, words), ANSWER)
             return error
         place, words = in_time(self._words, 2 * _WRITING)
-        if not isinstance(error, UserError):
+        if not isinstance(error, UserError) or isinstance(error, RankLost):
             return arisen_on(place, words)  # a broken collective; a bug of its own stays in the log, as its context
         return arisen_on(place, error) if str(error) == str(words) else error
 

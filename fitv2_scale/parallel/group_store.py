@@ -1,5 +1,6 @@
 """The store of the process group: a small server on rank 0 or in torchrun's agent, where each rank can leave a word."""
 
+import logging
 import os
 import threading
 import time
@@ -14,19 +15,30 @@ from data_sharding.errors import RanksMissing
 T = TypeVar("T")
 
 ANSWER = 10.0  # seconds in which it does what does not wait
+SOON = 5.0  # seconds after which a rank says whom it waits for
 _POLL, _LONGEST_POLL = 0.002, 0.5  # seconds
+_LOOK, _MOMENT = 0.2, 0.5  # seconds, between looks for a signal; that a wait may still take once one has come
+_TALKATIVE = 8  # ranks that say so, and the first of each node: not each of a thousand
+
+log = logging.getLogger(__name__)
+
+Noted = Callable[[], str | None]  # the signal that asks this process to end, None if there is none
 
 
-def open_group_store(rank: int, size: int, patience: float) -> dist.TCPStore:
+class Stopped(Exception):
+    """A signal, which the message names, came while this process waited."""
+
+
+def open_group_store(rank: int, size: int, patience: float, noted: Noted) -> dist.TCPStore:
     """Opens it as torch's rendezvous does, but waits for its server alone, not for the other ranks.
 
     Raises:
-        RanksMissing: the server has not answered for ``patience`` seconds.
+        RanksMissing: the server has not answered for ``patience`` seconds, or until a signal was ``noted``.
         DistError: this rank is to be the server and cannot.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     limit = timedelta(seconds=patience / 2)  # it tries twice for so long
-    in_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    in_agent = not served_by_rank0()
     serves = rank == 0 and not in_agent
 
     def open_it() -> dist.TCPStore:
@@ -34,14 +46,29 @@ def open_group_store(rank: int, size: int, patience: float) -> dist.TCPStore:
 
     if serves:
         return open_it()
+    server = "torchrun's agent" if in_agent else "rank 0"
+    waits = threading.Timer(SOON, log.warning, ("rank %d waits for %s at %s:%d", rank, server, host, port))
+    waits.daemon = True
+    if rank < _TALKATIVE or os.environ.get("LOCAL_RANK") == "0":
+        waits.start()
     try:
-        return in_time(open_it, 2 * patience)
+        return in_time(open_it, 2 * patience, noted)
+    except Stopped as stop:
+        raise RanksMissing(
+            f"{stop} came while rank {rank} waited for {server} at {host}:{port}: nothing is lost, start again"
+        ) from None
     except (dist.DistError, TimeoutError) as error:
-        server = "torchrun's agent" if in_agent else "rank 0"
         raise RanksMissing(
             f"rank {rank} has not reached {server} at {host}:{port} for {patience:.0f} s: see whether its process was "
             "started, what it waits for, and whether its node can be reached; then start again"
         ) from error
+    finally:
+        waits.cancel()
+
+
+def served_by_rank0() -> bool:
+    """Rather than by torchrun's agent, which outlives a rank."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
 def reopened(store: dist.Store) -> dist.Store:
@@ -61,9 +88,9 @@ def appears(store: dist.Store, key: str, seconds: float) -> bool:
     return True
 
 
-def in_time(act: Callable[[], T], seconds: float) -> T:
+def in_time(act: Callable[[], T], seconds: float, noted: Noted = lambda: None) -> T:
     """What ``act`` returns or raises. Raises TimeoutError if it takes longer than ``seconds``: a store's own limits do
-    not hold while the process of its server is stopped."""
+    not hold while the process of its server is stopped. Raises Stopped soon after a signal is ``noted``."""
     results: list[T] = []
     errors: list[Exception] = []
 
@@ -75,9 +102,15 @@ def in_time(act: Callable[[], T], seconds: float) -> T:
 
     thread = threading.Thread(target=run, name="store", daemon=True)
     thread.start()
-    thread.join(seconds)
+    until, stop = time.monotonic() + seconds, None
+    while thread.is_alive() and (left := until - time.monotonic()) > 0:
+        if stop is None and (stop := noted()):
+            until = min(until, time.monotonic() + _MOMENT)
+        thread.join(min(left, _LOOK))
     if errors:
         raise errors[0]
+    if not results and stop:
+        raise Stopped(stop)
     if not results:
         raise TimeoutError(f"no answer for {seconds:g} s")
     return results[0]

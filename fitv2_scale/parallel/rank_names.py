@@ -6,7 +6,7 @@ from itertools import groupby
 _NAMED = 4  # spans of ranks, and nodes, in one message
 
 
-def name_ranks(ranks: Sequence[int], nodes: Sequence[str | None]) -> str:
+def name_ranks(ranks: Sequence[int], nodes: Sequence[str | None] | Mapping[int, str]) -> str:
     """``nodes`` by rank; None where a rank's is not known."""
     ranks = sorted(ranks)
     runs = [[rank for _, rank in run] for _, run in groupby(enumerate(ranks), lambda pair: pair[1] - pair[0])]

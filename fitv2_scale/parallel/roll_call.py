@@ -2,35 +2,45 @@
 
 Each rank writes into the store of the process group which node it is on, and the last one writes that all are there.
 On the way it finds out whether all ranks have the same view of something, with one look at the store each.
-A rank that has waited for too long writes instead who is missing, and all that wait end with that sentence.
+A rank that has waited for too long, or gets a signal, writes instead who is missing, and all that wait end with that
+sentence.
 """
 
 import json
 import logging
 import os
+import time
 
 import torch.distributed as dist
 
 from data_sharding.errors import RanksMissing
 from fitv2_scale.parallel.failures import arisen_on, leave
-from fitv2_scale.parallel.group_store import appears, in_time
+from fitv2_scale.parallel.group_store import ANSWER, SOON, Noted, Stopped, appears, in_time
 from fitv2_scale.parallel.rank_names import guess_nodes, name_ranks
 
-# Keys of the store: how many ranks have joined, the node of each, who has warned, and what was found; the view of the
-# first to come, and whether another one has another.
-_JOINED, _NODE, _WARNED, _FOUND = "fitv2/joined", "fitv2/node", "fitv2/warned", "fitv2/found"
+# Keys of the store: how many ranks have joined, the node of each, who has said whom they wait for and who has warned,
+# and what was found; the view of the first to come, and whether another one has another.
+_JOINED, _NODE, _FOUND = "fitv2/joined", "fitv2/node", "fitv2/found"
+_SAID, _WARNED = "fitv2/said", "fitv2/warned"
 _VIEW, _VIEWS_DIFFER = "fitv2/view", "fitv2/views-differ"
 _ALL_ARE_THERE = "all"
 
 log = logging.getLogger(__name__)
 
 
-def call_roll(store: dist.Store, rank: int, size: int, node: str, patience: float, view: str) -> tuple[str, bool]:
+def call_roll(
+    store: dist.Store, rank: int, size: int, node: str, patience: float, view: str, noted: Noted
+) -> tuple[str, bool]:
     """Returns the first rank's node, and whether all ranks gave the same ``view``, once all have called it. Raises
-    RanksMissing on all that have, if others do not come for ``patience`` seconds."""
-    place = f"rank {rank} on {node}"
+    RanksMissing on all that have, if others do not come for ``patience`` seconds, or until a signal was ``noted`` on
+    one of them."""
+    place, began = f"rank {rank} on {node}", time.monotonic()
     try:
-        found = in_time(lambda: _wait(store, rank, size, node, patience, view), 2 * patience)
+        try:
+            found = in_time(lambda: _wait(store, rank, size, node, patience, view), 2 * patience, noted)
+        except Stopped as stop:
+            waited, signal = time.monotonic() - began, str(stop)
+            found = in_time(lambda: _give_up(store, place, size, waited, signal), ANSWER)
     except (dist.DistError, TimeoutError) as error:  # the server was stopped, or has gone
         raise RanksMissing(
             f"{place} waited for the other ranks to join, and rank 0 or its node does not answer any more: see what "
@@ -51,16 +61,28 @@ def _wait(store: dist.Store, rank: int, size: int, node: str, patience: float, v
         store.set(_VIEWS_DIFFER, "yes")
     if store.add(_JOINED, 1) == size:
         store.compare_set(_FOUND, "", _ALL_ARE_THERE)
-    if not appears(store, _FOUND, patience / 2) and store.add(_WARNED, 1) == 1:
+    soon = min(SOON, patience / 4)
+    if not appears(store, _FOUND, soon) and store.add(_SAID, 1) == 1:
+        log.warning("%s; waiting", _who_is_missing(store, size, soon)[1])
+    if not appears(store, _FOUND, patience / 2 - soon) and store.add(_WARNED, 1) == 1:
         log.warning("%s; waiting for as long again", _who_is_missing(store, size, patience / 2)[1])
     if not appears(store, _FOUND, patience / 2):
-        missing, who = _who_is_missing(store, size, patience)
-        sentence = (
-            f"{who}: see whether each was started and what it waits for (an import, a mount, a node that does not "
-            "answer), then start again"
-        )
-        store.compare_set(_FOUND, "", json.dumps([missing, f"rank {rank} on {node}", sentence]))
+        _give_up(store, f"rank {rank} on {node}", size, patience)
     return store.get(_FOUND).decode()
+
+
+def _give_up(store: dist.Store, place: str, size: int, seconds: float, signal: str = "") -> str:
+    """What is found: that ranks are missing, unless something was found before; or all are about to be there."""
+    missing, who = _who_is_missing(store, size, seconds)
+    if not missing:
+        return store.get(_FOUND).decode()
+    sentence = (
+        f"{signal} came, and {who}: nothing is lost, start again"
+        if signal
+        else f"{who}: see whether each was started and what it waits for (an import, a mount, a node that does not "
+        "answer), then start again"
+    )
+    return store.compare_set(_FOUND, "", json.dumps([missing, place, sentence])).decode()
 
 
 def _who_is_missing(store: dist.Store, size: int, seconds: float) -> tuple[int, str]:

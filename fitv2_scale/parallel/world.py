@@ -27,11 +27,12 @@ from fitv2_scale.parallel.device import (
     unusable_gpu,
 )
 from fitv2_scale.parallel.failures import LastWords, arisen_on, portable, shared
-from fitv2_scale.parallel.group_store import open_group_store
+from fitv2_scale.parallel.group_store import Noted, open_group_store
 from fitv2_scale.parallel.presence import Presence
 from fitv2_scale.parallel.rank_names import name_ranks
 from fitv2_scale.parallel.roll_call import call_roll
 from fitv2_scale.parallel.small_sums import all_reduce_sum
+from fitv2_scale.run.stop_signals import held_back
 
 _TIMEOUT = timedelta(minutes=10)
 _LONGEST_TIMEOUT = timedelta(days=365)
@@ -128,7 +129,7 @@ def own_group(group: dist.ProcessGroup | int | None) -> dist.ProcessGroup:
 
 
 @contextmanager
-def join(failure: Exception | None = None, reports_gpu: bool = False) -> Generator[World]:
+def join(failure: Exception | None = None, reports_gpu: bool = False, noted: Noted = held_back) -> Generator[World]:
     """Joins the process group, a group of one without a launcher, and leaves it at the end.
 
     If one machine has fewer GPUs than ranks, all compute on the CPU, and rank 0 says so. So does, with ``reports_gpu``,
@@ -136,11 +137,13 @@ def join(failure: Exception | None = None, reports_gpu: bool = False) -> Generat
 
     A rank that cannot do its part gives its ``failure``: all ranks raise it as soon as they have joined, as
     ``World.raise_shared`` does. A rank that fails inside is known to the others when it has left (``LastWords``).
+    A signal that is ``noted`` while this rank waits for the others ends the wait of all.
 
     Raises:
         UserError: the launcher's variables make no rank; several nodes, or one in a job of Slurm, have fewer GPUs than
             ranks; or torch cannot use a GPU.
-        RanksMissing: other ranks do not join; or hang or have ended inside, and so have broken a collective.
+        RanksMissing: other ranks do not join, or not before a signal came; or hang or have ended inside, and so have
+            broken a collective.
     """
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(_RECORDED))
     patience, node = _TIMEOUT.total_seconds(), _node()
@@ -150,8 +153,8 @@ def join(failure: Exception | None = None, reports_gpu: bool = False) -> Generat
     if not (few := sees_too_few_gpus(size)):
         device, no_gpu = own_device()  # before the roll is called: a rank whose GPU hangs is then named as missing
     if launched:
-        store = open_group_store(rank, size, patience)
-        first, seen_alike = call_roll(store, rank, size, node, patience, gpu_view())
+        store = open_group_store(rank, size, patience, noted)
+        first, seen_alike = call_roll(store, rank, size, node, patience, gpu_view(), noted)
         if few and seen_alike:
             too_few = hide_gpus(size)
         elif few:

@@ -16,7 +16,7 @@ import json
 import logging
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -279,18 +279,18 @@ class Attempt:
         """{"step_seconds": 1.5, "save_seconds": 40.0}, or None if it has not saved yet."""
         return self.run.store.read_json(f"{self.path}/pace.json", Pace)
 
-    def end(self, code: int, reason: str) -> None:
+    def end(self, code: int, reason: str, lost: Sequence[int] = (), stands_in: bool = False) -> None:
         """Records why the attempt ended. ``code`` is the exit code of `train`: 0, 2, 75, 93, or another for a bug.
-
+        ``lost``: ranks that ended without a word. Who ``stands_in`` for rank 0, if it is one, leaves what it recorded.
         If the storage cannot be written, the code stays the same; launchers take a missing record for 75.
         """
         end = {"attempt": self.number, "time": now(), "code": code, "reason": redact(reason)}
+        write = self.run.store.create_json if stands_in else self.run.store.put_json
         try:
-            self.run.store.put_json(f"{self.path}/end.json", end, indent=1)
+            write(f"{self.path}/end.json", end | ({"lost": list(lost)} if lost else {}), indent=1)
         except (OSError, UserError) as error:
-            log.warning(
-                "attempt %d ends with %d (%s), but this could not be recorded: %s", self.number, code, reason, error
-            )
+            if not (stands_in and isinstance(error, FileExistsError)):
+                log.warning("attempt %d ends with %d (%s), not recorded: %s", self.number, code, reason, error)
 
     def read_end(self) -> dict[str, Any] | None:
         """end.json, or None if the attempt was killed or still runs."""

@@ -75,3 +75,4 @@ class End(Shape):
     time: Time
     code: int
     reason: str
+    lost: list[Count] = []

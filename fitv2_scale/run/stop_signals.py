@@ -19,3 +19,8 @@ def noted_signals() -> tuple[signal.Signals, ...]:
     """Those that this process is to note: not SIGHUP if the caller ignores it, as `nohup` does."""
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return tuple(number for number in STOP_SIGNALS if not (ignored and number == signal.SIGHUP))
+
+
+def held_back() -> str | None:
+    """The name of one that has come while it was blocked; None if none has."""
+    return next((number.name for number in noted_signals() if number in signal.sigpending()), None)

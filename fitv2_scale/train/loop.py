@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
 from data_sharding.errors import RanksMissing, StorageDown, UserError
@@ -41,7 +41,9 @@ def train(config: Config, fork_from: str | None = None, ends_process: bool = Fal
     """Trains in the processes that call it; returns the exit code, the same on all ranks. ``ends_process``: they end
     with it, so that signals that ask to stop are ignored from then on. Raises UserError, also if the ranks were not
     told the same."""
-    with dropping(), StopSignal().caught(for_good=ends_process) as stop, join() as world:
+    stop = StopSignal(joins=True)
+    with dropping(), stop.caught(for_good=ends_process), join(noted=lambda: stop.name) as world:
+        stop.joined()
         try:
             fork = read_alike(world, lambda: read_request(config, fork_from, world.device))
             if is_complete(config, fork, world):
@@ -171,23 +173,25 @@ class _End:
     """How the attempt ended: set by calling it; ``_recorded`` writes it to end.json."""
 
     code, reason = BUG, "unknown"
+    lost: tuple[int, ...] = ()
 
-    def __call__(self, code: int, reason: str) -> None:
-        self.code, self.reason = code, reason
+    def __call__(self, code: int, reason: str, lost: Sequence[int] = ()) -> None:
+        self.code, self.reason, self.lost = code, reason, tuple(lost)
 
 
 @contextmanager
 def _recorded(attempt: Attempt, world: World) -> Generator[_End]:
-    """Writes the attempt's end.json, however the attempt ends, short of a kill. The traceback of a bug is in the rank's
-    log."""
+    """Writes the attempt's end.json, however the attempt ends, short of a kill of all ranks: of those that are left,
+    the lowest writes it. The traceback of a bug, or of what a lost rank has broken, is in the rank's log."""
     end = _End()
     try:
         yield end
     except Exception as raised:
         error = world.last_words.settle(raised)
-        reason = f"{error.origin}: {error}" if isinstance(error, UserError) and error.origin else str(error)
+        reason = str(error.said_by(0) if isinstance(error, UserError) else error)
         if isinstance(error, StorageDown | RanksMissing):
-            end(RETRY, reason)
+            end(RETRY, reason, error.ranks if isinstance(error, RankLost) else ())
+            log.error("rank %d ends: %s", world.rank, error, exc_info=error)
             _say_error(error, world)
         elif isinstance(error, UserError):
             end(BAD_INPUT, reason)
@@ -196,8 +200,7 @@ def _recorded(attempt: Attempt, world: World) -> Generator[_End]:
             end(GIVE_UP if isinstance(error, StaleAttempt) else RETRY, reason)
             _say(world.is_first, reason)
         else:
-            notes = [] if isinstance(error, RankLost) else getattr(error, "__notes__", [])  # which rank raised it
-            end(BUG, " ".join([repr(error), *notes]))
+            end(BUG, " ".join([repr(error), *getattr(error, "__notes__", [])]))  # which rank raised it
             log.error("rank %d failed", world.rank, exc_info=error)
             raise error from error.__cause__
     except BaseException as error:
@@ -205,8 +208,8 @@ def _recorded(attempt: Attempt, world: World) -> Generator[_End]:
         log.exception("rank %d failed", world.rank)
         raise
     finally:
-        if world.is_first:
-            attempt.end(end.code, end.reason)
+        if world.rank == min(set(range(world.size)) - set(end.lost)):
+            attempt.end(end.code, end.reason, end.lost, stands_in=not world.is_first)
 
 
 def _say_error(error: UserError, world: World) -> None:

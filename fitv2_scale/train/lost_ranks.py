@@ -8,6 +8,10 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
+from pathlib import Path
+
+from fitv2_scale.parallel.failures import RankLost
+from fitv2_scale.parallel.rank_names import name_ranks
 
 _PATIENCE = 2.0  # seconds: connections break before all files of a killed process are closed
 _PAUSE = 0.1  # seconds, for the answer
@@ -31,6 +35,19 @@ def refusing(addresses: Callable[[], Mapping[int, Address]], patience: float = _
                 return refused
             time.sleep(_PAUSE)
     return []
+
+
+def lost(nodes: Mapping[int, str], logs: Path) -> RankLost:
+    """Names the ranks that have ended, by their ``nodes``. A killed one has no log among ``logs`` unless it had
+    something to say before."""
+    ranks = sorted(nodes)
+    if len(ranks) == 1:
+        named = f"rank {ranks[0]} on {nodes[ranks[0]]} ended or was killed"
+    else:
+        named = f"{name_ranks(ranks, nodes)} ended or were killed"
+    log = logs / f"rank-{ranks[0]:05d}.log"
+    see = [*([str(log)] if log.exists() else []), "what its launcher and the system's log of its node say"]
+    return RankLost(f"{named} (out of memory?): see {' and '.join(see)}; then start again", ranks)
 
 
 def _is_refused(probe: socket.socket) -> bool:

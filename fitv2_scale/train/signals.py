@@ -23,7 +23,9 @@ class StopSignal:
     Ctrl-C interrupts without saving: by KeyboardInterrupt, or by an exit if that takes too long.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, joins: bool = False) -> None:
+        """``joins``: until ``joined``, it prints nothing: what waits for the other ranks ends, and says why."""
+        self._joining = joins
         self.step: int | None = None  # steps done; None until the first one is about to be taken
         self._noted: str | None = None
         self._interrupts = 0
@@ -35,6 +37,12 @@ class StopSignal:
         if self._noted is None and self._launcher not in (None, os.getppid()):
             self._noted = "the launcher died"
         return self._noted
+
+    def joined(self) -> None:
+        """All ranks have come. Says which signal was noted before."""
+        self._joining = False
+        if self._noted in signal.Signals.__members__:
+            _say(self._sentence(signal.Signals[self._noted]))
 
     @contextmanager
     def caught(self, for_good: bool = False) -> Generator["StopSignal"]:
@@ -88,6 +96,8 @@ class StopSignal:
                     os._exit(_INTERRUPTED)
             elif not said or number[0] == signal.SIGINT:
                 said = True
+                if self._joining:
+                    continue
                 _say(self._sentence(signal.Signals(number[0])))
 
     def _sentence(self, number: signal.Signals) -> str:

@@ -28,7 +28,7 @@ from fitv2_scale.parallel.failures import RankLost, is_broken_collective
 from fitv2_scale.parallel.presence import Progress, waited_for, where
 from fitv2_scale.parallel.world import World, set_group_timeouts
 from fitv2_scale.run.run import RETRY, Attempt
-from fitv2_scale.train.lost_ranks import refusing
+from fitv2_scale.train.lost_ranks import lost, refusing
 from fitv2_scale.train.stacks import write_stacks
 
 Phase = Literal["load", "data", "step", "compile", "save", "evaluate"]
@@ -142,8 +142,8 @@ class Watchdog:
         try:
             yield self
         except RuntimeError as error:
-            if is_broken_collective(error) and (lost := self._lost_ranks()):
-                raise lost from error
+            if is_broken_collective(error) and (found := self._lost_ranks()):
+                raise found from error
             raise
         finally:
             self._ended.set()
@@ -189,12 +189,8 @@ class Watchdog:
     def _lost_ranks(self) -> RankLost | None:
         """Names the ranks that have ended without leaving the watch, if there are any."""
         closed = refusing(lambda: {rank: self._addresses[rank] for rank in list(self._beats)})
-        lost = {rank: beat.node for rank in closed if (beat := self._beats.get(rank))}
-        if not lost:
-            return None
-        named = " and ".join(f"rank {rank} on {node}" for rank, node in lost.items())
-        log = f"{self._attempt.path}/logs/rank-{min(lost):05d}.log"
-        return RankLost(f"{named} ended or was killed; see {log} and what its launcher says", list(lost))
+        nodes = {rank: beat.node for rank in closed if (beat := self._beats.get(rank))}
+        return lost(nodes, self._attempt.folder / "logs") if nodes else None
 
     def _watch(self) -> None:
         self._looked = time.monotonic()

@@ -203,6 +203,6 @@ def test_a_storm(slurm, fitv2, job_config, tiny):
     wait_for_the_end(slurm)
     *killed, last = [code for _, code in attempts(config.run)]
     assert len(killed) == attempt - 1 and last == 75, story(config.run)
-    assert set(killed) <= {None, 1}  # the first rank may get to say that it has lost the other
+    assert set(killed) <= {None, 75}  # the one that is left may get to say that it has lost the other
     print(f"{len(restarts)} kills, restarts took {min(restarts):.1f} to {max(restarts):.1f} s")
     check_storm(config.run, tiny, 2)

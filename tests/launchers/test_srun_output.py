@@ -60,3 +60,12 @@ def test_where_bad_input_is_named(said, log, tmp_path):
     run = Run.open_or_create(str(tmp_path / "run"), {}, {}, None)
     outcome = outcome_of(run, 0, 2, refusing_log(said, "/jobs/a"))
     assert outcome == (2, f"bad input, see {log}", True)
+
+
+def test_ranks_that_lost_one_have_not_ended_by_themselves(tmp_path):
+    """What srun says of the killed one is still looked for; the one that stands in for rank 0 records it."""
+    run = Run.open_or_create(str(tmp_path / "run"), {}, {}, None)
+    run.claim({}).end(75, "SIGUSR1: saved at step 3")
+    assert outcome_of(run, 0, 137, "") == (75, "SIGUSR1: saved at step 3", True)
+    run.claim({}).end(75, "rank 0 on n1 ended or was killed", [0], stands_in=True)
+    assert outcome_of(run, 1, 137, "") == (75, "rank 0 on n1 ended or was killed", False)

@@ -48,7 +48,8 @@ def test_a_killed_rank_costs_one_attempt(supervised, tiny, tmp_path):
     os.kill(ranks[1], signal.SIGKILL)
     assert process.wait(200) == 0, process.stderr.read()
     killed, *later = status(Run.open(config.run))["attempts"]
-    assert killed["why"] == "rank 1 was killed (SIGKILL; out of memory?)" and [a["code"] for a in later] == [0]
+    assert (killed["code"], killed["why"]) == (75, "rank 1 was killed (SIGKILL; out of memory?)")
+    assert [a["code"] for a in later] == [0]
     undisturbed = tiny("undisturbed", train__steps=120, checkpoint__every_steps=10)
     assert run_ranks(2, train, undisturbed) == [DONE] * 2
     assert trained(config.run) == trained(undisturbed.run)
@@ -135,6 +136,7 @@ def test_bad_input_is_not_tried_again(tiny, capfd):
         ([1, -7], "rank 1 died of SIGBUS: a mapped file could not be read; check the storage of the dataset"),
         ([None, -11], "rank 1 died of SIGSEGV"),
         ([-6, 1], ""),  # rank 1 failed, and NCCL aborts rank 0
+        ([75, -9], "rank 1 was killed (SIGKILL; out of memory?)"),
         ([75, None], ""),
     ],
 )

@@ -2,8 +2,9 @@
 
 from tests.mutation.mends_of_data import OF_DATA
 from tests.mutation.mends_of_families import OF_FAMILIES
+from tests.mutation.mends_of_ranks import OF_RANKS
 from tests.mutation.mends_of_runs import OF_RUNS
 from tests.mutation.mends_of_sources import OF_SOURCES
 from tests.mutation.named import NAMED
 
-TABLE = (*NAMED, *OF_SOURCES, *OF_DATA, *OF_RUNS, *OF_FAMILIES)
+TABLE = (*NAMED, *OF_SOURCES, *OF_DATA, *OF_RUNS, *OF_FAMILIES, *OF_RANKS)

@@ -80,6 +80,10 @@ class Ranks:
         stat = Path(f"/proc/{self._processes[rank].pid}/stat")
         wait_for(f"rank {rank} to stop", lambda: stat.read_text().rsplit(")", 1)[1].split()[0] == "T")
 
+    def wait_until_joined(self, rank: int) -> None:
+        """Until it waits for the others."""
+        wait_for(f"rank {rank} to join", lambda: self._store.check([f"fitv2/node/{rank}"]))
+
     def exit_code(self, rank: int, timeout: float) -> int | None:
         """Once it has ended; None if it has not in time."""
         self._processes[rank].join(timeout)

@@ -95,3 +95,29 @@ def test_the_first_rank_stays_for_those_that_can_come_not_for_the_lost():
     leave(store, 2, 3)
     words.leave()
     assert store.asked == 1
+
+
+def test_a_store_that_has_gone_with_the_first_rank_is_not_asked(monkeypatch):
+    """Torch would print stacks on the terminal."""
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    words = LastWords(None, 1, 3, "node1", lambda error: error)  # anything that is done with it would fail
+    lost = RankLost("rank 0 on node1 ended", [0])
+    assert words.settle(lost) is lost
+    words.leave()
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")  # torchrun's outlives the rank
+    first, second = (LastWords(dist.HashStore(), rank, 3, "node1", lambda error: error) for rank in (1, 2))
+    assert first.settle(lost) is lost and second.settle(lost) is lost
+
+
+def test_a_bug_that_was_told_wins_over_the_loss_of_its_rank():
+    """Whose process has ended by the time that the others look. A lost rank is named alike, whoever found it."""
+    store = dist.HashStore()
+    first, second = (LastWords(store, rank, 3, "node1", lambda error: error) for rank in (1, 2))
+    first.settle(ZeroDivisionError("by zero"))
+    assert isinstance(second.settle(RankLost("rank 1 on node1 ended", [1])), ZeroDivisionError)
+    store = dist.HashStore()
+    first, second = (LastWords(store, rank, 3, "node1", lambda error: error) for rank in (2, 0))
+    first.settle(RankLost("rank 1 on node1 ended", [1]))
+    told = second.settle(RuntimeError("gloo"))
+    assert told.origin == "rank 2 on node1" and told.ranks == (1,)
+    assert [told.said_by(rank) for rank in (0, 1)] == ["rank 1 on node1 ended", None]

@@ -2,6 +2,8 @@
 
 import logging
 import re
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
@@ -10,9 +12,10 @@ import torch.distributed as dist
 
 from data_sharding.errors import RanksMissing
 from fitv2_scale.cli.__main__ import exit_code_of
+from fitv2_scale.parallel import group_store
 from fitv2_scale.parallel.group_store import open_group_store
 from fitv2_scale.parallel.rank_names import guess_nodes, name_ranks
-from fitv2_scale.parallel.roll_call import call_roll
+from fitv2_scale.parallel.roll_call import _give_up, call_roll
 from tests.services.ports import free_port
 
 
@@ -22,12 +25,17 @@ def server() -> dist.TCPStore:
 
 
 def called(
-    server: dist.TCPStore, rank: int, size: int, patience: float, views: str = "a"
+    server: dist.TCPStore,
+    rank: int,
+    size: int,
+    patience: float,
+    views: str = "a",
+    noted: Callable[[], str | None] = lambda: None,
 ) -> RanksMissing | tuple[str, bool]:
     """What ``rank`` is told, or raises. Two ranks a node; ``views`` has a letter for the view of each rank."""
     store = dist.TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False)
     try:
-        return call_roll(store, rank, size, f"n{rank // 2}", patience, views[rank % len(views)])
+        return call_roll(store, rank, size, f"n{rank // 2}", patience, views[rank % len(views)], noted)
     except RanksMissing as error:
         return error
 
@@ -65,25 +73,63 @@ def test_who_is_missing_is_named(server, monkeypatch, caplog, there, size, who):
     assert len({str(error) for error in found}) == 1 and "start again" in str(found[0])
     printed = [error.said_by(rank) for rank, error in zip(there, found, strict=True)]
     assert 1 <= len([said for said in printed if said]) <= 2  # where it was found, and by rank 0
-    warned = [record.getMessage() for record in caplog.records]
-    assert len(warned) == 1 and re.match(r"ranks? .* not joined .* for 2 s; waiting for as long again", warned[0])
+    said, warned = [record.getMessage() for record in caplog.records]  # one rank says it, after a quarter and a half
+    assert said == who.replace("3 s", "1 s; waiting") and warned == who.replace("3 s", "2 s; waiting for as long again")
     # Who comes now is not left waiting for ranks that have ended.
     late = next(rank for rank in range(size) if rank not in there)
     assert str(called(server, late, size, 60.0)) == str(found[0])
 
 
-def test_a_server_that_nobody_has_started_is_named(monkeypatch, capsys):
-    port = free_port()
+def test_a_signal_on_one_rank_ends_the_wait_of_all(server):
+    """None of them is left to wait for one that has gone."""
+    hear = lambda: "SIGTERM" if server.add("fitv2/joined", 0) == 2 else None  # noqa: E731
+    with ThreadPoolExecutor(2) as pool:
+        other, heard = pool.map(
+            lambda rank: called(server, rank, 4, 600.0, "a", hear if rank else lambda: None), [0, 3]
+        )
+    pattern = r"SIGTERM came, and ranks 1-2 have not joined the other 2 for \d s: nothing is lost, start again"
+    assert re.fullmatch(pattern, str(heard)) and str(other) == str(heard)
+    assert [heard.said_by(3), other.said_by(0)] == [str(heard), f"rank 3 on n1: {heard}"]
+    assert str(called(server, 1, 4, 600.0)) == str(heard)  # it comes late
+
+
+def test_a_signal_that_comes_when_all_are_there_is_left_to_training(server):
+    assert together(server, [0, 1], 2, 60.0) == [("n0", True)] * 2
+    assert _give_up(server, "rank 0 on n0", 2, 1.0, "SIGTERM") == "all"
+    assert called(server, 0, 1, 60.0, "a", lambda: "SIGTERM") == ("n0", True)
+
+
+@pytest.fixture
+def nobody(monkeypatch) -> int:
+    """The port of a server that nobody has started."""
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.setenv("MASTER_PORT", str(port := free_port()))
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    return port
+
+
+def opened(patience: float, noted: Callable[[], str | None] = lambda: None) -> int:
+    """The exit code of a command that waits for it."""
 
     def act() -> int:
-        open_group_store(1, 2, 1.0)
+        open_group_store(1, 2, patience, noted)
         raise AssertionError("there is a server")
 
-    assert exit_code_of(act) == 75  # another attempt may find it
-    assert f"fitv2: rank 1 has not reached rank 0 at 127.0.0.1:{port} for 1 s: see" in capsys.readouterr().err
+    return exit_code_of(act)
+
+
+def test_a_server_that_nobody_has_started_is_named(nobody, monkeypatch, capsys, caplog):
+    monkeypatch.setattr(group_store, "SOON", 0.1)
+    assert opened(1.0) == 75  # another attempt may find it
+    assert f"fitv2: rank 1 has not reached rank 0 at 127.0.0.1:{nobody} for 1 s: see" in capsys.readouterr().err
+    assert [record.getMessage() for record in caplog.records] == [f"rank 1 waits for rank 0 at 127.0.0.1:{nobody}"]
+
+
+def test_a_signal_ends_the_wait_for_a_server(nobody, capsys, caplog):
+    began = time.monotonic()
+    assert opened(10.0, lambda: "SIGHUP") == 75 and time.monotonic() < began + 5
+    sentence = f"SIGHUP came while rank 1 waited for rank 0 at 127.0.0.1:{nobody}: nothing is lost, start again"
+    assert capsys.readouterr().err == f"fitv2: {sentence}\n" and not caplog.records
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,8 @@ def test_attempts_leave_records_and_status_reads_them(tmp_path):
     assert start == {"attempt": 1, "time": run.log.entries()[0].time, "hostname": "n1", "changed": []}
     end = json.loads((tmp_path / "attempts" / "1" / "end.json").read_bytes())
     assert end == first.read_end() and (end["code"], end["reason"]) == (75, "SIGUSR1")
+    first.end(75, "rank 0 is lost", [0], stands_in=True)
+    assert first.read_end() == end  # rank 0 has got to write it, before it was killed
 
     report = status(Run.open(str(tmp_path)))
     assert json.loads(json.dumps(report)) == report

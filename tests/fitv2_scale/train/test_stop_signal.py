@@ -102,6 +102,38 @@ def test_what_nohup_ignores_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
+def test_before_the_others_have_joined_nothing_is_said_of_loading(monkeypatch, capfd):
+    """What waits for them ends, and says so. If they come after all, the signal holds for training."""
+    monkeypatch.setenv("RANK", "0")
+    with StopSignal(joins=True).caught() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.name == "SIGTERM"
+    assert capfd.readouterr().err == ""
+    stop.joined()
+    assert capfd.readouterr().err == "fitv2: SIGTERM: ends when it has loaded\n"
+    (again := StopSignal(joins=True)).joined()
+    assert capfd.readouterr().err == "" and again.name is None
+
+
+HELD = """
+import os, signal
+from fitv2_scale.run.stop_signals import STOP_SIGNALS, held_back
+signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+print(held_back())
+os.kill(os.getpid(), signal.SIGHUP)
+print(held_back())
+os.kill(os.getpid(), signal.SIGUSR1)
+print(held_back(), flush=True)
+os._exit(0)
+"""
+
+
+def test_a_signal_that_is_held_back_is_seen():
+    done = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, ["None", "None", "SIGUSR1"])
+
+
 def test_a_rank_whose_launcher_has_died_saves(monkeypatch):
     monkeypatch.setenv(SUPERVISED, str(os.getppid()))
     assert StopSignal().name is None
