@@ -2,9 +2,11 @@
 
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import TypeVar
 
@@ -18,15 +20,12 @@ ANSWER = 10.0  # seconds in which it does what does not wait
 SOON = 5.0  # seconds after which a rank says whom it waits for
 _POLL, _LONGEST_POLL = 0.002, 0.5  # seconds
 _LOOK, _MOMENT = 0.2, 0.5  # seconds, between looks for a signal; that a wait may still take once one has come
+_REACHED = 2.0  # seconds for a connection
 _TALKATIVE = 8  # ranks that say so, and the first of each node: not each of a thousand
 
 log = logging.getLogger(__name__)
 
 Noted = Callable[[], str | None]  # the signal that asks this process to end, None if there is none
-
-
-class Stopped(Exception):
-    """A signal, which the message names, came while this process waited."""
 
 
 def open_group_store(rank: int, size: int, patience: float, noted: Noted) -> dist.TCPStore:
@@ -52,11 +51,12 @@ def open_group_store(rank: int, size: int, patience: float, noted: Noted) -> dis
     if rank < _TALKATIVE or os.environ.get("LOCAL_RANK") == "0":
         waits.start()
     try:
-        return in_time(open_it, 2 * patience, noted)
-    except Stopped as stop:
-        raise RanksMissing(
-            f"{stop} came while rank {rank} waited for {server} at {host}:{port}: nothing is lost, start again"
-        ) from None
+        # Not in torch's constructor: a thread that is left in it would abort the process when that ends.
+        if stop := _listens(host, port, patience, noted):
+            raise RanksMissing(
+                f"{stop} came while rank {rank} waited for {server} at {host}:{port}: nothing is lost, start again"
+            )
+        return in_time(open_it, 2 * patience)
     except (dist.DistError, TimeoutError) as error:
         raise RanksMissing(
             f"rank {rank} has not reached {server} at {host}:{port} for {patience:.0f} s: see whether its process was "
@@ -64,6 +64,20 @@ def open_group_store(rank: int, size: int, patience: float, noted: Noted) -> dis
         ) from error
     finally:
         waits.cancel()
+
+
+def _listens(host: str, port: int, patience: float, noted: Noted) -> str | None:
+    """Waits until something does at that port; or gives the signal that is ``noted`` before. Raises TimeoutError."""
+    until, pause = time.monotonic() + patience, 10 * _POLL
+    while True:
+        with suppress(OSError), socket.create_connection((host, port), timeout=_REACHED):
+            return None
+        if stop := noted():
+            return stop
+        if time.monotonic() > until:
+            raise TimeoutError(f"nothing listens at {host}:{port}")
+        time.sleep(pause)
+        pause = min(1.5 * pause, _LONGEST_POLL)
 
 
 def served_by_rank0() -> bool:
@@ -88,9 +102,12 @@ def appears(store: dist.Store, key: str, seconds: float) -> bool:
     return True
 
 
-def in_time(act: Callable[[], T], seconds: float, noted: Noted = lambda: None) -> T:
+def in_time(
+    act: Callable[[], T], seconds: float, noted: Noted = lambda: None, give_up: Callable[[str], object] = lambda _: None
+) -> T:
     """What ``act`` returns or raises. Raises TimeoutError if it takes longer than ``seconds``: a store's own limits do
-    not hold while the process of its server is stopped. Raises Stopped soon after a signal is ``noted``."""
+    not hold while the process of its server is stopped. Soon after a signal is ``noted``, ``give_up`` is called with
+    it, on which ``act`` has to end."""
     results: list[T] = []
     errors: list[Exception] = []
 
@@ -105,12 +122,13 @@ def in_time(act: Callable[[], T], seconds: float, noted: Noted = lambda: None) -
     until, stop = time.monotonic() + seconds, None
     while thread.is_alive() and (left := until - time.monotonic()) > 0:
         if stop is None and (stop := noted()):
-            until = min(until, time.monotonic() + _MOMENT)
+            thread.join(_MOMENT)
+            if thread.is_alive():
+                give_up(stop)
+                until = min(until, time.monotonic() + ANSWER)
         thread.join(min(left, _LOOK))
     if errors:
         raise errors[0]
-    if not results and stop:
-        raise Stopped(stop)
     if not results:
         raise TimeoutError(f"no answer for {seconds:g} s")
     return results[0]

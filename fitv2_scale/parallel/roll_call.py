@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from data_sharding.errors import RanksMissing
 from fitv2_scale.parallel.failures import arisen_on, leave
-from fitv2_scale.parallel.group_store import ANSWER, SOON, Noted, Stopped, appears, in_time
+from fitv2_scale.parallel.group_store import ANSWER, SOON, Noted, appears, in_time
 from fitv2_scale.parallel.rank_names import guess_nodes, name_ranks
 
 # Keys of the store: how many ranks have joined, the node of each, who has said whom they wait for and who has warned,
@@ -35,12 +35,12 @@ def call_roll(
     RanksMissing on all that have, if others do not come for ``patience`` seconds, or until a signal was ``noted`` on
     one of them."""
     place, began = f"rank {rank} on {node}", time.monotonic()
+
+    def give_up(signal: str) -> None:
+        in_time(lambda: _give_up(store, place, size, time.monotonic() - began, signal), ANSWER)
+
     try:
-        try:
-            found = in_time(lambda: _wait(store, rank, size, node, patience, view), 2 * patience, noted)
-        except Stopped as stop:
-            waited, signal = time.monotonic() - began, str(stop)
-            found = in_time(lambda: _give_up(store, place, size, waited, signal), ANSWER)
+        found = in_time(lambda: _wait(store, rank, size, node, patience, view), 2 * patience, noted, give_up)
     except (dist.DistError, TimeoutError) as error:  # the server was stopped, or has gone
         raise RanksMissing(
             f"{place} waited for the other ranks to join, and rank 0 or its node does not answer any more: see what "
