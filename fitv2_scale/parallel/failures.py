@@ -31,9 +31,9 @@ class RankLost(RanksMissing):
         super().__init__(message)
         self.ranks = tuple(ranks)
 
-    def said_by(self, rank: int) -> str | None:
+    def said_by(self, rank: int, for_node: bool = False) -> str | None:
         """Which rank has found that out does not matter."""
-        return str(self) if rank == 0 or not self.origin else None
+        return str(self) if rank == 0 or for_node or not self.origin else None
 
 
 class BrokenOff(Exception):

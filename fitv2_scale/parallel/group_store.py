@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from data_sharding.errors import RanksMissing
+from data_sharding.launched import speaks_for_node
 
 T = TypeVar("T")
 
@@ -48,7 +49,7 @@ def open_group_store(rank: int, size: int, patience: float, noted: Noted) -> dis
     server = "torchrun's agent" if in_agent else "rank 0"
     waits = threading.Timer(SOON, log.warning, ("rank %d waits for %s at %s:%d", rank, server, host, port))
     waits.daemon = True
-    if rank < _TALKATIVE or os.environ.get("LOCAL_RANK") == "0":
+    if rank < _TALKATIVE or speaks_for_node(os.environ):
         waits.start()
     try:
         # Not in torch's constructor: a thread that is left in it would abort the process when that ends.

@@ -121,3 +121,4 @@ def test_a_bug_that_was_told_wins_over_the_loss_of_its_rank():
     told = second.settle(RuntimeError("gloo"))
     assert told.origin == "rank 2 on node1" and told.ranks == (1,)
     assert [told.said_by(rank) for rank in (0, 1)] == ["rank 1 on node1 ended", None]
+    assert told.said_by(1, for_node=True) == "rank 1 on node1 ended"

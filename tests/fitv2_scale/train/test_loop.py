@@ -50,7 +50,7 @@ def test_errors_that_another_attempt_may_not_meet(capsys):
 def test_another_rank_points_to_the_one_that_says_why(capsys):
     error = StorageDown("no answer")
     error.origin = "rank 0 on n1"
-    assert ended(error, first=False) == []
+    assert ended(error, rank=1) == []
     assert capsys.readouterr().err == "rank 0 on n1 says why this ends\n"
 
 
