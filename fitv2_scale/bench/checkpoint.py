@@ -36,6 +36,8 @@ from fitv2_scale.checkpoint.restore import restore
 from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
+from fitv2_scale.model.objective import Objective
+from fitv2_scale.model.objectives import make_objective
 from fitv2_scale.parallel.agreement import agree, read_alike
 from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.engine import Engine
@@ -118,6 +120,7 @@ class _Bench:
     config: Config
     world: World
     engine: Engine
+    objective: Objective
     data: Data
     store: Store
     batches: Iterator[StepBatch]
@@ -143,12 +146,13 @@ class _Bench:
                 attempt.retire(entry.n)
                 run.store.delete_tree(entry.fields["path"])
 
-        return cls(config, world, engine, data, store, batches, run, checkpoints, retire, prepared)
+        objective = make_objective(config, world.device)
+        return cls(config, world, engine, objective, data, store, batches, run, checkpoints, retire, prepared)
 
     def step(self, batch: StepBatch) -> float:
         """Trains on the batch and returns the seconds that this took."""
         began = time.perf_counter()
-        train_step(self.engine, batch, self.config, self.world.device, self._wait_for_staging)
+        train_step(self.engine, batch, self.objective, self.config, self.world.device, self._wait_for_staging)
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - began

@@ -41,6 +41,8 @@ class ReleasedTrainer:
         network = config.model.model_dump(include=set(_RELEASED))
         if others := [f"model.{key}={value}" for key, value in _RELEASED.items() if network[key] != value]:
             raise UserError(f"--against reference needs the released network: set {' '.join(others)}")
+        if config.objective != "flow":
+            raise UserError("--against reference needs the released objective: set objective=flow")
         self._config, self._device, self._checkpointing = config, device, checkpointing
         self.network = DiffusionTransformer(config.model).to(device)
         with torch.no_grad():

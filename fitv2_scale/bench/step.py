@@ -23,7 +23,7 @@ from fitv2_scale.bench.spread import spread
 from fitv2_scale.bench.step_rounds import Case, Round, Trainer, free, measure_steps, our_round, wait
 from fitv2_scale.config.schema import Config
 from fitv2_scale.model.counts import forward_flops
-from fitv2_scale.model.flow import flow_loss
+from fitv2_scale.model.objective import pack_loss
 from fitv2_scale.model.to_torch import pack_to_torch
 from fitv2_scale.parallel.agreement import agree, read_alike
 from fitv2_scale.parallel.engine import Engine
@@ -96,7 +96,7 @@ def _parts(trainer: Trainer, batches: Sequence[StepBatch]) -> dict[str, float]:
                 with clock("data"):
                     packed = pack_to_torch(pack, device)
                 with clock("forward"):
-                    loss = flow_loss(engine.network, packed, config.flow, config.model.classes, config.seed)
+                    loss = pack_loss(trainer.objective, engine.network, packed)
                 with clock("backward with reduction" if last else "backward"):
                     engine.backward(loss, last)
         with clock("step"):

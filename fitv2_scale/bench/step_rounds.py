@@ -13,6 +13,8 @@ from fitv2_scale.bench.step_data import open_steps
 from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
+from fitv2_scale.model.objective import Objective
+from fitv2_scale.model.objectives import make_objective
 from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.world import World
@@ -51,9 +53,10 @@ class Trainer:
     config: Config
     world: World
     engine: Engine
+    objective: Objective
 
     def step(self, batch: StepBatch) -> None:
-        train_step(self.engine, batch, self.config, self.world.device)
+        train_step(self.engine, batch, self.objective, self.config, self.world.device)
 
 
 def free(device: torch.device) -> None:
@@ -87,6 +90,7 @@ def wait(device: torch.device) -> None:
 
 def our_round(case: Case, batches: Sequence[StepBatch]) -> tuple[Trainer, Round]:
     """The figures of a new trainer on ``batches``, the steps of ``case``; and the trainer, which is still there."""
-    trainer = Trainer(case.config, case.world, make_engine(case.config, case.layout, case.world))
+    config, world = case.config, case.world
+    trainer = Trainer(config, world, make_engine(config, case.layout, world), make_objective(config, world.device))
     with case.open() as stream:
         return trainer, measure_steps(trainer.step, stream, batches, case.world)

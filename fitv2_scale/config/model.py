@@ -1,4 +1,4 @@
-"""The sections that define a network and its training objective: ``model`` (with ``rope`` and ``sincos``), ``flow``."""
+"""The sections that define a network, ``model`` (with ``rope``, ``sincos``), and its objective: ``flow``, ``ddpm``."""
 
 from typing import Literal
 
@@ -131,4 +131,8 @@ class FlowConfig(Section):
     t_sampler: Literal["logit_normal", "uniform"] = Field(
         "logit_normal", description="density of training times; logit_normal is sigmoid(N(0, 1)), as released"
     )
+    label_dropout: float = Field(0.1, ge=0, le=1, description="fraction of images trained without their class, for CFG")
+
+
+class DdpmConfig(Section):
     label_dropout: float = Field(0.1, ge=0, le=1, description="fraction of images trained without their class, for CFG")

@@ -1,18 +1,19 @@
 """The run's configuration: typed, frozen, read from YAML and ``key=value`` overrides.
 
-It has two halves. The *recipe* (model, flow, data, optimizer, ema, trainable, seed, init_from) defines what the run
-computes and is compared when a run is continued; everything else is *runtime* and may differ in every attempt.
+It has two halves. The *recipe* (model, objective, flow, ddpm, data, optimizer, ema, trainable, seed, init_from) defines
+what the run computes and is compared when a run is continued; everything else is *runtime* and may differ in every
+attempt.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from data_sharding.errors import UserError
 from fitv2_scale.config.defaults import unknown_keys, with_defaults
 from fitv2_scale.config.layout import LayoutConfig
-from fitv2_scale.config.model import FlowConfig, ModelConfig
+from fitv2_scale.config.model import DdpmConfig, FlowConfig, ModelConfig
 from fitv2_scale.config.section import Section
 from fitv2_scale.config.sections import (
     BatchConfig,
@@ -29,7 +30,7 @@ from fitv2_scale.config.sections import (
 )
 from fitv2_scale.config.slurm import SlurmConfig
 
-RECIPE = ("model", "flow", "data", "optimizer", "ema", "trainable", "seed")
+RECIPE = ("model", "objective", "flow", "ddpm", "data", "optimizer", "ema", "trainable", "seed")
 _READING = ("cache_gib", "prefetch_gib", "cache_dir", "cache_disk_gib", "deadline_seconds", "max_substituted")
 # Where the data lies is free: which data it is, the plan hash says. Batch and weights may change during a run; the
 # cursor in each commit keeps their history.
@@ -44,7 +45,13 @@ class Config(Section):
         "", description="initial weights of a new run: RUN@STEP (its EMA weights) or a weights file; empty: random ones"
     )
     model: ModelConfig = Field(description="the network")
-    flow: FlowConfig = Field(FlowConfig(), description="the training objective")
+    objective: Literal["flow", "ddpm"] = Field(
+        "flow",
+        description="what the network learns: flow, the velocity of a rectified flow, as FiTv2 and SiT do; ddpm, the "
+        "noise at one of 1000 levels, and the variance of a step if the network has outputs for it, as DiT and FiT do",
+    )
+    flow: FlowConfig = Field(FlowConfig(), description="the training objective flow")
+    ddpm: DdpmConfig = Field(DdpmConfig(), description="the training objective ddpm")
     data: DataConfig = Field(description="the dataset")
     batch: BatchConfig = Field(BatchConfig(), description="what a step trains on")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="AdamW")

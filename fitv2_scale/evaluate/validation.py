@@ -1,9 +1,9 @@
-"""Validation: the velocity loss on a fixed grid of held-out images x times x noise.
+"""Validation: the loss on a fixed grid of held-out images x times x noise.
 
 The grid is the same in every run on the same dataset, independent of the seed, so that runs can be compared. Its times
-are evenly spaced over (0, 1), independent of the times of training; images are whole (the resize view), not flipped,
-and have their class. Each rank keeps its part of the images in memory, and all ranks have the same number of packs of
-one shape.
+are evenly spaced from noise to data, independent of the times of training; images are whole (the resize view), not
+flipped, and have their class. Each rank keeps its part of the images in memory, and all ranks have the same number of
+packs of one shape.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,11 +25,9 @@ from data_sharding.stream.frames import FrameReader
 from data_sharding.stream.substitutes import frames_of
 from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.sections import ValidationConfig
-from fitv2_scale.model.flow import noised, velocity_losses
+from fitv2_scale.model.objective import VALIDATION_SEED, Objective
 from fitv2_scale.model.to_torch import pack_to_torch
 from fitv2_scale.parallel.world import World
-
-_SEED = 0  # of the grid, in every run
 
 
 class Validation:
@@ -41,6 +39,7 @@ class Validation:
         manifests: Sequence[Manifest],
         config: ValidationConfig,
         *,
+        objective: Objective,
         cost: Cost,
         shape: PackShape,
         world: World,
@@ -52,8 +51,8 @@ class Validation:
         Raises:
             UserError: an image is too large for a pack, or cannot be read.
         """
-        self._world, self._counts = world, layout.tensor_rank(world.rank) == 0
-        self._t_K = (torch.arange(config.timesteps, device=world.device) + 0.5) / config.timesteps
+        self._objective, self._world, self._counts = objective, world, layout.tensor_rank(world.rank) == 0
+        self._u_K = (torch.arange(config.timesteps, dtype=torch.float64, device=world.device) + 0.5) / config.timesteps
         grid = validation_grid(manifests, config)
         self.images = len(grid.row) // config.timesteps
         if (longest := int(grid.tokens.max())) > shape.max_seqlen:
@@ -75,9 +74,8 @@ class Validation:
         for pack in self._packs:
             between()
             batch = pack_to_torch(pack, self._world.device)
-            t_I = self._t_K[batch.epoch_I]
-            flow = noised(batch, t_I, batch.label_I, Purpose.VALIDATION_NOISE, _SEED)
-            total += velocity_losses(network, flow, batch).weighted_sum(batch)
+            noised = self._objective.validation_batch(batch, self._u_K[batch.epoch_I])
+            total += self._objective.losses(network, noised, batch).weighted_sum(batch)
         return self._world.all_reduce_sum(total.cpu() if self._counts else torch.zeros((), dtype=torch.float64)).item()
 
 
@@ -108,7 +106,7 @@ def validation_grid(manifests: Sequence[Manifest], config: ValidationConfig) -> 
     dataset = np.repeat(np.arange(len(manifests)), [len(m.sample_id) for m in manifests])
     row = np.concatenate([np.arange(len(m.sample_id)) for m in manifests])
     ids = np.concatenate([sample_ids(d, m.sample_id) for d, m in enumerate(manifests)])
-    chosen = keyed_order(_SEED, Purpose.VALIDATION_ORDER, 0, ids)[: config.images]
+    chosen = keyed_order(VALIDATION_SEED, Purpose.VALIDATION_ORDER, 0, ids)[: config.images]
     label = np.concatenate([m.label for m in manifests])[chosen].astype(np.int64)
     size = np.concatenate([m.size[:, RESIZE] for m in manifests])[chosen].astype(np.int64)
     columns = dataset[chosen], row[chosen], ids[chosen], label, size.prod(-1)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fitv2_scale.model.flow import FlowLosses
+from fitv2_scale.model.objective import ImageLosses
 from fitv2_scale.model.packed_batch import PackedBatch
 
 _TIMES = 4  # buckets of equal width; in the first is mostly noise
@@ -26,10 +26,10 @@ GROUPS = (
 
 
 @torch.no_grad()
-def group_sums(losses: FlowLosses, batch: PackedBatch) -> Tensor:
+def group_sums(losses: ImageLosses, batch: PackedBatch) -> Tensor:
     """float32 (2, groups), on the device: for each of GROUPS the sum of weight x loss, and of weight."""
-    device = losses.t_I.device
-    time_I = (losses.t_I * _TIMES).long().clamp(max=_TIMES - 1)
+    device = losses.time_I.device
+    time_I = (losses.time_I * _TIMES).long().clamp(max=_TIMES - 1)
     edges = _SHORTEST << torch.arange(_LENGTHS - 1, device=device)
     length_I = (batch.packing.cu_seqlens_I1.diff()[:, None] > edges).sum(-1)
     everyone_I1 = torch.ones_like(time_I, dtype=torch.bool)[:, None]

@@ -7,14 +7,14 @@ With ``train.audit`` each rank that reads appends a line per step to attempts/<n
 
 Everything is taken from the tensors that the step handed to the network and to the loss; nothing is computed again:
 
-    t       the bits of the image's float32 time
+    t       the bits of the image's float32 time: a number in (0, 1) of a flow, the level 0 .. 999 of a DDPM
     label   as the network got it: the dataset's, or the number of classes if it was dropped
     dropped whether it was
-    x       xxh3_64 of the noised tokens, t x1 + (1 - t) x0, float32, little-endian, in token order
-    target  the same of the velocity x1 - x0, which the network is to predict
+    x       xxh3_64 of the noised tokens, float32, little-endian, in token order: t x1 + (1 - t) x0 of a flow
+    target  the same of what the network is to predict: the velocity x1 - x0 of a flow, the noise of a DDPM
 
-So x and target tell the latents x1 and the noise x0 apart: x - t target is the noise. An image's record does not depend
-on its rank, its pack or its neighbours. Between a CPU and a GPU a last bit may differ.
+So x and target tell the latents and the noise apart: of a flow, x - t target is the noise. An image's record does not
+depend on its rank, its pack or its neighbours. Between a CPU and a GPU a last bit may differ.
 """
 
 import json
@@ -27,14 +27,14 @@ import torch
 import xxhash
 from torch import Tensor
 
-from fitv2_scale.model.flow import FlowBatch
+from fitv2_scale.model.objective import NoisedBatch
 from fitv2_scale.model.packed_batch import PackedBatch
 
 log = logging.getLogger(__name__)
 
 
 class Audit(Protocol):
-    def add(self, batch: PackedBatch, flow: FlowBatch) -> None:
+    def add(self, batch: PackedBatch, noised: NoisedBatch) -> None:
         """Takes down what one pack of a step is trained on."""
 
     def write(self, step: int) -> None:
@@ -44,7 +44,7 @@ class Audit(Protocol):
 class NullAudit:
     """Records nothing, and costs nothing."""
 
-    def add(self, batch: PackedBatch, flow: FlowBatch) -> None:
+    def add(self, batch: PackedBatch, noised: NoisedBatch) -> None:
         pass
 
     def write(self, step: int) -> None:
@@ -63,18 +63,18 @@ class BatchAudit:
         self._path = folder / f"rank-{rank:05d}.jsonl"
         self._columns: dict[str, list] = defaultdict(list)
 
-    def add(self, batch: PackedBatch, flow: FlowBatch) -> None:
+    def add(self, batch: PackedBatch, noised: NoisedBatch) -> None:
         if self._ended:
             return
         real = batch.weight_I.nonzero()[:, 0]  # an image has a weight, a slot of padding has none
         columns = {
             "epoch": batch.epoch_I[real].tolist(),
             "id": batch.sample_id_I[real].tolist(),
-            "t": [f"{bits & 0xFFFFFFFF:08x}" for bits in flow.t_I[real].view(torch.int32).tolist()],
-            "label": flow.label_I[real].tolist(),
-            "dropped": (flow.label_I != batch.label_I)[real].tolist(),
-            "x": _digests(flow.x_TC, batch, real.tolist()),
-            "target": _digests(flow.target_TC, batch, real.tolist()),
+            "t": [f"{bits & 0xFFFFFFFF:08x}" for bits in noised.t_I[real].view(torch.int32).tolist()],
+            "label": noised.label_I[real].tolist(),
+            "dropped": (noised.label_I != batch.label_I)[real].tolist(),
+            "x": _digests(noised.x_TC, batch, real.tolist()),
+            "target": _digests(noised.target_TC, batch, real.tolist()),
         }
         for name, values in columns.items():
             self._columns[name] += values

@@ -11,6 +11,7 @@ from fitv2_scale.data import Data
 from fitv2_scale.evaluate.sampling.image_grid import decode, evenly_spaced_labels, grid_png, grid_requests
 from fitv2_scale.evaluate.sampling.sampler import sample
 from fitv2_scale.evaluate.validation import Validation, held_out
+from fitv2_scale.model.objectives import make_objective
 from fitv2_scale.parallel.agreement import Facts, read_alike
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.failures import BrokenOff
@@ -29,6 +30,7 @@ def validation_of(config: Config, data: Data, world: World, layout: Layout) -> V
     return Validation(
         read_alike(world, read),
         config.validation,
+        objective=make_objective(config, world.device),
         cost=data.cost,
         shape=data.shapes[0][-1],  # whatever the batch has become: losses on held-out images stay comparable
         world=world,

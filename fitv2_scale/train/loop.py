@@ -130,7 +130,9 @@ def _loop(s: Session, coordination: Coordination, watchdog: Watchdog) -> tuple[i
 def _take(s: Session, batch: StepBatch, waited: float, monitor: Monitor) -> None:
     """The step of ``batch``, which ``waited`` seconds for its data."""
     with s.clock.step(batch.shape):
-        sums, result = train_step(s.engine, batch, s.config, s.world.device, s.wait_for_staging, s.audit.add)
+        sums, result = train_step(
+            s.engine, batch, s.objective, s.config, s.world.device, s.wait_for_staging, s.audit.add
+        )
     s.audit.write(batch.step)
     monitor.add(batch, waited, sums, result)
 

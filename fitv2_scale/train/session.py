@@ -15,6 +15,7 @@ from fitv2_scale.checkpoint.restore import Restored
 from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
+from fitv2_scale.model.objective import Objective
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.world import World
 from fitv2_scale.run.run import Attempt
@@ -39,6 +40,7 @@ class Session:
     data: Data
     attempt: Attempt
     engine: Engine
+    objective: Objective
     checkpoints: Checkpointer
     save_schedule: SaveSchedule
     restored: Restored | None

@@ -21,6 +21,7 @@ from fitv2_scale.data import Data
 from fitv2_scale.evaluate.validation import held_out_urls
 from fitv2_scale.identity import check_finished, check_start, open_run
 from fitv2_scale.model.counts import parameter_count
+from fitv2_scale.model.objectives import make_objective
 from fitv2_scale.parallel.agreement import Facts, read_alike, require_shared
 from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.engine import Engine
@@ -163,6 +164,7 @@ def open_session(
         data=data,
         attempt=attempt,
         engine=engine,
+        objective=make_objective(config, world.device),
         checkpoints=checkpoints,
         save_schedule=SaveSchedule(config.checkpoint, start, world.broadcast),
         restored=restored,

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from data_sharding.stream.batch import StepBatch
 from fitv2_scale.config.schema import Config
-from fitv2_scale.model.flow import FlowBatch, make_flow_batch, velocity_losses
 from fitv2_scale.model.loss_groups import GROUPS, group_sums
+from fitv2_scale.model.objective import NoisedBatch, Objective
 from fitv2_scale.model.packed_batch import PackedBatch
 from fitv2_scale.model.to_torch import pack_to_torch
 from fitv2_scale.parallel.engine import Engine, StepResult
@@ -17,10 +17,11 @@ from fitv2_scale.parallel.engine import Engine, StepResult
 def train_step(
     engine: Engine,
     batch: StepBatch,
+    objective: Objective,
     config: Config,
     device: torch.device,
     wait_for_staging: Callable[[], None] = lambda: None,
-    audit: Callable[[PackedBatch, FlowBatch], None] = lambda packed, flow: None,
+    audit: Callable[[PackedBatch, NoisedBatch], None] = lambda packed, noised: None,
 ) -> tuple[Tensor, StepResult]:
     """Hands one optimizer step on this rank's part of ``batch`` to ``device``; the host does not wait for it.
 
@@ -33,9 +34,9 @@ def train_step(
     total = torch.zeros((2, len(GROUPS)), device=device)
     for i, pack in enumerate(batch.packs):
         packed = pack_to_torch(pack, device)
-        flow = make_flow_batch(packed, config.flow, config.model.classes, config.seed)
-        audit(packed, flow)
-        losses = velocity_losses(engine.network, flow, packed)
+        noised = objective.training_batch(packed)
+        audit(packed, noised)
+        losses = objective.losses(engine.network, noised, packed)
         engine.backward(poison_if_not_finite(losses.weighted_sum(packed)), last=i == len(batch.packs) - 1)
         total += group_sums(losses, packed)
     wait_for_staging()

@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from fitv2_scale.bench.step_data import open_steps
 from fitv2_scale.config.load import load_config
 from fitv2_scale.config.schema import Config
+from fitv2_scale.model.objectives import make_objective
 from fitv2_scale.parallel.agreement import read_alike
 from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.rank_facts import read_data
@@ -49,14 +50,14 @@ def measure(config: Config) -> dict[str, Any]:
         engine = make_engine(config, layout, world)
         with open_steps(config, data, layout.data_rank(world.rank), 1) as batches:
             batch = next(batches)
-        on_cuda = world.device.type == "cuda"
+        on_cuda, objective = world.device.type == "cuda", make_objective(config, world.device)
         for _ in range(2):
-            train_step(engine, batch, config, world.device)
+            train_step(engine, batch, objective, config, world.device)
         activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_cuda]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, of its own profiler
             with profile(activities=activities) as profiler:
-                train_step(engine, batch, config, world.device)
+                train_step(engine, batch, objective, config, world.device)
                 if on_cuda:
                     torch.cuda.synchronize()
     return summary(list(_kernels(profiler, on_cuda)))

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 GOLDEN, LAYOUTS = "tests/fitv2_scale/train/test_golden_step.py", "tests/system/test_layouts.py"
 OPTIMIZER, ENGINES = "tests/fitv2_scale/parallel/test_optimizer.py", "tests/fitv2_scale/parallel/test_gradients.py"
 FLOW, STEP = "fitv2_scale/model/flow.py", "fitv2_scale/config/sections.py"
+NOISE, DDPM, LEVELS = (f"fitv2_scale/model/{name}.py" for name in ("noise", "ddpm", "ddpm_schedule"))
+ON_DDPM, ON_LEVELS = (f"tests/fitv2_scale/model/test_{name}.py" for name in ("ddpm", "ddpm_schedule"))
 
 
 @dataclass(frozen=True)
@@ -29,30 +31,59 @@ class Named:
 NAMED = (
     Named(
         "time keyed without the epoch", FLOW,
-        "t_I = sample_t(config.t_sampler, seed, batch.epoch_I, batch.sample_id_I)",
-        "t_I = sample_t(config.t_sampler, seed, 0 * batch.epoch_I, batch.sample_id_I)",
+        "t_I = sample_t(self.config.t_sampler, self.seed, batch.epoch_I, batch.sample_id_I)",
+        "t_I = sample_t(self.config.t_sampler, self.seed, 0 * batch.epoch_I, batch.sample_id_I)",
         (GOLDEN,),
     ),
     Named(
-        "every label dropped in all epochs", FLOW,
+        "every label dropped in all epochs", NOISE,
         "batch.label_I.masked_fill(drop_I, classes)",
         "batch.label_I.masked_fill(drop_I | True, classes)",
         (GOLDEN,),
     ),
     Named(
-        "the same labels dropped in all epochs", FLOW,
-        "Purpose.LABEL_DROP, batch.epoch_I,",
-        "Purpose.LABEL_DROP, 0 * batch.epoch_I,",
+        "the same labels dropped in all epochs", NOISE,
+        "Purpose.LABEL_DROP, seed, batch.epoch_I,",
+        "Purpose.LABEL_DROP, seed, 0 * batch.epoch_I,",
         (GOLDEN,),
     ),
     Named(
-        "labels dropped in no epoch", FLOW,
+        "labels dropped in no epoch", NOISE,
         "batch.label_I.masked_fill(drop_I, classes)",
         "batch.label_I",
         (GOLDEN,),
     ),
-    Named("labels dropped by the stream of t", FLOW, "Purpose.LABEL_DROP,", "Purpose.TIMESTEP,", (GOLDEN,)),
-    Named("noise of seed 0 whatever the seed", FLOW, "Purpose.NOISE, seed)", "Purpose.NOISE, 0)", (GOLDEN,)),
+    Named("labels dropped by the stream of t", NOISE, "Purpose.LABEL_DROP,", "Purpose.TIMESTEP,", (GOLDEN,)),
+    Named("noise of seed 0 whatever the seed", FLOW, "Purpose.NOISE, self.seed)", "Purpose.NOISE, 0)", (GOLDEN,)),
+    Named(
+        "a bound of a thousandth", DDPM,
+        "loss_TC + self._bits(",
+        "loss_TC + 0.001 * self._bits(",
+        (ON_DDPM,),
+    ),
+    Named("noise that learns from the bound", DDPM, "error_TC.detach()", "error_TC", (ON_DDPM,)),
+    Named("a bound in nats", DDPM, "nats_TC / math.log(2)", "nats_TC", (ON_DDPM,)),
+    Named("a first level like the others", DDPM, "torch.where(level_T1 == 0,", "torch.where(level_T1 < 0,", (ON_DDPM,)),
+    Named("levels clamped to 1", DDPM, "t_I=level_I.float()", "t_I=level_I.float().clamp(max=1)", (ON_DDPM,)),
+    Named(
+        "levels keyed without the epoch", DDPM,
+        "self._seed, batch.epoch_I, batch.sample_id_I)",
+        "self._seed, 0 * batch.epoch_I, batch.sample_id_I)",
+        (ON_DDPM,),
+    ),
+    Named("validation from the image to noise", DDPM, "LEVELS - LEVELS * u_I", "LEVELS * u_I", (ON_DDPM,)),
+    Named(
+        "alpha_bar of the level itself", LEVELS,
+        "torch.cat((alpha_bar_K.new_ones(1), alpha_bar_K[:-1]))",
+        "alpha_bar_K",
+        (ON_LEVELS, ON_DDPM),
+    ),
+    Named(
+        "the first level's variance is its own", LEVELS,
+        "torch.cat((variance_K[1:2], variance_K[1:])).log()",
+        "variance_K.clamp(min=1e-20).log()",
+        (ON_LEVELS, ON_DDPM),
+    ),
     Named(
         "a warm-up twice as long", STEP,
         "(step + 1) / self.warmup_steps)",

@@ -58,6 +58,11 @@ def time_of(seed: int, epoch: int, image: int, sampler: str = "logit_normal") ->
     return np.float32(1 / (1 + math.exp(-gaussian(first, second)[0])))
 
 
+def level_of(seed: int, epoch: int, image: int) -> int:
+    """A DDPM's level, 0 .. 999: 1000 times the fraction of the first word, rounded down."""
+    return 1000 * (2 * words(seed, TIMESTEP, epoch, image, 1)[0] + 1) >> 33
+
+
 def is_dropped(seed: int, epoch: int, image: int, dropout: float) -> bool:
     """Whether the network is not told the image's class."""
     return fraction(words(seed, LABEL_DROP, epoch, image, 1)[0]) < dropout

@@ -1,4 +1,5 @@
-"""Training in float64, image by image: flow loss, clipping, AdamW, warm-up and EMA, each in its textbook form.
+"""Training in float64, image by image: the loss of a flow, or of a DDPM of fixed variance, clipping, AdamW, warm-up and
+EMA, each in its textbook form.
 
 ``Recipe`` repeats a run's settings by hand; nothing is read from a config.
 """
@@ -12,7 +13,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from tests.oracle.draws import initial_weight, is_dropped, noise_of, time_of
+from tests.oracle.draws import initial_weight, is_dropped, level_of, noise_of, time_of
 from tests.oracle.network import Form, Weights, shapes, velocity
 
 
@@ -32,6 +33,7 @@ class Recipe:
     form: Form = Form()
     dropout: float = 0.1
     sampler: str = "logit_normal"
+    objective: str = "flow"
     lr: float = 1e-3
     warmup: int = 10
     beta1: float = 0.9
@@ -57,11 +59,16 @@ class Noised:
 
     @classmethod
     def of(cls, image: Image, recipe: Recipe) -> "Noised":
-        t = time_of(recipe.seed, image.epoch, image.number, recipe.sampler)
         dropped = is_dropped(recipe.seed, image.epoch, image.number, recipe.dropout)
         data = image.latents.astype(np.float32).reshape(-1, 16)
         noise = noise_of(recipe.seed, image.epoch, image.number, len(data))
         label = recipe.form.classes if dropped else image.label
+        if recipe.objective == "ddpm":
+            level = level_of(recipe.seed, image.epoch, image.number)
+            kept = math.prod(1 - (1e-4 + k * (0.02 - 1e-4) / 999) for k in range(level + 1))
+            x = np.float32(math.sqrt(kept)) * data + np.float32(math.sqrt(1 - kept)) * noise
+            return cls(np.float32(level), label, x, noise)
+        t = time_of(recipe.seed, image.epoch, image.number, recipe.sampler)
         return cls(t, label, t * data + (np.float32(1) - t) * noise, data - noise)
 
     def record(self, image: Image) -> tuple:

@@ -5,7 +5,7 @@ that nothing here knows how it cuts the state.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -19,9 +19,10 @@ from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.load import parse_config
 from fitv2_scale.config.schema import Config
 from fitv2_scale.model.counts import logical_shapes
-from fitv2_scale.model.flow import flow_loss
 from fitv2_scale.model.init import fill_initial
 from fitv2_scale.model.network import DiffusionTransformer
+from fitv2_scale.model.objective import pack_loss
+from fitv2_scale.model.objectives import make_objective
 from fitv2_scale.model.packed_batch import PackedBatch
 from fitv2_scale.model.to_torch import packing_to_torch
 from fitv2_scale.parallel.boxes import LogicalTensor
@@ -115,6 +116,11 @@ def packs_of(step: int, rank: int, ranks: int, packs: int, room: int) -> list[Pa
     return [pack_of(step, list(range(rank * packs + k, IMAGES, groups)), slots, room) for k in range(packs)]
 
 
+def loss_of(network: Callable[..., Tensor], pack: PackedBatch, config: Config) -> Tensor:
+    """The pack's part of a step's loss."""
+    return pack_loss(make_objective(config, pack.latents_TC.device), network, pack)
+
+
 def alone(config: Config) -> Trace:
     """The oracle: one process, plain modules, PyTorch's own clipping and AdamW, nothing of fitv2_scale.parallel's."""
     network, trace = DiffusionTransformer(config.model), Trace()
@@ -130,7 +136,7 @@ def alone(config: Config) -> Trace:
         trained, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay, foreach=False, fused=False
     )
     for step in range(STEPS):
-        loss = flow_loss(network, pack_of(step, list(range(IMAGES)), IMAGES, 1), config.flow, CLASSES, config.seed)
+        loss = loss_of(network, pack_of(step, list(range(IMAGES)), IMAGES, 1), config)
         loss.backward()
         trace.losses.append(loss.item())
         trace.norms.append(torch.nn.utils.clip_grad_norm_(trained, o.max_norm).item())
@@ -152,7 +158,7 @@ def steps_of(engine, config: Config, cell: Cell, world: World, steps: Iterable[i
         total = torch.zeros(())
         packs = packs_of(step, rank, layout.data_parallel, cell.packs, cell.room)
         for k, pack in enumerate(packs):
-            loss = flow_loss(engine.network, pack, config.flow, config.model.classes, config.seed)
+            loss = loss_of(engine.network, pack, config)
             engine.backward(loss, last=k == len(packs) - 1)
             total += loss.detach()
         result = engine.step(config.optimizer.lr_at(step), config.optimizer.max_norm)

@@ -60,6 +60,14 @@ def test_the_cookbook_is_the_training_written_apart(tiny, model):
     assert_trained_as_apart(run(tiny(seed=SEED, train__steps=8, **changes), 2), recipe)
 
 
+@pytest.mark.parametrize("ranks,layout", [(1, {}), (2, {"layout__max_tokens": 64}), (2, {"layout__engine": "zero3"})])
+def test_a_ddpm_is_the_training_written_apart(tiny, ranks, layout):
+    """Of fixed variance; tests/fitv2_scale/model/test_ddpm.py has the other. What the section flow says is not used."""
+    changes = {"objective": "ddpm", "ddpm__label_dropout": 0.4, "flow__label_dropout": 1.0, **layout}
+    recipe = Recipe(SEED, objective="ddpm", dropout=0.4)
+    assert_trained_as_apart(run(tiny(seed=SEED, train__steps=8, **changes), ranks), recipe)
+
+
 def test_bf16_stays_near_fp32(tiny):
     """bf16 keeps 8 bits: a relative error of 2**-9 an operation, averaging out over tokens and images."""
     half = run(tiny(seed=SEED, train__steps=STEPS, layout__precision="bf16"), 2)

@@ -198,9 +198,14 @@ def test_an_edited_recipe_is_found_out(copies):
 
 
 def test_a_fork_continues_with_the_recorded_loss(copies):
+    """Its recipe also has the keys that the parent's version did not know, with what they were then."""
     assert run_ranks(1, train, config_of(copies, "train.steps=8", run="child"), f"{copies}/run@7") == [0]
     assert losses(f"{copies}/child") == pytest.approx({8: numbers("losses")[8]}, rel=CLOSE)
     written = json.loads((copies / "child" / "run.json").read_text())
     parent = json.loads((OLD / "run" / "run.json").read_text())
-    assert (written["recipe"], written["recipe_hash"]) == (parent["science"], parent["science_hash"])
+    recipe = parent["science"] | {"objective": "flow", "ddpm": {"label_dropout": 0.1}}
+    recipe["model"] |= {"patch": 2, "latent_channels": 4, "mlp": "swiglu", "position": "rope", "outputs": 1}
+    recipe["model"] |= {"sincos": {"mode": "none", "train_side": 16}}
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    assert (written["recipe"], written["recipe_hash"]) == (recipe, digest)
     assert written["parent"]["run"] == parent["id"] and "science" not in written

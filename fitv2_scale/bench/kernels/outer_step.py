@@ -23,6 +23,7 @@ from data_sharding.plan.pack_layout import PackShape, lay_out
 from data_sharding.stream.batch import Pack, StepBatch
 from fitv2_scale.bench.kernels.counts import Operation, OuterStep, Phase
 from fitv2_scale.config.schema import Config
+from fitv2_scale.model.objectives import make_objective
 from fitv2_scale.model.packed_batch import Packing
 from fitv2_scale.parallel import fsdp
 from fitv2_scale.parallel.boxes import Box
@@ -50,13 +51,14 @@ def count_outer_step(config: Config, ranks: int, nodes: int, shape: PackShape, p
         engine = _Engine(_Unfilled(**vars(EngineSpec.of(config, on_cuda=False))), groups)
         for block in engine.network.blocks:
             block.forward = _WithoutWork(block)
-        batch = _batch(shape, packs, config.model.token_channels)
+        batch, device = _batch(shape, packs, config.model.token_channels), torch.device("cpu")
+        objective = make_objective(config, device)
         engine.network.register_forward_pre_hook(engine.forward, prepend=True)  # before FSDP gathers
         with _Counting(engine):
-            train_step(engine, batch, config, torch.device("cpu"))  # the first one makes what later ones find
+            train_step(engine, batch, objective, config, device)  # the first one makes what later ones find
         engine.phase = "data"
         with _Counting(engine) as counting:
-            train_step(engine, batch, config, torch.device("cpu"))
+            train_step(engine, batch, objective, config, device)
         moments = [tensor for name, tensor in engine.boxes().items() if name.startswith("exp_avg/")]
     trained = sum(box.tensor.numel() for tensor in moments for box in tensor.boxes)
     return OuterStep(tuple(counting.operations()), trained)

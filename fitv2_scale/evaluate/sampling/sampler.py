@@ -21,7 +21,7 @@ from fitv2_scale.config.model import ModelConfig, RopeConfig
 from fitv2_scale.config.sections import SamplingConfig
 from fitv2_scale.evaluate.sampling.solvers import Images, Velocity, dopri5, euler, heun, sde
 from fitv2_scale.model.extrapolation import default_rope
-from fitv2_scale.model.flow import noise_words
+from fitv2_scale.model.noise import noise_words
 from fitv2_scale.model.packed_batch import to_device
 from fitv2_scale.model.positions import Extrapolation, positions_of
 from fitv2_scale.model.rng import normal

@@ -7,15 +7,19 @@ random weights. Networks, learning rates, batches and seeds may differ from run 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import chain, combinations
 from typing import Any
 
 from fitv2_scale.config.defaults import with_defaults
-from fitv2_scale.config.model import FlowConfig
-from fitv2_scale.config.sections import DataConfig, ValidationConfig
+from fitv2_scale.config.schema import Config
 
 Meaning = Mapping[str, str]
 _VALIDATION = "validation"
+_OF_OBJECTIVES = {
+    "flow": ("flow.t_sampler", "flow.label_dropout"),
+    "ddpm": ("ddpm.label_dropout", "model.outputs"),
+}
+OF_A_CONFIG = ("objective", *chain(*_OF_OBJECTIVES.values()), "data.views")  # what of a meaning a config decides
 _SHOWN = 16  # characters of a value
 
 
@@ -33,9 +37,11 @@ class Origin:
 
 def meaning_of(config: Mapping[str, Any], origin: Origin) -> Meaning:
     """Of a run's config, of any version."""
-    data = with_defaults(DataConfig, dict(config.get("data", {})))
-    grid = with_defaults(ValidationConfig, dict(config.get("validation", {})) | dict(origin.grid))
-    found: dict[str, Any] = {f"flow.{k}": v for k, v in with_defaults(FlowConfig, dict(config.get("flow", {}))).items()}
+    whole = with_defaults(Config, dict(config))
+    data, grid = whole["data"], whole["validation"] | origin.grid
+    found: dict[str, Any] = {"objective": whole["objective"]}
+    for section, _, key in (name.partition(".") for name in _OF_OBJECTIVES.get(whole["objective"], ())):
+        found[f"{section}.{key}"] = whole[section][key]
     found |= {"data.views": data["views"], "begins with": "other weights" if origin.pretrained else "random weights"}
     if isinstance(data.get("url"), list):
         found["data.weights"] = data["weights"]

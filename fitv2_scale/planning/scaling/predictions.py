@@ -29,13 +29,13 @@ from fitv2_scale.config.schema import Config
 from fitv2_scale.model.counts import parameter_count
 from fitv2_scale.planning.scaling.bootstrap import LEVEL, interval
 from fitv2_scale.planning.scaling.laws import RunLaw, SurfaceLaw
-from fitv2_scale.planning.scaling.meaning import Origin, meaning_of, unlike
+from fitv2_scale.planning.scaling.meaning import OF_A_CONFIG, Origin, meaning_of, unlike
 from fitv2_scale.planning.scaling.read_curves import Curve
 from fitv2_scale.run.log import now
 from fitv2_scale.run.reference import split_reference
 
 PREDICTIONS = "predictions.jsonl"
-_OF_A_CONFIG = ("flow.t_sampler", "flow.label_dropout", "data.views")  # parts of a meaning that a config decides
+_OBJECTIVE_OF_BEFORE = {"objective": "flow"}  # of a prediction that says none: there was no other
 _SCORED_AROUND = 0.02  # a prediction for step s is scored by the mean over s ± this fraction of it
 
 
@@ -106,7 +106,7 @@ def predict(
         at = images / curve.batch
         value, refits = float(fit(at)), [float(f(at)) for f in refits]
         by, runs, meaning = "run", [curve.name], curve.meaning
-    own_meaning = {k: v for k, v in meaning_of(request.config.model_dump(), Origin()).items() if k in _OF_A_CONFIG}
+    own_meaning = {k: v for k, v in meaning_of(request.config.model_dump(), Origin()).items() if k in OF_A_CONFIG}
     if differences := unlike(meaning, own_meaning, metric):
         raise UserError(
             f"{request.text} cannot be predicted: the runs and its config differ ({'; '.join(differences)})"
@@ -158,7 +158,7 @@ def score(prediction: dict[str, Any], curves: Sequence[Curve]) -> dict[str, Any]
     model, images, found = ModelConfig.model_validate(prediction["model"]), prediction["images"], []
     for curve in curves:
         series = curve.series.get(prediction["metric"])
-        if unlike(prediction.get("meaning", {}), curve.meaning, prediction["metric"]):
+        if unlike(_OBJECTIVE_OF_BEFORE | prediction.get("meaning", {}), curve.meaning, prediction["metric"]):
             continue
         if curve.model == model and series is not None:
             at = curve.along("images", series.steps)

@@ -21,8 +21,8 @@ from fitv2_scale.config.load import load_config
 from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
 from fitv2_scale.model.counts import forward_flops
-from fitv2_scale.model.flow import image_losses
 from fitv2_scale.model.network import DiffusionTransformer
+from fitv2_scale.model.objective import image_means
 from fitv2_scale.model.to_torch import pack_to_torch
 from tests.support.tiny_networks import build
 from tests.support.tiny_runs import BENCHED
@@ -62,7 +62,7 @@ def test_the_reference_has_our_loss_and_our_gradient(checkpointing, monkeypatch)
     t_T1 = t_I[packed.packing.image_T][:, None]
     x_TC = t_T1 * packed.latents_TC + (1 - t_T1) * noise
     velocity = ours(x_TC, t_I, packed.label_I, packed.packing)
-    loss = (image_losses(velocity, packed.latents_TC - noise, packed) * packed.weight_I).sum()
+    loss = (image_means((velocity - (packed.latents_TC - noise)).square(), packed) * packed.weight_I).sum()
     loss.backward()
 
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -121,6 +121,12 @@ def test_the_key_deterministic_is_for_ours(wanted, monkeypatch):
 def test_a_choice_for_a_reference_that_is_not_measured_is_refused(capsys):
     assert main(["bench", "step", "configs/demo.yaml", *BENCHED, "--reference-checkpointing", "full"]) == 2
     assert "--reference-checkpointing needs --against reference" in capsys.readouterr().err
+
+
+def test_the_reference_has_one_objective(capsys):
+    words = ["bench", "step", "configs/demo.yaml", *BENCHED, "--steps=1", "--repeats=1", "--against=reference"]
+    assert main([*words, "objective=ddpm"]) == 2
+    assert "--against reference needs the released objective: objective=flow" in capsys.readouterr().err
 
 
 def test_a_preset_has_latents_of_its_sizes():

@@ -18,6 +18,7 @@ from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
 from fitv2_scale.train.loop import BAD_INPUT, train
 from tests.services.s3 import use
+from tests.support.changed_losses import ChangedLosses
 from tests.support.ranks import run_ranks
 
 
@@ -184,13 +185,15 @@ def test_gradients_that_stay_infinite_end_the_run(tiny):
 
 
 def train_on_nan(config) -> int:
-    import fitv2_scale.train.step as module
+    import fitv2_scale.train.loop as module
 
-    velocity_losses = module.velocity_losses
+    train_step = module.train_step
 
-    def poisoned(*arguments):
-        losses = velocity_losses(*arguments)
+    def poisoned(losses):
         return replace(losses, loss_I=losses.loss_I * float("nan"))
 
-    module.velocity_losses = poisoned
+    def step(engine, batch, objective, *rest):
+        return train_step(engine, batch, ChangedLosses(objective, poisoned), *rest)
+
+    module.train_step = step
     return train(config)

@@ -13,9 +13,9 @@ AT_LEAST_ONE = (
     "sampling.columns", "sampling.cfg", "sampling.steps", "checkpoint.every_steps", "checkpoint.max_failed",
 )  # fmt: skip
 AT_LEAST_ZERO = (
-    "seed", "flow.label_dropout", "ema.decay", "data.max_substituted", "train.spike_sigma", "validation.every_steps",
-    "sampling.every_steps", "checkpoint.keep_every", "optimizer.warmup_steps", "optimizer.beta1", "optimizer.beta2",
-    "optimizer.weight_decay",
+    "seed", "flow.label_dropout", "ddpm.label_dropout", "ema.decay", "data.max_substituted", "train.spike_sigma",
+    "validation.every_steps", "sampling.every_steps", "checkpoint.keep_every", "optimizer.warmup_steps",
+    "optimizer.beta1", "optimizer.beta2", "optimizer.weight_decay",
 )  # fmt: skip
 MORE_THAN_ZERO = (
     "model.rope_theta", "data.cache_gib", "data.prefetch_gib", "data.cache_disk_gib", "tracking.peak_tflops",
@@ -26,7 +26,7 @@ MORE_THAN_ZERO = (
 LESS_THAN_ONE = ("ema.decay", "optimizer.beta1", "optimizer.beta2", "data.max_substituted")
 OTHERS = (
     ("model.hidden", 4), ("data.deadline_seconds", 401), ("model.rope.train_side", 1), ("layout.max_tokens", 63),
-    ("flow.label_dropout", 1.01),
+    ("flow.label_dropout", 1.01), ("ddpm.label_dropout", 1.01),
     ("seed", 1 << 64), ("watchdog.step_factor", 1), ("checkpoint.keep_last", 1), ("checkpoint.milestones", [-1]),
 )  # fmt: skip
 SLURM = (

@@ -73,7 +73,9 @@ def test_a_recipe_is_completed_with_recipe_keys_alone():
         "optimizer": {"lr": 0.5},
     }
     recipe = NewerConfig.complete_recipe(stored)
-    assert list(recipe) == ["model", "flow", "data", "optimizer", "ema", "trainable", "seed", "init_from"]
+    keys = ["model", "objective", "flow", "ddpm", "data", "optimizer", "ema", "trainable", "seed", "init_from"]
+    assert list(recipe) == keys
+    assert (recipe["objective"], recipe["ddpm"]) == ("flow", {"label_dropout": 0.1})
     assert recipe["model"] == {
         "depth": 2,
         "hidden": 32,
@@ -83,6 +85,12 @@ def test_a_recipe_is_completed_with_recipe_keys_alone():
         "adaln": "lora",
         "rope_theta": 10000.0,
         "rope": {"mode": "none", "attention_scale": "none", "train_side": 3},
+        "patch": 2,
+        "latent_channels": 4,
+        "mlp": "swiglu",
+        "position": "rope",
+        "outputs": 1,
+        "sincos": {"mode": "none", "train_side": 16},
         "registers": 0,
     }
     assert recipe["data"] == {"views": "crop", "mixup": None}

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from data_sharding import rng
 from data_sharding.errors import UserError
@@ -54,6 +55,16 @@ def measured(config) -> tuple[float, float, float]:
         return raw, ema, validation.loss(engine.network)
 
 
+def noised_apart(objective: str, x1: Tensor, x0: Tensor, k: int) -> tuple[Tensor, Tensor, float]:
+    """The network's input, its target and time at the k-th of the grid's times."""
+    if objective == "flow":
+        t = (k + 0.5) / TIMES
+        return t * x1 + (1 - t) * x0, x1 - x0, t
+    level = (833, 500, 166)[k]  # 1000 (1 - (k + 0.5) / 3), rounded down
+    kept = float(np.prod(1 - np.linspace(1e-4, 0.02, 1000)[: level + 1]))
+    return kept**0.5 * x1 + (1 - kept) ** 0.5 * x0, x0, float(level)
+
+
 def expected(config, shift: float) -> float:
     """One process, float64, an image and a time at a time, noise from the NumPy generator."""
     network = DiffusionTransformer(config.model)
@@ -70,13 +81,13 @@ def expected(config, shift: float) -> float:
         rows, columns = sample.size[0]
         packing = packing_to_torch(lay_out([(rows, columns)], PackShape(rows * columns, 1, rows * columns)))
         for k in range(TIMES):
-            t = (k + 0.5) / TIMES
             u = (rng.words(0, Purpose.VALIDATION_NOISE, k, sample.id, np.arange(x1.numel())) + 0.5) * 2.0**-32
             radius, angle = np.sqrt(-2 * np.log(u[0::2])), 2 * np.pi * u[1::2]
             x0 = torch.from_numpy(np.stack((radius * np.cos(angle), radius * np.sin(angle)), -1).reshape(x1.shape))
+            x, target, t = noised_apart(config.objective, x1, x0, k)
             with torch.no_grad():
-                v = network(t * x1 + (1 - t) * x0, torch.tensor([t]), torch.tensor([sample.label]), packing)
-            found.append((v - (x1 - x0)).square().mean().item())
+                output = network(x, torch.tensor([t]), torch.tensor([sample.label]), packing)
+            found.append((output - target).square().mean().item())
     return float(np.mean(found))
 
 
@@ -91,6 +102,14 @@ def test_the_same_loss_on_any_layout(tiny, dataset):
         found = run_ranks(size, measured, tiny(**changes, **{f"layout__{k}": v for k, v in layout.items()}))
         for rank in found:
             assert rank == pytest.approx((raw, ema, raw), rel=1e-6), (size, layout)
+
+
+def test_the_loss_of_a_ddpm(tiny, dataset):
+    changes = {"validation__url": dataset, "validation__images": IMAGES, "validation__timesteps": TIMES}
+    config = tiny(objective="ddpm", **changes)
+    assert run_ranks(1, measured, config)[0][:2] == pytest.approx(
+        [expected(config, shift) for shift in (SHIFT, 2 * SHIFT)], rel=1e-6
+    )
 
 
 def validations(run: str) -> dict[int, tuple[float, float]]:

@@ -10,8 +10,8 @@ from PIL import Image
 from data_sharding.plan.pack_layout import PackShape, lay_out
 from data_sharding.write.images import write_dataset
 from fitv2_scale.data import Data
-from fitv2_scale.model.flow import FlowLosses
 from fitv2_scale.model.loss_groups import GROUPS, group_sums, loss_by_group
+from fitv2_scale.model.objective import ImageLosses
 from fitv2_scale.model.packed_batch import PackedBatch
 from fitv2_scale.model.to_torch import packing_to_torch
 from fitv2_scale.train.loop import DONE, train
@@ -43,7 +43,7 @@ def test_a_pack_is_divided_by_time_and_by_length(images):
         weight_I[i], t_I[i], loss_I[i] = 1 / 8, t, loss
     zeros = torch.zeros(shape.images, dtype=torch.int64)
     batch = PackedBatch(torch.zeros(0), packing_to_torch(layout), zeros, weight_I, zeros, zeros)
-    sums = dict(zip(GROUPS, group_sums(FlowLosses(loss_I, t_I), batch).double().T.tolist(), strict=True))
+    sums = dict(zip(GROUPS, group_sums(ImageLosses(loss_I, t_I), batch).double().T.tolist(), strict=True))
     expected = {name: [0.0, 0.0] for name in GROUPS}
     for t, tokens, loss in images:
         for name in ("loss", *group_of(t, tokens)):

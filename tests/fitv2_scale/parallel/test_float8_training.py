@@ -11,7 +11,6 @@ import torch
 from data_sharding.errors import UserError
 from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.schema import Config
-from fitv2_scale.model.flow import flow_loss
 from fitv2_scale.parallel.memory_estimate import cuda_peak
 from fitv2_scale.parallel.world import join
 from fitv2_scale.planning.forecast.assumptions import Assumptions
@@ -19,7 +18,7 @@ from fitv2_scale.planning.forecast.memory_per_rank import plan_compute, plan_sta
 from fitv2_scale.planning.forecast.step_time import traffic_seconds
 from fitv2_scale.run.run import DONE
 from tests.support.commits import read_tensors
-from tests.support.layout_grid import Cell, engine_of, make_config, packs_of, run_cell
+from tests.support.layout_grid import Cell, engine_of, loss_of, make_config, packs_of, run_cell
 from tests.support.ranks import run_ranks
 
 FP8 = {"layout__precision": "fp8", "layout__pad_to_multiple_of": 16, "model__hidden": 48}
@@ -40,7 +39,7 @@ def trained(config: Config) -> float:
         for step in range(300):
             (pack,) = packs_of(step % of_an_epoch, 0, 1, 1, 1)
             pack = replace(pack, epoch_I=torch.full_like(pack.epoch_I, step // of_an_epoch))
-            loss = flow_loss(engine.network, pack, config.flow, config.model.classes, config.seed)
+            loss = loss_of(engine.network, pack, config)
             engine.backward(loss, last=True)
             losses.append(loss.item())
             assert not engine.step(config.optimizer.lr_at(step), config.optimizer.max_norm).skipped
@@ -96,7 +95,7 @@ def skipped_with(bad: float) -> list[bool]:
 
             engine.network.blocks[0].register_forward_hook(poison)
             (pack,) = packs_of(0, 0, 1, 1, 1)
-            engine.backward(flow_loss(engine.network, pack, config.flow, config.model.classes, config.seed), last=True)
+            engine.backward(loss_of(engine.network, pack, config), last=True)
             found.append(bool(engine.step(1e-3, 1.0).skipped))
     return found
 

@@ -3,10 +3,10 @@
 import torch
 
 from fitv2_scale.config.schema import Config
-from fitv2_scale.model.flow import make_flow_batch
 from fitv2_scale.model.network import DiffusionTransformer
+from fitv2_scale.model.objectives import make_objective
 from fitv2_scale.parallel.world import join
-from tests.support.layout_grid import CLASSES, STEPS, engine_of, make_config, packs_of
+from tests.support.layout_grid import STEPS, engine_of, make_config, packs_of
 from tests.support.ranks import run_ranks
 
 
@@ -21,11 +21,11 @@ def differences(config: Config) -> tuple[float, float]:
         engine.loaded()
         plain = plain.to(torch.bfloat16)
         (pack,) = packs_of(STEPS, 0, 1, 1, 1)  # no step's
-        flow = make_flow_batch(pack, config.flow, CLASSES, config.seed)
+        noised = make_objective(config, pack.latents_TC.device).training_batch(pack)
         with torch.no_grad():
-            found = engine.network(flow.x_TC, flow.t_I, flow.label_I, pack.packing)
-            expected = plain(flow.x_TC, flow.t_I, flow.label_I, pack.packing)
-            rounded = plain(flow.x_TC, flow.t_I.bfloat16(), flow.label_I, pack.packing)
+            found = engine.network(noised.x_TC, noised.t_I, noised.label_I, pack.packing)
+            expected = plain(noised.x_TC, noised.t_I, noised.label_I, pack.packing)
+            rounded = plain(noised.x_TC, noised.t_I.bfloat16(), noised.label_I, pack.packing)
         return (found - expected).abs().max().item(), (rounded - expected).abs().max().item()
 
 

@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from fitv2_scale.config.schema import Config
-from fitv2_scale.model.flow import flow_loss
 from fitv2_scale.parallel.world import join
-from tests.support.layout_grid import Boxes, Trace, engine_of, make_config, packs_of, together, values_of
+from tests.support.layout_grid import Boxes, Trace, engine_of, loss_of, make_config, packs_of, together, values_of
 from tests.support.ranks import run_ranks
 
 
@@ -16,7 +15,7 @@ def reduced(config: Config, packs: int) -> bool:
     with join() as world:
         engine = engine_of(config, world)
         for k, pack in enumerate(packs_of(0, world.rank, world.size, packs, 1)):
-            loss = flow_loss(engine.network, pack, config.flow, config.model.classes, config.seed)
+            loss = loss_of(engine.network, pack, config)
             engine.backward(loss, last=k == packs - 1)
         grads = [p.grad.to_local() for p in engine.network.parameters()]
         assert all(grad.dtype == torch.float32 for grad in grads)
@@ -34,7 +33,7 @@ def disturbed(config: Config) -> tuple[Trace, Boxes]:
         engine = engine_of(config, world)
         for step in range(3):
             (pack,) = packs_of(step, 0, 1, 1, 1)
-            loss = flow_loss(engine.network, pack, config.flow, config.model.classes, config.seed)
+            loss = loss_of(engine.network, pack, config)
             engine.backward(loss * (1 + 0.01 * world.rank), last=True)
             engine.step(config.optimizer.lr_at(step), config.optimizer.max_norm)
         return Trace(), values_of(engine.boxes())
@@ -63,7 +62,7 @@ def counted(config: Config) -> list[dict[str, float]]:
         engine.load_scalars({"optimizer_step": 41.0})
         found.append(engine.scalars())
         (pack,) = packs_of(0, 0, 1, 1, 1)
-        engine.backward(flow_loss(engine.network, pack, config.flow, config.model.classes, config.seed), last=True)
+        engine.backward(loss_of(engine.network, pack, config), last=True)
         engine.step(config.optimizer.lr_at(0), config.optimizer.max_norm)
         return [*found, engine.scalars()]
 

@@ -14,6 +14,7 @@ from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.load import load_config
 from fitv2_scale.config.sections import OptimizerConfig
 from fitv2_scale.data import Data
+from fitv2_scale.model.objectives import make_objective
 from fitv2_scale.parallel.build import make_engine
 from fitv2_scale.parallel.optimizer import AdamW, global_norm, step_result, update_ema
 from fitv2_scale.parallel.world import join
@@ -190,13 +191,13 @@ def steps_without_waiting(config) -> int:
     with join() as world:
         layout = Layout.of(world.size, config.layout.replicate, config.layout.tensor)
         data = Data.open(config, layout.nodes(world.hosts))
-        engine = make_engine(config, layout, world)
+        engine, objective = make_engine(config, layout, world), make_objective(config, world.device)
         with open_steps(config, data, world.rank, 6) as batches:
             for batch in islice(batches, 3):
-                train_step(engine, batch, config, world.device)
+                train_step(engine, batch, objective, config, world.device)
             with refusing_to_wait(world.device):
                 for batch in batches:
-                    train_step(engine, batch, config, world.device)
+                    train_step(engine, batch, objective, config, world.device)
                     packs += len(batch.packs)
     return packs
 

@@ -10,21 +10,21 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fitv2_scale.config.schema import Config
 from fitv2_scale.model.counts import logical_shapes
-from fitv2_scale.model.flow import flow_loss, make_flow_batch
 from fitv2_scale.model.network import DiffusionTransformer
+from fitv2_scale.model.objectives import make_objective
 from fitv2_scale.model.packed_batch import PackedBatch
 from fitv2_scale.parallel.engine import Engine
 from fitv2_scale.parallel.world import World, join
 from fitv2_scale.train.loop import DONE, train
 from tests.support.commits import commit_bytes
 from tests.support.layout_grid import (
-    CLASSES,
     STEPS,
     Cell,
     Trace,
     alone,
     assert_the_same,
     engine_of,
+    loss_of,
     make_config,
     packs_of,
     run_cell,
@@ -47,9 +47,9 @@ def whole(config: Config, engine: Engine, world: World) -> dict[str, Tensor]:
 
 
 def output(network, pack: PackedBatch, config: Config) -> Tensor:
-    flow = make_flow_batch(pack, config.flow, CLASSES, config.seed)
+    noised = make_objective(config, pack.latents_TC.device).training_batch(pack)
     with torch.no_grad():
-        return network(flow.x_TC, flow.t_I, flow.label_I, pack.packing)
+        return network(noised.x_TC, noised.t_I, noised.label_I, pack.packing)
 
 
 def plain(config: Config, state: dict[str, Tensor], kind: str) -> DiffusionTransformer:
@@ -142,7 +142,7 @@ def reduced_gradients(config: Config) -> list[bool]:
     with join() as world:
         engine, finer = engine_of(config, world), []
         for last, pack in enumerate(packs_of(0, world.rank, world.size, 2, 1)):
-            engine.backward(flow_loss(engine.network, pack, config.flow, CLASSES, config.seed), last=bool(last))
+            engine.backward(loss_of(engine.network, pack, config), last=bool(last))
             parts = engine.network.optimizer.averaged_gradients[0]
             assert all(part.dtype == torch.float32 for part in parts)
             finer.append(any((part != part.bfloat16()).any() for part in parts))
@@ -201,7 +201,7 @@ def held_after_forward(config: Config) -> tuple[int, int]:
         for module in engine.network.module.modules():
             if isinstance(module, nn.Linear):
                 module.register_forward_hook(note, prepend=True)
-        loss = flow_loss(engine.network, PACK, config.flow, CLASSES, config.seed)
+        loss = loss_of(engine.network, PACK, config)
         left = sum(size for storage, size in gathered.items() if not storage.expired())
         engine.backward(loss, last=True)
         return sum(gathered.values()), left

@@ -15,6 +15,7 @@ from data_sharding.stream.batch import Pack, StepBatch
 from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.schema import Config
 from fitv2_scale.config.sections import OptimizerConfig
+from fitv2_scale.model.objectives import make_objective
 from fitv2_scale.parallel.world import join
 from fitv2_scale.train.step import train_step
 from tests.oracle.draws import NOISE, noise_of, philox, words
@@ -70,19 +71,19 @@ def one_step(config: Config) -> tuple[list[tuple], float, float, Boxes]:
     """(bits of t, label, first noise values) of each image of this rank, its part of the loss, the norm, the state."""
     seen = []
 
-    def look(packed, flow) -> None:
+    def look(packed, noised) -> None:
         for slot in packed.weight_I.nonzero()[:, 0].tolist():
             first = int(packed.packing.cu_seqlens_I1[slot])
-            bits, t = int(flow.t_I[slot].numpy().view(np.uint32)), flow.t_I[slot].item()
-            noise = packed.latents_TC[first] - flow.target_TC[first]
-            as_noised = (flow.x_TC[first] - t * flow.target_TC[first]).tolist()  # t x1 + (1 - t) x0 - t (x1 - x0)
+            bits, t = int(noised.t_I[slot].numpy().view(np.uint32)), noised.t_I[slot].item()
+            noise = packed.latents_TC[first] - noised.target_TC[first]
+            as_noised = (noised.x_TC[first] - t * noised.target_TC[first]).tolist()  # t x1 + (1 - t) x0 - t (x1 - x0)
             assert noise.tolist() == pytest.approx(as_noised, abs=1e-6)
-            seen.append((bits, int(flow.label_I[slot]), noise[:4].tolist()))
+            seen.append((bits, int(noised.label_I[slot]), noise[:4].tolist()))
 
     with join() as world:
         engine, layout = engine_of(config, world), Layout.of(world.size, 1, config.layout.tensor)
         batch = step_batch(layout.data_rank(world.rank), layout.data_parallel)
-        sums, result = train_step(engine, batch, config, world.device, audit=look)
+        sums, result = train_step(engine, batch, make_objective(config, world.device), config, world.device, audit=look)
         loss = sums[0, 0].item() if layout.tensor_rank(world.rank) == 0 else 0.0
         return seen, loss, result.norm.item(), values_of(engine.boxes())
 

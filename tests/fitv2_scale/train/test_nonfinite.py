@@ -12,15 +12,15 @@ import torch
 import torch.distributed as dist
 
 import fitv2_scale.train.loop as module
-import fitv2_scale.train.step as step_module
 from fitv2_scale.evaluate.validation import Validation
-from fitv2_scale.model.flow import FlowLosses
 from fitv2_scale.model.loss_groups import GROUPS
+from fitv2_scale.model.objective import ImageLosses
 from fitv2_scale.parallel.engine import StepResult
 from fitv2_scale.run.run import Run
 from fitv2_scale.run.status import status
 from fitv2_scale.tracking.journal import read
 from fitv2_scale.train.loop import DONE, GIVE_UP, train
+from tests.support.changed_losses import ChangedLosses
 from tests.support.commits import all_commits
 from tests.support.ranks import run_ranks
 
@@ -36,21 +36,18 @@ def train_with(config, change: Callable, *arguments) -> int:
 
 def poisoned(train_step: Callable, how: str, rank: int, steps: set[int]) -> Callable:
     """What one rank computes in ``steps`` is not finite: through its data, its loss alone, or its gradient alone."""
-    velocity_losses = step_module.velocity_losses
 
-    def change(losses: FlowLosses) -> FlowLosses:
+    def change(losses: ImageLosses) -> ImageLosses:
         more = math.inf if how == "loss" else (losses.loss_I * 0).sqrt()  # whose derivative at 0 is infinite
         return replace(losses, loss_I=losses.loss_I + more)
 
-    def step(engine, batch, *rest):
+    def step(engine, batch, objective, *rest):
         bad = dist.get_rank() == rank and batch.step in steps
         if bad and how == "data":
             batch.packs[-1].latents[0] = math.nan
         elif bad:
-            step_module.velocity_losses = lambda *arguments: change(velocity_losses(*arguments))
-        result = train_step(engine, batch, *rest)
-        step_module.velocity_losses = velocity_losses
-        return result
+            objective = ChangedLosses(objective, change)
+        return train_step(engine, batch, objective, *rest)
 
     return step
 

@@ -36,6 +36,8 @@ def report(capsys, tmp_path):
         ({"facts": {}}, {}, None),  # of an earlier version: its data are not known
         ({"changes": {"flow": {"label_dropout": 0.2}}}, {}, "flow.label_dropout: 0.1 and 0.2"),
         ({"changes": {"flow": {"t_sampler": "uniform"}}}, {}, "flow.t_sampler: logit_normal and uniform"),
+        ({"changes": {"objective": "ddpm"}}, {}, "objective: flow and ddpm"),
+        ({"changes": {"objective": "flow", "ddpm": {"label_dropout": 0.2}}}, {}, None),  # which a flow does not use
         ({"changes": {"data": {"views": "crop"}}}, {}, "data.views: mixed and crop"),
         ({"changes": {"init_from": "runs/first@1"}}, {}, "begins with: random weights and other weights"),
         (
@@ -116,6 +118,29 @@ def test_a_prediction_for_another_objective_is_refused(tmp_path, capsys):
     words = ["--out", str(tmp_path / "out"), "--uri", "none", "--predict", "fitv2_b2@1000000"]
     assert main(["curves", run.url, *words]) == 2
     assert "cannot be predicted: the runs and its config differ (flow.t_sampler: uniform and" in capsys.readouterr().err
+
+
+def test_ddpms_are_compared_by_their_own_keys(report, tmp_path):
+    changes = {"objective": "ddpm", "flow": {"t_sampler": "uniform"}}
+    runs = [make_run(tmp_path / s, s, STEPS, facts=DATA, changes=changes) for s in ("s2", "b2")]
+    other = {"objective": "ddpm", "ddpm": {"label_dropout": 0.2}, "model": {"outputs": 2}}
+    alike = make_run(tmp_path / "l2", "l2", STEPS, facts=DATA, changes={"objective": "ddpm"})
+    assert report([*runs, alike])["surface"] is not None
+    runs.append(make_run(tmp_path / "xl2", "xl2", STEPS, facts=DATA, changes=other))
+    assert "(ddpm.label_dropout: 0.1 and 0.2; model.outputs: 1 and 2)" in report(runs)["why_no_surface"]
+
+
+def test_a_prediction_of_before_there_were_objectives_is_of_a_flow(report, tmp_path):
+    """It names none, and is not scored by a DDPM of the same network."""
+    report([make_run(tmp_path / "b2", "b2", STEPS)], "--predict", "fitv2_b2@1000000")
+    file = tmp_path / "out" / "predictions.jsonl"
+    made = json.loads(file.read_text())
+    assert made["meaning"].pop("objective") == "flow"
+    file.write_text(json.dumps(made) + "\n")
+    long = np.geomspace(1000, 1_000_000, 60).astype(int)
+    ddpm = make_run(tmp_path / "ddpm", "b2", long, changes={"objective": "ddpm"})
+    assert report([ddpm])["scored"][0]["measured"] is None
+    assert report([make_run(tmp_path / "flow", "b2", long)])["scored"][0]["measured"] is not None
 
 
 def test_one_curve_of_fids_has_one_reference_and_one_network(tmp_path, caplog):
