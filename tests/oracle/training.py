@@ -1,5 +1,5 @@
-"""Training in float64, image by image: the loss of a flow, or of a DDPM of fixed variance, clipping, AdamW, warm-up and
-EMA, each in its textbook form.
+"""Training in float64, image by image: the loss of a flow or of a DDPM, clipping, AdamW, warm-up and EMA, each in its
+textbook form.
 
 ``Recipe`` repeats a run's settings by hand; nothing is read from a config.
 """
@@ -13,6 +13,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from tests.oracle.bound import bits, kept
 from tests.oracle.draws import initial_weight, is_dropped, level_of, noise_of, time_of
 from tests.oracle.network import Form, Weights, shapes, velocity
 
@@ -65,8 +66,7 @@ class Noised:
         label = recipe.form.classes if dropped else image.label
         if recipe.objective == "ddpm":
             level = level_of(recipe.seed, image.epoch, image.number)
-            kept = math.prod(1 - (1e-4 + k * (0.02 - 1e-4) / 999) for k in range(level + 1))
-            x = np.float32(math.sqrt(kept)) * data + np.float32(math.sqrt(1 - kept)) * noise
+            x = np.float32(math.sqrt(kept(level))) * data + np.float32(math.sqrt(1 - kept(level))) * noise
             return cls(np.float32(level), label, x, noise)
         t = time_of(recipe.seed, image.epoch, image.number, recipe.sampler)
         return cls(t, label, t * data + (np.float32(1) - t) * noise, data - noise)
@@ -125,6 +125,11 @@ def loss_and_gradients(weights: Weights, recipe: Recipe, images: list[Image]) ->
         rows, columns, _ = image.latents.shape
         x, target = (torch.from_numpy(values).double() for values in (noised.x, noised.target))
         out = velocity(leaves, recipe.form, x, float(noised.t), noised.label, rows, columns)
-        total = total + (out - target).square().mean() / len(images)
+        predicted, *v = out.split(target.shape[1], -1)  # a flow learns nothing of the second half
+        loss = (predicted - target).square()
+        if v and recipe.objective == "ddpm":
+            latents = torch.from_numpy(image.latents.astype(np.float64)).reshape(x.shape)
+            loss = loss + bits(predicted, v[0], latents, x, int(noised.t))
+        total = total + loss.mean() / len(images)
     gradients = torch.autograd.grad(total, list(leaves.values()))
     return total.item(), dict(zip(leaves, gradients, strict=True))

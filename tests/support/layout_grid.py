@@ -81,8 +81,11 @@ def make_config(engine: str = "fsdp", **changes) -> Config:
         "layout": {"engine": engine, "precision": "fp32", "compile": False},
     }
     for dotted, value in changes.items():
-        section, leaf = dotted.split("__")
-        tree.setdefault(section, {})[leaf] = value
+        section, _, leaf = dotted.partition("__")
+        if leaf:
+            tree.setdefault(section, {})[leaf] = value
+        else:
+            tree[section] = value
     return parse_config(tree, "test")
 
 

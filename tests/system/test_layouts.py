@@ -68,6 +68,33 @@ def test_a_ddpm_is_the_training_written_apart(tiny, ranks, layout):
     assert_trained_as_apart(run(tiny(seed=SEED, train__steps=8, **changes), ranks), recipe)
 
 
+DIT = {"qk_norm": "none", "adaln": "full", "mlp": "gelu", "position": "sincos", "outputs": 2}
+FIT = {"qk_norm": "none", "adaln": "full", "mlp": "swiglu_4d", "outputs": 2}
+
+
+@pytest.mark.parametrize(
+    "ranks,layout",
+    [
+        (1, {}),
+        (3, {"layout__max_tokens": 64}),
+        (4, {"layout__tensor": 2}),
+        (4, {"layout__replicate": 2, "layout__kernels": "triton", "layout__checkpointing": "selective"}),
+        (2, {"layout__engine": "zero3", "layout__tensor": 2}),
+    ],
+)
+@pytest.mark.parametrize(
+    "form,objective,views",
+    [(DIT, "ddpm", "crop"), (FIT, "ddpm", "resize"), (DIT, "flow", "crop")],
+    ids=["DiT", "FiT", "SiT"],
+)
+def test_each_family_is_the_training_written_apart(tiny, form, objective, views, ranks, layout):
+    """DDPM with the variance that it learns. Of eps: see tests/fitv2_scale/parallel/test_families.py."""
+    changes = {f"model__{key}": value for key, value in form.items()} | layout
+    changes |= {"objective": objective, "flow__t_sampler": "uniform", "data__views": views, "optimizer__eps": 1e-4}
+    recipe = Recipe(SEED, Form(**form), sampler="uniform", objective=objective, eps=1e-4)
+    assert_trained_as_apart(run(tiny(seed=SEED, train__steps=8, **changes), ranks), recipe)
+
+
 def test_bf16_stays_near_fp32(tiny):
     """bf16 keeps 8 bits: a relative error of 2**-9 an operation, averaging out over tokens and images."""
     half = run(tiny(seed=SEED, train__steps=STEPS, layout__precision="bf16"), 2)
