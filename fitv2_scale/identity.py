@@ -7,6 +7,7 @@ from data_sharding.format.class_names import class_difference, class_digest
 from data_sharding.format.manifest import Manifest, read_header
 from data_sharding.plan.plan import Plan
 from data_sharding.storage.open_store import open_store
+from fitv2_scale.config.model import CLASS_TABLE
 from fitv2_scale.config.schema import Config
 from fitv2_scale.config.sections import DataConfig
 from fitv2_scale.run.class_list import DataIdentity
@@ -56,8 +57,8 @@ def check_finished(config: Config, parent: dict[str, Any] | None = None) -> None
 
 def check_start(config: Config, plan: Plan, fork: Fork | None) -> None:
     """Raises UserError if the run of ``config`` has no commit yet, and would begin with weights of another run that
-    learned other classes or other latents than those of its data, so far as it is known what they learned; or whose
-    network has tensors of the same shapes and computes something else with them."""
+    learned other classes (unless their table is drawn) or other latents than those of its data, so far as it is known
+    what they learned; or whose network has tensors of the same shapes and computes something else with them."""
     if open_store(config.run).exists("run.json") and Run.open(config.run).log.commits():
         return
     url, step = find_reference(config.init_from)
@@ -65,7 +66,8 @@ def check_start(config: Config, plan: Plan, fork: Fork | None) -> None:
     sources += [(Run.open(url), config.init_from)] if step is not None else []
     for run, weights in sources:
         _check_network(run, weights, config)
-        _check_classes(run, weights, plan.manifests[0])
+        if fork or not config.has_new_classes:
+            _check_classes(run, weights, plan.manifests[0])
         _check_codec(run, weights, plan.manifests[0])
 
 
@@ -95,7 +97,8 @@ def _check_classes(run: Run, weights: str, training: Manifest) -> None:
     difference = class_difference(run.url, names, training.url, training.classes) if names else None
     raise UserError(
         f"{weights} learned other classes than those of {training.url} ({difference or f'class list {digest:.16}'}): "
-        "give data with the same classes; to train it on others, export its weights and give the file as init_from"
+        "give data with the same classes; to train it on others, give it as init_from with "
+        f"init_new='[\"{CLASS_TABLE}\"]', which draws their table"
     )
 
 

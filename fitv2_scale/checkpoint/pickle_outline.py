@@ -1,42 +1,54 @@
-"""What a file of torch.save holds, from its opcodes: nothing is unpickled, so nothing in it can act."""
+"""What a pickle of torch.save holds, from its opcodes: nothing is unpickled, so nothing in it can act."""
 
 import pickletools
-import zipfile
+from dataclasses import dataclass
 from typing import Any
 
-_MOST_BYTES = 256 << 20  # of the pickle itself; that of 3 B parameters in 1,000 tensors has 200 kB
+_DTYPES = {  # by the class of a storage
+    "FloatStorage": "torch.float32",
+    "HalfStorage": "torch.float16",
+    "BFloat16Storage": "torch.bfloat16",
+    "DoubleStorage": "torch.float64",
+    "LongStorage": "torch.int64",
+}
 
 
-class _Value:
-    """Anything but a text or a dictionary: only that it is there."""
+class Opaque:
+    """A value of no interest here: only what it is."""
+
+    def __init__(self, kind: str = "value"):
+        self.kind = kind
 
 
-TENSOR = _Value()
-_REBUILD = _Value()  # a function that makes a tensor
-_ORDERED = _Value()  # the class of ordered dictionaries, in which torch keeps weights
+@dataclass(frozen=True)
+class _Class:
+    """A class or function by its name, never the thing itself."""
+
+    module: str
+    name: str
 
 
-def outline(file: str) -> dict[str, Any] | None:
-    """The dictionary at the top of a .bin or .pt file: its text keys, and dictionaries as values in the same way; other
-    values are TENSOR or opaque. None if the file is another one. Raises ValueError and zipfile.BadZipFile for a damaged
-    one."""
-    with zipfile.ZipFile(file) as archive:
-        (name,) = [name for name in archive.namelist() if name.endswith("data.pkl")][:1] or [None]
-        if name is None or archive.getinfo(name).file_size > _MOST_BYTES:
-            return None
-        top = _run(archive.read(name))
-    return top if isinstance(top, dict) else None
+@dataclass(frozen=True)
+class TensorOutline:
+    """A tensor: its values lie in the record ``storage``. Offset and strides count elements."""
+
+    storage: str
+    dtype: str
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
 
 
-def _run(pickled: bytes) -> Any:
-    """The object that the opcodes leave, with dictionaries and texts as they are and _Value for all else."""
+def outline(pickled: bytes) -> Any:
+    """The object of a pickle: dictionaries and tuples as they are, texts and integers, tensors as ``TensorOutline``,
+    and ``Opaque`` for all else. Raises ValueError or IndexError for bytes that are no pickle."""
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
     for opcode, argument, _ in pickletools.genops(pickled):
         name = opcode.name
         if name == "STOP":
-            return stack[-1] if stack else None
+            return stack[-1]
         if name == "MARK":
             marks.append(len(stack))
         elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
@@ -44,7 +56,7 @@ def _run(pickled: bytes) -> Any:
         elif name == "MEMOIZE":
             memo[len(memo)] = stack[-1]
         elif name in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(memo.get(int(argument or 0), _Value()))
+            stack.append(memo.get(int(argument or 0), Opaque()))
         elif name == "SETITEM":
             value, key = stack.pop(), stack.pop()
             _set(stack[-1], [key, value])
@@ -52,38 +64,69 @@ def _run(pickled: bytes) -> Any:
             items = _pop_to_mark(stack, marks)
             _set(stack[-1], items if name == "SETITEMS" else [])
         else:
-            _other(name, opcode, argument, stack, marks)
-    return None
+            _other(opcode, argument, stack, marks)
+    raise ValueError("it has no end")
 
 
-def _other(name: str, opcode: pickletools.OpcodeInfo, argument: Any, stack: list[Any], marks: list[int]) -> None:
-    """An opcode without a meaning here: takes from the stack and leaves there what it declares."""
+def kind_of(value: Any) -> str:
+    """What to call a value of an outline."""
+    if isinstance(value, Opaque):
+        return value.kind
+    if isinstance(value, _Class):
+        return f"{value.module}.{value.name}"
+    return "tensor" if isinstance(value, TensorOutline) else type(value).__name__
+
+
+def _other(opcode: pickletools.OpcodeInfo, argument: Any, stack: list[Any], marks: list[int]) -> None:
+    """Takes from the stack what an opcode declares, and leaves there what it makes."""
     items: list[Any] = []
     taken = opcode.stack_before
     if pickletools.markobject in taken:
         items = _pop_to_mark(stack, marks)
         taken = taken[: taken.index(pickletools.markobject)]
-    popped = [stack.pop() for _ in taken if stack]
-    if name == "REDUCE" and popped:  # an OrderedDict is made by a call and filled afterwards
-        stack.append({} if popped[-1] is _ORDERED else TENSOR if popped[-1] is _REBUILD else _Value())
+    popped = [stack.pop() for _ in taken if stack][::-1]
+    name = opcode.name
+    if name in ("REDUCE", "NEWOBJ") and len(popped) == 2:
+        stack.append(_called(*popped))
     elif name == "BUILD" and popped:
-        stack.append(popped[-1])  # gets a state, and stays what it is
+        stack.append(popped[0])  # gets a state, and stays what it is
     elif name in ("GLOBAL", "STACK_GLOBAL"):
-        words = str(argument).split() if name == "GLOBAL" else popped[::-1]
-        stack.append(_class(words))
+        words = str(argument).split(" ", 1) if name == "GLOBAL" else [str(word) for word in popped]
+        stack.append(_Class(*words) if len(words) == 2 else Opaque())
     elif name in ("EMPTY_DICT", "DICT"):
         stack.append({})
         _set(stack[-1], items)
-    elif isinstance(argument, str) and "UNICODE" in name:
-        stack.append(argument)
+    elif name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_TUPLE"):
+        stack.append(tuple(items or popped))
+    elif name == "BINPERSID":
+        stack.append(popped[0] if popped else Opaque())
     else:
-        stack += [_Value() for _ in opcode.stack_after if _ is not pickletools.markobject]
+        made = [each.name for each in opcode.stack_after if each is not pickletools.markobject]
+        is_plain = made in (["int"], ["int_or_bool"], ["str"]) and isinstance(argument, int | str)
+        stack += [argument] if is_plain else [Opaque(kind) for kind in made]
 
 
-def _class(words: list[Any]) -> _Value:
-    if words == ["collections", "OrderedDict"]:
-        return _ORDERED
-    return _REBUILD if words[:1] == ["torch._utils"] and str(words[-1]).startswith("_rebuild_") else _Value()
+def _called(function: Any, arguments: Any) -> Any:
+    """What ``function(*arguments)`` would give, for those that make tensors and the dictionaries in which torch keeps
+    them."""
+    if not isinstance(function, _Class):
+        return Opaque()
+    if function == _Class("collections", "OrderedDict") and arguments == ():
+        return {}
+    if function == _Class("torch._utils", "_rebuild_parameter") and isinstance(arguments, tuple) and arguments:
+        return arguments[0]
+    if function == _Class("torch._utils", "_rebuild_tensor_v2"):
+        return _tensor(arguments)
+    return Opaque(f"{function.module}.{function.name}")
+
+
+def _tensor(arguments: Any) -> TensorOutline | Opaque:
+    match arguments:
+        case (("storage", _Class(_, kind), str(key), _, int()), int(offset), tuple(shape), tuple(strides), *_):
+            numbers = (offset, *shape, *strides)
+            if len(shape) == len(strides) and all(type(n) is int and n >= 0 for n in numbers):
+                return TensorOutline(key, _DTYPES.get(kind, kind), offset, shape, strides)
+    return Opaque("tensor of another kind")
 
 
 def _pop_to_mark(stack: list[Any], marks: list[int]) -> list[Any]:
@@ -94,5 +137,7 @@ def _pop_to_mark(stack: list[Any], marks: list[int]) -> list[Any]:
 
 
 def _set(target: Any, items: list[Any]) -> None:
+    """Keys that are neither text nor number stand for themselves: none is lost."""
     if isinstance(target, dict):
-        target |= {key: value for key, value in zip(items[::2], items[1::2], strict=False) if isinstance(key, str)}
+        for key, value in zip(items[::2], items[1::2], strict=False):
+            target[key if isinstance(key, str | int) else Opaque()] = value

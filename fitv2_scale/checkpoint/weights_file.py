@@ -1,10 +1,9 @@
 """The tensors in a file of weights, .safetensors or of torch.save: where each lies, so that they are read one by one.
 
-Nothing but tensors is unpickled.
+Nothing is unpickled.
 """
 
 import json
-import re
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data_sharding.errors import UserError
-from fitv2_scale.checkpoint.pickle_outline import TENSOR, outline
+from fitv2_scale.checkpoint.pickle_outline import TensorOutline, kind_of, outline
 from fitv2_scale.run.weights_source import SUFFIXES
 
 # Keys of training checkpoints under which weights lie, averaged ones first.
@@ -26,7 +25,7 @@ _BY_PREFERENCE = (
 )
 _BEFORE_1_6 = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")  # the number that files then began with
 _FIRST_BYTES, _SHOWN_BYTES = 64, 20
-_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_LOCAL_HEADER, _NAME_LENGTH = 30, 26  # of a record in an archive: bytes, and where the lengths of its texts stand
 
 
 @dataclass(frozen=True)
@@ -38,30 +37,32 @@ class Stored:
     read: Callable[[], Tensor]
 
 
-def open_tensors(file: str) -> dict[str, Stored]:
-    """The file's tensors by name. Raises UserError if it is no file of tensors."""
+@dataclass(frozen=True)
+class TensorFile:
+    """A file's tensors by name. ``part`` is the key under which a training checkpoint has them; else it is empty."""
+
+    tensors: dict[str, Stored]
+    part: str = ""
+
+
+def open_tensors(file: str) -> TensorFile:
+    """The file's tensors; of a training checkpoint those of its averaged weights, if it has any. Raises UserError if it
+    is no file of tensors."""
     if not Path(file).is_file():
         raise UserError(f"there is no weights file {file}")
     if not file.endswith(SUFFIXES):
-        raise UserError(f"{file}: weights come as .safetensors or .bin")
+        raise UserError(f"{file}: weights come as .safetensors, .bin or .pt")
     try:
         if file.endswith(".safetensors") or _looks_like_safetensors(file):
-            return _open_safetensors(file)
+            return TensorFile(_open_safetensors(file))
     except SafetensorError as error:
         raise UserError(f"{file} is not a complete .safetensors file ({error}): fetch it again") from error
     _refuse_other_formats(file)
-    if found := _where_weights_lie(file):
-        keys = " or ".join(f"'{key}'" for key in found)
-        raise UserError(
-            f"{file} is a training checkpoint: its weights lie under {keys}; save these alone as .safetensors and "
-            "import that file"
-        )
     try:
-        return _open_pickled(file)
-    except UserError:
-        raise
-    except Exception as error:  # torch.load has no exception of its own for a damaged or malicious file
-        raise UserError(f"{file} does not load as plain tensors ({_reason(error)}): it is refused") from error
+        with zipfile.ZipFile(file) as archive:
+            return _open_archive(file, archive)
+    except (ValueError, IndexError, OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{file} does not load as plain tensors ({error}): fetch it again") from error
 
 
 def _looks_like_safetensors(file: str) -> bool:
@@ -88,34 +89,83 @@ def _refuse_other_formats(file: str) -> None:
     raise UserError(f"{file} is no file of torch.save or safetensors, it begins with {begin!r}: fetch it again")
 
 
-def _where_weights_lie(file: str) -> list[str]:
-    """The keys of a training checkpoint, as in {"model": {…}, "ema": {…}, "opt": {…}}, under which its weights may be:
-    one that is known, or the uppermost that have tensors alone; none for another file."""
-    try:
-        keys = outline(file) or {}
-    except (ValueError, IndexError, OSError, zipfile.BadZipFile):
-        return []  # damaged: torch.load has the reason
-    known = [key for key in _BY_PREFERENCE if isinstance(keys.get(key), dict) and keys[key]]
-    found = list(_of_tensors(keys, ""))
-    return known[:1] or [key for key in found if key.count(".") == min(other.count(".") for other in found)]
+def _open_archive(file: str, archive: zipfile.ZipFile) -> TensorFile:
+    """Raises UserError, and ValueError, IndexError, OSError or BadZipFile if it is damaged."""
+    records = {record.filename: record for record in archive.infolist()}
+    if any(name.endswith("/constants.pkl") for name in records):
+        raise UserError(f"{file} is a TorchScript program: save its state_dict() and give that file")
+    name = next((name for name in records if name.endswith("data.pkl")), None)
+    if name is None:
+        raise ValueError("it has no data.pkl")
+    folder, size = name.removesuffix("data.pkl"), Path(file).stat().st_size
+    if (order := records.get(f"{folder}byteorder")) and _read_record(file, order, size) != b"little":
+        raise UserError(f"{file} was written on a machine with another order of bytes: save it as .safetensors there")
+    part, weights = _where_weights_lie(file, outline(_read_record(file, records[name], size)))
+    found = {key: _stored(file, size, records.get(f"{folder}data/{t.storage}"), t) for key, t in weights.items()}
+    return TensorFile(found, part)
 
 
-def _of_tensors(tree: dict[str, Any], prefix: str) -> Iterator[str]:
-    """The dotted keys of the dictionaries in ``tree`` that hold tensors, and nothing else."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            if value and all(each is TENSOR for each in value.values()):
-                yield f"{prefix}{key}"
-            yield from _of_tensors(value, f"{prefix}{key}.")
+def _where_weights_lie(file: str, tree: Any) -> tuple[str, dict[str, TensorOutline]]:
+    """The dictionary of tensors, and its dotted key in a training checkpoint, as in {"model": {…}, "ema": {…}, "opt":
+    {…}}: the most preferred one, or else the uppermost."""
+    if not isinstance(tree, dict):
+        raise UserError(f"{file} does not load as plain tensors (it holds a {kind_of(tree)}): it is refused")
+    known = next((key for key in _BY_PREFERENCE if isinstance(tree.get(key), dict) and tree[key]), None)
+    found = dict(_of_tensors(tree if known is None else {known: tree[known]}))
+    least = min((key.count(".") for key in found), default=0)
+    if not (uppermost := [key for key in found if key.count(".") == least]):
+        odd = (f"{k!r} is a {kind_of(v)}" for k, v in tree.items() if not isinstance(v, TensorOutline))
+        what = next(odd, "its keys are no names")
+        raise UserError(f"{file} does not load as plain tensors ({what}): it is refused")
+    if len(uppermost) > 1:
+        keys = " or ".join(f"'{key}'" for key in uppermost)
+        raise UserError(
+            f"{file} is a training checkpoint: its weights lie under {keys}; save these alone as .safetensors and "
+            "import that file"
+        )
+    return uppermost[0], found[uppermost[0]]
 
 
-def _reason(error: Exception) -> str:
-    """Why torch.load refuses a file, without its advice to load it all the same."""
-    text = _ANSI.sub("", str(error))
-    if found := re.search(r"nsupported (?:global: )?GLOBAL (\S+)", text):
-        return f"it holds objects of the class {found[1]}"
-    lines = [line for line in text.splitlines() if line.strip() and "weights_only" not in line]
-    return (lines or [type(error).__name__])[0]
+def _of_tensors(tree: dict[Any, Any]) -> Iterator[tuple[str, dict[str, TensorOutline]]]:
+    """The dictionaries in ``tree``, and itself, that hold tensors under names and nothing else, by their dotted keys.
+    Each is looked at once: one may hold another many times, or itself."""
+    waiting, seen = [("", tree)], {id(tree)}
+    for prefix, each in waiting:
+        if each and all(isinstance(k, str) and isinstance(v, TensorOutline) for k, v in each.items()):
+            yield prefix, each
+        for key, value in each.items():
+            if isinstance(key, str) and isinstance(value, dict) and id(value) not in seen:
+                seen.add(id(value))
+                waiting.append((f"{prefix}.{key}" if prefix else key, value))
+
+
+def _stored(file: str, size: int, record: zipfile.ZipInfo | None, tensor: TensorOutline) -> Stored:
+    """The tensor whose values ``record`` has. Raises ValueError unless the file has all of them."""
+    if record is None:
+        raise ValueError(f"record {tensor.storage} is missing")
+    shape, strides, item = tensor.shape, tensor.strides, torch.float32.itemsize
+    if tensor.dtype == "torch.float32" and (tensor.offset + _extent(shape, strides)) * item > record.file_size:
+        raise ValueError(f"record {tensor.storage} is too short")
+    begin = _begin_of(file, record, size) + tensor.offset * item
+    return Stored(shape, tensor.dtype, lambda: _read(file, begin, shape, strides))
+
+
+def _begin_of(file: str, record: zipfile.ZipInfo, size: int) -> int:
+    """Where the bytes of a record begin. Raises ValueError unless they are in the file as they are."""
+    with open(file, "rb") as raw:
+        raw.seek(record.header_offset)
+        header = raw.read(_LOCAL_HEADER)
+    lengths = (int.from_bytes(header[at : at + 2], "little") for at in (_NAME_LENGTH, _NAME_LENGTH + 2))
+    begin = record.header_offset + _LOCAL_HEADER + sum(lengths)
+    if record.compress_type != zipfile.ZIP_STORED or begin + record.file_size > size:
+        raise ValueError(f"record {record.filename} is compressed or not complete")
+    return begin
+
+
+def _read_record(file: str, record: zipfile.ZipInfo, size: int) -> bytes:
+    with open(file, "rb") as raw:
+        raw.seek(_begin_of(file, record, size))
+        return raw.read(record.file_size)
 
 
 def _open_safetensors(file: str) -> dict[str, Stored]:
@@ -132,35 +182,20 @@ def _open_safetensors(file: str) -> dict[str, Stored]:
     return found
 
 
-def _open_pickled(file: str) -> dict[str, Stored]:
-    found = {}
-    with zipfile.ZipFile(file) as archive:
-        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-            raise UserError(f"{file} is a TorchScript program: save its state_dict() and give that file")
-    loaded = torch.load(file, map_location="meta", weights_only=True)  # meta: reads no data
-    if not isinstance(loaded, dict):
-        raise UserError(f"{file} does not load as plain tensors (it holds a {type(loaded).__name__}): it is refused")
-    for name, value in loaded.items():
-        if not isinstance(value, Tensor) or not isinstance(name, str):
-            what = f"{name!r} is a {type(value).__name__}"
-            raise UserError(f"{file} does not load as plain tensors ({what}): it is refused")
-        tensor: Any = value  # an attribute of its storage is private
-        begin = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.itemsize
-        shape, strides = tuple(tensor.shape), tensor.stride()
-        found[name] = Stored(shape, str(tensor.dtype), lambda b=begin, s=shape, t=strides: _read(file, b, s, t))
-    return found
-
-
 def _read(file: str, begin: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
     """A float32 tensor whose first element lies ``begin`` bytes into ``file``."""
-    count = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if 0 not in shape else 0
-    data = bytearray(count * torch.float32.itemsize)
+    data = bytearray(_extent(shape, strides) * torch.float32.itemsize)
     with open(file, "rb") as raw:
         raw.seek(begin)
         if raw.readinto(data) != len(data):
             raise UserError(f"{file} ends too early: fetch it again")
     flat = torch.frombuffer(data, dtype=torch.float32) if data else torch.empty(0)
     return flat.as_strided(shape, strides)
+
+
+def _extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Elements from the first to the last, both included."""
+    return 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if 0 not in shape else 0
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:

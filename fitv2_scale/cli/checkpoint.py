@@ -20,7 +20,7 @@ def add(commands: Any) -> None:
     run_argument(sweep)
     sweep.add_argument("--yes", action="store_true", help="delete what is listed")
     importing = make(checkpoint, "import", checkpoint_import, "make a run from public weights")
-    importing.add_argument("file", metavar="FILE", help=".safetensors or .bin, float32")
+    importing.add_argument("file", metavar="FILE", help=".safetensors, .bin or .pt, float32")
     importing.add_argument("run", metavar="RUN", help="folder of the new run")
     importing.add_argument("--config", required=True, help="config whose model fits the weights")
     export = make(checkpoint, "export", checkpoint_export, "write the weights of a commit under their public names")
@@ -28,6 +28,12 @@ def add(commands: Any) -> None:
     export.add_argument("file", metavar="FILE.safetensors")
     export.add_argument("--ema", action="store_true", help="write the EMA weights instead of the raw ones")
     export.add_argument("--step", type=int, help="step of the commit (default: the newest)")
+    export.add_argument(
+        "--format",
+        choices=("fit", "dit", "diffusers"),
+        default="fit",
+        help="whose names, shapes and order: fit, also FiTv2's and those of every run; dit, also SiT's; diffusers' DiT",
+    )
 
 
 def checkpoint_list(args: argparse.Namespace) -> int:
@@ -84,19 +90,22 @@ def checkpoint_import(args: argparse.Namespace) -> int:
     from fitv2_scale.config.load import load_config
 
     try:
-        run = import_weights(args.file, args.run, load_config(args.config))
+        found = import_weights(args.file, args.run, load_config(args.config))
     except WrongWeights as error:
         if args.json:
             print(json.dumps({"missing": error.missing, "left_over": error.left_over}, indent=2))
         raise
-    show(args, {"run": run.url, "step": 0}, f"{run.url}: holds {args.file} as its commit at step 0")
+    url, weights = found.run.url, found.weights
+    report = {"run": url, "step": 0, "part": weights.part, "layout": weights.layout}
+    show(args, report, f"{url}: holds {args.file}{weights.origin} as its commit at step 0")
     return 0
 
 
 def checkpoint_export(args: argparse.Namespace) -> int:
     from fitv2_scale.checkpoint.weights import export_weights
 
-    step = export_weights(args.run, args.file, args.ema, args.step)
+    step = export_weights(args.run, args.file, args.ema, args.step, args.format)
     kind = "EMA weights" if args.ema else "weights"
-    show(args, {"file": args.file, "step": step, "ema": args.ema}, f"{args.file}: the {kind} of step {step}")
+    report = {"file": args.file, "step": step, "ema": args.ema, "format": args.format}
+    show(args, report, f"{args.file}: the {kind} of step {step}")
     return 0

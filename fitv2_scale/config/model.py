@@ -8,6 +8,7 @@ from data_sharding.errors import UserError
 from fitv2_scale.config.section import Section
 
 TIMESTEP_CHANNELS = 256
+CLASS_TABLE = "y_embedder.embedding_table.weight"  # the tensor whose rows are the classes
 LATENT_PIXELS = 8  # of a side, that a latent of a codec stands for
 PIXELS_PER_TOKEN = 16  # a side: patches of 2 latents of 8 pixels
 

@@ -1,11 +1,12 @@
 """The run's configuration: typed, frozen, read from YAML and ``key=value`` overrides.
 
-It has two halves. The *recipe* (model, objective, flow, ddpm, data, optimizer, ema, trainable, seed, init_from) defines
-what the run computes and is compared when a run is continued; everything else is *runtime* and may differ in every
-attempt.
+It has two halves. The *recipe* (model, objective, flow, ddpm, data, optimizer, ema, trainable, seed, init_from,
+init_new) defines what the run computes and is compared when a run is continued; everything else is *runtime* and may
+differ in every attempt.
 """
 
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -13,7 +14,7 @@ from pydantic import Field, model_validator
 from data_sharding.errors import UserError
 from fitv2_scale.config.defaults import unknown_keys, with_defaults
 from fitv2_scale.config.layout import LayoutConfig
-from fitv2_scale.config.model import DdpmConfig, FlowConfig, ModelConfig
+from fitv2_scale.config.model import CLASS_TABLE, DdpmConfig, FlowConfig, ModelConfig
 from fitv2_scale.config.section import Section
 from fitv2_scale.config.sections import (
     BatchConfig,
@@ -31,6 +32,7 @@ from fitv2_scale.config.sections import (
 from fitv2_scale.config.slurm import SlurmConfig
 
 RECIPE = ("model", "objective", "flow", "ddpm", "data", "optimizer", "ema", "trainable", "seed")
+_IF_GIVEN = ("init_from", "init_new")  # also of the recipe, which has them only where they are set
 _READING = ("cache_gib", "prefetch_gib", "cache_dir", "cache_disk_gib", "deadline_seconds", "max_substituted")
 # Where the data lies is free: which data it is, the plan hash says. Batch and weights may change during a run; the
 # cursor in each commit keeps their history.
@@ -43,6 +45,11 @@ class Config(Section):
     seed: int = Field(0, ge=0, lt=1 << 64, description="seed of initial weights, data order, noise, times and views")
     init_from: str = Field(
         "", description="initial weights of a new run: RUN@STEP (its EMA weights) or a weights file; empty: random ones"
+    )
+    init_new: list[str] = Field(
+        [],
+        description="name patterns of tensors that are drawn instead of taken from init_from; the table of other "
+        f"classes is {CLASS_TABLE}",
     )
     model: ModelConfig = Field(description="the network")
     objective: Literal["flow", "ddpm"] = Field(
@@ -78,9 +85,20 @@ class Config(Section):
             raise ValueError("; ".join(problems))
         return self
 
+    @model_validator(mode="after")
+    def _draws_instead_of_loading(self):
+        if self.init_new and not self.init_from:
+            raise ValueError("init_new is for init_from, and without it all tensors are drawn: leave it out")
+        return self
+
+    @property
+    def has_new_classes(self) -> bool:
+        """Whether the table of classes is drawn, so that init_from may have learned others."""
+        return any(fnmatchcase(CLASS_TABLE, pattern) for pattern in self.init_new)
+
     def recipe(self) -> dict[str, Any]:
         """The half that defines the run, as plain data; ``run.run.recipe_hash`` is its digest."""
-        plain = self.model_dump(mode="json", include={*RECIPE, *(["init_from"] if self.init_from else [])})
+        plain = self.model_dump(mode="json", include={*RECIPE, *(key for key in _IF_GIVEN if getattr(self, key))})
         return _without_runtime(plain)
 
     @classmethod
@@ -96,7 +114,7 @@ class Config(Section):
                 "(attempts/<n>/start.json names it), or fork it with --fork-from RUN@STEP"
             )
         whole = with_defaults(cls, stored)
-        return _without_runtime({key: whole[key] for key in (*RECIPE, "init_from") if key in whole})
+        return _without_runtime({key: whole[key] for key in (*RECIPE, *_IF_GIVEN) if key in whole})
 
 
 def _engine_problems(config: Config) -> Iterator[str]:

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from data_sharding.errors import UserError
-from fitv2_scale.config.model import MLP, TIMESTEP_CHANNELS, ModelConfig
+from fitv2_scale.config.model import CLASS_TABLE, MLP, TIMESTEP_CHANNELS, ModelConfig
 
 # How a tensor-parallel group divides a tensor: not at all, by rows, by those of each third of it, or by columns.
 Cut = Literal["whole", "rows", "rows_of_thirds", "columns"]
@@ -52,7 +52,7 @@ def logical_parameters(config: ModelConfig) -> Mapping[str, LogicalParameter]:
     linear("x_embedder.proj", config.token_channels, d)
     linear("t_embedder.mlp.0", TIMESTEP_CHANNELS, d)
     linear("t_embedder.mlp.2", d, d)
-    found["y_embedder.embedding_table.weight"] = LogicalParameter((config.classes + 1, d))
+    found[CLASS_TABLE] = LogicalParameter((config.classes + 1, d))
     if lora:
         linear("global_adaLN_modulation.1", d, 6 * d)
     for block in (f"blocks.{i}" for i in range(config.depth)):
@@ -81,6 +81,15 @@ def trained_names(names: Iterable[str], trainable: Collection[str]) -> list[str]
     if not (trained := matching(names, trainable)):
         raise UserError(f"trainable: no tensor's name matches {trainable}; '*' trains all")
     return trained
+
+
+def new_names(config: ModelConfig, patterns: Collection[str]) -> list[str]:
+    """The tensors that the config's ``init_new`` names. Raises UserError for a pattern without any."""
+    names = logical_shapes(config)
+    for pattern in patterns:
+        if not matching(names, [pattern]):
+            raise UserError(f"init_new: no tensor's name matches {pattern}; that of the classes is {CLASS_TABLE}")
+    return matching(names, patterns)
 
 
 def parameter_count(config: ModelConfig, patterns: Collection[str] = ("*",)) -> int:

@@ -47,6 +47,7 @@ class Start(Shape):
     validation_grid: dict[str, Count] = {}
     codec: str | None = None
     init_from: str | None = None
+    init_new: list[str] = []
     tracking: _Tracking | None = None
 
 

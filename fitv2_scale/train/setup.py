@@ -20,7 +20,7 @@ from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
 from fitv2_scale.evaluate.validation import held_out_urls
 from fitv2_scale.identity import check_finished, check_start, open_run
-from fitv2_scale.model.counts import parameter_count
+from fitv2_scale.model.counts import new_names, parameter_count
 from fitv2_scale.model.objectives import make_objective
 from fitv2_scale.parallel.agreement import Facts, read_alike, require_shared
 from fitv2_scale.parallel.build import make_engine
@@ -81,11 +81,12 @@ def claim(config: Config, plan: Plan, fork: Fork | None, world: World) -> Attemp
     gpus = world.all_gather(own_gpu(world.device))
 
     def claim_on_rank0() -> tuple[int, str]:
+        new = new_names(config.model, config.init_new)
         check_start(config, plan, fork)
         run = open_run(config, plan, fork.parent() if fork else None)
         facts = _facts(config, plan) | {"gpus": [gpu for gpu in gpus if gpu]}
         if config.init_from and not fork:
-            facts |= _initial_weights(config, run, begins=not run.log.commits())
+            facts |= _initial_weights(config, run, begins=not run.log.commits()) | ({"init_new": new} if new else {})
         nonce = secrets.token_hex(8)
         return run.claim(provenance() | facts | {"nonce": nonce}).number, nonce
 
@@ -237,8 +238,8 @@ def _restore(
         restored = restore(engine, fork.run, world, fork.step)
     if restored is None:
         if config.init_from:
-            load_initial_weights(WeightsSource.parse(config.init_from), engine, config.model, world)
-            return None, data, [f"starts with the weights of {config.init_from}"], False
+            new, weights = new_names(config.model, config.init_new), WeightsSource.parse(config.init_from)
+            return None, data, [load_initial_weights(weights, engine, config.model, world, new)], False
         return None, data, [], False
     # A fork may have other data; its own plan then starts at the step where it branches off.
     if restored.cursor is None or (forked and restored.cursor.plan_hash != data.plan.hash):

@@ -103,7 +103,7 @@ def test_a_key_of_another_version_is_named_not_compared(tiny):
         (lambda recipe: recipe.pop("objective"), None),
         (lambda recipe: recipe.pop("ddpm"), None),
         (lambda recipe: recipe.update(objective="ddpm"), r'\(objective: "ddpm" -> "flow"\)'),
-        (lambda recipe: recipe.update(init_from=""), None),
+        (lambda recipe: recipe.update(init_from="", init_new=[]), None),
         (lambda recipe: recipe["data"].update(max_substituted=0.5), None),  # today runtime, once of the recipe
         (lambda recipe: recipe.pop("ema"), r"\(ema\.decay: 0\.9999 -> 0\.9\)"),
         (lambda recipe: recipe["model"].pop("classes"), r"\(model\.classes: 1000 -> 5\)"),

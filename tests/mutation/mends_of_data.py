@@ -248,16 +248,10 @@ OF_DATA = (
         (SUBSTITUTES,),
     ),
     Named(
-        "B46: a training checkpoint is only refused", WEIGHTS_FILE,
-        "if found := _where_weights_lie(file):",
-        "if found := None:",
-        (f"{OF_WEIGHTS}::test_a_training_checkpoint_is_told_from_weights",),
-    ),
-    Named(
-        "B46: torch advises to load it all the same", WEIGHTS_FILE,
-        "does not load as plain tensors ({_reason(error)})",
-        "does not load as plain tensors ({error})",
-        (f"{OF_WEIGHTS}::test_what_is_no_dictionary_of_tensors_is_named",),
+        "B46: of a training checkpoint the weights are taken, not their average", WEIGHTS_FILE,
+        '*("ema", "model_ema", "ema_model", "params_ema", "ema_state_dict"),',
+        "",
+        (f"{OF_WEIGHTS}::test_of_a_training_checkpoint_its_weights_are_taken",),
     ),
     Named(
         "B49: NaN in weights is imported", WEIGHTS,

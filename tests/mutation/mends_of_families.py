@@ -4,6 +4,8 @@ from tests.mutation.named import Named
 
 MODEL, FAMILY = "fitv2_scale/model", "tests/fitv2_scale/model/test_family.py"
 NETWORK = "tests/fitv2_scale/model/test_network.py"
+LAYOUTS, UNIT = "fitv2_scale/checkpoint/public_layouts.py", "tests/fitv2_scale"
+OF_LAYOUTS = f"{UNIT}/checkpoint/test_public_layouts.py"
 BOXES = "tests/fitv2_scale/parallel/test_boxes.py"
 
 OF_FAMILIES = (
@@ -47,5 +49,47 @@ OF_FAMILIES = (
     Named(
         "family: no numbers for the variance", f"{MODEL}/network.py",
         "config.outputs * config.token_channels", "config.token_channels", (FAMILY,),
+    ),
+    Named(
+        "public: final rows stay in DiT's order", LAYOUTS,
+        "_ROWS = Values(lambda shape, model: shape, _channels_first, _pixels_first)",
+        "_ROWS = Values(lambda shape, model: shape, lambda rows, model: rows, lambda rows, model: rows)",
+        (f"{OF_LAYOUTS}::test_imported_weights_compute_what_dit_does",),
+    ),
+    Named(
+        "public: final rows go the wrong way at both ends", LAYOUTS,
+        "_ROWS = Values(lambda shape, model: shape, _channels_first, _pixels_first)",
+        "_ROWS = Values(lambda shape, model: shape, _pixels_first, _channels_first)",
+        (f"{OF_LAYOUTS}::test_rows_and_patches_as_numbers",),
+    ),
+    Named(
+        "public: another table of positions is dropped", LAYOUTS,
+        "if not off <= _ROUNDING:",
+        "if False:",
+        (f"{OF_LAYOUTS}::test_what_is_no_public_file_is_named",),
+    ),
+    Named(
+        "public: one block's embedder counts for all", LAYOUTS,
+        "if not torch.equal(_bits(tensors[other].read()), _bits(whole)):",
+        "if False:",
+        (f"{OF_LAYOUTS}::test_what_is_no_public_file_is_named",),
+    ),
+    Named(
+        "public: a file's other tensors are passed over", "fitv2_scale/checkpoint/weights.py",
+        "    if missing or left_over:",
+        "    if missing:",
+        (f"{OF_LAYOUTS}::test_new_tensors_may_be_there_or_not",),
+    ),
+    Named(
+        "public: labels of other classes with the table of a run", "fitv2_scale/identity.py",
+        "if fork or not config.has_new_classes:",
+        "if fork or not config.init_new:",
+        (f"{UNIT}/checkpoint/test_init_new.py::test_without_the_key_it_is_named",),
+    ),
+    Named(
+        "public: new tensors of a run's weights are loaded all the same", "fitv2_scale/checkpoint/init_from.py",
+        "if name.startswith(kind) and name.removeprefix(kind) not in new",
+        "if name.startswith(kind)",
+        (f"{UNIT}/checkpoint/test_init_new.py::test_another_table_of_classes_is_drawn_and_the_rest_is_kept",),
     ),
 )  # fmt: skip

@@ -44,7 +44,7 @@ OF_RUNS: tuple[Named, ...] = (
     ),
     Named(
         "B30: a rank begins with other weights", "fitv2_scale/checkpoint/init_from.py",
-        'return None, {f"content of {file}": digest.hexdigest()}', "return None, {}",
+        'return weights.origin, {f"content of {file}": digest.hexdigest()}', "return weights.origin, {}",
         (f"{RANKS}::test_weights_of_other_content",),
     ),
     Named("B30: a rank runs other code", FACTS, '"digest of the code": code_digest(), ', "", (DIFFERENCES,)),

@@ -1,6 +1,7 @@
 """Configs and weights files survive what a stranger could have written."""
 
 import json
+from argparse import Namespace
 from random import Random
 
 import pytest
@@ -10,7 +11,9 @@ from safetensors.torch import save
 from data_sharding.errors import UserError
 from fitv2_scale.checkpoint.weights import open_weights
 from fitv2_scale.config.load import explain, load_config
+from fitv2_scale.config.model import ModelConfig
 from tests.support.fuzzing import COUNTS, edited_bytes, fuzz, one_of, text
+from tests.support.public_weights import MODEL, diffusers_weights, dit_weights
 from tests.support.repository import ROOT
 from tests.support.tiny_networks import TINY, build
 
@@ -41,8 +44,8 @@ def weights() -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in build(TINY).state_dict().items()}
 
 
-def read_all(file: str) -> None:
-    for stored in open_weights(file, TINY).values():
+def read_all(file: str, model: ModelConfig = TINY) -> None:
+    for stored in open_weights(file, model).tensors.values():
         stored.read()
 
 
@@ -77,6 +80,36 @@ def test_pickled_weights(count, tmp_path):
 
     # Most edits of the whole file hit the values, so half of them are of the pickle.
     fuzz(one_of(edited_bytes([good]), lambda rng: good.replace(head, edited_bytes([head])(rng))), read, count)
+
+
+@COUNTS
+def test_pickled_training_files_of_dit(count, tmp_path):
+    file, model = tmp_path / "dit.pt", ModelConfig.model_validate(MODEL)
+    torch.save({"ema": dit_weights(), "opt": {"lr": 0.1, "betas": [0.9]}, "args": Namespace(lr=1)}, file)
+    read_all(str(file), model)
+    good = file.read_bytes()
+    pickled = good.index(b"\x80\x02")
+    head = good[pickled : pickled + 6000]
+
+    def read(data: bytes) -> None:
+        file.write_bytes(data)
+        read_all(str(file), model)
+
+    fuzz(one_of(edited_bytes([good]), lambda rng: good.replace(head, edited_bytes([head])(rng))), read, count)
+
+
+@COUNTS
+def test_safetensors_of_diffusers(count, tmp_path):
+    file, model = tmp_path / "d.safetensors", ModelConfig.model_validate(MODEL)
+    good = save(diffusers_weights(dit_weights()))
+    length = int.from_bytes(good[:8], "little")
+
+    def read(data: bytes) -> None:
+        file.write_bytes(len(data).to_bytes(8, "little") + data + good[8 + length :])
+        read_all(str(file), model)
+
+    read(good[8 : 8 + length])
+    fuzz(edited_bytes([good[8 : 8 + length]]), read, count)
 
 
 def test_the_seeds_are_valid(tmp_path):

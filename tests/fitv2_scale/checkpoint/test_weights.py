@@ -34,8 +34,8 @@ from tests.support.ranks import run_ranks
 from tests.support.repository import ROOT
 
 
-def public(config) -> dict[str, torch.Tensor]:
-    torch.manual_seed(7)
+def public(config, seed: int = 7) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
     return {name: torch.randn(shape) for name, shape in logical_shapes(config.model).items()}
 
 
@@ -86,7 +86,7 @@ def test_tensors_that_are_parts_of_one_storage(tiny, tmp_path):
     file, whole = str(tmp_path / "w.bin"), torch.arange(60.0)
     saved = {"a": whole[7:19].view(3, 4), "b": whole[20:60:2], "c": whole[30:42].view(3, 4).T, "d": whole}
     torch.save(saved, file)
-    found = {name: stored.read() for name, stored in open_tensors(file).items()}
+    found = {name: stored.read() for name, stored in open_tensors(file).tensors.items()}
     assert found.keys() == saved.keys() and all(torch.equal(found[name], saved[name]) for name in saved)
 
 
@@ -151,17 +151,20 @@ def test_a_malicious_or_damaged_weights_file_is_refused(tiny, tmp_path):
     ],
 )
 @pytest.mark.parametrize("suffix,protocol", [(".pt", 2), (".bin", 4)])
-def test_a_training_checkpoint_is_told_from_weights(tiny, tmp_path, parts, key, suffix, protocol):
-    """With objects in it that torch.load refuses, or without: where the weights lie is read from the opcodes."""
+def test_of_a_training_checkpoint_its_weights_are_taken(tiny, tmp_path, parts, key, suffix, protocol, capfd):
+    """With objects in it that torch.load refuses, or without. None of them is made."""
     config, file, planted = tiny(), str(tmp_path / f"dit{suffix}"), tmp_path / "planted"
-    weights = OrderedDict(public(config))
+    saved = {part: OrderedDict(public(config, seed)) for seed, part in enumerate(("ema", "model", "state_dict"))}
     opt = {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]}
-    args = [Namespace(lr=1e-4), Touch(str(planted))]
-    torch.save({part: {"opt": opt, "args": args}.get(part, weights) for part in parts}, file, pickle_protocol=protocol)
-    with pytest.raises(UserError) as said:
-        import_weights(file, config.run, config)
-    assert f"dit{suffix} is a training checkpoint: its weights lie under '{key}'; save these alone" in str(said.value)
-    assert "\x1b" not in str(said.value) and not planted.exists() and not Path(config.run).exists()
+    saved |= {"opt": [opt, Touch(str(planted))], "args": [Namespace(lr=1e-4), Touch(str(planted))]}
+    torch.save({part: saved[part] for part in parts}, file, pickle_protocol=protocol)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert main(["checkpoint", "import", file, config.run, "--config", str(tmp_path / "config.yaml"), "--json"]) == 0
+    assert json.loads(capfd.readouterr().out) == {"run": config.run, "step": 0, "part": key, "layout": "fit"}
+    found = read_tensors(config.run, "ema/")
+    assert found.keys() == saved[key].keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in saved[key].items())
+    assert not planted.exists()
 
 
 @pytest.mark.parametrize(
@@ -170,10 +173,10 @@ def test_a_training_checkpoint_is_told_from_weights(tiny, tmp_path, parts, key, 
         ({"step": 3}, r"does not load as plain tensors \('step' is a int\): it is refused"),
         (
             {"args": Namespace(lr=1)},
-            r"does not load as plain tensors \(it holds objects of the class argparse.Namespace\)",
+            r"does not load as plain tensors \('args' is a argparse.Namespace\)",
         ),
         ([torch.zeros(3)], r"does not load as plain tensors \(it holds a list\)"),
-        ({3: torch.zeros(3)}, r"\(3 is a Tensor\)"),
+        ({3: torch.zeros(3)}, r"\(its keys are no names\)"),
     ],
 )
 def test_what_is_no_dictionary_of_tensors_is_named(tiny, tmp_path, content, reason):
@@ -211,7 +214,7 @@ def test_runs_keep_absolute_paths(tiny, tmp_path, monkeypatch):
     paths = {"data__url": "data/mine", "sampling__vae": "vae"}
     config = tiny(**paths).model_copy(update={"run": "made"})
     save_file(public(config), "w.safetensors")
-    imported = import_weights("w.safetensors", "imported", config)
+    imported = import_weights("w.safetensors", "imported", config).run
     with join() as world:
         trained = claim(config, Data.open(tiny(), (1,)).plan, None, world).run
     for run, name in ((imported, "imported"), (trained, "made")):

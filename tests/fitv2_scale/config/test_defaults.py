@@ -73,8 +73,8 @@ def test_a_recipe_is_completed_with_recipe_keys_alone():
         "optimizer": {"lr": 0.5},
     }
     recipe = NewerConfig.complete_recipe(stored)
-    keys = ["model", "objective", "flow", "ddpm", "data", "optimizer", "ema", "trainable", "seed", "init_from"]
-    assert list(recipe) == keys
+    keys = ["model", "objective", "flow", "ddpm", "data", "optimizer", "ema", "trainable", "seed"]
+    assert list(recipe) == [*keys, "init_from", "init_new"]
     assert (recipe["objective"], recipe["ddpm"]) == ("flow", {"label_dropout": 0.1})
     assert recipe["model"] == {
         "depth": 2,
