@@ -12,6 +12,8 @@ from data_sharding.plan.pack_layout import PackShape
 from data_sharding.plan.pack_shapes import shapes_for_plan
 from data_sharding.plan.plan import MAX_WINDOW_STEPS, Cursor, Plan, Segment
 from data_sharding.plan.size_presets import is_preset, open_preset
+from data_sharding.plan.token_grid import TokenGrid
+from data_sharding.plan.view_sizes import require_a_token
 from data_sharding.rng import MAX_EPOCH
 from fitv2_scale.config.schema import Config
 
@@ -38,7 +40,10 @@ class Data:
         manifests = [open_preset(url) if is_preset(url) else Manifest.load(url, cache) for url in config.data.urls]
         for manifest in manifests:
             _check(manifest, manifests[0], config)
-        plan = Plan(manifests, config.seed, config.data.views, [_segment(config, manifests)])
+        token_grid = TokenGrid(config.model.patch, config.model.latent_channels)
+        for manifest in manifests:
+            require_a_token(manifest, config.data.views, token_grid)
+        plan = Plan(manifests, config.seed, config.data.views, [_segment(config, manifests)], token_grid)
         _check_epochs(plan, config, 0, [0] * len(manifests))
         cost = Cost.transformer(config.model.hidden)
         if _fits_a_node(manifests, config):
@@ -91,6 +96,11 @@ def _check(manifest: Manifest, first: Manifest, config: Config) -> None:
         )
     if is_preset(manifest.url) or is_preset(first.url):
         return
+    if (channels := manifest.header.latent_channels) != config.model.latent_channels:
+        raise UserError(
+            f"{manifest.url} holds latents of {channels} channels, and the model takes {config.model.latent_channels}: "
+            f"set model.latent_channels={channels}, or give another dataset"
+        )
     check_same_classes(manifest.url, manifest.classes, first.url, first.classes)
     if manifest.header.codec["digest"] != first.header.codec["digest"]:
         raise UserError(f"{manifest.url} and {first.url} were written with different codecs: write one of them again")

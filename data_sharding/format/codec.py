@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, NotRequired, Protocol, TypedDict
 import numpy as np
 
 Latent = Literal["mean", "sample"]
+LATENT_CHANNELS = 4  # of a codec whose record names no number
 
 
 class Draw(NamedTuple):
@@ -18,13 +19,23 @@ class Draw(NamedTuple):
 
 
 class CodecRecord(TypedDict):
-    """A codec in the manifest. sd-vae adds ``latent``, and in ``vae`` the digest of its weights if that is known."""
+    """A codec in the manifest. sd-vae adds ``latent``, and in ``vae`` the digest of its weights if that is known.
+    ``channels`` are those of its latents, left out if they are 4, as all were that earlier versions wrote."""
 
     name: str
     digest: str
     scale: float
     latent: NotRequired[str]
     vae: NotRequired[str]
+    channels: NotRequired[int]
+
+
+def channels_of(record: CodecRecord) -> int:
+    """Channels of the latents. Raises ValueError if ``record`` gives no whole number above 0."""
+    channels = record.get("channels", LATENT_CHANNELS)
+    if type(channels) is not int or channels < 1:
+        raise ValueError(f"the codec has {channels!r} channels")
+    return channels
 
 
 class Codec(Protocol):

@@ -1,7 +1,7 @@
 """Chooses a codec: by the name that a user gives, or by the record in a dataset's manifest."""
 
 from data_sharding.errors import UserError
-from data_sharding.format.codec import PUBLISHED, SD_VAE, Codec, CodecRecord, Latent
+from data_sharding.format.codec import PUBLISHED, SD_VAE, Codec, CodecRecord, Latent, channels_of
 from data_sharding.format.dct import DctCodec
 
 
@@ -40,6 +40,11 @@ def codec_of(record: CodecRecord, vae: str = "") -> Codec:
         raise UserError(
             f"the dataset was written with the VAE {record['vae']:.16}, but {vae} holds {codec.weights:.16}: give the "
             f"folder of {record['vae']:.16}"
+        )
+    if codec.channels != channels_of(record):
+        raise UserError(
+            f"the dataset holds latents of {channels_of(record)} channels, and the VAE in {vae} has {codec.channels}: "
+            "give the one that encoded them"
         )
     return codec
 

@@ -4,7 +4,7 @@
     DST/manifest/<column>.npy      see ``columns.py``
     DST/shard-000000.tar.zst ...   see ``shard.py``
 
-A header (``source`` holds the source's digest and the options of the writer):
+A header (``source`` holds the source's digest and the options of the writer; ``codec`` as in ``CodecRecord``):
 
     {"format": "fitv2-shards", "version": 1, "codec": {"name": "dct", "digest": "5f0c…", "scale": 1.0},
      "dtype": "float16", "max_tokens": 256, "class_count": 2, "classes": ["cat", "dog"],
@@ -24,7 +24,7 @@ import numpy as np
 import xxhash
 
 from data_sharding.errors import DataError
-from data_sharding.format.codec import CodecRecord
+from data_sharding.format.codec import CodecRecord, channels_of
 from data_sharding.format.columns import COLUMNS, blocks, read_column
 from data_sharding.format.shard import ShardIndex
 from data_sharding.storage.files import exists, put, read
@@ -67,6 +67,11 @@ class Header:
     totals: dict[str, int]
     source: SourceRecord
 
+    @property
+    def latent_channels(self) -> int:
+        """Of the codec; a stored token holds 2 x 2 times as many numbers."""
+        return channels_of(self.codec)
+
     def to_json(self) -> bytes:
         """The bytes of ``manifest.json``."""
         record = {"format": FORMAT, "version": VERSION, "class_count": len(self.classes), **asdict(self)}
@@ -87,6 +92,7 @@ class Header:
             values["classes"] = tuple(record["classes"])
             header = cls(**values)
             counted = {key: sum(getattr(s, key) for s in header.shards) for key in ("samples", "frames", "bytes")}
+            channels_of(header.codec)
             agrees = record["class_count"] == len(header.classes) and counted.items() <= header.totals.items()
             known = {file: (int(c["bytes"]), str(c["xxh3_128"])) for file, c in header.columns.items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

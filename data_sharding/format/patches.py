@@ -1,8 +1,13 @@
-"""2x2 patches of a latent, which are the model's tokens; channels in FiT's order (c p1 p2)."""
+"""Patches of a latent, which are tokens; channels in FiT's order (c p1 p2). Datasets hold those of 2 x 2."""
 
 import numpy as np
 
-PATCH = 2
+PATCH = 2  # latents on a side of a stored token
+
+
+def stored_channels(latent_channels: int) -> int:
+    """Numbers of a stored token."""
+    return latent_channels * PATCH**2
 
 
 def patchify(latent: np.ndarray) -> np.ndarray:
@@ -14,10 +19,10 @@ def patchify(latent: np.ndarray) -> np.ndarray:
     return moved.reshape(*lead, height // PATCH, width // PATCH, c * PATCH * PATCH)
 
 
-def unpatchify(patches: np.ndarray) -> np.ndarray:
-    """(..., h, w, c*4) to (..., c, h*2, w*2): the inverse of ``patchify``."""
+def unpatchify(patches: np.ndarray, patch: int = PATCH) -> np.ndarray:
+    """(..., h, w, c*patch*patch) to (..., c, h*patch, w*patch): for stored tokens the inverse of ``patchify``."""
     *lead, h, w, channels = patches.shape
-    c = channels // (PATCH * PATCH)
-    split = patches.reshape(*lead, h, w, c, PATCH, PATCH)
+    c = channels // patch**2
+    split = patches.reshape(*lead, h, w, c, patch, patch)
     moved = np.moveaxis(split, (-3, -5, -2, -4, -1), (-5, -4, -3, -2, -1))
-    return moved.reshape(*lead, c, h * PATCH, w * PATCH)
+    return moved.reshape(*lead, c, h * patch, w * patch)

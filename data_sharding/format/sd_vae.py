@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from data_sharding.errors import UserError
-from data_sharding.format.codec import SD_VAE, CodecRecord, Draw, Latent
+from data_sharding.format.codec import LATENT_CHANNELS, SD_VAE, CodecRecord, Draw, Latent
 from data_sharding.rng import Purpose, uniform
 from data_sharding.worker_pool import WORKER
 
@@ -65,13 +65,13 @@ def load_vae(folder: str, latent: Latent) -> "SdVae":
         raise UserError(
             f"the weights in {folder} lack {len(missing)} tensors, such as {min(missing)}: download them again"
         )
-    latents = (vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1))
+    downsample = 2 ** (len(vae.config.block_out_channels) - 1)
     shifted = vae.config.shift_factor or vae.config.latents_mean or vae.config.latents_std
-    if latents != (SdVae.channels, SdVae.downsample) or shifted:
+    if downsample != SdVae.downsample or shifted:
         kind = "shifted channels" if shifted else "channels"
         raise UserError(
-            f"the VAE in {folder} has {latents[0]} {kind} at 1/{latents[1]} of the side; "
-            f"the model takes {SdVae.channels} at 1/{SdVae.downsample}, as those of Stable Diffusion 1, 2 and XL"
+            f"the VAE in {folder} has {vae.config.latent_channels} {kind} at 1/{downsample} of the side; give one "
+            f"without a shift at 1/{SdVae.downsample}, as those of Stable Diffusion 1, 2 and XL"
         )
     return SdVae(vae, latent)
 
@@ -99,13 +99,13 @@ class SdVae:
 
     name = SD_VAE
     downsample = 8
-    channels = 4
     batch_pixels = 1 << 21  # 32 pictures of 256 pixels squared, 8 of 512: activations of a few GB
 
     def __init__(self, vae, latent: Latent):
         self._device = own_device()
         self._vae = vae.requires_grad_(False).eval().to(self._device)
         self._latent = latent
+        self.channels = int(vae.config.latent_channels)
         self.scale = float(vae.config.scaling_factor)
 
     @cached_property
@@ -127,13 +127,16 @@ class SdVae:
 
     @property
     def record(self) -> CodecRecord:
-        return {
+        record: CodecRecord = {
             "name": self.name,
             "digest": self.digest,
             "scale": self.scale,
             "latent": self._latent,
             "vae": self.weights,
         }
+        if self.channels != LATENT_CHANNELS:
+            record["channels"] = self.channels
+        return record
 
     def encode(self, pixels: np.ndarray, draws: list[Draw]) -> np.ndarray:
         """As in ``Codec``."""

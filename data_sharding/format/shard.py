@@ -2,7 +2,8 @@
 
 A sample is two or three members, named as WebDataset does, with its id in 16 hex digits as the key:
 
-    00c3a1f26b90d4e7.resize.npy    float16 (2, h, w, 16): [flip, row, column, (c p1 p2)]; flip 0 as it is, 1 mirrored
+    00c3a1f26b90d4e7.resize.npy    float16 (2, h, w, 16): [flip, row, column, (c p1 p2)]; flip 0 as it is, 1 mirrored;
+                                   16 = 4 * 4 for a codec of 4 channels, 4 * channels for another
     00c3a1f26b90d4e7.crop.npy      the same for the crop view; absent if the image has none
     00c3a1f26b90d4e7.json          {"id": 55065209174414567, "label": 3, "class": "cat", "source": "cat/0007.jpg",
                                     "pixels": [375, 500]}            (height and width of the source image, or null)
@@ -25,7 +26,8 @@ import numpy as np
 import xxhash
 import zstandard
 
-from data_sharding.format.stored_array import CHANNELS, DTYPE, ArrayShape, stored_array
+from data_sharding.format.codec import LATENT_CHANNELS
+from data_sharding.format.stored_array import DTYPE, ArrayShape, stored_array
 from data_sharding.storage.store import Bytes
 
 VIEWS = ("resize", "crop")
@@ -39,7 +41,7 @@ END_OF_ARCHIVE = bytes(2 * tarfile.BLOCKSIZE)
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One image: ``views`` maps "resize", and "crop" where there is one, to float16 (2, h, w, 16)."""
+    """One image: ``views`` maps "resize", and "crop" where there is one, to float16 (2, h, w, C)."""
 
     id: int
     label: int
@@ -132,7 +134,7 @@ def pack_sample(sample: Sample, *, class_name: str, source: str, pixels: tuple[i
     for view in VIEWS:
         if view in sample.views:
             array = sample.views[view]
-            assert array.dtype == DTYPE and array.ndim == 4 and array.shape[0] == 2 and array.shape[3] == CHANNELS
+            assert array.dtype == DTYPE and array.ndim == 4 and array.shape[0] == 2
             buffer = io.BytesIO()
             np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
             members.append(_member(f"{key}.{view}.npy", buffer.getvalue()))
@@ -140,8 +142,8 @@ def pack_sample(sample: Sample, *, class_name: str, source: str, pixels: tuple[i
     return b"".join(members)
 
 
-def parse_frame(frame: Bytes, raw_bytes: int) -> list[Sample]:
-    """The samples of one compressed frame.
+def parse_frame(frame: Bytes, raw_bytes: int, latent_channels: int = LATENT_CHANNELS) -> list[Sample]:
+    """The samples of one compressed frame, of a dataset whose latents have so many channels.
 
     Raises:
         ValueError: the bytes are not exactly one frame of ``raw_bytes`` of whole, well-formed samples.
@@ -149,14 +151,14 @@ def parse_frame(frame: Bytes, raw_bytes: int) -> list[Sample]:
     return [
         # copied: a view into the frame would keep all of it in memory
         Sample(id, label, {v: np.frombuffer(data, DTYPE).reshape(shape).copy() for v, (shape, data) in views.items()})
-        for id, label, views in _samples(decompress(frame, raw_bytes))
+        for id, label, views in _samples(decompress(frame, raw_bytes), latent_channels)
     ]
 
 
-def scan_frame(frame: Bytes, raw_bytes: int) -> list[SampleRow]:
+def scan_frame(frame: Bytes, raw_bytes: int, latent_channels: int = LATENT_CHANNELS) -> list[SampleRow]:
     """The manifest's rows for the samples of one frame. Checks and raises as ``parse_frame``, but copies no array."""
     rows = []
-    for id, label, views in _samples(decompress(frame, raw_bytes)):
+    for id, label, views in _samples(decompress(frame, raw_bytes), latent_channels):
         resize, crop = (views[v][0][1:3] if v in views else (0, 0) for v in VIEWS)
         rows.append(SampleRow(id, label, (resize, crop)))
     return rows
@@ -169,8 +171,9 @@ class RawFrame:
         ValueError: the bytes are not exactly one frame of ``raw_bytes`` of whole samples.
     """
 
-    def __init__(self, frame: bytes, raw_bytes: int):
+    def __init__(self, frame: bytes, raw_bytes: int, latent_channels: int = LATENT_CHANNELS):
         self._raw = raw = decompress(frame, raw_bytes)
+        self._latent_channels = latent_channels
         # For each view, the byte at which its data start in each sample, 0 if absent. Two lists, because Python's
         # garbage collector would visit many small objects again and again.
         self._begin: dict[str, list[int]] = {view: [0] for view in VIEWS}
@@ -198,7 +201,7 @@ class RawFrame:
         return len(self._raw)
 
     def view(self, sample: int, view: str) -> np.ndarray:
-        """float16 (2, h, w, 16), read-only: a view of the frame's bytes, which stay in memory as long as it does.
+        """float16 (2, h, w, C), read-only: a view of the frame's bytes, which stay in memory as long as it does.
 
         Raises ValueError if it is malformed, KeyError if the sample has no such view.
         """
@@ -206,11 +209,11 @@ class RawFrame:
         if not begin:
             raise KeyError(view)
         end = begin + _size(self._raw, begin - tarfile.BLOCKSIZE)
-        shape, data = stored_array(view, memoryview(self._raw)[begin:end])
+        shape, data = stored_array(view, memoryview(self._raw)[begin:end], self._latent_channels)
         return np.frombuffer(data, DTYPE).reshape(shape)
 
 
-def _samples(raw: bytes) -> Iterator[tuple[int, int, dict[str, tuple[ArrayShape, memoryview]]]]:
+def _samples(raw: bytes, latent_channels: int) -> Iterator[tuple[int, int, dict[str, tuple[ArrayShape, memoryview]]]]:
     """Id, label, and shape and data of each view, of each sample in a sequence of tar members."""
     views: dict[str, tuple[ArrayShape, memoryview]] = {}
     for name, data in _members(raw):
@@ -225,7 +228,7 @@ def _samples(raw: bytes) -> Iterator[tuple[int, int, dict[str, tuple[ArrayShape,
             yield id, label, views
             views = {}
         elif kind in ("resize.npy", "crop.npy"):
-            views[kind.removesuffix(".npy")] = stored_array(name, data)
+            views[kind.removesuffix(".npy")] = stored_array(name, data, latent_channels)
         else:
             raise ValueError(f"{name} is no member of a sample")
     if views:

@@ -6,17 +6,20 @@ from math import prod
 
 import numpy as np
 
+from data_sharding.format.patches import stored_channels
+
 DTYPE = "float16"
-CHANNELS = 16
 ArrayShape = tuple[int, int, int, int]  # of a view: flips, h, w, channels
 
 
-def stored_array(name: str, data: memoryview) -> tuple[ArrayShape, memoryview]:
-    """Shape and values of a view, from the ``data`` of the member ``name``. Raises ValueError if it is malformed."""
+def stored_array(name: str, data: memoryview, latent_channels: int) -> tuple[ArrayShape, memoryview]:
+    """Shape and values of a view, from the ``data`` of the member ``name``, in a dataset whose latents have so many
+    channels. Raises ValueError if it is malformed."""
+    channels = stored_channels(latent_channels)
     start = 10 + int.from_bytes(data[8:10], "little")  # .npy 1.0: magic, version, length of the header that follows
     shape, dtype = _npy_header(bytes(data[:start]))
-    if dtype != DTYPE or len(shape) != 4 or shape[0] != 2 or shape[3] != CHANNELS:
-        raise ValueError(f"{name} is {dtype}{list(shape)}, not {DTYPE}[2, h, w, {CHANNELS}]")
+    if dtype != DTYPE or len(shape) != 4 or shape[0] != 2 or shape[3] != channels:
+        raise ValueError(f"{name} is {dtype}{list(shape)}, not {DTYPE}[2, h, w, {channels}]")
     if len(data) - start != prod(shape) * dtype.itemsize:
         raise ValueError(f"{name} holds {len(data) - start} bytes of values, not those of {list(shape)}")
     return shape, data[start:]

@@ -34,7 +34,7 @@ def shapes_for_plan(
 def _first_steps(plan: Plan, segment: int) -> list[np.ndarray]:
     """Token lengths of some steps of a segment's first windows, as if no other segment followed it."""
     if segment < len(plan.schedule) - 1:
-        plan = Plan(plan.manifests, plan.seed, plan.views, plan.schedule[: segment + 1])
+        plan = plan.under(plan.schedule[: segment + 1])
     length = plan.window_steps(segment)
     start, stride = plan.schedule[segment].start, max(1, length // _STEPS)
     found = [

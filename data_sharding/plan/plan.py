@@ -23,11 +23,12 @@ import numpy as np
 from data_sharding.errors import UserError
 from data_sharding.format.manifest import Manifest
 from data_sharding.plan.stratify import assign_to_steps, order_frames
+from data_sharding.plan.token_grid import STORED_TOKENS, TokenGrid
 from data_sharding.plan.view_choice import Views
+from data_sharding.plan.view_sizes import choose_views
 from data_sharding.rng import Purpose, keyed_order, words, words64
 
 PLANNER_VERSION = 2
-RESIZE, CROP = 0, 1  # the view axis of Manifest.size
 MAX_WINDOW_STEPS = 256
 
 
@@ -40,9 +41,9 @@ class StepSet:
     row: np.ndarray  # row of its manifest
     sample_id: np.ndarray  # unique over all datasets of the plan
     label: np.ndarray
-    view: np.ndarray  # RESIZE or CROP
+    view: np.ndarray  # RESIZE or CROP of view_sizes
     flip: np.ndarray  # 1 = mirrored
-    tokens: np.ndarray  # length of the chosen view
+    tokens: np.ndarray  # length of the chosen view, in tokens of the network
 
     def select(self, which: np.ndarray) -> "StepSet":
         """The images at the indices ``which``, in that order."""
@@ -79,15 +80,24 @@ class Cursor:
 
 
 class Plan:
-    """The plan of ``manifests`` under ``schedule``, whose first segment starts at 0.
+    """The plan of ``manifests`` under ``schedule``, whose first segment starts at 0. ``token_grid`` changes the lengths
+    of its images and nothing else.
 
     Raises:
         UserError: a batch larger than the data, or weights that do not fit the datasets.
     """
 
-    def __init__(self, manifests: Sequence[Manifest], seed: int, views: Views, schedule: Sequence[Segment]):
+    def __init__(
+        self,
+        manifests: Sequence[Manifest],
+        seed: int,
+        views: Views,
+        schedule: Sequence[Segment],
+        token_grid: TokenGrid = STORED_TOKENS,
+    ):
         assert schedule[0].start == 0 and all(a.start < b.start for a, b in zip(schedule, schedule[1:], strict=False))
         self.manifests, self.seed, self.views, self.schedule = tuple(manifests), seed, views, tuple(schedule)
+        self.token_grid = token_grid
         self.samples = [len(m.sample_id) for m in self.manifests]
         for segment in self.schedule:
             self._check(segment)
@@ -109,7 +119,7 @@ class Plan:
     @property
     def max_seqlen(self) -> int:
         """Tokens of the longest view that the plan may choose."""
-        return max(m.header.max_tokens for m in self.manifests)
+        return self.token_grid.longest(max(m.header.max_tokens for m in self.manifests))
 
     @property
     def hash(self) -> str:
@@ -180,12 +190,16 @@ class Plan:
         A change of batch or weights begins at the next window boundary, so that nothing is lost or repeated.
         """
         past = tuple(Segment(start, images, tuple(weights)) for start, images, weights in cursor.schedule)
-        plan = Plan(self.manifests, self.seed, self.views, past)
+        plan = self.under(past)
         if (past[-1].images, past[-1].weights) == (wanted.images, wanted.weights):
             return plan
         boundary = plan.next_boundary(step)
         kept = tuple(segment for segment in past if segment.start < boundary)
-        return Plan(self.manifests, self.seed, self.views, (*kept, Segment(boundary, wanted.images, wanted.weights)))
+        return self.under((*kept, Segment(boundary, wanted.images, wanted.weights)))
+
+    def under(self, schedule: Sequence[Segment]) -> "Plan":
+        """The plan of the same data under another schedule."""
+        return Plan(self.manifests, self.seed, self.views, schedule, self.token_grid)
 
     def cursor(self, step: int, ledger: int = 0) -> Cursor:
         """The state after ``step`` steps, with the first ``ledger`` records of substituted images in use."""
@@ -222,10 +236,12 @@ class Plan:
         steps = self.window_length(current.start + first)
         start, stop = self._taken(segment, first), self._taken(segment, first + steps)
         streams = [self._stream(d, int(start[d]), int(stop[d] - start[d])) for d in range(len(self.manifests))]
-        images = StepSet(*(np.concatenate(column) for column in zip(*streams, strict=True)))
-        order = order_frames(self._frame_starts(images), images.tokens)
+        # Stored lengths: what a step trains on does not depend on the network's patch.
+        *columns, stored = (np.concatenate(column) for column in zip(*streams, strict=True))
+        images = StepSet(*columns)
+        order = order_frames(self._frame_starts(images), stored)
         draws = words64(self.seed, Purpose.SAMPLE_ORDER, images.epoch, images.sample_id)
-        by_step = assign_to_steps(images.tokens[order], draws[order], steps)
+        by_step = assign_to_steps(stored[order], draws[order], steps)
         places = current.start + first + np.arange(steps)
         shuffled = keyed_order(self.seed, Purpose.STEP_ORDER, 0, places)
         return images, order[by_step[shuffled]]
@@ -240,7 +256,8 @@ class Plan:
         return np.flatnonzero(dataset | epoch | frame)
 
     def _stream(self, d: int, start: int, count: int) -> tuple[np.ndarray, ...]:
-        """The columns of StepSet for positions start .. start + count of the concatenated epochs of dataset ``d``."""
+        """The columns of StepSet, and stored lengths, for positions start .. start + count of the concatenated epochs
+        of dataset ``d``."""
         epochs, rows = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         while count > 0:
             epoch, offset = divmod(start, self.samples[d])
@@ -251,9 +268,10 @@ class Plan:
         epoch, row = np.concatenate(epochs), np.concatenate(rows)
         manifest = self.manifests[d]
         ids = sample_ids(d, manifest.sample_id[row])
-        view, tokens = self._choose_views(manifest, epoch, row, ids)
+        view, size = choose_views(manifest, self.views, self.seed, epoch, row, ids)
         flip = (words(self.seed, Purpose.FLIP, epoch, ids) & 1).astype(np.int64)
-        return np.full_like(row, d), epoch, row, ids, manifest.label[row].astype(np.int64), view, flip, tokens
+        label, tokens = manifest.label[row].astype(np.int64), self.token_grid.lengths(size)
+        return np.full_like(row, d), epoch, row, ids, label, view, flip, tokens, size.prod(-1)
 
     def _rows(self, d: int, epoch: int, offset: int, count: int) -> np.ndarray:
         """Manifest rows at offset .. offset + count of one epoch, frame after frame in the epoch's frame order."""
@@ -272,19 +290,6 @@ class Plan:
         lengths = np.diff(self.manifests[d].frame_first)
         order = keyed_order(self.seed, Purpose.FRAME_ORDER, epoch, (d << 40) + np.arange(len(lengths)))
         return order, np.cumsum(lengths[order])
-
-    def _choose_views(
-        self, manifest: Manifest, epoch: np.ndarray, row: np.ndarray, ids: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """View and length of each image: if a crop exists, ``mixed`` takes it with probability 1/2."""
-        lengths = manifest.size[row].astype(np.int64).prod(-1)  # (n, view)
-        crop = lengths[:, CROP] > 0
-        if self.views == "mixed":
-            crop &= (words(self.seed, Purpose.VIEW, epoch, ids) & 1) == 1
-        elif self.views == "resize":
-            crop &= False
-        view = np.where(crop, CROP, RESIZE)
-        return view, np.take_along_axis(lengths, view[:, None], 1)[:, 0]
 
 
 def sample_ids(dataset: int, ids: np.ndarray) -> np.ndarray:

@@ -9,8 +9,14 @@ from data_sharding.format.stored_array import DTYPE
 from data_sharding.plan.balance import Cost, PackAssignment
 from data_sharding.plan.pack_layout import PackLayout, PackShape, lay_out
 from data_sharding.plan.plan import StepSet
+from data_sharding.plan.token_grid import STORED_TOKENS, TokenGrid
 
-TOKEN_BYTES = 16 * 2 + 5 * 8  # of a token in a pack: its latent, and its position in the layout
+_LAYOUT_BYTES = 5 * 8  # of a token: its image, its place there, and its position
+
+
+def token_bytes(token_grid: TokenGrid) -> int:
+    """Of a token in a pack: its latents, and its part of the layout."""
+    return token_grid.channels * np.dtype(DTYPE).itemsize + _LAYOUT_BYTES
 
 
 @dataclass(frozen=True)
@@ -18,7 +24,7 @@ class Pack:
     """One packed batch of images: T tokens, I image slots."""
 
     layout: PackLayout
-    latents: np.ndarray  # float16 (T, 16) as stored, zero at padding
+    latents: np.ndarray  # float16 (T, channels of a token) as stored, zero at padding
     label: np.ndarray  # int64 (I,), of the image that was read (a substitute's own)
     weight: np.ndarray  # float32 (I,), 1 / images of the step, 0 at padding
     sample_id: np.ndarray  # int64 (I,), of the image that was planned; 0 at padding
@@ -63,9 +69,10 @@ def make_batch(
     rank: int,
     arrays: dict[int, np.ndarray],
     substituted: int,
+    token_grid: TokenGrid = STORED_TOKENS,
 ) -> StepBatch:
-    """The batch of ``rank``. ``arrays`` holds the chosen view of each of its images, float16 (2 flips, h, w, 16), by
-    their index into the step; ``substituted`` counts the replaced images of the step.
+    """The batch of ``rank``. ``arrays`` holds the chosen view of each of its images as stored, float16 (2 flips, h, w,
+    channels of a stored token), by their index into the step; ``substituted`` counts the replaced images of the step.
 
     Raises:
         DataError: substitutes are shorter than planned, and a pack has too few slots for the extra padding.
@@ -74,7 +81,7 @@ def make_batch(
     loads = assignment.loads(cost.of(images.tokens))
     return StepBatch(
         step=step,
-        packs=[_make_pack(images, members, arrays, assignment.shape) for members in mine],
+        packs=[_make_pack(images, members, arrays, assignment.shape, token_grid) for members in mine],
         id_sum=images.id_sum(np.concatenate(mine)),
         step_id_sum=images.id_sum(slice(None)),
         step_lengths=images.tokens,
@@ -85,17 +92,20 @@ def make_batch(
     )
 
 
-def _make_pack(images: StepSet, members: np.ndarray, arrays: dict[int, np.ndarray], shape: PackShape) -> Pack:
-    chosen = [arrays[i][flip] for i, flip in zip(members.tolist(), images.flip[members].tolist(), strict=True)]
-    if not shape.holds(len(chosen), sum(a.shape[0] * a.shape[1] for a in chosen)):  # each (h, w, 16)
+def _make_pack(
+    images: StepSet, members: np.ndarray, arrays: dict[int, np.ndarray], shape: PackShape, token_grid: TokenGrid
+) -> Pack:
+    flips = images.flip[members].tolist()
+    chosen = [token_grid.group(arrays[i][flip]) for i, flip in zip(members.tolist(), flips, strict=True)]
+    if not shape.holds(len(chosen), sum(a.shape[0] * a.shape[1] for a in chosen)):  # each (rows, columns, channels)
         raise DataError(  # the planned images always fit; only a shorter substitute needs more padding
             "an image that cannot be read was replaced by a shorter one, and its pack has no slot left for the extra "
             "padding: restore the damaged shards (`fitv2 shard verify` lists them)"
         )
     layout = lay_out([a.shape[:2] for a in chosen], shape)
-    latents = np.zeros((shape.tokens, 16), DTYPE)
+    latents = np.zeros((shape.tokens, token_grid.channels), DTYPE)
     if chosen:
-        np.concatenate([a.reshape(-1, 16) for a in chosen], out=latents[: layout.tokens])
+        np.concatenate([a.reshape(-1, token_grid.channels) for a in chosen], out=latents[: layout.tokens])
 
     def slots(values: np.ndarray, dtype: type) -> np.ndarray:
         out = np.zeros(shape.images, dtype)

@@ -141,7 +141,7 @@ def open_frame(manifest: Manifest, f: int, data: Bytes, parse: Callable = parse_
     """The samples in ``data``, fetched as frame ``f``, as ``parse`` returns them. Raises UnreadableFrame."""
     try:
         check_frame(manifest, f, data)
-        samples = parse(data, int(manifest.frame_raw_bytes[f]))
+        samples = parse(data, int(manifest.frame_raw_bytes[f]), manifest.header.latent_channels)
     except (CorruptRead, ValueError) as error:
         raise _unreadable(manifest, f, str(error)) from error
     rows = slice(int(manifest.frame_first[f]), int(manifest.frame_first[f + 1]))
@@ -159,7 +159,7 @@ def open_lazily(manifest: Manifest, f: int, data: bytes) -> RawFrame:
     """As ``open_frame``, but parses no array: only the digest and the ids are compared. Raises UnreadableFrame."""
     try:
         check_frame(manifest, f, data)
-        frame = RawFrame(data, int(manifest.frame_raw_bytes[f]))
+        frame = RawFrame(data, int(manifest.frame_raw_bytes[f]), manifest.header.latent_channels)
     except (CorruptRead, ValueError) as error:
         raise _unreadable(manifest, f, str(error)) from error
     if not np.array_equal(frame.ids, manifest.sample_id[manifest.frame_first[f] : manifest.frame_first[f + 1]]):

@@ -19,7 +19,7 @@ from data_sharding.plan.balance import Cost, Nodes, PackAssignment, assign_packs
 from data_sharding.plan.pack_layout import PackShape
 from data_sharding.plan.plan import Plan, StepSet
 from data_sharding.storage.filesystems import Cancelled
-from data_sharding.stream.batch import TOKEN_BYTES, StepBatch, make_batch
+from data_sharding.stream.batch import StepBatch, make_batch, token_bytes
 from data_sharding.stream.frames import FrameReader, UnreadableFrame
 from data_sharding.stream.memory_cache import FrameKey, MemoryCache
 from data_sharding.stream.substitutes import LostFrame, Substitutes, frames_of
@@ -89,7 +89,7 @@ class Loader:
         self._ready: deque[tuple[int, StepBatch | BaseException]] = deque()  # (bytes, batch)
         self._next = steps.start  # the step that ``next`` returns
         self._generation = 0  # counts restarts
-        self._substitutes = substitutes or Substitutes(plan.manifests)
+        self._substitutes = substitutes or Substitutes(plan.manifests, plan.token_grid)
 
     def __enter__(self) -> "Loader":
         self._thread.start()
@@ -174,7 +174,14 @@ class Loader:
                 view = ready.images.view.tolist()
                 arrays = {i: frames[frame].view(index, VIEWS[view[i]]) for i, (frame, index) in ready.place.items()}
                 batch = make_batch(
-                    ready.step, ready.images, ready.assignment, self.cost, self.rank, arrays, ready.substituted
+                    ready.step,
+                    ready.images,
+                    ready.assignment,
+                    self.cost,
+                    self.rank,
+                    arrays,
+                    ready.substituted,
+                    self.plan.token_grid,
                 )
                 self._deliver(ready.bytes, batch, generation)
             elif pending and not self._wait_for_room(pending, generation):
@@ -211,7 +218,7 @@ class Loader:
         lost = substitutes.is_lost(images.dataset, images.row)
         if lost.any():
             images = _with_substitutes(images, np.flatnonzero(lost), substitutes)
-        place, size = {}, assignment.count * assignment.shape.tokens * TOKEN_BYTES
+        place, size = {}, assignment.count * assignment.shape.tokens * token_bytes(self.plan.token_grid)
         mine = np.concatenate(assignment.packs_of(self.rank))
         for dataset, manifest in enumerate(self.plan.manifests):
             which = mine[images.dataset[mine] == dataset]

@@ -4,6 +4,7 @@ from data_sharding.format.manifest import Manifest
 from data_sharding.plan.balance import Cost, Nodes
 from data_sharding.plan.pack_shapes import shapes_for_plan
 from data_sharding.plan.plan import Plan, Segment
+from data_sharding.plan.token_grid import TokenGrid
 from data_sharding.plan.view_choice import Views
 from data_sharding.stream.loader import Loader
 
@@ -31,7 +32,9 @@ def packed_batches(
         DataError: there is no dataset at ``url``, or it is damaged.
         UserError: more images than the dataset has, more ranks than images, or images longer than ``max_tokens``.
     """
-    plan = Plan([Manifest.load(url)], seed, views, [Segment(start=0, images=images, weights=(1,))])
+    manifest = Manifest.load(url)
+    token_grid = TokenGrid(latent_channels=manifest.header.latent_channels)
+    plan = Plan([manifest], seed, views, [Segment(start=0, images=images, weights=(1,))], token_grid)
     cost = Cost.transformer(hidden)
     shapes = shapes_for_plan(plan, cost, nodes, max_tokens)
     return Loader(plan, cost, shapes, rank, nodes, steps, cache_bytes)

@@ -16,13 +16,14 @@ replace its resize and its crop view (null: the image has no such view).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from data_sharding.errors import DataError
 from data_sharding.format.manifest import Manifest
-from data_sharding.plan.plan import CROP, RESIZE
+from data_sharding.plan.token_grid import STORED_TOKENS, TokenGrid
+from data_sharding.plan.view_sizes import CROP, RESIZE
 from data_sharding.rng import Purpose, words64
 
 _DRAWS = 4096  # candidates drawn before the whole dataset is searched
@@ -43,6 +44,7 @@ class Substitutes:
     """The substitutes of all records so far, for the datasets of a plan."""
 
     manifests: Sequence[Manifest]
+    token_grid: TokenGrid = STORED_TOKENS  # of the network: its tokens are what a length counts
     version: int = 0
     # (dataset, frame): int64 (images, view), the manifest rows that replace its images; -1: no such view
     frames: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
@@ -75,7 +77,7 @@ class Substitutes:
             for dataset, m in enumerate(self.manifests)
             if m.digest == f["dataset"]
         }
-        return Substitutes(self.manifests, record["version"], self.frames | added)
+        return replace(self, version=record["version"], frames=self.frames | added)
 
     def next_record(self, lost_frames: Iterable[LostFrame], seed: int) -> dict:
         """``version`` and ``frames`` of the next record, for those of ``lost_frames`` that have no substitutes yet.
@@ -97,7 +99,7 @@ class Substitutes:
                     "shard": m.shards[m.frame_shard[frame]].name,
                     "frame": frame,
                     "cause": cause,
-                    "images": list(_substitutes_of(m, frame, {f for d, f in lost if d == dataset}, seed)),
+                    "images": list(_Search(m, {f for d, f in lost if d == dataset}, seed, self.token_grid).of(frame)),
                 }
                 for (dataset, frame), cause in new.items()
             ],
@@ -129,50 +131,58 @@ def frames_of(manifest: Manifest, rows: np.ndarray) -> np.ndarray:
     return np.searchsorted(manifest.frame_first, rows, side="right") - 1
 
 
-def _substitutes_of(m: Manifest, frame: int, lost: set[int], seed: int) -> Iterator[list[int | None]]:
-    for row in range(*m.frame_first[frame : frame + 2].tolist()):
-        views = (_substitute(m, row, view, lost, seed) for view in (RESIZE, CROP))
-        yield [int(m.sample_id[row]), *views]
+@dataclass(frozen=True)
+class _Search:
+    """Looks for substitutes in the frames of one dataset that are not ``lost``."""
 
+    manifest: Manifest
+    lost: set[int]
+    seed: int
+    token_grid: TokenGrid
 
-def _substitute(m: Manifest, row: int, view: int, lost: set[int], seed: int) -> int | None:
-    """A row of equal length, drawn at random by (seed, planned id, view) from all readable ones; None for a view that
-    the image does not have."""
-    length = int(_lengths(m, np.array([row]), view)[0])
-    if length == 0:
-        return None
-    key = np.arange(_DRAWS, dtype=np.uint64) << np.uint64(1) | np.uint64(view)
-    draws = words64(seed, Purpose.SUBSTITUTE, key, int(m.sample_id[row]))
-    rows = (draws % np.uint64(len(m.sample_id))).astype(np.int64)
-    equal = rows[_lengths(m, rows, view) == length]
-    for found in equal.tolist():
-        if frame_of(m, found) not in lost:
-            return found
-    return _search(m, length, view, lost, int(draws[0]), f"{m.sample_id[row]:016x}")
+    def of(self, frame: int) -> Iterator[list[int | None]]:
+        """For each image of ``frame`` its id, and the rows that replace its views."""
+        m = self.manifest
+        for row in range(*m.frame_first[frame : frame + 2].tolist()):
+            yield [int(m.sample_id[row]), *(self._substitute(row, view) for view in (RESIZE, CROP))]
 
+    def _substitute(self, row: int, view: int) -> int | None:
+        """A row of equal length, drawn at random by (seed, planned id, view) from all readable ones; None for a view
+        that the image does not have."""
+        m = self.manifest
+        length = int(self._lengths(np.array([row]), view)[0])
+        if length == 0:
+            return None
+        key = np.arange(_DRAWS, dtype=np.uint64) << np.uint64(1) | np.uint64(view)
+        draws = words64(self.seed, Purpose.SUBSTITUTE, key, int(m.sample_id[row]))
+        rows = (draws % np.uint64(len(m.sample_id))).astype(np.int64)
+        equal = rows[self._lengths(rows, view) == length]
+        for found in equal.tolist():
+            if frame_of(m, found) not in self.lost:
+                return found
+        return self._from_all(length, view, int(draws[0]), f"{m.sample_id[row]:016x}")
 
-def _search(m: Manifest, length: int, view: int, lost: set[int], draw: int, name: str) -> int:
-    """As ``_substitute``, from the whole dataset: for lengths so rare that no draw found one."""
-    best, rows = 0, []
-    for start in range(0, len(m.sample_id), _BLOCK):
-        block = np.arange(start, min(start + _BLOCK, len(m.sample_id)))
-        lengths = _lengths(m, block, view)
-        lengths[lengths > length] = 0
-        for f in lost:
-            first, end = m.frame_first[f : f + 2]
-            lengths[(first <= block) & (block < end)] = 0
-        longest = int(lengths.max(initial=0))
-        if longest > best:
-            best, rows = longest, []
-        if longest == best > 0:
-            rows += block[lengths == best].tolist()
-    if not rows:
-        raise DataError(
-            f"{m.url}: image {name} cannot be read, and no readable image is short enough to replace it: restore its "
-            "shard from a copy"
-        )
-    return rows[draw % len(rows)]
+    def _from_all(self, length: int, view: int, draw: int, name: str) -> int:
+        """As ``_substitute``, from the whole dataset: for lengths so rare that no draw found one."""
+        best, rows, m = 0, [], self.manifest
+        for start in range(0, len(m.sample_id), _BLOCK):
+            block = np.arange(start, min(start + _BLOCK, len(m.sample_id)))
+            lengths = self._lengths(block, view)
+            lengths[lengths > length] = 0
+            for f in self.lost:
+                first, end = m.frame_first[f : f + 2]
+                lengths[(first <= block) & (block < end)] = 0
+            longest = int(lengths.max(initial=0))
+            if longest > best:
+                best, rows = longest, []
+            if longest == best > 0:
+                rows += block[lengths == best].tolist()
+        if not rows:
+            raise DataError(
+                f"{m.url}: image {name} cannot be read, and no readable image is short enough to replace it: restore "
+                "its shard from a copy"
+            )
+        return rows[draw % len(rows)]
 
-
-def _lengths(m: Manifest, rows: np.ndarray, view: int) -> np.ndarray:
-    return m.size[rows, view].astype(np.int64).prod(-1)
+    def _lengths(self, rows: np.ndarray, view: int) -> np.ndarray:
+        return self.token_grid.lengths(self.manifest.size[rows, view])

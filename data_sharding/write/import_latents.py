@@ -23,7 +23,7 @@ from data_sharding.errors import UserError
 from data_sharding.format.class_names import class_digest
 from data_sharding.format.codec import PUBLISHED, SD_VAE, CodecRecord
 from data_sharding.format.shard import Sample
-from data_sharding.format.stored_array import CHANNELS, DTYPE
+from data_sharding.format.stored_array import DTYPE
 from data_sharding.storage.byte_ranges import read_all
 from data_sharding.worker_pool import cores
 from data_sharding.write.archives import Archive, unpack
@@ -35,6 +35,7 @@ from data_sharding.write.published_latents import LatentFiles, PublishedLatents,
 from data_sharding.write.shard_task import Made
 from data_sharding.write.write_report import WriteReport
 
+_CHANNELS = 16  # of a token
 # Each flip is one draw of the posterior.
 CODEC: CodecRecord = {
     "name": SD_VAE,
@@ -88,8 +89,8 @@ class ReadLatents:
         except (SafetensorError, ValueError, TypeError) as error:
             raise _Unreadable(f"not a complete .safetensors file: {error}") from error
         shape = feature.shape
-        if feature.dtype.kind != "f" or len(shape) != 4 or shape[0] != 2 or shape[3] != CHANNELS or 0 in shape:
-            raise _Unreadable(f"feature is {feature.dtype}{list(shape)}, not float32[2, h, w, {CHANNELS}]")
+        if feature.dtype.kind != "f" or len(shape) != 4 or shape[0] != 2 or shape[3] != _CHANNELS or 0 in shape:
+            raise _Unreadable(f"feature is {feature.dtype}{list(shape)}, not float32[2, h, w, {_CHANNELS}]")
         h, w = shape[1:3]
         if size.ravel().tolist() != [h, w]:
             raise _Unreadable(f"size {size.ravel().tolist()} is not that of the feature, [{h}, {w}]")

@@ -73,8 +73,8 @@ def views_of(image: Image.Image, max_tokens: int) -> dict[str, np.ndarray]:
 
 
 def encode_views(images: dict[int, dict[str, np.ndarray]], codec: Codec) -> dict[int, dict[str, np.ndarray]]:
-    """The views of some images, by id, as ``views_of`` returns them; each becomes float16 (2, h, w, 16): as it is and
-    mirrored, encoded separately.
+    """The views of some images, by id, as ``views_of`` returns them; each becomes stored tokens, float16 (2, h,
+    w, C): as it is and mirrored, encoded separately.
 
     Pictures of one size are encoded together, in the order of ``images``, so the calls of the codec depend on
     ``images`` only.

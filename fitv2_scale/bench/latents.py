@@ -9,7 +9,7 @@ import numpy as np
 
 from data_sharding.errors import UserError
 from data_sharding.format.shard import VIEWS, Sample
-from data_sharding.format.stored_array import CHANNELS, DTYPE
+from data_sharding.format.stored_array import DTYPE
 from data_sharding.plan.size_presets import open_preset
 from data_sharding.storage.filesystems import file_system
 from fitv2_scale.bench.loaders import import_loader
@@ -18,6 +18,7 @@ PRESET = "preset:imagenet256"
 MAX_TOKENS = 256
 CLASSES = 1000
 _DONE = "written.json"
+_CHANNELS = 16  # of a token
 _UPLOADS = 16  # in parallel
 
 
@@ -27,7 +28,7 @@ def make_samples(images: int) -> Iterator[Sample]:
     ids = rng.permutation(np.unique(rng.integers(1 << 62, size=2 * images)))[:images]
     for i, size in enumerate(open_preset(PRESET, images).size.tolist()):
         views = {
-            view: rng.standard_normal((2, h, w, CHANNELS), np.float32).astype(DTYPE)
+            view: rng.standard_normal((2, h, w, _CHANNELS), np.float32).astype(DTYPE)
             for view, (h, w) in zip(VIEWS, size, strict=True)
             if h
         }

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from data_sharding.format.patches import stored_channels
 from data_sharding.format.stored_array import DTYPE
 from data_sharding.plan.balance import assign_packs
 from data_sharding.plan.size_presets import is_preset
@@ -18,7 +19,7 @@ from fitv2_scale.data import Data
 def open_steps(config: Config, data: Data, rank: int, steps: int) -> Generator[Iterator[StepBatch]]:
     """The first ``steps`` steps of data rank ``rank``: prefetched as in training, or for a preset drawn before."""
     if any(is_preset(url) for url in config.data.urls):
-        yield iter([_draw(data, rank, step, config.model.token_channels) for step in range(steps)])
+        yield iter([_draw(data, rank, step) for step in range(steps)])
         return
     cache, ahead = (int(gib * 2**30) for gib in (config.data.cache_gib, config.data.prefetch_gib))
     with Loader(
@@ -27,7 +28,9 @@ def open_steps(config: Config, data: Data, rank: int, steps: int) -> Generator[I
         yield loader
 
 
-def _draw(data: Data, rank: int, step: int, channels: int) -> StepBatch:
+def _draw(data: Data, rank: int, step: int) -> StepBatch:
+    token_grid = data.plan.token_grid
+    channels = stored_channels(token_grid.latent_channels)
     images = data.plan.step(step)
     assignment = assign_packs(images.tokens, data.cost, data.nodes, data.shapes[0])
     arrays = {}
@@ -35,4 +38,4 @@ def _draw(data: Data, rank: int, step: int, channels: int) -> StepBatch:
         rows, columns = data.plan.manifests[images.dataset[i]].size[images.row[i], images.view[i]].tolist()
         latents = np.random.default_rng((step, i)).standard_normal((rows, columns, channels), np.float32)
         arrays[i] = np.broadcast_to(latents.astype(DTYPE), (2, *latents.shape))  # both flips
-    return make_batch(step, images, assignment, data.cost, rank, arrays, 0)
+    return make_batch(step, images, assignment, data.cost, rank, arrays, 0, token_grid)

@@ -63,7 +63,9 @@ def add(commands: Any) -> None:
         help="save the images' statistics as a reference",
     )
     evaluate.add_argument("--suite", metavar="NAME", help="in1k256, ood, hr, ablation, or a .yaml file")
-    evaluate.add_argument("--size", action="append", metavar="HxW", help="in pixels, multiples of 16; may be repeated")
+    evaluate.add_argument(
+        "--size", action="append", metavar="HxW", help="in pixels, multiples of 8 model.patch; may be repeated"
+    )
     evaluate.add_argument(
         "--images", type=whole(1), metavar="N", help="images of each size (default 50000, or the suite's)"
     )
@@ -163,7 +165,7 @@ def _cells(args: argparse.Namespace, weights: "Weights") -> "list[Cell]":
     cells = []
     for cell in wanted:
         size = cell.pop("size")
-        rows, columns = parse_size(size)
+        rows, columns = parse_size(size, weights.config.model.pixels_per_token)
         for few in _few_steps(args.nfe, args.solver):
             sampling = with_changes(weights.config.sampling, cell | sampling_changes(args) | few)
             rope = rope_for_size(sampling, weights.config.model, rows, columns)  # what "auto" means for it

@@ -29,7 +29,9 @@ def add(commands: Any) -> None:
     sample.add_argument("weights", metavar="RUN_OR_WEIGHTS", help="RUN, RUN@STEP, or .safetensors/.bin with --config")
     sample.add_argument("overrides", nargs="*", metavar="key=value", help="config changes, as in layout.tensor=2")
     sample.add_argument("--config", metavar="FILE", help="the config of a weights file")
-    sample.add_argument("--size", action="append", metavar="HxW", help="in pixels, multiples of 16; may be repeated")
+    sample.add_argument(
+        "--size", action="append", metavar="HxW", help="in pixels, multiples of 8 model.patch; may be repeated"
+    )
     sample.add_argument("--classes", metavar="A,B,…", help="class numbers (default: spread evenly over all)")
     sample.add_argument("--columns", type=whole(1), help="number of classes, if --classes is not given (default 8)")
     sample.add_argument("--cfg", type=float, help="guidance scale; 1: none (default: the config's sampling.cfg, 1.5)")
@@ -102,7 +104,8 @@ def _grid(args: argparse.Namespace, weights: "Weights", sampling: "SamplingConfi
     from fitv2_scale.evaluate.sampling.sampler import sample
 
     file = args.out or _GRID
-    codec, requests = weights.shared_codec(), grid_requests(sizes, _labels(args, weights))
+    codec, labels = weights.shared_codec(), _labels(args, weights)
+    requests = grid_requests(sizes, labels, weights.config.model.pixels_per_token)
     made = sample(
         weights.engine.network,
         requests,
@@ -125,11 +128,12 @@ def _single_images(args: argparse.Namespace, weights: "Weights", sampling: "Samp
     if args.npz and len(sizes) > 1:
         raise UserError("an .npz for ADM's evaluator holds images of one size: give one --size")
     labels = _labels(args, weights) if args.classes else list(range(weights.classes))
-    requests = random_requests(sizes, args.images, labels, args.seed)
+    pixels_per_token = weights.config.model.pixels_per_token
+    requests = random_requests(sizes, args.images, labels, args.seed, pixels_per_token)
     folder = args.folder or f"{args.npz or 'samples'}.pictures"
     done = fill_folder(weights, requests, sampling, args.seed, folder, weights.shared_codec())
     if args.npz and weights.world.is_first:
-        write_npz(folder, requests, args.npz)
+        write_npz(folder, requests, args.npz, pixels_per_token)
     text = f"{folder}: {args.images} images from the EMA weights of {weights.name}, NFE {done.nfe:g}, {done.made} new"
     report = {"folder": folder, "images": args.images, "made": done.made, "nfe": done.nfe, "npz": args.npz}
     return report, text + (f"; {args.npz}" if args.npz else "")

@@ -10,7 +10,7 @@ from fitv2_scale.config.section import Section
 TIMESTEP_CHANNELS = 256
 CLASS_TABLE = "y_embedder.embedding_table.weight"  # the tensor whose rows are the classes
 LATENT_PIXELS = 8  # of a side, that a latent of a codec stands for
-PIXELS_PER_TOKEN = 16  # a side: patches of 2 latents of 8 pixels
+LEAST_PIXELS = 16  # of a side of a token, of patches of 2 x 2 latents: every size is a multiple of it
 
 Mode = Literal["none", "pi", "ntk", "yarn", "vision_ntk", "vision_yarn"]
 AttentionScale = Literal["none", "paper", "released"]
@@ -117,15 +117,23 @@ class ModelConfig(Section):
         return self.hidden // 4
 
 
-def parse_size(size: str) -> tuple[int, int]:
-    """'160x320' (height x width in pixels) as (rows, columns) in tokens. Raises UserError."""
-    sides = size.split("x")
-    if len(sides) != 2 or not all(s.isdecimal() for s in sides) or any(int(s) % PIXELS_PER_TOKEN for s in sides):
-        raise UserError(f"size '{size}': give HEIGHTxWIDTH in pixels, multiples of {PIXELS_PER_TOKEN}, as in 160x320")
-    rows, columns = (int(s) // PIXELS_PER_TOKEN for s in sides)
+def parse_size(size: str, pixels_per_token: int) -> tuple[int, int]:
+    """'160x320' (height x width in pixels) as (rows, columns) in tokens of so many pixels a side. Raises UserError."""
+    sides, of = size.split("x"), pixels_per_token
+    if len(sides) != 2 or not all(s.isdecimal() for s in sides) or any(int(s) % of for s in sides):
+        raise UserError(
+            f"size '{size}': give HEIGHTxWIDTH in pixels, multiples of {of} (a token), as in {10 * of}x{20 * of}"
+        )
+    rows, columns = (int(s) // of for s in sides)
     if not rows or not columns:
-        raise UserError(f"size '{size}': each side needs at least {PIXELS_PER_TOKEN} pixels")
+        raise UserError(f"size '{size}': each side needs at least {of} pixels")
     return rows, columns
+
+
+def parse_pixels(size: str) -> tuple[int, int]:
+    """'160x320' as (height, width), of a network with any patch. Raises UserError."""
+    rows, columns = parse_size(size, LEAST_PIXELS)
+    return rows * LEAST_PIXELS, columns * LEAST_PIXELS
 
 
 class FlowConfig(Section):

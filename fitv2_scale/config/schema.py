@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from data_sharding.errors import UserError
 from fitv2_scale.config.defaults import unknown_keys, with_defaults
 from fitv2_scale.config.layout import LayoutConfig
-from fitv2_scale.config.model import CLASS_TABLE, DdpmConfig, FlowConfig, ModelConfig
+from fitv2_scale.config.model import CLASS_TABLE, DdpmConfig, FlowConfig, ModelConfig, parse_size
 from fitv2_scale.config.section import Section
 from fitv2_scale.config.sections import (
     BatchConfig,
@@ -83,6 +83,15 @@ class Config(Section):
         """Names all that is wrong at once: who mends one fault should not meet the next."""
         if problems := [*_engine_problems(self), *_float8_problems(self), *_flash4_problems(self)]:
             raise ValueError("; ".join(problems))
+        return self
+
+    @model_validator(mode="after")
+    def _sizes_are_tokens_of_the_model(self):
+        for size in self.sampling.sizes:
+            try:
+                parse_size(size, self.model.pixels_per_token)
+            except UserError as error:
+                raise ValueError(f"sampling.sizes: {error}") from error
         return self
 
     @model_validator(mode="after")

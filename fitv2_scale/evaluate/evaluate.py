@@ -17,7 +17,7 @@ from data_sharding.errors import UserError
 from data_sharding.storage.files import exists
 from data_sharding.storage.open_store import open_store
 from data_sharding.storage.store import Store
-from fitv2_scale.config.model import PIXELS_PER_TOKEN, parse_size
+from fitv2_scale.config.model import parse_pixels
 from fitv2_scale.evaluate.feature_network import FeatureNetwork
 from fitv2_scale.evaluate.features import Features, is_npz, npz_bytes, read_npz
 from fitv2_scale.evaluate.generated_features import Cell, collect_features, generate_features
@@ -149,7 +149,7 @@ class _References:
 
     def open(self, identity: dict[str, Any], size: str) -> Reference:
         """Raises UserError if it is no longer the one of ``identity``: images take hours to generate."""
-        key, options = (identity["source"], _pixels(size)), self._options
+        key, options = (identity["source"], parse_pixels(size)), self._options
         if key not in self._opened:
             self._opened[key] = open_reference(*key, self._network, options.reference_images, options.vae)
             if self._identify(identity["source"]) != identity:
@@ -218,14 +218,9 @@ def _jobs(cells: list[Cell], weights: Weights, network: FeatureNetwork, referenc
     return jobs
 
 
-def _pixels(size: str) -> tuple[int, int]:
-    rows, columns = parse_size(size)
-    return rows * PIXELS_PER_TOKEN, columns * PIXELS_PER_TOKEN
-
-
 def _feature_count(cell: Cell, network: FeatureNetwork) -> int:
     """Raises UserError if the cell has too few images for so many features."""
-    height, width = _pixels(cell.size)
+    height, width = parse_pixels(cell.size)
     size = network(np.zeros((1, height, width, 3), np.uint8)).pool.shape[1]
     if cell.images <= size:
         raise UserError(f"{cell.images} images are too few for a covariance of {size} features: give --images 50000")
@@ -261,7 +256,7 @@ def evaluate_images(
         UserError: see ``open_image_set``, ``FeatureNetwork.load``, ``open_reference``, ``measure``.
     """
     network = options.load_network(device)
-    pixels = None if size is None else _pixels(size)
+    pixels = None if size is None else parse_pixels(size)
     features, images = _features_of(source, pixels, options, network)
     shape = pixels if images is None else images.size
     result: dict[str, Any] = {"source": source, "images": len(features)}

@@ -63,13 +63,13 @@ class Cell:
         identity = [self.record(), self.labels, *made_by]
         return f"{self.label}-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]}"
 
-    def requests(self) -> list[ImageRequest]:
-        return random_requests([self.size], self.images, list(self.labels), self.seed)
+    def requests(self, pixels_per_token: int) -> list[ImageRequest]:
+        return random_requests([self.size], self.images, list(self.labels), self.seed, pixels_per_token)
 
 
 def generate_features(weights: Weights, cell: Cell, network: FeatureNetwork, store: Store, folder: str) -> None:
     """Generates those images of ``cell`` whose features ``folder`` lacks, and writes these there. A collective."""
-    world, requests = weights.world, cell.requests()
+    world, requests = weights.world, cell.requests(weights.config.model.pixels_per_token)
     codec = weights.codec()
     for _ in range(_TRIES):
         existing = world.run_on_rank0(lambda: _indices(store, folder))

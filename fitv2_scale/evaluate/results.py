@@ -18,7 +18,7 @@ from pydantic import AfterValidator, Field
 from data_sharding.errors import DataError, UserError
 from data_sharding.storage.records import Count, Number, Shape, Time
 from data_sharding.storage.store import Store
-from fitv2_scale.config.model import parse_size
+from fitv2_scale.config.model import parse_pixels
 from fitv2_scale.evaluate.features import Features
 from fitv2_scale.evaluate.fid import IS_SPLIT, Gaussian, frechet_distance, inception_score
 from fitv2_scale.evaluate.precision_recall import NEIGHBOURS, precision_recall
@@ -30,7 +30,7 @@ FOLDER = "evaluations"
 
 def _size(text: str) -> str:
     try:
-        parse_size(text)
+        parse_pixels(text)
     except UserError as error:
         raise ValueError(str(error)) from error
     return text
@@ -116,8 +116,8 @@ def _read_cell(store: Store, path: str) -> dict[str, Any] | None:
 
 
 def _rank(cell: dict[str, Any]) -> tuple:
-    rows, columns = parse_size(cell["size"])
-    return -cell["images"], rows != columns, rows * columns, cell["cfg"], -cell["nfe"]
+    height, width = parse_pixels(cell["size"])
+    return -cell["images"], height != width, height * width, cell["cfg"], -cell["nfe"]
 
 
 def _path(step: str, cell: str) -> str:

@@ -18,7 +18,9 @@ from data_sharding.format.manifest import Manifest
 from data_sharding.format.shard import VIEWS
 from data_sharding.plan.balance import Cost, assign_packs
 from data_sharding.plan.pack_layout import PackShape
-from data_sharding.plan.plan import RESIZE, StepSet, sample_ids
+from data_sharding.plan.plan import StepSet, sample_ids
+from data_sharding.plan.token_grid import STORED_TOKENS, TokenGrid
+from data_sharding.plan.view_sizes import RESIZE
 from data_sharding.rng import Purpose, keyed_order
 from data_sharding.stream.batch import make_batch
 from data_sharding.stream.frames import FrameReader
@@ -44,17 +46,23 @@ class Validation:
         shape: PackShape,
         world: World,
         layout: Layout,
+        token_grid: TokenGrid,
         reader: FrameReader,
     ):
         """``shape`` is the shape of its packs; ``cost`` balances the images over ranks.
 
         Raises:
-            UserError: an image is too large for a pack, or cannot be read.
+            UserError: an image is too small for a patch or too large for a pack, or cannot be read.
         """
         self._objective, self._world, self._counts = objective, world, layout.tensor_rank(world.rank) == 0
         self._u_K = (torch.arange(config.timesteps, dtype=torch.float64, device=world.device) + 0.5) / config.timesteps
-        grid = validation_grid(manifests, config)
+        grid = validation_grid(manifests, config, token_grid)
         self.images = len(grid.row) // config.timesteps
+        if small := int((grid.tokens == 0).sum()) // config.timesteps:
+            raise UserError(
+                f"{small} of the {self.images} images that validation takes of {manifests[0].url} are less than one "
+                f"patch of model.patch={token_grid.patch} on a side: set validation.url to a dataset with larger images"
+            )
         if (longest := int(grid.tokens.max())) > shape.max_seqlen:
             raise UserError(
                 f"{manifests[0].url} holds images of {longest} tokens, but packs of this run only hold images of up to "
@@ -64,7 +72,7 @@ class Validation:
         assignment = assign_packs(grid.tokens, cost, (layout.data_parallel,), [shape])
         arrays, error = _read(manifests, grid, np.concatenate(assignment.packs_of(rank)), reader)
         world.raise_shared(error)
-        self._packs = make_batch(0, grid, assignment, cost, rank, arrays, substituted=0).packs
+        self._packs = make_batch(0, grid, assignment, cost, rank, arrays, 0, token_grid).packs
 
     @torch.no_grad()
     def loss(self, network: Callable[..., Tensor], between: Callable[[], None] = lambda: None) -> float:
@@ -101,15 +109,17 @@ def held_out_urls(training: Sequence[Manifest], config: ValidationConfig) -> lis
     return [url.rstrip("/") for url in urls]
 
 
-def validation_grid(manifests: Sequence[Manifest], config: ValidationConfig) -> StepSet:
+def validation_grid(
+    manifests: Sequence[Manifest], config: ValidationConfig, token_grid: TokenGrid = STORED_TOKENS
+) -> StepSet:
     """Every image of the grid at every time, as a StepSet; its epoch is the index of the time."""
     dataset = np.repeat(np.arange(len(manifests)), [len(m.sample_id) for m in manifests])
     row = np.concatenate([np.arange(len(m.sample_id)) for m in manifests])
     ids = np.concatenate([sample_ids(d, m.sample_id) for d, m in enumerate(manifests)])
     chosen = keyed_order(VALIDATION_SEED, Purpose.VALIDATION_ORDER, 0, ids)[: config.images]
     label = np.concatenate([m.label for m in manifests])[chosen].astype(np.int64)
-    size = np.concatenate([m.size[:, RESIZE] for m in manifests])[chosen].astype(np.int64)
-    columns = dataset[chosen], row[chosen], ids[chosen], label, size.prod(-1)
+    size = np.concatenate([m.size[:, RESIZE] for m in manifests])[chosen]
+    columns = dataset[chosen], row[chosen], ids[chosen], label, token_grid.lengths(size)
     dataset, row, ids, label, tokens = (np.tile(column, config.timesteps) for column in columns)
     epoch, zero = np.repeat(np.arange(config.timesteps), len(chosen)), np.zeros_like(row)
     return StepSet(dataset, epoch, row, ids, label, zero + RESIZE, zero, tokens)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_sharding.errors import DataError
+from data_sharding.plan.token_grid import STORED_TOKENS, TokenGrid
 from data_sharding.storage.numbered_log import NumberedLog
 from data_sharding.storage.records import Count, Shape
 from data_sharding.storage.store import Store
@@ -84,9 +85,11 @@ class SubstitutionLog:
             )
 
 
-def substitutes_of(records: Sequence[Record], manifests: Sequence) -> Substitutes:
+def substitutes_of(
+    records: Sequence[Record], manifests: Sequence, token_grid: TokenGrid = STORED_TOKENS
+) -> Substitutes:
     """The substitutes that ``records`` describe, for the datasets of ``manifests``."""
-    substitutes = Substitutes(manifests)
+    substitutes = Substitutes(manifests, token_grid)
     for record in records:
         substitutes = substitutes.with_record(record)
     return substitutes

@@ -35,6 +35,7 @@ def validation_of(config: Config, data: Data, world: World, layout: Layout) -> V
         shape=data.shapes[0][-1],  # whatever the batch has become: losses on held-out images stay comparable
         world=world,
         layout=layout,
+        token_grid=data.plan.token_grid,
         reader=FrameReader(RetryPolicy(deadline=config.data.deadline_seconds)),
     )
 
@@ -95,7 +96,7 @@ class InLoopEvaluation:
         """Samples the configured grid."""
         config = self._config
         labels = evenly_spaced_labels(config.sampling.columns, self._data.classes)
-        requests = grid_requests(config.sampling.sizes, labels)
+        requests = grid_requests(config.sampling.sizes, labels, config.model.pixels_per_token)
         made = sample(
             self._engine.network,
             requests,

@@ -218,7 +218,7 @@ def _open_substitutions(
     """The substitutes that earlier attempts recorded. A fork starts records of its own."""
     run = attempt.run
     records = substitution_records(run.store)
-    substitutes = substitutes_of(world.run_on_rank0(records.entries), data.plan.manifests)
+    substitutes = substitutes_of(world.run_on_rank0(records.entries), data.plan.manifests, data.plan.token_grid)
     if restored and restored.cursor and restored.cursor.ledger > substitutes.version and fork is None:
         raise DataError(
             f"{run.url}/ledger holds {substitutes.version} records of substituted images, but the commit at step "

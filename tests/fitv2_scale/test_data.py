@@ -10,9 +10,11 @@ from types import SimpleNamespace
 import pytest
 
 from data_sharding.errors import UserError
+from data_sharding.format.manifest import Manifest
 from data_sharding.plan.plan import Cursor
 from fitv2_scale.data import Data, _segment
 from fitv2_scale.planning.forecast.assumptions import Assumptions
+from fitv2_scale.planning.forecast.pack_statistics import data_statistics
 from fitv2_scale.planning.forecast.plan_report import forecast
 from fitv2_scale.train.loop import DONE, train
 from tests.support.ranks import run_ranks
@@ -69,6 +71,34 @@ def test_latents_of_two_codecs_are_not_mixed(tiny, dataset, tmp_path):
     for urls in ([dataset, str(other)], [str(other), dataset]):
         with pytest.raises(UserError, match="were written with different codecs: write one of them again"):
             Data.open(tiny(data__url=urls), (1,))
+
+
+def test_latents_that_the_model_does_not_take_are_refused_at_the_start(tiny, dataset, tmp_path):
+    """The dataset's four channels, and as if it had 16; pictures of 32 pixels, with patches of 64."""
+    with pytest.raises(UserError, match=f"{dataset} holds latents of 4 channels, and the model takes 16: set mod"):
+        Data.open(tiny(model__latent_channels=16), (1,))
+    other = shutil.copytree(dataset, tmp_path / "other")
+    header = json.loads((other / "manifest.json").read_text())
+    header["codec"]["channels"] = 16
+    Path(other, "manifest.json").write_text(json.dumps(header))
+    with pytest.raises(UserError, match=r"16 channels, and the model takes 4: set model\.latent_channels=16, or give"):
+        Data.open(tiny(data__url=str(other)), (1,))
+    small = (Manifest.load(dataset).size[:, 0].min(-1) < 4).sum()
+    with pytest.raises(UserError, match=rf"^{small} of the 240 images of {dataset} are less than one patch of 64 x 64"):
+        run_ranks(2, train, tiny(model__patch=8))
+    assert not Path(tiny().run, "steps").exists()
+
+
+def test_packs_and_their_figures_count_the_tokens_of_the_network(tiny):
+    """Of 16 stored tokens at most, 4 with patches of 4: capacities, work and forecast follow."""
+    small, large = (Data.open(tiny(model__patch=patch), (2,)) for patch in (2, 4))
+    assert (small.shapes[0][0].max_seqlen, large.shapes[0][0].max_seqlen) == (16, 4)
+    assert large.shapes[0][-1].tokens <= small.shapes[0][-1].tokens / 3
+    assert small.plan.hash == large.plan.hash
+    sizes = [large.plan.manifests[0].size[s.row, s.view].astype(int) // 2 for s in map(large.plan.step, range(20))]
+    mean = sum(int(size.prod(-1).sum()) for size in sizes) / 240
+    found = data_statistics(tiny(model__patch=4), large, 2)
+    assert found["mean_tokens"] == pytest.approx(mean) and found["capacities"] == [s.tokens for s in large.shapes[0]]
 
 
 def segment(images: list[int], weights: list[float] | None = None) -> tuple[int, ...]:

@@ -68,9 +68,10 @@ def is_dropped(seed: int, epoch: int, image: int, dropout: float) -> bool:
     return fraction(words(seed, LABEL_DROP, epoch, image, 1)[0]) < dropout
 
 
-def noise_of(seed: int, epoch: int, image: int, tokens: int) -> np.ndarray:
-    """x0: float32 (tokens, 16), one draw a value, token after token."""
-    return gaussians(words(seed, NOISE, epoch, image, 16 * tokens)).astype(np.float32).reshape(tokens, 16)
+def noise_of(seed: int, epoch: int, image: int, tokens: int, channels: int = 16) -> np.ndarray:
+    """x0: float32 (tokens, channels), one draw a value, token after token."""
+    drawn = gaussians(words(seed, NOISE, epoch, image, channels * tokens))
+    return drawn.astype(np.float32).reshape(tokens, channels)
 
 
 def initial_weight(seed: int, name: str, shape: tuple[int, ...], head_size: int) -> np.ndarray:

@@ -25,7 +25,7 @@ class Image:
     epoch: int
     number: int  # its id
     label: int
-    latents: np.ndarray  # float16 (rows, columns, 16), the view that was chosen, mirrored or not
+    latents: np.ndarray  # float16 (rows, columns, channels), the view that was chosen, mirrored or not
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,14 @@ class Noised:
 
     t: np.float32
     label: int
-    x: np.ndarray  # float32 (tokens, 16)
+    x: np.ndarray  # float32 (tokens, channels)
     target: np.ndarray
 
     @classmethod
     def of(cls, image: Image, recipe: Recipe) -> "Noised":
         dropped = is_dropped(recipe.seed, image.epoch, image.number, recipe.dropout)
-        data = image.latents.astype(np.float32).reshape(-1, 16)
-        noise = noise_of(recipe.seed, image.epoch, image.number, len(data))
+        data = image.latents.astype(np.float32).reshape(-1, recipe.form.channels)
+        noise = noise_of(recipe.seed, image.epoch, image.number, *data.shape)
         label = recipe.form.classes if dropped else image.label
         if recipe.objective == "ddpm":
             level = level_of(recipe.seed, image.epoch, image.number)

@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from functools import cache
 
-from data_sharding.plan.plan import CROP
+from data_sharding.plan.view_sizes import CROP
 from data_sharding.stream.frames import read_frame
 from data_sharding.stream.substitutes import frame_of
 from fitv2_scale.config.schema import Config
 from fitv2_scale.data import Data
+from tests.oracle.patches import latent_of, tokens_of
 from tests.oracle.training import Image
 
 
@@ -21,6 +22,8 @@ def planned_images(config: Config) -> Callable[[int], list[Image]]:
         f = frame_of(manifest, row)
         sample = frame(dataset, f)[row - int(manifest.frame_first[f])]
         latents = sample.views["crop" if view == CROP else "resize"][flip]
+        if config.model.patch != 2:
+            latents = tokens_of(latent_of(latents), config.model.patch)
         assert latents.shape[0] * latents.shape[1] == tokens and sample.label == label
         return Image(epoch, number, label, latents)
 

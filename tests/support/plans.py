@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 
 from data_sharding.plan.balance import Cost
-from data_sharding.plan.plan import CROP, Plan, Segment
+from data_sharding.plan.plan import Plan, Segment
+from data_sharding.plan.view_sizes import CROP
 
 COST = Cost(linear=960, quadratic=1)
 

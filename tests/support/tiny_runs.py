@@ -15,11 +15,11 @@ BENCHED = ["model.depth=2", "model.hidden=32", "model.heads=2", "model.classes=1
 BENCHED += ["data.url=preset:imagenet256", "batch.images=5", "layout.max_tokens=512"]
 
 
-def make_pictures(root: Path, count: int) -> None:
-    """So many pictures of 5 classes and many sizes, in a folder a class."""
+def make_pictures(root: Path, count: int, sides: tuple[int, int] = (32, 120)) -> None:
+    """So many pictures of 5 classes and many sizes, in a folder a class; ``sides`` are pixels."""
     from tests.support.pictures import write_pictures
 
-    write_pictures(root, count, (32, 120), [f"class{i}" for i in range(CLASSES)])
+    write_pictures(root, count, sides, [f"class{i}" for i in range(CLASSES)])
 
 
 @pytest.fixture(scope="session")

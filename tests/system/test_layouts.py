@@ -4,6 +4,7 @@ same losses and weights, as a training in float64 that was written apart (tests/
 import pytest
 
 from fitv2_scale.config.schema import Config
+from fitv2_scale.data import Data
 from fitv2_scale.train.loop import train
 from tests.oracle.network import Form
 from tests.oracle.training import Recipe
@@ -93,6 +94,21 @@ def test_each_family_is_the_training_written_apart(tiny, form, objective, views,
     changes |= {"objective": objective, "flow__t_sampler": "uniform", "data__views": views, "optimizer__eps": 1e-4}
     recipe = Recipe(SEED, Form(**form), sampler="uniform", objective=objective, eps=1e-4)
     assert_trained_as_apart(run(tiny(seed=SEED, train__steps=8, **changes), ranks), recipe)
+
+
+@pytest.mark.parametrize("ranks,layout", [(1, {}), (2, {}), (2, {"layout__tensor": 2})], ids=str)
+def test_larger_patches_are_the_training_written_apart(tiny, ranks, layout):
+    """Groups of 2 x 2 stored tokens, of images whose sides are even and odd: those that patches of 2 are trained on."""
+    config = tiny(seed=SEED, train__steps=STEPS, model__patch=4, **layout)
+    assert_trained_as_apart(run(config, ranks), Recipe(SEED, Form(channels=64)))
+    plan, tokens = Data.open(tiny(seed=SEED), (1,)).plan, 0
+    for step, images in trained(config.run).items():
+        planned = plan.step(step)
+        ids = zip(planned.epoch.tolist(), planned.sample_id.tolist(), strict=True)
+        assert sorted((epoch, number) for epoch, number, *_ in images) == sorted(ids)
+        sizes = plan.manifests[0].size[planned.row, planned.view].tolist()
+        tokens += sum((rows // 2) * (columns // 2) for rows, columns in sizes)
+    assert metrics(config.run)[STEPS]["tokens"] == tokens
 
 
 def test_bf16_stays_near_fp32(tiny):

@@ -1,6 +1,7 @@
 """Decodes latents to images, and arranges images in a grid, as a run does at intervals."""
 
 import io
+from math import isqrt
 
 import numpy as np
 from PIL import Image
@@ -19,18 +20,19 @@ def evenly_spaced_labels(columns: int, classes: int) -> list[int]:
     return [i * classes // columns for i in range(columns)]
 
 
-def grid_requests(sizes: list[str], labels: list[int]) -> list[ImageRequest]:
-    """One row for each size (as in "160x320"), one column for each label."""
+def grid_requests(sizes: list[str], labels: list[int], pixels_per_token: int) -> list[ImageRequest]:
+    """One row for each size (as in "160x320"), one column for each label, in tokens of so many pixels a side."""
     return [
-        ImageRequest(row * len(labels) + column, label, *parse_size(size))
+        ImageRequest(row * len(labels) + column, label, *parse_size(size, pixels_per_token))
         for row, size in enumerate(sizes)
         for column, label in enumerate(labels)
     ]
 
 
 def decode(tokens: np.ndarray, codec: Codec) -> Image.Image:
-    """The RGB image of latent tokens (rows, columns, 16)."""
-    return Image.fromarray(codec.decode(unpatchify(tokens)))
+    """The RGB image of latent tokens (rows, columns, C), of patches of any side p: C is the codec's channels times
+    p squared."""
+    return Image.fromarray(codec.decode(unpatchify(tokens, isqrt(tokens.shape[-1] // codec.channels))))
 
 
 def grid_png(images: list[Image.Image], rows: int) -> bytes:

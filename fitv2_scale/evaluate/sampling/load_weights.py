@@ -46,8 +46,17 @@ class Weights:
         """The codec that decodes its latents: that of the dataset, or if that cannot be read the VAE of sampling.vae.
 
         Raises:
-            UserError: there is neither, or the VAE is not that of the latents that a run has learned.
+            UserError: there is neither, or the codec is not that of the latents that the network makes.
         """
+        codec, channels = self._codec(), self.config.model.latent_channels
+        if codec.channels != channels:
+            raise UserError(
+                f"{self.name} makes latents of {channels} channels, and the codec {codec.name} decodes "
+                f"{codec.channels}: give a dataset of theirs as data.url=FOLDER, or their VAE as sampling.vae=FOLDER"
+            )
+        return codec
+
+    def _codec(self) -> Codec:
         vae = self.config.sampling.vae
         try:
             return codec_of(self.header().codec, vae)

@@ -52,7 +52,7 @@ class RopeVariant:
 
 def variants(model: ModelConfig, sampling: SamplingConfig, size: str) -> list[RopeVariant]:
     """Each variant at ``size``, without images."""
-    rows, columns = parse_size(size)
+    rows, columns = parse_size(size, model.pixels_per_token)
     default, found = rope_for_size(sampling, model, rows, columns), []
     for mode, scale in _VARIANTS:
         rope = model.rope.model_copy(update={"mode": mode, "attention_scale": scale})
@@ -63,7 +63,7 @@ def variants(model: ModelConfig, sampling: SamplingConfig, size: str) -> list[Ro
 
 def compare(weights: Weights, sampling: SamplingConfig, size: str, labels: list[int], seed: int) -> list[RopeVariant]:
     """Images of ``labels`` by each variant, all in one call. A collective; only rank 0 has the images."""
-    rows, columns = parse_size(size)
+    rows, columns = parse_size(size, weights.config.model.pixels_per_token)
     codec = weights.shared_codec()
     model, found = weights.config.model, variants(weights.config.model, sampling, size)
     requests = [[ImageRequest(i, label, rows, columns, one.rope) for i, label in enumerate(labels)] for one in found]

@@ -10,7 +10,7 @@ from data_sharding.format import codecs
 
 @pytest.fixture(autouse=True)
 def vae(monkeypatch):
-    made = SimpleNamespace(weights="w" * 64, digest_as={"mean": "1" * 64, "sample": "2" * 64}.__getitem__)
+    made = SimpleNamespace(weights="w" * 64, channels=4, digest_as={"mean": "1" * 64, "sample": "2" * 64}.__getitem__)
     monkeypatch.setattr(codecs, "_sd_vae", lambda folder, latent: made)
     return made
 
@@ -25,3 +25,12 @@ def test_latents_of_another_vae_are_refused():
         UserError, match=r"the VAE in FOLDER \(w{16}\) is not the one .* \(codec 3{16}\): give the folder"
     ):
         codecs.decoding_vae("FOLDER", "3" * 64)
+
+
+def test_latents_of_other_channels_are_refused(vae):
+    """The published ones come without a digest of their VAE."""
+    record = {"name": "sd-vae", "digest": codecs.PUBLISHED, "scale": 0.18215}
+    assert codecs.codec_of(record, "FOLDER") is vae
+    vae.channels = 16
+    with pytest.raises(UserError, match="holds latents of 4 channels, and the VAE in FOLDER has 16: give the one that"):
+        codecs.codec_of(record, "FOLDER")

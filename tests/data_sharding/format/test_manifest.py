@@ -102,6 +102,9 @@ def test_damaged_missing_and_foreign_files_are_named(copied):
         ({"totals": {**header["totals"], "bytes": 1}}, "contradicts itself"),
         ({"columns": {}}, "contradicts itself"),
         ({"shards": [{"name": "x"}]}, "is damaged"),
+        ({"codec": {"name": "dct", "digest": "00", "scale": 1.0, "channels": 0}}, "the codec has 0 channels"),
+        ({"codec": {"name": "dct", "digest": "00", "scale": 1.0, "channels": True}}, "the codec has True channels"),
+        ({"codec": ["dct"]}, "is damaged"),
     ):
         (copied / "manifest.json").write_text(json.dumps({**header, **edit}))
         with pytest.raises(DataError, match=message):

@@ -116,7 +116,6 @@ def test_unusable_folders_are_one_sentence_each(tmp_path, vae_folder, monkeypatc
     with pytest.raises(UserError, match="holds a UNet2DModel"):
         get_codec("sd-vae", str(tmp_path))
     for name, changes, match in (
-        ("channels", {"latent_channels": 16}, "has 16 channels at 1/8"),
         ("levels", {"block_out_channels": (4, 4, 4)}, "has 4 channels at 1/4"),
         ("shift", {"shift_factor": 0.1}, "has 4 shifted channels"),
     ):

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_sharding.errors import UserError
-from data_sharding.plan.plan import CROP, Plan, Segment
+from data_sharding.plan.plan import Plan, Segment
 from data_sharding.plan.size_presets import open_preset
+from data_sharding.plan.view_sizes import CROP
 from fitv2_scale.bench.bias_figures import bias
 from tests.support.plans import manifest, plan_of
 

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from data_sharding.errors import DataError
-from data_sharding.plan.plan import CROP, RESIZE, Plan, Segment
+from data_sharding.plan.plan import Plan, Segment
+from data_sharding.plan.token_grid import TokenGrid
+from data_sharding.plan.view_sizes import CROP, RESIZE
 from data_sharding.stream.frames import read_frame
 from data_sharding.stream.substitutes import LostFrame, Substitutes, frame_of
 from tests.support.loaders import loader
@@ -37,6 +39,23 @@ def test_substitutes_are_as_long_or_the_nearest_shorter(manifest):
     assert all(substitutes.row(0, row, RESIZE) == row for row in readable)
     # Different images get different substitutes, as far as lengths allow.
     assert len({substitutes.row(0, row, RESIZE) for row in rows}) > len(rows) / 3
+
+
+def test_with_larger_patches_lengths_are_of_the_networks_tokens(manifest):
+    """Views of as many stored tokens may have more of the network's than the planned one, for which packs have no
+    room."""
+    substitutes = Substitutes([manifest], TokenGrid(patch=4))
+    substitutes = substitutes.with_record(record_of(substitutes, 1, 3))
+    size, equal, replaced = manifest.size.astype(int), 0, 0
+    for frame in (1, 3):
+        for row in range(*manifest.frame_first[frame : frame + 2]):
+            for view in (RESIZE, CROP):
+                if size[row, view].any():
+                    other = size[substitutes.row(0, row, view), view]
+                    assert 0 < (other // 2).prod() <= (size[row, view] // 2).prod()
+                    equal += (other // 2).prod() == (size[row, view] // 2).prod()
+                    replaced += 1
+    assert equal == replaced > 20
 
 
 def test_choice_depends_on_the_key_alone(manifest):

@@ -1,5 +1,6 @@
 """Datasets of the latents of a VAE: what they hold, what their manifest names, and a run on them."""
 
+import io
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from data_sharding.format.manifest import Manifest
 from data_sharding.format.patches import patchify, unpatchify
 from data_sharding.format.sd_vae import load_vae
 from data_sharding.stream.frames import read_frame
+from data_sharding.stream.packed_batches import packed_batches
 from data_sharding.verify import verify
 from data_sharding.write.image_file import load_rgb
 from data_sharding.write.image_sources import open_folder
@@ -127,3 +129,25 @@ def test_a_run_on_such_latents_makes_pictures_and_says_at_once_if_it_cannot(writ
         run_ranks(1, train, make_tiny(str(written_dataset[0]), tmp_path, "without", **options))
     plain = make_tiny(str(written_dataset[0]), tmp_path, "plain", **options | {"sampling__every_steps": 0})
     assert run_ranks(1, train, plain) == [0]  # without pictures nobody needs a VAE
+
+
+def test_latents_of_16_channels_from_images_to_a_run(image_folder, tmp_path, vae_folder):
+    """A stored token has 64 numbers, of which a patch of 4 has four times as many. The record of a codec with 4
+    channels names no number, so that older datasets keep their digests."""
+    vae = save_vae(tmp_path / "vae", latent_channels=16)
+    write_dataset(image_folder, url := str(tmp_path / "set"), workers=1, vae=vae, **OPTIONS)
+    assert verify(url).problems == ()
+    manifest = Manifest.load(url)
+    assert manifest.header.codec["channels"] == manifest.header.latent_channels == 16
+    assert read_frame(manifest, 0)[0].views["resize"].shape[3] == 64
+    assert get_codec("dct").record.keys() == {"name", "digest", "scale"}
+    assert get_codec("sd-vae", vae_folder).record.keys() == {"name", "digest", "scale", "latent", "vae"}
+    with packed_batches(url, images=5, max_tokens=64, steps=range(1)) as batches:
+        assert next(batches).packs[0].latents.shape[1] == 64
+    pictures = {"sampling__every_steps": 2, "sampling__sizes": ["32x64"], "sampling__steps": 2, "sampling__vae": vae}
+    for name, patch in (("two", 2), ("four", 4)):
+        model = {"model__classes": 3, "model__latent_channels": 16, "model__patch": patch}
+        config = make_tiny(url, tmp_path, name, train__steps=2, **model, **pictures)
+        assert run_ranks(2, train, config, timeout=300) == [0, 0]
+        grid = Image.open(io.BytesIO(Run.open(config.run).store.read("samples/00000002.png")))
+        assert grid.size == (4 + 3 * (64 + 4), 4 + 32 + 4)

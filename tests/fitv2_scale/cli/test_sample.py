@@ -10,6 +10,7 @@ from PIL import Image
 
 from fitv2_scale.cli.__main__ import main
 from fitv2_scale.run.run import Run
+from fitv2_scale.train.loop import train
 from tests.support.ranks import run_ranks
 
 
@@ -77,6 +78,25 @@ def test_many_pictures_continue_where_they_were(two_step_run, tmp_path):
         assert len(set(found["arr_1"].tolist())) > 1 and found["arr_0"].std() > 1
     with pytest.raises(SystemExit, match="cfg: 1.5 -> 3.0.*another folder"):
         run_ranks(1, refused, *options, "--images", "5", "--cfg", "3")
+
+
+def test_pictures_of_a_network_with_larger_patches(tiny, tmp_path):
+    """A token has 32 pixels on a side: of one grid, of single images, of the comparison of its positions."""
+    config = tiny(train__steps=2, model__patch=4)
+    assert run_ranks(2, train, config) == [0, 0]
+    out, folder, npz = (str(tmp_path / name) for name in ("grid.png", "folder", "all.npz"))
+    assert run_ranks(1, command, config.run, "--size", "32x96", "--columns", "2", "--steps", "2", "--out", out) == [0]
+    assert Image.open(out).size == (4 + 2 * (96 + 4), 4 + 32 + 4)
+    for images in ("2", "3"):  # the second call makes one more
+        single = ["--size", "64x96", "--images", images, "--steps", "2", "--folder", folder, "--npz", npz]
+        assert run_ranks(2, command, config.run, *single) == [0, 0]
+    with np.load(npz) as found:
+        assert found["arr_0"].shape == (3, 64, 96, 3)
+    assert run_ranks(1, command, config.run, "--compare", "--size", "64x64", "--steps", "1", "--out", out) == [0]
+    with pytest.raises(
+        SystemExit, match=r"fitv2: size '48x96': give HEIGHTxWIDTH in pixels, multiples of 32 \(a token"
+    ):
+        run_ranks(1, refused, config.run, "--size", "48x96")
 
 
 def refused(*words: str) -> None:

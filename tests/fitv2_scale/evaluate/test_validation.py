@@ -30,6 +30,7 @@ from fitv2_scale.run.run import Run
 from fitv2_scale.tracking.journal import read
 from fitv2_scale.train.in_loop_eval import validation_of
 from fitv2_scale.train.loop import DONE, train
+from tests.oracle.patches import latent_of, tokens_of
 from tests.support.commits import commit_bytes
 from tests.support.ranks import run_ranks
 from tests.support.run_history import losses
@@ -77,8 +78,8 @@ def expected(config, shift: float) -> float:
     samples = [s for f in range(len(manifest.frame_offset)) for s in read_frame(manifest, f)]
     order = np.argsort(rng.words64(0, Purpose.VALIDATION_ORDER, 0, [s.id for s in samples]), kind="stable")
     for sample in (samples[i] for i in order[:IMAGES]):
-        x1 = torch.from_numpy(sample.views["resize"][0].astype(np.float64)).flatten(0, 1)
-        rows, columns = sample.size[0]
+        tokens = tokens_of(latent_of(sample.views["resize"][0].astype(np.float64)), config.model.patch)
+        x1, (rows, columns, _) = torch.from_numpy(tokens).flatten(0, 1), tokens.shape
         packing = packing_to_torch(lay_out([(rows, columns)], PackShape(rows * columns, 1, rows * columns)))
         for k in range(TIMES):
             u = (rng.words(0, Purpose.VALIDATION_NOISE, k, sample.id, np.arange(x1.numel())) + 0.5) * 2.0**-32
@@ -89,6 +90,14 @@ def expected(config, shift: float) -> float:
                 output = network(x, torch.tensor([t]), torch.tensor([sample.label]), packing)
             found.append((output - target).square().mean().item())
     return float(np.mean(found))
+
+
+def test_the_same_loss_with_larger_patches(tiny, dataset):
+    changes = {"validation__url": dataset, "validation__images": IMAGES, "validation__timesteps": TIMES, "seed": 7}
+    config = tiny(**changes, model__patch=4)
+    raw, ema = (expected(config, shift) for shift in (SHIFT, 2 * SHIFT))
+    for found in run_ranks(2, measured, config):
+        assert found == pytest.approx((raw, ema, raw), rel=1e-6)
 
 
 LAYOUTS = [(1, {}), (2, {}), (3, {"max_tokens": 64}), (2, {"tensor": 2}), (2, {"engine": "zero3"})]
@@ -198,6 +207,13 @@ def test_what_cannot_be_looked_at_is_refused_at_once(tiny, dataset, apart, tmp_p
     write_dataset(str(tmp_path / "large"), str(tmp_path / "set"), max_tokens=36, workers=1, progress=False)
     with pytest.raises(UserError, match="images of 3. tokens, but packs of this run only hold images of up to 16"):
         run_ranks(2, train, tiny("c", validation__every_steps=2, validation__url=str(tmp_path / "set")))
+    make_pictures(tmp_path / "small", 20, (16, 40))
+    write_dataset(str(tmp_path / "small"), str(tmp_path / "little"), max_tokens=16, workers=1, progress=False)
+    small = sum(min(size) < 2 for size in Manifest.load(str(tmp_path / "little")).size[:, 0].tolist())
+    sentence = rf"^{small} of the 20 images that validation takes of .* than one patch of model\.patch=4 on a side: set"
+    with pytest.raises(UserError, match=sentence):
+        changes = {"validation__every_steps": 2, "validation__url": str(tmp_path / "little"), "model__patch": 4}
+        run_ranks(2, train, tiny("e", **changes))
     shard = next(Path(apart, "holdout").glob("shard-*"))
     bytes_ = shard.read_bytes()
     try:

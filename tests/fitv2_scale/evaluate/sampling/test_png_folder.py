@@ -28,7 +28,7 @@ def sampled(tmp_path):
 
     def run(images: int, source: str, config: str | None = None, *overrides: str) -> int:
         with join() as world, open_weights(source, world, config, ["sampling.steps=1", *overrides]) as weights:
-            requests = random_requests(["32x32"], images, [0, 1, 2], 5)
+            requests = random_requests(["32x32"], images, [0, 1, 2], 5, 16)
             settings = weights.config.sampling
             return fill_folder(weights, requests, settings, 5, str(tmp_path / "folder"), weights.codec()).made
 
@@ -125,17 +125,17 @@ def test_a_full_disk_is_a_sentence_and_the_folder_is_continued(sampled, two_step
 
 
 def test_an_npz_that_cannot_be_written_or_has_a_damaged_picture_is_a_sentence(tmp_path, monkeypatch):
-    requests = random_requests(["32x48"], 3, [0, 1, 2], 5)
+    requests = random_requests(["32x48"], 3, [0, 1, 2], 5, 16)
     for request in requests:
         Image.new("RGB", (48, 32)).save(image_file(str(tmp_path), request.index))
     disk = FaultyDisk(monkeypatch)
     disk.fail(errno.ENOSPC, "all.npz", "write")
     with pytest.raises(StorageDown, match="all.npz cannot be written: No space left on device"):
-        write_npz(str(tmp_path), requests, str(tmp_path / "all.npz"))
+        write_npz(str(tmp_path), requests, str(tmp_path / "all.npz"), 16)
     disk.fail(0, "nothing")
     image_file(str(tmp_path), 2).write_bytes(b"no picture")
     with pytest.raises(UserError, match="000002.png cannot be read .*remove it, and the command makes it again"):
-        write_npz(str(tmp_path), requests, str(tmp_path / "all.npz"))
+        write_npz(str(tmp_path), requests, str(tmp_path / "all.npz"), 16)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"00000{i}.png" for i in range(3)]
 
 
@@ -173,11 +173,11 @@ def three(tmp_path):
     """Three plain pictures of 16 x 32, in levels 10, 11 and 12, and the requests for them."""
     for i in range(3):
         Image.new("RGB", (32, 16), (10 + i,) * 3).save(image_file(str(tmp_path), i))
-    return random_requests(["16x32"], 3, [7], 0)
+    return random_requests(["16x32"], 3, [7], 0, 16)
 
 
 def test_an_npz_holds_each_picture_in_its_place(three, tmp_path):
-    write_npz(str(tmp_path), three, file := str(tmp_path / "all.npz"))
+    write_npz(str(tmp_path), three, file := str(tmp_path / "all.npz"), 16)
     with np.load(file) as found:
         assert found["arr_0"].shape == (3, 16, 32, 3) and found["arr_1"].tolist() == [7, 7, 7]
         assert [set(image.ravel().tolist()) for image in found["arr_0"]] == [{10}, {11}, {12}]
@@ -197,7 +197,7 @@ def test_an_npz_with_a_foreign_picture_is_not_written(three, tmp_path, place, mo
     """One of another size would move all later pictures in the array."""
     Image.new(mode, size).save(image_file(str(tmp_path), place))
     with pytest.raises(UserError, match=rf"00000{place}\.png {sentence}"):
-        write_npz(str(tmp_path), three, str(tmp_path / "all.npz"))
+        write_npz(str(tmp_path), three, str(tmp_path / "all.npz"), 16)
     assert not list(tmp_path.glob("*.npz"))
 
 
@@ -206,5 +206,5 @@ def test_an_npz_with_a_damaged_picture_is_not_written(three, tmp_path, kept):
     damaged = image_file(str(tmp_path), 1)
     damaged.write_bytes(damaged.read_bytes()[:kept])
     with pytest.raises(UserError, match=r"000001\.png cannot be read \(it is damaged\): remove it"):
-        write_npz(str(tmp_path), three, str(tmp_path / "all.npz"))
+        write_npz(str(tmp_path), three, str(tmp_path / "all.npz"), 16)
     assert not list(tmp_path.glob("*.npz"))

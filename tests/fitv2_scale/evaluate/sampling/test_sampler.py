@@ -70,7 +70,7 @@ def draw(config: Config, order: int = 1, gather: bool = True, scale: float = 0.2
         for boxed in engine.boxes().values():
             for box in boxed.boxes:
                 weigh(box, scale)
-        requests = grid_requests(SIZES, LABELS)[::order]
+        requests = grid_requests(SIZES, LABELS, 16)[::order]
         with engine.ema_weights():
             made = sample(
                 engine.network,
@@ -133,7 +133,7 @@ def draw_two(config: Config) -> int:
         engine = make_engine(config, Layout.of(world.size, 1), world)
         made = sample(
             engine.network,
-            grid_requests(["32x32"], [0, 1]),
+            grid_requests(["32x32"], [0, 1], 16),
             model=config.model,
             sampling=SamplingConfig(steps=2, solver="dopri5"),
             seed=3,
@@ -164,7 +164,7 @@ def constant(x_TC, t_I, label_I, packing, rope):
 @pytest.mark.parametrize("channels", ["all", "three"])
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
 def test_guidance(cfg, channels):
-    requests = grid_requests(["32x48", "16x16"], [0, 3])
+    requests = grid_requests(["32x48", "16x16"], [0, 3], 16)
 
     def draw(velocity) -> dict[ImageRequest, np.ndarray]:
         options = SamplingConfig(cfg=cfg, steps=3, guided_channels=channels)
@@ -213,10 +213,10 @@ def test_positions_are_as_published_unless_asked_for():
     published = {"256x256": plain, "128x384": plain, "160x320": RopeConfig(mode="vision_ntk")}
     published |= {size: scaled for size in ("320x320", "224x448", "160x480")}
     for size, rope in published.items():
-        assert rope_for_size(SamplingConfig(), MODEL, *parse_size(size)) == rope
+        assert rope_for_size(SamplingConfig(), MODEL, *parse_size(size, 16)) == rope
     stage = MODEL.model_copy(update={"rope": RopeConfig(mode="vision_ntk")})
     for size in ("512x512", "320x640", "256x768"):
-        assert rope_for_size(SamplingConfig(), stage, *parse_size(size)) == RopeConfig(mode="vision_ntk")
+        assert rope_for_size(SamplingConfig(), stage, *parse_size(size, 16)) == RopeConfig(mode="vision_ntk")
     asked = SamplingConfig(rope="yarn")
     assert rope_for_size(asked, MODEL, 20, 20) == RopeConfig(mode="yarn")
     asked = SamplingConfig(attention_scale="paper")
