@@ -38,7 +38,7 @@ def test_a_token_written_out():
 @pytest.mark.parametrize("patch", [4, 8])
 @pytest.mark.parametrize("views", ["mixed", "resize", "crop"])
 def test_a_plan_takes_the_same_images_whatever_the_patch(patch, views):
-    """Through a change of the batch, whose plan is made anew; lengths are those of the sizes, by hand."""
+    """Through a change of the batch, whose plan is another object; lengths are those of the sizes, by hand."""
     manifests = [open_preset("preset:imagenet256", images=3000)]
     plain, grouped = (
         Plan(manifests, 3, views, [Segment(0, 32, (1,))], grid) for grid in (STORED_TOKENS, TokenGrid(patch))

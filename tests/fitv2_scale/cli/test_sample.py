@@ -93,9 +93,7 @@ def test_pictures_of_a_network_with_larger_patches(tiny, tmp_path):
     with np.load(npz) as found:
         assert found["arr_0"].shape == (3, 64, 96, 3)
     assert run_ranks(1, command, config.run, "--compare", "--size", "64x64", "--steps", "1", "--out", out) == [0]
-    with pytest.raises(
-        SystemExit, match=r"fitv2: size '48x96': give HEIGHTxWIDTH in pixels, multiples of 32 \(a token"
-    ):
+    with pytest.raises(SystemExit, match=r"fitv2: size '48x96': give HEIGHTxWIDTH in pixels, multiples of 32 "):
         run_ranks(1, refused, config.run, "--size", "48x96")
 
 

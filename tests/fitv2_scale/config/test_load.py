@@ -172,10 +172,10 @@ def test_what_is_no_value_is_refused(load, override, said):
 
 def test_sizes_of_samples_are_multiples_of_the_models_token(load):
     assert load("sampling: {sizes: [32x48]}\n").sampling.sizes == ["32x48"]
-    assert load("model: {patch: 4}\nsampling: {sizes: [32x64]}\n").sampling.sizes == ["32x64"]
+    assert load("sampling: {sizes: [32x64]}\n", "model.patch=4").sampling.sizes == ["32x64"]
     for patch, multiple in ((2, 16), (4, 32), (8, 64)):
         with pytest.raises(UserError, match=rf"sampling.sizes: size '40x128': .* multiples of {multiple} \(a token\)"):
-            load(f"model: {{patch: {patch}}}\nsampling: {{sizes: [256x256, 40x128]}}\n")
+            load("sampling: {sizes: [256x256, 40x128]}\n", f"model.patch={patch}")
 
 
 def test_who_is_to_blame(load, tmp_path):
