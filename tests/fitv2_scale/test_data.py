@@ -12,8 +12,10 @@ import pytest
 from data_sharding.errors import UserError
 from data_sharding.format.manifest import Manifest
 from data_sharding.plan.plan import Cursor
+from data_sharding.plan.size_presets import open_preset
 from fitv2_scale.data import Data, _segment
 from fitv2_scale.planning.forecast.assumptions import Assumptions
+from fitv2_scale.planning.forecast.disk_usage import storage_report
 from fitv2_scale.planning.forecast.pack_statistics import data_statistics
 from fitv2_scale.planning.forecast.plan_report import forecast
 from fitv2_scale.train.loop import DONE, train
@@ -99,6 +101,15 @@ def test_packs_and_their_figures_count_the_tokens_of_the_network(tiny):
     mean = sum(int(size.prod(-1).sum()) for size in sizes) / 240
     found = data_statistics(tiny(model__patch=4), large, 2)
     assert found["mean_tokens"] == pytest.approx(mean) and found["capacities"] == [s.tokens for s in large.shapes[0]]
+
+
+def test_a_preset_is_as_large_as_its_stored_latents_whatever_the_patch(tiny):
+    """Both views and flips of 2 bytes a number, 4 times the channels a stored token."""
+    tokens = int(open_preset("preset:imagenet256").size.astype(int).prod(-1).sum())
+    for model, channels in (({}, 4), ({"model__patch": 8}, 4), ({"model__latent_channels": 16}, 16)):
+        config = tiny(data__url="preset:imagenet256", model__classes=1000, **model)
+        stored = storage_report(config, 1, 1, Data.open(config, (1,)))["dataset"]
+        assert stored["bytes"] == tokens * 4 * channels * 2 * 2
 
 
 def segment(images: list[int], weights: list[float] | None = None) -> tuple[int, ...]:

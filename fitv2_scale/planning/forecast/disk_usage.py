@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from data_sharding.format.patches import stored_channels
 from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.schema import Config
 from fitv2_scale.config.sections import CheckpointConfig
@@ -11,7 +12,6 @@ from fitv2_scale.data import Data
 from fitv2_scale.parallel.memory_estimate import state_bytes
 
 _LATENT_BYTES = 2  # float16, the default of `fitv2 shard write`
-_TOKEN = 16  # numbers
 _FLIPS = 2
 _SHARD_IMAGES = 1000  # by default
 _JOURNAL_ENTRY = 600  # bytes; tests/fitv2_scale/planning/forecast/test_plan_report.py holds it against a real one
@@ -59,13 +59,13 @@ def _pictures(config: Config) -> int:
 def _dataset(data: Data) -> dict[str, Any]:
     """The existing shards; of a preset, which has none, uncompressed latents of both views and flips."""
     size = inodes = 0
-    estimated = False
+    estimated, numbers = False, stored_channels(data.plan.token_grid.latent_channels)
     for manifest in data.plan.manifests:
         if manifest.header.shards:
             size += manifest.header.totals["bytes"]
             inodes += len(manifest.header.shards) + len(manifest.header.columns) + 2
         else:
             tokens = manifest.size.astype(np.int64).prod(2).sum()
-            size, estimated = size + int(tokens) * _TOKEN * _LATENT_BYTES * _FLIPS, True
+            size, estimated = size + int(tokens) * numbers * _LATENT_BYTES * _FLIPS, True
             inodes += -(-len(manifest.sample_id) // _SHARD_IMAGES)
     return {"bytes": size, "inodes": inodes, "estimated": estimated}
