@@ -101,7 +101,7 @@ def test_another_codec_is_measured_again(two_step_run, evaluated, tmp_path, monk
     file, config = weights_of(two_step_run, tmp_path / "first")
     first, _ = evaluated(file, config)
     codec = get_codec("dct")
-    negative = SimpleNamespace(digest="00", decode=lambda latent: 255 - codec.decode(latent))
+    negative = SimpleNamespace(digest="00", channels=4, decode=lambda latent: 255 - codec.decode(latent))
     monkeypatch.setattr(Weights, "codec", lambda self: negative)
     second, made = evaluated(file, config)
     assert made == 20 and second["fid"] != first["fid"]
