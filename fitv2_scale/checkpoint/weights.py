@@ -4,7 +4,7 @@ Both are streams, one tensor at a time: memory does not grow with the file.
 """
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -141,20 +141,19 @@ def export_weights(run_url: str, file: str, ema: bool, step: int | None = None, 
     folder, _, name = file.rpartition("/")
     if not file.startswith("s3://") and not Path(folder or ".").is_dir():
         raise UserError(f"the folder {Path(folder).absolute()} does not exist: make it first")
-    model = _model_for(run, LAYOUTS[layout])
+    model = _model_for(run, LAYOUTS[layout]) if LAYOUTS[layout].model else None
     entry, kind = entries[-1], "ema/" if ema else "param/"
     try:
         manifest = read_manifest(run, entry)
         reader = CommitReader(run.store, entry.fields["path"], manifest)
         shapes = {k.removeprefix(kind): tuple(t["shape"]) for k, t in manifest["tensors"].items() if k.startswith(kind)}
-        written = [
-            TensorToWrite(public, torch.float32, shape, partial(_read_part, reader, kind, piece, public))
-            for piece in pieces(LAYOUTS[layout], model, shapes).values()
-            for public, shape in piece.public.items()
-        ]
-        if table := LAYOUTS[layout].table:
-            shape = (1, model.sincos.train_side**2, model.hidden)
-            written.append(TensorToWrite(table, torch.float32, shape, partial(table_of, model)))
+        if model is None:  # nothing changes, whatever network it is
+            written = [
+                TensorToWrite(name, torch.float32, shape, partial(reader.read_tensor, f"{kind}{name}"))
+                for name, shape in shapes.items()
+            ]
+        else:
+            written = _in_layout(LAYOUTS[layout], model, shapes, lambda name: reader.read_tensor(f"{kind}{name}"))
         write_safetensors(open_store(folder or "."), name, written, metadata={"format": "pt"})
     except Damaged as error:
         raise UserError(
@@ -171,8 +170,23 @@ def _model_for(run: Run, layout: Layout) -> ModelConfig:
     return model
 
 
-def _read_part(reader: CommitReader, kind: str, piece: Piece, public: str) -> Tensor:
-    return piece.part(public, reader.read_tensor(f"{kind}{piece.name}"))
+def _in_layout(
+    layout: Layout, model: ModelConfig, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor]
+) -> list[TensorToWrite]:
+    """The tensors of ``shapes``, which ``read`` reads by name, as a file of ``layout`` has them."""
+
+    def read_part(piece: Piece, public: str) -> Tensor:
+        return piece.part(public, read(piece.name))
+
+    written = [
+        TensorToWrite(public, torch.float32, shape, partial(read_part, piece, public))
+        for piece in pieces(layout, model, shapes).values()
+        for public, shape in piece.public.items()
+    ]
+    if layout.table:
+        shape = (1, model.sincos.train_side**2, model.hidden)
+        written.append(TensorToWrite(layout.table, torch.float32, shape, partial(table_of, model)))
+    return written
 
 
 def read_finite(file: str, tensors: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:

@@ -99,7 +99,7 @@ def test_verify_says_what_is_damaged_and_fails(run, capfd):
 def test_export(run, saved, tmp_path, capfd, kind):
     out = str(tmp_path / "out.safetensors")
     report = said(capfd, "export", str(run), out, *(["--ema"] if kind == "ema" else []))
-    assert report == {"file": out, "step": 2, "ema": kind == "ema"}
+    assert report == {"file": out, "step": 2, "ema": kind == "ema", "format": "fit"}
     found = load_file(out)
     assert found and all((found[name].numpy() == saved[1][f"{kind}/{name}"]).all() for name in found)
 
@@ -120,7 +120,7 @@ def test_export_of_what_is_not_there(run, tmp_path, capfd):
 def test_import(weights, tmp_path, capfd):
     target = str(tmp_path / "imported")
     command = ("import", str(weights), target, "--config", CONFIG)
-    assert said(capfd, *command) == {"run": target, "step": 0}
+    assert said(capfd, *command) == {"run": target, "step": 0, "part": "", "layout": "fit"}
     assert said(capfd, "verify", target) == [{"step": 0, "problems": []}]
     assert "has commits already: import into a new run folder" in refused(capfd, *command)[1]
 
@@ -137,10 +137,10 @@ def test_import_of_what_does_not_fit(weights, run, tmp_path, capfd):
     (tmp_path / "cut.safetensors").write_bytes(weights.read_bytes()[:-1])
     torch.save({"step": 3}, tmp_path / "other.bin")
     assert "there is no weights file" in sentence(tmp_path / "none.safetensors")
-    assert "weights come as .safetensors or .bin" in sentence(tmp_path / "weights.ckpt")
+    assert "weights come as .safetensors, .bin or .pt" in sentence(tmp_path / "weights.ckpt")
     assert "not a complete .safetensors file" in sentence(tmp_path / "cut.safetensors")
     assert "does not load as plain tensors" in sentence(tmp_path / "other.bin")
-    assert "tensors are missing" in sentence(weights, "configs/fitv2_b2.yaml")
+    assert "(model.depth is " in sentence(weights, "configs/fitv2_b2.yaml")
     assert "none.yaml" in sentence(weights, "none.yaml")
     assert not Path(target).exists()
     assert "holds a different run" in refused(capfd, "import", str(weights), str(run), "--config", CONFIG)[1]
