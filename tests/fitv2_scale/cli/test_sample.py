@@ -159,7 +159,7 @@ def test_weights_files_that_cannot_become_pictures(two_step_run, tmp_path):
     config.write_text(json.dumps(Run.open(two_step_run).config))
     assert main(["checkpoint", "export", two_step_run, weights, "--ema"]) == 0
     for words, sentence in (
-        (["--config", str(config), "model.hidden=64"], "the config wants .* choose another config"),
+        (["--config", str(config), "model.hidden=64"], "model.hidden is 32, not 64.*: set these keys so"),
         (["--config", str(config), "data.url=nowhere"], "the codec of these latents is not known.*sampling.vae"),
         ([], "give the config of these weights as --config FILE"),
     ):
