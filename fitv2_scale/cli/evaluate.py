@@ -151,6 +151,7 @@ def _measure_images(args: argparse.Namespace, options: "EvaluationOptions", fact
 def _cells(args: argparse.Namespace, weights: "Weights") -> "list[Cell]":
     from fitv2_scale.config.load import with_changes
     from fitv2_scale.config.model import parse_size
+    from fitv2_scale.config.solvers import require_fitting
     from fitv2_scale.evaluate.generated_features import Cell
     from fitv2_scale.evaluate.sampling.sampler import rope_for_size
     from fitv2_scale.evaluate.suites import load_suite
@@ -166,25 +167,29 @@ def _cells(args: argparse.Namespace, weights: "Weights") -> "list[Cell]":
     for cell in wanted:
         size = cell.pop("size")
         rows, columns = parse_size(size, weights.config.model.pixels_per_token)
-        for few in _few_steps(args.nfe, args.solver):
+        for few in _few_steps(args.nfe, args.solver, weights.config.objective):
             sampling = with_changes(weights.config.sampling, cell | sampling_changes(args) | few)
+            require_fitting(sampling.solver, weights.config.objective)
             rope = rope_for_size(sampling, weights.config.model, rows, columns)  # what "auto" means for it
             sampling = with_changes(sampling, {"rope": rope.mode, "attention_scale": rope.attention_scale})
             cells.append(Cell(size, sampling, images, args.seed or 0, tuple(labels)))
     return cells
 
 
-def _few_steps(nfe: str | None, solver: str | None) -> list[dict]:
+def _few_steps(nfe: str | None, solver: str | None, objective: str) -> list[dict]:
     """The changes to ``sampling`` for each number of evaluations; a step of heun takes two."""
+    from fitv2_scale.config.solvers import SOLVERS
+
     if nfe is None:
         return [{}]
-    counts = nfe.split(",")
-    each = {"euler": 1, "sde": 1, "heun": 2}.get(solver or "euler")
-    if each is None:
-        raise UserError(f"--nfe needs a solver of fixed steps: euler, heun or sde, not {solver}")
+    counts, solver = nfe.split(","), solver or ("ddim" if objective == "ddpm" else "euler")
+    fixed = {s.name: s.evaluations for s in SOLVERS if s.evaluations is not None and s.objective == objective}
+    if (each := fixed.get(solver)) is None:
+        *others, last = fixed
+        raise UserError(f"--nfe needs a solver of fixed steps: {', '.join(others)} or {last}, not {solver}")
     if not all(count.isdecimal() and int(count) >= each and int(count) % each == 0 for count in counts):
         raise UserError(f"--nfe {nfe}: give {'even ' if each == 2 else ''}numbers as in 4,8,50")
-    return [{"solver": solver or "euler", "steps": int(count) // each} for count in counts]
+    return [{"solver": solver, "steps": int(count) // each} for count in counts]
 
 
 def _report(args: argparse.Namespace, done: "Evaluation") -> None:

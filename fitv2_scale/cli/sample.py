@@ -40,8 +40,10 @@ def add(commands: Any) -> None:
         metavar="all|three",
         help="channels guided (default all; released: three)",
     )
-    sample.add_argument("--solver", metavar="euler|heun|dopri5|sde", help="solver (default: the config's, euler)")
-    sample.add_argument("--steps", type=int, help="steps of euler, heun and sde (default: the config's, 50)")
+    sample.add_argument(
+        "--solver", metavar="euler|heun|dopri5|sde|ddpm|ddim", help="solver (default: the config's, euler)"
+    )
+    sample.add_argument("--steps", type=int, help="steps of all but dopri5 (default: the config's, 50)")
     sample.add_argument(
         "--rope",
         metavar="MODE",
@@ -110,6 +112,7 @@ def _grid(args: argparse.Namespace, weights: "Weights", sampling: "SamplingConfi
         weights.engine.network,
         requests,
         model=weights.config.model,
+        objective=weights.config.objective,
         sampling=sampling,
         seed=args.seed,
         world=weights.world,

@@ -30,6 +30,7 @@ from fitv2_scale.config.sections import (
     WatchdogConfig,
 )
 from fitv2_scale.config.slurm import SlurmConfig
+from fitv2_scale.config.solvers import misfit
 
 RECIPE = ("model", "objective", "flow", "ddpm", "data", "optimizer", "ema", "trainable", "seed")
 _IF_GIVEN = ("init_from", "init_new")  # also of the recipe, which has them only where they are set
@@ -79,9 +80,10 @@ class Config(Section):
     slurm: SlurmConfig = Field(SlurmConfig(), description="how `fitv2 submit` requests jobs")
 
     @model_validator(mode="after")
-    def _layout_suits_the_rest(self):
+    def _sections_suit_one_another(self):
         """Names all that is wrong at once: who mends one fault should not meet the next."""
-        if problems := [*_engine_problems(self), *_float8_problems(self), *_flash4_problems(self)]:
+        of_layout = [*_engine_problems(self), *_float8_problems(self), *_flash4_problems(self)]
+        if problems := [*of_layout, *_solver_problems(self)]:
             raise ValueError("; ".join(problems))
         return self
 
@@ -173,6 +175,12 @@ def _flash4_problems(config: Config) -> Iterator[str]:
             "deterministic=true is not for layout.attention=flash4, which is not known to give equal bits each time: "
             "leave one of them out"
         )
+
+
+def _solver_problems(config: Config) -> Iterator[str]:
+    """Of a solver that is not used, there are none."""
+    if config.sampling.every_steps and (problem := misfit(config.sampling.solver, config.objective)):
+        yield problem
 
 
 def _without_runtime(plain: dict[str, Any]) -> dict[str, Any]:

@@ -4,11 +4,12 @@ it is trained (``optimizer``, ``ema``, ``train``), what is recorded (``tracking`
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from data_sharding.plan.view_choice import Views
 from fitv2_scale.config.model import AttentionScale, Mode, SincosMode
 from fitv2_scale.config.section import Section
+from fitv2_scale.config.solvers import DDPM_LEVELS
 
 
 class DataConfig(Section):
@@ -128,11 +129,16 @@ class SamplingConfig(Section):
     guided_channels: Literal["all", "three"] = Field(
         "all", description="latent channels that guidance applies to; three: the first three of four, as released"
     )
-    solver: Literal["euler", "heun", "dopri5", "sde"] = Field(
-        "euler",
-        description="euler, heun: fixed steps; dopri5: adaptive steps per image; sde: SiT's stochastic sampler",
+    guidance_interval: list[float] = Field(
+        [0.0, 1.0],
+        description="times [t0, t1] between which there is guidance, from 0, noise, to 1, data; elsewhere cfg is 1",
     )
-    steps: int = Field(50, ge=1, description="number of steps of euler, heun and sde")
+    solver: Literal["euler", "heun", "dopri5", "sde", "ddpm", "ddim"] = Field(
+        "euler",
+        description="of a flow: euler, heun: fixed steps; dopri5: adaptive steps per image; sde: SiT's stochastic "
+        "sampler; of ddpm: ddpm: ancestral sampling; ddim: without noise",
+    )
+    steps: int = Field(50, ge=1, description="number of steps of all solvers but dopri5; ddim's must divide 1000")
     atol: float = Field(1e-6, gt=0, description="absolute tolerance of dopri5")
     rtol: float = Field(1e-3, gt=0, description="relative tolerance of dopri5")
     rope: Literal["auto", Mode] = Field(
@@ -150,6 +156,24 @@ class SamplingConfig(Section):
         if not sizes:
             raise ValueError("give at least one size, as in [256x256]; sampling.every_steps=0 samples none")
         return sizes
+
+    @field_validator("guidance_interval")
+    @classmethod
+    def _interval_is_one(cls, interval: list[float]) -> list[float]:
+        if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+            raise ValueError("give [t0, t1] with 0 <= t0 < t1 <= 1, as in [0.2, 0.8]; cfg=1 guides nowhere")
+        return interval
+
+    @model_validator(mode="after")
+    def _steps_suit_the_solver(self):
+        if self.solver == "ddim" and (self.steps == 1 or DDPM_LEVELS % self.steps):
+            raise ValueError(
+                f"steps is {self.steps}, and ddim takes equal strides through {DDPM_LEVELS} levels of noise: give a "
+                f"divisor of {DDPM_LEVELS}, as in 50, 100 or 250"
+            )
+        if self.solver == "ddpm" and not 2 <= self.steps <= DDPM_LEVELS:
+            raise ValueError(f"steps is {self.steps}: give 2 to {DDPM_LEVELS} steps for solver=ddpm, as in 250")
+        return self
 
 
 _LEAST_KEPT = 2  # newest sound commits that are never deleted, whatever the config says

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from data_sharding.storage.store import Store
 from fitv2_scale.config.sections import SamplingConfig
+from fitv2_scale.config.solvers import solver_facts
 from fitv2_scale.evaluate.feature_network import FeatureNetwork
 from fitv2_scale.evaluate.features import Features, npz_bytes, read_npz
 from fitv2_scale.evaluate.sampling.image_grid import decode
@@ -38,19 +39,36 @@ class Cell:
     labels: tuple[int, ...]
 
     def record(self) -> dict[str, Any]:
-        """How the images are generated, for the result: the settings of ``sampling`` that its solver uses."""
+        """How the images are generated, for the result: the settings of ``sampling`` that its solver uses.
+
+        Newer ones are left out at their defaults, so that results of earlier versions are found.
+        """
         s = self.sampling
-        steps = {"atol": s.atol, "rtol": s.rtol} if s.solver == "dopri5" else {"steps": s.steps}
+        steps = {"atol": s.atol, "rtol": s.rtol} if self._adaptive else {"steps": s.steps}
         names = ("cfg", "guided_channels", "solver", "rope", "attention_scale")
         how = {name: getattr(s, name) for name in names} | steps
+        if self._limited:
+            how["guidance_interval"] = s.guidance_interval
+        if s.sincos != "auto":
+            how["sincos"] = s.sincos
         return {"size": self.size, "images": self.images, "seed": self.seed, "classes": len(self.labels)} | how
 
     @property
     def label(self) -> str:
         """A readable name, the same for all weights."""
         s = self.sampling
-        steps = "" if s.solver == "dopri5" else str(s.steps)
-        return f"{self.size}-cfg{s.cfg:g}-{s.solver}{steps}-{s.rope}-{self.images}"
+        steps = "" if self._adaptive else str(s.steps)
+        positions = s.rope if s.sincos == "auto" else f"sincos_{s.sincos}"
+        within = "from{:g}to{:g}".format(*s.guidance_interval) if self._limited else ""
+        return f"{self.size}-cfg{s.cfg:g}{within}-{s.solver}{steps}-{positions}-{self.images}"
+
+    @property
+    def _adaptive(self) -> bool:
+        return solver_facts(self.sampling.solver).evaluations is None
+
+    @property
+    def _limited(self) -> bool:
+        return self.sampling.guidance_interval != [0, 1]
 
     @property
     def class_numbers(self) -> str:
@@ -84,6 +102,7 @@ def generate_features(weights: Weights, cell: Cell, network: FeatureNetwork, sto
                     weights.engine.network,
                     chunk,
                     model=weights.config.model,
+                    objective=weights.config.objective,
                     sampling=cell.sampling,
                     seed=cell.seed,
                     world=world,

@@ -55,6 +55,7 @@ class _Cell(Shape):
     images: Count
     size: Annotated[str, AfterValidator(_size)]
     cfg: Number
+    guidance_interval: Annotated[list[Number], Field(min_length=2, max_length=2)] | None = None
     solver: str
     rope: str
     nfe: Number
@@ -91,6 +92,12 @@ def measure(features: Features, reference: Reference, device: torch.device | str
         "neighbour_images": None if real is None else min(len(real), NEIGHBOUR_IMAGES),
     }
     return found | {"reference": reference.record(), "conventions": conventions}
+
+
+def guidance(result: dict[str, Any]) -> str:
+    """The guidance of a result, as in "cfg 1.5" or "cfg 1.5 from t = 0.2 to 0.8"."""
+    within = result.get("guidance_interval")
+    return f"cfg {result['cfg']:g}" + (" from t = {:g} to {:g}".format(*within) if within else "")
 
 
 def read_result(store: Store, step: str, cell: str) -> dict[str, Any] | None:

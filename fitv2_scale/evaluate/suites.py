@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from data_sharding.errors import UserError
 from fitv2_scale.config.sections import SamplingConfig
 from fitv2_scale.config.yaml_text import parse_mapping, read_text
-from fitv2_scale.evaluate.results import METRICS
+from fitv2_scale.evaluate.results import METRICS, guidance
 
 _FOLDER = Path(__file__).with_name("published")
 _HEADS = {"fid": "FID", "sfid": "sFID", "is": "IS", "precision": "Prec.", "recall": "Rec."}
@@ -111,7 +111,7 @@ def results_table(results: list[dict[str, Any]]) -> str:
 def _how(result: dict[str, Any]) -> str:
     """The settings of a result that differ between tables."""
     return (
-        f"{result['weights']}, {result['images']:,} images, cfg {result['cfg']:g}, {result['solver']}, "
+        f"{result['weights']}, {result['images']:,} images, {guidance(result)}, {result['solver']}, "
         f"NFE {result['nfe']:g}, rope {result['rope']}"
     )
 

@@ -101,6 +101,7 @@ class InLoopEvaluation:
             self._engine.network,
             requests,
             model=config.model,
+            objective=config.objective,
             sampling=config.sampling,
             seed=config.seed,
             world=self._world,

@@ -141,7 +141,7 @@ OF_DATA = (
     ),
     Named(
         "K2: an override of heads samples another network", f"{EVALUATE}/sampling/load_weights.py",
-        'if config.model != parse_config(tree, run.url).model.model_copy(update=positions):',
+        'if config.model != trained.model.model_copy(update=positions):',
         "if False:",
         ("tests/fitv2_scale/cli/test_evaluate.py::test_bad_input_is_one_sentence",),
     ),

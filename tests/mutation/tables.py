@@ -7,5 +7,6 @@ from tests.mutation.mends_of_runs import OF_RUNS
 from tests.mutation.mends_of_sources import OF_SOURCES
 from tests.mutation.mends_of_tokens import OF_TOKENS
 from tests.mutation.named import NAMED
+from tests.mutation.of_sampling import OF_SAMPLING
 
-TABLE = (*NAMED, *OF_SOURCES, *OF_DATA, *OF_RUNS, *OF_FAMILIES, *OF_RANKS, *OF_TOKENS)
+TABLE = (*NAMED, *OF_SAMPLING, *OF_SOURCES, *OF_DATA, *OF_RUNS, *OF_FAMILIES, *OF_RANKS, *OF_TOKENS)

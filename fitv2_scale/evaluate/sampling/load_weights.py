@@ -146,8 +146,11 @@ def _read(
     config = parse_config(tree, f"{run.url}/run.json", overrides)
     positions = {"rope": config.model.rope, "sincos": config.model.sincos}
     # Also keys that leave every shape alone: with other heads the weights load, and mean nothing. Positions may change.
-    if config.model != parse_config(tree, run.url).model.model_copy(update=positions):
+    trained = parse_config(tree, run.url)
+    if config.model != trained.model.model_copy(update=positions):
         raise UserError(f"{source}: these overrides describe another network than the run's; leave out model.…")
+    if config.objective != trained.objective:
+        raise UserError(f"{source} was trained with objective={trained.objective}: leave out objective=…")
     return (config, run, step), config_facts(config) | _data_facts(config) | {"id of the run": run.id}
 
 

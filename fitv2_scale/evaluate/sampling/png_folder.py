@@ -87,6 +87,7 @@ def fill_folder(
                 weights.engine.network,
                 chunk,
                 model=model,
+                objective=weights.config.objective,
                 sampling=sampling,
                 seed=seed,
                 world=world,

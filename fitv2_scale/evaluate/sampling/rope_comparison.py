@@ -71,6 +71,7 @@ def compare(weights: Weights, sampling: SamplingConfig, size: str, labels: list[
         weights.engine.network,
         [request for row in requests for request in row],
         model=model,
+        objective=weights.config.objective,
         sampling=sampling,
         seed=seed,
         world=weights.world,

@@ -4,9 +4,10 @@ All random numbers of an image are keyed by (seed, index) alone, so an image dep
 on the other images of its pack.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,9 @@ from data_sharding.plan.partition import partition
 from data_sharding.rng import Purpose
 from fitv2_scale.config.model import ModelConfig, RopeConfig
 from fitv2_scale.config.sections import SamplingConfig
-from fitv2_scale.evaluate.sampling.solvers import Images, Velocity, dopri5, euler, heun, sde
+from fitv2_scale.config.solvers import DDPM_LEVELS, require_fitting, solver_facts
+from fitv2_scale.evaluate.sampling.denoising import ancestral, ddim
+from fitv2_scale.evaluate.sampling.solvers import Field, Images, dopri5, euler, heun, sde
 from fitv2_scale.model.extrapolation import default_rope
 from fitv2_scale.model.noise import noise_words
 from fitv2_scale.model.packed_batch import to_device
@@ -30,6 +33,19 @@ from fitv2_scale.parallel.failures import BrokenOff
 from fitv2_scale.parallel.world import World
 
 Network = Callable[..., Tensor]
+Noise = Callable[[int], Tensor]  # of a step: standard normals (N, C)
+
+# Each takes (field, x, images, settings, noise of each step), and returns x and the NFE of each image.
+SOLVE: Mapping[str, Callable[[Field, Tensor, Images, SamplingConfig, Noise], tuple[Tensor, Tensor]]] = MappingProxyType(
+    {
+        "euler": lambda field, x, images, s, noise: euler(field, x, images, s.steps),
+        "heun": lambda field, x, images, s, noise: heun(field, x, images, s.steps),
+        "dopri5": lambda field, x, images, s, noise: dopri5(field, x, images, s.atol, s.rtol),
+        "sde": lambda field, x, images, s, noise: sde(field, x, images, s.steps, noise),
+        "ddpm": lambda field, x, images, s, noise: ancestral(field, x, images, s.steps, noise),
+        "ddim": lambda field, x, images, s, noise: ddim(field, x, images, s.steps),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -47,8 +63,8 @@ class ImageRequest:
 
 @dataclass(frozen=True)
 class Sample:
-    tokens: np.ndarray  # (rows, columns, C) float32: the latent at t = 1
-    nfe: int  # evaluations of the velocity for this image; with guidance each is two passes through the network
+    tokens: np.ndarray  # (rows, columns, C) float32: the latent without noise
+    nfe: int  # evaluations of the field for this image; with guidance each is two passes through the network
 
 
 @torch.no_grad()
@@ -57,6 +73,7 @@ def sample(
     requests: list[ImageRequest],
     *,
     model: ModelConfig,
+    objective: str,
     sampling: SamplingConfig,
     seed: int,
     world: World,
@@ -64,7 +81,8 @@ def sample(
     gather: bool = True,
     between: Callable[[], None] = lambda: None,
 ) -> dict[ImageRequest, Sample]:
-    """The sample of each request; without ``gather`` only of the requests of this rank.
+    """The sample of each request; without ``gather`` only of the requests of this rank. ``objective`` is what the
+    network was trained for, flow or ddpm.
 
     A collective: each rank generates its images in one pack, and all packs have one shape, so all ranks call the
     network alike. The ``tensor`` ranks of a tensor group compute the same pack together; without ``gather`` only the
@@ -72,8 +90,9 @@ def sample(
     BrokenOff on all of them.
 
     Raises:
-        UserError: a label that is no class of ``model``.
+        UserError: a label that is no class of ``model``, or a solver for another objective.
     """
+    require_fitting(sampling.solver, objective)
     for request in requests:
         if not 0 <= request.label < model.classes:
             raise UserError(f"class {request.label} is out of range: the model has classes 0 to {model.classes - 1}")
@@ -83,12 +102,12 @@ def sample(
         between()
         return network(*inputs)
 
-    guided = _GuidedVelocity(interruptible, pack, model, sampling, world.device)
-    if sampling.solver == "dopri5":
-        with _lockstep(guided, world) as velocity:
-            made = _solve(velocity, guided.images, pack.requests, sampling, seed, guided.channels)
+    guided = _GuidedField(interruptible, pack, model, objective, sampling, world.device)
+    if solver_facts(sampling.solver).evaluations is None:
+        with _lockstep(guided, world) as field:
+            made = _solve(field, guided.images, pack.requests, sampling, seed, model.token_channels)
     else:
-        made = _solve(guided, guided.images, pack.requests, sampling, seed, guided.channels)
+        made = _solve(guided, guided.images, pack.requests, sampling, seed, model.token_channels)
     if not gather:
         return made if world.rank % tensor == 0 else {}
     return {request: one for part in world.all_gather(made) for request, one in part.items()}
@@ -119,15 +138,27 @@ class _RankPack:
         return self.layout.tokens // self.copies
 
 
-class _GuidedVelocity:
-    """The guided velocity of the tokens of a rank's images, without padding: (N, C), (I,) -> (N, C) float32."""
+class _GuidedField:
+    """What the network predicts for the tokens of a rank's images, without padding, with classifier-free guidance:
+    (N, C), time of each image (I,) -> (N, C) float32, of a ddpm network with two outputs (N, 2 C).
+
+    Guidance is limited to an interval of flow time as by Kynkäänniemi et al. (arXiv 2404.07724): t0 <= t < t1, and at
+    t1 = 1 also t = 1; so the noisy end is inclusive, as theirs is. Elsewhere an image has the conditional prediction
+    alone. So have the channels that guidance does not apply to, and the variance, which is the second of two outputs.
+    """
 
     def __init__(
-        self, network: Network, pack: _RankPack, model: ModelConfig, sampling: SamplingConfig, device: torch.device
+        self,
+        network: Network,
+        pack: _RankPack,
+        model: ModelConfig,
+        objective: str,
+        sampling: SamplingConfig,
+        device: torch.device,
     ):
         self._network, self._pack, self._sampling, self._device = network, pack, sampling, device
-        self.channels = model.token_channels
-        self._first_three = 3 * model.patch**2  # of the channels of a token, those of the first three of a latent
+        self._ddpm, self._channels = objective == "ddpm", model.token_channels
+        self._guided = self._channels if sampling.guided_channels == "all" else 3 * model.patch**2
         self._packing = packing_to_torch(pack.layout).to(device)
         label_I = torch.full((pack.slots,), model.classes)
         label_I[: len(pack.requests)] = torch.tensor([r.label for r in pack.requests], dtype=torch.int64)
@@ -143,25 +174,37 @@ class _GuidedVelocity:
         return Images(packing.image_T[:tokens], packing.place_T[:tokens], packing.cu_seqlens_I1.diff()[:count].long())
 
     def __call__(self, x_NC: Tensor, t_I: Tensor) -> Tensor:
-        pack, cfg, images = self._pack, self._sampling.cfg, len(self._pack.requests)
-        x_TC = x_NC.new_zeros(len(self._packing.image_T), self.channels)
+        pack, images = self._pack, len(self._pack.requests)
+        x_TC = x_NC.new_zeros(len(self._packing.image_T), self._channels)
         t_slots = x_NC.new_zeros(pack.slots)
         for copy in range(pack.copies):
             x_TC[copy * pack.tokens : (copy + 1) * pack.tokens] = x_NC
             t_slots[copy * images : (copy + 1) * images] = t_I
-        velocity_TC = self._network(x_TC, t_slots, self._label_I, self._packing, self._positions).float()
-        conditional_NC = velocity_TC[: pack.tokens]
+        output_TC = self._network(x_TC, t_slots, self._label_I, self._packing, self._positions).float()
+        if not self._ddpm:
+            output_TC = output_TC[:, : self._channels]  # a second output of a flow is not trained
+        conditional_NC = output_TC[: pack.tokens]
         if pack.copies == 1:
             return conditional_NC
-        free_NC = velocity_TC[pack.tokens : 2 * pack.tokens]
-        guided_NC = free_NC + cfg * (conditional_NC - free_NC)
-        if self._sampling.guided_channels == "all":
-            return guided_NC
-        return torch.cat((guided_NC[:, : self._first_three], conditional_NC[:, self._first_three :]), 1)
+        first_NC, rest_NC = conditional_NC[:, : self._guided], conditional_NC[:, self._guided :]
+        free_NC = output_TC[pack.tokens : 2 * pack.tokens, : self._guided]
+        guided_NC = free_NC + self._sampling.cfg * (first_NC - free_NC)
+        within_N1 = self._within_interval(t_I)[self._packing.image_T[: pack.tokens], None]
+        return torch.cat((torch.where(within_N1, guided_NC, first_NC), rest_NC), 1)
+
+    def _within_interval(self, t_I: Tensor) -> Tensor:
+        first, last = self._sampling.guidance_interval
+        # In float64 first: 1 - 800 / 1000 is less than 0.2 in float32, and level 800 would miss an interval from there.
+        t_I = (1 - t_I.double() / DDPM_LEVELS).float() if self._ddpm else t_I
+        return (t_I >= first) & ((t_I < last) if last < 1 else torch.ones_like(t_I, dtype=torch.bool))
 
     def idle(self) -> None:
         """Calls the network without using the result, because other ranks need to call it."""
-        self(torch.zeros(self._pack.tokens, self.channels, device=self._device), torch.zeros((), device=self._device))
+        pack = self._pack
+        self(
+            torch.zeros(pack.tokens, self._channels, device=self._device),
+            torch.zeros(len(pack.requests), device=self._device),
+        )
 
 
 def positions_for_size(sampling: SamplingConfig, model: ModelConfig, rows: int, columns: int) -> Extrapolation:
@@ -182,7 +225,7 @@ def rope_for_size(sampling: SamplingConfig, model: ModelConfig, rows: int, colum
 
 
 def _solve(
-    velocity: Velocity, images: Images, requests: list[ImageRequest], sampling: SamplingConfig, seed: int, channels: int
+    field: Field, images: Images, requests: list[ImageRequest], sampling: SamplingConfig, seed: int, channels: int
 ) -> dict[ImageRequest, Sample]:
     device = images.image_N.device
     index_I = torch.tensor([r.index for r in requests], dtype=torch.int64, device=device)
@@ -192,16 +235,8 @@ def _solve(
         return normal(words).float()
 
     x_NC, nfe_I = noise(0), images.count(0)
-    match sampling.solver:
-        case "euler":
-            x_NC, nfe_I = euler(velocity, x_NC, images, sampling.steps)
-        case "heun":
-            x_NC, nfe_I = heun(velocity, x_NC, images, sampling.steps)
-        case "sde":
-            x_NC, nfe_I = sde(velocity, x_NC, images, sampling.steps, lambda k: noise(k + 1))
-        case "dopri5":
-            if requests:
-                x_NC, nfe_I = dopri5(velocity, x_NC, images, sampling.atol, sampling.rtol)
+    if requests or solver_facts(sampling.solver).evaluations is not None:
+        x_NC, nfe_I = SOLVE[sampling.solver](field, x_NC, images, sampling, lambda k: noise(k + 1))
     made, at, x = {}, 0, x_NC.cpu().numpy()
     for r, nfe in zip(requests, nfe_I.tolist(), strict=True):
         made[r] = Sample(x[at : at + r.tokens].reshape(r.rows, r.columns, channels), nfe)
@@ -210,7 +245,7 @@ def _solve(
 
 
 @contextmanager
-def _lockstep(guided: _GuidedVelocity, world: World) -> Generator[Velocity]:
+def _lockstep(guided: _GuidedField, world: World) -> Generator[Field]:
     """For ranks that need different numbers of network calls, but must call it equally often, since every rank holds a
     part of it: a rank that is done, or has failed, continues to call until all are done. BrokenOff comes on all of them
     in the same call."""
@@ -218,13 +253,13 @@ def _lockstep(guided: _GuidedVelocity, world: World) -> Generator[Velocity]:
     def any_working(working: int) -> bool:
         return world.size > 1 and world.all_reduce_sum(torch.tensor([working])).item() > 0
 
-    def velocity(x_NC: Tensor, t_I: Tensor) -> Tensor:
+    def field(x_NC: Tensor, t_I: Tensor) -> Tensor:
         any_working(1)
         return guided(x_NC, t_I)
 
     alone = True
     try:
-        yield velocity
+        yield field
     except BrokenOff:
         alone = False
         raise

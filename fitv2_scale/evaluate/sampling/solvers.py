@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Velocity = Callable[[Tensor, Tensor], Tensor]  # (x (N, C), t (I,)) -> (N, C)
+Field = Callable[[Tensor, Tensor], Tensor]  # (x (N, C), time of each image (I,)) -> (N, C), here the velocity
 
 LAST_STEP = 0.04  # of the SDE, as in SiT and FiTv2
 
@@ -31,20 +31,20 @@ class Images:
     length_I: Tensor  # int64, tokens
 
     def times(self, t: float) -> Tensor:
-        return torch.full((len(self.length_I),), t, device=self.length_I.device)
+        return torch.full((len(self.length_I),), t, dtype=torch.float32, device=self.length_I.device)
 
     def count(self, evaluations: int) -> Tensor:
         return torch.full_like(self.length_I, evaluations)
 
 
-def euler(velocity: Velocity, x_NC: Tensor, images: Images, steps: int) -> tuple[Tensor, Tensor]:
+def euler(velocity: Field, x_NC: Tensor, images: Images, steps: int) -> tuple[Tensor, Tensor]:
     """Euler's first-order method. Returns x at t = 1 and the NFE of each image, int64 (I,)."""
     for k in range(steps):
         x_NC = x_NC + velocity(x_NC, images.times(k / steps)) / steps
     return x_NC, images.count(steps)
 
 
-def heun(velocity: Velocity, x_NC: Tensor, images: Images, steps: int) -> tuple[Tensor, Tensor]:
+def heun(velocity: Field, x_NC: Tensor, images: Images, steps: int) -> tuple[Tensor, Tensor]:
     """Heun's second-order method: the mean of the velocities at both ends of an Euler step. Returns as ``euler``."""
     for k in range(steps):
         first_NC = velocity(x_NC, images.times(k / steps))
@@ -54,7 +54,7 @@ def heun(velocity: Velocity, x_NC: Tensor, images: Images, steps: int) -> tuple[
 
 
 def sde(
-    velocity: Velocity, x_NC: Tensor, images: Images, steps: int, noise: Callable[[int], Tensor]
+    velocity: Field, x_NC: Tensor, images: Images, steps: int, noise: Callable[[int], Tensor]
 ) -> tuple[Tensor, Tensor]:
     """The Euler-Maruyama method on dx = (v + w s) dt + sqrt(2 w) dW with w = sigma_t = 1 - t, as in SiT
     (arXiv 2401.08740; "Euler", diffusion form "sigma", last step "Mean").
@@ -75,7 +75,7 @@ def sde(
     return x_NC + drift(start) * (1 - start), images.count(steps)
 
 
-def dopri5(velocity: Velocity, x_NC: Tensor, images: Images, atol: float, rtol: float) -> tuple[Tensor, Tensor]:
+def dopri5(velocity: Field, x_NC: Tensor, images: Images, atol: float, rtol: float) -> tuple[Tensor, Tensor]:
     """The Dormand-Prince method of order 5, by torchode: each image has its own error norm (the RMS over its tokens)
     and its own steps, so it does not depend on the other images of the pack. Returns as ``euler``."""
     import torchode

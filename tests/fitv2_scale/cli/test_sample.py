@@ -111,7 +111,7 @@ def refused(*words: str) -> None:
         (["--size", "100x100"], "size '100x100': give HEIGHTxWIDTH in pixels, multiples of 16"),
         (["--classes", "1,5"], "--classes 1,5: give numbers from 0 to 4, separated by commas"),
         (["--classes", "0,x"], "--classes 0,x: give numbers from 0 to 4, separated by commas"),
-        (["--solver", "rk4"], "solver = 'rk4': Input should be 'euler', 'heun', 'dopri5' or 'sde'"),
+        (["--solver", "rk4"], "solver = 'rk4': Input should be 'euler', 'heun', 'dopri5', 'sde', 'ddpm' or 'ddim'"),
         (["--rope", "ntk2"], "rope = 'ntk2': Input should be"),
         (["--npz", "x.npz"], "give their number as --images N, or leave out --npz"),
         (["--folder", "d", "--out", "g.png"], "give their number as --images N, or leave out --folder"),

@@ -209,3 +209,24 @@ def test_a_vae_that_is_not_that_of_the_latents(two_step_run, vae_folder, tmp_pat
         for codec in (get_codec("sd-vae", vae_folder, "sample").digest, "published sd-vae-ft-ema latents"):
             start.write_text(json.dumps(record | {"codec": codec}))
             assert found.codec().name == "sd-vae"
+
+
+@pytest.mark.parametrize(
+    "sampling, label, newer",
+    [
+        ({}, "32x48-cfg1.5-euler50-auto-9", {}),
+        ({"guidance_interval": [0.0, 1.0], "sincos": "auto"}, "32x48-cfg1.5-euler50-auto-9", {}),
+        (
+            {"guidance_interval": [0.25, 0.8], "cfg": 3, "solver": "dopri5"},
+            "32x48-cfg3from0.25to0.8-dopri5-auto-9",
+            {"guidance_interval": [0.25, 0.8]},
+        ),
+        ({"solver": "ddpm", "steps": 250, "sincos": "ei"}, "32x48-cfg1.5-ddpm250-sincos_ei-9", {"sincos": "ei"}),
+    ],
+)
+def test_newer_settings_are_told_apart_and_at_their_defaults_leave_names_as_they_were(sampling, label, newer):
+    one = Cell("32x48", SamplingConfig(**sampling), 9, 0, (0,))
+    of_always = {"size", "images", "seed", "classes", "cfg", "guided_channels", "solver", "rope", "attention_scale"}
+    of_always |= {"atol", "rtol"} if sampling.get("solver") == "dopri5" else {"steps"}
+    assert one.label == label
+    assert {name: value for name, value in one.record().items() if name not in of_always} == newer

@@ -4,7 +4,7 @@ import pytest
 
 from data_sharding.errors import UserError
 from fitv2_scale.config.sections import SamplingConfig
-from fitv2_scale.evaluate.suites import load_suite, suite_table
+from fitv2_scale.evaluate.suites import load_suite, results_table, suite_table
 
 
 @pytest.mark.parametrize("name", ["in1k256", "ood", "hr", "ablation"])
@@ -56,3 +56,10 @@ def test_values_are_those_of_a_config(tmp_path):
     assert suite.cells == [{"size": "256x256", "rope": "none", "steps": 10, "cfg": 10.0}]
     (row,) = suite.published
     assert (row.model, row.seen, row.metrics) == ("12:30", "0512", {"256x256": (10.0, None, 2.5, 1.0, 0.0)})
+
+
+def test_a_limit_of_guidance_is_in_the_table():
+    result = {"size": "256x256", "weights": "w", "images": 9, "cfg": 1.5, "solver": "ddim", "nfe": 50.0, "rope": "none"}
+    result |= {"fid": 2.0, "sfid": None, "is": None, "precision": None, "recall": None}
+    whole, limited = results_table([result, result | {"guidance_interval": [0.25, 0.8]}]).splitlines()[2:]
+    assert "cfg 1.5, ddim, NFE 50" in whole and "cfg 1.5 from t = 0.25 to 0.8, ddim, NFE 50" in limited

@@ -214,7 +214,7 @@ def make_pictures(tensor: int) -> dict[int, np.ndarray]:
         engine = make_engine(config, Layout.of(world.size, 1, tensor), world)
         steps_of(engine, config, Cell(world.size, tensor), world)  # before the first step the velocity is zero
         with engine.ema_weights():
-            options = {"model": config.model, "sampling": SamplingConfig(steps=3), "seed": 0}
+            options = {"model": config.model, "objective": "flow", "sampling": SamplingConfig(steps=3), "seed": 0}
             made = sample(engine.network, requests, **options, world=world, tensor=tensor)
             return {request.index: one.tokens for request, one in made.items()}
 

@@ -16,6 +16,7 @@ from fitv2_scale.config.layout import Layout
 from fitv2_scale.config.model import ModelConfig, RopeConfig, parse_size
 from fitv2_scale.config.schema import Config
 from fitv2_scale.config.sections import SamplingConfig
+from fitv2_scale.config.solvers import solver_facts
 from fitv2_scale.evaluate.sampling.image_grid import grid_requests
 from fitv2_scale.evaluate.sampling.load_weights import open_weights
 from fitv2_scale.evaluate.sampling.sampler import ImageRequest, rope_for_size, sample
@@ -25,6 +26,7 @@ from fitv2_scale.parallel.failures import BrokenOff
 from fitv2_scale.parallel.world import join
 from fitv2_scale.run.run import Run
 from fitv2_scale.train.loop import train
+from tests.support.alone import Alone
 from tests.support.commits import commit_bytes
 from tests.support.ranks import run_ranks
 from tests.support.thread_ranks import outcomes
@@ -33,6 +35,7 @@ from tests.support.thread_ranks import outcomes
 SIZES = ["64x64", "32x96", "80x32", "96x96", "16x112", "80x80", "128x48", "48x128"]
 LABELS = [0, 1, 2, 3, 4, 0, 2, 4]
 MODEL = ModelConfig(depth=1, hidden=8, heads=1, classes=5)
+FLOW = {"model": MODEL, "objective": "flow"}
 
 
 def open_on_two_nodes(weights: str, *config: str) -> list[tuple[int, int]]:
@@ -76,6 +79,7 @@ def draw(config: Config, order: int = 1, gather: bool = True, scale: float = 0.2
                 engine.network,
                 requests,
                 model=config.model,
+                objective=solver_facts(sampling.get("solver", "euler")).objective,
                 sampling=SamplingConfig(**{"steps": 4, "cfg": 2.0} | sampling),
                 seed=3,
                 world=world,
@@ -128,6 +132,17 @@ def test_adaptive_steps_are_each_images_own(extrapolating):
     assert_same(run_ranks(3, draw_dopri5, extrapolating)[2], alone, 1e-4)
 
 
+def draw_ddpm(config: Config) -> dict[int, np.ndarray]:
+    return draw(config, solver="ddpm", steps=3)
+
+
+def test_ancestral_sampling_has_its_noise_on_any_number_of_processes(extrapolating):
+    """Of each step, too: 64 images, each with noise of its own."""
+    (alone,) = run_ranks(1, draw_ddpm, extrapolating)
+    assert_same(run_ranks(3, draw_ddpm, extrapolating)[2], alone)
+    assert len({float(tokens[0, 0, 0]) for tokens, _ in alone.values()}) == 64
+
+
 def draw_two(config: Config) -> int:
     with join() as world:
         engine = make_engine(config, Layout.of(world.size, 1), world)
@@ -135,6 +150,7 @@ def draw_two(config: Config) -> int:
             engine.network,
             grid_requests(["32x32"], [0, 1], 16),
             model=config.model,
+            objective="flow",
             sampling=SamplingConfig(steps=2, solver="dopri5"),
             seed=3,
             world=world,
@@ -144,15 +160,6 @@ def draw_two(config: Config) -> int:
 
 def test_more_ranks_than_pictures(tiny):
     assert run_ranks(4, draw_two, tiny()) == [2, 2, 2, 2]
-
-
-class _Alone:
-    """As much of a world as sampling needs."""
-
-    rank, size, device = 0, 1, torch.device("cpu")
-
-    def all_gather(self, value):
-        return [value]
 
 
 def constant(x_TC, t_I, label_I, packing, rope):
@@ -168,7 +175,7 @@ def test_guidance(cfg, channels):
 
     def draw(velocity) -> dict[ImageRequest, np.ndarray]:
         options = SamplingConfig(cfg=cfg, steps=3, guided_channels=channels)
-        made = sample(velocity, requests, model=MODEL, sampling=options, seed=0, world=_Alone())
+        made = sample(velocity, requests, sampling=options, **FLOW, seed=0, world=Alone())
         return {request: one.tokens for request, one in made.items()}
 
     moved, noise = draw(constant), draw(lambda x_TC, *rest: torch.zeros_like(x_TC))
@@ -198,14 +205,14 @@ def test_all_ranks_leave_what_is_broken_off_and_none_waits(solver):
                 raise BrokenOff("SIGUSR1")
 
         options = SamplingConfig(cfg=1.0, solver=solver)
-        sample(network, [ImageRequest(0, 1, 1, 1)], model=MODEL, sampling=options, seed=0, world=world, between=between)
+        sample(network, [ImageRequest(0, 1, 1, 1)], sampling=options, **FLOW, seed=0, world=world, between=between)
 
     assert [str(error) for error in outcomes(2, act)] == ["SIGUSR1"] * 2 and calls == [3, 3]
 
 
 def test_a_class_that_the_model_has_not():
     with pytest.raises(UserError, match="class 5 is out of range: the model has classes 0 to 4"):
-        sample(constant, [ImageRequest(0, 5, 1, 1)], model=MODEL, sampling=SamplingConfig(), seed=0, world=_Alone())
+        sample(constant, [ImageRequest(0, 5, 1, 1)], sampling=SamplingConfig(), **FLOW, seed=0, world=Alone())
 
 
 def test_positions_are_as_published_unless_asked_for():
