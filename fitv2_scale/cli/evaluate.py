@@ -34,6 +34,14 @@ _UNUSED = {
         ),
         "images that exist already are measured as they are: leave out {}",
     ),
+    "list": (
+        (
+            *("overrides", "config", "out", "keep_features", "images", "nfe", "classes", "seed", "size"),
+            *("cfg", "guided_channels", "solver", "steps", "rope", "attention_scale"),
+            *("network", "network_sha256", "reference", "save_statistics"),
+        ),
+        "--list shows what is in a suite and measures nothing: leave out {}",
+    ),
 }
 
 
@@ -44,6 +52,7 @@ def add(commands: Any) -> None:
     evaluate.add_argument(
         "source",
         metavar="WHAT",
+        nargs="?",
         help="RUN, RUN@STEP or a weights file to sample from; or images: a folder, tars, a dataset, an .npz; or "
         "features: an .npz",
     )
@@ -63,6 +72,7 @@ def add(commands: Any) -> None:
         help="save the images' statistics as a reference",
     )
     evaluate.add_argument("--suite", metavar="NAME", help="in1k256, ood, hr, ablation, or a .yaml file")
+    evaluate.add_argument("--list", action="store_true", help="show the networks, sizes and samplers of --suite")
     evaluate.add_argument(
         "--size", action="append", metavar="HxW", help="in pixels, multiples of 8 model.patch; may be repeated"
     )
@@ -82,6 +92,8 @@ def add(commands: Any) -> None:
 
 
 def evaluate_source(args: argparse.Namespace) -> int:
+    if args.list:
+        return _list_suite(args)
     from fitv2_scale.evaluate.evaluate import EvaluationOptions, evaluate_weights, is_network
     from fitv2_scale.parallel.rank_facts import command_facts
 
@@ -94,6 +106,8 @@ def evaluate_source(args: argparse.Namespace) -> int:
         keep_features=args.keep_features,
     )
     with before_joining():
+        if args.source is None:
+            raise UserError("give WHAT to evaluate: RUN, RUN@STEP, a weights file, images or features")
         kind = "weights" if is_network(args.source) else "images"
         if kind == "weights":
             refuse_unused(args, *_UNUSED[kind])
@@ -113,6 +127,19 @@ def evaluate_source(args: argparse.Namespace) -> int:
     )
     if done is not None:
         _report(args, done)
+    return 0
+
+
+def _list_suite(args: argparse.Namespace) -> int:
+    from fitv2_scale.evaluate.suites import listing_text, load_suite
+
+    if args.source is not None:
+        raise UserError(f"--list shows what is in a suite and measures nothing: leave out {args.source}")
+    refuse_unused(args, *_UNUSED["list"])
+    if not args.suite:
+        raise UserError("--list shows what is in a suite: give it as --suite NAME")
+    suite = load_suite(args.suite)
+    show(args, suite.listing(), listing_text(suite))
     return 0
 
 
@@ -150,27 +177,32 @@ def _measure_images(args: argparse.Namespace, options: "EvaluationOptions", fact
 
 def _cells(args: argparse.Namespace, weights: "Weights") -> "list[Cell]":
     from fitv2_scale.config.load import with_changes
-    from fitv2_scale.config.model import parse_size
+    from fitv2_scale.config.model import RopeConfig, parse_size
     from fitv2_scale.config.solvers import require_fitting
     from fitv2_scale.evaluate.generated_features import Cell
+    from fitv2_scale.evaluate.published_networks import Network
     from fitv2_scale.evaluate.sampling.sampler import rope_for_size
     from fitv2_scale.evaluate.suites import load_suite
 
+    model, objective = weights.config.model, weights.config.objective
+    if model.position != "rope":
+        refuse_unused(args, ("rope", "attention_scale"), "this network has no RoPE: leave out {}")
     suite = load_suite(args.suite) if args.suite else None
     if suite and args.size:
         raise UserError("a suite has its own sizes: leave --size out")
-    wanted = [dict(cell) for cell in suite.cells] if suite else [{"size": size} for size in args.size or ["256x256"]]
+    sizes = [{"size": size} for size in args.size or ["256x256"]]
+    wanted = suite.cells_of(Network(model, objective)) if suite else sizes
     images = args.images or (suite.images if suite else 50_000)
-    classes = weights.config.model.classes
-    labels = class_numbers(args.classes, classes) if args.classes else range(weights.classes)
+    labels = class_numbers(args.classes, model.classes) if args.classes else range(weights.classes)
     cells = []
     for cell in wanted:
         size = cell.pop("size")
-        rows, columns = parse_size(size, weights.config.model.pixels_per_token)
-        for few in _few_steps(args.nfe, args.solver, weights.config.objective):
+        rows, columns = parse_size(size, model.pixels_per_token)
+        for few in _few_steps(args.nfe, args.solver, objective):
             sampling = with_changes(weights.config.sampling, cell | sampling_changes(args) | few)
-            require_fitting(sampling.solver, weights.config.objective)
-            rope = rope_for_size(sampling, weights.config.model, rows, columns)  # what "auto" means for it
+            require_fitting(sampling.solver, objective)
+            # What "auto" means for it.
+            rope = rope_for_size(sampling, model, rows, columns) if model.position == "rope" else RopeConfig()
             sampling = with_changes(sampling, {"rope": rope.mode, "attention_scale": rope.attention_scale})
             cells.append(Cell(size, sampling, images, args.seed or 0, tuple(labels)))
     return cells

@@ -7,9 +7,16 @@ sampling: {solver: dopri5, guided_channels: three}     # for all cells
 cells:
   - {size: 256x256, rope: none}                        # other changes to the run's section `sampling`
 published:                                             # FID, sFID, IS, precision, recall by size; null: not given
-  - {model: DiT-XL/2, seen: 1792M, 256x256: [2.27, 4.60, 278.24, 0.83, 0.57]}
+  - model: DiT-XL/2
+    seen: 1792M
+    config: dit_xl2                                    # of this network, if it can be trained here; in configs/
+    sampling: {solver: ddpm, steps: 250}               # of this network: changes to all of the above
+    256x256: [2.27, 4.60, 278.24, 0.83, 0.57]
+
+A run of a row's network, which has its ``model`` and ``objective``, is sampled as that row was.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +24,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data_sharding.errors import UserError
 from fitv2_scale.config.sections import SamplingConfig
+from fitv2_scale.config.solvers import solver_facts
 from fitv2_scale.config.yaml_text import parse_mapping, read_text
+from fitv2_scale.evaluate.published_networks import Network, network_of
 from fitv2_scale.evaluate.results import METRICS, guidance
 
 _FOLDER = Path(__file__).with_name("published")
+_TABLE_MODES = ("pi", "ei")  # of sampling.sincos, for sizes that the table of positions was not trained at
 _HEADS = {"fid": "FID", "sfid": "sFID", "is": "IS", "precision": "Prec.", "recall": "Rec."}
 
 
@@ -31,6 +41,8 @@ class Published(BaseModel):
 
     model: str
     seen: str = ""  # images trained on, as in 512M
+    config: str = ""  # see network_of; empty: it cannot be trained here
+    sampling: dict[str, Any] = {}  # changes to those of the cells
     metrics: dict[str, tuple[float | None, float | None, float | None, float | None, float | None]]
 
 
@@ -47,9 +59,79 @@ class Suite(BaseModel):
     def sizes(self) -> list[str]:
         return list(dict.fromkeys(cell["size"] for cell in self.cells))
 
+    @property
+    def rows_of_networks(self) -> dict[str, Published]:
+        """A row for each config that one names. Raises UserError if two rows of one have different samplers."""
+        found: dict[str, Published] = {}
+        for row in self.published:
+            if row.config and found.setdefault(row.config, row).sampling != row.sampling:
+                raise UserError(
+                    f"the suite {self.name} has two samplers for {row.config}, in the rows {found[row.config].model} "
+                    f"and {row.model}: give both rows the same sampling"
+                )
+        return found
+
+    def cells_of(self, network: Network) -> list[dict[str, Any]]:
+        """The cells for a network: sampled as published, if a row is of this network, else as ``cells`` say.
+
+        Where a fixed table of positions is not at the size of its training, a cell becomes two, of which one stretches
+        the positions and one resizes the table.
+
+        Raises:
+            UserError: several rows are of this network, and they have different samplers.
+        """
+        rows = [row for config, row in self.rows_of_networks.items() if network_of(config) == network]
+        if not rows:
+            return [dict(cell) for cell in self.cells]
+        if differing := [row for row in rows if row.sampling != rows[0].sampling]:
+            raise UserError(
+                f"the suite {self.name} has two samplers for this network, in the rows {rows[0].model} and "
+                f"{differing[0].model}: give both rows the same sampling"
+            )
+        return [each for cell in self.cells for each in _with_positions(cell | rows[0].sampling, network)]
+
+    def listing(self) -> list[dict[str, Any]]:
+        """Each cell of each network that a row names: its ``config``, ``objective``, ``size``, and what of the section
+        ``sampling`` is set."""
+        found = []
+        for config in self.rows_of_networks:
+            network = network_of(config)
+            for cell in self.cells_of(network):
+                size = cell.pop("size")
+                found.append({"config": config, "objective": network.objective, "size": size, "sampling": _used(cell)})
+        return found
+
+
+def _with_positions(cell: dict[str, Any], network: Network) -> Iterator[dict[str, Any]]:
+    model = network.model
+    if model.position != "sincos":
+        yield cell
+        return
+    cell = cell | {"rope": "none", "attention_scale": "none"}
+    if cell["size"] == "{0}x{0}".format(model.sincos.train_side * model.pixels_per_token):
+        yield cell
+    else:
+        yield from (cell | {"sincos": mode} for mode in _TABLE_MODES)
+
+
+def _used(sampling: dict[str, Any]) -> dict[str, Any]:
+    """What of ``sampling`` its solver uses."""
+    if "solver" not in sampling:
+        return sampling
+    is_adaptive = solver_facts(sampling["solver"]).evaluations is None
+    unused = ("steps",) if is_adaptive else ("atol", "rtol")
+    return {key: value for key, value in sampling.items() if key not in unused}
+
 
 class _FileCell(SamplingConfig):
     size: str
+
+
+class _FileRow(BaseModel):
+    model: str
+    seen: str
+    config: str
+    sampling: SamplingConfig
 
 
 class _File(BaseModel):
@@ -59,7 +141,7 @@ class _File(BaseModel):
     images: int
     sampling: SamplingConfig
     cells: list[_FileCell]
-    published: list[Published]
+    published: list[_FileRow]
 
 
 def load_suite(name: str) -> Suite:
@@ -73,7 +155,7 @@ def load_suite(name: str) -> Suite:
         tree = parse_mapping(read_text(name), name, _File)
         common, rows = tree.pop("sampling", {}), tree.get("published", [])
         tree["cells"] = [common | cell for cell in tree["cells"]]
-        own = ("model", "seen")
+        own = ("model", "seen", "config", "sampling")
         tree["published"] = [
             {k: row[k] for k in own if k in row} | {"metrics": {k: v for k, v in row.items() if k not in own}}
             for row in rows
@@ -103,6 +185,18 @@ def suite_table(suite: Suite, results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def listing_text(suite: Suite) -> str:
+    """``Suite.listing`` in columns."""
+    rows = [("config", "objective", "size", "sampling")]
+    rows += [
+        (each["config"], each["objective"], each["size"], " ".join(f"{k}={v}" for k, v in each["sampling"].items()))
+        for each in suite.listing()
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([f"{suite.title}; {suite.images:,} images a cell", "", *lines])
+
+
 def results_table(results: list[dict[str, Any]]) -> str:
     """Markdown: a table with one row for each cell."""
     return "\n".join(_markdown([(r["size"], "", _how(r), [r[name] for name in METRICS]) for r in results]))
@@ -112,8 +206,13 @@ def _how(result: dict[str, Any]) -> str:
     """The settings of a result that differ between tables."""
     return (
         f"{result['weights']}, {result['images']:,} images, {guidance(result)}, {result['solver']}, "
-        f"NFE {result['nfe']:g}, rope {result['rope']}"
+        f"NFE {result['nfe']:g}, {positions(result)}"
     )
+
+
+def positions(cell: dict[str, Any]) -> str:
+    """How positions are extrapolated in a cell or a result, as in "rope vision_ntk" or "sincos pi"."""
+    return f"sincos {cell['sincos']}" if "sincos" in cell else f"rope {cell['rope']}"
 
 
 def _markdown(rows: list[tuple]) -> list[str]:
