@@ -54,7 +54,7 @@ from launchers.sbatch_options import (
 from launchers.secret_overrides import to_environment
 
 _PACKAGES = (data_sharding, fitv2_scale, launchers)
-_SECTIONS = ("model", "flow", "optimizer", "batch")  # an axis over one of them names configs
+_SECTIONS = ("model", "flow", "ddpm", "optimizer", "batch")  # an axis over one of them names configs
 
 
 @dataclass(frozen=True)
