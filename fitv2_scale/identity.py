@@ -1,5 +1,6 @@
 """What a run is known by, from its config and its data; and that labels keep their meaning from one run to the next."""
 
+from operator import attrgetter
 from typing import Any
 
 from data_sharding.errors import UserError
@@ -18,7 +19,8 @@ from fitv2_scale.run.reference import find_reference
 from fitv2_scale.run.run import Run
 from fitv2_scale.run.weights_source import WeightsSource
 
-_MEANING = ("heads", "qk_norm")  # keys of the model that no shape shows; positions may change from stage to stage
+# Keys that no shape shows, with the values that runs without them have. How positions are extended is free.
+_MEANING = {"model.heads": None, "model.qk_norm": "layernorm", "model.position": "rope", "objective": "flow"}
 
 
 def open_run(config: Config, plan: Plan | None, parent: dict[str, Any] | None = None) -> Run:
@@ -72,12 +74,13 @@ def check_start(config: Config, plan: Plan, fork: Fork | None) -> None:
 
 
 def _check_network(run: Run, weights: str, config: Config) -> None:
-    theirs = run.config.get("model", {})
-    for key in _MEANING:
-        if theirs.get(key, wanted := getattr(config.model, key)) != wanted:
+    for key, absent in _MEANING.items():
+        *section, name = key.split(".")
+        theirs = (run.config.get("model", {}) if section else run.config).get(name, absent)
+        if theirs not in (None, wanted := attrgetter(key)(config)):
             raise UserError(
-                f"{weights} was trained with model.{key}={theirs[key]}, and would be another network with {wanted}: "
-                f"give the same model.{key}"
+                f"{weights} was trained with {key}={theirs}, and would be another network with {wanted}: give the same "
+                f"{key}"
             )
 
 

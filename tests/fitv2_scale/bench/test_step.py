@@ -125,8 +125,8 @@ def test_a_choice_for_a_reference_that_is_not_measured_is_refused(capsys):
 
 def test_the_reference_has_one_objective(capsys):
     words = ["bench", "step", "configs/demo.yaml", *BENCHED, "--steps=1", "--repeats=1", "--against=reference"]
-    assert main([*words, "objective=ddpm"]) == 2
-    assert "--against reference needs the released objective: objective=flow" in capsys.readouterr().err
+    assert main([*words, "objective=ddpm", "sampling.solver=ddpm"]) == 2
+    assert "--against reference needs the released objective: set objective=flow" in capsys.readouterr().err
 
 
 def test_a_preset_has_latents_of_its_sizes():
