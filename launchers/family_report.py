@@ -41,13 +41,13 @@ def table(folder: Path) -> str:
     """Markdown. A flow's loss and a DDPM's are different quantities, so each is also given in parts of its own at the
     size of the training."""
     rows = rows_of(folder)
-    heads = ["", "parameters", "images", "PFLOP", *(f"{tokens} tokens" for tokens in losses(folder, rows[0]))]
+    heads = ["", "parameters", "images", "TFLOP", *(f"{tokens} tokens" for tokens in losses(folder, rows[0]))]
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
     for row in rows:
         run = Run.open(str(folder / row[0]))
-        commit = run.log.commits()[-1]
-        done, found = read_manifest(run, commit)["accounting"], losses(folder, row)
-        cost = f"{run.recorded('parameters'):,}", f"{done['images']:,}", f"{done['flops'] / 1e15:.1f}"
+        manifest, found = read_manifest(run, run.log.commits()[-1]), losses(folder, row)
+        images, flops = sum(manifest["cursor"]["images"]), manifest["accounting"]["flops"]
+        cost = f"{run.recorded('parameters'):,}", f"{images:,}", f"{flops / 1e12:.3g}"
         values = (f"{loss:.3f} ({loss / found[_TRAINED]:.2f})" for loss in found.values())
         lines.append("| " + " | ".join([_NAMES[row[0]] + _WAYS[row[1]], *cost, *values]) + " |")
     return "\n".join(lines) + "\n"
