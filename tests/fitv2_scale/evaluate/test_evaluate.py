@@ -97,5 +97,5 @@ def test_weights_from_a_file(two_step_run, feature_network, reference, tiny, tmp
     with pytest.raises(UserError, match="give a folder as --out"):
         evaluated(weights, means, None, str(config))
     config.write_text(yaml.safe_dump(tiny(model__hidden=64).model_dump(mode="json")))
-    with pytest.raises(UserError, match="the config wants"):
+    with pytest.raises(UserError, match="another network than the config describes .model.hidden is 32, not 64"):
         evaluated(weights, means, out, str(config))
