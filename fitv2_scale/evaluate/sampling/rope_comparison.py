@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from PIL import Image
 
+from data_sharding.errors import UserError
 from fitv2_scale.config.model import ModelConfig, RopeConfig, parse_size
 from fitv2_scale.config.sections import SamplingConfig
 from fitv2_scale.evaluate.sampling.image_grid import decode
@@ -51,7 +52,12 @@ class RopeVariant:
 
 
 def variants(model: ModelConfig, sampling: SamplingConfig, size: str) -> list[RopeVariant]:
-    """Each variant at ``size``, without images."""
+    """Each variant at ``size``, without images. Raises UserError for a network without RoPE."""
+    if model.position != "rope":
+        raise UserError(
+            f"--compare compares ways of RoPE, and this network has model.position={model.position}: leave it out"
+            + ("; sampling.sincos=ei and pi are the ways of a table" if model.position == "sincos" else "")
+        )
     rows, columns = parse_size(size, model.pixels_per_token)
     default, found = rope_for_size(sampling, model, rows, columns), []
     for mode, scale in _VARIANTS:

@@ -2,10 +2,13 @@
 
 import math
 
+import pytest
 import torch
 
-from fitv2_scale.config.model import RopeConfig
-from fitv2_scale.evaluate.sampling.rope_comparison import RopeVariant, to_text
+from data_sharding.errors import UserError
+from fitv2_scale.config.model import ModelConfig, RopeConfig
+from fitv2_scale.config.sections import SamplingConfig
+from fitv2_scale.evaluate.sampling.rope_comparison import RopeVariant, to_text, variants
 
 
 def test_the_table():
@@ -17,3 +20,11 @@ def test_the_table():
     assert first.split() == ["none", "500.0", "x", "40.5", "1.0000", "25.0"]
     assert second.split() == ["*", "vision_ntk", "+", "paper", "500.0", "x", "40.5", "1.1250", "24.5"]
     assert foot == "* the default of `fitv2 sample` at this size"
+
+
+def test_a_network_without_rope_is_refused():
+    model = ModelConfig(depth=1, hidden=32, heads=2, position="sincos")
+    with pytest.raises(UserError, match="has model.position=sincos: leave it out; sampling.sincos=ei and pi are"):
+        variants(model, SamplingConfig(), "160x160")
+    with pytest.raises(UserError, match="has model.position=none: leave it out$"):
+        variants(model.model_copy(update={"position": "none"}), SamplingConfig(), "160x160")
