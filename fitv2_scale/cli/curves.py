@@ -18,7 +18,10 @@ def add(commands: Any) -> None:
     )
     curves.add_argument("--published", action="store_true", help="also show the FIDs of the papers")
     curves.add_argument(
-        "--target", type=float, metavar="FID", help="estimate steps and FLOPs to reach it (default: 26.08, FiT-B/2's)"
+        "--target", type=float, metavar="FID", help="estimate what it takes to reach it (default: 26.08, FiT-B/2's)"
+    )
+    curves.add_argument(
+        "--baseline", metavar="NAME", help="compare families with this one, as in FiT or FiT-B/2 (default: the first)"
     )
     curves.add_argument(
         "--predict",
@@ -31,7 +34,7 @@ def add(commands: Any) -> None:
 
 def curves_of_runs(args: argparse.Namespace) -> int:
     from fitv2_scale.planning.scaling import read_curves
-    from fitv2_scale.planning.scaling.curves_report import TARGET, CurvesOptions, analyse, build_report, to_text
+    from fitv2_scale.planning.scaling.curves_report import CurvesOptions, analyse, build_report, to_text
     from fitv2_scale.planning.scaling.save_report import draw, publish, write
 
     if args.runs and args.experiment:
@@ -42,7 +45,7 @@ def curves_of_runs(args: argparse.Namespace) -> int:
         curves = read_curves.from_mlflow(args.uri, args.experiment)
     else:
         curves = [read_curves.from_journal(url) for url in args.runs]
-    options = CurvesOptions(Path(args.out), args.published, args.target or TARGET, tuple(args.predict))
+    options = CurvesOptions(Path(args.out), args.published, args.target, tuple(args.predict), args.baseline)
     analysis = analyse(curves, options)
     report = build_report(analysis, options)
     files = [*draw(analysis, options), *write(report, to_text(report), options.folder)]

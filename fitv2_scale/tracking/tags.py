@@ -2,6 +2,7 @@
 and start.json, which are redacted.
 
     fitv2.family      "S/2", "B/2", "L/2", "XL/2", "3B/2"; "6x160" (depth x hidden) for any other network
+    fitv2.network     "FiTv2-B/2", "DiT-XL/4"; "other-6x160/2" if no published family has its switches and objective
     fitv2.parameters  "2971928080"
     fitv2.dataset     the digest of the dataset's manifest; of several, with commas between
     fitv2.seed, fitv2.plan_hash, fitv2.recipe_hash
@@ -15,6 +16,8 @@ and start.json, which are redacted.
 from collections import Counter
 from typing import Any
 
+from fitv2_scale.config.families import SIZES, network_name
+from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.run.run import Run
 
 RUN_ID = "fitv2.run_id"  # the canonical run
@@ -24,7 +27,6 @@ PLACE = "fitv2.place"
 LAG = "fitv2.lag"
 DATASET = "fitv2.dataset"
 PARENT = "fitv2.parent_run"
-_FAMILIES = {(15, 384): "S/2", (15, 768): "B/2", (28, 1024): "L/2", (36, 1152): "XL/2", (40, 2304): "3B/2"}
 
 
 def run_tags(run: Run) -> dict[str, str]:
@@ -32,6 +34,7 @@ def run_tags(run: Run) -> dict[str, str]:
     model, parent = run.config.get("model", {}), run.parent or {}
     tags = {
         "fitv2.family": family(model),
+        "fitv2.network": _network(model, run.config.get("objective", "flow")),
         "fitv2.seed": run.config.get("seed"),
         "fitv2.recipe_hash": run.recipe_hash,
         "fitv2.plan_hash": run.plan_hash,
@@ -55,6 +58,17 @@ def attempt_tags(attempt: int, start: dict[str, Any]) -> dict[str, str]:
 
 
 def family(model: dict[str, Any]) -> str | None:
-    """The published name of the network's size; None if the config has no depth or hidden size."""
+    """FiTv2's name of the network's size; None if the config has no depth or hidden size."""
     depth, hidden = model.get("depth"), model.get("hidden")
-    return _FAMILIES.get((depth, hidden), f"{depth}x{hidden}") if depth and hidden else None
+    if not depth or not hidden:
+        return None
+    size = SIZES["FiTv2"].get((depth, hidden))
+    return f"{size}/{model.get('patch', 2)}" if size else f"{depth}x{hidden}"
+
+
+def _network(model: dict[str, Any], objective: str) -> str | None:
+    """None if this version does not know the network."""
+    try:
+        return network_name(ModelConfig.model_validate(model), objective)
+    except ValueError:
+        return None

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from data_sharding.errors import UserError
+from fitv2_scale.planning.scaling.compare_families import Comparison, compare
+from fitv2_scale.planning.scaling.families_text import families_lines
 from fitv2_scale.planning.scaling.laws import (
     RunLaw,
     SurfaceLaw,
@@ -33,19 +35,25 @@ class CurvesOptions:
 
     folder: Path
     published: bool = False
-    target: float = TARGET
+    target: float | None = None  # FID; None: TARGET, and for a comparison of families where its baseline ends
     predict: tuple[str, ...] = ()
+    baseline: str | None = None
+
+    @property
+    def target_fid(self) -> float:
+        return self.target or TARGET
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """The laws, of ``metric``, and the FID curves, for report and plots."""
+    """The laws, of ``metric``, the FID curves and the comparisons of families, for report and plots."""
 
     metric: str
     laws: list[tuple[Curve, RunLaw]]
     surface: SurfaceLaw | None
     why_no_surface: str | None
     fids: list[FidCurve]
+    comparisons: Sequence[Comparison] = ()
 
 
 def analyse(curves: Sequence[Curve], options: CurvesOptions) -> Analysis:
@@ -63,7 +71,8 @@ def analyse(curves: Sequence[Curve], options: CurvesOptions) -> Analysis:
         except UserError as error:
             why = str(error)
     fids = [fid for curve in curves for fid in fid_curves_of(curve)] + (published_curves() if options.published else [])
-    return Analysis(metric, laws, surface, why, fids)
+    comparisons = compare(laws, metric, options.published, options.baseline, options.target)
+    return Analysis(metric, laws, surface, why, fids, comparisons)
 
 
 def build_report(analysis: Analysis, options: CurvesOptions) -> dict[str, Any]:
@@ -79,7 +88,8 @@ def build_report(analysis: Analysis, options: CurvesOptions) -> dict[str, Any]:
         "runs": [_run(curve, law, analysis.metric) for curve, law in analysis.laws],
         "surface": _surface(analysis.surface) if analysis.surface else None,
         "why_no_surface": analysis.why_no_surface,
-        "fid": _fid(analysis.fids, options.target) if analysis.fids else None,
+        "fid": _fid(analysis.fids, options.target_fid) if analysis.fids else None,
+        "families": [comparison.as_record() for comparison in analysis.comparisons],
         "predictions": [score(prediction, curves) for prediction in made],
         "scored": before,
     }
@@ -91,6 +101,8 @@ def _run(curve: Curve, law: RunLaw, metric: str) -> dict[str, Any]:
     reached = {axis: curve.along(axis, last) for axis in AXES}
     return {
         "name": curve.name,
+        "network": curve.network,
+        "objective": curve.objective,
         "parameters": curve.parameters,
         "batch": curve.batch,
         **{axis: None if at is None else float(at[0]) for axis, at in reached.items()},
@@ -149,6 +161,7 @@ def to_text(report: dict[str, Any]) -> str:
     elif report["why_no_surface"]:
         lines.append(report["why_no_surface"])
     lines += _fid_lines(report["fid"]) if report["fid"] else []
+    lines += families_lines(report["families"], {run["name"]: run["objective"] for run in report["runs"]})
     return "\n".join([*lines, *prediction_lines(report)])
 
 

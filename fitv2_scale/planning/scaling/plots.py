@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from fitv2_scale.planning.scaling.compare_families import Comparison
 from fitv2_scale.planning.scaling.laws import RunLaw, SurfaceLaw
 from fitv2_scale.planning.scaling.published_fid import FidCurve
 from fitv2_scale.planning.scaling.read_curves import AXES, Curve, log_binned
@@ -63,6 +64,23 @@ def fid_plot(curves: Sequence[FidCurve], target: float, file: Path) -> None:
         legend.remove()  # the same as the other one, and it would cover points
     published = "FID-50K at 256x256 while training, as published"
     figure.suptitle(f"FID of runs; dotted: {published}" if any(curve.ours for curve in curves) else published)
+    figure.savefig(file, dpi=120)
+
+
+def families_plot(comparison: Comparison, file: Path) -> None:
+    """The metric of each family against each axis that one of them recorded, a line for each run, and the target."""
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    for axes, axis in zip(figure.subplots(2, 2).flat, AXES, strict=True):
+        for i, (name, repeats) in enumerate(comparison.curves.items()):
+            for k, repeat in enumerate(repeats):
+                if (along := repeat.along(axis, repeat.points.steps)) is not None:
+                    label = name if k == 0 else "_"  # matplotlib leaves it out of the legend
+                    axes.plot(along, repeat.points.values, "o-", ms=3, lw=1.2, color=_colour(i), label=label)
+        if axes.lines:
+            axes.axhline(comparison.target, color="grey", lw=0.8, ls="--", label=f"target, {comparison.target:.5g}")
+        _finish(axes, _LABELS[axis], _words(comparison.metric))
+    _drop_empty(figure)
+    figure.suptitle(f"{_words(comparison.metric)} of families; ratios are to {comparison.baseline} at the target")
     figure.savefig(file, dpi=120)
 
 

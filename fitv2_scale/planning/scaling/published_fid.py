@@ -1,7 +1,7 @@
 """Published FID curves: FID-50K at 256 x 256 by training step, without and with guidance.
 
-A step is 256 images. FLOPs are those of three forward passes of 256 tokens: counted for FiTv2, and for the other
-networks twice the multiply-adds that their papers call FLOPs.
+A step is 256 images. FLOPs are those of three forward passes of 256 tokens, counted alike for all networks: twice the
+multiply-adds that papers call FLOPs, with those of attention, which FiT's leaves out.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fitv2_scale.config.model import ModelConfig
+from fitv2_scale.config.families import published_model
 from fitv2_scale.model.counts import forward_flops
 from fitv2_scale.planning.scaling.read_curves import Curve, Series, is_fid
 
@@ -23,11 +23,13 @@ _ABLATION = {
     "FiT-B/2": ((36.36, 29.14, 26.08), (18.86, 11.06, 9.23)),
     "FiTv2-B/2": ((26.03, 19.02, 17.70, 16.52), (9.45, 5.51, 4.73, 4.30)),
 }
-_MULTIPLY_ADDS = {"DiT-B/2": 23.0e9, "SiT-B/2": 23.0e9, "FiT-B/2": 29.1e9}
-_MODELS = {
-    "FiTv2-B/2": ModelConfig(depth=15, hidden=768, heads=12, classes=1000),
-    "FiTv2-XL/2": ModelConfig(depth=36, hidden=1152, heads=16, classes=1000),
-    "FiTv2-3B/2": ModelConfig(depth=40, hidden=2304, heads=24, classes=1000),
+MODELS = {
+    "DiT-B/2": published_model("DiT", 12, 768, 12),
+    "SiT-B/2": published_model("SiT", 12, 768, 12),
+    "FiT-B/2": published_model("FiT", 12, 768, 12),
+    "FiTv2-B/2": published_model("FiTv2", 15, 768, 12),
+    "FiTv2-XL/2": published_model("FiTv2", 36, 1152, 16),
+    "FiTv2-3B/2": published_model("FiTv2", 40, 2304, 24),
 }
 _FINAL = {"FiTv2-XL/2": (2_000_000, 2.26), "FiTv2-3B/2": (1_000_000, 2.15)}  # Table IV, guidance 1.5
 
@@ -52,8 +54,8 @@ def published_curves() -> list[FidCurve]:
 
 
 def _fid_curve(name: str, guidance: str, steps: Sequence[int], fids: Sequence[float]) -> FidCurve:
-    one = forward_flops(_MODELS[name], 256) if name in _MODELS else 2 * _MULTIPLY_ADDS[name]
-    return FidCurve(name, guidance, Series(np.array(steps), np.array(fids)), 3.0 * one * BATCH, ours=False)
+    a_step = 3.0 * forward_flops(MODELS[name], 256) * BATCH
+    return FidCurve(name, guidance, Series(np.array(steps), np.array(fids)), a_step, ours=False)
 
 
 def fid_curves_of(curve: Curve) -> list[FidCurve]:

@@ -19,6 +19,7 @@ import numpy as np
 from data_sharding.errors import DataError, UserError
 from data_sharding.storage.records import Count, Number, Shape
 from data_sharding.storage.store import Store
+from fitv2_scale.config.families import network_name
 from fitv2_scale.config.model import ModelConfig
 from fitv2_scale.model.counts import forward_flops, parameter_count
 from fitv2_scale.planning.scaling.meaning import Meaning, Origin, meaning_of
@@ -60,6 +61,15 @@ class Curve:
     def size(self) -> str:
         """An identifier that is equal for runs of the same network."""
         return self.model.model_dump_json()
+
+    @property
+    def objective(self) -> str:
+        return self.meaning.get("objective", "flow")
+
+    @property
+    def network(self) -> str:
+        """As FiTv2-B/2."""
+        return network_name(self.model, self.objective)
 
     @property
     def last(self) -> int:

@@ -11,7 +11,7 @@ from data_sharding.errors import UserError
 from data_sharding.storage.failures import as_sentence
 from data_sharding.storage.local_store import LocalStore
 from fitv2_scale.planning.scaling.curves_report import Analysis, CurvesOptions
-from fitv2_scale.planning.scaling.plots import fid_plot, frontier_plot, loss_plot
+from fitv2_scale.planning.scaling.plots import families_plot, fid_plot, frontier_plot, loss_plot
 from fitv2_scale.planning.scaling.predictions import PREDICTIONS
 from fitv2_scale.run.redact import redact
 
@@ -29,7 +29,10 @@ def draw(analysis: Analysis, options: CurvesOptions) -> list[Path]:
             loss_plot(analysis.laws, analysis.metric, files[-1])
         if analysis.fids:
             files.append(options.folder / "fid.png")
-            fid_plot(analysis.fids, options.target, files[-1])
+            fid_plot(analysis.fids, options.target_fid, files[-1])
+        for i, comparison in enumerate(analysis.comparisons, start=1):
+            files.append(options.folder / f"families{i}.png")
+            families_plot(comparison, files[-1])
         if analysis.surface:
             files.append(options.folder / "frontier.png")
             frontier_plot([curve for curve, _ in analysis.laws], analysis.surface, analysis.metric, files[-1])
