@@ -8,6 +8,9 @@ LAYOUTS, UNIT = "fitv2_scale/checkpoint/public_layouts.py", "tests/fitv2_scale"
 OF_LAYOUTS = f"{UNIT}/checkpoint/test_public_layouts.py"
 BOXES = "tests/fitv2_scale/parallel/test_boxes.py"
 
+SCALING, NAMES = "fitv2_scale/planning/scaling", "tests/fitv2_scale/config/test_families.py"
+COMPARED = "tests/fitv2_scale/planning/scaling/test_compare_families.py"
+
 OF_FAMILIES = (
     Named(
         "family: the table has the row first", f"{MODEL}/sincos.py",
@@ -91,5 +94,23 @@ OF_FAMILIES = (
         "if name.startswith(kind) and name.removeprefix(kind) not in new",
         "if name.startswith(kind)",
         (f"{UNIT}/checkpoint/test_init_new.py::test_another_table_of_classes_is_drawn_and_the_rest_is_kept",),
+    ),
+    Named(
+        "curves: losses of two objectives in one table", f"{SCALING}/compare_families.py",
+        "if curve.objective == objective and len(", "if len(", (COMPARED,),
+    ),
+    Named(
+        "curves: the ratio of the baseline to the family", f"{SCALING}/compare_families.py",
+        "value = of / to", "value = to / of", (COMPARED,),
+    ),
+    Named(
+        "curves: a run that has not reached the target is at its last step", f"{SCALING}/compare_families.py",
+        "if any(step is None for step, _ in steps):\n        return found\n",
+        "steps = [(step or r.points.steps[-1], b) for r, (step, b) in zip(repeats, steps, strict=True)]\n", (COMPARED,),
+    ),
+    Named(
+        "curves: a network of another objective has the family's name", "fitv2_scale/config/families.py",
+        'found = {"objective": objective} | model.model_dump()',
+        'found = {"objective": "flow"} | model.model_dump()', (NAMES,),
     ),
 )  # fmt: skip

@@ -80,7 +80,7 @@ def families_plot(comparison: Comparison, file: Path) -> None:
             axes.axhline(comparison.target, color="grey", lw=0.8, ls="--", label=f"target, {comparison.target:.5g}")
         _finish(axes, _LABELS[axis], _words(comparison.metric))
     _drop_empty(figure)
-    figure.suptitle(f"{_words(comparison.metric)} of families; ratios are to {comparison.baseline} at the target")
+    figure.suptitle(f"{_words(comparison.metric)} by family, and the target of ratios to {comparison.baseline}")
     figure.savefig(file, dpi=120)
 
 

@@ -36,10 +36,14 @@ def test_a_network_has_a_papers_name_only_with_all_of_its_switches(switches, obj
     assert network_name(model, objective) == name and family_of(model, objective) == name.partition("-")[0]
 
 
-@pytest.mark.parametrize("size", ["S/2", "B/2", "L/2", "XL/2", "3B/2"])
-def test_the_configs_are_fitv2(size):
-    config = load_config(f"configs/fitv2_{size.replace('/', '').lower()}.yaml")
-    assert network_name(config.model, config.objective) == f"FiTv2-{size}"
+@pytest.mark.parametrize("family, sizes", [
+    ("FiTv2", ("S", "B", "L", "XL", "3B")), ("FiT", ("B", "XL")), ("DiT", ("S", "B", "L", "XL")),
+    ("SiT", ("S", "B", "L", "XL")),
+])  # fmt: skip
+def test_the_configs_are_what_they_are_called(family, sizes):
+    for size in sizes:
+        config = load_config(f"configs/{family.lower()}_{size.lower()}2.yaml")
+        assert network_name(config.model, config.objective) == f"{family}-{size}/2"
 
 
 def test_published_networks_cost_what_their_papers_say():

@@ -91,15 +91,18 @@ def test_a_child_run_continues_where_it_was(run_folder, monkeypatch):
     assert points(child, "loss") == [(s, float(s)) for s in range(1, 101, 10)] and child["status"] == "FINISHED"
 
 
+TAGS = ("family", "network", "parameters", "dataset", "seed", "git", "gpu")
+
+
 def test_tags_group_runs(run_folder):
     run = make(run_folder, {"model": {"depth": 40, "hidden": 2304, "heads": 24}, "seed": 7})
     gpus = [{"name": "NVIDIA H200", "uuid": str(i)} for i in range(8)]
     run.claim({"git": "0c9d", "gpus": gpus, "parameters": 2971928080, "datasets": ["5f", "6e"]})
     sync(str(run_folder), "auto", "test")
     tags = published(run_folder)["tags"]
-    assert {name: tags[f"fitv2.{name}"] for name in ("family", "parameters", "dataset", "seed", "git", "gpu")} == {
-        "family": "3B/2", "parameters": "2971928080", "dataset": "5f,6e", "seed": "7", "git": "0c9d",
-        "gpu": "8 x NVIDIA H200",
+    assert {name: tags[f"fitv2.{name}"] for name in TAGS} == {
+        "family": "3B/2", "network": "FiTv2-3B/2", "parameters": "2971928080", "dataset": "5f,6e", "seed": "7",
+        "git": "0c9d", "gpu": "8 x NVIDIA H200",
     }  # fmt: skip
 
 

@@ -163,7 +163,7 @@ def test_the_papers_points_alone(capsys, folder):
     assert rows["FiT-B/2", "1"]["fit"] is None  # three points: no degree of freedom over
     assert {c.name for c in published_curves()} >= {"FiTv2-XL/2", "FiTv2-3B/2"}
     assert (folder / "out" / "fid.png").exists() and report["runs"] == []
-    line = "FiT-B/2              1  400: 36.36  1000: 29.14  1500: 26.08                   1,500,000, 6.7e+19"
+    line = "FiT-B/2              1  400: 36.36  1000: 29.14  1500: 26.08                   1,500,000, 6.97e+19"
     assert line in (folder / "out" / "curves.txt").read_text().splitlines()
 
 
@@ -203,7 +203,7 @@ def test_four_sizes_to_a_prediction_that_is_scored_later(capsys, folder):
     for row in report["surface"]["frontier"]:
         assert row["loss"] > 0.45
     pictures = [Image.open(file) for file in report["files"] if file.endswith(".png")]
-    assert len(pictures) == 3 and all(p.size[0] == 1320 for p in pictures)
+    assert len(pictures) == 7 and all(p.size[0] == 1320 for p in pictures)
     assert {Path(f).name for f in report["files"]} >= {"curves.json", "curves.txt", "runs.csv"}
     assert (folder / "out" / "runs.csv").read_text().count("\n") == 5
 
@@ -270,7 +270,8 @@ def test_through_mlflow_and_back(capsys, folder):
     (point,) = client.get_metric_history(run.info.run_id, "prediction/fitv2_3b2/value")
     assert (point.value, point.step) == (prediction["value"], 2_000_000)
     kept = {Path(a.path).name for a in client.list_artifacts(run.info.run_id, "curves")}
-    assert kept == {"loss.png", "frontier.png", "curves.json", "curves.txt", "runs.csv", "predictions.jsonl"}
+    pictures = {"loss.png", "frontier.png", "families1.png"}
+    assert kept == pictures | {"curves.json", "curves.txt", "runs.csv", "predictions.jsonl"}
 
     assert "has no training run yet" in refused(capsys, "--experiment", "other", "--uri", uri)
     said = refused(capsys, "--experiment", "fitv2", "--uri", "http://me:hidden@127.0.0.1:9")
