@@ -88,7 +88,7 @@ def test_photographs_to_pictures_through_a_kill(tmp_path):
     fitv2("sample", str(run), "--size", "64x96", "--steps", "2", "--out", str(tmp_path / "more.png"))
     assert (tmp_path / "more.png").stat().st_size > 1000
     exported = json.loads(fitv2("checkpoint", "export", str(run), str(tmp_path / "ema.safetensors"), "--ema", "--json"))
-    assert exported == {"file": str(tmp_path / "ema.safetensors"), "step": 12, "ema": True}
+    assert exported == {"file": str(tmp_path / "ema.safetensors"), "step": 12, "ema": True, "format": "fit"}
     imported = fitv2("checkpoint", "import", str(tmp_path / "ema.safetensors"), str(tmp_path / "runs" / "second"),
                      "--config", str(write_config(tmp_path, data)))  # fmt: skip
     assert "commit at step 0" in imported
