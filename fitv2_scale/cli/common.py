@@ -10,7 +10,8 @@ from typing import Any
 
 from data_sharding.errors import RanksMissing, UserError
 
-_SAMPLING_FLAGS = ("cfg", "guided_channels", "solver", "steps", "rope", "attention_scale")
+_SAMPLING_FLAGS = ("cfg", "guided_channels", "solver", "steps", "rope", "attention_scale", "sincos")
+_POSITION_FLAGS = {"rope": ("rope", "attention_scale"), "sincos": ("sincos",)}  # by the model's position
 
 
 def make(commands: Any, name: str, run: Callable, text: str, on_ranks: bool = False) -> argparse.ArgumentParser:
@@ -82,6 +83,13 @@ def new_file(suffix: str) -> Callable[[str], str]:
 def sampling_changes(args: argparse.Namespace) -> dict[str, Any]:
     """What flags like --cfg change in the config's section ``sampling``."""
     return {name: getattr(args, name) for name in _SAMPLING_FLAGS if getattr(args, name) is not None}
+
+
+def refuse_other_positions(args: argparse.Namespace, position: str) -> None:
+    """Raises UserError if a flag is for positions of another kind than the network's."""
+    for kind, flags in _POSITION_FLAGS.items():
+        if kind != position:
+            refuse_unused(args, flags, f"this network has model.position={position}: leave out {{}}")
 
 
 def refuse_unused(args: argparse.Namespace, unused: Collection[str], sentence: str) -> None:

@@ -9,6 +9,7 @@ from fitv2_scale.cli.common import (
     class_numbers,
     make,
     new_file,
+    refuse_other_positions,
     refuse_unused,
     sampling_changes,
     show,
@@ -30,14 +31,14 @@ _UNUSED = {
     "images": (
         (
             *("overrides", "config", "out", "keep_features", "suite", "images", "nfe", "classes", "seed"),
-            *("cfg", "guided_channels", "solver", "steps", "rope", "attention_scale"),
+            *("cfg", "guided_channels", "solver", "steps", "rope", "attention_scale", "sincos"),
         ),
         "images that exist already are measured as they are: leave out {}",
     ),
     "list": (
         (
             *("overrides", "config", "out", "keep_features", "images", "nfe", "classes", "seed", "size"),
-            *("cfg", "guided_channels", "solver", "steps", "rope", "attention_scale"),
+            *("cfg", "guided_channels", "solver", "steps", "rope", "attention_scale", "sincos"),
             *("network", "network_sha256", "reference", "save_statistics"),
         ),
         "--list shows what is in a suite and measures nothing: leave out {}",
@@ -74,15 +75,15 @@ def add(commands: Any) -> None:
     evaluate.add_argument("--suite", metavar="NAME", help="in1k256, ood, hr, ablation, or a .yaml file")
     evaluate.add_argument("--list", action="store_true", help="show the networks, sizes and samplers of --suite")
     evaluate.add_argument(
-        "--size", action="append", metavar="HxW", help="in pixels, multiples of 8 model.patch; may be repeated"
+        "--size", action="append", metavar="HxW", help="in pixels, multiples of 8 times model.patch; may be repeated"
     )
     evaluate.add_argument(
         "--images", type=whole(1), metavar="N", help="images of each size (default 50000, or the suite's)"
     )
     evaluate.add_argument("--nfe", metavar="5,10,…", help="table and plot of FID against these numbers of evaluations")
     evaluate.add_argument("--classes", metavar="A,B,…", help="class numbers (default: all)")
-    evaluate.add_argument("--cfg", type=float, help="guidance scale; this and the next five as in `fitv2 sample`")
-    for name in ("guided-channels", "solver", "steps", "rope", "attention-scale"):
+    evaluate.add_argument("--cfg", type=float, help="guidance scale; this and the next six as in `fitv2 sample`")
+    for name in ("guided-channels", "solver", "steps", "rope", "attention-scale", "sincos"):
         evaluate.add_argument(f"--{name}", type=int if name == "steps" else str)
     evaluate.add_argument("--seed", type=whole(0), help="seed of classes and noise (default 0)")
     evaluate.add_argument("--config", metavar="FILE", help="the config of a weights file")
@@ -185,8 +186,7 @@ def _cells(args: argparse.Namespace, weights: "Weights") -> "list[Cell]":
     from fitv2_scale.evaluate.suites import load_suite
 
     model, objective = weights.config.model, weights.config.objective
-    if model.position != "rope":
-        refuse_unused(args, ("rope", "attention_scale"), "this network has no RoPE: leave out {}")
+    refuse_other_positions(args, model.position)
     suite = load_suite(args.suite) if args.suite else None
     if suite and args.size:
         raise UserError("a suite has its own sizes: leave --size out")

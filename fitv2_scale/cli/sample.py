@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_sharding.errors import UserError
-from fitv2_scale.cli.common import class_numbers, make, new_file, refuse_unused, sampling_changes, show, whole
+from fitv2_scale.cli.common import (
+    class_numbers,
+    make,
+    new_file,
+    refuse_other_positions,
+    refuse_unused,
+    sampling_changes,
+    show,
+    whole,
+)
 
 if TYPE_CHECKING:  # torch is imported when there is something to do
     import torch
@@ -30,7 +39,7 @@ def add(commands: Any) -> None:
     sample.add_argument("overrides", nargs="*", metavar="key=value", help="config changes, as in layout.tensor=2")
     sample.add_argument("--config", metavar="FILE", help="the config of a weights file")
     sample.add_argument(
-        "--size", action="append", metavar="HxW", help="in pixels, multiples of 8 model.patch; may be repeated"
+        "--size", action="append", metavar="HxW", help="in pixels, multiples of 8 times model.patch; may be repeated"
     )
     sample.add_argument("--classes", metavar="A,B,…", help="class numbers (default: spread evenly over all)")
     sample.add_argument("--columns", type=whole(1), help="number of classes, if --classes is not given (default 8)")
@@ -48,6 +57,11 @@ def add(commands: Any) -> None:
         "--rope",
         metavar="MODE",
         help="RoPE of large images: none, pi, ntk, yarn, vision_ntk, vision_yarn (default: as published)",
+    )
+    sample.add_argument(
+        "--sincos",
+        metavar="none|ei|pi",
+        help="positions of a table of sines in other sizes than the trained one (default: the model's own)",
     )
     sample.add_argument(
         "--attention-scale", metavar="none|paper|released", help="of the logits (default: as published)"
@@ -81,6 +95,7 @@ def sample_images(args: argparse.Namespace) -> int:
     with join() as world:
         sample_as, sizes = read_alike(world, lambda: _request(args, world.device))
         with open_weights(args.weights, world, args.config, args.overrides) as weights:
+            refuse_other_positions(args, weights.config.model.position)
             sampling = with_changes(weights.config.sampling, sampling_changes(args))
             report, text = sample_as(args, weights, sampling, sizes)
             if world.is_first:
@@ -122,7 +137,7 @@ def _grid(args: argparse.Namespace, weights: "Weights", sampling: "SamplingConfi
         png = grid_png([decode(made[r].tokens, codec) for r in requests], rows=len(sizes))
         _write(file, png)
     nfe = sum(one.nfe for one in made.values()) / len(made)
-    return {"file": file, "nfe": nfe}, f"{file}: images from the EMA weights of {weights.name}, NFE {nfe:g}"
+    return {"file": file, "nfe": nfe}, f"{file}: images from {weights.described}, NFE {nfe:g}"
 
 
 def _single_images(args: argparse.Namespace, weights: "Weights", sampling: "SamplingConfig", sizes: list[str]) -> tuple:
@@ -137,7 +152,7 @@ def _single_images(args: argparse.Namespace, weights: "Weights", sampling: "Samp
     done = fill_folder(weights, requests, sampling, args.seed, folder, weights.shared_codec())
     if args.npz and weights.world.is_first:
         write_npz(folder, requests, args.npz, pixels_per_token)
-    text = f"{folder}: {args.images} images from the EMA weights of {weights.name}, NFE {done.nfe:g}, {done.made} new"
+    text = f"{folder}: {args.images} images from {weights.described}, NFE {done.nfe:g}, {done.made} new"
     report = {"folder": folder, "images": args.images, "made": done.made, "nfe": done.nfe, "npz": args.npz}
     return report, text + (f"; {args.npz}" if args.npz else "")
 

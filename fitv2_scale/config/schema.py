@@ -83,7 +83,7 @@ class Config(Section):
     def _sections_suit_one_another(self):
         """Names all that is wrong at once: who mends one fault should not meet the next."""
         of_layout = [*_engine_problems(self), *_float8_problems(self), *_flash4_problems(self)]
-        if problems := [*of_layout, *_solver_problems(self)]:
+        if problems := [*of_layout, *_solver_problems(self), *_position_problems(self)]:
             raise ValueError("; ".join(problems))
         return self
 
@@ -175,6 +175,18 @@ def _flash4_problems(config: Config) -> Iterator[str]:
             "deterministic=true is not for layout.attention=flash4, which is not known to give equal bits each time: "
             "leave one of them out"
         )
+
+
+def _position_problems(config: Config) -> Iterator[str]:
+    sampling, position = config.sampling, config.model.position
+    given = {
+        "sincos": {"sincos": sampling.sincos},
+        "rope": {"rope": sampling.rope, "attention_scale": sampling.attention_scale},
+    }
+    for kind, keys in given.items():
+        for key, value in keys.items():
+            if kind != position and value not in ("auto", "none"):
+                yield f"sampling.{key}={value} is for model.position={kind}, and it is {position}: leave it out"
 
 
 def _solver_problems(config: Config) -> Iterator[str]:

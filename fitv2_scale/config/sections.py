@@ -122,7 +122,7 @@ class ValidationConfig(Section):
 class SamplingConfig(Section):
     every_steps: int = Field(0, ge=0, description="steps between image grids from the EMA weights; 0: none")
     sizes: list[str] = Field(
-        ["256x256"], description="HEIGHTxWIDTH in pixels, multiples of 8 model.patch; a grid row each"
+        ["256x256"], description="HEIGHTxWIDTH in pixels, multiples of 8 times model.patch; a grid row each"
     )
     columns: int = Field(8, ge=1, description="number of classes shown, spread evenly over all")
     cfg: float = Field(1.5, ge=1, description="classifier-free guidance scale; 1: none")

@@ -24,30 +24,32 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fitv2_scale.config.model import RopeConfig
+from fitv2_scale.config.model import ModelConfig, RopeConfig
 from fitv2_scale.model.packed_batch import Packing
 from fitv2_scale.model.rope import axis_frequencies, table
 
 _FASTEST, _SLOWEST = 32, 1  # YaRN's beta: rotations over L above and below which the ramp ends
 
 
-# Released commands (README of whlzy/FiT), at L = 16, that the general rule below would not give.
+# Released commands of FiTv2 (README of whlzy/FiT), at L = 16, that the general rule below would not give.
 _PUBLISHED = {(10, 20): RopeConfig(mode="vision_ntk")}
 
 
-def default_rope(trained: RopeConfig, rows: int, columns: int) -> RopeConfig:
-    """The RoPE of the published evaluations for an image of this size, for a model trained with ``trained``.
+def default_rope(model: ModelConfig, rows: int, columns: int) -> RopeConfig:
+    """The RoPE of the published evaluations for an image of this size.
 
-    A model trained with extrapolation keeps its own. Otherwise plain RoPE for at most L x L tokens, VisionNTK with the
-    released attention scale for more; and VisionNTK alone for 160x320, as in the released command.
+    A model trained with extrapolation keeps its own. Otherwise plain RoPE for at most L x L tokens and VisionNTK for
+    more, in FiTv2 with the released attention scale; and VisionNTK alone for 160x320, as in FiTv2's released command.
     """
+    trained, is_fitv2 = model.rope, model.mlp == "swiglu"
     if trained.mode != "none":
         return trained
-    if trained.train_side == 16 and (rows, columns) in _PUBLISHED:
+    if is_fitv2 and trained.train_side == 16 and (rows, columns) in _PUBLISHED:
         return _PUBLISHED[rows, columns]
     if rows * columns <= trained.train_side**2:
         return trained
-    return trained.model_copy(update={"mode": "vision_ntk", "attention_scale": "released"})
+    scale = "released" if is_fitv2 else trained.attention_scale
+    return trained.model_copy(update={"mode": "vision_ntk", "attention_scale": scale})
 
 
 def extrapolated_table(

@@ -42,6 +42,11 @@ class Weights:
     world: World
     run: Run | None = None
 
+    @property
+    def described(self) -> str:
+        """As in a sentence. Which weights of a run a file holds, it does not say."""
+        return f"the EMA weights of {self.name}" if self.run else f"the weights in {self.name}"
+
     def codec(self) -> Codec:
         """The codec that decodes its latents: that of the dataset, or if that cannot be read the VAE of sampling.vae.
 

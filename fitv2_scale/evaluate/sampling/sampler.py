@@ -216,7 +216,7 @@ def positions_for_size(sampling: SamplingConfig, model: ModelConfig, rows: int, 
 
 def rope_for_size(sampling: SamplingConfig, model: ModelConfig, rows: int, columns: int) -> RopeConfig:
     """The RoPE that ``sampling`` asks for at a size; "auto" is as published."""
-    chosen, asked = default_rope(model.rope, rows, columns), {}
+    chosen, asked = default_rope(model, rows, columns), {}
     if sampling.rope != "auto":
         asked["mode"], asked["attention_scale"] = sampling.rope, "none"
     if sampling.attention_scale != "auto":

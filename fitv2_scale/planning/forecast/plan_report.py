@@ -145,9 +145,11 @@ def to_text(report: dict[str, Any]) -> str:
     model, layout, data, memory = (report[key] for key in ("model", "layout", "data", "memory"))
     state = {name: f"{size / 2**30:.2f}" for name, size in memory["state_bytes_per_rank"].items()}
     share = f"({100 * model['trained_parameters'] / model['parameters']:.2f} % of them trained) "
+    flops = model["training_flops_per_image"]
+    each = f"{flops['256'] / 1e12:.3f} TFLOP per training image of 256 tokens, {flops['1024'] / 1e12:.3f} of 1,024"
     lines = [
         f"model    {model['parameters']:,} parameters {share if '100.00' not in share else ''}in {model['tensors']} "
-        f"tensors, {model['training_flops_per_image']['256'] / 1e12:.3f} TFLOP per training image of 256 tokens",
+        f"tensors, {each}",
         f"layout   {counted(layout['ranks'], 'rank')}, {layout['engine']} "
         f"(replicate {layout['replicate']} x shard {layout['shard']} x tensor {layout['tensor']})",
         f"state    {state['held']} GiB per rank: weights {state['weights']}, moments {state['moments']}, "

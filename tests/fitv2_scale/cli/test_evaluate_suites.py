@@ -71,7 +71,7 @@ def test_another_network_is_sampled_as_the_suite_says(dit, two_step_run, feature
         (size, "dopri5", 2, "vision_ntk") for size in ("32x32", "32x48")
     ]
     assert main(["evaluate", dit.run, *common, "--size", "32x48", "--rope", "ntk"]) == 2
-    assert capfd.readouterr().err == "fitv2: this network has no RoPE: leave out --rope\n"
+    assert capfd.readouterr().err == "fitv2: this network has model.position=sincos: leave out --rope\n"
     size = ["--size", "160x320", "--images", "20", "--solver", "ddim", "--steps", "2"]  # RoPE has VisionNTK there
     assert main(["evaluate", dit.run, *common, *size, "--json"]) == 0
     (result,) = json.loads(capfd.readouterr().out)

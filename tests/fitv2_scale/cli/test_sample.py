@@ -50,6 +50,11 @@ def test_compare_shows_all_ways_from_the_same_noise(two_step_run, tmp_path):
     assert Image.open(out).width > 500
 
 
+def test_an_option_for_positions_of_another_kind_is_refused(two_step_run, capsys):
+    assert command(two_step_run, "--sincos", "ei") == 2
+    assert capsys.readouterr().err == "fitv2: this network has model.position=rope: leave out --sincos\n"
+
+
 def reported(*words: str) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as out:
         assert command(*words) == 0

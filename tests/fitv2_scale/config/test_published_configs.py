@@ -29,6 +29,9 @@ PARAMETERS = {
     "ablation_c": 128_149_072,
     "demo": 2_405_368,
     "demo_hr": 2_405_368,
+    "demo_fit": 2_392_352,
+    "demo_sit": 2_443_392,
+    "demo_dit": 2_443_392,
 }
 # Of DiT and SiT, by patch and size. train_side is that of 256 pixels.
 PATCHES = {

@@ -128,16 +128,18 @@ def test_each_image_of_a_pack_has_its_own_mode():
 
 
 def refusal(**model) -> str:
-    tree = {"run": "x", "data": {"url": "x"}, "train": {"steps": 1}, "layout": {}}
-    layout = model.pop("layout", {})
+    tree = {"run": "x", "data": {"url": "x"}, "train": {"steps": 1}}
+    others = {key: model.pop(key, {}) for key in ("layout", "sampling")}
     with pytest.raises(Exception) as caught:
-        parse_config(tree | {"model": TINY.model_dump() | model, "layout": layout}, "test")
+        parse_config(tree | {"model": TINY.model_dump() | model} | others, "test")
     return str(caught.value)
 
 
 def test_settings_of_positions_that_the_network_does_not_have_are_refused():
     assert "rope is for position=rope" in refusal(position="sincos", rope={"mode": "pi"})
     assert "sincos is for position=sincos" in refusal(sincos={"mode": "ei"})
+    assert "sampling.sincos=ei is for model.position=sincos, and it is rope" in refusal(sampling={"sincos": "ei"})
+    assert "sampling.rope=pi is for model.position=rope" in refusal(position="sincos", sampling={"rope": "pi"})
     assert "is for a SwiGLU" in refusal(mlp="gelu", layout={"gate_and_value": "merged"})
 
 

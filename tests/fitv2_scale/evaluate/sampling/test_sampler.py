@@ -221,6 +221,10 @@ def test_positions_are_as_published_unless_asked_for():
     published |= {size: scaled for size in ("320x320", "224x448", "160x480")}
     for size, rope in published.items():
         assert rope_for_size(SamplingConfig(), MODEL, *parse_size(size, 16)) == rope
+    fit = MODEL.model_copy(update={"mlp": "swiglu_4d", "qk_norm": "none", "adaln": "full"})
+    of_fit = {"256x256": plain, "128x384": plain, "160x320": plain, "320x320": RopeConfig(mode="vision_ntk")}
+    for size, rope in of_fit.items():
+        assert rope_for_size(SamplingConfig(), fit, *parse_size(size, 16)) == rope
     stage = MODEL.model_copy(update={"rope": RopeConfig(mode="vision_ntk")})
     for size in ("512x512", "320x640", "256x768"):
         assert rope_for_size(SamplingConfig(), stage, *parse_size(size, 16)) == RopeConfig(mode="vision_ntk")
