@@ -78,6 +78,16 @@ class Data:
         """The codec that decodes the latents. Raises UserError if it is missing, or not the VAE of the latents."""
         return codec_of(self.plan.manifests[0].header.codec, config.sampling.vae)
 
+    def notes(self, config: Config) -> list[str]:
+        """What the user should know of a network with ``config`` that trains on these images."""
+        side, longest = config.model.sincos.train_side, max(s.max_seqlen for each in self.shapes.values() for s in each)
+        if config.model.position != "sincos" or (fitting := round(longest**0.5)) == side:
+            return []
+        return [
+            f"model.sincos.train_side is {side}, and the longest image has {longest} tokens: positions in other sizes (EI, "
+            f"PI) and an exported table will be of another square; model.sincos.train_side={fitting} is that of the data"
+        ]
+
     @property
     def classes(self) -> int:
         return len(self.plan.manifests[0].classes)  # all have the same

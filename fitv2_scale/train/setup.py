@@ -150,7 +150,8 @@ def open_session(
     engine, batch_broadcast = make_engine(config, layout, world), BatchBroadcast(layout, world.rank)
     restored, data, notes, forked = _restore(engine, attempt.run, data, fork, config, world)
     start = restored.step if restored else 0
-    for note in [*kernel_notes(config.layout, world.device), *_changes(attempt)] if world.is_first else []:
+    about = [*kernel_notes(config.layout, world.device), *data.notes(config), *_changes(attempt)]
+    for note in about if world.is_first else []:
         notes = [*notes, note]
         log.warning("%s", note)
     substitutions = _open_substitutions(attempt, data, restored, fork, config, world)

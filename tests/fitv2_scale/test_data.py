@@ -174,3 +174,14 @@ def test_a_small_dataset_with_a_large_weight_runs_out_of_epochs_first(tiny, data
     with pytest.raises(UserError, match="more than 16,777,216 epochs of the 240 images"):
         Data.open(tiny(train__steps=27 * (1 << 24), **changes), (1,))  # 80 / 3 steps are an epoch of the second
     assert Data.open(tiny(train__steps=26 * (1 << 24), **changes), (1,))
+
+
+def test_a_table_of_positions_for_another_square_is_said(tiny):
+    """The longest images have 16 tokens; in patches of 4 the same have 4."""
+    assert (
+        Data.open(config := tiny(model__position="sincos", model__sincos={"train_side": 4}), (1,)).notes(config) == []
+    )
+    (note,) = Data.open(config := tiny(model__position="sincos"), (1,)).notes(config)
+    assert note.startswith("model.sincos.train_side is 16, and the longest image has 16 tokens:")
+    assert note.endswith("model.sincos.train_side=4 is that of the data")
+    assert Data.open(tiny(), (1,)).notes(tiny()) == []
