@@ -84,8 +84,9 @@ class Data:
         if config.model.position != "sincos" or (fitting := round(longest**0.5)) == side:
             return []
         return [
-            f"model.sincos.train_side is {side}, and the longest image has {longest} tokens: positions in other sizes (EI, "
-            f"PI) and an exported table will be of another square; model.sincos.train_side={fitting} is that of the data"
+            f"model.sincos.train_side is {side}, and the longest image has {longest} tokens: positions in other sizes "
+            "(EI, PI) and an exported table will be of another square; of the data it is "
+            f"model.sincos.train_side={fitting}"
         ]
 
     @property

@@ -183,5 +183,5 @@ def test_a_table_of_positions_for_another_square_is_said(tiny):
     )
     (note,) = Data.open(config := tiny(model__position="sincos"), (1,)).notes(config)
     assert note.startswith("model.sincos.train_side is 16, and the longest image has 16 tokens:")
-    assert note.endswith("model.sincos.train_side=4 is that of the data")
+    assert note.endswith("of the data it is model.sincos.train_side=4")
     assert Data.open(tiny(), (1,)).notes(tiny()) == []
