@@ -29,17 +29,22 @@ def sincos_table(packing: Packing, configs: SincosConfig | Sequence[SincosConfig
     """What is added to each token, float32 (T, D). ``configs`` is one for all images or one per slot of the pack."""
     images = packing.cu_seqlens_I1.numel() - 1
     configs = [configs] * images if isinstance(configs, SincosConfig) else configs
-    position_T2 = packing.positions_T2.double()
     if all(config.mode == "none" for config in configs):
-        low_T2, high_T2, part_T2 = position_T2, position_T2, torch.zeros_like(position_T2)
-    else:
-        low_T2, high_T2, part_T2 = _between(packing, position_T2, configs)
+        return _of_places(packing, hidden)
+    low_T2, high_T2, part_T2 = _between(packing, packing.positions_T2.double(), configs)
     # Row and column have channels of their own, so what is bilinear in both is linear in each.
     row_TE, column_TE = (
         torch.lerp(_waves(low_T2[:, axis], hidden), _waves(high_T2[:, axis], hidden), part_T2[:, axis, None])
         for axis in (0, 1)
     )
     return torch.cat((column_TE, row_TE), -1).float()
+
+
+def _of_places(packing: Packing, hidden: int) -> Tensor:
+    """With positions as they are, as in each step of a training: few are different, and are computed once."""
+    place_P = torch.arange(packing.max_seqlen, device=packing.image_T.device, dtype=torch.float64)
+    table_PE = _waves(place_P, hidden).float()
+    return torch.cat([table_PE.index_select(0, packing.positions_T2[:, axis]) for axis in (1, 0)], -1)
 
 
 def _waves(position_T: Tensor, hidden: int) -> Tensor:
