@@ -3,6 +3,7 @@
 import numpy as np
 
 PATCH = 2  # latents on a side of a stored token
+TOKEN_PIXELS = 8 * PATCH  # pixels on its side
 
 
 def stored_channels(latent_channels: int) -> int:

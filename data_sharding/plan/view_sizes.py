@@ -5,12 +5,12 @@ import numpy as np
 from data_sharding.errors import UserError
 from data_sharding.format.columns import blocks
 from data_sharding.format.manifest import Manifest
+from data_sharding.format.patches import TOKEN_PIXELS
 from data_sharding.plan.token_grid import TokenGrid
 from data_sharding.plan.view_choice import Views
 from data_sharding.rng import Purpose, words
 
 RESIZE, CROP = 0, 1  # the view axis of Manifest.size
-_STORED_PIXELS = 16  # of a side of a stored token
 
 
 def choose_views(
@@ -37,7 +37,7 @@ def require_a_token(manifest: Manifest, views: Views, token_grid: TokenGrid) -> 
     count, with_views_crop = counts.tolist()
     if not count:
         return
-    pixels = _STORED_PIXELS * token_grid.stored
+    pixels = TOKEN_PIXELS * token_grid.stored
     remedy = "" if with_views_crop else "set data.views=crop, or "
     raise UserError(
         f"{count:,} of the {len(manifest.size):,} images of {manifest.url} are less than one patch of {pixels} x "

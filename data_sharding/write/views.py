@@ -10,10 +10,8 @@ from PIL import Image
 
 from data_sharding.errors import UserError
 from data_sharding.format.codec import Codec, Draw
-from data_sharding.format.patches import patchify
+from data_sharding.format.patches import TOKEN_PIXELS, patchify
 from data_sharding.format.shard import VIEWS
-
-TOKEN_PIXELS = 16
 
 
 def square_side(max_tokens: int) -> int:

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data_sharding.errors import UserError
 from data_sharding.stream.batch import StepBatch
+from fitv2_scale.config.families import switches
 from fitv2_scale.config.schema import Config
 from fitv2_scale.model.block import Block, SwiGLU
 from fitv2_scale.model.init import fill_initial
@@ -30,7 +31,7 @@ from fitv2_scale.model.rope import by_channel, rope_table, rotate
 
 ReferenceCheckpointing = Literal["none", "full"]  # full: whole blocks are computed again in the backward pass
 
-_RELEASED = {"qk_norm": "layernorm", "adaln": "lora", "mlp": "swiglu", "position": "rope", "patch": 2, "outputs": 1}
+_RELEASED = switches("FiTv2") | {"patch": 2}
 _MICRO_BATCH = 16  # images on one GPU, in the released configs
 
 

@@ -39,7 +39,11 @@ def network_name(model: ModelConfig, objective: str) -> str:
     return f"{family}-{SIZES[family].get(shape, f'{model.depth}x{model.hidden}')}/{model.patch}"
 
 
+def switches(family: str) -> dict[str, Any]:
+    """Of the section ``model``."""
+    return {key: value for key, value in FAMILIES[family].items() if key != "objective"}
+
+
 def published_model(family: Literal["FiTv2", "FiT", "DiT", "SiT"], depth: int, hidden: int, heads: int) -> ModelConfig:
     """A network of a family for ImageNet's classes, of patches of 2."""
-    switches = {key: value for key, value in FAMILIES[family].items() if key != "objective"}
-    return ModelConfig(depth=depth, hidden=hidden, heads=heads, classes=1000, **switches)
+    return ModelConfig(depth=depth, hidden=hidden, heads=heads, classes=1000, **switches(family))

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from data_sharding.errors import UserError
 
-DDPM_LEVELS = 1000  # of noise, as in model/ddpm_schedule.py, which needs torch
+DDPM_LEVELS = 1000  # of noise, in training
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from data_sharding.errors import UserError
+from fitv2_scale.config.families import switches
 from fitv2_scale.config.load import load_config
 from fitv2_scale.config.model import ModelConfig, RopeConfig, SincosConfig
 
@@ -26,8 +27,8 @@ class Network:
 _B, _XL = {"depth": 12, "hidden": 768, "heads": 12}, {"depth": 28, "hidden": 1152, "heads": 16}
 _V2_B, _V2_XL = {"depth": 15, "hidden": 768, "heads": 12}, {"depth": 36, "hidden": 1152, "heads": 16}
 _V2_3B = {"depth": 40, "hidden": 2304, "heads": 24}
-_DIT = {"qk_norm": "none", "adaln": "full", "mlp": "gelu", "position": "sincos", "outputs": 2}
-_FIT = {"qk_norm": "none", "adaln": "full", "mlp": "swiglu_4d"}
+_DIT, _FIT = switches("DiT"), switches("FiT")  # SiT's are DiT's
+_WITH_FLOW = _FIT | {"outputs": 1}
 _HIGH_RESOLUTION = {"rope": RopeConfig(mode="vision_ntk")}
 
 
@@ -42,19 +43,19 @@ PUBLISHED_NETWORKS: Mapping[str, Network] = MappingProxyType(
         "dit_xl2_512": _network("ddpm", _XL, _DIT, {"sincos": SincosConfig(train_side=32)}),
         "sit_b2": _network("flow", _B, _DIT),
         "sit_xl2": _network("flow", _XL, _DIT),
-        "fit_b2": _network("ddpm", _B, _FIT, {"outputs": 2}),
-        "fit_xl2": _network("ddpm", _XL, _FIT, {"outputs": 2}),
+        "fit_b2": _network("ddpm", _B, _FIT),
+        "fit_xl2": _network("ddpm", _XL, _FIT),
         "fitv2_b2": _network("flow", _V2_B),
         "fitv2_xl2": _network("flow", _V2_XL),
         "fitv2_3b2": _network("flow", _V2_3B),
         "fitv2_xl2_hr": _network("flow", _V2_XL, _HIGH_RESOLUTION),
         "fitv2_3b2_hr": _network("flow", _V2_3B, _HIGH_RESOLUTION),
-        "ablation_a": _network("flow", _B, _FIT),
-        "ablation_b": _network("flow", _B, _FIT, {"qk_norm": "layernorm"}),
+        "ablation_a": _network("flow", _B, _WITH_FLOW),
+        "ablation_b": _network("flow", _B, _WITH_FLOW, {"qk_norm": "layernorm"}),
         "ablation_c": _network("flow", _V2_B),
-        "ablation_d": _network("flow", _B, _FIT),
-        "ablation_e": _network("flow", _B, _FIT, {"qk_norm": "layernorm"}),
-        "ablation_f": _network("flow", _B, _FIT, {"qk_norm": "layernorm"}),
+        "ablation_d": _network("flow", _B, _WITH_FLOW),
+        "ablation_e": _network("flow", _B, _WITH_FLOW, {"qk_norm": "layernorm"}),
+        "ablation_f": _network("flow", _B, _WITH_FLOW, {"qk_norm": "layernorm"}),
     }
 )
 

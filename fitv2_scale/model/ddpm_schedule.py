@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from data_sharding.errors import UserError
+from fitv2_scale.config.solvers import DDPM_LEVELS as LEVELS
 
-LEVELS = 1000
 _FIRST_BETA, _LAST_BETA = 1e-4, 0.02
 
 
