@@ -49,6 +49,23 @@ SOLVE: Mapping[str, Callable[[Field, Tensor, Images, SamplingConfig, Noise], tup
 
 
 @dataclass(frozen=True)
+class _Prediction:
+    """What a network of an objective predicts, for guidance."""
+
+    flow_time: Callable[[Tensor], Tensor]  # of the time that the network is given: 0 noise, 1 data; float32
+    learns_variance: bool  # whether a second output means something
+
+
+_PREDICTIONS: Mapping[str, _Prediction] = MappingProxyType(
+    {
+        "flow": _Prediction(lambda t_I: t_I, learns_variance=False),
+        # In float64 first: 1 - 800 / 1000 is less than 0.2 in float32, and level 800 would miss an interval from there.
+        "ddpm": _Prediction(lambda t_I: (1 - t_I.double() / DDPM_LEVELS).float(), learns_variance=True),
+    }
+)
+
+
+@dataclass(frozen=True)
 class ImageRequest:
     index: int  # of the image; keys its noise
     label: int
@@ -157,7 +174,7 @@ class _GuidedField:
         device: torch.device,
     ):
         self._network, self._pack, self._sampling, self._device = network, pack, sampling, device
-        self._ddpm, self._channels = objective == "ddpm", model.token_channels
+        self._prediction, self._channels = _PREDICTIONS[objective], model.token_channels
         self._guided = self._channels if sampling.guided_channels == "all" else 3 * model.patch**2
         self._packing = packing_to_torch(pack.layout).to(device)
         label_I = torch.full((pack.slots,), model.classes)
@@ -181,8 +198,8 @@ class _GuidedField:
             x_TC[copy * pack.tokens : (copy + 1) * pack.tokens] = x_NC
             t_slots[copy * images : (copy + 1) * images] = t_I
         output_TC = self._network(x_TC, t_slots, self._label_I, self._packing, self._positions).float()
-        if not self._ddpm:
-            output_TC = output_TC[:, : self._channels]  # a second output of a flow is not trained
+        if not self._prediction.learns_variance:
+            output_TC = output_TC[:, : self._channels]
         conditional_NC = output_TC[: pack.tokens]
         if pack.copies == 1:
             return conditional_NC
@@ -194,8 +211,7 @@ class _GuidedField:
 
     def _within_interval(self, t_I: Tensor) -> Tensor:
         first, last = self._sampling.guidance_interval
-        # In float64 first: 1 - 800 / 1000 is less than 0.2 in float32, and level 800 would miss an interval from there.
-        t_I = (1 - t_I.double() / DDPM_LEVELS).float() if self._ddpm else t_I
+        t_I = self._prediction.flow_time(t_I)
         return (t_I >= first) & ((t_I < last) if last < 1 else torch.ones_like(t_I, dtype=torch.bool))
 
     def idle(self) -> None:
