@@ -130,3 +130,8 @@ def test_a_row_takes_the_place_of_the_one_before():
     rows = with_row(rows, config(), FIGURES | {"mfu": 0.5})
     assert [(row["model"]["hidden"], row["mfu"]) for row in rows] == [(1152, 0.25), (2304, 0.5)]
     assert len(with_row(rows, config(), FIGURES | {"gpu": "Another"})) == 3
+
+
+def test_the_table_of_the_package_is_of_this_code():
+    """Whoever changes the network predicts again: `fitv2 bench kernels CONFIG … --table`, as its README says."""
+    assert {row["network"] for row in read_table()} == {predicted.network_digest()}
