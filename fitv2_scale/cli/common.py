@@ -10,7 +10,7 @@ from typing import Any
 
 from data_sharding.errors import RanksMissing, UserError
 
-_SAMPLING_FLAGS = ("cfg", "guided_channels", "solver", "steps", "rope", "attention_scale", "sincos")
+SAMPLING_FLAGS = ("cfg", "guided_channels", "solver", "steps", "rope", "attention_scale", "sincos")
 _POSITION_FLAGS = {"rope": ("rope", "attention_scale"), "sincos": ("sincos",)}  # by the model's position
 
 
@@ -82,7 +82,7 @@ def new_file(suffix: str) -> Callable[[str], str]:
 
 def sampling_changes(args: argparse.Namespace) -> dict[str, Any]:
     """What flags like --cfg change in the config's section ``sampling``."""
-    return {name: getattr(args, name) for name in _SAMPLING_FLAGS if getattr(args, name) is not None}
+    return {name: getattr(args, name) for name in SAMPLING_FLAGS if getattr(args, name) is not None}
 
 
 def refuse_other_positions(args: argparse.Namespace, position: str) -> None:

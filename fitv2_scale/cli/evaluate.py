@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_sharding.errors import UserError
 from fitv2_scale.cli.common import (
+    SAMPLING_FLAGS,
     before_joining,
     class_numbers,
     make,
@@ -31,14 +32,14 @@ _UNUSED = {
     "images": (
         (
             *("overrides", "config", "out", "keep_features", "suite", "images", "nfe", "classes", "seed"),
-            *("cfg", "guided_channels", "solver", "steps", "rope", "attention_scale", "sincos"),
+            *SAMPLING_FLAGS,
         ),
         "images that exist already are measured as they are: leave out {}",
     ),
     "list": (
         (
             *("overrides", "config", "out", "keep_features", "images", "nfe", "classes", "seed", "size"),
-            *("cfg", "guided_channels", "solver", "steps", "rope", "attention_scale", "sincos"),
+            *SAMPLING_FLAGS,
             *("network", "network_sha256", "reference", "save_statistics"),
         ),
         "--list shows what is in a suite and measures nothing: leave out {}",
@@ -83,8 +84,8 @@ def add(commands: Any) -> None:
     evaluate.add_argument("--nfe", metavar="5,10,…", help="table and plot of FID against these numbers of evaluations")
     evaluate.add_argument("--classes", metavar="A,B,…", help="class numbers (default: all)")
     evaluate.add_argument("--cfg", type=float, help="guidance scale; this and the next six as in `fitv2 sample`")
-    for name in ("guided-channels", "solver", "steps", "rope", "attention-scale", "sincos"):
-        evaluate.add_argument(f"--{name}", type=int if name == "steps" else str)
+    for name in SAMPLING_FLAGS[1:]:
+        evaluate.add_argument(f"--{name.replace('_', '-')}", type=int if name == "steps" else str)
     evaluate.add_argument("--seed", type=whole(0), help="seed of classes and noise (default 0)")
     evaluate.add_argument("--config", metavar="FILE", help="the config of a weights file")
     evaluate.add_argument("--vae", default="", metavar="FOLDER", help="VAE that decodes a dataset of sd-vae latents")
