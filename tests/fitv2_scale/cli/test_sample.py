@@ -18,6 +18,19 @@ def command(*words: str) -> int:
     return main(["sample", *words])
 
 
+def test_what_the_weights_are_is_said_as_far_as_it_is_known(two_step_run, tmp_path, capsys):
+    """Whether a file holds raw or EMA weights, it does not say."""
+    weights, config = str(tmp_path / "raw.safetensors"), tmp_path / "config.yaml"
+    config.write_text(json.dumps(Run.open(two_step_run).config))
+    assert main(["checkpoint", "export", two_step_run, weights]) == 0
+    options = ["--size", "32x32", "--steps", "2", "--columns", "1", "--out", str(tmp_path / "a.png")]
+    capsys.readouterr()
+    assert command(two_step_run, *options) == command(weights, "--config", str(config), *options) == 0
+    of_run, of_file = capsys.readouterr().out.splitlines()
+    assert f"images from the EMA weights of {two_step_run}@2, NFE 2" in of_run
+    assert f"images from the weights in {weights}, NFE 2" in of_file
+
+
 def test_pictures_from_a_run_and_from_its_weights(two_step_run, tmp_path):
     weights, config = str(tmp_path / "weights.safetensors"), tmp_path / "config.yaml"
     config.write_text(json.dumps(Run.open(two_step_run).config))

@@ -93,6 +93,9 @@ def test_noise_is_keyed_by_image_epoch_and_place_alone():
     # Value 16 * place + channel of one stream: token 5 alone gives the same integers as within the image.
     alone = noise_words(Purpose.NOISE, 0, torch.tensor([0]), torch.tensor([10]), torch.tensor([5]), 16)
     assert torch.equal(alone[0], noise(0, 10)[5])
+    # Of a larger patch, 64 * place + channel: the same stream, in longer pieces.
+    longer = noise_words(Purpose.NOISE, 0, torch.tensor([0]), torch.tensor([10]), torch.tensor([1]), 64)
+    assert torch.equal(longer[0], noise(0, 10)[4:8].flatten())
 
 
 def test_the_second_half_of_an_output_is_left_out():

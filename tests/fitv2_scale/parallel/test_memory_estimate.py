@@ -47,6 +47,16 @@ def test_what_is_saved_for_the_backward_pass(tensor):
     assert of == {kind: 3 * 1000 * number for kind, number in a_block.items()}
 
 
+def test_an_mlp_without_a_gate_and_q_and_k_as_they_come_save_less():
+    """Of an MLP of 4 D = 128 units one product and its GELU; q and k are parts of what the product gave."""
+    model = MODEL.model_copy(update={"mlp": "gelu", "position": "sincos", "qk_norm": "none"})
+    kinds = ("full", "selective", "none")
+    of = {kind: saved_bytes(model, Layout(1, 1), replace(COMPUTE, checkpointing=kind)) for kind in kinds}
+    a_block = {"full": 2 * 32, "selective": 2 * (3 * 32 + 4 * 32 + 128) + 8}
+    a_block["none"] = a_block["selective"] + 2 * (2 * 32 + 128 + 11 * 32)
+    assert of == {kind: 3 * 1000 * number for kind, number in a_block.items()}
+
+
 @pytest.mark.parametrize("precision,bytes_", [("bf16", 2), ("fp32", 4)])
 def test_weights_that_are_prefetched(precision, bytes_):
     """Of three blocks there are two to gather ahead, at most."""

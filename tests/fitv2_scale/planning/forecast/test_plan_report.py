@@ -126,6 +126,17 @@ def test_plan_without_data_says_how(capsys):
     assert "data.url=preset:imagenet256" in capsys.readouterr().out
 
 
+def test_the_work_of_an_image_is_shown_for_two_lengths(capsys):
+    """Three passes, two FLOPs a multiply-add, of 40 blocks of 2304 with a SwiGLU of 6144 units and heads of rank 576."""
+    d, m, rank, seen = 2304, 6144, 576, {}
+    for tokens in (256, 1024):
+        of_tokens = tokens * (40 * (4 * d * d + 3 * d * m + 2 * d * tokens) + 2 * d * 16)
+        seen[tokens] = 6 * (of_tokens + 40 * 7 * d * rank + 6 * d * d + 256 * d + d * d + 2 * d * d) / 1e12
+    assert main(["plan", "configs/fitv2_3b2.yaml", "data.url=/nowhere"]) == 0
+    shown = f"{seen[256]:.3f} TFLOP per training image of 256 tokens, {seen[1024]:.3f} of 1,024"
+    assert shown in capsys.readouterr().out
+
+
 # ---- how many nodes ----
 
 
