@@ -127,7 +127,7 @@ def test_plan_without_data_says_how(capsys):
 
 
 def test_the_work_of_an_image_is_shown_for_two_lengths(capsys):
-    """Three passes, two FLOPs a multiply-add, of 40 blocks of 2304 with a SwiGLU of 6144 units and heads of rank 576."""
+    """Three passes, two FLOPs a multiply-add, of 40 blocks of 2304 with 6144 hidden units and heads of rank 576."""
     d, m, rank, seen = 2304, 6144, 576, {}
     for tokens in (256, 1024):
         of_tokens = tokens * (40 * (4 * d * d + 3 * d * m + 2 * d * tokens) + 2 * d * 16)
